@@ -1,0 +1,24 @@
+"""The tasks: one folder each, with its data, its model and what is measured.
+
+A task knows nothing of optimizers, Lightning or the command line. :func:`load` finds it by the name that the
+recipe carries; importing this package alone imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from caspr_cli.recipe.schema import TaskConf
+    from tasks.base import Task
+
+# name in conf/task -> "module:class"
+TASKS = {"c4_lm": "tasks.c4_lm.task:C4LM"}
+
+
+def load(conf: TaskConf, seed: int) -> Task:
+    """Build the task that ``conf.name`` names."""
+    module, _, cls = TASKS[conf.name].partition(":")
+    task: Task = getattr(import_module(module), cls)(conf, seed)
+    return task
