@@ -1,14 +1,14 @@
 """The recipe: every key that a run can be given, with its type, default and meaning.
 
-Plain dataclasses; importing this module imports no torch. Hydra checks YAML and command line against them,
-and the worker gets the frozen result as one :class:`Recipe`.
+Plain dataclasses; importing this module imports no torch. Hydra checks YAML and command line against them, and
+the worker gets the frozen result as one :class:`Recipe`. The defaults of an optimizer's options are those of its
+class (a test holds them together).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -53,3 +53,196 @@ class C4LMConf(TaskConf):
     dropout: float = 0.0
     train_documents: int | None = None  # use only the first so many documents (required for task.data=hub)
     eval_documents: int | None = None  # the same for validation and for test, each
+
+
+# ---- optimizers --------------------------------------------------------------------------------------------------
+
+
+class Statistics(Enum):
+    ema = "ema"  # bias-corrected moving average
+    accumulate = "accumulate"  # sum
+
+
+class Damping(Enum):
+    relative = "relative"  # eps times the largest eigenvalue
+    absolute = "absolute"  # eps
+
+
+class Merge(Enum):
+    matrix = "matrix"  # (d_0, product of the rest)
+    square = "square"  # neighbouring axes, nearest to a square
+    none = "none"  # every axis
+
+
+class Graft(Enum):
+    adam = "adam"
+    rmsprop = "rmsprop"
+    sgd = "sgd"
+    none = "none"
+
+
+class Precondition(Enum):
+    momentum = "momentum"
+    gradient = "gradient"  # momentum after
+
+
+class FactorDtype(Enum):
+    float32 = "float32"
+    float64 = "float64"
+
+
+@dataclass
+class OptimConf:
+    """What every optimizer has; each adds its own keys."""
+
+    name: str = MISSING
+    lr: float = 1e-3
+    weight_decay: float = 0.0  # decoupled; not applied to vectors and scalars
+
+
+@dataclass
+class KroneckerConf(OptimConf):
+    """CASPR, Shampoo and full-matrix Adagrad: one engine."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    statistics: Statistics = Statistics.ema
+    damping: Damping = Damping.relative
+    interval: int = 10
+    start_step: int = 10
+    block_size: int = 1024
+    graft: Graft = Graft.adam
+    graft_eps: float = 1e-8
+    precondition: Precondition = Precondition.momentum
+    factor_dtype: FactorDtype | None = None  # of statistics and roots; null: float64 where eps or parameters ask
+
+
+@dataclass
+class ShampooConf(KroneckerConf):
+    name: str = "shampoo"
+    merge: Merge = Merge.matrix
+    precondition_1d: bool = False
+
+
+@dataclass
+class CasprConf(ShampooConf):
+    name: str = "caspr"
+    order: float = 2  # power of the Kronecker sum; .inf is Shampoo
+
+
+@dataclass
+class FullAdagradConf(KroneckerConf):
+    name: str = "full_adagrad"
+
+
+@dataclass
+class AdamWConf(OptimConf):
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass
+class NAdamWConf(AdamWConf):
+    name: str = "nadamw"
+
+
+@dataclass
+class SGDConf(OptimConf):
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+
+
+@dataclass
+class MuonConf(AdamWConf):
+    """betas and eps are those of the AdamW that takes what is no matrix."""
+
+    name: str = "muon"
+    momentum: float = 0.95
+    ns_steps: int = 5
+
+
+@dataclass
+class SoapConf(AdamWConf):
+    name: str = "soap"
+    betas: tuple[float, float] = (0.95, 0.95)
+    interval: int = 10  # steps between two updates of the eigenbases
+
+
+# ---- the rest of a run -------------------------------------------------------------------------------------------
+
+
+class Precision(Enum):
+    """Of the model; statistics and roots of the optimizer keep their own."""
+
+    fp32 = "32-true"
+    bf16_mixed = "bf16-mixed"
+    fp16_mixed = "16-mixed"
+    bf16_true = "bf16-true"
+    fp64 = "64-true"
+
+
+class Decay(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Resume(Enum):
+    auto = "auto"  # skip what is done, continue what was cut off; a failed run stays failed
+    retry = "retry"  # and run what failed again
+    never = "never"  # delete the record and start anew
+
+
+@dataclass
+class ScheduleConf:
+    """The learning rate over the run, as fractions of ``trainer.max_steps``."""
+
+    name: Decay = Decay.cosine  # shape of the decay
+    warmup: float = 0.05  # linear from 0
+    decay: float = 0.95  # the last part of the run, in which the rate falls to zero
+
+
+@dataclass
+class TrainerConf:
+    """How the run is carried out."""
+
+    accelerator: str = "auto"  # auto | cpu | gpu
+    devices: int = 1  # processes, one device each
+    precision: Precision = Precision.fp32
+    max_steps: int = 400  # optimizer steps
+    val_every: int = 100  # steps between two validations; each also writes a checkpoint
+    log_every: int = 10  # steps between two points of the training curves
+    accumulate: int = 1  # forward-backward passes to one step; task.batch_size stays the whole batch
+    clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
+    compile: bool = False  # torch.compile the model
+
+
+@dataclass
+class Recipe:
+    """One run, frozen."""
+
+    task: TaskConf = MISSING
+    optim: OptimConf = MISSING
+    scale: str = "sample"
+    debug: str = "none"
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    schedule: ScheduleConf = field(default_factory=ScheduleConf)
+    seed: int = 0
+    resume: Resume = Resume.auto
+    output_dir: str = "outputs"
+
+
+TASKS: dict[str, type[TaskConf]] = {"c4_lm": C4LMConf}
+
+OPTIMIZERS: dict[str, type[OptimConf]] = {
+    "caspr": CasprConf,
+    "shampoo": ShampooConf,
+    "full_adagrad": FullAdagradConf,
+    "adamw": AdamWConf,
+    "nadamw": NAdamWConf,
+    "sgd": SGDConf,
+    "muon": MuonConf,
+    "soap": SoapConf,
+}

@@ -1,0 +1,75 @@
+"""From a parameter's shape to the blocks that are preconditioned.
+
+A parameter is first seen with fewer axes (:func:`merge_axes`), then cut along each axis into parts of nearly
+equal size (:class:`Layout`). Nothing here touches data: a layout is a pure function of shape and options.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+MERGES = ("matrix", "square", "none", "flatten")
+
+
+def merge_axes(shape: Shape, merge: str) -> Shape:
+    """The axes along which statistics are kept.
+
+    ``matrix``: a matrix stays as it is; a tensor of higher rank loses its axes of size one, and what is left
+    is a vector, a matrix, or (d_0, product of the rest), as in the paper: (m, n, k) -> (m, n k).
+    ``square``: the same, but a tensor of rank above two is split into two groups of neighbouring axes at the
+    place where the sizes of the two are nearest, the cheapest matrix: (8, 64, 512) -> (512, 512).
+    ``none``: every axis by itself. ``flatten``: one axis (full-matrix Adagrad).
+    A scalar has one axis of size one.
+    """
+    if not shape:
+        return (1,)
+    if merge == "flatten":
+        return (math.prod(shape),)
+    if merge == "none" or len(shape) <= 2:
+        return shape
+    shape = tuple(d for d in shape if d != 1) or (1,)
+    if len(shape) <= 2:
+        return shape
+    cut = 1
+    if merge == "square":
+        # m n is the same for every cut, so the least m + n is also the least work m n (m + n).
+        cut = min(range(1, len(shape)), key=lambda i: math.prod(shape[:i]) + math.prod(shape[i:]))
+    return math.prod(shape[:cut]), math.prod(shape[cut:])
+
+
+def split_axis(size: int, block_size: int) -> list[slice]:
+    """Cut an axis into the fewest parts of at most ``block_size``, of sizes that differ by at most one.
+
+    1100 at 1024 is 550 + 550, not 1024 + 76: there are few distinct shapes to batch and no thin blocks.
+    """
+    parts = math.ceil(size / block_size)
+    small, larger = divmod(size, parts)
+    ends = list(itertools.accumulate(small + (i < larger) for i in range(parts)))
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is cut: its merged shape, and for each distinct block shape the blocks that have it."""
+
+    shape: Shape
+    blocks: dict[Shape, list[tuple[slice, ...]]]
+
+    @classmethod
+    def of(cls, shape: Shape, merge: str, block_size: int) -> Layout:
+        merged = merge_axes(shape, merge)
+        blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
+        for cut in itertools.product(*(split_axis(d, block_size) for d in merged)):
+            blocks[tuple(s.stop - s.start for s in cut)].append(cut)
+        return cls(merged, dict(blocks))
+
+    def views(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
+        """The blocks of ``shape`` in ``tensor`` (of the parameter's shape, contiguous or not)."""
+        merged = tensor.reshape(self.shape)
+        return [merged[cut] for cut in self.blocks[shape]]

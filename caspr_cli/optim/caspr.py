@@ -1,0 +1,208 @@
+r"""The optimizers that users construct: CASPR, Shampoo and full-matrix Adagrad."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from caspr_cli.optim.engine import KroneckerOptimizer
+
+Statistics = Literal["ema", "accumulate"]
+Damping = Literal["relative", "absolute"]
+Merge = Literal["matrix", "square", "none"]
+Graft = Literal["adam", "rmsprop", "sgd", "none"]
+Precondition = Literal["momentum", "gradient", False]
+
+
+class CASPR(KroneckerOptimizer):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        order: float = 2,
+        statistics: Statistics = "ema",
+        damping: Damping = "relative",
+        interval: int = 10,
+        start_step: int = 10,
+        block_size: int = 1024,
+        merge: Merge = "matrix",
+        precondition_1d: bool = False,
+        graft: Graft = "adam",
+        graft_eps: float = 1e-8,
+        precondition: Precondition = "momentum",
+        factor_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        options = dict(locals())
+        super().__init__(params, {name: options[name] for name in OPTIONS})
+
+
+class Shampoo(KroneckerOptimizer):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        statistics: Statistics = "ema",
+        damping: Damping = "relative",
+        interval: int = 10,
+        start_step: int = 10,
+        block_size: int = 1024,
+        merge: Merge = "matrix",
+        precondition_1d: bool = False,
+        graft: Graft = "adam",
+        graft_eps: float = 1e-8,
+        precondition: Precondition = "momentum",
+        factor_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        options = dict(locals()) | {"order": math.inf}
+        super().__init__(params, {name: options[name] for name in OPTIONS})
+
+
+class FullAdagrad(KroneckerOptimizer):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        statistics: Statistics = "ema",
+        damping: Damping = "relative",
+        interval: int = 10,
+        start_step: int = 10,
+        block_size: int = 1024,
+        graft: Graft = "adam",
+        graft_eps: float = 1e-8,
+        precondition: Precondition = "momentum",
+        factor_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+    ) -> None:
+        # One axis: every order is the same, and there is nothing to merge.
+        options = dict(locals()) | {"order": 1, "merge": "flatten", "precondition_1d": True}
+        super().__init__(params, {name: options[name] for name in OPTIONS})
+
+
+OPTIONS = (
+    "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
+    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "factor_dtype", "maximize",
+)  # fmt: skip
+
+_ALGORITHM = r"""
+    .. math::
+       \begin{aligned}
+        &\rule{110mm}{0.4pt} \\
+        &\textbf{input}: \gamma \text{ (lr)}, \beta_1, \beta_2 \text{ (betas)}, \epsilon \text{ (eps)},
+          \lambda \text{ (weight decay)}, f(W) \text{ (objective)}                        \\
+        &\textbf{for}\ t = 1, 2, \ldots\ \textbf{do}                                      \\
+        &\quad G \leftarrow \nabla f(W) \text{, one block, with axes } i = 1, \ldots, k   \\
+        &\quad M \leftarrow \beta_1 M + (1 - \beta_1)\, G, \quad
+          \hat{M} \leftarrow M / (1 - \beta_1^t)                                          \\
+        &\quad S_i \leftarrow \beta_2 S_i + (1 - \beta_2)\,
+          \mathrm{unfold}_i(G)\, \mathrm{unfold}_i(G)^\top, \quad
+          \hat{S}_i \leftarrow S_i / (1 - \beta_2^t)                                      \\
+        &\quad \textbf{if}\ t \text{ is due}:\ A_i \leftarrow
+          (\hat{S}_i + \epsilon\, \lambda_{\max}(\hat{S}_i)\, I)^{-1/%(p)s}              \\
+        &\quad U \leftarrow %(combination)s                                               \\
+        &\quad U \leftarrow U\, \lVert D \rVert_F / \lVert U \rVert_F
+          \text{ over the whole tensor, } D \text{ the step of Adam (graft)}              \\
+        &\quad W \leftarrow W - \gamma \lambda W - \gamma U                               \\
+        &\rule{110mm}{0.4pt} \\
+       \end{aligned}
+"""
+
+_ARGS = """
+    Args:
+        params: parameters, or param groups; any option below can be set for a group.
+        lr: learning rate.
+        betas: decay of the momentum, and of the statistics and the graft's second moment.
+        eps: damping. Relative: at least about 1e-6 for float32 factors; below that they are float64.
+        weight_decay: decoupled, as in AdamW.
+%(order)s        statistics: ``"ema"``, a bias-corrected moving average, or ``"accumulate"``, the sum of the theory.
+        damping: ``"relative"`` adds eps times the largest eigenvalue, ``"absolute"`` adds eps.
+        interval: steps between two computations of the roots; in between, they are stale.
+        start_step: the first preconditioned step (counted from 1). Before it, the graft method alone.
+        block_size: an axis longer than this is cut into equal parts with statistics of their own.
+%(merge)s        graft: method that lends each tensor its step length: ``"adam"``, ``"rmsprop"``, ``"sgd"``, ``"none"``.
+        graft_eps: the eps of that method.
+        precondition: ``"momentum"``; or ``"gradient"``, with the momentum taken of the grafted updates (the order
+            of the paper's code); or ``False`` in a param group: the graft method alone, with ``graft="adam"``
+            exactly :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
+        factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
+        maximize: maximize the objective.
+
+    Raises:
+        ValueError: an option is out of its range, or a parameter is complex.
+
+    ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
+    with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
+    under ``weights_only=True``.
+"""
+
+_MERGE = """        merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), axes of size one
+            dropped, the paper's rule; ``"square"``: the split into two groups of neighbouring axes that is nearest
+            to a square; ``"none"``: all k axes are preconditioned.
+        precondition_1d: precondition vectors with full-matrix Adagrad; otherwise the graft method takes them.
+"""
+
+_ORDER = """        order: q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.
+"""
+
+CASPR.__doc__ = (
+    r"""Combined Axis Preconditioner: the axes' preconditioners combined by a Kronecker *sum*.
+
+    For a matrix with L = sum G G^T and R = sum G^T G, the default ``order=2`` is
+
+    .. math:: U = \tfrac14 (L^{-1/2} G + 2 L^{-1/4} G R^{-1/4} + G R^{-1/2})
+"""
+    + _ALGORITHM % {"p": "2q", "combination": r"[\tfrac1k \textstyle\sum_i A_i \text{ on axis } i\,]^q\, \hat{M}"}
+    + _ARGS % {"order": _ORDER, "merge": _MERGE}
+    + """
+    Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), and two eigendecompositions
+    every ``interval`` steps. State: 2 (m^2 + n^2) numbers, and the graft's moments.
+
+    Source: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, "Combining Axes Preconditioners through Kronecker Approximation
+    for Deep Learning", ICLR 2024, Algorithm 1. That ``order`` 1, 2, ... leads from the sum of the axes'
+    preconditioners to Shampoo is its Lemma 3.2.
+    """
+)
+
+Shampoo.__doc__ = (
+    r"""Shampoo: the axes' preconditioners combined by a Kronecker *product*.
+
+    For a matrix, U = L^(-1/4) G R^(-1/4). The same engine and options as :class:`CASPR`, so that a comparison of
+    the two compares the combination alone.
+"""
+    + _ALGORITHM % {"p": "2k", "combination": r"(A_1 \otimes \cdots \otimes A_k)\, \hat{M}"}
+    + _ARGS % {"order": "", "merge": _MERGE}
+    + """
+    Source: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018; grafting,
+    relative damping and stale roots as in Anil et al., arXiv:2002.09018.
+    """
+)
+
+FullAdagrad.__doc__ = (
+    r"""Full-matrix Adagrad on the flattened parameter: U = S^(-1/2) vec(G), S = sum vec(G) vec(G)^T.
+
+    What CASPR and Shampoo approximate. A tensor of N numbers needs 2 N^2 of state: an oracle for small models.
+    A larger one is cut into blocks of ``block_size`` along its flattened axis.
+"""
+    + _ALGORITHM % {"p": "2", "combination": r"A\, \hat{M}"}
+    + _ARGS % {"order": "", "merge": ""}
+    + """
+    Source: Duchi, Hazan, Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
+    JMLR 2011.
+    """
+)

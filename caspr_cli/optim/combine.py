@@ -1,0 +1,52 @@
+"""The one thing in which the family differs: how the axes' roots are combined.
+
+Kronecker sum of order q   U = [ (1/k) sum_i A_i on axis i ]^q G,   A_i = S~_i^(-1/(2q))   (CASPR: q = 2)
+Kronecker product          U = (A_1 x ... x A_k) G,                 A_i = S~_i^(-1/(2k))   (Shampoo: q = inf)
+
+For one axis both are S~^(-1/2) G, full-matrix Adagrad.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def root_exponent(order: float, axes: int) -> int:
+    """p in A = S~^(-1/p): 2q for the sum, 2k for the product; any of them is scale-free of degree 0."""
+    if axes == 1:
+        return 2
+    return 2 * axes if math.isinf(order) else 2 * int(order)
+
+
+def apply_roots(G: Tensor, A: list[Tensor], order: float) -> Tensor:
+    """U for K blocks.
+
+    Args:
+        G: ``[K, d_1, ..., d_k]``.
+        A: for each axis ``[K, d_i, d_i]``, symmetric.
+        order: q, or ``math.inf`` for the product.
+
+    Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product).
+    """
+    k = len(A)
+    if k == 1:
+        return on_axis(G, A[0], 0)
+    if math.isinf(order):
+        for axis, A_i in enumerate(A):
+            G = on_axis(G, A_i, axis)
+        return G
+    for _ in range(int(order)):
+        if k == 2:  # (A G + G B)/2 with the addition inside the product: no temporary
+            G = torch.baddbmm(torch.bmm(A[0], G), G, A[1], beta=0.5, alpha=0.5)
+        else:
+            G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in enumerate(A)]).mean(0)
+    return G
+
+
+def on_axis(G: Tensor, A: Tensor, axis: int) -> Tensor:
+    """A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
+    moved = G.movedim(axis + 1, 1)  # [K, d, *rest]
+    return torch.bmm(A, moved.flatten(2) if G.ndim > 2 else moved.unsqueeze(2)).view(moved.shape).movedim(1, axis + 1)

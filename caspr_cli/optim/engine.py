@@ -1,0 +1,353 @@
+"""One engine for the family: statistics, roots, combination, graft, momentum, decay.
+
+The functions that do the mathematics are in the modules of those names; this class holds the state and the
+order of things.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from caspr_cli.optim.blocks import MERGES, Layout, merge_axes
+from caspr_cli.optim.combine import apply_roots, root_exponent
+from caspr_cli.optim.graft import (
+    GRAFTS,
+    direction,
+    needs_second_moment,
+    transfer_length,
+    update_second_moment,
+)
+from caspr_cli.optim.precision import full_precision
+from caspr_cli.optim.roots import inverse_root
+from caspr_cli.optim.stacks import Stack, build_stacks
+from caspr_cli.optim.statistics import accumulate, per_block
+
+Group = dict[str, Any]
+
+# Below this, the damping is lost in the rounding of float32 statistics.
+SMALLEST_EPS_FLOAT32 = 1e-6
+
+
+class KroneckerOptimizer(Optimizer):
+    """The engine under :class:`CASPR`, :class:`Shampoo` and :class:`FullAdagrad`; see there for the options."""
+
+    #: A context entered around each part of a step ("statistics", "roots", "apply"), for timing from outside.
+    phase: Callable[[str], AbstractContextManager[None]] = staticmethod(lambda name: nullcontext())
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        validate(defaults)
+        self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks; derived from state, never saved
+        self._layouts: dict[Tensor, Layout] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stacks, self._layouts = {}, {}
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            validate(group)
+            for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError(f"{type(self).__name__} does not support complex parameters")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but statistics and roots keep the type they were saved with.
+
+        torch casts every floating tensor of the state to its parameter's type (pytorch issue 43706), which
+        would round float32 factors of a bfloat16 parameter.
+        """
+        super().load_state_dict(state_dict)
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        mine = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if name.startswith(("statistics_", "root_", "scale")):
+                    self.state[p][name] = value.to(p.device)
+        self._stacks, self._layouts = {}, {}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                self._init_state(p, group)
+            grads = {p: -p.grad if group["maximize"] else p.grad for p in params}
+            matrices = [p for p in params if self.preconditions(p, group)]
+            ready = self._precondition(index, group, matrices, grads) if matrices else set()
+            rest = [p for p in params if p not in ready]
+            if rest:
+                _diagonal_step(rest, [grads[p] for p in rest], self.state, group)
+        return loss
+
+    @staticmethod
+    def preconditions(p: Tensor, group: Group) -> bool:
+        """Whether p is preconditioned from ``start_step`` on, or left to the graft method for good."""
+        if group["precondition"] is False or p.numel() == 0:
+            return False
+        axes = len(merge_axes(tuple(p.shape), group["merge"]))
+        return axes > 1 or bool(group["precondition_1d"]) or group["merge"] == "flatten"
+
+    def layout(self, p: Tensor, group: Group) -> Layout:
+        """How p is merged and cut."""
+        if p not in self._layouts:
+            self._layouts[p] = Layout.of(tuple(p.shape), group["merge"], group["block_size"])
+        return self._layouts[p]
+
+    def _init_state(self, p: Tensor, group: Group) -> None:
+        if cast(Tensor, p.grad).is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)  # on the CPU, as in torch: reading it costs no synchronization
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if needs_second_moment(group["graft"]):
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
+        """The group's stacks, rebuilt when a parameter has its first gradient."""
+        stacks = self._stacks.get(index, [])
+        known = {p for stack in stacks for p in stack.rows}
+        if not known.issuperset(params):
+            members = [p for p in group["params"] if p in known or p in set(params)]
+            layouts = {p: self.layout(p, group) for p in members}
+            dtypes = {p: factor_dtype(p, group) for p in members}
+            stacks = self._stacks[index] = build_stacks(members, layouts, dtypes, self.state)
+        return stacks
+
+    def _precondition(self, index: int, group: Group, params: list[Tensor], grads: dict[Tensor, Tensor]) -> set[Tensor]:
+        """Update statistics, and where it is time roots and weights. Returns the parameters that were stepped."""
+        steps = {p: int(self.state[p]["step"].item()) + 1 for p in params}
+        start = group["start_step"]
+        ready = [p for p in params if steps[p] >= start]
+        due = {p for p in ready if (steps[p] - start) % group["interval"] == 0}
+        updates = {
+            p: torch.empty(self.layout(p, group).shape, dtype=factor_dtype(p, group), device=p.device) for p in ready
+        }
+        inputs = self._inputs(group, ready, grads, steps) if ready else {}
+        for stack in self._stacks_of(index, group, params):
+            with full_precision(stack.scale.device.type):
+                self._step_stack(stack, group, grads, steps, due, inputs, updates)
+        if ready:
+            self._finish(group, ready, grads, steps, inputs, updates)
+        return set(ready)
+
+    def _step_stack(
+        self,
+        stack: Stack,
+        group: Group,
+        grads: dict[Tensor, Tensor],
+        steps: dict[Tensor, int],
+        due: set[Tensor],
+        inputs: dict[Tensor, Tensor],
+        updates: dict[Tensor, Tensor],
+    ) -> None:
+        """Statistics of all blocks that have a gradient, roots of those that are due, U of those that are ready."""
+        params = [p for p in stack.rows if p in steps]
+        part, index = stack.take(params)
+        if not params:
+            return
+        with self.phase("statistics"):
+            part.fill(self._layouts, {p: grads[p] for p in params})
+            ema = group["statistics"] == "ema"
+            beta, weight = (group["betas"][1], 1 - group["betas"][1]) if ema else (1.0, 1.0)
+            accumulate(part.S, part.scale, part.buffer, beta=beta, weight=weight)
+        stack.put(part, index)
+        if refresh := [p for p in params if p in due]:
+            with self.phase("roots"):
+                part, index = stack.take(refresh)
+                refresh_roots(part, group, [steps[p] for p in refresh])
+                stack.put(part, index)
+        if ready := [p for p in params if p in updates]:
+            with self.phase("apply"):
+                part, _ = stack.take(ready)
+                part.fill(self._layouts, {p: inputs[p] for p in ready})
+                U = precondition(part, group["order"])
+                shape = tuple(U.shape[1:])
+                for p in ready:
+                    if part.rows[p].stop - part.rows[p].start == 1 and U.shape[1:] == updates[p].shape:
+                        updates[p] = U[part.rows[p].start]
+                    else:
+                        torch._foreach_copy_(self._layouts[p].views(updates[p], shape), list(U[part.rows[p]].unbind()))
+
+    def _inputs(
+        self, group: Group, params: list[Tensor], grads: dict[Tensor, Tensor], steps: dict[Tensor, int]
+    ) -> dict[Tensor, Tensor]:
+        """What is preconditioned: the bias-corrected momentum, or the gradient. Updates the moments."""
+        beta1, beta2 = group["betas"]
+        G = [grads[p] for p in params]
+        if needs_second_moment(group["graft"]):
+            update_second_moment([self.state[p]["exp_avg_sq"] for p in params], G, beta2)
+        if group["precondition"] == "gradient":
+            return grads
+        exp_avg = [self.state[p]["exp_avg"] for p in params]
+        torch._foreach_lerp_(exp_avg, G, 1 - beta1)
+        return dict(zip(params, torch._foreach_div(exp_avg, [1 - beta1 ** steps[p] for p in params]), strict=True))
+
+    def _finish(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: dict[Tensor, Tensor],
+        steps: dict[Tensor, int],
+        inputs: dict[Tensor, Tensor],
+        updates: dict[Tensor, Tensor],
+    ) -> None:
+        """Graft, momentum where it comes after, decay, weights."""
+        (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
+        U = [updates[p].view(p.shape) for p in params]
+        if graft != "none":
+            moments = [self.state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
+            T = [steps[p] for p in params]
+            transfer_length(U, direction(graft, [inputs[p] for p in params], moments, T, beta2, group["graft_eps"]))
+        if group["precondition"] == "gradient":
+            # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
+            exp_avg = [self.state[p]["exp_avg"] for p in params]
+            ages = [steps[p] - group["start_step"] + 1 for p in params]
+            torch._foreach_mul_(exp_avg, [float(age > 1) for age in ages])
+            torch._foreach_lerp_(exp_avg, [u.to(m.dtype) for u, m in zip(U, exp_avg, strict=True)], 1 - beta1)
+            U = list(torch._foreach_div(exp_avg, [1 - beta1**age for age in ages]))
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, U, alpha=-lr)
+        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+
+
+def refresh_roots(stack: Stack, group: Group, steps: list[int]) -> None:
+    """New roots for every block, from its statistics after ``steps[j]`` updates of its j-th parameter."""
+    counts = [r.stop - r.start for r in stack.rows.values()]
+    beta2 = group["betas"][1]
+    corrections = [1 - beta2**t if group["statistics"] == "ema" else 1.0 for t in steps]
+    correction = torch.tensor(corrections, dtype=stack.scale.dtype).repeat_interleave(torch.tensor(counts))
+    correction = correction.to(stack.scale.device)
+    unit = torch.where(stack.scale > 0, stack.scale, 1)
+    p = root_exponent(group["order"], len(stack.S))
+    for S_i, A_i in zip(stack.S, stack.A, strict=True):
+        A_i.copy_(inverse_root(S_i, unit, correction, p=p, eps=group["eps"], damping=group["damping"]))
+    # Under relative damping a block without statistics has no scale yet; see precondition().
+    stack.root_scale.copy_(stack.scale if group["damping"] == "relative" else unit)
+
+
+def precondition(stack: Stack, order: float) -> Tensor:
+    """U of what is in the buffer, for all blocks: ``[K, d_1, ..., d_k]``."""
+    # A block whose gradient has been zero until after its last refresh has identity roots and takes today's scale.
+    scale = torch.where(stack.root_scale > 0, stack.root_scale, stack.scale)
+    scale = torch.where(scale > 0, scale, 1)
+    return apply_roots(stack.buffer / per_block(scale, stack.buffer), stack.A, order)
+
+
+def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """The type of statistics and roots: float64 where the parameter, the user or a small eps asks for it."""
+    if group["factor_dtype"] is not None:
+        return cast(torch.dtype, group["factor_dtype"])
+    small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
+    return torch.float64 if p.dtype == torch.float64 or small else torch.float32
+
+
+def _diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: Group) -> None:
+    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW."""
+    (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
+    exp_avg = [state[p]["exp_avg"] for p in params]
+    exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
+    counters = [state[p]["step"] for p in params]
+    if graft == "adam":
+        adamw(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            counters,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["graft_eps"],
+            maximize=False,
+        )
+        return
+    torch._foreach_add_(counters, 1)
+    T = [int(t.item()) for t in counters]
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    if needs_second_moment(graft):
+        update_second_moment(exp_avg_sq, grads, beta2)
+    momenta = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T]))
+    D = direction(graft, momenta, exp_avg_sq, T, beta2, group["graft_eps"])
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(params, D, alpha=-lr)
+
+
+def _one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+        raise ValueError(f"{name} should be one of {', '.join(map(str, choices))} but is: {value!r}")
+
+
+def _positive_integer(name: str, value: object, *, also: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or value != int(value):
+        raise ValueError(f"{name} should be a positive integer{also} but is: {value}")
+
+
+def validate(options: Group) -> None:
+    """Check the options of a param group.
+
+    Raises:
+        ValueError: names the option and the value.
+    """
+    for name in ("lr", "weight_decay", "graft_eps"):
+        if not options[name] >= 0:
+            raise ValueError(f"{name} should be >= 0 but is: {options[name]}")
+    if not options["eps"] > 0:
+        raise ValueError(f"eps should be > 0 but is: {options['eps']}")
+    if len(options["betas"]) != 2:
+        raise ValueError(f"betas should be two numbers but is: {options['betas']}")
+    _one_of("statistics", options["statistics"], ("ema", "accumulate"))
+    if options["betas"][1] == 1 and options["statistics"] == "ema":
+        raise ValueError('betas[1] is 1: a moving average would add nothing; use statistics="accumulate" for a sum')
+    for i, beta in enumerate(options["betas"]):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] should be in [0, 1) but is: {beta}")
+    if options["order"] != math.inf:
+        _positive_integer("order", options["order"], also=" or inf")
+    for name in ("interval", "start_step", "block_size"):
+        _positive_integer(name, options[name])
+    _one_of("damping", options["damping"], ("relative", "absolute"))
+    _one_of("merge", options["merge"], MERGES)
+    _one_of("graft", options["graft"], GRAFTS)
+    _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
+    _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))
+    relative = options["damping"] == "relative"
+    if options["factor_dtype"] == torch.float32 and relative and options["eps"] < SMALLEST_EPS_FLOAT32:
+        raise ValueError(
+            f"eps should be >= {SMALLEST_EPS_FLOAT32} for float32 factors but is: {options['eps']}; "
+            "leave factor_dtype out and they are float64"
+        )

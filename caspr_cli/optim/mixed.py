@@ -1,0 +1,59 @@
+"""Two rules as one optimizer: a matrix method for some parameters, AdamW for the rest.
+
+Two optimizer objects would need two schedulers and two checkpoints, and Lightning would count each step twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+Group = dict[str, Any]
+
+
+class MixedOptimizer(Optimizer):
+    """Presents the param groups and the state of several optimizers as its own.
+
+    Args:
+        parts: optimizers over disjoint parameters. Their groups and state become views of this one's: a scheduler
+            or ``load_state_dict`` on this object acts on them.
+    """
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        self._parts = parts
+        super().__init__([dict(g) for part in parts for g in part.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        start = 0
+        for part in self._parts:
+            stop = start + len(part.param_groups)
+            part.param_groups = self.param_groups[start:stop]
+            part.state = self.state
+            start = stop
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss

@@ -1,0 +1,94 @@
+"""Every optimizer of the bench by name, built from the same param groups.
+
+A group is ``{"params": [...], "precondition": bool, "weight_decay": float}``. Where ``precondition`` is False the
+matrix methods leave the group to AdamW; for the diagonal methods it makes no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim.mixed import MixedOptimizer
+
+Group = dict[str, Any]
+Builder = Callable[..., Optimizer]
+
+
+def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
+    """The optimizer ``name`` over ``groups``, with the keyword options of its config."""
+    return BUILDERS[name]([dict(g) for g in groups if g["params"]], **options)
+
+
+def _family(cls: type[Optimizer]) -> Builder:
+    """CASPR and its kin know ``precondition=False`` themselves; elsewhere the option says what is preconditioned."""
+
+    def make(groups: list[Group], *, factor_dtype: str | None = None, **options: Any) -> Optimizer:
+        for group in groups:
+            if group["precondition"]:
+                del group["precondition"]
+        dtype = getattr(torch, factor_dtype) if factor_dtype else None
+        return cls(groups, factor_dtype=dtype, **options)
+
+    return make
+
+
+def _adamw(groups: list[Group], **options: Any) -> Optimizer:
+    return torch.optim.AdamW(groups, **options)
+
+
+def _nadamw(groups: list[Group], **options: Any) -> Optimizer:
+    return torch.optim.NAdam(groups, decoupled_weight_decay=True, **options)
+
+
+def _sgd(groups: list[Group], **options: Any) -> Optimizer:
+    return torch.optim.SGD(groups, nesterov=True, **options)
+
+
+def _matrices_and_rest(
+    groups: list[Group], matrix: Builder, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> Optimizer:
+    matrices = [g for g in groups if g["precondition"] and all(p.ndim == 2 for p in g["params"])]
+    rest = [g for g in groups if not any(g is m for m in matrices)]
+    parts = [matrix(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+    if rest:
+        parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+    return MixedOptimizer(parts)
+
+
+def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any) -> Optimizer:
+    def matrix(groups: list[Group], **shared: Any) -> Optimizer:
+        # "match_rms_adamw" gives an orthogonalised update the size of AdamW's, so that one lr serves both parts.
+        return torch.optim.Muon(
+            groups, momentum=momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw", **shared
+        )
+
+    return _matrices_and_rest(groups, matrix, **options)
+
+
+def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
+    from pytorch_optimizer import SOAP  # here, because importing it takes a second
+
+    def matrix(groups: list[Group], **shared: Any) -> Optimizer:
+        soap: Optimizer = SOAP(
+            groups, betas=options["betas"], eps=options["eps"], precondition_frequency=interval, **shared
+        )
+        return soap
+
+    return _matrices_and_rest(groups, matrix, **options)
+
+
+BUILDERS: dict[str, Builder] = {
+    "caspr": _family(CASPR),
+    "shampoo": _family(Shampoo),
+    "full_adagrad": _family(FullAdagrad),
+    "adamw": _adamw,
+    "nadamw": _nadamw,
+    "sgd": _sgd,
+    "muon": _muon,
+    "soap": _soap,
+}
