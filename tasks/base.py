@@ -12,6 +12,10 @@ from torchmetrics import Metric
 Split = Literal["train", "validation", "test"]
 
 
+class DataError(Exception):
+    """What a user can mend: one to three lines that name the key, or the file and line."""
+
+
 class Task(ABC):
     """A data set, a model for it, a loss, and what is reported.
 

@@ -122,6 +122,14 @@ class KroneckerOptimizer(Optimizer):
             self._layouts[p] = Layout.of(tuple(p.shape), group["merge"], group["block_size"])
         return self._layouts[p]
 
+    def stacks(self, index: int) -> list[Stack]:
+        """The stacks of a param group; none before its first gradient."""
+        return self._stacks.get(index, [])
+
+    def correction(self, stack: Stack, group: Group) -> Tensor:
+        """Bias correction of a stack's statistics as they are now, ``[K]``."""
+        return bias_correction(stack, group, {p: int(self.state[p]["step"]) for p in stack.rows})
+
     def _init_state(self, p: Tensor, group: Group) -> None:
         if cast(Tensor, p.grad).is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -134,7 +142,7 @@ class KroneckerOptimizer(Optimizer):
 
     def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
         """The group's stacks, rebuilt when a parameter has its first gradient."""
-        stacks = self._stacks.get(index, [])
+        stacks = self.stacks(index)
         known = {p for stack in stacks for p in stack.rows}
         if not known.issuperset(params):
             members = [p for p in group["params"] if p in known or p in set(params)]
@@ -184,7 +192,7 @@ class KroneckerOptimizer(Optimizer):
         if refresh := [p for p in params if p in due]:
             with self.phase("roots"):
                 part, index = stack.take(refresh)
-                refresh_roots(part, group, [steps[p] for p in refresh])
+                refresh_roots(part, group, bias_correction(part, group, steps))
                 stack.put(part, index)
         if ready := [p for p in params if p in updates]:
             with self.phase("apply"):
@@ -241,19 +249,25 @@ class KroneckerOptimizer(Optimizer):
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
 
 
-def refresh_roots(stack: Stack, group: Group, steps: list[int]) -> None:
-    """New roots for every block, from its statistics after ``steps[j]`` updates of its j-th parameter."""
-    counts = [r.stop - r.start for r in stack.rows.values()]
-    beta2 = group["betas"][1]
-    corrections = [1 - beta2**t if group["statistics"] == "ema" else 1.0 for t in steps]
-    correction = torch.tensor(corrections, dtype=stack.scale.dtype).repeat_interleave(torch.tensor(counts))
-    correction = correction.to(stack.scale.device)
+def refresh_roots(stack: Stack, group: Group, correction: Tensor) -> None:
+    """New roots for every block, from its statistics divided by ``correction`` ``[K]``."""
     unit = torch.where(stack.scale > 0, stack.scale, 1)
     p = root_exponent(group["order"], len(stack.S))
     for S_i, A_i in zip(stack.S, stack.A, strict=True):
         A_i.copy_(inverse_root(S_i, unit, correction, p=p, eps=group["eps"], damping=group["damping"]))
     # Under relative damping a block without statistics has no scale yet; see precondition().
     stack.root_scale.copy_(stack.scale if group["damping"] == "relative" else unit)
+
+
+def bias_correction(stack: Stack, group: Group, steps: dict[Tensor, int]) -> Tensor:
+    """``[K]``: 1 - betas[1]^t after t updates of the block's parameter, or 1 for a sum."""
+    beta2 = group["betas"][1]
+    corrections = [
+        1 - beta2 ** steps[p] if group["statistics"] == "ema" else 1.0
+        for p, rows in stack.rows.items()
+        for _ in range(rows.start, rows.stop)
+    ]
+    return torch.tensor(corrections, dtype=stack.scale.dtype, device=stack.scale.device)
 
 
 def precondition(stack: Stack, order: float) -> Tensor:

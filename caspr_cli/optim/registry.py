@@ -84,6 +84,7 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
 
 BUILDERS: dict[str, Builder] = {
     "caspr": _family(CASPR),
+    "caspr_paper": _family(CASPR),
     "shampoo": _family(Shampoo),
     "full_adagrad": _family(FullAdagrad),
     "adamw": _adamw,

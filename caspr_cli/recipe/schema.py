@@ -27,6 +27,7 @@ class Target:
 
     metric: str = "val/loss"
     value: float | None = None
+    higher_is_better: bool = False
 
 
 @dataclass
@@ -131,6 +132,12 @@ class CasprConf(ShampooConf):
 
 
 @dataclass
+class CasprPaperConf(CasprConf):
+    name: str = "caspr_paper"
+    precondition: Precondition = Precondition.gradient
+
+
+@dataclass
 class FullAdagradConf(KroneckerConf):
     name: str = "full_adagrad"
 
@@ -173,14 +180,14 @@ class SoapConf(AdamWConf):
 # ---- the rest of a run -------------------------------------------------------------------------------------------
 
 
-class Precision(Enum):
-    """Of the model; statistics and roots of the optimizer keep their own."""
+# Of the model; statistics and roots of the optimizer keep their own.
+Precision = Enum("Precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 
-    fp32 = "32-true"
-    bf16_mixed = "bf16-mixed"
-    fp16_mixed = "16-mixed"
-    bf16_true = "bf16-true"
-    fp64 = "64-true"
+
+class Accelerator(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
 
 
 class Decay(Enum):
@@ -208,9 +215,9 @@ class ScheduleConf:
 class TrainerConf:
     """How the run is carried out."""
 
-    accelerator: str = "auto"  # auto | cpu | gpu
+    accelerator: Accelerator = Accelerator.auto
     devices: int = 1  # processes, one device each
-    precision: Precision = Precision.fp32
+    precision: Precision = Precision["32-true"]
     max_steps: int = 400  # optimizer steps
     val_every: int = 100  # steps between two validations; each also writes a checkpoint
     log_every: int = 10  # steps between two points of the training curves
@@ -238,6 +245,7 @@ TASKS: dict[str, type[TaskConf]] = {"c4_lm": C4LMConf}
 
 OPTIMIZERS: dict[str, type[OptimConf]] = {
     "caspr": CasprConf,
+    "caspr_paper": CasprPaperConf,
     "shampoo": ShampooConf,
     "full_adagrad": FullAdagradConf,
     "adamw": AdamWConf,

@@ -1,0 +1,163 @@
+"""``caspr-train``: compose a recipe, run it, say what came of it. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from caspr_cli import __version__
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.errors import ConfigError, explain, nearest
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import summary
+from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, Outcome, plan, run
+from caspr_cli.runs.record import Record, RecordBusyError
+
+# Hydra's own flags; those with a value take the next word.
+FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
+         "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version", "--hydra-help"}  # fmt: skip
+WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name"}
+
+HELP = """\
+caspr-train {version}: train a task with an optimizer, and keep a record of it
+
+  caspr-train task=c4_lm optim=caspr                       one run
+  caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep, one process group a job
+  caspr-train scale=paper task.data=files task.root=DIR    the paper's size, on your C4 shards
+
+tasks
+{tasks}
+optimizers
+{optimizers}
+scales
+{scales}
+keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
+         trainer.max_steps trainer.devices trainer.precision optim.lr schedule.name seed resume output_dir
+flags    -m sweep    --cfg job print the recipe    debug=fast 20 steps    -sc install=bash tab completion
+exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130 interrupted   143 terminated
+see      tensorboard --logdir outputs
+"""
+
+
+@dataclass
+class Session:
+    """What the jobs of one command line came to."""
+
+    command: list[str]
+    outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def job(self, config: DictConfig) -> None:
+        """Called by Hydra for each job. Never raises: one job's end is no other's."""
+        sweep = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+        name = HydraConfig.get().job.override_dirname.replace(",", " ") if sweep else ""
+        if self.outcomes and self.outcomes[-1][1].exit_code in (INTERRUPTED, TERMINATED):
+            return  # the sweep was told to stop
+        try:
+            recipe = compose.freeze(config)
+            if sweep:
+                say(f"\njob {len(self.outcomes) + len(self.refused) + 1}: {name}")
+            self.outcomes.append((name, self.run(recipe)))
+        except (ConfigError, RecordBusyError) as error:
+            self.refused.append(f"{name}: {error}" if sweep else str(error))
+            complain(str(error))
+
+    def run(self, recipe: Recipe) -> Outcome:
+        record = Record.of(recipe)
+        todo = {"new": "new", "continue": "continues", "skip": "done", "failed": "failed before"}[plan(recipe, record)]
+        say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} "
+            f"scale={recipe.scale} seed={recipe.seed}")  # fmt: skip
+        say(f"record   {record.path} ({todo})")
+        outcome = run(recipe, self.command)
+        for line in summary.footer(outcome, recipe):
+            say(line)
+        return outcome
+
+    def exit_code(self) -> int:
+        codes = [outcome.exit_code for _, outcome in self.outcomes] + [BAD_USAGE] * len(self.refused)
+        if len(codes) == 1:
+            return codes[0]
+        say("")
+        for line in summary.table(self.outcomes) if self.outcomes else []:
+            say(line)
+        stopped = [c for c in codes if c in (INTERRUPTED, TERMINATED)]
+        if stopped:
+            return stopped[0]
+        return SOME_FAILED if any(codes) else OK
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def complain(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def arrange(argv: list[str]) -> list[str]:
+    """Flags first: argparse refuses overrides on both sides of a flag.
+
+    Raises:
+        ConfigError: an unknown flag.
+    """
+    flags, overrides, words = [], [], iter(argv)
+    for word in words:
+        if word.startswith("-") and not word.startswith("~"):
+            if word.split("=")[0] not in FLAGS:
+                raise ConfigError(f"{word} is not a flag.{nearest(word, FLAGS)} (caspr-train --help)")
+            flags.append(word)
+            if word in WITH_VALUE or word in ("-sc", "--shell-completion", "-i", "--info"):
+                value = next(words, None)
+                flags += [] if value is None else [value]
+        else:
+            overrides.append(word)
+    return flags + overrides
+
+
+def usage() -> str:
+    def listing(group: str) -> str:
+        return "\n".join(f"  {name:<14} {about}" for name, about in compose.choices(group).items())
+
+    return HELP.format(version=__version__, tasks=listing("task"), optimizers=listing("optim"), scales=listing("scale"))
+
+
+def main() -> int:
+    """Console script. Returns the exit code."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print(usage(), end="")
+        return OK
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
+    compose.register_schemas()
+    session = Session(["caspr-train", *argv])
+    decorated: Any = hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
+    try:
+        sys.argv[1:] = arrange(argv)
+        decorated(session.job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        complain(explain(error, default_keys(), argv))
+        return BAD_USAGE
+    except ConfigError as error:
+        complain(str(error))
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return session.exit_code() if session.outcomes or session.refused else OK
+
+
+def default_keys() -> DictConfig | None:
+    """The recipe without overrides, to find the key that was meant."""
+    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return hydra.compose("train")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

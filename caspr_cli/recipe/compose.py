@@ -1,0 +1,115 @@
+"""From Hydra's config to a :class:`Recipe`, and back from the file in a record. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, OptimConf, Recipe, TaskConf
+
+# Beside the package in a checkout, inside it in a wheel.
+PACKAGE = Path(__file__).resolve().parent.parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+# What does not change the numbers of a run, or is in the record's path already.
+NOT_IN_THE_NAME = ("seed", "resume", "output_dir")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra as ``/schema``, ``/schema/task`` and ``/schema/optim``."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="recipe", node=Recipe, package="_global_")
+    for task, task_conf in TASKS.items():
+        store.store(group="schema/task", name=task, node=task_conf)
+    for optimizer, optim_conf in OPTIMIZERS.items():
+        store.store(group="schema/optim", name=optimizer, node=optim_conf)
+
+
+def choices(group: str) -> dict[str, str]:
+    """The files of a config group and the first comment in each, for ``--help``."""
+    found = {}
+    for file in sorted((CONF / group).glob("*.yaml")):
+        lines = file.read_text(encoding="utf8").splitlines()
+        comments = (line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line)
+        found[file.stem] = next(comments, "")
+    return found
+
+
+def freeze(config: DictConfig) -> Recipe:
+    """The checked recipe.
+
+    Raises:
+        ConfigError: a value is missing or out of range.
+    """
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
+    recipe = _build(cast(dict[str, Any], plain))
+    _check(recipe)
+    return recipe
+
+
+def _build(plain: dict[str, Any]) -> Recipe:
+    """Typed from plain values; ``task`` and ``optim`` get the type that their name asks for."""
+    # merged on its own: Recipe.task is declared as what all tasks share
+    rest = {k: v for k, v in plain.items() if k not in ("task", "optim")}
+    merged = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
+    merged.task = OmegaConf.merge(OmegaConf.structured(TASKS[plain["task"]["name"]]), plain["task"])
+    merged.optim = OmegaConf.merge(OmegaConf.structured(OPTIMIZERS[plain["optim"]["name"]]), plain["optim"])
+    return cast(Recipe, OmegaConf.to_object(merged))
+
+
+def _check(recipe: Recipe) -> None:
+    """What types alone cannot say."""
+    trainer, schedule = recipe.trainer, recipe.schedule
+    for name in ("devices", "max_steps", "val_every", "log_every", "accumulate"):
+        if getattr(trainer, name) < 1:
+            raise ConfigError(f"trainer.{name} should be at least 1 but is {getattr(trainer, name)}")
+    if trainer.clip_norm is not None and not trainer.clip_norm > 0:
+        raise ConfigError(f"trainer.clip_norm should be > 0, or null for no clipping, but is {trainer.clip_norm}")
+    for name in ("warmup", "decay"):
+        if not 0 <= getattr(schedule, name) <= 1:
+            raise ConfigError(f"schedule.{name} is a fraction of the run, 0 to 1, but is {getattr(schedule, name)}")
+    if schedule.warmup + schedule.decay > 1 + 1e-9:
+        raise ConfigError(
+            f"schedule.warmup + schedule.decay should be at most 1 but is {schedule.warmup + schedule.decay:g}"
+        )
+    parts = trainer.devices * trainer.accumulate
+    if recipe.task.batch_size < 1 or recipe.task.batch_size % parts:
+        raise ConfigError(
+            f"task.batch_size should be a multiple of trainer.devices x trainer.accumulate = {parts} "
+            f"but is {recipe.task.batch_size}"
+        )
+    if not recipe.optim.lr >= 0:
+        raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """Builtin types alone, enums by name: what is written to ``config.yaml``."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True, enum_to_str=True))
+
+
+def save(recipe: Recipe) -> str:
+    """The text of ``config.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe)))
+
+
+def load(path: Path) -> Recipe:
+    """Read a ``config.yaml`` back. Values only: nothing in it is ever imported or called."""
+    return _build(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+
+
+def identity(recipe: Recipe) -> str:
+    """Eight hex digits that name the recipe, whatever its seed and wherever its record is."""
+    plain = {k: v for k, v in to_plain(recipe).items() if k not in NOT_IN_THE_NAME}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def options(conf: TaskConf | OptimConf) -> dict[str, Any]:
+    """The fields of a config as keyword arguments: no name, enums as strings."""
+    return {k: v.name if isinstance(v, Enum) else v for k, v in vars(conf).items() if k != "name"}

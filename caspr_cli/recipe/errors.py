@@ -1,0 +1,82 @@
+"""What a user got wrong, in one to three lines that name the key and the nearest valid choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(Exception):
+    """A recipe that cannot be run; the message is for the user."""
+
+
+def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """`` Did you mean X?``, or nothing."""
+    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{match[0]}?" if match else ""
+
+
+def explain(error: BaseException, keys: DictConfig | None, argv: list[str]) -> str:
+    """The user's mistake behind an exception of Hydra or OmegaConf.
+
+    Args:
+        keys: the composed default config, for suggestions.
+        argv: the overrides as typed.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    text = "\n".join(str(e) for e in chain)
+    for e in chain:
+        if isinstance(e, MissingConfigException) and e.options is not None:
+            return _unknown_choice(e)
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]} is a sweep: add -m to run one job for each value"
+    if match := re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text):
+        return _unknown_key(match[1].split("@")[0], keys)
+    for e in chain:
+        if isinstance(e, OmegaConfBaseException) and e.full_key:
+            return _bad_value(e, keys, argv)
+    return str(chain[0]).split("\nSet the environment variable")[0].strip()
+
+
+def _unknown_choice(e: MissingConfigException) -> str:
+    group, _, name = (e.missing_cfg_file or "").rpartition("/")
+    options = [o for o in e.options or [] if "/" not in o]
+    listed = ", ".join(options)
+    if "/" in group:  # scale/<task>/<scale>: this task has no such size
+        return f"{group.split('/')[0]}={name} is not defined for {group.split('/')[1]} (it has: {listed})"
+    return f"{group}={name}: no such choice.{nearest(name, options, f'{group}=')} (choices: {listed})"
+
+
+def _unknown_key(key: str, keys: DictConfig | None) -> str:
+    *path, name = key.split(".")
+    node = keys
+    for part in path:
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    names = [str(k) for k in node if k != "hydra"] if isinstance(node, DictConfig) else []
+    where = ".".join(path)
+    prefix = f"{where}." if where else ""
+    owner = f"{where}={node.get('name')}" if where in ("optim", "task") and isinstance(node, DictConfig) else where
+    what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
+    hint = f"caspr-train --cfg job{f' --package {path[0]}' if path else ''}"
+    return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
+
+
+def _bad_value(e: OmegaConfBaseException, keys: DictConfig | None, argv: list[str]) -> str:
+    key, message = str(e.full_key), str(e.msg or e).splitlines()[0]
+    if re.search(r"Key '.*' (is )?not in", message):
+        return _unknown_key(key, keys)
+    if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
+        kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
+        return f"{key} should be {kind} but is '{match[1]}'"
+    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
+        choices = match[2].split(", ")
+        return f"{key} should be one of {match[2]} but is '{match[1]}'.{nearest(match[1], choices, f'{key}=')}"
+    typed = next((a for a in argv if a.lstrip("+~").startswith(f"{key}=")), key)
+    return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,84 @@
+"""The last lines of a run, from its record alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs.launch import Outcome
+from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record
+
+
+def footer(outcome: Outcome, recipe: Recipe) -> list[str]:
+    """What came of it, where it is, what to do next."""
+    record, status = outcome.record, outcome.record.status
+    state = status.get("state")
+    if state == DONE:
+        return [*_results(record.result, ran=outcome.ran), f"record   {record.path}", *_next(recipe)]
+    if state == FAILED:
+        again = "add resume=retry to run it again" if not outcome.ran else f"log      {record.log}"
+        return [f"failed   {status.get('error')}", again, f"record   {record.path}"]
+    if state == PREEMPTED:
+        saved = f"saved at step {_last_step(record)}" if record.last.exists() else "stopped before the first step"
+        return [f"{saved}; the same command continues", f"record   {record.path}"]
+    return [f"record   {record.path}"]
+
+
+def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
+    first = "done     " if ran else "skipped  this run is done already (resume=never runs it anew): "
+    metric = result["target"]["metric"]
+    lines = [
+        f"{first}{_time(result['seconds'])} of training, {result['steps']} steps",
+        f"result   {metric} {_value(result['final'], metric)} at the end, best {_value(result['best'], metric)} "
+        f"at step {result['best'].get('step')}; "
+        + "  ".join(f"{name} {value:.4f}" for name, value in result["test"].items()),
+    ]
+    target = result["target"]
+    if target["value"] is not None:
+        reached = "not reached" if target["step"] is None else f"reached at step {target['step']}"
+        after = "" if target["step"] is None else f", after {_time(target['seconds'])}"
+        lines.append(f"target   {metric} {target['value']:g}: {reached}{after}")
+    total = sum(result["optimizer_seconds"].values())
+    parts = ", ".join(f"{k} {100 * v / result['seconds']:.1f}" for k, v in result["optimizer_seconds"].items() if v)
+    lines.append(
+        f"optim    {100 * total / result['seconds']:.1f} % of the time ({parts}); "
+        f"state {result['optimizer_state_bytes'] / 1e6:.1f} MB"
+    )
+    return lines
+
+
+def _next(recipe: Recipe) -> list[str]:
+    task = f"task={recipe.task.name}"
+    return [
+        f"next     tensorboard --logdir {recipe.output_dir}",
+        f"         caspr-train -m {task} optim=caspr,shampoo,adamw seed=0,1,2",
+    ]
+
+
+def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
+    """One line a job of a sweep."""
+    lines = []
+    width = max(len(name) for name, _ in outcomes)
+    for name, outcome in outcomes:
+        status, result = outcome.record.status, outcome.record.result
+        state = status.get("state", "?")
+        if state == DONE:
+            metric = result["target"]["metric"]
+            what = f"{metric} {_value(result['final'], metric)}  {_time(result['seconds'])}"
+        else:
+            what = str(status.get("error") or "")
+        lines.append(f"{name:<{width}}  {state if outcome.ran else f'{state} before'}  {what}  {outcome.record.path}")
+    return lines
+
+
+def _value(scores: dict[str, Any], metric: str) -> str:
+    return f"{scores[metric]:.4f}" if metric in scores else "-"
+
+
+def _last_step(record: Record) -> str:
+    return str(record.status.get("step", "?"))
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

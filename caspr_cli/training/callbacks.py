@@ -1,0 +1,220 @@
+"""What happens around the steps: curves, checkpoints, and an orderly end on a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.probe import diagnose
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs.record import Record
+from caspr_cli.training.module import TrainingModule
+from caspr_cli.training.progress import Progress
+from caspr_cli.training.recorder import Recorder
+from caspr_cli.training.timing import Clock, PhaseTimer
+
+QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
+
+
+class Curves(Callback):
+    """Training and validation curves, the best value, and when the target was reached.
+
+    Args:
+        recorder, progress: None on all ranks but the first.
+    """
+
+    def __init__(self, recipe: Recipe, recorder: Recorder | None, progress: Progress | None) -> None:
+        self.recipe, self.recorder, self.progress = recipe, recorder, progress
+        self.clock = Clock()  # training alone
+        self.losses: list[torch.Tensor] = []  # of the steps since the last point of the curve
+        self.units = 0
+        self.mark = (0, 0.0)  # step and seconds of that point
+        self.best: dict[str, Any] = {}
+        self.target: dict[str, Any] = {"step": None, "seconds": None}
+        self.validated = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "seconds": self.clock.seconds,
+            "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0, dtype=torch.float64),
+            "units": self.units,
+            "mark": self.mark,
+            "best": self.best,
+            "target": self.target,
+            "validated": self.validated,
+            "phases": self._timer.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = Clock(state["seconds"])
+        self.losses = list(state["losses"])
+        self.units, self.mark = state["units"], tuple(state["mark"])
+        self.best, self.target, self.validated = state["best"], state["target"], state["validated"]
+        self._phases = state["phases"]
+
+    _phases: dict[str, float] | None = None
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._timer = cast(TrainingModule, module).timer = PhaseTimer(module.device, self._phases)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        if isinstance(optimizer, KroneckerOptimizer):
+            optimizer.phase = self._timer
+        self.clock.start()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        next_step = trainer.global_step + 1
+        cast(TrainingModule, module).measure_update = (
+            next_step % self.recipe.trainer.log_every == 0 and self.recorder is not None
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module = cast(TrainingModule, module)
+        self.units += module.task.units(batch) * trainer.world_size
+        if (batch_idx + 1) % self.recipe.trainer.accumulate:
+            return
+        self.losses.append(module.last["loss"])
+        if trainer.global_step % self.recipe.trainer.log_every == 0:
+            self._point(trainer, module)
+
+    def _point(self, trainer: Trainer, module: TrainingModule) -> None:
+        """One point of the training curves: the only place where the device is waited for."""
+        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
+        step, seconds = trainer.global_step, self.clock.seconds
+        a_step = (seconds - self.mark[1]) / (step - self.mark[0])
+        values = {
+            "train/loss": loss,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "norm/gradient": float(module.last["grad_norm"]),
+            "time/step_ms": 1000 * a_step,
+            f"time/{module.task.unit}_per_second": self.units / (seconds - self.mark[1]),
+        }
+        if "update_norm" in module.last:
+            values["norm/update"] = float(module.last["update_norm"])
+            values["norm/update_over_weights"] = values["norm/update"] / float(module.last["weight_norm"])
+        if self.recorder:
+            self.recorder.scalars(step, values)
+        if self.progress:
+            self.progress.train(step, loss, values["lr"], a_step, self.units / (seconds - self.mark[1]))
+        self.losses, self.units, self.mark = [], 0, (step, seconds)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(f"the training loss is {loss} at step {step}: lower optim.lr or raise optim.eps")
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        module = cast(TrainingModule, module)
+        step, scores = trainer.global_step, module.scores["val"]
+        self.validated = step
+        metric = self.recipe.task.target.metric
+        if metric in scores and (not self.best or self._better(scores[metric], self.best[metric])):
+            self.best = {"step": step, **scores}
+        wanted, note = self.recipe.task.target.value, ""
+        if wanted is not None and self.target["step"] is None and not self._better(wanted, scores[metric]):
+            self.target = {"step": step, "seconds": self.clock.seconds}
+            note = f"  target {wanted:g} reached"
+        values = scores | self._diagnostics(trainer)
+        if self.recorder:
+            self.recorder.scalars(step, values)
+            self.recorder.flush()
+        if self.progress:
+            self.progress.validation(step, scores, note)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.clock.start()
+
+    def _better(self, a: float, b: float) -> bool:
+        return a > b if self.recipe.task.target.higher_is_better else a < b
+
+    def _diagnostics(self, trainer: Trainer) -> dict[str, float]:
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        if self.recorder is None or not isinstance(optimizer, KroneckerOptimizer):
+            return {}
+        values = {}
+        for name, x in diagnose(optimizer).items():
+            cuts = torch.quantile(x, torch.tensor(list(QUANTILES.values()), dtype=x.dtype, device=x.device))
+            values |= {f"optim/{name}/{q}": v for q, v in zip(QUANTILES, cuts.tolist(), strict=True)}
+            values[f"optim/{name}/max"] = float(x.max())
+        return values
+
+
+class Checkpoints(Callback):
+    """``last.ckpt`` at each validation, ``best.ckpt`` beside it: written whole, then renamed. Added after Curves."""
+
+    def __init__(self, record: Record, curves: Curves) -> None:
+        self.record, self.curves = record, curves
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """On all ranks."""
+        temporary = self.record.checkpoints / ".writing.ckpt"
+        self.record.checkpoints.mkdir(exist_ok=True)
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            _flush_to_disk(temporary)
+            if self.curves.best.get("step") == trainer.global_step:
+                _link(temporary, self.record.best)
+            os.replace(temporary, self.record.last)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Every checkpoint lies between two steps, and says so.
+
+        Inside the callbacks in which a checkpoint is written Lightning counts the batch as begun but not completed,
+        and on resuming would count it again: validations would come a batch late from there on.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, counts["ready"]))
+
+
+class StopOnSignal(Callback):
+    """SIGTERM or SIGINT, or a launcher that is gone: finish the step, save, end."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.stopped = False
+        self._parent = os.getppid()
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps:
+            return
+        asked = self._asked or os.getppid() != self._parent
+        # One rank may have been told a step before the other; they stop together.
+        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+            self.stopped = trainer.should_stop = True
+            self.checkpoints.save(trainer)
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same file, put in place at once."""
+    temporary = target.with_name(f".{target.name}")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, target)

@@ -1,0 +1,87 @@
+"""Batches as a pure function of (seed, step): the same whatever the number of ranks, and wherever a run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from caspr_cli.recipe.schema import Recipe
+from tasks.base import DataError, Task
+
+
+class StepSampler:
+    """Endless batches of indices for one rank, from a given optimizer step on.
+
+    The global batch of step s is the same set for every ``world`` and ``accumulate``. Each epoch is a permutation
+    drawn from (seed, epoch) alone; the last incomplete batch of an epoch is left out. It has no length: the number
+    of steps ends a run, and a resumed one has no epoch to be in the middle of.
+    """
+
+    def __init__(
+        self, size: int, batch: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1
+    ) -> None:
+        if size < batch:
+            raise DataError(f"task.batch_size={batch} is more than the {size} samples of the training split")
+        self.size, self.batch, self.seed, self.start = size, batch, seed, start
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step, steps_an_epoch = self.start, self.size // self.batch
+        epoch, order = -1, torch.empty(0)
+        while True:
+            if step // steps_an_epoch != epoch:
+                epoch = step // steps_an_epoch
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                order = torch.randperm(self.size, generator=generator)
+            at = step % steps_an_epoch * self.batch
+            parts = order[at : at + self.batch].view(self.accumulate, self.world, -1)
+            for part in parts[:, self.rank]:
+                yield part.tolist()
+            step += 1
+
+
+def mix(*words: int) -> int:
+    """One seed from several numbers, by splitmix64's finisher: neighbours give unrelated streams."""
+    mask, state = (1 << 64) - 1, 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1  # torch takes 63 bits
+
+
+class TaskData(LightningDataModule):
+    """The splits of a task as loaders for this rank."""
+
+    def __init__(self, task: Task, recipe: Recipe, *, start: int, rank: int, world: int) -> None:
+        super().__init__()
+        self.task, self.recipe, self.start, self.rank, self.world = task, recipe, start, rank, world
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset = self.task.dataset("train")
+        sampler = StepSampler(
+            len(cast(Any, dataset)),
+            self.recipe.task.batch_size,
+            seed=self.recipe.seed,
+            start=self.start,
+            rank=self.rank,
+            world=self.world,
+            accumulate=self.recipe.trainer.accumulate,
+        )
+        return DataLoader(dataset, batch_sampler=cast(Any, sampler))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._in_order(self.task.dataset("validation"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._in_order(self.task.dataset("test"))
+
+    def _in_order(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """This rank's share, each sample once: ranks may have one more or less, nothing is repeated to fill up."""
+        share = list(range(self.rank, len(cast(Any, dataset)), self.world))
+        return DataLoader(torch.utils.data.Subset(dataset, share), batch_size=self.recipe.task.batch_size)

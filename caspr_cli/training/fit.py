@@ -1,0 +1,191 @@
+"""One run from start to result, in this process (one rank)."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import warnings
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+import tasks
+from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs.record import Record
+from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal
+from caspr_cli.training.data import TaskData
+from caspr_cli.training.module import TrainingModule
+from caspr_cli.training.progress import Progress
+from caspr_cli.training.recorder import Recorder
+
+
+def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
+    """Train, validate and test; continue from the record's last checkpoint if there is one.
+
+    Returns:
+        What belongs into ``result.json``, or None when a signal ended the run early (it is saved).
+    """
+    _silence()
+    task = tasks.load(recipe.task, recipe.seed)
+    progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
+    if progress:
+        _show_log(progress)
+    task.prepare()  # safe on all ranks at once
+    start = _steps_done(record)
+    torch.manual_seed(recipe.seed)
+    module = TrainingModule(task, task.model(), recipe)
+    data = TaskData(task, recipe, start=start, rank=rank, world=world)
+    recorder = Recorder(record, start) if rank == 0 else None
+    curves = Curves(recipe, recorder, progress)
+    checkpoints = Checkpoints(record, curves)
+    stop = StopOnSignal(checkpoints)
+    trainer = _trainer(recipe, record, [curves, checkpoints, stop], world)
+    if recorder and progress:
+        record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
+        recorder.hyperparameters(recipe, ["val/loss", "test/loss"])
+        for line in _header(recipe, task, module, trainer, world):
+            progress.say(line)
+        with progress:
+            _train(trainer, module, data, record, start)
+    else:
+        _train(trainer, module, data, record, start)
+    if stop.stopped:
+        if recorder:
+            recorder.close()
+        return None
+    if curves.validated != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+    final = module.scores["val"]
+    trainer.test(module, data, verbose=False)
+    if recorder is None:
+        return None
+    recorder.scalars(trainer.global_step, module.scores["test"])
+    recorder.close()
+    return _result(recipe, module, trainer, curves, final)
+
+
+def _train(trainer: Trainer, module: TrainingModule, data: TaskData, record: Record, start: int) -> None:
+    trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
+
+
+def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -> Trainer:
+    conf = recipe.trainer
+    # Buffers (rotary tables, and running means from each rank's own batches) are not sent at every step: in
+    # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
+    strategy: Any = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
+    return Trainer(
+        accelerator=conf.accelerator.name,
+        devices=world if world > 1 else 1,
+        strategy=strategy,
+        precision=conf.precision.name,  # type: ignore[arg-type]
+        max_steps=conf.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=conf.accumulate,
+        val_check_interval=conf.val_every * conf.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(record.path),
+    )
+
+
+def _steps_done(record: Record) -> int:
+    """Steps in the last checkpoint, 0 if there is none."""
+    if not record.last.exists():
+        return 0
+    steps: int = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return steps
+
+
+def _silence() -> None:
+    """Lightning's advice is for those who call it; its loggers answer only after it was imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=r".*(isinstance\(treespec, LeafSpec\)|srun).*")
+
+
+def _show_log(progress: Progress) -> None:
+    """Lines that tasks log ("training the tokenizer ...") go to the screen."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.say(record.getMessage())
+
+    logger = logging.getLogger("caspr")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [Lines()]
+
+
+def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer, world: int) -> list[str]:
+    data = task.describe_data()
+    size = ", ".join(f"{s} {v.get(task.unit, v.get('samples', 0)):,}" for s, v in data["splits"].items())
+    parameters = sum(p.numel() for p in module.model.parameters())
+    chosen = task.preconditioned(module.model)
+    matrices = sum(p.numel() for n, p in module.model.named_parameters() if n in chosen)
+    device = trainer.strategy.root_device.type
+    threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
+    optimizer = module.configure_optimizers()["optimizer"]
+    lines = [
+        f"data     {data['name']} ({data['source']}): {task.unit} {size}",
+        f"model    {parameters:,} parameters, {matrices:,} of them in {len(chosen)} matrices to precondition",
+        f"run      {recipe.trainer.max_steps} steps of {recipe.task.batch_size} samples on {world} {device}"
+        f" process{'es' if world > 1 else ''}{threads}",
+    ]
+    if isinstance(optimizer, KroneckerOptimizer):
+        flops = step_flops(optimizer)
+        training = task.train_flops(module.model)
+        blocks = sum(count for *_, count in blocks_of(optimizer))
+        lines.append(
+            f"optim    {blocks} blocks; predicted {100 * sum(flops.values()) / (training + sum(flops.values())):.0f} % "
+            f"of the step: "
+            + ", ".join(f"{k} {100 * v / (training + sum(flops.values())):.0f}" for k, v in flops.items())
+        )
+    return lines
+
+
+def _where(trainer: Trainer, task: Any, world: int) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "data": task.describe_data(),
+        "device": {"type": device.type, "name": name, "processes": world, "threads": torch.get_num_threads()},
+    }
+
+
+def _result(
+    recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves, final: dict[str, float]
+) -> dict[str, Any]:
+    optimizer = trainer.optimizers[0]
+    phases = module.timer.seconds
+    parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply")}
+    chosen = module.task.preconditioned(module.model)
+    sizes = {n: p.numel() for n, p in module.model.named_parameters()}
+    cuda = torch.cuda.is_available() and module.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "task": recipe.task.name,
+        "optim": recipe.optim.name,
+        "scale": recipe.scale,
+        "seed": recipe.seed,
+        "steps": trainer.global_step,
+        "seconds": curves.clock.seconds,
+        "final": final,
+        "best": curves.best,
+        "test": module.scores["test"],
+        "target": {"metric": recipe.task.target.metric, "value": recipe.task.target.value, **curves.target},
+        "optimizer_seconds": parts | {"other": phases.get("step", 0.0) - sum(parts.values())},
+        "parameters": sum(sizes.values()),
+        "preconditioned_parameters": sum(sizes[n] for n in chosen),
+        "optimizer_state_bytes": state_bytes(optimizer.state),
+        "peak_memory_bytes": peak,
+    }

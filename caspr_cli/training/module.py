@@ -1,0 +1,110 @@
+"""The LightningModule: a task, its model and an optimizer, and nothing that knows where numbers are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from caspr_cli.optim.registry import build
+from caspr_cli.recipe.compose import options
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.training.data import mix
+from caspr_cli.training.schedule import factor
+from caspr_cli.training.timing import PhaseTimer
+from tasks.base import Task
+
+
+def param_groups(task: Task, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Three groups, the same for every optimizer: preconditioned, other matrices, vectors (which never decay)."""
+    chosen = task.preconditioned(model)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if n in chosen], "precondition": True},
+        {"params": [p for n, p in named if n not in chosen and p.ndim >= 2], "precondition": False},
+        {
+            "params": [p for n, p in named if n not in chosen and p.ndim < 2],
+            "precondition": False,
+            "weight_decay": 0.0,
+        },
+    ]
+
+
+class TrainingModule(LightningModule):
+    """Training, validation and test steps of a task.
+
+    After each optimizer step, ``last`` holds tensors that cost nothing unless they are read: the loss of the step's
+    batch, the norm of the gradient, and, where ``measure_update`` was set before it, the norm of the change.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.task, self.model, self.recipe = task, model, recipe
+        self.metrics = nn.ModuleDict({"val": task.metrics(), "test": task.metrics()})
+        if recipe.trainer.compile:
+            model.compile()
+        self.timer = PhaseTimer(torch.device("cpu"))
+        self.measure_update = False
+        self.last: dict[str, Tensor] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        conf = self.recipe.optim
+        settings = options(conf)
+        if "betas" in settings:
+            settings["betas"] = tuple(settings["betas"])
+        optimizer = build(conf.name, param_groups(self.task, self.model, conf.weight_decay), settings)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        # Dropout and the like are a function of (seed, step, part, rank): there is no random state to save.
+        part = batch_idx % self.recipe.trainer.accumulate
+        torch.manual_seed(mix(self.recipe.seed, self.global_step, part, self.global_rank))
+        loss = self.task.loss(self.model, batch)
+        share = loss.detach().double() / self.recipe.trainer.accumulate
+        self.last["loss"] = share if part == 0 else self.last["loss"] + share
+        return loss
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        limit = self.recipe.trainer.clip_norm
+        self.last["grad_norm"] = nn.utils.clip_grad_norm_(
+            self.model.parameters(), float("inf") if limit is None else limit
+        )
+        # The last thing before the optimizer's own work.
+        self.timer.start("step")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        before = [p.detach().clone() for p in self.model.parameters()] if self.measure_update else None
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.timer.stop("step")
+        if before is not None:
+            parameters = [p.detach() for p in self.model.parameters()]
+            changes = torch._foreach_norm(torch._foreach_sub(parameters, before))
+            self.last["update_norm"] = torch.stack(changes).norm()
+            self.last["weight_norm"] = torch.stack(torch._foreach_norm(parameters)).norm()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.task.evaluate(self.model, batch, self.metrics["val"])
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.task.evaluate(self.model, batch, self.metrics["test"])
+
+    def on_validation_epoch_end(self) -> None:
+        self._score("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._score("test")
+
+    def _score(self, split: str) -> None:
+        """Over all ranks: the metric adds up its states before it computes."""
+        metric = self.metrics[split]
+        self.scores[split] = {f"{split}/{name}": float(value) for name, value in metric.compute().items()}
+        metric.reset()

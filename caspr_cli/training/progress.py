@@ -1,0 +1,59 @@
+"""What a person sees of a run: one live line on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """Used by rank 0. As a context it owns the live line, which is gone when it ends."""
+
+    def __init__(self, max_steps: int, unit: str) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._max_steps, self._unit = max_steps, unit
+        self._live = (
+            Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        )
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, markup=False)
+
+    def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
+        """The live line; in a pipe, one line now and then."""
+        left = int(seconds_a_step * (self._max_steps - step))
+        line = (
+            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"{seconds_a_step * 1000:.0f} ms  {units_a_second:,.0f} {self._unit}/s  {left // 60}:{left % 60:02d} left"
+        )
+        if self._live:
+            done = int(24 * step / self._max_steps)
+            self._live.update(Text(f"{'━' * done}{'╺' if done < 24 else ''}{' ' * (23 - done)} {line}"), refresh=True)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def validation(self, step: int, scores: dict[str, float], note: str) -> None:
+        """A line that stays for each validation."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        self._last_line = time.monotonic()
+        self.say(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {shown}{note}")

@@ -1,0 +1,73 @@
+"""Where the time goes, without stopping the device to find out."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """A stopwatch that can be paused and carried over from an earlier process."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before, self._since = seconds, None  # type: float, float | None
+
+    def start(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._before + running
+
+
+class PhaseTimer:
+    """Seconds by phase. On CUDA, events are recorded now and read later, when nobody waits for them."""
+
+    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = defaultdict(float, seconds or {})
+        self._open: dict[str, float | torch.cuda.Event] = {}
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self, phase: str) -> None:
+        self._open[phase] = self._mark()
+
+    def stop(self, phase: str) -> None:
+        began, ended = self._open.pop(phase), self._mark()
+        if isinstance(began, float) and isinstance(ended, float):
+            self._seconds[phase] += ended - began
+        elif not isinstance(began, float) and not isinstance(ended, float):
+            self._pending.append((phase, began, ended))
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.start(phase)
+        try:
+            yield
+        finally:
+            self.stop(phase)
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """So far. On CUDA this waits for the last event."""
+        for phase, began, ended in self._pending:
+            ended.synchronize()
+            self._seconds[phase] += began.elapsed_time(ended) / 1000
+        self._pending.clear()
+        return dict(self._seconds)

@@ -1,0 +1,118 @@
+"""The token files as data sets of windows."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from caspr_cli.recipe.schema import C4LMConf, Source
+from tasks.base import DataError, Split
+from tasks.c4_lm.sources import documents
+from tasks.c4_lm.tokens import SPLITS, byte_lengths, token_files
+
+
+class Windows(Dataset[Tensor]):
+    """Consecutive windows of a token file.
+
+    Item ``i`` holds the tokens ``[i T, i T + T]``, both ends included: a LongTensor ``[T + 1]`` whose first ``T``
+    are inputs and whose last ``T`` are targets, so each token but the file's first is a target once. The
+    remainder that fills no window is dropped, in every split: at most ``T`` tokens go unused.
+
+    Args:
+        path: flat file of token ids, memory-mapped.
+        dtype: NumPy name of their type.
+        sequence: ``T``, in tokens.
+    """
+
+    def __init__(self, path: Path, dtype: str, sequence: int) -> None:
+        self._arguments = (path, dtype, sequence)
+        self._sequence = sequence
+        self._tokens = np.memmap(path, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._sequence
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = range(len(self))[index] * self._sequence  # IndexError beyond the end, which `for` relies on
+        window = self._tokens[start : start + self._sequence + 1]
+        return torch.from_numpy(window.astype(np.int64))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (
+            Windows,
+            self._arguments,
+        )  # spawned workers map the file themselves: a pickled map is a full copy
+
+
+class Corpus:
+    """The text of one recipe, as token files. Nothing is read or built before it is asked for."""
+
+    def __init__(self, conf: C4LMConf) -> None:
+        self._conf = conf
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where the token files are; builds them if need be, see :mod:`tasks.c4_lm.tokens`."""
+        return token_files(documents(self._conf), self._conf.vocab_size)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What ``meta.json`` says of them."""
+        meta: dict[str, Any] = json.loads((self.directory / "meta.json").read_text())
+        return meta
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of these files."""
+        return Tokenizer.from_file(str(self.directory / "tokenizer.json"))
+
+    def check(self) -> None:
+        """Raise :class:`DataError` unless each split has a window, and its file the size it was written with."""
+        width = np.dtype(self.meta["dtype"]).itemsize
+        for split in SPLITS:
+            path = self.directory / f"{split}.bin"
+            tokens = self.meta["splits"][split]["tokens"]
+            if not path.is_file() or path.stat().st_size != tokens * width:
+                raise DataError(f"{path}: damaged; delete {self.directory} and start again")
+            if tokens < self._conf.sequence + 1:
+                key = "train_documents" if split == "train" else "eval_documents"
+                raise DataError(
+                    f"task.sequence: a window of {self._conf.sequence} + 1 tokens does not fit the {tokens} tokens of "
+                    f"the {split} split; lower task.sequence or raise task.{key}"
+                )
+
+    def windows(self, split: Split) -> Windows:
+        """The data set of a split; raises as :meth:`check`."""
+        self.check()
+        return Windows(self.directory / f"{split}.bin", self.meta["dtype"], self._conf.sequence)
+
+    def byte_lengths(self) -> Tensor:
+        """UTF-8 bytes of each token id, LongTensor ``[vocab_size]``."""
+        return torch.tensor(byte_lengths(self.tokenizer, self._conf.vocab_size))
+
+    def describe(self) -> dict[str, Any]:
+        """Name, source, vocabulary, hash of the content, and documents, tokens and UTF-8 bytes of each split."""
+        sizes = {
+            split: {key: self.meta["splits"][split][key] for key in ("documents", "tokens", "bytes")}
+            for split in SPLITS
+        }
+        described = {
+            "name": self.meta["data"],
+            "source": self._conf.data.value,
+            "hash": self.meta["hash"],
+            "vocab_size": self.meta["vocabulary"],
+            "tokenizers": self.meta["tokenizers"],
+            "splits": sizes,
+        }
+        if self._conf.data is Source.sample:
+            described["python"] = python_version()
+        return described

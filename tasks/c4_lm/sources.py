@@ -1,0 +1,263 @@
+"""Where the text comes from: the standard library of the running Python, C4's shards on disk, or C4 on the hub.
+
+A source gives the documents of each split in a fixed order, and an *identity*: cheap strings that change when the
+documents may have changed, so that a second start need not read any of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import logging
+import os
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from platform import python_implementation, python_version
+from typing import Protocol
+
+from caspr_cli.recipe.schema import C4LMConf, Source
+from tasks.base import DataError, Split
+
+log = logging.getLogger("caspr")
+
+# Parts of the standard library that are no English of its own: tests, and what was installed beside it.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Paragraphs at least this long (characters) are kept where they come first and left out where they are repeated.
+LONG = 80
+
+
+class Documents(Protocol):
+    """The documents of a data set."""
+
+    name: str
+
+    def identity(self) -> list[str]:
+        """Strings that change whenever the documents may have changed. Reads no document."""
+
+    def split(self, split: Split) -> Iterator[str]:
+        """The documents of a split, in a fixed order."""
+
+
+def documents(conf: C4LMConf) -> Documents:
+    """The source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing."""
+    if conf.data is Source.files:
+        return Shards(conf)
+    if conf.data is Source.hub:
+        return Hub(conf)
+    return StandardLibrary(conf)
+
+
+def _limit(conf: C4LMConf, split: Split) -> int | None:
+    return conf.train_documents if split == "train" else conf.eval_documents
+
+
+def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[str]:
+    """Every second document: C4 has no test split, so its validation split serves as both."""
+    first = 0 if split == "validation" else 1
+    return islice(held_out, first, None if conf.eval_documents is None else 2 * conf.eval_documents, 2)
+
+
+# ---- sample: the standard library ------------------------------------------------------------------------------
+
+
+class StandardLibrary:
+    """The English of Python's standard library, read in place: one document a help topic, one a module.
+
+    A module's document is its docstrings in the order of the source. Documents are dealt out 90 / 5 / 5 by a hash
+    of their names. Topics quote each other and modules have twins, so a long paragraph counts only where it comes
+    first: no long paragraph of one split is found in another.
+    """
+
+    name = "python-stdlib"
+
+    def __init__(self, conf: C4LMConf) -> None:
+        self._conf = conf
+
+    def identity(self) -> list[str]:
+        """Version of Python, and path, size and time of change of each file."""
+        root = stdlib_root()
+        stats = [(path.relative_to(root).as_posix(), path.stat()) for path in _python_files(root)]
+        files = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+        limits = f"{self._conf.train_documents} {self._conf.eval_documents}"
+        return [self.name, python_implementation(), python_version(), limits, *files]
+
+    def split(self, split: Split) -> Iterator[str]:
+        """See :class:`Documents`. The first call takes seconds: it parses the whole library."""
+        chosen = (text for name, text in self._documents.items() if split_of(name) == split)
+        return islice(chosen, _limit(self._conf, split))
+
+    @cached_property
+    def _documents(self) -> dict[str, str]:
+        root = stdlib_root()
+        log.info("reading the docstrings of %s", root)
+        found = {f"topic:{name}": text for name, text in sorted(stdlib_topics().items())}
+        for path in _python_files(root):
+            module = ".".join(path.relative_to(root).with_suffix("").parts)
+            found[f"module:{module}"] = docstrings(path.read_bytes())
+        return {name: text for name, text in _without_repeats(found) if text}
+
+
+def stdlib_root() -> Path:
+    """The directory of the standard library's sources."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_topics() -> dict[str, str]:
+    """The texts behind ``help("topics")``, by topic."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise _no_stdlib("the module pydoc_data.topics") from None
+    return topics
+
+
+def _python_files(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for directory, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in SKIPPED]
+        found += [Path(directory, name) for name in files if name.endswith(".py")]
+    if not found:
+        raise _no_stdlib(f"{root}/*.py")
+    return sorted(found)
+
+
+def _no_stdlib(missing: str) -> DataError:
+    return DataError(
+        f"task.data=sample: this Python comes without the sources of its standard library ({missing}); "
+        "take another Python, or task.data=files task.root=DIR with C4's shards"
+    )
+
+
+def split_of(name: str) -> Split:
+    """The split of a document of the sample, by its name alone."""
+    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "validation" if part < 0.05 else "test" if part < 0.10 else "train"
+
+
+def docstrings(source: bytes) -> str:
+    """All docstrings of a module in the order of its source; empty where it cannot be parsed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old modules hold escapes that newer parsers warn of
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return ""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # ast.walk goes level by level
+    text = "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
+
+
+def _without_repeats(documents: dict[str, str]) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for name, text in documents.items():
+        paragraphs = text.split("\n\n")
+        yield name, "\n\n".join(part for part in paragraphs if len(part) < LONG or part not in seen)
+        seen.update(paragraphs)
+
+
+# ---- files: C4's shards -----------------------------------------------------------------------------------------
+
+
+class Shards:
+    """C4 as it is published: gzipped files of one JSON object a line, its document in the field ``text``."""
+
+    name = "c4"
+
+    def __init__(self, conf: C4LMConf) -> None:
+        self._conf = conf
+        if conf.root is None:
+            raise DataError(
+                "task.root: task.data=files needs the directory of c4-train.*.json.gz and c4-validation.*.json.gz"
+            )
+        self._root = Path(conf.root).expanduser()
+        if not self._root.is_dir():
+            raise DataError(f"task.root: no such directory: {conf.root}")
+        self._train = self._shards("c4-train.*.json.gz")
+        self._held_out = self._shards("c4-validation.*.json.gz")
+
+    def _shards(self, pattern: str) -> list[Path]:
+        shards = sorted(self._root.glob(pattern))
+        if not shards:
+            raise DataError(f"task.root: no {pattern} in {self._conf.root}")
+        return shards
+
+    def identity(self) -> list[str]:
+        """Path, size and time of change of each shard, and how many documents are read."""
+        stats = [(path, path.stat()) for path in (*self._train, *self._held_out)]
+        files = [f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+        return [self.name, f"{self._conf.train_documents} {self._conf.eval_documents}", *files]
+
+    def split(self, split: Split) -> Iterator[str]:
+        """See :class:`Documents`."""
+        log.info("reading the %s documents in %s", split, self._root)
+        if split == "train":
+            return islice(_read_shards(self._train), self._conf.train_documents)
+        return _halve(_read_shards(self._held_out), self._conf, split)
+
+
+def _read_shards(shards: list[Path]) -> Iterator[str]:
+    for shard in shards:
+        number = 0
+        try:
+            with gzip.open(shard) as lines:
+                for number, line in enumerate(lines, start=1):
+                    yield _text_of(line, f"{shard.name}:{number}")
+        except (EOFError, zlib.error, OSError) as error:
+            raise DataError(f"{shard.name}:{number + 1}: cannot be read from here on ({error})") from error
+
+
+def _text_of(line: bytes, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # a lone surrogate is valid JSON but no text
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{where}: not a JSON object with a 'text' field") from None
+    return str(text)
+
+
+# ---- hub: C4 itself ---------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """The first documents of ``allenai/c4``, configuration ``en``, streamed from the Hugging Face hub."""
+
+    name = "allenai/c4 en"
+
+    def __init__(self, conf: C4LMConf) -> None:
+        self._conf = conf
+        for key in ("train_documents", "eval_documents"):
+            if getattr(conf, key) is None:
+                raise DataError(f"task.{key}: task.data=hub needs a number of documents (C4 has 364 million)")
+
+    def identity(self) -> list[str]:
+        """What is asked for; so that data fetched once serve without a network."""
+        return [self.name, f"{self._conf.train_documents} {self._conf.eval_documents}"]
+
+    def split(self, split: Split) -> Iterator[str]:
+        """See :class:`Documents`."""
+        log.info("fetching the %s documents of %s", split, self.name)
+        if split == "train":
+            return islice(_stream("train"), self._conf.train_documents)
+        return _halve(_stream("validation"), self._conf, split)
+
+
+def _stream(split: str) -> Iterator[str]:
+    import datasets  # takes a second, and only this source needs it
+
+    try:
+        for row in datasets.load_dataset("allenai/c4", "en", split=split, streaming=True):
+            yield row["text"]
+    except OSError as error:  # ConnectionError, and every error of huggingface_hub
+        raise DataError(
+            f"the Hugging Face hub cannot be reached ({str(error).partition(chr(10))[0]})\n"
+            "take task.data=sample for the bundled text, or task.data=files task.root=DIR with C4's json.gz shards"
+        ) from error

@@ -1,0 +1,172 @@
+"""From documents to token files: a byte-level BPE, and one flat file of token ids a split, cached on disk.
+
+The cache is ``$CASPR_CACHE``, else ``$XDG_CACHE_HOME/caspr``, else ``~/.cache/caspr``; in it
+
+    c4_lm/<hash>/             tokenizer.json, train.bin, validation.bin, test.bin, meta.json
+    c4_lm/sources/<identity>  the <hash> that a source of this identity came to
+
+``<hash>`` covers the documents, the vocabulary size and the version of `tokenizers`. The identity is cheap (sizes
+and times of files, or what was asked of the hub), so a second start reads no document at all; where only times
+have changed, the documents are read again but nothing is trained.
+
+A directory is built aside and renamed when it is whole: several processes may build at once (the first to finish
+wins), and one that is killed leaves a ``.building-*`` directory behind that nobody reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tasks.base import DataError, Split
+from tasks.c4_lm.sources import Documents
+
+log = logging.getLogger("caspr")
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+END = "<|endoftext|>"  # closes each document
+SMALLEST_VOCABULARY = 257  # every byte, and END
+FORMAT = 1  # of the files; raised when they change
+COUNTED = 1_000_000  # documents the tokenizer is trained on, at most: more cost memory and move no merge that matters
+BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
+
+
+def cache_root() -> Path:
+    """Where this task keeps what it built."""
+    home = os.environ.get("CASPR_CACHE")
+    if home:
+        return Path(home).expanduser() / "c4_lm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caspr" / "c4_lm"
+
+
+def token_files(documents: Documents, vocab_size: int) -> Path:
+    """The directory of the token files of ``documents``, built now if it is not there.
+
+    Raises :class:`DataError` where the source does, and where the cache cannot be written or a file cannot be read.
+    """
+    root = cache_root()
+    pointer = root / "sources" / _digest([*documents.identity(), *_settings(vocab_size)])
+    if pointer.is_file():
+        built = root / pointer.read_text()
+        if (built / "meta.json").is_file():
+            return built
+    try:
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".building-", dir=root) as name:
+            aside = Path(name)
+            built = _build(documents, vocab_size, aside, root)
+            (aside / "pointer").write_text(built.name)
+            os.replace(aside / "pointer", pointer)
+    except OSError as error:
+        raise DataError(f"CASPR_CACHE: cannot build token files in {root}: {error}") from error
+    return built
+
+
+def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Path:
+    """Spool the documents, name the result by their hash, and build it in ``root`` if it is new."""
+    splits = {split: _spool(documents.split(split), aside / f"{split}.jsonl") for split in SPLITS}
+    texts = [f"{split} {splits[split]['sha256']}" for split in SPLITS]
+    built = root / _digest([*texts, *_settings(vocab_size)])
+    if built.is_dir():
+        return built
+
+    whole = aside / "whole"
+    whole.mkdir()
+    # A process that forks later (a DataLoader's workers) draws a warning from `tokenizers` unless this is set.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    log.info("training the tokenizer (%d types)", vocab_size)
+    tokenizer = train_tokenizer(islice(_spooled(aside / "train.jsonl"), COUNTED), vocab_size)
+    tokenizer.save(str(whole / "tokenizer.json"))
+    dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
+    for split in SPLITS:
+        log.info("encoding the %s documents", split)
+        texts_of_split = _spooled(aside / f"{split}.jsonl")
+        splits[split]["tokens"] = _encode(tokenizer, texts_of_split, whole / f"{split}.bin", dtype)
+    meta = {
+        "data": documents.name,
+        "hash": built.name,
+        "vocabulary": tokenizer.get_vocab_size(),
+        "dtype": dtype.name,
+        "tokenizers": tokenizers.__version__,
+        "splits": splits,
+    }
+    (whole / "meta.json").write_text(json.dumps(meta, indent=1))
+    try:
+        whole.rename(built)
+    except OSError:  # another process was first, with the same files
+        if not built.is_dir():
+            raise
+    return built
+
+
+def _settings(vocab_size: int) -> list[str]:
+    return [f"format {FORMAT}", f"vocabulary {vocab_size}", f"tokenizers {tokenizers.__version__}"]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+
+
+def _spool(texts: Iterable[str], path: Path) -> dict[str, Any]:
+    """Write documents to a file of one JSON string a line: they are gone through twice, and may not fit in memory."""
+    digest, count, size = hashlib.sha256(), 0, 0
+    with path.open("wb") as file:
+        for text in texts:
+            line = json.dumps(text).encode() + b"\n"
+            file.write(line)
+            digest.update(line)
+            count += 1
+            size += len(text.encode())
+    return {"documents": count, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _spooled(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        yield from map(json.loads, file)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` types. Deterministic; any text can be encoded and comes back whole."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: np.dtype[Any]) -> int:
+    """Write the ids of all documents, each closed by END; returns how many."""
+    tokenizer.encode_special_tokens = True  # a document that spells out END is text like any other
+    end = tokenizer.token_to_id(END)
+    count = 0
+    with path.open("wb") as file:
+        while batch := list(islice(texts, BATCH)):
+            for encoding in tokenizer.encode_batch_fast(batch):
+                ids = np.array([*encoding.ids, end], dtype)
+                file.write(ids.tobytes())
+                count += len(ids)
+    return count
+
+
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """UTF-8 bytes that each id stands for: 0 for END and for ids the vocabulary does not reach."""
+    # The byte-level alphabet writes each byte as one character.
+    names = (tokenizer.id_to_token(i) for i in range(vocab_size))
+    return [0 if name is None or name == END else len(name) for name in names]
