@@ -151,9 +151,10 @@ _ARGS = """
     under ``weights_only=True``.
 """
 
-_MERGE = """        merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), axes of size one
-            dropped, the paper's rule; ``"square"``: the split into two groups of neighbouring axes that is nearest
-            to a square; ``"none"``: all k axes are preconditioned.
+_MERGE = """\
+        merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), the paper's rule,
+            without axes of size one; ``"square"``: the split into two groups of neighbouring axes that is nearest to
+            a square; ``"none"``: all k axes are preconditioned.
         precondition_1d: precondition vectors with full-matrix Adagrad; otherwise the graft method takes them.
 """
 

@@ -133,17 +133,17 @@ def _passing_on(child: subprocess.Popen[Any]) -> Iterator[dict[str, int]]:
             signal.signal(number, previous)
 
 
+# A worker that ends by one of these is at fault itself; by another signal, someone ended it.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
+
 def _settle(record: Record, returned: int, caught: int | None) -> int:
     """The exit code; ``status.json`` gets an end where the worker could not write one itself."""
     state = record.status.get("state")
-    if state == RUNNING:
-        if caught is not None:  # before the first step, there was nothing to save
-            record.update_status(state=PREEMPTED)
-            state = PREEMPTED
-        else:
-            how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
-            record.update_status(state=FAILED, error=f"the worker ended with {how}; see {record.log}")
-            state = FAILED
+    if state == RUNNING:  # the worker was killed, or told to stop before its first step
+        how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
+        state = FAILED if -returned in CRASHES else PREEMPTED
+        record.update_status(state=state, error=None if caught else f"the worker ended with {how}; see {record.log}")
     if state == DONE:
         return OK
     if state == PREEMPTED:

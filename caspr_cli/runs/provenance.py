@@ -56,9 +56,8 @@ def _git(directory: Path) -> dict[str, Any] | None:
     """Commit of the checkout that the code runs from, and its uncommitted changes; None for an installed wheel."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, timeout=10)
-        done.check_returncode()
-        return done.stdout
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != directory:

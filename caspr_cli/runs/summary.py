@@ -6,7 +6,7 @@ from typing import Any
 
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.launch import Outcome
-from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record
+from caspr_cli.runs.record import DONE, FAILED, PREEMPTED
 
 
 def footer(outcome: Outcome, recipe: Recipe) -> list[str]:
@@ -19,8 +19,9 @@ def footer(outcome: Outcome, recipe: Recipe) -> list[str]:
         again = "add resume=retry to run it again" if not outcome.ran else f"log      {record.log}"
         return [f"failed   {status.get('error')}", again, f"record   {record.path}"]
     if state == PREEMPTED:
-        saved = f"saved at step {_last_step(record)}" if record.last.exists() else "stopped before the first step"
-        return [f"{saved}; the same command continues", f"record   {record.path}"]
+        saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
+        why = status.get("error") or "stopped on a signal"
+        return [f"cut off  {why}", f"         {saved}; the same command continues", f"record   {record.path}"]
     return [f"record   {record.path}"]
 
 
@@ -73,10 +74,6 @@ def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
 
 def _value(scores: dict[str, Any], metric: str) -> str:
     return f"{scores[metric]:.4f}" if metric in scores else "-"
-
-
-def _last_step(record: Record) -> str:
-    return str(record.status.get("step", "?"))
 
 
 def _time(seconds: float) -> str:

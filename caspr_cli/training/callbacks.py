@@ -40,6 +40,8 @@ class Curves(Callback):
         self.best: dict[str, Any] = {}
         self.target: dict[str, Any] = {"step": None, "seconds": None}
         self.validated = -1
+        self.lr = 0.0
+        self._phases: dict[str, float] | None = None  # of an earlier process
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -60,8 +62,6 @@ class Curves(Callback):
         self.best, self.target, self.validated = state["best"], state["target"], state["validated"]
         self._phases = state["phases"]
 
-    _phases: dict[str, float] | None = None
-
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._timer = cast(TrainingModule, module).timer = PhaseTimer(module.device, self._phases)
 
@@ -76,6 +76,7 @@ class Curves(Callback):
         cast(TrainingModule, module).measure_update = (
             next_step % self.recipe.trainer.log_every == 0 and self.recorder is not None
         )
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler moves on before its end
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,7 +96,7 @@ class Curves(Callback):
         a_step = (seconds - self.mark[1]) / (step - self.mark[0])
         values = {
             "train/loss": loss,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self.lr,
             "norm/gradient": float(module.last["grad_norm"]),
             "time/step_ms": 1000 * a_step,
             f"time/{module.task.unit}_per_second": self.units / (seconds - self.mark[1]),
@@ -169,6 +170,7 @@ class Checkpoints(Callback):
             if self.curves.best.get("step") == trainer.global_step:
                 _link(temporary, self.record.best)
             os.replace(temporary, self.record.last)
+            self.record.update_status(step=trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Every checkpoint lies between two steps, and says so.
@@ -198,13 +200,22 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step >= trainer.max_steps:
-            return
-        asked = self._asked or os.getppid() != self._parent
-        # One rank may have been told a step before the other; they stop together.
-        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # Where a validation comes next, it is part of the record that this checkpoint would stand for.
+        validates = (batch_idx + 1) % int(trainer.val_check_batch) == 0
+        if between_steps and not validates and trainer.global_step < trainer.max_steps and self._agreed(trainer):
             self.stopped = trainer.should_stop = True
             self.checkpoints.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """After :class:`Checkpoints`, which has saved."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps and self._agreed(trainer):
+            self.stopped = trainer.should_stop = True
+
+    def _agreed(self, trainer: Trainer) -> bool:
+        """One rank may have been told a step before the other; they stop together."""
+        asked = self._asked or os.getppid() != self._parent
+        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
 
 
 def _flush_to_disk(path: Path) -> None:

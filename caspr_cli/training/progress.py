@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 
@@ -35,8 +36,9 @@ class Progress:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """A line that stays, here and in the log (which is this process's standard error)."""
         self.console.print(line, markup=False)
+        print(line, file=sys.stderr, flush=True)
 
     def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
         """The live line; in a pipe, one line now and then."""

@@ -1,0 +1,97 @@
+"""Whole runs against the slow optimizer that recomputes everything from the history of gradients."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from references.drive import relative_error, run
+from references.kronecker import precondition
+from references.optimizer import reference_weights
+from references.stream import random_stream, statistics
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+
+GRID = {
+    "method": ["caspr", "caspr", "caspr", "shampoo", "full"],
+    "shape": [(3, 4), (4, 2), (1, 3), (2, 3, 2), (5,), ()],
+    "order": [1, 2, 3],
+    "statistics": ["ema", "accumulate"],
+    "damping": ["relative", "absolute"],
+    "eps": [1e-2, 1e-4],
+    "interval": [1, 2, 3],
+    "start_step": [1, 2, 4],
+    "block_size": [2, 1024],
+    "merge": ["matrix", "square", "none"],
+    "precondition_1d": [False, True],
+    "graft": ["adam", "rmsprop", "sgd", "none"],
+    "graft_eps": [1e-8, 1e-2],
+    "precondition": ["momentum", "gradient"],
+    "betas": [(0.9, 0.99), (0.0, 0.9), (0.5, 0.5)],
+    "weight_decay": [0.0, 0.1],
+    "maximize": [False, True],
+}
+
+
+def sampled(count):
+    """A fixed sample of the grid, each value about equally often."""
+    choose = random.Random(0)
+    return [{name: choose.choice(values) for name, values in GRID.items()} for _ in range(count)]
+
+
+def library(method, options):
+    """The class, and the options it knows: FullAdagrad has neither order nor merge, Shampoo no order."""
+    unknown = {"caspr": (), "shampoo": ("order",), "full": ("order", "merge", "precondition_1d")}[method]
+    known = {name: value for name, value in options.items() if name not in unknown}
+    return {"caspr": CASPR, "shampoo": Shampoo, "full": FullAdagrad}[method], known
+
+
+@pytest.mark.parametrize("options", sampled(250), ids=itertools.count())
+def test_a_run_of_eight_steps(options):
+    method, shape = options["method"], options["shape"]
+    rest = {name: value for name, value in options.items() if name not in ("method", "shape")}
+    weight, *gradients = random_stream(*shape, steps=9, seed=1)
+    gradients[5] = None  # one step without a gradient
+    rates = [0.1, 0.1, 0.2, 0.05, 0.1, 0.1, 0.3, 0.1]
+    optimizer, known = library(method, rest)
+    weights = run(optimizer, weight, gradients, lr=rates, **known)
+    expected = reference_weights(weight, gradients, method, lr=rates, **rest)
+    for step, (w, w_expected) in enumerate(zip(weights, expected, strict=True), start=1):
+        assert relative_error(w, w_expected) < 1e-9, f"step {step}"
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+def test_the_defaults_are_those_of_the_reference(optimizer):
+    """12 steps cross the default start_step of 10, so the last two use its roots."""
+    weight, *gradients = random_stream(3, 4, steps=13, seed=2)
+    method = "caspr" if optimizer is CASPR else "shampoo"
+    weights = run(optimizer, weight, gradients, lr=1e-3)
+    for w, expected in zip(weights, reference_weights(weight, gradients, method), strict=True):
+        assert relative_error(w, expected) < 1e-9
+    defaults = optimizer([torch.nn.Parameter(weight)]).defaults
+    for name, value in {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}.items():
+        assert defaults[name] == value
+
+
+def test_roots_are_refreshed_at_their_steps_only():
+    """Between refreshes the roots are those of the last one, whatever came since."""
+    gradients = random_stream(3, 4, steps=9, seed=3)
+    options = {"graft": "none", "betas": (0.0, 0.9), "start_step": 2, "interval": 3, "eps": 1e-4}
+    weights = run(CASPR, torch.zeros(3, 4).double(), gradients, lr=1.0, **options)
+    for step in range(2, 10):
+        refresh = step - (step - 2) % 3  # 2, 2, 2, 5, 5, 5, 8, 8
+        held = statistics(gradients[:refresh], "ema", 0.9)
+        expected = precondition(gradients[step - 1], held, 1e-4, "relative", 2)
+        assert relative_error(weights[step - 2] - weights[step - 1], expected) < 1e-9
+
+
+def test_statistics_are_gathered_before_the_start():
+    """The first preconditioned step at t = 4 knows the gradients of t = 1, 2, 3."""
+    gradients = random_stream(3, 4, steps=4, seed=4)
+    options = {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "lr": 1.0}
+    late = run(CASPR, torch.zeros(3, 4).double(), gradients, start_step=4, **options)
+    early = run(CASPR, torch.zeros(3, 4).double(), gradients, start_step=1, **options)
+    alone = run(CASPR, torch.zeros(3, 4).double(), gradients[3:], start_step=1, **options)
+    u_late = late[2] - late[3]
+    assert relative_error(u_late, early[2] - early[3]) < 1e-9
+    assert relative_error(u_late, -alone[0]) > 1e-2

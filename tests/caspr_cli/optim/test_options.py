@@ -1,0 +1,169 @@
+"""Options that are out of range, and options that differ between groups."""
+
+import math
+
+import pytest
+import torch
+from references.drive import relative_error, run
+from references.optimizer import reference_weights
+from references.stream import random_stream
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+
+
+def parameter(*shape, dtype=torch.float32):
+    return torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+
+
+REFUSED = [
+    ({"lr": -0.1}, "lr should be >= 0 but is: -0.1"),
+    ({"lr": math.nan}, "lr should be >= 0 but is: nan"),
+    ({"eps": 0.0}, "eps should be > 0 but is: 0.0"),
+    ({"eps": -1.0}, "eps should be > 0 but is: -1.0"),
+    ({"weight_decay": -0.1}, "weight_decay should be >= 0 but is: -0.1"),
+    ({"graft_eps": -1e-8}, "graft_eps should be >= 0 but is: -1e-08"),
+    ({"betas": (1.0, 0.9)}, r"betas\[0\] should be in \[0, 1\) but is: 1.0"),
+    ({"betas": (-0.1, 0.9)}, r"betas\[0\] should be in \[0, 1\) but is: -0.1"),
+    ({"betas": (0.9, 1.5)}, r"betas\[1\] should be in \[0, 1\) but is: 1.5"),
+    ({"betas": (0.9, -0.1)}, r"betas\[1\] should be in \[0, 1\) but is: -0.1"),
+    ({"betas": (0.9, 1.0)}, 'statistics="accumulate"'),
+    ({"statistics": "x"}, "statistics should be one of ema, accumulate but is: 'x'"),
+    ({"damping": "x"}, "damping should be one of relative, absolute but is: 'x'"),
+    ({"graft": "x"}, "graft should be one of adam, rmsprop, sgd, none but is: 'x'"),
+    ({"precondition": "x"}, "precondition should be one of momentum, gradient.* but is: 'x'"),
+    ({"interval": 0}, "interval should be a positive integer but is: 0"),
+    ({"interval": 1.5}, "interval should be a positive integer but is: 1.5"),
+    ({"interval": math.inf}, "interval should be a positive integer but is: inf"),
+    ({"start_step": 0}, "start_step should be a positive integer but is: 0"),
+    ({"block_size": 0}, "block_size should be a positive integer but is: 0"),
+]
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_values_out_of_range_are_named(optimizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer([parameter(2, 3)], **options)
+
+
+@pytest.mark.parametrize("order", [0, -1, 1.5, math.nan, True])
+def test_order_is_a_positive_integer_or_infinite(order):
+    with pytest.raises(ValueError, match=f"order should be a positive integer or inf but is: {order}"):
+        CASPR([parameter(2, 3)], order=order)
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+def test_merge_is_one_of_three(optimizer):
+    with pytest.raises(ValueError, match=r"merge should be one of matrix, square, none.* but is: 'x'"):
+        optimizer([parameter(2, 3)], merge="x")
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_a_group_is_checked_like_the_defaults(options, message):
+    """At construction and when it is added later; a refused group leaves the optimizer as it was."""
+    with pytest.raises(ValueError, match=message):
+        CASPR([{"params": [parameter(2, 3)], **options}])
+    optimizer = CASPR([parameter(2, 3)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [parameter(2, 3)], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("known", [("order", Shampoo), ("order", FullAdagrad), ("merge", FullAdagrad)])
+def test_options_that_would_mean_nothing_do_not_exist(known):
+    name, optimizer = known
+    with pytest.raises(TypeError, match=name):
+        optimizer([parameter(2, 3)], **{name: 2})
+
+
+def test_no_parameters_is_an_error_as_everywhere_in_torch():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        CASPR([])
+
+
+def test_sparse_gradients_are_refused():
+    weight = parameter(4, 3)
+    optimizer = CASPR([weight])
+    weight.grad = torch.sparse_coo_tensor([[1], [2]], [1.0], (4, 3), check_invariants=True)
+    with pytest.raises((RuntimeError, ValueError), match="sparse"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(4, 3))
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises((RuntimeError, ValueError), match="complex"):
+        CASPR([parameter(2, 3, dtype=torch.complex64)])
+    optimizer = CASPR([parameter(2, 3)])
+    with pytest.raises((RuntimeError, ValueError), match="complex"):
+        optimizer.add_param_group({"params": [parameter(2, 3, dtype=torch.complex64)]})
+
+
+def test_the_smallest_allowed_values_run():
+    """betas of zero, an lr and a weight decay of zero: nothing moves, nothing fails."""
+    gradients = random_stream(2, 3, steps=3, seed=1)
+    weight = torch.ones(2, 3, dtype=torch.float64)
+    for w in run(CASPR, weight, gradients, lr=0.0, betas=(0.0, 0.0), interval=1, start_step=1):
+        assert torch.equal(w, weight)
+
+
+GROUPS = [
+    {"precondition": False},
+    {"order": 1, "graft": "sgd", "weight_decay": 0.2},
+    {"order": 3, "statistics": "accumulate", "interval": 1, "start_step": 1},
+    {"order": math.inf, "lr": 0.02, "betas": (0.5, 0.8)},
+    {"precondition": "gradient", "damping": "absolute", "eps": 1e-2},
+    {"block_size": 2, "maximize": True, "graft": "rmsprop", "graft_eps": 1e-3},
+    {"graft": "none", "start_step": 4},
+    {"merge": "none", "precondition_1d": True, "betas": (0.0, 0.9)},
+]
+DEFAULTS = {"lr": 0.1, "betas": (0.9, 0.95), "start_step": 2, "interval": 2, "eps": 1e-4}
+
+
+def reference_of(group, weight, gradients):
+    """The slow run of one parameter under the defaults and its group's options."""
+    options = {**DEFAULTS, **group}
+    if options.get("precondition") is False:
+        options |= {"precondition": "momentum", "use_preconditioner": False}
+    if options.get("order") == math.inf:
+        return reference_weights(weight, gradients, "shampoo", **options)
+    return reference_weights(weight, gradients, **options)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3), (5,)])
+@pytest.mark.parametrize("late", [False, True])
+def test_groups_of_different_options_in_one_optimizer(shape, late):
+    """Every group moves like an optimizer of its own; ``late``: all but the first are added after two steps."""
+    steps = 8
+    weights = random_stream(*shape, steps=len(GROUPS), seed=2)
+    streams = [random_stream(*shape, steps=steps, seed=10 + i) for i in range(len(GROUPS))]
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    groups = [{"params": [p], **group} for p, group in zip(parameters, GROUPS, strict=True)]
+    optimizer = CASPR(groups[:1] if late else groups, **DEFAULTS)
+    for step in range(steps):
+        if late and step == 2:
+            for group in groups[1:]:
+                optimizer.add_param_group(group)
+        for p, stream in zip(parameters, streams, strict=True):
+            p.grad = stream[step].clone()
+        optimizer.step()
+    for i, group in enumerate(GROUPS):
+        seen = streams[i][2:] if late and i > 0 else streams[i]
+        expected = reference_of(group, weights[i], seen)[-1]
+        assert relative_error(parameters[i].detach(), expected) < 1e-9, group
+
+
+def test_named_parameters_are_accepted():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = CASPR(layer.named_parameters())
+    layer(torch.ones(4, 3)).sum().backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert (layer.weight.detach() - before).abs().max() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_repr_shows_the_options():
+    text = repr(CASPR([parameter(2, 3)], order=3, statistics="accumulate"))
+    assert text.startswith("CASPR")
+    assert "order: 3" in text
+    assert "statistics: accumulate" in text

@@ -1,0 +1,146 @@
+"""float32, bfloat16 and float16 parameters against the float64 formula."""
+
+import math
+
+import pytest
+import torch
+from references.drive import bare_updates, relative_error, run
+from references.kronecker import precondition
+from references.optimizer import reference_weights
+from references.stream import random_stream, statistics
+
+from caspr_cli.optim import CASPR, Shampoo
+
+BETA = 0.9
+
+
+def conditioned_stream(rows, columns, condition, seed, dtype):
+    """Gradients whose singular values spread evenly in logarithm over ``condition``, in the given precision."""
+    count = min(rows, columns)
+    left = torch.linalg.qr(random_stream(rows, count, steps=1, seed=seed)[0])[0]
+    right = torch.linalg.qr(random_stream(columns, count, steps=1, seed=seed + 1)[0])[0]
+    values = torch.logspace(0, -math.log10(condition), count, dtype=torch.float64)
+    mixes = random_stream(count, count, steps=5, seed=seed + 2)
+    return [((left * values) @ mix @ (right * values).mT).to(dtype) for mix in mixes]
+
+
+def expected_updates(gradients, eps, order):
+    """The float64 formula on exactly the gradients that the optimizer saw."""
+    exact = [gradient.double() for gradient in gradients]
+    return [
+        precondition(exact[t - 1], statistics(exact[:t], "ema", BETA), eps, "relative", order)
+        for t in range(1, len(exact) + 1)
+    ]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
+@pytest.mark.parametrize(("eps", "bound"), [(1e-2, 1e-5), (1e-4, 2e-4), (1e-6, 5e-3)])
+@pytest.mark.parametrize("condition", [1.0, 10.0, 100.0])
+def test_float32_update_is_as_near_as_the_condition_allows(condition, eps, bound, order):
+    """The damped statistics have condition at most 1 + 1/eps; float32 has 1e-7 of it."""
+    gradients = conditioned_stream(12, 10, condition, seed=1, dtype=torch.float32)
+    optimizer, options = (Shampoo, {}) if order == math.inf else (CASPR, {"order": order})
+    updates = bare_updates(optimizer, gradients, eps=eps, beta=BETA, **options)
+    for update, expected in zip(updates, expected_updates(gradients, eps, order), strict=True):
+        assert update.dtype == torch.float32
+        assert relative_error(update, expected) < bound
+
+
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+def test_float64_factors_of_a_float32_parameter_leave_its_rounding_alone(order):
+    gradients = conditioned_stream(12, 10, 100.0, seed=2, dtype=torch.float32)
+    optimizer, options = (Shampoo, {}) if order == math.inf else (CASPR, {"order": order})
+    updates = bare_updates(optimizer, gradients, eps=1e-8, beta=BETA, factor_dtype=torch.float64, **options)
+    for update, expected in zip(updates, expected_updates(gradients, 1e-8, order), strict=True):
+        assert update.dtype == torch.float32
+        assert relative_error(update, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_parameters_have_float32_factors(dtype, bound):
+    """U is off by the rounding of the result to the parameter's type, no more: half a unit in the last place."""
+    gradients = random_stream(6, 8, steps=5, seed=3, dtype=dtype)
+    updates = bare_updates(CASPR, gradients, eps=1e-4, beta=BETA)
+    for update, expected in zip(updates, expected_updates(gradients, 1e-4, 2), strict=True):
+        assert update.dtype == dtype
+        assert relative_error(update, expected) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+@pytest.mark.parametrize("precondition_mode", ["momentum", "gradient"])
+@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd"])
+def test_half_precision_runs_follow_the_float64_run(graft, precondition_mode, dtype, bound):
+    weight, *gradients = random_stream(6, 8, steps=7, seed=4, dtype=dtype)
+    options = {
+        "lr": 0.05,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.1,
+        "interval": 2,
+        "start_step": 3,
+        "eps": 1e-2,
+    }
+    options |= {"graft": graft, "precondition": precondition_mode, "graft_eps": 1e-3}
+    weights = run(CASPR, weight, gradients, **options)
+    expected = reference_weights(weight, gradients, **options)
+    assert weights[-1].dtype == dtype
+    assert relative_error(weights[-1], expected[-1]) < bound
+
+
+def factors(optimizer, parameter):
+    """The state's tensors of another shape than the parameter's and more than one number: statistics and roots."""
+    tensors = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
+    return [tensor for tensor in tensors if tensor.shape != parameter.shape and tensor.numel() > 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor_dtype", "expected"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64, torch.float64),
+        (torch.float64, torch.float32, torch.float32),
+    ],
+)
+def test_type_of_the_factors(dtype, factor_dtype, expected):
+    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
+    optimizer = CASPR([parameter], start_step=1, factor_dtype=factor_dtype)
+    parameter.grad = random_stream(3, 5, steps=1, seed=5, dtype=dtype)[0]
+    optimizer.step()
+    found = factors(optimizer, parameter)
+    assert len(found) >= 4  # two statistics, two roots
+    assert {tensor.dtype for tensor in found} == {expected}
+
+
+def test_parameters_of_four_types_in_one_optimizer():
+    """Each moves like alone, though their blocks have one shape."""
+    types = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    streams = [random_stream(3, 4, steps=4, seed=6 + i, dtype=dtype) for i, dtype in enumerate(types)]
+    parameters = [torch.nn.Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in types]
+    options = {"lr": 0.1, "interval": 1, "start_step": 2}
+    optimizer = CASPR(parameters, **options)
+    for gradients in zip(*streams, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for parameter, stream in zip(parameters, streams, strict=True):
+        alone = run(CASPR, torch.ones(3, 4, dtype=parameter.dtype), stream, **options)[-1]
+        assert parameter.dtype == alone.dtype
+        assert relative_error(parameter.detach(), alone) < 1e-6
+
+
+def test_the_callers_matmul_precision_is_kept_and_not_used():
+    gradients = random_stream(16, 16, steps=3, seed=7, dtype=torch.float32)
+    expected = bare_updates(CASPR, gradients)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            updates = bare_updates(CASPR, gradients)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for u, u_expected in zip(updates, expected, strict=True):
+        assert relative_error(u, u_expected) < 1e-6

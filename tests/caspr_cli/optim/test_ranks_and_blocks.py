@@ -1,0 +1,242 @@
+"""Tensors of every rank, how they merge to matrices, and how long axes are cut in blocks."""
+
+import math
+
+import pytest
+import torch
+from references.drive import bare_updates, relative_error, run
+from references.kronecker import precondition
+from references.optimizer import axis_parts, merged_shape, reference_weights
+from references.stream import random_stream, statistics
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+
+BETA = 0.9
+
+
+def reshaped(tensors, *shape):
+    return [tensor.reshape(shape) for tensor in tensors]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (5,), (3, 4), (2, 3, 4), (3, 1, 4), (2, 3, 2, 2), (2, 2, 1, 2, 2)]
+)
+def test_every_rank_against_the_dense_formula_on_its_own_axes(shape, order):
+    gradients = random_stream(*shape, steps=4, seed=1)
+    options = {"merge": "none", "precondition_1d": True, "eps": 1e-4, "beta": BETA}
+    if order == math.inf:
+        updates = bare_updates(Shampoo, gradients, **options)
+    else:
+        updates = bare_updates(CASPR, gradients, order=order, **options)
+    axes = shape or (1,)
+    seen = reshaped(gradients, *axes)
+    for step, update in enumerate(updates, start=1):
+        expected = precondition(seen[step - 1], statistics(seen[:step], "ema", BETA), 1e-4, "relative", order)
+        assert update.shape == shape
+        assert relative_error(update.reshape(axes), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("shape", "merge", "merged"),
+    [
+        ((2, 3, 4), "matrix", (2, 12)),
+        ((4, 3, 3, 3), "matrix", (4, 27)),  # a convolution kernel [out, in, height, width]
+        ((1, 3, 4), "matrix", (3, 4)),
+        ((3, 1, 4), "matrix", (3, 4)),
+        ((3, 4, 1), "matrix", (3, 4)),
+        ((1, 3, 2, 1, 2), "matrix", (3, 4)),
+        ((1, 5), "matrix", (1, 5)),
+        ((5, 1), "matrix", (5, 1)),
+        ((2, 4, 8), "square", (8, 8)),
+        ((2, 2, 2), "square", (2, 4)),  # 2 | 4 and 4 | 2 tie: the first
+        ((6, 2, 2, 2), "square", (6, 8)),
+        ((2, 3, 2, 2), "square", (6, 4)),
+        ((3, 4), "square", (3, 4)),
+    ],
+)
+def test_merging_is_preconditioning_the_reshaped_tensor(shape, merge, merged):
+    gradients = random_stream(*shape, steps=3, seed=2)
+    assert merged_shape(shape, merge) == merged
+    update = bare_updates(CASPR, gradients, merge=merge, eps=1e-4, beta=BETA)[-1]
+    matrices = reshaped(gradients, *merged)
+    expected = precondition(matrices[-1], statistics(matrices, "ema", BETA), 1e-4, "relative", 2)
+    assert update.shape == shape
+    assert relative_error(update.reshape(merged), expected) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1), (5, 1, 1), (1, 1, 5), (1, 1, 1)])
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+def test_what_merges_to_one_axis_takes_the_graft_method(optimizer, shape):
+    weight = random_stream(*shape, steps=1, seed=3)[0]
+    gradients = random_stream(*shape, steps=4, seed=4)
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.1, "lr": 0.01}
+    weights = run(optimizer, weight, gradients, start_step=1, interval=1, **options)
+    for w, expected in zip(weights, run(torch.optim.AdamW, weight, gradients, **options), strict=True):
+        assert relative_error(w, expected) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
+@pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1)])
+def test_precondition_1d_is_full_matrix_adagrad(optimizer, shape):
+    gradients = random_stream(*shape, steps=4, seed=5)
+    # FullAdagrad has one axis to precondition whatever the rank, so it has no such option.
+    options = {} if optimizer is FullAdagrad else {"precondition_1d": True}
+    updates = bare_updates(optimizer, gradients, eps=1e-4, beta=BETA, **options)
+    flat = [gradient.flatten() for gradient in gradients]
+    for step, update in enumerate(updates, start=1):
+        expected = precondition(flat[step - 1], statistics(flat[:step], "ema", BETA), 1e-4, "relative", 1)
+        assert relative_error(update.flatten(), expected) < 1e-9
+
+
+def test_a_long_vector_is_cut_in_blocks_too():
+    gradients = random_stream(7, steps=3, seed=6)
+    update = bare_updates(CASPR, gradients, precondition_1d=True, block_size=3, beta=BETA)[-1]
+    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
+        alone = bare_updates(CASPR, [g[part] for g in gradients], precondition_1d=True, beta=BETA)[-1]
+        assert relative_error(update[part], alone) < 1e-9
+
+
+def test_axis_parts_are_those_of_tensor_split():
+    for size, block_size in [(1100, 1024), (7, 3), (6, 3), (1, 1), (5, 1), (10, 4), (4096, 1024)]:
+        count = math.ceil(size / block_size)
+        expected = [len(part) for part in torch.tensor_split(torch.arange(size), count)]
+        assert [part.stop - part.start for part in axis_parts(size, block_size)] == expected
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+@pytest.mark.parametrize(
+    ("shape", "merge"), [((5, 7), "matrix"), ((7, 2), "matrix"), ((3, 6), "matrix"), ((4, 2, 5), "none")]
+)
+def test_blocks_are_separate_parameters(optimizer, shape, merge):
+    """Without graft nothing joins the blocks: each is its own small tensor."""
+    gradients = random_stream(*shape, steps=4, seed=7)
+    options = {"merge": merge, "eps": 1e-4, "beta": BETA}
+    update = bare_updates(optimizer, gradients, block_size=3, **options)[-1]
+    grids = torch.cartesian_prod(*(torch.arange(len(axis_parts(size, 3))) for size in shape))
+    assert len(grids) > 1
+    for grid in grids:
+        block = tuple(axis_parts(size, 3)[i] for size, i in zip(shape, grid.tolist(), strict=True))
+        alone = bare_updates(optimizer, [g[block].contiguous() for g in gradients], **options)[-1]
+        assert relative_error(update[block], alone) < 1e-9
+
+
+def test_one_block_is_the_same_at_any_larger_block_size():
+    gradients = random_stream(5, 4, steps=4, seed=8)
+    exact = bare_updates(CASPR, gradients, block_size=5)
+    for u, u_large in zip(exact, bare_updates(CASPR, gradients, block_size=4096), strict=True):
+        assert torch.equal(u, u_large)
+    smaller = bare_updates(CASPR, gradients, block_size=4)
+    assert relative_error(smaller[-1], exact[-1]) > 1e-2
+
+
+def test_eleven_hundred_rows_are_two_blocks_of_550():
+    gradients = random_stream(1100, 2, steps=1, seed=9)
+    update = bare_updates(CASPR, gradients)[0]
+    for rows in (slice(0, 550), slice(550, 1100)):
+        alone = bare_updates(CASPR, [g[rows].contiguous() for g in gradients])[0]
+        assert relative_error(update[rows], alone) < 1e-9
+
+
+@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd"])
+def test_the_graft_length_is_that_of_the_whole_tensor(graft):
+    """The blocks keep their lengths relative to each other; only the whole is rescaled."""
+    gradients = random_stream(5, 7, steps=3, seed=10)
+    plain = bare_updates(CASPR, gradients, block_size=3, eps=1e-4)
+    grafted = bare_updates(CASPR, gradients, block_size=3, eps=1e-4, graft=graft)
+    for u, u_grafted in zip(plain, grafted, strict=True):
+        ratio = u_grafted / u
+        assert (ratio / ratio[0, 0] - 1).abs().max() < 1e-8
+
+
+def test_one_parameter_in_many_equals_the_parameter_alone():
+    """Blocks of one shape may be computed together; that changes nothing for any of them."""
+    shapes = [(3, 4), (3, 4), (4, 3), (3, 4), (5,), (2, 3, 2), (7, 4), ()]
+    streams = [random_stream(*shape, steps=8, seed=20 + i) for i, shape in enumerate(shapes)]
+    options = {"interval": 2, "start_step": 3, "block_size": 4, "lr": 0.1, "betas": (0.9, 0.95)}
+    parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    optimizer = CASPR(parameters, **options)
+    weights = []
+    for gradients in zip(*streams, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        weights.append([parameter.detach().clone() for parameter in parameters])
+    for index, (shape, gradients) in enumerate(zip(shapes, streams, strict=True)):
+        expected = reference_weights(torch.zeros(shape), gradients, **options)
+        for step, w in enumerate(expected):
+            assert relative_error(weights[step][index], w) < 1e-9
+
+
+def test_parameters_without_gradient_count_their_own_steps():
+    """Three equal parameters that get gradients in different steps, some of them late."""
+    present = ["xxxxxxxx", "..xxxxxx", "x.x.xx.x", "........"]
+    shape = (3, 4)
+    streams = [
+        [g if mark == "x" else None for g, mark in zip(stream, marks, strict=True)]
+        for stream, marks in zip(
+            (random_stream(*shape, steps=8, seed=30 + i) for i in range(4)), present, strict=True
+        )
+    ]
+    options = {"interval": 2, "start_step": 3, "lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    weight = random_stream(*shape, steps=1, seed=40)[0]
+    parameters = [torch.nn.Parameter(weight.clone()) for _ in present]
+    optimizer = CASPR(parameters, **options)
+    expected = [reference_weights(weight, stream, **options) for stream in streams]
+    for step in range(8):
+        for parameter, stream in zip(parameters, streams, strict=True):
+            gradient = stream[step]
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+        for parameter, weights in zip(parameters, expected, strict=True):
+            assert relative_error(parameter.detach(), weights[step]) < 1e-9
+    assert torch.equal(parameters[3].detach(), weight)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize("merge", ["matrix", "square", "none"])
+@pytest.mark.parametrize("graft", ["adam", "none"])
+def test_an_empty_tensor_is_no_obstacle(shape, merge, graft):
+    """It moves nothing, and its neighbour moves as if alone."""
+    empty = torch.nn.Parameter(torch.zeros(shape))
+    other = torch.nn.Parameter(torch.zeros(3, 4))
+    gradients = random_stream(3, 4, steps=3, seed=11, dtype=torch.float32)
+    options = {"interval": 1, "start_step": 1, "merge": merge, "graft": graft, "precondition_1d": True}
+    optimizer = CASPR([empty, other], lr=0.1, **options)
+    expected = run(CASPR, torch.zeros(3, 4), gradients, lr=0.1, **options)
+    for gradient, weight in zip(gradients, expected, strict=True):
+        empty.grad, other.grad = torch.zeros(shape), gradient
+        optimizer.step()
+        assert torch.equal(other.detach(), weight)
+    assert empty.shape == shape
+
+
+def test_memory_layout_does_not_matter():
+    """A transposed parameter and a channels-last kernel move like their contiguous copies."""
+    gradients = random_stream(4, 3, steps=3, seed=12)
+    parameter = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64).mT)
+    assert not parameter.is_contiguous()
+    kernels = random_stream(4, 3, 2, 2, steps=3, seed=13)
+    kernel = torch.nn.Parameter(kernels[0].clone().contiguous(memory_format=torch.channels_last))
+    options = {"interval": 1, "start_step": 1, "lr": 0.1}
+    optimizer = CASPR([parameter, kernel], **options)
+    expected = run(CASPR, torch.zeros(4, 3, dtype=torch.float64), gradients, **options)
+    expected_kernel = run(CASPR, kernels[0], kernels, **options)
+    for step in range(3):
+        parameter.grad = gradients[step].mT.contiguous().mT
+        kernel.grad = kernels[step].contiguous(memory_format=torch.channels_last)
+        optimizer.step()
+        assert relative_error(parameter.detach(), expected[step]) < 1e-12
+        assert relative_error(kernel.detach(), expected_kernel[step]) < 1e-12
+    assert not parameter.is_contiguous()
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_are_left_as_they_were():
+    gradient = random_stream(3, 4, steps=1, seed=14)[0]
+    parameter = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    for maximize in (False, True):
+        optimizer = CASPR([parameter], interval=1, start_step=1, weight_decay=0.1, maximize=maximize)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        assert torch.equal(parameter.grad, gradient)

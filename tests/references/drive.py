@@ -1,0 +1,47 @@
+"""Runs any ``torch.optim.Optimizer`` class on a list of gradients. It is told the class, so it imports no library."""
+
+import torch
+from torch import Tensor
+
+# The update of the paper alone: fresh roots in every step, no momentum, no grafting. betas[1] is chosen beside it.
+BARE = {"interval": 1, "start_step": 1, "graft": "none", "weight_decay": 0.0}
+
+
+def run(
+    optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1e-3, **options
+) -> list[Tensor]:
+    """The weights after every step; ``lr`` is a number or one number a step."""
+    parameter = torch.nn.Parameter(weight.clone())
+    optimizer = optimizer_class([parameter], lr=lr[0] if isinstance(lr, list) else lr, **options)
+    rates = lr if isinstance(lr, list) else [lr] * len(gradients)
+    weights = []
+    for rate, gradient in zip(rates, gradients, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+        weights.append(parameter.detach().clone())
+    return weights
+
+
+def bare_updates(optimizer_class, gradients: list[Tensor], *, beta: float = 0.9, **options) -> list[Tensor]:
+    """U_t of every step. The weight is set to zero before each, so that W_t = -U_t has no rounding of a difference."""
+    parameter = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    optimizer = optimizer_class([parameter], lr=1.0, **{**BARE, "betas": (0.0, beta), **options})
+    updates = []
+    for gradient in gradients:
+        with torch.no_grad():
+            parameter.zero_()
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        updates.append(-parameter.detach().clone())
+    return updates
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected||_F / ||expected||_F in float64; NaN counts as infinitely wrong."""
+    actual, expected = actual.double(), expected.double()
+    length = torch.linalg.vector_norm(expected).item()
+    error = torch.linalg.vector_norm(actual - expected).item()
+    if error != error:
+        return float("inf")
+    return error / length if length > 0 else error

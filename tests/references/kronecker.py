@@ -1,0 +1,88 @@
+"""The preconditioners as dense matrices on vec(G), G a tensor with axes d_1 .. d_k and n = d_1 ... d_k.
+
+vec is torch's row-major flatten, so "A on axis i" is I x ... x A x ... x I with A in place i.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unfold(tensor: Tensor, axis: int) -> Tensor:
+    """The matrix [d_axis, n / d_axis] whose rows are the slices of the tensor along one axis."""
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def gram(tensor: Tensor, axis: int) -> Tensor:
+    """unfold(G) unfold(G)^T, [d_axis, d_axis]."""
+    matrix = unfold(tensor, axis)
+    return matrix @ matrix.mT
+
+
+def spectral_power(matrix: Tensor, exponent: float) -> Tensor:
+    """S^exponent of a positive definite matrix by its eigendecomposition (NaN if it is not definite)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values**exponent) @ vectors.mT
+
+
+def damped(statistic: Tensor, eps: float, damping: str) -> Tensor:
+    """S + eps * lambda_max(S) * I ("relative") or S + eps * I ("absolute")."""
+    ridge = eps * torch.linalg.eigvalsh(statistic)[-1].item() if damping == "relative" else eps
+    return statistic + ridge * torch.eye(len(statistic), dtype=statistic.dtype)
+
+
+def on_axis(matrix: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    """The [n, n] operator that applies ``matrix`` along one axis of vec(G)."""
+    before = torch.eye(math.prod(shape[:axis]), dtype=matrix.dtype)
+    after = torch.eye(math.prod(shape[axis + 1 :]), dtype=matrix.dtype)
+    return torch.kron(torch.kron(before, matrix), after)
+
+
+def kronecker_sum(statistics: list[Tensor], order: int) -> Tensor:
+    """P_q = [ (1/k) sum_i S_i^(-1/(2q)) on axis i ]^q, [n, n]; q = 2 is Algorithm 1 of the paper."""
+    shape = tuple(len(statistic) for statistic in statistics)
+    roots = [spectral_power(statistic, -1 / (2 * order)) for statistic in statistics]
+    mean = sum(on_axis(root, shape, axis) for axis, root in enumerate(roots)) / len(roots)
+    return torch.linalg.matrix_power(mean, order)
+
+
+def kronecker_product(statistics: list[Tensor]) -> Tensor:
+    """S_1^(-1/(2k)) x ... x S_k^(-1/(2k)), [n, n]: Shampoo."""
+    operator = torch.ones(1, 1, dtype=statistics[0].dtype)
+    for statistic in statistics:
+        operator = torch.kron(operator, spectral_power(statistic, -1 / (2 * len(statistics))))
+    return operator
+
+
+def inverse_preconditioner(statistics: list[Tensor], order: float) -> Tensor:
+    """X_q^{-1} of damped statistics; ``order=math.inf`` is the product."""
+    return kronecker_product(statistics) if order == math.inf else kronecker_sum(statistics, int(order))
+
+
+def preconditioner(statistics: list[Tensor], order: float) -> Tensor:
+    """X_q itself, symmetric."""
+    matrix = torch.linalg.inv(inverse_preconditioner(statistics, order))
+    return (matrix + matrix.mT) / 2
+
+
+def precondition(
+    gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, order: float
+) -> Tensor:
+    """U = P vec(G) in the shape of G, of undamped statistics. Zero where nothing but zero was seen."""
+    if damping == "relative" and not any(statistic.any() for statistic in statistics):
+        return torch.zeros_like(gradient)
+    operator = inverse_preconditioner([damped(s, eps, damping) for s in statistics], order)
+    return (operator @ gradient.flatten()).reshape(gradient.shape)
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """The orthogonal polar factor Q K^T of G = Q diag(s) K^T."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def loewner_gap(larger: Tensor, smaller: Tensor) -> float:
+    """The least eigenvalue of ``larger - smaller`` over the size of both: >= 0 up to rounding iff larger >= smaller."""
+    scale = max(torch.linalg.matrix_norm(larger, 2).item(), torch.linalg.matrix_norm(smaller, 2).item())
+    return torch.linalg.eigvalsh(larger - smaller)[0].item() / scale

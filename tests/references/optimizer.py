@@ -1,0 +1,127 @@
+"""The whole optimizer for one parameter, recomputed from the full history of gradients at every step."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from references.kronecker import precondition as preconditioned
+from references.stream import average, statistics, uncorrected_average
+
+
+def merged_shape(shape: tuple[int, ...], merge: str) -> tuple[int, ...]:
+    """The axes a parameter is preconditioned on; a single one means a vector."""
+    if len(shape) < 2:
+        return (math.prod(shape),)
+    if merge == "none" or len(shape) == 2:
+        return tuple(shape)
+    if merge == "square":
+        splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
+        return min(splits, key=sum)  # min keeps the first of equals
+    kept = [size for size in shape if size != 1] or [1]
+    return (kept[0],) if len(kept) == 1 else (kept[0], math.prod(kept[1:]))
+
+
+def axis_parts(size: int, block_size: int) -> list[slice]:
+    """ceil(size / block_size) parts whose sizes differ by at most one, larger ones first."""
+    count = max(1, math.ceil(size / block_size))
+    short, longer = divmod(size, count)
+    ends = list(itertools.accumulate(short + (index < longer) for index in range(count)))
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def blockwise(gradient: Tensor, history: list[Tensor], block_size: int, **options) -> Tensor:
+    """U of every block from the statistics of that block alone; ``options`` of ``_block``."""
+    result = torch.zeros_like(gradient)
+    for block in itertools.product(*(axis_parts(size, block_size) for size in gradient.shape)):
+        result[block] = _block(gradient[block], [past[block] for past in history], **options)
+    return result
+
+
+def _block(gradient, history, *, kind, beta, eps, damping, order):
+    return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order)
+
+
+def graft_direction(direction: Tensor, history: list[Tensor], graft: str, beta: float, eps: float) -> Tensor:
+    """The diagonal method's own step: Adam, RMSprop (no bias correction of v), or the direction itself."""
+    squares = [gradient**2 for gradient in history]
+    if graft == "adam":
+        return direction / (average(squares, beta).sqrt() + eps)
+    if graft == "rmsprop":
+        return direction / (uncorrected_average(squares, beta).sqrt() + eps)
+    return direction
+
+
+def rescaled(update: Tensor, length_from: Tensor, graft: str) -> Tensor:
+    """The update at the Frobenius length of the graft direction."""
+    length = torch.linalg.vector_norm(update)
+    if graft == "none" or length == 0:
+        return update
+    return update * torch.linalg.vector_norm(length_from) / length
+
+
+def reference_weights(
+    weight: Tensor,
+    gradients: list[Tensor | None],
+    method: str = "caspr",  # or "shampoo", "full" (the flattened parameter as one axis)
+    *,
+    lr: float | list[float] = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    order: float = 2,
+    statistics: str = "ema",
+    damping: str = "relative",
+    interval: int = 10,
+    start_step: int = 10,
+    block_size: int = 1024,
+    merge: str = "matrix",
+    precondition_1d: bool = False,
+    graft: str = "adam",
+    graft_eps: float = 1e-8,
+    precondition: str = "momentum",
+    maximize: bool = False,
+    use_preconditioner: bool = True,
+) -> list[Tensor]:
+    """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
+    axes = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
+    active = use_preconditioner and (method == "full" or len(axes) > 1 or precondition_1d)
+    block_options = {
+        "block_size": block_size,
+        "kind": statistics,
+        "beta": betas[1],
+        "eps": eps,
+        "damping": damping,
+        "order": math.inf if method == "shampoo" else order,
+    }
+    history: list[Tensor] = []  # every gradient so far, on the merged axes
+
+    def grafted(direction: Tensor, step: int) -> Tensor:
+        """U of a direction with the roots in force at a step, at the length of the graft method."""
+        refresh = step - (step - start_step) % interval
+        update = blockwise(direction, history[:refresh], **block_options)
+        return rescaled(update, plain(direction, step), graft)
+
+    def plain(direction: Tensor, step: int) -> Tensor:
+        return graft_direction(direction, history[:step], graft, betas[1], graft_eps)
+
+    def update() -> Tensor:
+        step = len(history)
+        momentum = average(history, betas[0])
+        if not active or step < start_step:
+            return plain(momentum, step)
+        if precondition == "momentum":
+            return grafted(momentum, step)
+        return average([grafted(history[s - 1], s) for s in range(start_step, step + 1)], betas[0])
+
+    weight = weight.double().clone()
+    rates = lr if isinstance(lr, list) else [lr] * len(gradients)
+    weights = []
+    for rate, gradient in zip(rates, gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient.double().reshape(axes)
+            history.append(-gradient if maximize else gradient)
+            weight = weight - rate * weight_decay * weight - rate * update().reshape(weight.shape)
+        weights.append(weight.clone())
+    return weights

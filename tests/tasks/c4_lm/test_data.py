@@ -1,0 +1,403 @@
+"""The sources, the token files and their cache, and the windows."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from caspr_cli.recipe.schema import C4LMConf, Source
+from tasks.base import DataError
+from tasks.c4_lm import sources, tokens
+from tasks.c4_lm.data import Corpus, Windows
+from tasks.c4_lm.sources import documents
+from tasks.c4_lm.tokens import END, SPLITS, byte_lengths, train_tokenizer
+
+C4 = os.environ.get("CASPR_TEST_C4")  # a directory of C4's shards, for the one test that wants real ones
+
+
+def ids_of(corpus, split):
+    return np.fromfile(corpus.directory / f"{split}.bin", dtype=corpus.meta["dtype"]).tolist()
+
+
+# ---- sample -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_true_sample():
+    source = documents(C4LMConf())
+    texts = {split: list(source.split(split)) for split in SPLITS}
+    sizes = {split: sum(map(len, texts[split])) for split in SPLITS}
+    assert sum(sizes.values()) > 1_500_000
+    assert min(sizes["validation"], sizes["test"]) > 30_000
+
+    # disjoint by document, and in every paragraph long enough to matter
+    paragraphs = {
+        split: {p for text in texts[split] for p in text.split("\n\n") if len(p) >= sources.LONG}
+        for split in SPLITS
+    }
+    for one, other in [("train", "validation"), ("train", "test"), ("validation", "test")]:
+        assert not set(texts[one]) & set(texts[other])
+        assert not paragraphs[one] & paragraphs[other]
+
+
+def test_sample_splits_do_not_depend_on_order_or_neighbours(library, monkeypatch):
+    def texts():
+        return {split: set(documents(C4LMConf()).split(split)) for split in SPLITS}
+
+    before = texts()
+    assert all(before.values())
+    monkeypatch.setattr(sources.os, "walk", lambda root, walk=os.walk: reversed(list(walk(root))))
+    assert texts() == before
+    monkeypatch.undo()
+    gone = library / "email" / "module1.py"
+    monkeypatch.setattr(sources, "stdlib_root", lambda: library)
+    monkeypatch.setattr(
+        sources, "stdlib_topics", lambda: {"if": "The if statement.", "for": "The for statement."}
+    )
+    lost = gone.read_text(encoding="utf-8").strip('"\n')
+    gone.unlink()
+    assert texts() == {split: before[split] - {lost} for split in SPLITS}
+
+
+def test_sample_skips_tests_and_what_is_installed(library):
+    for folder in ("test", "email/tests", "site-packages/numpy"):
+        (library / folder).mkdir(parents=True)
+        (library / folder / "module.py").write_text('"""Not English of the library."""')
+    source = documents(C4LMConf())
+    assert not any("Not English" in text for split in SPLITS for text in source.split(split))
+    assert not any("site-packages" in line or "test" in line for line in source.identity())
+
+
+def test_repeated_long_paragraphs_are_left_out_and_short_ones_stay(library):
+    long = "A paragraph that is long enough to be remembered, word for word, by whoever has read it before."
+    for i in range(3):
+        (library / f"twin{i}.py").write_text(f'"""Short.\n\n{long}"""')
+    found = [text for split in SPLITS for text in documents(C4LMConf()).split(split)]
+    assert sum(long in text for text in found) == 1
+    assert sum("Short." in text for text in found) == 3
+
+
+def test_docstrings_come_in_source_order():
+    source = b'''"""Module."""
+class A:
+    """Class."""
+    def f(self):
+        """Method."""
+async def g():
+    """Function, \\ud800."""
+'''
+    assert sources.docstrings(source) == "Module.\n\nClass.\n\nMethod.\n\nFunction, ?."
+    assert sources.docstrings(b"def (") == ""
+    assert sources.docstrings(b"\x00") == ""
+
+
+def test_sample_without_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "stdlib_root", lambda: tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"^task\.data=sample: this Python comes without the sources"):
+        Corpus(C4LMConf()).check()
+
+
+def test_sample_start_reads_nothing_twice(library, cache, monkeypatch):
+    first = Corpus(C4LMConf(vocab_size=300, sequence=8))
+    first.check()
+    monkeypatch.setattr(sources, "docstrings", lambda _: pytest.fail("parsed again"))
+    second = Corpus(C4LMConf(vocab_size=300, sequence=8))
+    assert second.directory == first.directory
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_in_order_and_validation_is_halved(conf, shards):
+    source = documents(conf())
+    train = list(source.split("train"))
+    assert len(train) == 60
+    assert train[0].endswith("№ 0.")
+    assert train[-1].endswith("№ 59.")
+    validation, test = list(source.split("validation")), list(source.split("test"))
+    assert (len(validation), len(test)) == (11, 10)
+    assert not set(validation) & set(test)
+
+
+def test_limits_take_the_first_documents_of_each_split(conf):
+    everything, few = documents(conf()), documents(conf(train_documents=5, eval_documents=3))
+    for split, count in [("train", 5), ("validation", 3), ("test", 3)]:
+        assert list(few.split(split)) == list(everything.split(split))[:count]
+
+
+def test_errors_of_the_root(conf, tmp_path):
+    with pytest.raises(DataError, match=r"^task\.root: task\.data=files needs the directory"):
+        documents(conf(root=None))
+    with pytest.raises(DataError, match=r"^task\.root: no such directory: /nowhere$"):
+        documents(conf(root="/nowhere"))
+    with pytest.raises(DataError, match=r"^task\.root: no c4-train\.\*\.json\.gz in "):
+        documents(conf(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', "", "\xff"]
+)
+def test_malformed_line_names_file_and_line(conf, shards, line, cache):
+    name = "c4-train.00001-of-00002.json.gz"
+    with gzip.open(shards / name, "wb") as file:
+        file.write(b'{"text": "fine"}\n' * 16 + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError) as caught:
+        Corpus(conf()).check()
+    assert str(caught.value) == f"{name}:17: not a JSON object with a 'text' field"
+    assert list(cache.iterdir()) == [cache / "sources"]  # nothing half built is left
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"plain text"])
+def test_damaged_gzip_names_the_file(conf, shards, damage):
+    shard = shards / "c4-train.00000-of-00002.json.gz"
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(
+        DataError, match=r"^c4-train\.00000-of-00002\.json\.gz:\d+: cannot be read from here on"
+    ):
+        Corpus(conf()).check()
+
+
+@pytest.mark.skipif(C4 is None, reason="CASPR_TEST_C4 names no directory of C4's shards")
+def test_real_shards():
+    source = documents(C4LMConf(data=Source.files, root=C4, train_documents=200))
+    assert len(list(source.split("train"))) == 200
+    assert abs(len(list(source.split("validation"))) - len(list(source.split("test")))) <= 1
+
+
+# ---- hub --------------------------------------------------------------------------------------------------------
+
+
+def hub(**changes):
+    return C4LMConf(
+        **{"data": Source.hub, "train_documents": 5, "eval_documents": 2, "vocab_size": 300, **changes}
+    )
+
+
+@pytest.mark.parametrize("key", ["train_documents", "eval_documents"])
+def test_hub_needs_numbers_of_documents(key):
+    with pytest.raises(DataError, match=rf"^task\.{key}: "):
+        documents(hub(**{key: None}))
+
+
+def test_hub_takes_the_first_documents_once(monkeypatch, cache):
+    import datasets
+
+    def load(path, name, *, split, streaming):
+        assert (path, name, streaming) == ("allenai/c4", "en", True)
+        return ({"text": f"{split} document number {i}, a text of some words"} for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = documents(hub())
+    assert [text.split(",")[0] for text in source.split("validation")] == [
+        "validation document number 0",
+        "validation document number 2",
+    ]
+    assert next(source.split("test")).startswith("validation document number 1,")
+    first = Corpus(hub(sequence=4))
+    first.check()
+    assert first.meta["splits"]["train"]["documents"] == 5
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("fetched again"))
+    assert Corpus(hub(sequence=4)).directory == first.directory
+
+
+def test_hub_offline_says_what_to_do(monkeypatch):
+    import datasets
+
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (OfflineModeIsEnabled)\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError) as caught:
+        Corpus(hub()).check()
+    message = str(caught.value)
+    assert message.startswith("the Hugging Face hub cannot be reached (Couldn't reach 'allenai/c4'")
+    assert "task.data=sample" in message
+    assert "task.data=files task.root=DIR" in message
+    assert len(message.splitlines()) <= 3
+
+
+# ---- token files ------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_and_end_of_documents(conf):
+    corpus = Corpus(conf())
+    tokenizer, end = corpus.tokenizer, corpus.tokenizer.token_to_id(END)
+    for split in SPLITS:
+        ids, texts = ids_of(corpus, split), list(documents(conf()).split(split))
+        assert ids.count(end) == len(texts)
+        assert ids[-1] == end
+        assert tokenizer.decode(ids, skip_special_tokens=False) == "".join(text + END for text in texts)
+        meta = corpus.meta["splits"][split]
+        assert meta["tokens"] == len(ids)
+        assert meta["documents"] == len(texts)
+        assert meta["bytes"] == sum(len(text.encode()) for text in texts)
+        assert meta["bytes"] == sum(corpus.byte_lengths()[ids].tolist())
+
+
+def test_a_document_that_spells_out_the_end_is_text(conf, shards):
+    with gzip.open(shards / "c4-train.00002.json.gz", "wt") as file:
+        file.write(json.dumps({"text": f"see {END}, ok"}) + "\n" + json.dumps({"text": ""}) + "\n")
+    corpus = Corpus(conf())
+    ids = ids_of(corpus, "train")
+    assert ids.count(corpus.tokenizer.token_to_id(END)) == corpus.meta["splits"]["train"]["documents"] == 62
+    assert corpus.meta["splits"]["train"]["bytes"] == sum(corpus.byte_lengths()[ids].tolist())
+
+
+def test_tokenizer_is_trained_on_the_training_split_alone(conf, shards):
+    with gzip.open(shards / "c4-validation.00000-of-00001.json.gz", "wt") as file:
+        file.writelines(json.dumps({"text": "zyxzyx zyxzyx zyxzyx"}) + "\n" for _ in range(50))
+    corpus = Corpus(conf(vocab_size=512))
+    direct = train_tokenizer(documents(conf()).split("train"), 512)
+    assert corpus.tokenizer.get_vocab() == direct.get_vocab()
+    assert not any("zy" in token for token in corpus.tokenizer.get_vocab())
+
+
+def test_byte_lengths():
+    tokenizer = train_tokenizer(["the the the née née"], 262)
+    lengths = byte_lengths(tokenizer, 400)
+    assert len(lengths) == 400
+    assert lengths[tokenizer.token_to_id(END)] == 0
+    assert lengths[tokenizer.token_to_id("the")] == 3
+    assert not any(lengths[tokenizer.get_vocab_size() :])  # ids the vocabulary does not reach
+
+
+def test_wide_vocabulary_gets_wider_ids(conf):
+    assert Corpus(conf(vocab_size=65_535)).meta["dtype"] == "uint16"
+    assert Corpus(conf(vocab_size=65_536)).meta["dtype"] == "uint32"
+
+
+# ---- cache ------------------------------------------------------------------------------------------------------
+
+
+def test_second_start_trains_nothing(conf, shards, monkeypatch):
+    first = Corpus(conf())
+    before = {path: path.stat().st_mtime_ns for path in first.directory.iterdir()}
+    assert {path.name for path in before} == {
+        "tokenizer.json",
+        "meta.json",
+        *(f"{split}.bin" for split in SPLITS),
+    }
+    monkeypatch.setattr(tokens, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    for shard in shards.iterdir():
+        os.utime(shard, (1, 1))  # other times, same content: the documents are read again, no more
+    for _ in range(2):
+        again = Corpus(conf())
+        again.check()
+        assert {path: path.stat().st_mtime_ns for path in again.directory.iterdir()} == before
+
+
+def test_directory_follows_content_and_vocabulary(conf, shards):
+    directories = [Corpus(conf()).directory, Corpus(conf(vocab_size=301)).directory]
+    directories.append(Corpus(conf(train_documents=59)).directory)
+    with gzip.open(shards / "c4-train.00002.json.gz", "wt") as file:
+        file.write('{"text": "one more"}\n')
+    directories.append(Corpus(conf()).directory)
+    assert len(set(directories)) == 4
+
+
+def test_what_a_killed_build_leaves_is_not_read(conf, cache):
+    left = cache / ".building-left"
+    (left / "whole").mkdir(parents=True)
+    (left / "whole" / "meta.json").write_text("{")
+    corpus = Corpus(conf())
+    corpus.check()
+    assert {path.name for path in cache.iterdir()} == {".building-left", "sources", corpus.directory.name}
+
+
+def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Corpus(conf()).check()
+    assert [path.name for path in cache.iterdir()] == ["sources"]
+    Corpus(conf()).check()
+
+
+def test_pointer_to_a_deleted_directory_builds_again(conf):
+    directory = Corpus(conf()).directory
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+    assert Corpus(conf()).directory == directory
+    Corpus(conf()).check()
+
+
+@pytest.mark.slow
+def test_two_processes_build_at_once(conf, cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        arguments = documents(conf()), 300
+        one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
+    assert one == other == Corpus(conf()).directory
+    assert {path.name for path in cache.iterdir()} == {"sources", one.name}
+
+
+def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):
+    def encode_while_another_finishes(*args, encode=tokens._encode):
+        monkeypatch.setattr(tokens, "_encode", encode)
+        Corpus(conf()).check()  # the other process, from beginning to end
+        return encode(*args)
+
+    monkeypatch.setattr(tokens, "_encode", encode_while_another_finishes)
+    Corpus(conf()).check()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_damaged_file_is_named(conf):
+    corpus = Corpus(conf())
+    (corpus.directory / "train.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.bin: damaged; delete "):
+        corpus.check()
+
+
+def test_cache_root_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("CASPR_CACHE", "/a")
+    assert tokens.cache_root() == Path("/a/c4_lm")
+    monkeypatch.setenv("CASPR_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert tokens.cache_root() == Path("/b/caspr/c4_lm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert tokens.cache_root() == Path("/c/.cache/caspr/c4_lm")
+
+
+def test_cache_that_cannot_be_written(conf, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build token files in "):
+        Corpus(conf()).check()
+
+
+# ---- windows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [5, 8, 9, 12, 13, 17])
+def test_windows(tmp_path, count):
+    np.arange(count, dtype=np.uint16).tofile(tmp_path / "ids")
+    windows = Windows(tmp_path / "ids", "uint16", 4)
+    assert len(windows) == (count - 1) // 4
+    for i, window in enumerate(windows):
+        assert window.dtype == torch.int64
+        assert window.tolist() == list(range(4 * i, 4 * i + 5))
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+    assert torch.equal(windows[-1], windows[len(windows) - 1])
+
+
+def test_windows_are_pickled_by_path(tmp_path):
+    np.arange(100_000, dtype=np.uint16).tofile(tmp_path / "ids")
+    windows = Windows(tmp_path / "ids", "uint16", 4)
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[7], windows[7])
+
+
+@pytest.mark.parametrize(("split", "key"), [("train", "train_documents"), ("validation", "eval_documents")])
+def test_split_shorter_than_a_window_names_the_keys(conf, split, key):
+    with pytest.raises(DataError, match=rf"^task\.sequence: .*the {split} split.*task\.{key}$"):
+        Corpus(conf(**{key: 1}, sequence=500)).check()
