@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -67,8 +68,15 @@ class Session:
                 say(f"\njob {len(self.outcomes) + len(self.refused) + 1}: {name}")
             self.outcomes.append((name, self.run(recipe)))
         except (ConfigError, RecordBusyError) as error:
-            self.refused.append(f"{name}: {error}" if sweep else str(error))
-            complain(str(error))
+            self.refuse(name, str(error))
+        except OmegaConfBaseException as error:
+            self.refuse(name, explain(error, default_keys(), self.command))
+        except OSError as error:
+            self.refuse(name, f"output_dir={config.output_dir}: cannot write there: {error}")
+
+    def refuse(self, name: str, why: str) -> None:
+        self.refused.append(f"{name}: {why}")
+        complain(why)
 
     def run(self, recipe: Recipe) -> Outcome:
         record = Record.of(recipe)
@@ -88,6 +96,8 @@ class Session:
         say("")
         for line in summary.table(self.outcomes) if self.outcomes else []:
             say(line)
+        for line in self.refused:
+            say(f"refused  {line}")
         stopped = [c for c in codes if c in (INTERRUPTED, TERMINATED)]
         if stopped:
             return stopped[0]
@@ -155,6 +165,7 @@ def main() -> int:
 
 def default_keys() -> DictConfig | None:
     """The recipe without overrides, to find the key that was meant."""
+    GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
         return hydra.compose("train")
 

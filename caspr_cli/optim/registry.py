@@ -24,7 +24,7 @@ def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
     return BUILDERS[name]([dict(g) for g in groups if g["params"]], **options)
 
 
-def _family(cls: type[Optimizer]) -> Builder:
+def _family(cls: Builder) -> Builder:
     """CASPR and its kin know ``precondition=False`` themselves; elsewhere the option says what is preconditioned."""
 
     def make(groups: list[Group], *, factor_dtype: str | None = None, **options: Any) -> Optimizer:

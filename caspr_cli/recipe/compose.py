@@ -48,8 +48,8 @@ def freeze(config: DictConfig) -> Recipe:
     Raises:
         ConfigError: a value is missing or out of range.
     """
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=True)
-    recipe = _build(cast(dict[str, Any], plain))
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    recipe = _build({key: value for key, value in plain.items() if key != "hydra"})
     _check(recipe)
     return recipe
 

@@ -42,6 +42,8 @@ def explain(error: BaseException, keys: DictConfig | None, argv: list[str]) -> s
     for e in chain:
         if isinstance(e, OmegaConfBaseException) and e.full_key:
             return _bad_value(e, keys, argv)
+    if match := re.search(r"Error parsing override '(.*)'", text):
+        return f"cannot read '{match[1]}': overrides are key=value (quote a value that holds spaces or commas)"
     return str(chain[0]).split("\nSet the environment variable")[0].strip()
 
 
@@ -71,7 +73,8 @@ def _unknown_key(key: str, keys: DictConfig | None) -> str:
 def _bad_value(e: OmegaConfBaseException, keys: DictConfig | None, argv: list[str]) -> str:
     key, message = str(e.full_key), str(e.msg or e).splitlines()[0]
     if re.search(r"Key '.*' (is )?not in", message):
-        return _unknown_key(key, keys)
+        added = (a[1:].split("=")[0] for a in argv if a.startswith("+"))
+        return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys)
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'"

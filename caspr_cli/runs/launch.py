@@ -46,6 +46,8 @@ def plan(recipe: Recipe, record: Record) -> str:
         return "new"
     if state == DONE:
         return "skip"
+    if state == FAILED and record.status.get("user_error"):
+        return "new"  # nothing was trained, and what was wrong may have been mended outside
     if state == FAILED and recipe.resume != Resume.retry:
         return "failed"
     return "continue" if record.last.exists() else "new"

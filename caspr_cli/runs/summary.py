@@ -59,8 +59,11 @@ def _next(recipe: Recipe) -> list[str]:
 def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
     """One line a job of a sweep."""
     lines = []
-    width = max(len(name) for name, _ in outcomes)
-    for name, outcome in outcomes:
+    words = [name.split() for name, _ in outcomes]
+    common = set(words[0]).intersection(*words[1:])  # what every job had says nothing here
+    names = [" ".join(w for w in job if w not in common) for job in words]
+    width = max(map(len, names))
+    for name, (_, outcome) in zip(names, outcomes, strict=True):
         status, result = outcome.record.status, outcome.record.result
         state = status.get("state", "?")
         if state == DONE:

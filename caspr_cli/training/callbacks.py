@@ -142,7 +142,7 @@ class Curves(Callback):
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if self.recorder is None or not isinstance(optimizer, KroneckerOptimizer):
             return {}
-        values = {}
+        values: dict[str, float] = {}
         for name, x in diagnose(optimizer).items():
             cuts = torch.quantile(x, torch.tensor(list(QUANTILES.values()), dtype=x.dtype, device=x.device))
             values |= {f"optim/{name}/{q}": v for q, v in zip(QUANTILES, cuts.tolist(), strict=True)}
@@ -202,7 +202,7 @@ class StopOnSignal(Callback):
     ) -> None:
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # Where a validation comes next, it is part of the record that this checkpoint would stand for.
-        validates = (batch_idx + 1) % int(trainer.val_check_batch) == 0
+        validates = (batch_idx + 1) % cast(int, trainer.val_check_batch) == 0
         if between_steps and not validates and trainer.global_step < trainer.max_steps and self._agreed(trainer):
             self.stopped = trainer.should_stop = True
             self.checkpoints.save(trainer)

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 import tasks
 from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal
@@ -43,7 +45,14 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     curves = Curves(recipe, recorder, progress)
     checkpoints = Checkpoints(record, curves)
     stop = StopOnSignal(checkpoints)
-    trainer = _trainer(recipe, record, [curves, checkpoints, stop], world)
+    try:
+        trainer = _trainer(recipe, record, [curves, checkpoints, stop], world)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={recipe.trainer.accelerator.name}: {error}") from error
+    try:
+        module.configure_optimizers()
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
     if recorder and progress:
         record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
         recorder.hyperparameters(recipe, ["val/loss", "test/loss"])

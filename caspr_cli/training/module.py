@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
+from torchmetrics import Metric
 
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
@@ -43,7 +45,7 @@ class TrainingModule(LightningModule):
     def __init__(self, task: Task, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.task, self.model, self.recipe = task, model, recipe
-        self.metrics = nn.ModuleDict({"val": task.metrics(), "test": task.metrics()})
+        self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
         if recipe.trainer.compile:
             model.compile()
         self.timer = PhaseTimer(torch.device("cpu"))
@@ -51,7 +53,7 @@ class TrainingModule(LightningModule):
         self.last: dict[str, Tensor] = {}
         self.scores: dict[str, dict[str, float]] = {}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
         settings = options(conf)
         if "betas" in settings:
@@ -60,7 +62,8 @@ class TrainingModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        each_step: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": each_step}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Dropout and the like are a function of (seed, step, part, rank): there is no random state to save.
@@ -92,19 +95,18 @@ class TrainingModule(LightningModule):
             self.last["weight_norm"] = torch.stack(torch._foreach_norm(parameters)).norm()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch, self.metrics["val"])
+        self.task.evaluate(self.model, batch, self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch, self.metrics["test"])
+        self.task.evaluate(self.model, batch, self.test_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        self._score("val")
+        self._score("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._score("test")
+        self._score("test", self.test_metrics)
 
-    def _score(self, split: str) -> None:
+    def _score(self, split: str, metric: Metric) -> None:
         """Over all ranks: the metric adds up its states before it computes."""
-        metric = self.metrics[split]
         self.scores[split] = {f"{split}/{name}": float(value) for name, value in metric.compute().items()}
         metric.reset()
