@@ -43,7 +43,7 @@ scales
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          trainer.max_steps trainer.devices trainer.precision optim.lr schedule.name seed resume output_dir
 flags    -m sweep    --cfg job print the recipe    debug=fast 20 steps    -sc install=bash tab completion
-exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130 interrupted   143 terminated
+exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      tensorboard --logdir outputs
 """
 
@@ -70,7 +70,7 @@ class Session:
         except (ConfigError, RecordBusyError) as error:
             self.refuse(name, str(error))
         except OmegaConfBaseException as error:
-            self.refuse(name, explain(error, default_keys(), self.command))
+            self.refuse(name, explain(error, keys_of(self.command), self.command))
         except OSError as error:
             self.refuse(name, f"output_dir={config.output_dir}: cannot write there: {error}")
 
@@ -153,7 +153,7 @@ def main() -> int:
         sys.argv[1:] = arrange(argv)
         decorated(session.job)()
     except (HydraException, OmegaConfBaseException) as error:
-        complain(explain(error, default_keys(), argv))
+        complain(explain(error, keys_of(argv), argv))
         return BAD_USAGE
     except ConfigError as error:
         complain(str(error))
@@ -163,11 +163,13 @@ def main() -> int:
     return session.exit_code() if session.outcomes or session.refused else OK
 
 
-def default_keys() -> DictConfig | None:
-    """The recipe without overrides, to find the key that was meant."""
+def keys_of(argv: list[str]) -> DictConfig:
+    """The recipe of the choices in ``argv`` without its values, to find the key that was meant."""
+    known = {f"{group}={choice}" for group in ("task", "optim") for choice in compose.choices(group)}
+    chosen = [a for a in argv if a in known]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return hydra.compose("train")
+        return hydra.compose("train", overrides=chosen)
 
 
 if __name__ == "__main__":

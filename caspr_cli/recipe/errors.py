@@ -21,7 +21,7 @@ def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {prefix}{match[0]}?" if match else ""
 
 
-def explain(error: BaseException, keys: DictConfig | None, argv: list[str]) -> str:
+def explain(error: BaseException, keys: DictConfig, argv: list[str]) -> str:
     """The user's mistake behind an exception of Hydra or OmegaConf.
 
     Args:
@@ -56,9 +56,9 @@ def _unknown_choice(e: MissingConfigException) -> str:
     return f"{group}={name}: no such choice.{nearest(name, options, f'{group}=')} (choices: {listed})"
 
 
-def _unknown_key(key: str, keys: DictConfig | None) -> str:
+def _unknown_key(key: str, keys: DictConfig) -> str:
     *path, name = key.split(".")
-    node = keys
+    node: object = keys
     for part in path:
         node = node.get(part) if isinstance(node, DictConfig) else None
     names = [str(k) for k in node if k != "hydra"] if isinstance(node, DictConfig) else []
@@ -70,7 +70,7 @@ def _unknown_key(key: str, keys: DictConfig | None) -> str:
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
 
 
-def _bad_value(e: OmegaConfBaseException, keys: DictConfig | None, argv: list[str]) -> str:
+def _bad_value(e: OmegaConfBaseException, keys: DictConfig, argv: list[str]) -> str:
     key, message = str(e.full_key), str(e.msg or e).splitlines()[0]
     if re.search(r"Key '.*' (is )?not in", message):
         added = (a[1:].split("=")[0] for a in argv if a.startswith("+"))
@@ -78,6 +78,8 @@ def _bad_value(e: OmegaConfBaseException, keys: DictConfig | None, argv: list[st
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'"
+    if match := re.search(r"Value '(.*)' is not a valid bool", message):
+        return f"{key} should be true or false but is '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
         choices = match[2].split(", ")
         return f"{key} should be one of {match[2]} but is '{match[1]}'.{nearest(match[1], choices, f'{key}=')}"

@@ -64,9 +64,9 @@ def run(recipe: Recipe, command: list[str]) -> Outcome:
         todo = plan(recipe, record)
         if todo in ("skip", "failed"):
             return Outcome(record, OK if todo == "skip" else RUN_FAILED, ran=False)
+        attempts = 0 if recipe.resume == Resume.never else record.status.get("attempts", 0)
         if todo == "new":
             _clear(record)
-        attempts = record.status.get("attempts", 0)
         write_whole(record.config, compose.save(recipe))
         record.write("provenance.json", provenance.collect(command))
         started = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}

@@ -7,9 +7,7 @@ from torch import Tensor
 BARE = {"interval": 1, "start_step": 1, "graft": "none", "weight_decay": 0.0}
 
 
-def run(
-    optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1e-3, **options
-) -> list[Tensor]:
+def run(optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1e-3, **options) -> list[Tensor]:
     """The weights after every step; ``lr`` is a number or one number a step."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = optimizer_class([parameter], lr=lr[0] if isinstance(lr, list) else lr, **options)

@@ -66,9 +66,7 @@ def preconditioner(statistics: list[Tensor], order: float) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def precondition(
-    gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, order: float
-) -> Tensor:
+def precondition(gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, order: float) -> Tensor:
     """U = P vec(G) in the shape of G, of undamped statistics. Zero where nothing but zero was seen."""
     if damping == "relative" and not any(statistic.any() for statistic in statistics):
         return torch.zeros_like(gradient)

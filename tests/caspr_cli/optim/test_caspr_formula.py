@@ -26,13 +26,9 @@ def optimizer_of(order):
 def test_update_is_the_dense_kronecker_formula(shape, kind, damping, order):
     gradients = random_stream(*shape, steps=5, seed=1)
     optimizer, options = optimizer_of(order)
-    updates = bare_updates(
-        optimizer, gradients, beta=BETA, eps=1e-4, statistics=kind, damping=damping, **options
-    )
+    updates = bare_updates(optimizer, gradients, beta=BETA, eps=1e-4, statistics=kind, damping=damping, **options)
     for step, update in enumerate(updates, start=1):
-        expected = precondition(
-            gradients[step - 1], statistics(gradients[:step], kind, BETA), 1e-4, damping, order
-        )
+        expected = precondition(gradients[step - 1], statistics(gradients[:step], kind, BETA), 1e-4, damping, order)
         assert relative_error(update, expected) < 1e-9
 
 

@@ -58,9 +58,7 @@ def test_what_is_preconditioned_does_not_change_the_graft_method(way, preconditi
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
 def test_adamw_in_float32_for_every_rank(shape):
     weight, gradients = problem(*shape, seed=3, dtype=torch.float32)
-    expected = run(
-        torch.optim.AdamW, weight, gradients, lr=RATES, weight_decay=0.0
-    )  # torch's default is 0.01
+    expected = run(torch.optim.AdamW, weight, gradients, lr=RATES, weight_decay=0.0)  # torch's default is 0.01
     weights = grouped(CASPR, weight, gradients, lr=RATES)
     assert_same(weights, expected, bound=1e-6)
     assert weights[-1].dtype == torch.float32
@@ -119,9 +117,7 @@ def test_momentum_of_the_other_grafts_is_a_corrected_average(graft, way):
 def test_the_update_has_the_length_of_the_graft_direction(optimizer, graft):
     weight, gradients = problem(3, 4, seed=7)
     start = 3
-    weights = run(
-        optimizer, weight, gradients, lr=1.0, betas=(0.8, 0.95), graft=graft, start_step=start, interval=2
-    )
+    weights = run(optimizer, weight, gradients, lr=1.0, betas=(0.8, 0.95), graft=graft, start_step=start, interval=2)
     steps = zip([weight, *weights[:-1]], weights, strict=True)
     for step, (before, after) in enumerate(steps, start=1):
         seen = gradients[:step]

@@ -163,9 +163,7 @@ def test_the_transpose_has_the_transposed_update(seed, rows, columns, order, kin
 def test_permuting_three_axes_permutes_the_update(optimizer):
     gradients = random_stream(2, 3, 4, steps=3, seed=9)
     plain = bare_updates(optimizer, gradients, merge="none", eps=1e-4)[-1]
-    moved = bare_updates(
-        optimizer, [g.permute(2, 0, 1).contiguous() for g in gradients], merge="none", eps=1e-4
-    )[-1]
+    moved = bare_updates(optimizer, [g.permute(2, 0, 1).contiguous() for g in gradients], merge="none", eps=1e-4)[-1]
     assert relative_error(moved, plain.permute(2, 0, 1)) < 1e-9
 
 
@@ -207,9 +205,7 @@ def test_a_block_that_never_sees_a_gradient_stays(graft):
 
 def test_signs_flip_with_the_gradients():
     gradients = random_stream(3, 4, steps=4, seed=12)
-    for u, u_flipped in zip(
-        bare_updates(CASPR, gradients), bare_updates(CASPR, [-g for g in gradients]), strict=True
-    ):
+    for u, u_flipped in zip(bare_updates(CASPR, gradients), bare_updates(CASPR, [-g for g in gradients]), strict=True):
         assert relative_error(u_flipped, -u) < 1e-9
 
 

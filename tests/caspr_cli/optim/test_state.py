@@ -240,18 +240,17 @@ def test_a_state_of_other_parameters_is_refused():
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(data=st.data())
 def test_any_pattern_of_gradients_and_cuts(data):
-    """Three parameters of one shape with gradients in steps of their own, and a save and load at any step:
+    """Five parameters of one shape with gradients in steps of their own, and a save and load at any step:
     each moves as alone."""
-    steps, shape = 7, (2, 3)
-    present = data.draw(
-        st.lists(st.lists(st.booleans(), min_size=steps, max_size=steps), min_size=3, max_size=3)
-    )
+    count, steps, shape = 5, 7, (3, 4)  # in blocks of 2 x 2 and 1 x 2, two of each
+    marks = st.lists(st.booleans(), min_size=steps, max_size=steps)
+    present = data.draw(st.lists(marks, min_size=count, max_size=count))
     cut = data.draw(st.integers(0, steps))
     options = {"lr": 0.1, "start_step": 2, "interval": 2, "betas": (0.9, 0.95), "block_size": 2}
     gradients = [
         [g if here else None for g, here in zip(stream, marks, strict=True)]
         for stream, marks in zip(
-            (random_stream(*shape, steps=steps, seed=i) for i in range(3)), present, strict=True
+            (random_stream(*shape, steps=steps, seed=i) for i in range(count)), present, strict=True
         )
     ]
     start = torch.ones(shape, dtype=torch.float64)

@@ -163,9 +163,7 @@ def test_false_without_the_rank():
 def test_false_that_averages_grow():
     """A large gradient followed by a small one."""
     gradients = [10 * random_stream(3, 3, steps=1, seed=3)[0], random_stream(3, 3, steps=1, seed=4)[0]]
-    first, second = (
-        [damped(side, EPS, "absolute") for side in statistics(gradients[:t], "ema", 0.5)] for t in (1, 2)
-    )
+    first, second = ([damped(side, EPS, "absolute") for side in statistics(gradients[:t], "ema", 0.5)] for t in (1, 2))
     for order in ORDERS:
         assert loewner_gap(preconditioner(second, order), preconditioner(first, order)) < -1e-2
 
@@ -199,8 +197,7 @@ def test_false_for_blocks_against_the_whole_matrix():
 def test_false_that_it_is_the_best_approximation():
     """Gradients with Kronecker covariance: L^(1/2) x R^(1/2) points nearer to F^(1/2) than CASPR does."""
     gradients = [
-        torch.diag(torch.tensor([1.0, 2, 4, 8, 16]).double()) @ g
-        for g in random_stream(5, 6, steps=2000, seed=8)
+        torch.diag(torch.tensor([1.0, 2, 4, 8, 16]).double()) @ g for g in random_stream(5, 6, steps=2000, seed=8)
     ]
     left, right = statistics(gradients, "accumulate", 0.0)
     root = spectral_power(full_matrix(gradients, 0.0), 1 / 2)

@@ -48,8 +48,7 @@ def quadratic(optimizer_class, **options):
     """Last over first loss of 200 steps on ||L^T (W - W*) R||^2 / 2, both sides rotated and of condition 10."""
     rows, columns = 8, 12
     left, right = (
-        torch.linalg.qr(random_stream(size, size, steps=1, seed=size)[0])[0]
-        * torch.logspace(0, -1, size).double()
+        torch.linalg.qr(random_stream(size, size, steps=1, seed=size)[0])[0] * torch.logspace(0, -1, size).double()
         for size in (rows, columns)
     )
     best = random_stream(rows, columns, steps=1, seed=1)[0]

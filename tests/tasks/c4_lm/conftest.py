@@ -65,7 +65,5 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = root / "email" if i % 2 else root
         (folder / f"module{i}.py").write_text(f'"""{text}"""\n', encoding="utf-8")
     monkeypatch.setattr(sources, "stdlib_root", lambda: root)
-    monkeypatch.setattr(
-        sources, "stdlib_topics", lambda: {"if": "The if statement.", "for": "The for statement."}
-    )
+    monkeypatch.setattr(sources, "stdlib_topics", lambda: {"if": "The if statement.", "for": "The for statement."})
     return root

@@ -38,8 +38,7 @@ def test_true_sample():
 
     # disjoint by document, and in every paragraph long enough to matter
     paragraphs = {
-        split: {p for text in texts[split] for p in text.split("\n\n") if len(p) >= sources.LONG}
-        for split in SPLITS
+        split: {p for text in texts[split] for p in text.split("\n\n") if len(p) >= sources.LONG} for split in SPLITS
     }
     for one, other in [("train", "validation"), ("train", "test"), ("validation", "test")]:
         assert not set(texts[one]) & set(texts[other])
@@ -57,9 +56,7 @@ def test_sample_splits_do_not_depend_on_order_or_neighbours(library, monkeypatch
     monkeypatch.undo()
     gone = library / "email" / "module1.py"
     monkeypatch.setattr(sources, "stdlib_root", lambda: library)
-    monkeypatch.setattr(
-        sources, "stdlib_topics", lambda: {"if": "The if statement.", "for": "The for statement."}
-    )
+    monkeypatch.setattr(sources, "stdlib_topics", lambda: {"if": "The if statement.", "for": "The for statement."})
     lost = gone.read_text(encoding="utf-8").strip('"\n')
     gone.unlink()
     assert texts() == {split: before[split] - {lost} for split in SPLITS}
@@ -140,9 +137,7 @@ def test_errors_of_the_root(conf, tmp_path):
         documents(conf(root=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', "", "\xff"]
-)
+@pytest.mark.parametrize("line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', "", "\xff"])
 def test_malformed_line_names_file_and_line(conf, shards, line, cache):
     name = "c4-train.00001-of-00002.json.gz"
     with gzip.open(shards / name, "wb") as file:
@@ -157,9 +152,7 @@ def test_malformed_line_names_file_and_line(conf, shards, line, cache):
 def test_damaged_gzip_names_the_file(conf, shards, damage):
     shard = shards / "c4-train.00000-of-00002.json.gz"
     shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(
-        DataError, match=r"^c4-train\.00000-of-00002\.json\.gz:\d+: cannot be read from here on"
-    ):
+    with pytest.raises(DataError, match=r"^c4-train\.00000-of-00002\.json\.gz:\d+: cannot be read from here on"):
         Corpus(conf()).check()
 
 
@@ -174,9 +167,7 @@ def test_real_shards():
 
 
 def hub(**changes):
-    return C4LMConf(
-        **{"data": Source.hub, "train_documents": 5, "eval_documents": 2, "vocab_size": 300, **changes}
-    )
+    return C4LMConf(**{"data": Source.hub, "train_documents": 5, "eval_documents": 2, "vocab_size": 300, **changes})
 
 
 @pytest.mark.parametrize("key", ["train_documents", "eval_documents"])

@@ -117,9 +117,7 @@ def test_bfloat16_autocast_stays_close():
     torch.testing.assert_close(rough.float(), model(tokens), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("scale", "million", "exact"), [("paper", 14, 14_487_808), ("paper_234m", 234, 234_128_384)]
-)
+@pytest.mark.parametrize(("scale", "million", "exact"), [("paper", 14, 14_487_808), ("paper_234m", 234, 234_128_384)])
 def test_paper_scales_have_the_papers_number_of_parameters(pytestconfig, scale, million, exact):
     task = yaml.safe_load((pytestconfig.rootpath / f"conf/scale/c4_lm/{scale}.yaml").read_text())["task"]
     V, T, n, w = (task[key] for key in ("vocab_size", "sequence", "layers", "width"))

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from caspr_cli.commands import train
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["caspr-train", *argv])
+    return train.main()
+
+
+def test_help_fits_a_screen_and_lists_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 110
+    for name in [*TASKS, *OPTIMIZERS]:
+        assert any(line.strip().startswith(name + " ") for line in lines), name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
+        (["+optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
+        (["optim=adamw", "optim.order=1"], "optim.order is not a key of optim=adamw."),
+        (["trainer.max_step=3"], "trainer.max_step is not a key of trainer. Did you mean trainer.max_steps?"),
+        (["optmi=caspr"], "optmi is not a key. Did you mean optim?"),
+        (["optim.lr=abc"], "optim.lr should be a number but is 'abc'"),
+        (["seed=1.5"], "seed should be an integer but is '1.5'"),
+        (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
+        (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),
+        (["task=c4"], "task=c4: no such choice. Did you mean task=c4_lm?"),
+        (["scale=papers"], "scale=papers: no such choice. Did you mean scale=paper?"),
+        (["optim.graft=adma"], "Did you mean optim.graft=adam?"),
+        (["task.data=fils"], "Did you mean task.data=files?"),
+        (["seed=1,2"], "seed=1,2 is a sweep: add -m"),
+        (["--mutlirun"], "--mutlirun is not a flag. Did you mean --multirun?"),
+        (["seed=="], "cannot read 'seed=='"),
+        (["-m", "optim=caspr,foo"], "optim=foo: no such choice."),
+        (["trainer.max_steps=0"], "trainer.max_steps should be at least 1 but is 0"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistakes(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *argv) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.splitlines()) <= 3
+    assert "Traceback" not in shown.err + shown.out
+    assert "HYDRA_FULL_ERROR" not in shown.err
+
+
+def test_an_output_directory_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "output_dir=/proc/nothing") == 2
+    assert capsys.readouterr().err.startswith("error: output_dir=/proc/nothing: cannot write there")
+
+
+def test_flags_may_come_last() -> None:
+    assert train.arrange(["seed=1,2", "-m"]) == ["-m", "seed=1,2"]
+    assert train.arrange(["optim=sgd", "--cfg", "job", "-p", "optim"]) == ["--cfg", "job", "-p", "optim", "optim=sgd"]
+
+
+@pytest.mark.parametrize("argv", [["--cfg", "job"], ["--help"], ["-sc", "query=bash"]])
+def test_answers_without_torch(argv: list[str]) -> None:
+    """Composition, help and tab completion must not wait seconds for an import they do not need."""
+    code = (
+        "import sys, atexit\n"
+        f"sys.argv = ['caspr-train', *{argv!r}]\n"
+        "from caspr_cli.commands import train\n"
+        "try: code = train.main()\n"
+        "except SystemExit as e: code = e.code\n"
+        "heavy = {'torch', 'lightning', 'torchvision', 'numpy'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy), file=sys.stderr)\n"
+    )
+    environment = {"COMP_LINE": "caspr-train optim=", "COMP_POINT": "18", "PATH": "/usr/bin"}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert time.perf_counter() - start < 30  # a hang, not a benchmark
+    assert "heavy: []" in done.stderr
+    if argv[0] == "-sc":
+        assert "optim=caspr" in done.stdout

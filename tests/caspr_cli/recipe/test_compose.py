@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, CasprConf, FullAdagradConf, OptimConf, Recipe, ShampooConf
+
+
+def composed(*overrides: str) -> DictConfig:
+    compose.register_schemas()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return hydra.compose("train", overrides=list(overrides))
+
+
+def recipe(*overrides: str) -> Recipe:
+    return compose.freeze(composed(*overrides))
+
+
+@pytest.mark.parametrize(("conf", "cls"), [(CasprConf, CASPR), (ShampooConf, Shampoo), (FullAdagradConf, FullAdagrad)])
+def test_keys_and_defaults_are_those_of_the_class(conf: type[OptimConf], cls: type[torch.optim.Optimizer]) -> None:
+    """Two places, one truth: a default changed in the class alone would not reach the command line."""
+    parameters = inspect.signature(cls).parameters
+    known = {n: p.default for n, p in parameters.items() if n not in ("params", "maximize")}
+    keys = {f.name: getattr(conf(), f.name) for f in fields(conf) if f.name != "name"}
+    keys = {k: v.name if isinstance(v, Enum) else tuple(v) if isinstance(v, list) else v for k, v in keys.items()}
+    assert keys == known
+
+
+def test_every_choice_has_a_schema_a_file_and_a_description() -> None:
+    for group, schemas in (("optim", OPTIMIZERS), ("task", TASKS)):
+        described = compose.choices(group)
+        assert set(described) == set(schemas)
+        assert all(described.values())
+    for name, conf in (OPTIMIZERS | TASKS).items():
+        assert conf().name == name
+
+
+@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+def test_a_recipe_survives_its_file(optim: str, tmp_path: Path) -> None:
+    before = recipe(f"optim={optim}", "seed=3", "task.data=files", "task.root=/somewhere")
+    file = tmp_path / "config.yaml"
+    file.write_text(compose.save(before))
+    assert compose.load(file) == before
+    assert type(compose.load(file).optim) is OPTIMIZERS[optim]
+
+
+@pytest.mark.parametrize("scale", ["sample", "long", "paper", "paper_234m"])
+def test_every_scale_composes(scale: str) -> None:
+    assert recipe(f"scale={scale}").scale == scale
+
+
+def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
+    name = compose.identity(recipe())
+    assert compose.identity(recipe("seed=7", "output_dir=/elsewhere", "resume=never")) == name
+    for change in ("optim.lr=0.5", "trainer.max_steps=9", "task.width=64", "optim=shampoo", "trainer.devices=2"):
+        assert compose.identity(recipe(change)) != name
+
+
+def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
+    tuned = OmegaConf.load(compose.CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
+    assert tuned != CasprConf().lr
+    assert recipe().optim.lr == tuned
+    assert recipe("optim.lr=0.123").optim.lr == 0.123
+    assert recipe("scale=paper").optim.lr == CasprConf().lr  # tuned for another scale
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=0", "trainer.max_steps should be at least 1 but is 0"),
+        ("trainer.clip_norm=-1", "trainer.clip_norm should be > 0"),
+        ("schedule.warmup=2", "schedule.warmup is a fraction of the run, 0 to 1, but is 2"),
+        ("schedule.warmup=0.5", "schedule.warmup + schedule.decay should be at most 1 but is 1.45"),
+        ("trainer.devices=5", "task.batch_size should be a multiple of trainer.devices x trainer.accumulate = 5"),
+        ("optim.lr=-1", "optim.lr should be >= 0 but is -1"),
+    ],
+)
+def test_values_that_types_cannot_refuse(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("+", r"\+").replace(".", r"\.")):
+        recipe(override)

@@ -1,0 +1,60 @@
+"""Runs in tests: how they are started, and what is read from their records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TINY = [
+    "task.data=files", "task.width=16", "task.layers=1", "task.heads=2", "task.sequence=16", "task.batch_size=8",
+    "task.vocab_size=300", "trainer.log_every=1", "trainer.val_every=8", "trainer.max_steps=20",
+    "trainer.accelerator=cpu", "optim.lr=0.01",
+]  # fmt: skip
+
+
+class Runner:
+    """``caspr-train`` as a user starts it, on a corpus small enough for a test."""
+
+    def __init__(self, home: Path, cache: Path) -> None:
+        self.home = home
+        self.environment = os.environ | {"CASPR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+
+    def command(self, *overrides: str) -> list[str]:
+        corpus = f"task.root={self.home / 'corpus'}"
+        return [sys.executable, "-m", "caspr_cli.commands.train", *overrides[:1], *TINY, corpus, *overrides[1:]]
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*overrides),
+            cwd=self.home,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, *overrides: str, expect: int = 0) -> str:
+        process = self.start(*overrides)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == expect, out
+        return out
+
+    def record(self, output_dir: str, seed: int = 0) -> Path:
+        (found,) = (self.home / output_dir).glob(f"*/*/*/seed{seed}")
+        return found
+
+
+def losses(record: Path) -> dict[tuple[int, str], float]:
+    """Every loss of a record by step and name; a step that stands there twice is an error."""
+    found: dict[tuple[int, str], float] = {}
+    for line in (record / "metrics.jsonl").read_text().splitlines():
+        row: dict[str, Any] = json.loads(line)
+        for name in ("train/loss", "val/loss", "test/loss"):
+            if name in row:
+                assert (row["step"], name) not in found
+                found[row["step"], name] = row[name]
+    return found

@@ -1,0 +1,187 @@
+"""Whole runs, as a user starts them: results, resuming, signals, ranks, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from running import Runner, losses
+
+from caspr_cli.recipe import compose
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(runner: Runner) -> Path:
+    """A run that was never cut."""
+    out = runner("output_dir=whole")
+    assert "Traceback" not in out
+    return runner.record("whole")
+
+
+def test_a_run_leaves_a_whole_record(runner: Runner, whole: Path) -> None:
+    status = json.loads((whole / "status.json").read_text())
+    assert (status["state"], status["attempts"], status["error"]) == ("done", 1, None)
+    result = json.loads((whole / "result.json").read_text())
+    assert (result["task"], result["optim"], result["seed"], result["steps"]) == ("c4_lm", "caspr", 0, 20)
+    assert set(result["optimizer_seconds"]) == {"statistics", "roots", "apply", "other"}
+    assert all(seconds > 0 for seconds in result["optimizer_seconds"].values())
+    assert sum(result["optimizer_seconds"].values()) < result["seconds"]
+    seen = losses(whole)
+    assert result["final"]["val/loss"] == seen[20, "val/loss"]
+    assert result["best"]["val/loss"] == min(v for (_, name), v in seen.items() if name == "val/loss")
+    assert result["test"]["test/loss"] == seen[20, "test/loss"]
+    # 20 steps, validations at 8, 16 and the end, one test
+    assert sorted(step for step, name in seen if name == "train/loss") == list(range(1, 21))
+    assert sorted(step for step, name in seen if name == "val/loss") == [8, 16, 20]
+    assert seen[20, "val/loss"] < seen[8, "val/loss"]
+    # embedding 300 x 16; attention 4 x 16 x 16 and MLP 2 x 16 x 64 in one layer; three norms of 16
+    assert result["preconditioned_parameters"] == 4 * 16 * 16 + 2 * 16 * 64
+    assert result["parameters"] == result["preconditioned_parameters"] + 300 * 16 + 3 * 16
+    # two moments everywhere; in the blocks statistics and roots of both axes, float32, and two scales
+    squares = 4 * 2 * (16**2 + 16**2) + 2 * 2 * (16**2 + 64**2)
+    assert result["optimizer_state_bytes"] == pytest.approx(4 * (2 * result["parameters"] + squares), rel=0.01)
+    provenance = json.loads((whole / "provenance.json").read_text())
+    assert provenance["data"]["source"] == "files"
+    assert provenance["packages"]["torch"]
+    assert compose.load(whole / "config.yaml").task.name == "c4_lm"
+    assert "val/loss" in (whole / "log.txt").read_text()
+    assert list(whole.glob("events.out.tfevents.*"))
+    assert {p.name for p in (whole / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").stat().st_mtime_ns
+    assert "skipped  this run is done already" in runner("output_dir=whole")
+    assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def wait_for(runner: Runner, output_dir: str, lines: int) -> Path:
+    """Until so many lines of metrics were written."""
+    for _ in range(3000):
+        found = list((runner.home / output_dir).glob("*/*/*/seed0/metrics.jsonl"))
+        if found and len(found[0].read_text().splitlines()) >= lines:
+            return found[0].parent
+        time.sleep(0.02)
+    raise AssertionError("the run does not get there")
+
+
+def worker_of(record: Path) -> int:
+    """The process that trains: the one with the record as its last word."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"caspr_cli.runs.worker" in words and str(record).encode() in words:
+            return int(process.name)
+    raise AssertionError("no worker")
+
+
+@pytest.mark.parametrize("lines", [3, 11, 20], ids=["before a checkpoint", "mid-epoch", "late"])
+def test_killed_at_any_step_it_continues_bit_for_bit(runner: Runner, whole: Path, lines: int) -> None:
+    name = f"killed{lines}"
+    process = runner.start(f"output_dir={name}")
+    record = wait_for(runner, name, lines)
+    os.kill(worker_of(record), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert "cut off" in out
+    assert json.loads((record / "status.json").read_text())["state"] == "preempted"
+    runner(f"output_dir={name}")
+    assert losses(record) == losses(whole)
+    assert json.loads((record / "status.json").read_text())["attempts"] == 2
+
+
+def test_the_launcher_killed_its_worker_ends_and_the_run_continues(runner: Runner, whole: Path) -> None:
+    process = runner.start("output_dir=orphan", "trainer.max_steps=20")
+    record = wait_for(runner, "orphan", 5)
+    worker = worker_of(record)
+    process.kill()
+    process.wait()
+    for _ in range(500):
+        if not Path(f"/proc/{worker}").exists():
+            break
+        time.sleep(0.02)
+    assert not Path(f"/proc/{worker}").exists()
+    runner("output_dir=orphan")
+    assert losses(record) == losses(whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Signals, code: int) -> None:
+    name = f"signal{code}"
+    process = runner.start(f"output_dir={name}")
+    record = wait_for(runner, name, 10)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    status = json.loads((record / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert f"saved at step {status['step']}; the same command continues" in out
+    assert status["step"] >= 9
+    runner(f"output_dir={name}")
+    assert losses(record) == losses(whole)
+
+
+def test_two_ranks_take_the_same_batches(runner: Runner, whole: Path) -> None:
+    out = runner("output_dir=ranks", "trainer.devices=2")
+    assert "2 cpu processes" in out
+    one, two = losses(whole), losses(runner.record("ranks"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=2e-4), key
+
+
+def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:
+    runner("output_dir=parts", "trainer.accumulate=4")
+    one, four = losses(whole), losses(runner.record("parts"))
+    assert one.keys() == four.keys()
+    for key, value in one.items():
+        assert four[key] == pytest.approx(value, rel=2e-4), key
+
+
+def test_a_sweep_outlives_a_failing_job(runner: Runner) -> None:
+    out = runner("-m", "output_dir=sweep", "trainer.max_steps=4", "optim.eps=-1,1e-6", "seed=0,1", expect=3)
+    assert out.count("failed   optim.eps should be > 0 but is: -1.0") == 2
+    table = out.splitlines()[-4:]
+    assert [("done" in line, "failed" in line) for line in table] == [(False, True)] * 2 + [(True, False)] * 2 or [
+        ("done" in line) for line in table
+    ].count(True) == 2
+    states = [json.loads(p.read_text())["state"] for p in (runner.home / "sweep").glob("*/*/*/*/status.json")]
+    assert sorted(states) == ["done", "done", "failed", "failed"]
+    # the same command again: what is done is skipped, what was refused is tried again and refused again
+    again = runner("-m", "output_dir=sweep", "trainer.max_steps=4", "optim.eps=-1,1e-6", "seed=0,1", expect=3)
+    assert again.count("skipped") == 2
+
+
+def test_a_held_record_is_refused(runner: Runner) -> None:
+    first = runner.start("output_dir=held", "trainer.max_steps=2000")
+    try:
+        wait_for(runner, "held", 1)
+        out = runner("output_dir=held", "trainer.max_steps=2000", expect=2)
+        assert f"is being written by process {first.pid}" in out
+    finally:
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=60) == 130
+
+
+def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
+    out = runner("output_dir=diverged", "optim=sgd", "optim.lr=1e30", "trainer.clip_norm=null", expect=1)
+    assert "failed   FloatingPointError: the training loss is" in out
+    assert "Traceback" not in out
+    assert "resume=retry" in runner(
+        "output_dir=diverged", "optim=sgd", "optim.lr=1e30", "trainer.clip_norm=null", expect=1
+    )
+
+
+@pytest.mark.parametrize("optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad"])
+def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
+    runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")
+    seen = losses(runner.record(f"all_{optim}"))
+    assert seen[8, "val/loss"] < seen[4, "val/loss"]
