@@ -12,8 +12,8 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 Group = dict[str, Any]
 
 # An eigendecomposition of n x n with its root takes about the time of this many n^3 FLOPs of matrix products
-# (nominally 9 to 22 n^3, but far from the speed of products).
-EIGH_FLOPS = 50
+# (measured with `n` 128 to 512 on two cores: 48 to 17).
+EIGH_FLOPS = 25
 
 
 def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, tuple[int, ...], int]]:

@@ -326,8 +326,9 @@ def _one_of(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name} should be one of {', '.join(map(str, choices))} but is: {value!r}")
 
 
-def _positive_integer(name: str, value: object, *, also: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or value != int(value):
+def _positive_integer(name: str, value: Any, *, also: str = "") -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 1 or value != int(value):
         raise ValueError(f"{name} should be a positive integer{also} but is: {value}")
 
 

@@ -29,20 +29,22 @@ def accumulate(S: list[Tensor], scale: Tensor, G: Tensor, *, beta: float, weight
     Args:
         S: for each axis ``[K, d_i, d_i]``, the statistics divided by ``scale**2``.
         scale: ``[K]``, at least the largest absolute entry that still counts; 0 before the first gradient.
-        G: ``[K, d_1, ..., d_k]``, overwritten with G divided by the new scale.
+        G: ``[K, d_1, ..., d_k]``, overwritten. A block that is not finite leaves its statistics as they are: one
+            overflow in a thousand steps must not end the preconditioner.
         beta: 1 for a sum, betas[1] for a moving average.
         weight: 1 for a sum, 1 - betas[1] for a moving average.
 
     Cost: 2 K d_i numel(G)/K FLOPs an axis (for m x n blocks 2 K m n (m + n)).
     """
     peak = G.abs().amax(dim=tuple(range(1, G.ndim)))
+    finite = torch.isfinite(peak)
     # The old scale decays as the root of its statistics does, so that S / scale^2 stays of order one: after a
     # gradient of 1e20, gradients of 1 are seen again as soon as they weigh anything in the true S.
     decayed = scale * math.sqrt(beta)
-    torch.maximum(decayed, peak, out=scale)
+    scale.copy_(torch.where(finite, torch.maximum(decayed, peak), scale))
     unit = torch.where(scale > 0, scale, 1)
-    keep = (decayed / unit).square()  # <= 1; beta is in it
-    G.div_(per_block(unit, G))
+    keep = torch.where(finite, (decayed / unit).square(), 1)  # <= 1; beta is in it
+    G.div_(per_block(unit, G)).masked_fill_(per_block(~finite, G), 0)
     for axis, S_i in enumerate(S):
         X = unfold(G, axis)
         S_i.mul_(per_block(keep, S_i)).baddbmm_(X, X.mT, alpha=weight)
