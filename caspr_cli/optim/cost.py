@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from caspr_cli.optim.engine import KroneckerOptimizer
-
-Group = dict[str, Any]
+from caspr_cli.optim.options import Group
 
 # An eigendecomposition of n x n with its root takes about the time of this many n^3 FLOPs of matrix products
 # (measured with `n` 128 to 512 on two cores: 48 to 17).

@@ -6,34 +6,29 @@ order of things.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from caspr_cli.optim.blocks import MERGES, Layout, merge_axes
+from caspr_cli.optim.blocks import Layout, merge_axes
 from caspr_cli.optim.combine import apply_roots, root_exponent
 from caspr_cli.optim.graft import (
-    GRAFTS,
+    diagonal_step,
     direction,
     needs_second_moment,
     transfer_length,
     update_second_moment,
 )
+from caspr_cli.optim.options import SMALLEST_EPS_FLOAT32, Group, validate
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.roots import inverse_root
 from caspr_cli.optim.stacks import Stack, build_stacks
 from caspr_cli.optim.statistics import accumulate, per_block
-
-Group = dict[str, Any]
-
-# Below this, the damping is lost in the rounding of float32 statistics.
-SMALLEST_EPS_FLOAT32 = 1e-6
 
 
 class KroneckerOptimizer(Optimizer):
@@ -95,17 +90,14 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
+            grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
+            for p in grads:
                 self._init_state(p, group)
-            grads = {p: -p.grad if group["maximize"] else p.grad for p in params}
-            matrices = [p for p in params if self.preconditions(p, group)]
-            ready = self._precondition(index, group, matrices, grads) if matrices else set()
-            rest = [p for p in params if p not in ready]
-            if rest:
-                _diagonal_step(rest, [grads[p] for p in rest], self.state, group)
+            work = self._plan(group, grads)
+            if work.steps:
+                self._precondition(index, work)
+            if rest := [p for p in grads if p not in work.inputs]:
+                diagonal_step(rest, [grads[p] for p in rest], self.state, group)
         return loss
 
     @staticmethod
@@ -151,60 +143,13 @@ class KroneckerOptimizer(Optimizer):
             stacks = self._stacks[index] = build_stacks(members, layouts, dtypes, self.state)
         return stacks
 
-    def _precondition(self, index: int, group: Group, params: list[Tensor], grads: dict[Tensor, Tensor]) -> set[Tensor]:
-        """Update statistics, and where it is time roots and weights. Returns the parameters that were stepped."""
-        steps = {p: int(self.state[p]["step"].item()) + 1 for p in params}
-        start = group["start_step"]
-        ready = [p for p in params if steps[p] >= start]
-        due = {p for p in ready if (steps[p] - start) % group["interval"] == 0}
-        updates = {
-            p: torch.empty(self.layout(p, group).shape, dtype=factor_dtype(p, group), device=p.device) for p in ready
-        }
-        inputs = self._inputs(group, ready, grads, steps) if ready else {}
-        for stack in self._stacks_of(index, group, params):
-            with full_precision(stack.scale.device.type):
-                self._step_stack(stack, group, grads, steps, due, inputs, updates)
-        if ready:
-            self._finish(group, ready, grads, steps, inputs, updates)
-        return set(ready)
-
-    def _step_stack(
-        self,
-        stack: Stack,
-        group: Group,
-        grads: dict[Tensor, Tensor],
-        steps: dict[Tensor, int],
-        due: set[Tensor],
-        inputs: dict[Tensor, Tensor],
-        updates: dict[Tensor, Tensor],
-    ) -> None:
-        """Statistics of all blocks that have a gradient, roots of those that are due, U of those that are ready."""
-        params = [p for p in stack.rows if p in steps]
-        part, index = stack.take(params)
-        if not params:
-            return
-        with self.phase("statistics"):
-            part.fill(self._layouts, {p: grads[p] for p in params})
-            ema = group["statistics"] == "ema"
-            beta, weight = (group["betas"][1], 1 - group["betas"][1]) if ema else (1.0, 1.0)
-            accumulate(part.S, part.scale, part.buffer, beta=beta, weight=weight)
-        stack.put(part, index)
-        if refresh := [p for p in params if p in due]:
-            with self.phase("roots"):
-                part, index = stack.take(refresh)
-                refresh_roots(part, group, bias_correction(part, group, steps))
-                stack.put(part, index)
-        if ready := [p for p in params if p in updates]:
-            with self.phase("apply"):
-                part, _ = stack.take(ready)
-                part.fill(self._layouts, {p: inputs[p] for p in ready})
-                U = precondition(part, group["order"])
-                shape = tuple(U.shape[1:])
-                for p in ready:
-                    if part.rows[p].stop - part.rows[p].start == 1 and U.shape[1:] == updates[p].shape:
-                        updates[p] = U[part.rows[p].start]
-                    else:
-                        torch._foreach_copy_(self._layouts[p].views(updates[p], shape), list(U[part.rows[p]].unbind()))
+    def _plan(self, group: Group, grads: dict[Tensor, Tensor]) -> Work:
+        """What this step does to each matrix that has a gradient."""
+        steps = {p: int(self.state[p]["step"].item()) + 1 for p in grads if self.preconditions(p, group)}
+        ages = {p: t - group["start_step"] for p, t in steps.items() if t >= group["start_step"]}
+        due = {p for p, age in ages.items() if age % group["interval"] == 0}
+        inputs = self._inputs(group, list(ages), grads, steps) if ages else {}
+        return Work(group, grads, steps, due, inputs)
 
     def _inputs(
         self, group: Group, params: list[Tensor], grads: dict[Tensor, Tensor], steps: dict[Tensor, int]
@@ -215,31 +160,67 @@ class KroneckerOptimizer(Optimizer):
         if needs_second_moment(group["graft"]):
             update_second_moment([self.state[p]["exp_avg_sq"] for p in params], G, beta2)
         if group["precondition"] == "gradient":
-            return grads
+            return dict(zip(params, G, strict=True))
         exp_avg = [self.state[p]["exp_avg"] for p in params]
         torch._foreach_lerp_(exp_avg, G, 1 - beta1)
         return dict(zip(params, torch._foreach_div(exp_avg, [1 - beta1 ** steps[p] for p in params]), strict=True))
 
-    def _finish(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: dict[Tensor, Tensor],
-        steps: dict[Tensor, int],
-        inputs: dict[Tensor, Tensor],
-        updates: dict[Tensor, Tensor],
-    ) -> None:
+    def _precondition(self, index: int, work: Work) -> None:
+        """Statistics of all, and the whole step of those that are past ``start_step``."""
+        group = work.group
+        for p in work.inputs:
+            shape, dtype = self.layout(p, group).shape, factor_dtype(p, group)
+            work.updates[p] = torch.empty(shape, dtype=dtype, device=p.device)
+        for stack in self._stacks_of(index, group, list(work.steps)):
+            with full_precision(stack.scale.device.type):
+                self._step_stack(stack, work)
+        if work.inputs:
+            self._finish(work)
+
+    def _step_stack(self, stack: Stack, work: Work) -> None:
+        """Statistics of all blocks that have a gradient, roots of those that are due, U of those that are ready."""
+        group = work.group
+        params = [p for p in stack.rows if p in work.steps]
+        if not params:
+            return
+        with self.phase("statistics"):
+            part, index = stack.take(params)
+            part.fill(self._layouts, {p: work.grads[p] for p in params})
+            ema = group["statistics"] == "ema"
+            beta, weight = (group["betas"][1], 1 - group["betas"][1]) if ema else (1.0, 1.0)
+            accumulate(part.S, part.scale, part.buffer, beta=beta, weight=weight)
+            stack.put(part, index)
+        if due := [p for p in params if p in work.due]:
+            with self.phase("roots"):
+                part, index = stack.take(due)
+                refresh_roots(part, group, bias_correction(part, group, work.steps))
+                stack.put(part, index)
+        if ready := [p for p in params if p in work.inputs]:
+            with self.phase("apply"):
+                part, _ = stack.take(ready)
+                part.fill(self._layouts, {p: work.inputs[p] for p in ready})
+                U = precondition(part, group["order"])
+                for p in ready:
+                    blocks = U[part.rows[p]]
+                    if blocks.shape[1:] == work.updates[p].shape:  # one block: no copy
+                        work.updates[p] = blocks[0]
+                    else:
+                        targets = self._layouts[p].views(work.updates[p], tuple(U.shape[1:]))
+                        torch._foreach_copy_(targets, list(blocks.unbind()))
+
+    def _finish(self, work: Work) -> None:
         """Graft, momentum where it comes after, decay, weights."""
+        group, params = work.group, list(work.inputs)
         (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
-        U = [updates[p].view(p.shape) for p in params]
+        U = [work.updates[p].view(p.shape) for p in params]
         if graft != "none":
             moments = [self.state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
-            T = [steps[p] for p in params]
-            transfer_length(U, direction(graft, [inputs[p] for p in params], moments, T, beta2, group["graft_eps"]))
+            steps, inputs = [work.steps[p] for p in params], list(work.inputs.values())
+            transfer_length(U, direction(graft, inputs, moments, steps, beta2, group["graft_eps"]))
         if group["precondition"] == "gradient":
             # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
             exp_avg = [self.state[p]["exp_avg"] for p in params]
-            ages = [steps[p] - group["start_step"] + 1 for p in params]
+            ages = [work.steps[p] - group["start_step"] + 1 for p in params]
             torch._foreach_mul_(exp_avg, [float(age > 1) for age in ages])
             torch._foreach_lerp_(exp_avg, [u.to(m.dtype) for u, m in zip(U, exp_avg, strict=True)], 1 - beta1)
             U = list(torch._foreach_div(exp_avg, [1 - beta1**age for age in ages]))
@@ -247,6 +228,18 @@ class KroneckerOptimizer(Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, U, alpha=-lr)
         torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+
+
+@dataclass
+class Work:
+    """One step of one param group, for the parameters that the engine preconditions."""
+
+    group: Group
+    grads: dict[Tensor, Tensor]
+    steps: dict[Tensor, int]  # the number of this step, for each of them
+    due: set[Tensor]  # whose roots are refreshed
+    inputs: dict[Tensor, Tensor]  # what is preconditioned; the others are not past start_step yet
+    updates: dict[Tensor, Tensor] = field(default_factory=dict)  # U, in merged shape
 
 
 def refresh_roots(stack: Stack, group: Group, correction: Tensor) -> None:
@@ -284,85 +277,3 @@ def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
         return cast(torch.dtype, group["factor_dtype"])
     small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
     return torch.float64 if p.dtype == torch.float64 or small else torch.float32
-
-
-def _diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: Group) -> None:
-    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW."""
-    (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
-    exp_avg = [state[p]["exp_avg"] for p in params]
-    exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
-    counters = [state[p]["step"] for p in params]
-    if graft == "adam":
-        adamw(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            [],
-            counters,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=group["graft_eps"],
-            maximize=False,
-        )
-        return
-    torch._foreach_add_(counters, 1)
-    T = [int(t.item()) for t in counters]
-    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-    if needs_second_moment(graft):
-        update_second_moment(exp_avg_sq, grads, beta2)
-    momenta = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T]))
-    D = direction(graft, momenta, exp_avg_sq, T, beta2, group["graft_eps"])
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(params, D, alpha=-lr)
-
-
-def _one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
-        raise ValueError(f"{name} should be one of {', '.join(map(str, choices))} but is: {value!r}")
-
-
-def _positive_integer(name: str, value: Any, *, also: str = "") -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 1 or value != int(value):
-        raise ValueError(f"{name} should be a positive integer{also} but is: {value}")
-
-
-def validate(options: Group) -> None:
-    """Check the options of a param group.
-
-    Raises:
-        ValueError: names the option and the value.
-    """
-    for name in ("lr", "weight_decay", "graft_eps"):
-        if not options[name] >= 0:
-            raise ValueError(f"{name} should be >= 0 but is: {options[name]}")
-    if not options["eps"] > 0:
-        raise ValueError(f"eps should be > 0 but is: {options['eps']}")
-    if len(options["betas"]) != 2:
-        raise ValueError(f"betas should be two numbers but is: {options['betas']}")
-    _one_of("statistics", options["statistics"], ("ema", "accumulate"))
-    if options["betas"][1] == 1 and options["statistics"] == "ema":
-        raise ValueError('betas[1] is 1: a moving average would add nothing; use statistics="accumulate" for a sum')
-    for i, beta in enumerate(options["betas"]):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] should be in [0, 1) but is: {beta}")
-    if options["order"] != math.inf:
-        _positive_integer("order", options["order"], also=" or inf")
-    for name in ("interval", "start_step", "block_size"):
-        _positive_integer(name, options[name])
-    _one_of("damping", options["damping"], ("relative", "absolute"))
-    _one_of("merge", options["merge"], MERGES)
-    _one_of("graft", options["graft"], GRAFTS)
-    _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
-    _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))
-    relative = options["damping"] == "relative"
-    if options["factor_dtype"] == torch.float32 and relative and options["eps"] < SMALLEST_EPS_FLOAT32:
-        raise ValueError(
-            f"eps should be >= {SMALLEST_EPS_FLOAT32} for float32 factors but is: {options['eps']}; "
-            "leave factor_dtype out and they are float64"
-        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 GRAFTS = ("adam", "rmsprop", "sgd", "none")
 
@@ -49,3 +52,38 @@ def transfer_length(updates: list[Tensor], lengths_of: list[Tensor]) -> None:
     want = torch._foreach_norm(lengths_of, dtype=torch.float64)
     for U, a, b in zip(updates, have, want, strict=True):
         U.mul_(torch.where(a > 0, b / a, 0))
+
+
+def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any]) -> None:
+    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW."""
+    (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
+    exp_avg = [state[p]["exp_avg"] for p in params]
+    exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
+    counters = [state[p]["step"] for p in params]
+    if graft == "adam":
+        adamw(
+            params,
+            grads,
+            exp_avg,
+            exp_avg_sq,
+            [],
+            counters,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["graft_eps"],
+            maximize=False,
+        )
+        return
+    torch._foreach_add_(counters, 1)
+    T = [int(t.item()) for t in counters]
+    torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    if needs_second_moment(graft):
+        update_second_moment(exp_avg_sq, grads, beta2)
+    momenta = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T]))
+    D = direction(graft, momenta, exp_avg_sq, T, beta2, group["graft_eps"])
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(params, D, alpha=-lr)

@@ -11,8 +11,6 @@ from typing import Any, overload
 import torch
 from torch.optim.optimizer import Optimizer
 
-Group = dict[str, Any]
-
 
 class MixedOptimizer(Optimizer):
     """Presents the param groups and the state of several optimizers as its own.

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caspr_cli.optim.combine import root_exponent
-from caspr_cli.optim.engine import Group, KroneckerOptimizer, precondition
+from caspr_cli.optim.engine import KroneckerOptimizer, precondition
 from caspr_cli.optim.graft import direction, needs_second_moment
+from caspr_cli.optim.options import Group
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.roots import damped_eigenvalues
 from caspr_cli.optim.stacks import Stack

@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.mixed import MixedOptimizer
+from caspr_cli.optim.options import Group
 
-Group = dict[str, Any]
 Builder = Callable[..., Optimizer]
 
 
