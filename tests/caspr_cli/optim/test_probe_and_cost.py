@@ -1,0 +1,95 @@
+"""Diagnostics against direct computation, and the cost model against counting."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim.cost import EIGH_FLOPS, blocks_of, state_bytes, step_flops
+from caspr_cli.optim.probe import diagnose
+
+
+def stepped(shape: tuple[int, int], steps: int, **options: Any) -> tuple[CASPR, Tensor, list[Tensor]]:
+    torch.manual_seed(0)
+    p = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    optimizer = CASPR([p], **options)
+    grads = []
+    for _ in range(steps):
+        p.grad = torch.randn(*shape, dtype=torch.float64)
+        grads.append(p.grad.clone())
+        optimizer.step()
+    return optimizer, p, grads
+
+
+def test_against_the_dense_matrices() -> None:
+    b1, b2, eps = 0.9, 0.95, 1e-3
+    optimizer, _, grads = stepped((3, 5), 6, betas=(b1, b2), eps=eps, interval=1, start_step=2)
+    found = diagnose(optimizer)
+    weights = [b2 ** (5 - i) * (1 - b2) / (1 - b2**6) for i in range(6)]
+    L = sum(w * G @ G.T for w, G in zip(weights, grads, strict=True))
+    R = sum(w * G.T @ G for w, G in zip(weights, grads, strict=True))
+    roots = []
+    for i, S in enumerate((L, R)):
+        lam, Q = torch.linalg.eigh(S)
+        lam = lam.clamp(min=0)
+        damped = lam + eps * lam[-1]
+        assert found["condition"][i] == pytest.approx(float(damped[-1] / damped[0]), rel=1e-6)
+        assert found["damping_share"][i] == pytest.approx(float(eps * lam[-1] * len(lam) / damped.sum()), rel=1e-6)
+        assert found["residual"][i] < 1e-10
+        roots.append(Q @ torch.diag(damped**-0.25) @ Q.T)
+    m = sum((1 - b1) * b1 ** (5 - i) * G for i, G in enumerate(grads)) / (1 - b1**6)
+    v = sum((1 - b2) * b2 ** (5 - i) * G**2 for i, G in enumerate(grads)) / (1 - b2**6)
+    A, B = roots
+    U, D = (A @ A @ m + 2 * A @ m @ B + m @ B @ B) / 4, m / (v.sqrt() + 1e-8)
+    assert found["graft_ratio"].tolist() == pytest.approx([float(D.norm() / U.norm())], rel=1e-6)
+    assert found["adam_cosine"].tolist() == pytest.approx([float((U * D).sum() / U.norm() / D.norm())], rel=1e-6)
+
+
+def test_a_stale_root_has_a_residual() -> None:
+    optimizer, *_ = stepped((4, 4), 4, interval=3, start_step=1)
+    fresh = float(diagnose(optimizer)["residual"].max())
+    optimizer, *_ = stepped((4, 4), 6, interval=3, start_step=1)
+    stale = float(diagnose(optimizer)["residual"].max())
+    assert fresh < 1e-9 < 1e-2 < stale
+
+
+def test_nothing_before_the_first_root_and_for_gradients_of_any_size() -> None:
+    optimizer, *_ = stepped((4, 4), 2, start_step=5)
+    assert diagnose(optimizer) == {}
+    small, large = (stepped((3, 4), 5, start_step=1, interval=2)[0] for _ in range(2))
+    assert diagnose(small).keys() == diagnose(large).keys()
+
+
+def test_diagnosing_changes_nothing() -> None:
+    optimizer, p, _ = stepped((4, 6), 5, start_step=2, interval=2, precondition="gradient", block_size=3)
+    before = {k: v.clone() for k, v in optimizer.state[p].items()}
+    assert set(diagnose(optimizer)) >= {"condition", "damping_share", "residual"}
+    for name, value in optimizer.state[p].items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("order", "passes"), [(1, 1), (2, 2), (3, 3), (math.inf, 1)])
+def test_flops_of_blocks(order: float, passes: int) -> None:
+    p = torch.zeros(100, 60, requires_grad=True)
+    optimizer = CASPR([p], order=order, block_size=60, interval=5)
+    m, n = 50, 60
+    assert [(shape, count) for *_, shape, count in blocks_of(optimizer)] == [((m, n), 2)]
+    assert step_flops(optimizer) == {
+        "statistics": 2 * 2 * m * n * (m + n),
+        "apply": passes * 2 * 2 * m * n * (m + n),
+        "roots": EIGH_FLOPS * 2 * (m**3 + n**3) / 5,
+    }
+
+
+def test_state_bytes_are_those_of_the_tensors() -> None:
+    p = torch.randn(8, 4, requires_grad=True)
+    p.grad = torch.randn(8, 4)
+    optimizer = Shampoo([p], start_step=1)
+    optimizer.step()
+    # step, two moments, statistics and roots of both axes, two scales; float32
+    assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + 2)

@@ -1,0 +1,115 @@
+"""Every optimizer of the bench through the registry: it learns, it resumes, and the groups mean what they say."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from caspr_cli.optim.mixed import MixedOptimizer
+from caspr_cli.optim.registry import BUILDERS, build
+from caspr_cli.recipe.compose import options
+from caspr_cli.recipe.schema import OPTIMIZERS
+
+RATES = {"sgd": 0.1}
+
+
+def settings(name: str, **changes: Any) -> dict[str, Any]:
+    found = options(OPTIMIZERS[name]()) | {"lr": RATES.get(name, 0.02)} | changes
+    return found | ({"betas": tuple(found["betas"])} if "betas" in found else {})
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(8, 6), nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+def groups(net: nn.Sequential) -> list[dict[str, Any]]:
+    return [
+        {"params": [net[2].weight, net[4].weight], "precondition": True},
+        {"params": [net[0].weight], "precondition": False},
+        {"params": [net[2].bias, net[4].bias], "precondition": False, "weight_decay": 0.0},
+    ]
+
+
+def train(net: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(8, (64, 2), generator=generator)
+    y = x.sum(1) % 8
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_the_names_are_those_of_the_recipe() -> None:
+    assert set(BUILDERS) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_it_learns(name: str) -> None:
+    net = model()
+    losses = train(net, build(name, groups(net), settings(name)), 90)
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_it_continues_from_its_own_state(name: str) -> None:
+    whole, cut = model(), model()
+    expected = train(whole, build(name, groups(whole), settings(name)), 24)
+    first = build(name, groups(cut), settings(name))
+    train(cut, first, 13)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = build(name, groups(cut), settings(name))
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert train(cut, second, 11) == expected[13:]
+
+
+@pytest.mark.parametrize("name", ["caspr", "caspr_paper", "shampoo", "full_adagrad", "muon", "soap"])
+def test_what_is_not_preconditioned_is_adamw(name: str) -> None:
+    """One step on the same gradients: embedding and biases move as under AdamW, matrices do not."""
+    ours, theirs = model(), model()
+    conf = settings(name, weight_decay=0.1) | ({"start_step": 1} if "start_step" in settings(name) else {})
+    eps = conf.get("graft_eps", conf["eps"])
+    optimizer = build(name, groups(ours), conf)
+    adamw = build("adamw", groups(theirs), settings("adamw", betas=conf["betas"], eps=eps, weight_decay=0.1))
+    for _ in range(2):  # SOAP only collects statistics in its first step
+        x = torch.arange(16).view(8, 2) % 8
+        for net, opt in ((ours, optimizer), (theirs, adamw)):
+            opt.zero_grad()
+            torch.manual_seed(0)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        assert ours(x).shape == theirs(x).shape
+    for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if n in ("2.weight", "4.weight"):
+            assert (p - q).abs().max() > 1e-4, n
+        else:
+            torch.testing.assert_close(p, q)
+
+
+def test_a_mixed_optimizer_is_one_optimizer() -> None:
+    net = model()
+    optimizer = build("muon", groups(net), settings("muon"))
+    assert isinstance(optimizer, MixedOptimizer)
+    assert len(optimizer.param_groups) == 3
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    train(net, optimizer, 1)
+    scheduler.step()
+    before = [p.detach().clone() for p in net.parameters()]
+    train(net, optimizer, 1)  # at a learning rate of zero nothing moves, in either part
+    for p, q in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    calls = []
+    optimizer.step(lambda: calls.append(1) or 0.0)
+    assert calls == [1]

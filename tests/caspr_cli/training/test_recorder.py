@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe
+from caspr_cli.runs.record import Record
+from caspr_cli.training.recorder import Recorder
+
+
+def recipe(seed: int) -> Recipe:
+    return Recipe(task=C4LMConf(), optim=AdamWConf(), seed=seed)
+
+
+def record(tmp_path: Path, seed: int = 0) -> Record:
+    found = Record(tmp_path / "c4_lm" / "adamw" / "0123abcd" / f"seed{seed}")
+    found.path.mkdir(parents=True)
+    return found
+
+
+def events(record: Record, tag: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(record.path))
+    accumulator.Reload()
+    return [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(tag)]
+
+
+def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
+    kept = record(tmp_path)
+    recorder = Recorder(kept, 0)
+    recorder.scalars(1, {"train/loss": 2.5})
+    recorder.scalars(2, {"train/loss": 1.5, "lr": 0.1})
+    recorder.close()
+    assert [json.loads(line) for line in kept.metrics.read_text().splitlines()] == [
+        {"step": 1, "train/loss": 2.5},
+        {"step": 2, "train/loss": 1.5, "lr": 0.1},
+    ]
+    assert events(kept, "train/loss") == [(1, 2.5), (2, 1.5)]
+
+
+def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
+    kept = record(tmp_path)
+    first = Recorder(kept, 0)
+    for step in range(1, 6):
+        first.scalars(step, {"train/loss": float(step)})
+    first.close()
+    with kept.metrics.open("a") as file:
+        file.write('{"step": 6, "train/lo')  # as a kill leaves it
+    again = Recorder(kept, 3)
+    again.scalars(4, {"train/loss": 40.0})
+    again.close()
+    rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
+    assert [(r["step"], r["train/loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
+    groups, rates = set(), set()
+    for seed in (0, 1):
+        kept = record(tmp_path, seed)
+        recorder = Recorder(kept, 0)
+        recorder.hyperparameters(recipe(seed), ["val/loss"])
+        recorder.close()
+        accumulator = EventAccumulator(str(kept.path))
+        accumulator.Reload()
+        content = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        start = HParamsPluginData.FromString(content).session_start_info
+        groups.add(start.group_name)
+        rates.add(start.hparams["optim.lr"].number_value)
+    assert groups == {"c4_lm/adamw/0123abcd"}
+    assert rates == {1e-3}

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caspr_cli.training.data import StepSampler, mix
+from tasks.base import DataError
+
+shapes = st.tuples(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 11), st.integers(0, 9)
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes)
+def test_a_step_has_the_same_batch_however_it_is_cut(shape: tuple[int, ...]) -> None:
+    world, accumulate, part, steps, extra, seed = shape
+    batch = world * accumulate * part
+    size = batch * steps + extra % batch
+    whole = list(islice(StepSampler(size, batch, seed=seed), 3 * steps))
+    ranks = [
+        list(
+            islice(
+                StepSampler(size, batch, seed=seed, rank=r, world=world, accumulate=accumulate), 3 * steps * accumulate
+            )
+        )
+        for r in range(world)
+    ]
+    for step, expected in enumerate(whole):
+        parts = [b for rank in ranks for b in rank[step * accumulate : (step + 1) * accumulate]]
+        assert all(len(p) == part for p in parts)
+        assert sorted(i for p in parts for i in p) == sorted(expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30), st.integers(0, 3))
+def test_it_resumes_at_any_step(batch: int, steps: int, extra: int, start: int, seed: int) -> None:
+    size = batch * steps + extra % batch
+    whole = list(islice(StepSampler(size, batch, seed=seed), start + 5))
+    assert list(islice(StepSampler(size, batch, seed=seed, start=start), 5)) == whole[start:]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 9), st.integers(0, 3))
+def test_an_epoch_repeats_nothing_and_the_next_is_another(batch: int, steps: int, extra: int, seed: int) -> None:
+    size = batch * steps + extra % batch
+    batches = list(islice(StepSampler(size, batch, seed=seed), 2 * steps))
+    for epoch in (batches[:steps], batches[steps:]):
+        seen = [i for b in epoch for i in b]
+        assert len(set(seen)) == len(seen) == batch * steps
+        assert set(seen) <= set(range(size))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    first, second = (list(islice(StepSampler(64, 8, seed=s), 16)) for s in (0, 1))
+    assert first != second
+    assert first[:8] != first[8:]
+
+
+def test_a_batch_larger_than_the_data_is_the_users_to_mend() -> None:
+    with pytest.raises(DataError, match=r"task\.batch_size=9 is more than the 8 samples"):
+        StepSampler(8, 9, seed=0)
+
+
+def test_mixed_seeds_do_not_collide() -> None:
+    seeds = {mix(a, b, c) for a in range(12) for b in range(12) for c in range(12)}
+    assert len(seeds) == 12**3
+    assert all(0 <= s < 1 << 63 for s in seeds)
