@@ -89,7 +89,7 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
 
 
-def to_plain(recipe: Recipe) -> dict[str, Any]:
+def to_plain(recipe: Recipe | OptimConf) -> dict[str, Any]:
     """Builtin types alone, enums by name: what is written to ``config.yaml``."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True, enum_to_str=True))
 

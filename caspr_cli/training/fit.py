@@ -55,7 +55,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         raise ConfigError(f"optim.{error}") from error
     if recorder and progress:
         record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
-        recorder.hyperparameters(recipe, ["val/loss", "test/loss"])
+        recorder.hyperparameters(recipe)
         for line in _header(recipe, task, module, trainer, world):
             progress.say(line)
         with progress:

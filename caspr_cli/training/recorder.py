@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from caspr_cli.recipe.compose import to_plain
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record, write_whole
+from caspr_cli.training import hparams
 
 
 class Recorder:
@@ -37,22 +35,11 @@ class Recorder:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
-    def hyperparameters(self, recipe: Recipe, metrics: list[str]) -> None:
-        """The HPARAMS page: one row a run, seeds of one recipe in one group.
-
-        ``SummaryWriter.add_hparams`` would open a run of its own and log the metrics again; these are its three
-        summaries in the run itself, with a group name, which TensorBoard averages over.
-        """
-        flat = _flatten({k: v for k, v in to_plain(recipe).items() if k not in ("output_dir", "resume")})
-        summaries = hparams(flat, dict.fromkeys(metrics, 0.0))
-        group = f"{recipe.task.name}/{recipe.optim.name}/{self._record.path.parent.name}"
-        for summary in summaries:
-            for value in summary.value:
-                content = value.metadata.plugin_data
-                if value.tag == "_hparams_/session_start_info":
-                    content.content = _with_group(content.content, group)
-            file_writer = self._writer._get_file_writer()
-            assert file_writer is not None
+    def hyperparameters(self, recipe: Recipe) -> None:
+        """This run's row of the HPARAMS page."""
+        file_writer = self._writer._get_file_writer()
+        assert file_writer is not None
+        for summary in hparams.summaries(recipe, self._record.path.parent.name):
             file_writer.add_summary(summary)
 
     def flush(self) -> None:
@@ -60,25 +47,6 @@ class Recorder:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _with_group(content: bytes, group: str) -> bytes:
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    data = HParamsPluginData.FromString(content)
-    data.session_start_info.group_name = group
-    serialized: bytes = data.SerializeToString()
-    return serialized
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
 
 
 def _step(line: str) -> int:

@@ -62,7 +62,7 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     for seed in (0, 1):
         kept = record(tmp_path, seed)
         recorder = Recorder(kept, 0)
-        recorder.hyperparameters(recipe(seed), ["val/loss"])
+        recorder.hyperparameters(recipe(seed))
         recorder.close()
         accumulator = EventAccumulator(str(kept.path))
         accumulator.Reload()

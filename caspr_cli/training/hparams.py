@@ -1,0 +1,87 @@
+"""The HPARAMS page of TensorBoard: one row a run, the seeds of one recipe in one group.
+
+``SummaryWriter.add_hparams`` opens a run of its own, logs the metrics again and knows no groups; TensorBoard's own
+writer needs TensorFlow. The page reads three summaries, which are made here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.struct_pb2 import ListValue, Value
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+from caspr_cli.recipe.compose import to_plain
+from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
+
+# The page opens with its first five columns; those that "differ" come first.
+COLUMNS = ("optim.name", "optim.lr", "seed", "scale", "trainer.max_steps")
+METRICS = ("val/loss", "test/loss")
+
+
+def summaries(recipe: Recipe, identity: str) -> list[Summary]:
+    """The session's start (with its group), its end, and the columns of the page.
+
+    Args:
+        identity: the hash of the recipe without its seed; runs that share it are one group, which the page averages.
+    """
+    values = hyperparameters(recipe)
+    start = plugin_data_pb2.SessionStartInfo(
+        group_name=f"{recipe.task.name}/{recipe.optim.name}/{identity}", start_time_secs=time.time()
+    )
+    for name, value in values.items():
+        start.hparams[name].CopyFrom(_value(value))
+    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+    return [
+        _summary(metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=_experiment(values))),
+        _summary(metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=start)),
+        _summary(metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=end)),
+    ]
+
+
+def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
+    """The recipe as flat names and plain values, without paths and what does not change a number."""
+    return _flatten({k: v for k, v in to_plain(recipe).items() if k not in ("output_dir", "resume", "debug")})
+
+
+def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
+    """TensorBoard takes the columns from whichever run it finds first, so each names those of all optimizers."""
+    others: dict[str, bool | float | str] = {}
+    for conf in OPTIMIZERS.values():
+        others |= _flatten({"optim": to_plain(conf())})
+    experiment = api_pb2.Experiment()
+    for name, value in (others | values).items():
+        kind = api_pb2.DATA_TYPE_STRING
+        if isinstance(value, bool):
+            kind = api_pb2.DATA_TYPE_BOOL
+        elif isinstance(value, (int, float)):
+            kind = api_pb2.DATA_TYPE_FLOAT64
+        info = experiment.hparam_infos.add(name=name, type=kind, differs=name in COLUMNS)
+        if isinstance(value, bool):  # a filter box for each of the two
+            info.domain_discrete.CopyFrom(ListValue(values=[Value(bool_value=b) for b in (False, True)]))
+    for tag in METRICS:
+        experiment.metric_infos.add(name=api_pb2.MetricName(tag=tag))
+    return experiment
+
+
+def _summary(tag: str, data: plugin_data_pb2.HParamsPluginData) -> Summary:
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data))])
+
+
+def _value(value: bool | float | str) -> Value:
+    if isinstance(value, bool):
+        return Value(bool_value=value)
+    return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    flat: dict[str, bool | float | str] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return flat
