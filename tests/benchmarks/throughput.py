@@ -1,0 +1,83 @@
+"""What the runner costs: steps a second under it, against a bare PyTorch loop over the same model, data and optimizer.
+
+    python tests/benchmarks/throughput.py [optim=adamw ...]
+
+The two take turns in one process; the ratio is that of the medians. Not a test: timings are no verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import hydra
+import torch
+
+import tasks
+from caspr_cli.optim.registry import build
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs.record import Record
+from caspr_cli.training.data import TaskData
+from caspr_cli.training.fit import fit
+from caspr_cli.training.module import param_groups
+from caspr_cli.training.schedule import factor
+
+ROUNDS, STEPS = 3, 40
+
+
+def bare(recipe: Recipe) -> float:
+    """Seconds of a loop as anyone would write it."""
+    task = tasks.load(recipe.task, recipe.seed)
+    task.prepare()
+    torch.manual_seed(recipe.seed)
+    model = task.model()
+    settings = compose.options(recipe.optim)
+    settings["betas"] = tuple(settings["betas"])
+    optimizer = build(recipe.optim.name, param_groups(task, model, recipe.optim.weight_decay), settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s, STEPS, recipe.schedule))
+    batches = TaskData(task, recipe, start=0, rank=0, world=1).train_dataloader()
+    start = time.perf_counter()
+    for batch in islice(batches, STEPS):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.trainer.clip_norm)
+        optimizer.step()
+        schedule.step()
+    return time.perf_counter() - start
+
+
+def through_the_runner(recipe: Recipe) -> float:
+    """Seconds of training of a whole run: curves and TensorBoard included, validation and checkpoints not."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
+            result = fit(recipe, Record(Path(directory)), rank=0, world=1)
+    assert result is not None
+    return float(result["seconds"])
+
+
+def main() -> None:
+    compose.register_schemas()
+    steps = [f"trainer.max_steps={STEPS}", f"trainer.val_every={STEPS}", "trainer.accelerator=cpu"]
+    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        recipe = compose.freeze(hydra.compose("train", overrides=steps + sys.argv[1:]))
+    alone, run = [], []
+    for turn in range(ROUNDS + 1):
+        a, b = bare(recipe), through_the_runner(recipe)
+        if turn:  # the first warms caches up
+            alone.append(a)
+            run.append(b)
+        print(
+            f"{'warm-up' if not turn else f'turn {turn}'}  bare {1000 * a / STEPS:.1f} ms a step  runner {1000 * b / STEPS:.1f}"
+        )
+    print(f"throughput of the runner over the bare loop: {statistics.median(alone) / statistics.median(run):.3f}")
+
+
+if __name__ == "__main__":
+    main()
