@@ -39,7 +39,7 @@ class Curves(Callback):
         self.mark = (0, 0.0)  # step and seconds of that point
         self.best: dict[str, Any] = {}
         self.target: dict[str, Any] = {"step": None, "seconds": None}
-        self.validated = -1
+        self.final: dict[str, Any] = {}  # the latest validation
         self.lr = 0.0
         self._phases: dict[str, float] | None = None  # of an earlier process
 
@@ -51,15 +51,16 @@ class Curves(Callback):
             "mark": self.mark,
             "best": self.best,
             "target": self.target,
-            "validated": self.validated,
+            "final": self.final,
             "phases": self._timer.seconds,
+            "lines": self.recorder.lines if self.recorder else 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = Clock(state["seconds"])
         self.losses = list(state["losses"])
         self.units, self.mark = state["units"], tuple(state["mark"])
-        self.best, self.target, self.validated = state["best"], state["target"], state["validated"]
+        self.best, self.target, self.final = state["best"], state["target"], state["final"]
         self._phases = state["phases"]
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -118,10 +119,10 @@ class Curves(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         module = cast(TrainingModule, module)
         step, scores = trainer.global_step, module.scores["val"]
-        self.validated = step
+        self.final = {"step": step, **scores}
         metric = self.recipe.task.target.metric
         if metric in scores and (not self.best or self._better(scores[metric], self.best[metric])):
-            self.best = {"step": step, **scores}
+            self.best = self.final
         wanted, note = self.recipe.task.target.value, ""
         if wanted is not None and self.target["step"] is None and not self._better(wanted, scores[metric]):
             self.target = {"step": step, "seconds": self.clock.seconds}
@@ -151,14 +152,25 @@ class Curves(Callback):
 
 
 class Checkpoints(Callback):
-    """``last.ckpt`` at each validation, ``best.ckpt`` beside it: written whole, then renamed. Added after Curves."""
+    """``last.ckpt`` at each validation and after the last step, ``best.ckpt`` beside it: written whole, then renamed.
+
+    Comes after :class:`Curves` in the list of callbacks.
+    """
 
     def __init__(self, record: Record, curves: Curves) -> None:
         self.record, self.curves = record, curves
 
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == trainer.max_steps and not validation_follows(trainer, batch_idx):
+            self.save(trainer)
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self.save(trainer)
+        elif trainer.is_global_zero and self.curves.best.get("step") == trainer.global_step:
+            _link(self.record.last, self.record.best)  # the validation after the last step, which is saved
 
     def save(self, trainer: Trainer) -> None:
         """On all ranks."""
@@ -183,16 +195,27 @@ class Checkpoints(Callback):
             counts.update(dict.fromkeys(counts, counts["ready"]))
 
 
+class Stopped(Exception):
+    """The run was told to end early, and is saved. (``should_stop`` would have Lightning validate once more.)"""
+
+
 class StopOnSignal(Callback):
-    """SIGTERM or SIGINT, or a launcher that is gone: finish the step, save, end."""
+    """SIGTERM or SIGINT, or a launcher that is gone: finish the step, save, raise :class:`Stopped`."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.stopped = False
         self._parent = os.getppid()
         self._asked = False
+        self._listen()
+
+    def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # Lightning has put its own handler in front, which broadcasts to the other ranks from inside the signal:
+        # a collective in the middle of whatever collective the step is in.
+        self._listen()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
@@ -201,21 +224,26 @@ class StopOnSignal(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        early = trainer.global_step < trainer.max_steps
         # Where a validation comes next, it is part of the record that this checkpoint would stand for.
-        validates = (batch_idx + 1) % cast(int, trainer.val_check_batch) == 0
-        if between_steps and not validates and trainer.global_step < trainer.max_steps and self._agreed(trainer):
-            self.stopped = trainer.should_stop = True
+        if between_steps and early and not validation_follows(trainer, batch_idx) and self._agreed(trainer):
             self.checkpoints.save(trainer)
+            raise Stopped
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """After :class:`Checkpoints`, which has saved."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps and self._agreed(trainer):
-            self.stopped = trainer.should_stop = True
+            raise Stopped
 
     def _agreed(self, trainer: Trainer) -> bool:
         """One rank may have been told a step before the other; they stop together."""
         asked = self._asked or os.getppid() != self._parent
         return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+
+
+def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this batch."""
+    return (batch_idx + 1) % cast(int, trainer.val_check_batch) == 0
 
 
 def _flush_to_disk(path: Path) -> None:

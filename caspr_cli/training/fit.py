@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record
-from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal
+from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
@@ -37,16 +38,15 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     if progress:
         _show_log(progress)
     task.prepare()  # safe on all ranks at once
-    start = _steps_done(record)
+    start, lines = _last_checkpoint(record)
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
     data = TaskData(task, recipe, start=start, rank=rank, world=world)
-    recorder = Recorder(record, start) if rank == 0 else None
+    recorder = Recorder(record, start, lines) if rank == 0 else None
     curves = Curves(recipe, recorder, progress)
     checkpoints = Checkpoints(record, curves)
-    stop = StopOnSignal(checkpoints)
     try:
-        trainer = _trainer(recipe, record, [curves, checkpoints, stop], world)
+        trainer = _trainer(recipe, record, [curves, checkpoints, StopOnSignal(checkpoints)], world)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer.accelerator={recipe.trainer.accelerator.name}: {error}") from error
     try:
@@ -58,27 +58,21 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         recorder.hyperparameters(recipe)
         for line in _header(recipe, task, module, trainer, world):
             progress.say(line)
-        with progress:
-            _train(trainer, module, data, record, start)
-    else:
-        _train(trainer, module, data, record, start)
-    if stop.stopped:
+    try:
+        with progress or nullcontext():
+            trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
+    except Stopped:
         if recorder:
             recorder.close()
         return None
-    if curves.validated != trainer.global_step:
+    if curves.final.get("step") != trainer.global_step:
         trainer.validate(module, data, verbose=False)
-    final = module.scores["val"]
     trainer.test(module, data, verbose=False)
     if recorder is None:
         return None
     recorder.scalars(trainer.global_step, module.scores["test"])
     recorder.close()
-    return _result(recipe, module, trainer, curves, final)
-
-
-def _train(trainer: Trainer, module: TrainingModule, data: TaskData, record: Record, start: int) -> None:
-    trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
+    return _result(recipe, module, trainer, curves)
 
 
 def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -> Trainer:
@@ -107,12 +101,12 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     )
 
 
-def _steps_done(record: Record) -> int:
-    """Steps in the last checkpoint, 0 if there is none."""
+def _last_checkpoint(record: Record) -> tuple[int, int]:
+    """Its steps and lines of metrics, (0, 0) if there is none."""
     if not record.last.exists():
-        return 0
-    steps: int = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    return steps
+        return 0, 0
+    checkpoint = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint["global_step"], checkpoint["callbacks"]["Curves"]["lines"]
 
 
 def _silence() -> None:
@@ -171,9 +165,7 @@ def _where(trainer: Trainer, task: Any, world: int) -> dict[str, Any]:
     }
 
 
-def _result(
-    recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves, final: dict[str, float]
-) -> dict[str, Any]:
+def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:
     optimizer = trainer.optimizers[0]
     phases = module.timer.seconds
     parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply")}
@@ -188,7 +180,7 @@ def _result(
         "seed": recipe.seed,
         "steps": trainer.global_step,
         "seconds": curves.clock.seconds,
-        "final": final,
+        "final": curves.final,
         "best": curves.best,
         "test": module.scores["test"],
         "target": {"metric": recipe.task.target.metric, "value": recipe.task.target.value, **curves.target},

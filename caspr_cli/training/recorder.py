@@ -16,22 +16,20 @@ class Recorder:
     """Writes one record's curves.
 
     Args:
-        start: steps already in the record; what lies after them was written by an attempt that was cut off beyond
-            its last checkpoint, and is dropped.
+        step, lines: where the last checkpoint stands, in steps and in lines of ``metrics.jsonl``. What lies after it
+            was written by an attempt that was cut off, and is dropped.
     """
 
-    def __init__(self, record: Record, start: int) -> None:
-        self._record = record
-        kept = []
-        if record.metrics.exists():
-            lines = record.metrics.read_text(encoding="utf8").splitlines()
-            kept = [line for line in lines if _step(line) <= start] if start else []
+    def __init__(self, record: Record, step: int = 0, lines: int = 0) -> None:
+        self._record, self.lines = record, lines
+        kept = record.metrics.read_text(encoding="utf8").splitlines()[:lines] if lines else []
         write_whole(record.metrics, "".join(line + "\n" for line in kept))
-        self._writer = SummaryWriter(str(record.path), purge_step=start + 1 if start else None)
+        self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines += 1
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
@@ -47,12 +45,3 @@ class Recorder:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def _step(line: str) -> int:
-    """The step of a line; a line that was cut off by a kill counts as never written."""
-    try:
-        step: int = json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return 1 << 62
-    return step

@@ -55,9 +55,13 @@ def bare(recipe: Recipe) -> float:
 
 def through_the_runner(recipe: Recipe) -> float:
     """Seconds of training of a whole run: curves and TensorBoard included, validation and checkpoints not."""
-    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(io.StringIO()):
-            result = fit(recipe, Record(Path(directory)), rank=0, world=1)
+    quiet = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
+        result = fit(recipe, Record(Path(directory)), rank=0, world=1)
     assert result is not None
     return float(result["seconds"])
 
@@ -73,9 +77,8 @@ def main() -> None:
         if turn:  # the first warms caches up
             alone.append(a)
             run.append(b)
-        print(
-            f"{'warm-up' if not turn else f'turn {turn}'}  bare {1000 * a / STEPS:.1f} ms a step  runner {1000 * b / STEPS:.1f}"
-        )
+        name = f"turn {turn}" if turn else "warm-up"
+        print(f"{name}  bare {1000 * a / STEPS:.1f} ms a step  runner {1000 * b / STEPS:.1f}")
     print(f"throughput of the runner over the bare loop: {statistics.median(alone) / statistics.median(run):.3f}")
 
 

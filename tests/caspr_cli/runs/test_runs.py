@@ -61,6 +61,20 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
     assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
+    runner("output_dir=evaluated")
+    record = runner.record("evaluated")
+    result = json.loads((record / "result.json").read_text())
+    (record / "result.json").unlink()
+    status = json.loads((record / "status.json").read_text())
+    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    runner("output_dir=evaluated")
+    again = json.loads((record / "result.json").read_text())
+    for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
+        assert again[key] == result[key], key
+    assert losses(record) == losses(whole)
+
+
 def wait_for(runner: Runner, output_dir: str, lines: int) -> Path:
     """Until so many lines of metrics were written."""
     for _ in range(3000):
@@ -113,18 +127,18 @@ def test_the_launcher_killed_its_worker_ends_and_the_run_continues(runner: Runne
     assert losses(record) == losses(whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(("number", "code", "lines"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 10)])
+def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Signals, code: int, lines: int) -> None:
     name = f"signal{code}"
     process = runner.start(f"output_dir={name}")
-    record = wait_for(runner, name, 10)
+    record = wait_for(runner, name, lines)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
     status = json.loads((record / "status.json").read_text())
     assert status["state"] == "preempted"
     assert f"saved at step {status['step']}; the same command continues" in out
-    assert status["step"] >= 9
+    assert status["step"] >= lines - 1
     runner(f"output_dir={name}")
     assert losses(record) == losses(whole)
 
@@ -136,6 +150,17 @@ def test_two_ranks_take_the_same_batches(runner: Runner, whole: Path) -> None:
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=2e-4), key
+
+
+def test_two_ranks_save_together(runner: Runner) -> None:
+    process = runner.start("output_dir=together", "trainer.devices=2")
+    record = wait_for(runner, "together", 3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert json.loads((record / "status.json").read_text())["state"] == "preempted"
+    runner("output_dir=together", "trainer.devices=2")
+    assert losses(record) == losses(runner.record("ranks"))
 
 
 def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:

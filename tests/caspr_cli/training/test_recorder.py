@@ -30,7 +30,7 @@ def events(record: Record, tag: str) -> list[tuple[int, float]]:
 
 def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    recorder = Recorder(kept, 0)
+    recorder = Recorder(kept)
     recorder.scalars(1, {"train/loss": 2.5})
     recorder.scalars(2, {"train/loss": 1.5, "lr": 0.1})
     recorder.close()
@@ -43,13 +43,13 @@ def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
 
 def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    first = Recorder(kept, 0)
+    first = Recorder(kept)
     for step in range(1, 6):
         first.scalars(step, {"train/loss": float(step)})
     first.close()
     with kept.metrics.open("a") as file:
         file.write('{"step": 6, "train/lo')  # as a kill leaves it
-    again = Recorder(kept, 3)
+    again = Recorder(kept, 3, 3)
     again.scalars(4, {"train/loss": 40.0})
     again.close()
     rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
@@ -61,7 +61,7 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     groups, rates = set(), set()
     for seed in (0, 1):
         kept = record(tmp_path, seed)
-        recorder = Recorder(kept, 0)
+        recorder = Recorder(kept)
         recorder.hyperparameters(recipe(seed))
         recorder.close()
         accumulator = EventAccumulator(str(kept.path))
