@@ -65,4 +65,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe_data(self) -> dict[str, Any]:
-        """Which data these are: at least ``name``, ``source``, sizes, and ``hash`` of their content."""
+        """Which data these are: ``name``, ``source``, ``hash`` of their content, and ``splits`` with sizes of each.
+
+        ``splits[split][unit]`` is what the header of a run shows; it goes into the record as it is.
+        """

@@ -9,6 +9,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.options import OPTIONS
 
 Statistics = Literal["ema", "accumulate"]
 Damping = Literal["relative", "absolute"]
@@ -95,11 +96,6 @@ class FullAdagrad(KroneckerOptimizer):
         super().__init__(params, {name: options[name] for name in OPTIONS})
 
 
-OPTIONS = (
-    "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
-    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "factor_dtype", "maximize",
-)  # fmt: skip
-
 _ALGORITHM = r"""
     .. math::
        \begin{aligned}
@@ -148,7 +144,7 @@ _ARGS = """
 
     ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
-    under ``weights_only=True``.
+    under ``weights_only=True``. ``block_size`` and ``merge`` of a group are fixed with its first step.
 """
 
 _MERGE = """\
@@ -172,7 +168,7 @@ CASPR.__doc__ = (
     + _ARGS % {"order": _ORDER, "merge": _MERGE}
     + """
     Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), and two eigendecompositions
-    every ``interval`` steps. State: 2 (m^2 + n^2) numbers, and the graft's moments.
+    every ``interval`` steps. State: 2 (m^2 + n^2) numbers, the two moments of Adam, and a buffer of the block's size.
 
     Source: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, "Combining Axes Preconditioners through Kronecker Approximation
     for Deep Learning", ICLR 2024, Algorithm 1. That ``order`` 1, 2, ... leads from the sum of the axes'

@@ -6,6 +6,7 @@ order of things.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from caspr_cli.optim.blocks import Layout, merge_axes
+from caspr_cli.optim.blocks import Layout, Shape, merge_axes
 from caspr_cli.optim.combine import apply_roots, root_exponent
 from caspr_cli.optim.graft import (
     diagonal_step,
@@ -24,7 +25,7 @@ from caspr_cli.optim.graft import (
     transfer_length,
     update_second_moment,
 )
-from caspr_cli.optim.options import SMALLEST_EPS_FLOAT32, Group, validate
+from caspr_cli.optim.options import OPTIONS, SMALLEST_EPS_FLOAT32, Group, validate
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.roots import inverse_root
 from caspr_cli.optim.stacks import Stack, build_stacks
@@ -40,12 +41,21 @@ class KroneckerOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         validate(defaults)
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks; derived from state, never saved
-        self._layouts: dict[Tensor, Layout] = {}
+        self._layouts: dict[tuple[Shape, str, int], Layout] = {}
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy, with factors of their own: a view would take its whole stack along."""
+        content: dict[str, Any] = super().__getstate__()
+        state = {p: {k: v.clone() if is_factor(k) else v for k, v in s.items()} for p, s in self.state.items()}
+        return content | {"state": defaultdict(dict, state)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stacks, self._layouts = {}, {}
+        for group in self.param_groups:  # a state_dict of AdamW has fewer options
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -53,9 +63,9 @@ class KroneckerOptimizer(Optimizer):
         try:
             validate(group)
             for p in group["params"]:
-                if p.is_complex():
-                    raise ValueError(f"{type(self).__name__} does not support complex parameters")
-        except ValueError:
+                if not p.is_floating_point():
+                    raise ValueError(f"{type(self).__name__} takes real floating-point parameters but got {p.dtype}")
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -63,16 +73,28 @@ class KroneckerOptimizer(Optimizer):
         """As in torch, but statistics and roots keep the type they were saved with.
 
         torch casts every floating tensor of the state to its parameter's type (pytorch issue 43706), which
-        would round float32 factors of a bfloat16 parameter.
+        would round float32 factors of a bfloat16 parameter. Hooks of the user see what they see in torch: this
+        acts on what the last of their pre-hooks gives, and before the first of their post-hooks.
         """
-        super().load_state_dict(state_dict)
-        saved = (i for group in state_dict["param_groups"] for i in group["params"])
-        mine = (p for group in self.param_groups for p in group["params"])
-        for i, p in zip(saved, mine, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name.startswith(("statistics_", "root_", "scale")):
-                    self.state[p][name] = value.to(p.device)
-        self._stacks, self._layouts = {}, {}
+        given: list[dict[str, Any]] = []
+
+        def restore(_: Optimizer) -> None:
+            saved = (i for group in given[-1]["param_groups"] for i in group["params"])
+            mine = (p for group in self.param_groups for p in group["params"])
+            for i, p in zip(saved, mine, strict=True):
+                for name, value in given[-1]["state"].get(i, {}).items():
+                    if is_factor(name):
+                        self.state[p][name] = value.to(p.device)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -89,6 +111,7 @@ class KroneckerOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse()
         for index, group in enumerate(self.param_groups):
             grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
             for p in grads:
@@ -110,35 +133,41 @@ class KroneckerOptimizer(Optimizer):
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """How p is merged and cut."""
-        if p not in self._layouts:
-            self._layouts[p] = Layout.of(tuple(p.shape), group["merge"], group["block_size"])
-        return self._layouts[p]
+        key = tuple(p.shape), group["merge"], group["block_size"]
+        if key not in self._layouts:
+            self._layouts[key] = Layout.of(*key)
+        return self._layouts[key]
 
     def stacks(self, index: int) -> list[Stack]:
         """The stacks of a param group; none before its first gradient."""
         return self._stacks.get(index, [])
 
-    def correction(self, stack: Stack, group: Group) -> Tensor:
-        """Bias correction of a stack's statistics as they are now, ``[K]``."""
-        return bias_correction(stack, group, {p: int(self.state[p]["step"]) for p in stack.rows})
+    def _refuse_sparse(self) -> None:
+        """Before anything has moved."""
+        for group in self.param_groups:
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _init_state(self, p: Tensor, group: Group) -> None:
-        if cast(Tensor, p.grad).is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)  # on the CPU, as in torch: reading it costs no synchronization
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if needs_second_moment(group["graft"]):
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if "exp_avg_sq" not in state and needs_second_moment(group["graft"]):
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
-        """The group's stacks, rebuilt when a parameter has its first gradient."""
-        stacks = self.stacks(index)
+        """The group's stacks; rebuilt from the state when a parameter is new or gone, or the state was replaced."""
+        stacks, now, wanted = self.stacks(index), set(group["params"]), set(params)
         known = {p for stack in stacks for p in stack.rows}
-        if not known.issuperset(params):
-            members = [p for p in group["params"] if p in known or p in set(params)]
-            layouts = {p: self.layout(p, group) for p in members}
+        layouts = {p: self.layout(p, group) for p in group["params"] if p in known or p in wanted}
+        intact = all(
+            p in now and tuple(stack.buffer.shape[1:]) in layouts[p].blocks and stack.is_in(self.state, p, layouts[p])
+            for stack in stacks
+            for p in stack.rows
+        )
+        if not intact or not wanted <= known:
+            members = [p for p in layouts if p in wanted or "step" in self.state.get(p, {})]
             dtypes = {p: factor_dtype(p, group) for p in members}
             stacks = self._stacks[index] = build_stacks(members, layouts, dtypes, self.state)
         return stacks
@@ -168,9 +197,6 @@ class KroneckerOptimizer(Optimizer):
     def _precondition(self, index: int, work: Work) -> None:
         """Statistics of all, and the whole step of those that are past ``start_step``."""
         group = work.group
-        for p in work.inputs:
-            shape, dtype = self.layout(p, group).shape, factor_dtype(p, group)
-            work.updates[p] = torch.empty(shape, dtype=dtype, device=p.device)
         for stack in self._stacks_of(index, group, list(work.steps)):
             with full_precision(stack.scale.device.type):
                 self._step_stack(stack, work)
@@ -180,33 +206,26 @@ class KroneckerOptimizer(Optimizer):
     def _step_stack(self, stack: Stack, work: Work) -> None:
         """Statistics of all blocks that have a gradient, roots of those that are due, U of those that are ready."""
         group = work.group
+        layouts = {p: self.layout(p, group) for p in stack.rows}
         params = [p for p in stack.rows if p in work.steps]
-        if not params:
-            return
+        ready = [p for p in params if p in work.inputs]
         with self.phase("statistics"):
-            part, index = stack.take(params)
-            part.fill(self._layouts, {p: work.grads[p] for p in params})
             ema = group["statistics"] == "ema"
             beta, weight = (group["betas"][1], 1 - group["betas"][1]) if ema else (1.0, 1.0)
-            accumulate(part.S, part.scale, part.buffer, beta=beta, weight=weight)
-            stack.put(part, index)
-        if due := [p for p in params if p in work.due]:
+            for part in stack.parts(params):
+                part.fill(layouts, {p: work.grads[p] for p in part.rows})
+                accumulate(part.S, part.scale, part.total, part.buffer, beta=beta, weight=weight)
+        if due := [p for p in ready if p in work.due or p not in stack.rooted]:
             with self.phase("roots"):
-                part, index = stack.take(due)
-                refresh_roots(part, group, bias_correction(part, group, work.steps))
-                stack.put(part, index)
-        if ready := [p for p in params if p in work.inputs]:
-            with self.phase("apply"):
-                part, _ = stack.take(ready)
-                part.fill(self._layouts, {p: work.inputs[p] for p in ready})
+                for part in stack.parts(due):
+                    refresh_roots(part, group)
+                stack.rooted.update(due)
+        with self.phase("apply"):
+            for part in stack.parts(ready):
+                part.fill(layouts, {p: work.inputs[p] for p in part.rows})
                 U = precondition(part, group["order"])
-                for p in ready:
-                    blocks = U[part.rows[p]]
-                    if blocks.shape[1:] == work.updates[p].shape:  # one block: no copy
-                        work.updates[p] = blocks[0]
-                    else:
-                        targets = self._layouts[p].views(work.updates[p], tuple(U.shape[1:]))
-                        torch._foreach_copy_(targets, list(blocks.unbind()))
+                for p, rows in part.rows.items():
+                    _collect(work.updates, p, layouts[p], U[rows])
 
     def _finish(self, work: Work) -> None:
         """Graft, momentum where it comes after, decay, weights."""
@@ -221,7 +240,8 @@ class KroneckerOptimizer(Optimizer):
             # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
             exp_avg = [self.state[p]["exp_avg"] for p in params]
             ages = [work.steps[p] - group["start_step"] + 1 for p in params]
-            torch._foreach_mul_(exp_avg, [float(age > 1) for age in ages])
+            if fresh := [m for m, age in zip(exp_avg, ages, strict=True) if age == 1]:
+                torch._foreach_zero_(fresh)
             torch._foreach_lerp_(exp_avg, [u.to(m.dtype) for u, m in zip(U, exp_avg, strict=True)], 1 - beta1)
             U = list(torch._foreach_div(exp_avg, [1 - beta1**age for age in ages]))
         if group["weight_decay"]:
@@ -242,9 +262,25 @@ class Work:
     updates: dict[Tensor, Tensor] = field(default_factory=dict)  # U, in merged shape
 
 
-def refresh_roots(stack: Stack, group: Group, correction: Tensor) -> None:
-    """New roots for every block, from its statistics divided by ``correction`` ``[K]``."""
-    unit = torch.where(stack.scale > 0, stack.scale, 1)
+def is_factor(name: str) -> bool:
+    """Whether an entry of the state is a view into a stack, of a type of its own."""
+    return name.partition(".")[0] in ("scale", "root_scale", "total") or name.startswith(("statistics_", "root_"))
+
+
+def _collect(updates: dict[Tensor, Tensor], p: Tensor, layout: Layout, blocks: Tensor) -> None:
+    """Put p's blocks of one shape, ``[n, d_1, ..., d_k]``, where they belong in its update."""
+    shape = tuple(blocks.shape[1:])
+    if shape == layout.shape:  # one block: no copy
+        updates[p] = blocks[0]
+        return
+    if p not in updates:
+        updates[p] = torch.empty(layout.shape, dtype=blocks.dtype, device=blocks.device)
+    torch._foreach_copy_([updates[p][cut] for cut in layout.blocks[shape]], list(blocks.unbind()))
+
+
+def refresh_roots(stack: Stack, group: Group) -> None:
+    """New roots for every block, from its statistics."""
+    unit, correction = torch.where(stack.scale > 0, stack.scale, 1), bias_correction(stack, group)
     p = root_exponent(group["order"], len(stack.S))
     for S_i, A_i in zip(stack.S, stack.A, strict=True):
         A_i.copy_(inverse_root(S_i, unit, correction, p=p, eps=group["eps"], damping=group["damping"]))
@@ -252,15 +288,11 @@ def refresh_roots(stack: Stack, group: Group, correction: Tensor) -> None:
     stack.root_scale.copy_(stack.scale if group["damping"] == "relative" else unit)
 
 
-def bias_correction(stack: Stack, group: Group, steps: dict[Tensor, int]) -> Tensor:
-    """``[K]``: 1 - betas[1]^t after t updates of the block's parameter, or 1 for a sum."""
-    beta2 = group["betas"][1]
-    corrections = [
-        1 - beta2 ** steps[p] if group["statistics"] == "ema" else 1.0
-        for p, rows in stack.rows.items()
-        for _ in range(rows.start, rows.stop)
-    ]
-    return torch.tensor(corrections, dtype=stack.scale.dtype, device=stack.scale.device)
+def bias_correction(stack: Stack, group: Group) -> Tensor:
+    """``[K]``: what statistics are divided by, the weights in a moving average or 1 for a sum."""
+    if group["statistics"] == "accumulate":
+        return torch.ones_like(stack.total)
+    return torch.where(stack.total > 0, stack.total, 1)
 
 
 def precondition(stack: Stack, order: float) -> Tensor:

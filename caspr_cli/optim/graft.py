@@ -36,6 +36,8 @@ def direction(
     """
     if not needs_second_moment(graft):
         return momenta
+    # In float16 eps is 0, and a zero gradient would be 0/0.
+    momenta, exp_avg_sq = _at_least_bfloat16(momenta), _at_least_bfloat16(exp_avg_sq)
     denominators = torch._foreach_sqrt(exp_avg_sq)
     if graft == "adam":
         torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
@@ -48,10 +50,16 @@ def transfer_length(updates: list[Tensor], lengths_of: list[Tensor]) -> None:
 
     Norms are taken in float64: the square of a float32 entry of 1e20 is not a float32.
     """
-    have = torch._foreach_norm(updates, dtype=torch.float64)
-    want = torch._foreach_norm(lengths_of, dtype=torch.float64)
-    for U, a, b in zip(updates, have, want, strict=True):
-        U.mul_(torch.where(a > 0, b / a, 0))
+    for device in {U.device for U in updates}:
+        here = [i for i, U in enumerate(updates) if U.device == device]
+        U = [updates[i] for i in here]
+        have = torch.stack(torch._foreach_norm(U, dtype=torch.float64))
+        want = torch.stack(torch._foreach_norm([lengths_of[i] for i in here], dtype=torch.float64))
+        torch._foreach_mul_(U, list(torch.where(have > 0, want / have, 0).unbind()))
+
+
+def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.float() if t.dtype == torch.float16 else t for t in tensors]
 
 
 def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any]) -> None:

@@ -25,6 +25,16 @@ class MixedOptimizer(Optimizer):
         super().__init__([dict(g) for part in parts for g in part.param_groups], {})
         self._share()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer stands: it cannot know which part is meant."""
+        if sum(len(part.param_groups) for part in self._parts) == len(self.param_groups):
+            raise ValueError("a MixedOptimizer takes no further param groups: give them to its parts when it is built")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_parts": self._parts}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()

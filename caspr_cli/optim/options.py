@@ -13,6 +13,12 @@ from caspr_cli.optim.graft import GRAFTS
 
 Group = dict[str, Any]
 
+# The keys of a param group, beside "params".
+OPTIONS = (
+    "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
+    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "factor_dtype", "maximize",
+)  # fmt: skip
+
 # Below this, the damping is lost in the rounding of float32 statistics.
 SMALLEST_EPS_FLOAT32 = 1e-6
 

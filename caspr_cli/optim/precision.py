@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """No TF32 or bfloat16 in float32 products, and no autocast: statistics square their input's condition."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    """No TF32 or bfloat16 in float32 products, and no autocast: statistics square their input's condition.
+
+    The settings of each backend are put back as they were. (``torch.get_float32_matmul_precision`` raises where
+    the user has set a backend's own.)
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caspr_cli.optim.combine import root_exponent
-from caspr_cli.optim.engine import KroneckerOptimizer, precondition
+from caspr_cli.optim.engine import KroneckerOptimizer, bias_correction, precondition
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.precision import full_precision
@@ -35,7 +35,7 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
         stacks = [s for s in optimizer.stacks(index) if bool((s.root_scale > 0).any())]
         for stack in stacks:
             with full_precision(stack.scale.device.type):
-                for name, values in _factors(optimizer, stack, group).items():
+                for name, values in _factors(stack, group).items():
                     found.setdefault(name, []).append(values)
         if stacks:
             for name, values in _directions(optimizer, stacks, group).items():
@@ -43,13 +43,14 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
     return {name: torch.cat([v.flatten() for v in values]) for name, values in found.items()}
 
 
-def _factors(optimizer: KroneckerOptimizer, stack: Stack, group: Group) -> dict[str, Tensor]:
-    correction = optimizer.correction(stack, group)
-    unit = torch.where(stack.scale > 0, stack.scale, 1)
+def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
+    """Of all blocks that have had a gradient."""
+    seen = stack.scale > 0
+    correction, unit, root_scale = bias_correction(stack, group)[seen], stack.scale[seen], stack.root_scale[seen]
     p = root_exponent(group["order"], len(stack.S))
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": []}
     for S_i, A_i in zip(stack.S, stack.A, strict=True):
-        S = S_i / correction.view(-1, 1, 1)
+        S, A = S_i[seen] / correction.view(-1, 1, 1), A_i[seen]
         eigenvalues = torch.linalg.eigvalsh(S)
         damped = damped_eigenvalues(eigenvalues, unit, group["eps"], group["damping"])
         shift = damped[:, 0] - eigenvalues[:, 0].double().clamp(min=0)
@@ -57,9 +58,9 @@ def _factors(optimizer: KroneckerOptimizer, stack: Stack, group: Group) -> dict[
         values["condition"].append(damped[:, -1] / damped[:, 0])
         values["damping_share"].append(shift * d / damped.sum(1))
         # S~ in the units in which A was computed
-        ratio = (unit.double() / stack.root_scale.double()).square().view(-1, 1, 1)
+        ratio = (unit.double() / root_scale.double()).square().view(-1, 1, 1)
         damped_S = (S.double() + shift.view(-1, 1, 1) * torch.eye(d, dtype=torch.float64, device=S.device)) * ratio
-        product = torch.linalg.matrix_power(A_i.double(), p) @ damped_S
+        product = torch.linalg.matrix_power(A.double(), p) @ damped_S
         identity = torch.eye(d, dtype=torch.float64, device=S.device)
         values["residual"].append((product - identity).norm(dim=(1, 2)) / d**0.5)
     return {name: torch.cat(v) for name, v in values.items()}
@@ -87,14 +88,14 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
         chosen = [i for i, p in enumerate(params) if p in stack.rows]
         if not chosen:
             continue
-        part, _ = stack.take([params[i] for i in chosen])
         layouts = {params[i]: optimizer.layout(params[i], group) for i in chosen}
-        part.fill(layouts, {params[i]: inputs[i] for i in chosen})
-        U, D = precondition(part, group["order"]), torch.empty_like(part.buffer)
-        part.fill(layouts, {params[i]: graft[i] for i in chosen})
-        D.copy_(part.buffer)
+        stack.buffer.zero_()
+        stack.fill(layouts, {params[i]: inputs[i] for i in chosen})
+        U = precondition(stack, group["order"])
+        stack.fill(layouts, {params[i]: graft[i] for i in chosen})
         for i in chosen:
-            u, d = U[part.rows[params[i]]].double().flatten(), D[part.rows[params[i]]].double().flatten()
+            rows = stack.rows[params[i]]
+            u, d = U[rows].double().flatten(), stack.buffer[rows].double().flatten()
             ratios.append(d.norm() / u.norm())
             cosines.append(F.cosine_similarity(u, d, dim=0))
     result = {"graft_ratio": torch.stack(ratios)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,18 +20,20 @@ class Stack:
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i]
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
+    total: Tensor  # [K], weights of all gradients in S
     rows: dict[Tensor, slice] = field(default_factory=dict)
+    rooted: set[Tensor] = field(default_factory=set)  # parameters whose roots have been computed
 
     @classmethod
     def empty(cls, shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Stack:
         def new(*size: int) -> Tensor:
             return torch.zeros(K, *size, dtype=dtype, device=device)
 
-        return cls(new(*shape), [new(d, d) for d in shape], [new(d, d) for d in shape], new(), new())
+        return cls(new(*shape), [new(d, d) for d in shape], [new(d, d) for d in shape], new(), new(), new())
 
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
-        rows, named = self.rows[p], {"scale": self.scale, "root_scale": self.root_scale}
+        rows, named = self.rows[p], {"scale": self.scale, "root_scale": self.root_scale, "total": self.total}
         for axis, (S_i, A_i) in enumerate(zip(self.S, self.A, strict=True)):
             named[f"statistics_{axis}"] = S_i
             named[f"root_{axis}"] = A_i
@@ -43,37 +46,28 @@ class Stack:
         targets = [b for p in tensors for b in self.buffer[self.rows[p]].unbind()]
         torch._foreach_copy_(targets, sources)
 
-    def take(self, params: list[Tensor]) -> tuple[Stack, Tensor | None]:
-        """The stack of these parameters alone, and the indices of its rows (None: all, nothing was copied)."""
-        if len(params) == len(self.rows):
-            return self, None
-        index = torch.cat([torch.arange(self.rows[p].start, self.rows[p].stop) for p in params])
-        index = index.to(self.scale.device)
-        rows, start = {}, 0
-        for p in params:
-            length = self.rows[p].stop - self.rows[p].start
-            rows[p] = slice(start, start + length)
-            start += length
-        part = Stack(
-            self.buffer[index],
-            [S_i[index] for S_i in self.S],
-            [A_i[index] for A_i in self.A],
-            self.scale[index],
-            self.root_scale[index],
-            rows,
-        )
-        return part, index
+    def parts(self, params: list[Tensor]) -> Iterator[Stack]:
+        """Views of the rows of these parameters (in the stack's order), one for each run of neighbours.
 
-    def put(self, part: Stack, index: Tensor | None) -> None:
-        """Write back what :meth:`take` gave."""
-        if index is None:
-            return
-        for mine, theirs in zip(
-            [*self.S, *self.A, self.scale, self.root_scale],
-            [*part.S, *part.A, part.scale, part.root_scale],
-            strict=True,
-        ):
-            mine[index] = theirs
+        Usually the whole stack; it falls apart where parameters between have no gradient. Nothing is copied.
+        """
+        start = 0
+        for i, p in enumerate(params):
+            if i + 1 < len(params) and self.rows[params[i + 1]].start == self.rows[p].stop:
+                continue
+            run = params[start : i + 1]
+            start, first = i + 1, self.rows[run[0]].start
+            rows = {q: slice(self.rows[q].start - first, self.rows[q].stop - first) for q in run}
+            at = slice(first, self.rows[p].stop)
+            S, A = [S_i[at] for S_i in self.S], [A_i[at] for A_i in self.A]
+            scales = self.scale[at], self.root_scale[at], self.total[at]
+            yield Stack(self.buffer[at], S, A, *scales, rows, self.rooted)
+
+    def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
+        """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
+        part = list(layout.blocks).index(tuple(self.buffer.shape[1:]))
+        view = state.get(p, {}).get(f"scale.{part}")
+        return view is not None and view.data_ptr() == self.scale[self.rows[p]].data_ptr()
 
 
 def build_stacks(
@@ -104,9 +98,11 @@ def build_stacks(
                     if old.shape != view.shape:
                         raise ValueError(
                             f"{name} of a parameter of shape {tuple(p.shape)} should have shape {tuple(view.shape)} "
-                            f"but has {tuple(old.shape)}: was it saved with another block_size or merge?"
+                            f"but has {tuple(old.shape)}: block_size or merge were others when it was made"
                         )
                     view.copy_(old)
+                    if name.startswith("root_") and bool(view.any()):  # waits for the device, once a rebuild
+                        stack.rooted.add(p)
                 state[p][name] = view
         stacks.append(stack)
     return stacks

@@ -23,14 +23,15 @@ def per_block(x: Tensor, like: Tensor) -> Tensor:
     return x.view(-1, *(1,) * (like.ndim - 1))
 
 
-def accumulate(S: list[Tensor], scale: Tensor, G: Tensor, *, beta: float, weight: float) -> None:
+def accumulate(S: list[Tensor], scale: Tensor, total: Tensor, G: Tensor, *, beta: float, weight: float) -> None:
     """In place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
 
     Args:
         S: for each axis ``[K, d_i, d_i]``, the statistics divided by ``scale**2``.
         scale: ``[K]``, at least the largest absolute entry that still counts; 0 before the first gradient.
-        G: ``[K, d_1, ..., d_k]``, overwritten. A block that is not finite leaves its statistics as they are: one
-            overflow in a thousand steps must not end the preconditioner.
+        total: ``[K]``, the weights of all gradients so far, 1 - betas[1]^t after t of a moving average: what it is
+            divided by to correct its bias.
+        G: ``[K, d_1, ..., d_k]``, overwritten. A block that is not finite leaves its statistics as they are.
         beta: 1 for a sum, betas[1] for a moving average.
         weight: 1 for a sum, 1 - betas[1] for a moving average.
 
@@ -42,6 +43,7 @@ def accumulate(S: list[Tensor], scale: Tensor, G: Tensor, *, beta: float, weight
     # gradient of 1e20, gradients of 1 are seen again as soon as they weigh anything in the true S.
     decayed = scale * math.sqrt(beta)
     scale.copy_(torch.where(finite, torch.maximum(decayed, peak), scale))
+    total.copy_(torch.where(finite, total * beta + weight, total))
     unit = torch.where(scale > 0, scale, 1)
     keep = torch.where(finite, (decayed / unit).square(), 1)  # <= 1; beta is in it
     G.div_(per_block(unit, G)).masked_fill_(per_block(~finite, G), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import warnings
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -41,38 +41,37 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     start, lines = _last_checkpoint(record)
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
+    _check_optimizer(module)
     data = TaskData(task, recipe, start=start, rank=rank, world=world)
-    recorder = Recorder(record, start, lines) if rank == 0 else None
-    curves = Curves(recipe, recorder, progress)
-    checkpoints = Checkpoints(record, curves)
-    try:
+    with closing(Recorder(record, start, lines)) if rank == 0 else nullcontext() as recorder:
+        curves = Curves(recipe, recorder, progress)
+        checkpoints = Checkpoints(record, curves)
         trainer = _trainer(recipe, record, [curves, checkpoints, StopOnSignal(checkpoints)], world)
-    except MisconfigurationException as error:
-        raise ConfigError(f"trainer.accelerator={recipe.trainer.accelerator.name}: {error}") from error
+        if recorder and progress:
+            record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
+            recorder.hyperparameters(recipe)
+            for line in _header(recipe, task, module, trainer, world):
+                progress.say(line)
+        try:
+            with progress or nullcontext():
+                trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
+        except Stopped:
+            return None
+        if curves.final.get("step") != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
+        trainer.test(module, data, verbose=False)
+        if recorder is None:
+            return None
+        recorder.scalars(trainer.global_step, module.scores["test"])
+        return _result(recipe, module, trainer, curves)
+
+
+def _check_optimizer(module: TrainingModule) -> None:
+    """Refuse options before anything is written or trained."""
     try:
         module.configure_optimizers()
     except ValueError as error:
         raise ConfigError(f"optim.{error}") from error
-    if recorder and progress:
-        record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
-        recorder.hyperparameters(recipe)
-        for line in _header(recipe, task, module, trainer, world):
-            progress.say(line)
-    try:
-        with progress or nullcontext():
-            trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
-    except Stopped:
-        if recorder:
-            recorder.close()
-        return None
-    if curves.final.get("step") != trainer.global_step:
-        trainer.validate(module, data, verbose=False)
-    trainer.test(module, data, verbose=False)
-    if recorder is None:
-        return None
-    recorder.scalars(trainer.global_step, module.scores["test"])
-    recorder.close()
-    return _result(recipe, module, trainer, curves)
 
 
 def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -> Trainer:
@@ -80,25 +79,28 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     # Buffers (rotary tables, and running means from each rank's own batches) are not sent at every step: in
     # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
     strategy: Any = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
-    return Trainer(
-        accelerator=conf.accelerator.name,
-        devices=world if world > 1 else 1,
-        strategy=strategy,
-        precision=conf.precision.name,  # type: ignore[arg-type]
-        max_steps=conf.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=conf.accumulate,
-        val_check_interval=conf.val_every * conf.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(record.path),
-    )
+    try:
+        return Trainer(
+            accelerator=conf.accelerator.name,
+            devices=world,
+            strategy=strategy,
+            precision=conf.precision.name,  # type: ignore[arg-type]
+            max_steps=conf.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=conf.accumulate,
+            val_check_interval=conf.val_every * conf.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(record.path),
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer.accelerator={conf.accelerator.name}: {error}") from error
 
 
 def _last_checkpoint(record: Record) -> tuple[int, int]:
@@ -131,7 +133,7 @@ def _show_log(progress: Progress) -> None:
 
 def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer, world: int) -> list[str]:
     data = task.describe_data()
-    size = ", ".join(f"{s} {v.get(task.unit, v.get('samples', 0)):,}" for s, v in data["splits"].items())
+    size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
     parameters = sum(p.numel() for p in module.model.parameters())
     chosen = task.preconditioned(module.model)
     matrices = sum(p.numel() for n, p in module.model.named_parameters() if n in chosen)

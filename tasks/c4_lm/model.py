@@ -48,9 +48,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         # fused kernels never hold the T x T scores, and skip the half above the diagonal
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         out: Tensor = self.output(y.transpose(1, 2).reshape(B, T, W))
         return out
 

@@ -134,8 +134,6 @@ def _check(conf: C4LMConf) -> None:
             "(every byte, and the end of a document)"
         )
     if conf.width % (2 * conf.heads):
-        raise DataError(
-            f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}"
-        )
+        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}")
     if not 0 <= conf.dropout < 1:
         raise DataError(f"task.dropout: {conf.dropout} is not in [0, 1)")
