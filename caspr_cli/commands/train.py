@@ -84,6 +84,8 @@ class Session:
         say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} "
             f"scale={recipe.scale} seed={recipe.seed}")  # fmt: skip
         say(f"record   {record.path} ({todo})")
+        if todo in ("new", "continues"):
+            say("start    importing torch and Lightning takes some seconds")
         outcome = run(recipe, self.command)
         for line in summary.footer(outcome, recipe):
             say(line)

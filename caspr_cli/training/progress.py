@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10
+BAR = 16  # characters
 
 
 class Progress:
@@ -19,9 +20,9 @@ class Progress:
     def __init__(self, max_steps: int, unit: str) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
         self._max_steps, self._unit = max_steps, unit
-        self._live = (
-            Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-        )
+        # Standard error is the log; redirecting it would show each line twice.
+        live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stderr=False)
+        self._live = live if self.console.is_terminal else None
         self._last_line = 0.0
 
     def __enter__(self) -> Progress:
@@ -48,8 +49,9 @@ class Progress:
             f"{seconds_a_step * 1000:.0f} ms  {units_a_second:,.0f} {self._unit}/s  {left // 60}:{left % 60:02d} left"
         )
         if self._live:
-            done = int(24 * step / self._max_steps)
-            self._live.update(Text(f"{'━' * done}{'╺' if done < 24 else ''}{' ' * (23 - done)} {line}"), refresh=True)
+            done = BAR * step // self._max_steps
+            bar = "━" * done + ("╺" + " " * (BAR - done - 1) if done < BAR else "")
+            self._live.update(Text(f"{bar} {line}", overflow="crop", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(line)
