@@ -70,9 +70,9 @@ class Curves(Callback):
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, KroneckerOptimizer):
             optimizer.phase = self._timer
-        self.clock.start()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.clock.start()  # from its pause: validations and checkpoints are no training
         next_step = trainer.global_step + 1
         cast(TrainingModule, module).measure_update = (
             next_step % self.recipe.trainer.log_every == 0 and self.recorder is not None
@@ -116,6 +116,9 @@ class Curves(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.clock.pause()
 
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.clock.pause()
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         module = cast(TrainingModule, module)
         step, scores = trainer.global_step, module.scores["val"]
@@ -133,8 +136,6 @@ class Curves(Callback):
             self.recorder.flush()
         if self.progress:
             self.progress.validation(step, scores, note)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.clock.start()
 
     def _better(self, a: float, b: float) -> bool:
         return a > b if self.recipe.task.target.higher_is_better else a < b

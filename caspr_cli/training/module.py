@@ -68,7 +68,10 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Dropout and the like are a function of (seed, step, part, rank): there is no random state to save.
         part = batch_idx % self.recipe.trainer.accumulate
-        torch.manual_seed(mix(self.recipe.seed, self.global_step, part, self.global_rank))
+        seed = mix(self.recipe.seed, self.global_step, part, self.global_rank)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms to prepare devices that are not used
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         loss = self.task.loss(self.model, batch)
         share = loss.detach().double() / self.recipe.trainer.accumulate
         self.last["loss"] = share if part == 0 else self.last["loss"] + share
