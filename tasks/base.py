@@ -17,7 +17,7 @@ class DataError(Exception):
 
 
 class Task(ABC):
-    """A data set, a model for it, a loss, and what is reported.
+    """A data set, a model for it, a loss, and what is reported. Built as ``Task(conf, seed)``.
 
     The runner calls, in this order: :meth:`prepare` (one process of a machine), :meth:`dataset`,
     :meth:`model`, then :meth:`loss` for each training batch and :meth:`evaluate` for each validation
@@ -53,7 +53,7 @@ class Task(ABC):
 
     @abstractmethod
     def preconditioned(self, model: nn.Module) -> set[str]:
-        """Names of the parameters that a matrix optimizer should precondition; AdamW takes the rest."""
+        """Names, as in ``model.named_parameters()``, of what is to be preconditioned; AdamW takes the rest."""
 
     @abstractmethod
     def units(self, batch: Any) -> int:

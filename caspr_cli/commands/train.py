@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import hydra
@@ -31,7 +31,7 @@ HELP = """\
 caspr-train {version}: train a task with an optimizer, and keep a record of it
 
   caspr-train task=c4_lm optim=caspr                       one run
-  caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep, one process group a job
+  caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep: nine runs and a table
   caspr-train scale=paper task.data=files task.root=DIR    the paper's size, on your C4 shards
 
 tasks
@@ -42,7 +42,8 @@ scales
 {scales}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          trainer.max_steps trainer.devices trainer.precision optim.lr schedule.name seed resume output_dir
-flags    -m sweep    --cfg job print the recipe    debug=fast 20 steps    -sc install=bash tab completion
+flags    -m sweep    --cfg job print the recipe    debug=fast 20 steps
+tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      tensorboard --logdir outputs
 """
@@ -66,7 +67,11 @@ class Session:
             recipe = compose.freeze(config)
             if sweep:
                 say(f"\njob {len(self.outcomes) + len(self.refused) + 1}: {name}")
-            self.outcomes.append((name, self.run(recipe)))
+            outcome = self.run(recipe, list(HydraConfig.get().overrides.task))
+            self.outcomes.append((name, outcome))
+            if outcome.exit_code == OK and not sweep:
+                for line in summary.next_commands(recipe, self.command):
+                    say(line)
         except (ConfigError, RecordBusyError) as error:
             self.refuse(name, str(error))
         except OmegaConfBaseException as error:
@@ -78,16 +83,18 @@ class Session:
         self.refused.append(f"{name}: {why}")
         complain(why)
 
-    def run(self, recipe: Recipe) -> Outcome:
+    def run(self, recipe: Recipe, overrides: list[str]) -> Outcome:
         record = Record.of(recipe)
         todo = {"new": "new", "continue": "continues", "skip": "done", "failed": "failed before"}[plan(recipe, record)]
         say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} "
             f"scale={recipe.scale} seed={recipe.seed}")  # fmt: skip
+        if given := [o for o in overrides if o.partition("=")[0] not in ("task", "optim", "scale", "seed")]:
+            say(f"given    {' '.join(given)}")
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             say("start    importing torch and Lightning takes some seconds")
         outcome = run(recipe, self.command)
-        for line in summary.footer(outcome, recipe):
+        for line in summary.footer(outcome):
             say(line)
         return outcome
 
@@ -124,6 +131,11 @@ def arrange(argv: list[str]) -> list[str]:
     for word in words:
         if word.startswith("-") and not word.startswith("~"):
             if word.split("=")[0] not in FLAGS:
+                key = word.lstrip("-").split("=")[0]
+                if key.partition(".")[0] in {f.name for f in fields(Recipe)} or key in ("lr", "steps", "epochs"):
+                    raise ConfigError(
+                        f"{word} is not a flag: keys are written key=value, as in optim=caspr optim.lr=1e-3"
+                    )
                 raise ConfigError(f"{word} is not a flag.{nearest(word, FLAGS)} (caspr-train --help)")
             flags.append(word)
             if word in WITH_VALUE or word in ("-sc", "--shell-completion", "-i", "--info"):
@@ -171,7 +183,10 @@ def keys_of(argv: list[str]) -> DictConfig:
     chosen = [a for a in argv if a in known]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return hydra.compose("train", overrides=chosen)
+        try:
+            return hydra.compose("train", overrides=chosen)
+        except HydraException:
+            return hydra.compose("train")
 
 
 if __name__ == "__main__":

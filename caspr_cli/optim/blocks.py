@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Shape = tuple[int, ...]
-MERGES = ("matrix", "square", "none", "flatten")
+MERGES = ("matrix", "square", "none")
 
 
 def merge_axes(shape: Shape, merge: str) -> Shape:

@@ -45,7 +45,7 @@ def validate(options: Group) -> None:
             raise ValueError(f"{name} should be >= 0 but is: {options[name]}")
     if not options["eps"] > 0:
         raise ValueError(f"eps should be > 0 but is: {options['eps']}")
-    if len(options["betas"]) != 2:
+    if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
         raise ValueError(f"betas should be two numbers but is: {options['betas']}")
     _one_of("statistics", options["statistics"], ("ema", "accumulate"))
     if options["betas"][1] == 1 and options["statistics"] == "ema":
@@ -58,7 +58,8 @@ def validate(options: Group) -> None:
     for name in ("interval", "start_step", "block_size"):
         _positive_integer(name, options[name])
     _one_of("damping", options["damping"], ("relative", "absolute"))
-    _one_of("merge", options["merge"], MERGES)
+    if options["merge"] != "flatten":  # which FullAdagrad alone asks for
+        _one_of("merge", options["merge"], MERGES)
     _one_of("graft", options["graft"], GRAFTS)
     _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
     _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))

@@ -11,12 +11,22 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.recipe.configs import CONF, PACKAGE, choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, OptimConf, Recipe, TaskConf
 
-# Beside the package in a checkout, inside it in a wheel.
-PACKAGE = Path(__file__).resolve().parent.parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+__all__ = [
+    "CONF",
+    "PACKAGE",
+    "choices",
+    "freeze",
+    "identity",
+    "load",
+    "options",
+    "register_schemas",
+    "save",
+    "to_plain",
+]
 
 # What does not change the numbers of a run, or is in the record's path already.
 NOT_IN_THE_NAME = ("seed", "resume", "output_dir")
@@ -30,16 +40,6 @@ def register_schemas() -> None:
         store.store(group="schema/task", name=task, node=task_conf)
     for optimizer, optim_conf in OPTIMIZERS.items():
         store.store(group="schema/optim", name=optimizer, node=optim_conf)
-
-
-def choices(group: str) -> dict[str, str]:
-    """The files of a config group and the first comment in each, for ``--help``."""
-    found = {}
-    for file in sorted((CONF / group).glob("*.yaml")):
-        lines = file.read_text(encoding="utf8").splitlines()
-        comments = (line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line)
-        found[file.stem] = next(comments, "")
-    return found
 
 
 def freeze(config: DictConfig) -> Recipe:
@@ -58,6 +58,9 @@ def _build(plain: dict[str, Any]) -> Recipe:
     """Typed from plain values; ``task`` and ``optim`` get the type that their name asks for."""
     # merged on its own: Recipe.task is declared as what all tasks share
     rest = {k: v for k, v in plain.items() if k not in ("task", "optim")}
+    for group, known in (("task", TASKS), ("optim", OPTIMIZERS)):
+        if plain[group]["name"] not in known:
+            raise ConfigError(f"{group}.name={plain[group]['name']} has no dataclass in caspr_cli/recipe/schema.py")
     merged = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
     merged.task = OmegaConf.merge(OmegaConf.structured(TASKS[plain["task"]["name"]]), plain["task"])
     merged.optim = OmegaConf.merge(OmegaConf.structured(OPTIMIZERS[plain["optim"]["name"]]), plain["optim"])

@@ -10,6 +10,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from caspr_cli.recipe.configs import choices
+
 
 class ConfigError(Exception):
     """A recipe that cannot be run; the message is for the user."""
@@ -49,10 +51,12 @@ def explain(error: BaseException, keys: DictConfig, argv: list[str]) -> str:
 
 def _unknown_choice(e: MissingConfigException) -> str:
     group, _, name = (e.missing_cfg_file or "").rpartition("/")
+    if group.startswith("schema/"):
+        return f"{group.split('/')[1]}={name} has no dataclass in caspr_cli/recipe/schema.py"
+    if group.startswith("scale/"):  # scale/<task>/<scale>: this task has no such size
+        return f"scale={name} is not defined for task={group.split('/')[1]} (it has: {', '.join(choices(group))})"
     options = [o for o in e.options or [] if "/" not in o]
     listed = ", ".join(options)
-    if "/" in group:  # scale/<task>/<scale>: this task has no such size
-        return f"{group.split('/')[0]}={name} is not defined for {group.split('/')[1]} (it has: {listed})"
     return f"{group}={name}: no such choice.{nearest(name, options, f'{group}=')} (choices: {listed})"
 
 
@@ -66,6 +70,9 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     prefix = f"{where}." if where else ""
     owner = f"{where}={node.get('name')}" if where in ("optim", "task") and isinstance(node, DictConfig) else where
     what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
+    groups = [str(k) for k, v in keys.items() if not path and isinstance(v, DictConfig) and name in v]
+    if groups:
+        return f"{what} Did you mean {' or '.join(f'{group}.{name}' for group in groups)}?"
     hint = f"caspr-train --cfg job{f' --package {path[0]}' if path else ''}"
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
 

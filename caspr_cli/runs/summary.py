@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from caspr_cli.recipe.schema import Recipe
@@ -9,12 +10,12 @@ from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED
 
 
-def footer(outcome: Outcome, recipe: Recipe) -> list[str]:
-    """What came of it, where it is, what to do next."""
+def footer(outcome: Outcome) -> list[str]:
+    """What came of it and where it is."""
     record, status = outcome.record, outcome.record.status
     state = status.get("state")
     if state == DONE:
-        return [*_results(record.result, ran=outcome.ran), f"record   {record.path}", *_next(recipe)]
+        return [*_results(record.result, ran=outcome.ran), f"record   {record.path}"]
     if state == FAILED:
         again = "add resume=retry to run it again" if not outcome.ran else f"log      {record.log}"
         return [f"failed   {status.get('error')}", again, f"record   {record.path}"]
@@ -48,11 +49,12 @@ def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
     return lines
 
 
-def _next(recipe: Recipe) -> list[str]:
-    task = f"task={recipe.task.name}"
+def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
+    """How to see the curves, and how to compare: the command as given, over optimizers and seeds."""
+    kept = [word for word in command[1:] if word.partition("=")[0] not in ("optim", "seed", "resume")]
     return [
         f"next     tensorboard --logdir {recipe.output_dir}",
-        f"         caspr-train -m {task} optim=caspr,shampoo,adamw seed=0,1,2",
+        f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=caspr,shampoo,adamw', 'seed=0,1,2'])}",
     ]
 
 
@@ -62,13 +64,16 @@ def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
     words = [name.split() for name, _ in outcomes]
     common = set(words[0]).intersection(*words[1:])  # what every job had says nothing here
     names = [" ".join(w for w in job if w not in common) for job in words]
-    width = max(map(len, names))
+    width = max(3, *map(len, names))
+    lines.append(f"{'job':<{width}}  result")
     for name, (_, outcome) in zip(names, outcomes, strict=True):
         status, result = outcome.record.status, outcome.record.result
         state = status.get("state", "?")
         if state == DONE:
             metric = result["target"]["metric"]
-            what = f"{metric} {_value(result['final'], metric)}  {_time(result['seconds'])}"
+            test = metric.replace("val/", "test/")
+            what = f"{metric} {_value(result['final'], metric)}  {test} {_value(result['test'], test)}  "
+            what += _time(result["seconds"])
         else:
             what = str(status.get("error") or "")
         lines.append(f"{name:<{width}}  {state if outcome.ran else f'{state} before'}  {what}  {outcome.record.path}")

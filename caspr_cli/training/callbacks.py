@@ -111,7 +111,7 @@ class Curves(Callback):
             self.progress.train(step, loss, values["lr"], a_step, self.units / (seconds - self.mark[1]))
         self.losses, self.units, self.mark = [], 0, (step, seconds)
         if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(f"the training loss is {loss} at step {step}: lower optim.lr or raise optim.eps")
+            raise FloatingPointError(f"the training loss is {loss} at step {step}: a lower optim.lr may help")
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.clock.pause()

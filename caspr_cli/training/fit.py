@@ -148,12 +148,12 @@ def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer,
     ]
     if isinstance(optimizer, KroneckerOptimizer):
         flops = step_flops(optimizer)
-        training = task.train_flops(module.model)
+        whole = task.train_flops(module.model) + sum(flops.values())
         blocks = sum(count for *_, count in blocks_of(optimizer))
         lines.append(
-            f"optim    {blocks} blocks; predicted {100 * sum(flops.values()) / (training + sum(flops.values())):.0f} % "
-            f"of the step: "
-            + ", ".join(f"{k} {100 * v / (training + sum(flops.values())):.0f}" for k, v in flops.items())
+            f"optim    {blocks} blocks; predicted from FLOPs: {100 * sum(flops.values()) / whole:.0f} % of a step ("
+            + ", ".join(f"{k} {100 * v / whole:.0f}" for k, v in flops.items())
+            + ")"
         )
     return lines
 

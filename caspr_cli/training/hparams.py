@@ -18,7 +18,7 @@ from caspr_cli.recipe.compose import to_plain
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
 
 # The page opens with its first five columns; those that "differ" come first.
-COLUMNS = ("optim.name", "optim.lr", "seed", "scale", "trainer.max_steps")
+COLUMNS = ("optim.name", "optim.lr", "scale", "task.batch_size", "trainer.max_steps")
 METRICS = ("val/loss", "test/loss")
 
 

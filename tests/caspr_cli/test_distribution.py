@@ -34,7 +34,8 @@ def test_the_loop_of_the_readme_runs_as_it_stands() -> None:
     (code,) = blocks("python")
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module("embed", nn.Embedding(5, 8))
+    model.add_module("tokens", nn.Embedding(5, 8))
+    model.add_module("body", nn.Linear(8, 8))
     model.add_module("head", nn.Linear(8, 5))
     losses: list[float] = []
 

@@ -45,6 +45,8 @@ def test_help_fits_a_screen_and_lists_everything(
         (["task.data=fils"], "Did you mean task.data=files?"),
         (["seed=1,2"], "seed=1,2 is a sweep: add -m"),
         (["--mutlirun"], "--mutlirun is not a flag. Did you mean --multirun?"),
+        (["--lr=3"], "--lr=3 is not a flag: keys are written key=value"),
+        (["lr=3"], "lr is not a key. Did you mean optim.lr?"),
         (["seed=="], "cannot read 'seed=='"),
         (["-m", "optim=caspr,foo"], "optim=foo: no such choice."),
         (["trainer.max_steps=0"], "trainer.max_steps should be at least 1 but is 0"),

@@ -61,6 +61,13 @@ def test_every_scale_composes(scale: str) -> None:
     assert recipe(f"scale={scale}").scale == scale
 
 
+def test_debugging_is_short_and_has_a_name_of_its_own() -> None:
+    fast = recipe("debug=fast")
+    assert (fast.debug, fast.trainer.max_steps) == ("fast", 20)
+    assert recipe("debug=fast", "trainer.max_steps=5").trainer.max_steps == 5
+    assert compose.identity(fast) != compose.identity(recipe())
+
+
 def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
     name = compose.identity(recipe())
     assert compose.identity(recipe("seed=7", "output_dir=/elsewhere", "resume=never")) == name
