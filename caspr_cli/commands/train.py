@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import hydra
+import hydra._internal.hydra
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -20,7 +22,7 @@ from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import summary
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, Outcome, plan, run
-from caspr_cli.runs.record import Record, RecordBusyError
+from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -72,7 +74,7 @@ class Session:
             if outcome.exit_code == OK and not sweep:
                 for line in summary.next_commands(recipe, self.command):
                     say(line)
-        except (ConfigError, RecordBusyError) as error:
+        except (ConfigError, RecordBusyError, RecordDamagedError) as error:
             self.refuse(name, str(error))
         except OmegaConfBaseException as error:
             self.refuse(name, explain(error, keys_of(self.command), self.command))
@@ -113,8 +115,25 @@ class Session:
         return SOME_FAILED if any(codes) else OK
 
 
+class NoCallbacks(Callbacks):
+    """Hydra builds callbacks, launchers and sweepers from ``_target_``: a config would run code of its choosing."""
+
+    def __init__(self, config: DictConfig | None = None, **other: Any) -> None:
+        if config is not None:
+            if config.hydra.callbacks:
+                raise ConfigError("hydra.callbacks would run code that a config chooses: not allowed")
+            for part in ("launcher", "sweeper"):
+                target = config.hydra[part]._target_
+                if not target.startswith(("hydra._internal.", "hydra_plugins.")):
+                    raise ConfigError(f"hydra.{part}._target_={target} is none of Hydra's own: not allowed")
+        super().__init__()
+
+
 def say(line: str) -> None:
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # the reader is gone, the run is not
+        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
 
 
 def complain(message: str) -> None:
@@ -142,6 +161,9 @@ def arrange(argv: list[str]) -> list[str]:
                 value = next(words, None)
                 flags += [] if value is None else [value]
         else:
+            group = word.lstrip("+~").partition("=")[0]
+            if group in ("task.name", "optim.name"):
+                raise ConfigError(f"{word}: choose with {group.removesuffix('.name')}={word.partition('=')[2]}")
             overrides.append(word)
     return flags + overrides
 
@@ -159,7 +181,13 @@ def main() -> int:
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
         return OK
+    if "--version" in argv:
+        print(f"caspr-train {__version__}")
+        return OK
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
+    hydra._internal.hydra.Callbacks = NoCallbacks  # type: ignore[attr-defined]
     compose.register_schemas()
     session = Session(["caspr-train", *argv])
     decorated: Any = hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
@@ -169,8 +197,8 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         complain(explain(error, keys_of(argv), argv))
         return BAD_USAGE
-    except ConfigError as error:
-        complain(str(error))
+    except (ConfigError, ValueError, OSError) as error:
+        complain(str(error).splitlines()[0])
         return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED

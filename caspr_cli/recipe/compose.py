@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +92,21 @@ def _check(recipe: Recipe) -> None:
         )
     if not recipe.optim.lr >= 0:
         raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
+    if not -(2**63) <= recipe.seed < 2**63:
+        raise ConfigError(f"seed should fit into 64 bits but is {recipe.seed}")
+    if not recipe.output_dir:
+        raise ConfigError("output_dir is empty: name a directory")
+    for key, value in _floats(to_plain(recipe)):
+        if not math.isfinite(value) and key != "optim.order":
+            raise ConfigError(f"{key} should be a finite number but is {value}")
+
+
+def _floats(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _floats(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield prefix + key, value
 
 
 def to_plain(recipe: Recipe | OptimConf) -> dict[str, Any]:

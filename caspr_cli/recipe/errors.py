@@ -45,8 +45,10 @@ def explain(error: BaseException, keys: DictConfig, argv: list[str]) -> str:
         if isinstance(e, OmegaConfBaseException) and e.full_key:
             return _bad_value(e, keys, argv)
     if match := re.search(r"Error parsing override '(.*)'", text):
-        return f"cannot read '{match[1]}': overrides are key=value (quote a value that holds spaces or commas)"
-    return str(chain[0]).split("\nSet the environment variable")[0].strip()
+        return f"cannot read '{match[1]}': overrides are key=value (quote a value with spaces, commas, ~ or accents)"
+    if "override_grammar" in text or "LexerNoViableAlt" in text:
+        return f"cannot read {' '.join(argv)}: quote a value with spaces, commas, ~ or accents, as in \"key='value'\""
+    return "\n".join(str(chain[0]).split("\nSet the environment variable")[0].strip().splitlines()[:3])
 
 
 def _unknown_choice(e: MissingConfigException) -> str:

@@ -7,6 +7,7 @@ A fresh process group for each run is what makes sweeps over ``trainer.devices``
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,17 @@ from typing import Any
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import provenance
-from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, RUNNING, Record, now, write_whole
+from caspr_cli.runs.record import (
+    DONE,
+    FAILED,
+    LAUNCHER,
+    PREEMPTED,
+    RUNNING,
+    Record,
+    RecordDamagedError,
+    now,
+    write_whole,
+)
 
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -41,10 +52,14 @@ class Outcome:
 
 def plan(recipe: Recipe, record: Record) -> str:
     """What running this recipe means now: ``new``, ``continue``, ``skip`` (done) or ``failed`` (not retried)."""
-    state = record.status.get("state")
-    if recipe.resume == Resume.never or state is None:
+    if recipe.resume == Resume.never:
         return "new"
-    if state == DONE:
+    state = record.status.get("state")
+    if state is None:
+        if record.checkpoints.exists() or record.result:
+            raise RecordDamagedError(record.path / "status.json")
+        return "new"
+    if state == DONE and "target" in record.result:
         return "skip"
     if state == FAILED and record.status.get("user_error"):
         return "new"  # nothing was trained, and what was wrong may have been mended outside
@@ -76,8 +91,9 @@ def run(recipe: Recipe, command: list[str]) -> Outcome:
 
 
 def _clear(record: Record) -> None:
-    for path in record.path.iterdir():
-        if path.is_dir():
+    # What says "done" goes first: cut off in the middle, the rest is not taken for a record.
+    for path in sorted(record.path.iterdir(), key=lambda path: path.name not in ("status.json", "result.json")):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
@@ -94,10 +110,11 @@ def worker_command(recipe: Recipe, record: Record) -> list[str]:
 
 def _supervise(recipe: Recipe, record: Record, lock: int) -> tuple[int, int | None]:
     """Start the worker and wait. Returns its exit status, and the signal that was passed on to it, if any."""
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {LAUNCHER: str(os.getpid())}
     if recipe.trainer.devices > 1:
         # Ranks share the cores; left alone, each would take them all.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // recipe.trainer.devices)))
+    written = record.log.stat().st_size if record.log.exists() else 0
     with record.log.open("ab") as log:
         # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
         child = subprocess.Popen(
@@ -109,12 +126,21 @@ def _supervise(recipe: Recipe, record: Record, lock: int) -> tuple[int, int | No
         )
         with _passing_on(child) as caught:
             returned = child.wait()
+    if recipe.trainer.devices > 1 and returned > 0 and _rank_was_killed(record, written):
+        returned = -signal.SIGKILL
     return returned, caught.get("signal")
+
+
+def _rank_was_killed(record: Record, start: int) -> bool:
+    """Whether torch's launcher reports a rank that someone ended: the others then fail on their lost connection."""
+    with record.log.open("rb") as log:
+        log.seek(start)
+        return re.search(rb"Signal \d+ \((SIGKILL|SIGTERM)\) received by PID", log.read()) is not None
 
 
 @contextmanager
 def _passing_on(child: subprocess.Popen[Any]) -> Iterator[dict[str, int]]:
-    """Pass SIGINT and SIGTERM to the child, which saves and ends; a third one kills it."""
+    """Pass SIGINT, SIGTERM and SIGHUP to the child, which saves and ends; a third one kills it."""
     caught: dict[str, int] = {}
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -127,7 +153,7 @@ def _passing_on(child: subprocess.Popen[Any]) -> Iterator[dict[str, int]]:
         else:
             os.killpg(child.pid, signal.SIGKILL)
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield caught
     finally:
@@ -142,10 +168,16 @@ CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 def _settle(record: Record, returned: int, caught: int | None) -> int:
     """The exit code; ``status.json`` gets an end where the worker could not write one itself."""
     state = record.status.get("state")
-    if state == RUNNING:  # the worker was killed, or told to stop before its first step
+    killed = returned < 0 and -returned not in CRASHES
+    if state == RUNNING or (state == FAILED and killed):  # it was killed, or told to stop before its first step
         how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
-        state = FAILED if -returned in CRASHES else PREEMPTED
-        record.update_status(state=state, error=None if caught else f"the worker ended with {how}; see {record.log}")
+        state = PREEMPTED if killed or caught else FAILED
+        error = None if caught else f"a worker ended with {how}; see {record.log}"
+        try:
+            record.update_status(state=state, error=error)
+        except OSError as full:  # a disk without room for a line: the state on it stays "running", which is continued
+            print(f"error: {record.path}: {full}", file=sys.stderr)
+            return RUN_FAILED
     if state == DONE:
         return OK
     if state == PREEMPTED:

@@ -22,6 +22,17 @@ from caspr_cli.recipe.schema import Recipe
 RUNNING, DONE, FAILED, PREEMPTED = "running", "done", "failed", "preempted"
 
 
+# Environment variable that tells a worker who launched it.
+LAUNCHER = "CASPR_LAUNCHER"
+
+
+class RecordDamagedError(Exception):
+    """A file of a record cannot be read."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(f"{file} is missing or damaged; resume=never starts this run anew")
+
+
 class RecordBusyError(Exception):
     """Another process writes to this record."""
 
@@ -54,10 +65,19 @@ class Record:
         return self.read("result.json")
 
     def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the record; empty if there is none.
+
+        Raises:
+            RecordDamagedError: it does not hold an object.
+        """
         try:
-            content: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf8"))
+            content = json.loads((self.path / name).read_text(encoding="utf8"))
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise RecordDamagedError(self.path / name) from error
+        if not isinstance(content, dict):
+            raise RecordDamagedError(self.path / name)
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -81,9 +101,8 @@ class Record:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = self.status
-                raise RecordBusyError(
-                    f"{self.path} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-                ) from None
+                who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+                raise RecordBusyError(f"{self.path} is being written by {who}, or by a worker it left") from None
             yield descriptor
         finally:
             os.close(descriptor)

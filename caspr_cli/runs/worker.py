@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, RUNNING, Record
+from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, RUNNING, Record, RecordDamagedError
 
 
 def main(path: str) -> int:
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     record = Record(Path(path))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -22,7 +24,8 @@ def main(path: str) -> int:
         result = fit(recipe, record, rank=rank, world=world)
     except Exception as error:
         traceback.print_exc()  # to log.txt
-        _fail(record, error, rank if world > 1 else None)
+        with suppress(OSError):  # a full disk: the launcher finds the state "running"
+            _fail(record, error, rank if world > 1 else None)
         return 1
     if rank == 0:
         if result is not None:
@@ -37,7 +40,7 @@ def _fail(record: Record, error: Exception, rank: int | None) -> None:
 
     if record.status.get("state") != RUNNING:
         return
-    user_error = isinstance(error, (DataError, ConfigError))
+    user_error = isinstance(error, (DataError, ConfigError, RecordDamagedError))
     message = str(error) or type(error).__name__
     if not user_error:
         message = f"{type(error).__name__}: {message}"

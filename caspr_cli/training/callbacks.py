@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record
+from caspr_cli.runs.record import LAUNCHER, Record
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.recorder import Recorder
@@ -110,8 +111,7 @@ class Curves(Callback):
         if self.progress:
             self.progress.train(step, loss, values["lr"], a_step, self.units / (seconds - self.mark[1]))
         self.losses, self.units, self.mark = [], 0, (step, seconds)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(f"the training loss is {loss} at step {step}: a lower optim.lr may help")
+        _refuse_nan("training loss", loss, step)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.clock.pause()
@@ -122,12 +122,14 @@ class Curves(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         module = cast(TrainingModule, module)
         step, scores = trainer.global_step, module.scores["val"]
+        _refuse_nan("validation loss", scores["val/loss"], step)
         self.final = {"step": step, **scores}
         metric = self.recipe.task.target.metric
         if metric in scores and (not self.best or self._better(scores[metric], self.best[metric])):
             self.best = self.final
         wanted, note = self.recipe.task.target.value, ""
-        if wanted is not None and self.target["step"] is None and not self._better(wanted, scores[metric]):
+        reached = wanted is not None and (scores[metric] == wanted or self._better(scores[metric], wanted))
+        if reached and self.target["step"] is None:
             self.target = {"step": step, "seconds": self.clock.seconds}
             note = f"  target {wanted:g} reached"
         values = scores | self._diagnostics(trainer)
@@ -150,6 +152,12 @@ class Curves(Callback):
             values |= {f"optim/{name}/{q}": v for q, v in zip(QUANTILES, cuts.tolist(), strict=True)}
             values[f"optim/{name}/max"] = float(x.max())
         return values
+
+
+def _refuse_nan(name: str, loss: float, step: int) -> None:
+    """A run that has diverged has failed, and saves nothing over its last good checkpoint."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the {name} is {loss} at step {step}: a lower optim.lr may help")
 
 
 class Checkpoints(Callback):
@@ -177,7 +185,11 @@ class Checkpoints(Callback):
         """On all ranks."""
         temporary = self.record.checkpoints / ".writing.ckpt"
         self.record.checkpoints.mkdir(exist_ok=True)
-        trainer.save_checkpoint(temporary)
+        try:
+            trainer.save_checkpoint(temporary)
+        except OSError:  # a full disk needs the room that half a checkpoint takes
+            temporary.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             _flush_to_disk(temporary)
             if self.curves.best.get("step") == trainer.global_step:
@@ -205,7 +217,8 @@ class StopOnSignal(Callback):
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self._parent = os.getppid()
+        # Its launcher, which may be this process's parent or the parent of torch's.
+        self._launcher = int(os.environ.get(LAUNCHER, os.getpid()))
         self._asked = False
         self._listen()
 
@@ -238,8 +251,18 @@ class StopOnSignal(Callback):
 
     def _agreed(self, trainer: Trainer) -> bool:
         """One rank may have been told a step before the other; they stop together."""
-        asked = self._asked or os.getppid() != self._parent
+        asked = self._asked or not _alive(self._launcher)
         return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:

@@ -16,14 +16,15 @@ from lightning.pytorch.strategies import DDPStrategy
 import tasks
 from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record
+from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.recorder import Recorder
+from tasks.base import Task
 
 
 def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
@@ -42,6 +43,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
     _check_optimizer(module)
+    _check_target(recipe, task)
     data = TaskData(task, recipe, start=start, rank=rank, world=world)
     with closing(Recorder(record, start, lines)) if rank == 0 else nullcontext() as recorder:
         curves = Curves(recipe, recorder, progress)
@@ -72,6 +74,16 @@ def _check_optimizer(module: TrainingModule) -> None:
         module.configure_optimizers()
     except ValueError as error:
         raise ConfigError(f"optim.{error}") from error
+
+
+def _check_target(recipe: Recipe, task: Task) -> None:
+    """The metric must be one that validation gives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing has been added to it yet
+        names = [f"val/{name}" for name in task.metrics().compute()]
+    if recipe.task.target.metric not in names:
+        hint = nearest(recipe.task.target.metric, names, "task.target.metric=")
+        raise ConfigError(f"task.target.metric should be one of {', '.join(names)}.{hint}")
 
 
 def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -> Trainer:
@@ -107,8 +119,11 @@ def _last_checkpoint(record: Record) -> tuple[int, int]:
     """Its steps and lines of metrics, (0, 0) if there is none."""
     if not record.last.exists():
         return 0, 0
-    checkpoint = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint["global_step"], checkpoint["callbacks"]["Curves"]["lines"]
+    try:
+        checkpoint = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["global_step"], checkpoint["callbacks"]["Curves"]["lines"]
+    except Exception as error:  # whatever torch makes of a file that is no checkpoint of ours
+        raise RecordDamagedError(record.last) from error
 
 
 def _silence() -> None:

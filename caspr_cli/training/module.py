@@ -9,7 +9,6 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from torchmetrics import Metric
 
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
@@ -45,7 +44,8 @@ class TrainingModule(LightningModule):
     def __init__(self, task: Task, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.task, self.model, self.recipe = task, model, recipe
-        self.val_metrics, self.test_metrics = task.metrics(), task.metrics()
+        # In a plain dict, which is no part of the module: a module in bfloat16 would count in bfloat16.
+        self.metrics = {"val": task.metrics(), "test": task.metrics()}
         if recipe.trainer.compile:
             model.compile()
         self.timer = PhaseTimer(torch.device("cpu"))
@@ -98,18 +98,25 @@ class TrainingModule(LightningModule):
             self.last["weight_norm"] = torch.stack(torch._foreach_norm(parameters)).norm()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch, self.val_metrics)
+        self.task.evaluate(self.model, batch, self.metrics["val"])
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.task.evaluate(self.model, batch, self.test_metrics)
+        self.task.evaluate(self.model, batch, self.metrics["test"])
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics["val"].to(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        self.metrics["test"].to(self.device)
 
     def on_validation_epoch_end(self) -> None:
-        self._score("val", self.val_metrics)
+        self._score("val")
 
     def on_test_epoch_end(self) -> None:
-        self._score("test", self.test_metrics)
+        self._score("test")
 
-    def _score(self, split: str, metric: Metric) -> None:
+    def _score(self, split: str) -> None:
         """Over all ranks: the metric adds up its states before it computes."""
+        metric = self.metrics[split]
         self.scores[split] = {f"{split}/{name}": float(value) for name, value in metric.compute().items()}
         metric.reset()

@@ -14,11 +14,19 @@ SECONDS_BETWEEN_LINES = 10
 BAR = 16  # characters
 
 
+class _Console(Console):
+    """Nobody has to listen: a reader that goes away (``| head``) does not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress:
     """Used by rank 0. As a context it owns the live line, which is gone when it ends."""
 
     def __init__(self, max_steps: int, unit: str) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
+        self._full = "━" if "utf" in self.console.encoding.lower() else "="
         self._max_steps, self._unit = max_steps, unit
         # Standard error is the log; redirecting it would show each line twice.
         live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stderr=False)
@@ -50,7 +58,7 @@ class Progress:
         )
         if self._live:
             done = BAR * step // self._max_steps
-            bar = "━" * done + ("╺" + " " * (BAR - done - 1) if done < BAR else "")
+            bar = self._full * done + (">" + " " * (BAR - done - 1) if done < BAR else "")
             self._live.update(Text(f"{bar} {line}", overflow="crop", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()

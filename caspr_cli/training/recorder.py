@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, write_whole
+from caspr_cli.runs.record import Record, RecordDamagedError, write_whole
 from caspr_cli.training import hparams
 
 
@@ -22,13 +23,19 @@ class Recorder:
 
     def __init__(self, record: Record, step: int = 0, lines: int = 0) -> None:
         self._record, self.lines = record, lines
-        kept = record.metrics.read_text(encoding="utf8").splitlines()[:lines] if lines else []
+        kept = []
+        if lines:
+            kept = record.metrics.read_text(encoding="utf8").splitlines()[:lines] if record.metrics.exists() else []
+            if len(kept) < lines:
+                raise RecordDamagedError(record.metrics)
         write_whole(record.metrics, "".join(line + "\n" for line in kept))
         self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(
+                json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}) + "\n"
+            )
         self.lines += 1
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)

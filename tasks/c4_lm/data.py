@@ -67,7 +67,11 @@ class Corpus:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What ``meta.json`` says of them."""
-        meta: dict[str, Any] = json.loads((self.directory / "meta.json").read_text())
+        file = self.directory / "meta.json"
+        try:
+            meta: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: damaged; delete {self.directory} and start again") from error
         return meta
 
     @property

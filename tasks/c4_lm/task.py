@@ -128,6 +128,9 @@ def _check(conf: C4LMConf) -> None:
     for key in ("sequence", "layers", "width", "heads", "batch_size"):
         if getattr(conf, key) < 1:
             raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1")
+    for key in ("train_documents", "eval_documents"):
+        if getattr(conf, key) is not None and getattr(conf, key) < 1:
+            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1, or null for all")
     if conf.vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
             f"task.vocab_size: {conf.vocab_size} is too small, it must be at least {SMALLEST_VOCABULARY} "

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -78,8 +79,9 @@ def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Pa
     splits = {split: _spool(documents.split(split), aside / f"{split}.jsonl") for split in SPLITS}
     texts = [f"{split} {splits[split]['sha256']}" for split in SPLITS]
     built = root / _digest([*texts, *_settings(vocab_size)])
-    if built.is_dir():
+    if (built / "meta.json").is_file():
         return built
+    shutil.rmtree(built, ignore_errors=True)  # damaged from outside: a directory is renamed into place whole
 
     whole = aside / "whole"
     whole.mkdir()

@@ -3,9 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from caspr_cli import __version__
 from caspr_cli.commands import train
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
 
@@ -48,6 +50,14 @@ def test_help_fits_a_screen_and_lists_everything(
         (["--lr=3"], "--lr=3 is not a flag: keys are written key=value"),
         (["lr=3"], "lr is not a key. Did you mean optim.lr?"),
         (["seed=="], "cannot read 'seed=='"),
+        (["output_dir=~/runs"], "cannot read output_dir=~/runs: quote a value"),
+        (["task=null"], "Config group override must be a string or a list"),
+        (["optim.name=sgd"], "optim.name=sgd: choose with optim=sgd"),
+        (["optim.lr=inf"], "optim.lr should be a finite number but is inf"),
+        (["seed=99999999999999999999999"], "seed should fit into 64 bits"),
+        (["output_dir="], "output_dir is empty"),
+        (["+hydra.callbacks.x={_target_: torch.hub.load}"], "hydra.callbacks would run code that a config chooses"),
+        (["hydra.sweeper._target_=os.system", "-m", "seed=1,2"], "hydra.sweeper._target_=os.system is none of Hydra's"),
         (["-m", "optim=caspr,foo"], "optim=foo: no such choice."),
         (["trainer.max_steps=0"], "trainer.max_steps should be at least 1 but is 0"),
     ],
@@ -70,6 +80,24 @@ def test_an_output_directory_that_cannot_be_written(
 ) -> None:
     assert call(monkeypatch, "output_dir=/proc/nothing") == 2
     assert capsys.readouterr().err.startswith("error: output_dir=/proc/nothing: cannot write there")
+
+
+def test_a_config_file_cannot_choose_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "x.yaml").write_text(
+        "# @package _global_\nhydra: {callbacks: {x: {_target_: builtins.print, values: ran}}}\n"
+    )
+    assert call(monkeypatch, "--config-dir", str(tmp_path), "+evil=x") == 2
+    shown = capsys.readouterr()
+    assert "not allowed" in shown.err
+    assert "ran" not in shown.out
+
+
+def test_the_version_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"caspr-train {__version__}\n"
 
 
 def test_flags_may_come_last() -> None:

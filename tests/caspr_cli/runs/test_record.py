@@ -8,7 +8,7 @@ import pytest
 
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe, Resume
 from caspr_cli.runs import launch
-from caspr_cli.runs.record import Record, RecordBusyError, write_whole
+from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError, write_whole
 
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
@@ -71,10 +71,38 @@ def test_what_the_same_command_does(
     record = Record(tmp_path)
     if status:
         (tmp_path / "status.json").write_text(json.dumps(status))
+    if status.get("state") == "done":
+        (tmp_path / "result.json").write_text('{"target": {}}')
     if checkpoint:
         record.checkpoints.mkdir()
         record.last.touch()
     assert launch.plan(recipe(resume), record) == expected
+
+
+def test_done_without_its_result_is_evaluated_again(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.write("status.json", {"state": "done"})
+    record.checkpoints.mkdir()
+    record.last.touch()
+    assert launch.plan(recipe(), record) == "continue"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["status.json", "result.json"])
+def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path: Path, name: str, content: bytes) -> None:
+    record = Record(tmp_path)
+    record.write("status.json", {"state": "done"})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordDamagedError, match=f"{name} is missing or damaged; resume=never starts this run anew"):
+        launch.plan(recipe(), record)
+    assert launch.plan(recipe(Resume.never), record) == "new"
+
+
+def test_a_record_without_a_status_is_not_taken_for_an_empty_directory(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.checkpoints.mkdir()
+    with pytest.raises(RecordDamagedError, match=r"status\.json"):
+        launch.plan(recipe(), record)
 
 
 def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path: Path) -> None:

@@ -85,16 +85,22 @@ def wait_for(runner: Runner, output_dir: str, lines: int) -> Path:
     raise AssertionError("the run does not get there")
 
 
-def worker_of(record: Path) -> int:
-    """The process that trains: the one with the record as its last word."""
+def workers_of(record: Path) -> list[int]:
+    """The processes with the record as their last word: those that train, and torch's launcher before them."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         if b"caspr_cli.runs.worker" in words and str(record).encode() in words:
-            return int(process.name)
-    raise AssertionError("no worker")
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def worker_of(record: Path) -> int:
+    (worker,) = workers_of(record)
+    return worker
 
 
 @pytest.mark.parametrize("lines", [3, 11, 20], ids=["before a checkpoint", "mid-epoch", "late"])
@@ -143,16 +149,22 @@ def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Sig
     assert losses(record) == losses(whole)
 
 
-def test_two_ranks_take_the_same_batches(runner: Runner, whole: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(runner: Runner) -> Path:
+    """The same run on two ranks, never cut."""
     out = runner("output_dir=ranks", "trainer.devices=2")
     assert "2 cpu processes" in out
-    one, two = losses(whole), losses(runner.record("ranks"))
+    return runner.record("ranks")
+
+
+def test_two_ranks_take_the_same_batches(whole: Path, ranks: Path) -> None:
+    one, two = losses(whole), losses(ranks)
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=2e-4), key
 
 
-def test_two_ranks_save_together(runner: Runner) -> None:
+def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
     process = runner.start("output_dir=together", "trainer.devices=2")
     record = wait_for(runner, "together", 3)
     process.send_signal(signal.SIGTERM)
@@ -160,7 +172,48 @@ def test_two_ranks_save_together(runner: Runner) -> None:
     assert process.returncode == 143, out
     assert json.loads((record / "status.json").read_text())["state"] == "preempted"
     runner("output_dir=together", "trainer.devices=2")
-    assert losses(record) == losses(runner.record("ranks"))
+    assert losses(record) == losses(ranks)
+
+
+def test_one_rank_killed_is_a_run_cut_off(runner: Runner, ranks: Path) -> None:
+    process = runner.start("output_dir=lame", "trainer.devices=2")
+    record = wait_for(runner, "lame", 10)
+    ranks = [p for p in workers_of(record) if (Path(f"/proc/{p}/environ").read_bytes()).find(b"LOCAL_RANK=1") >= 0]
+    os.kill(ranks[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 143, out
+    assert "the same command continues" in out
+    runner("output_dir=lame", "trainer.devices=2")
+    assert losses(record) == losses(ranks)
+
+
+def test_ranks_whose_launcher_is_gone_end(runner: Runner) -> None:
+    process = runner.start("output_dir=alone", "trainer.devices=2", "trainer.max_steps=5000")
+    record = wait_for(runner, "alone", 3)
+    process.kill()
+    process.wait()
+    for _ in range(1500):
+        if not workers_of(record):
+            return
+        time.sleep(0.02)
+    raise AssertionError("ranks train on")
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(runner: Runner) -> None:
+    process = runner.start("output_dir=unread")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert json.loads((runner.record("unread") / "status.json").read_text())["state"] == "done"
+
+
+def test_low_precision_counts_right(runner: Runner, whole: Path) -> None:
+    """Log-perplexity of the same model and steps, to what bfloat16 weights can do; counted in float64 all the same."""
+    runner("output_dir=bf16", "trainer.precision=bf16-true")
+    seen = losses(runner.record("bf16"))
+    assert seen[8, "val/loss"] == pytest.approx(losses(whole)[8, "val/loss"], rel=0.05)
+    assert seen[8, "val/loss"] != round(seen[8, "val/loss"], 2)  # 8 bits of mantissa would show
 
 
 def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:
@@ -197,12 +250,18 @@ def test_a_held_record_is_refused(runner: Runner) -> None:
 
 
 def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
-    out = runner("output_dir=diverged", "optim=sgd", "optim.lr=1e30", "trainer.clip_norm=null", expect=1)
-    assert "failed   FloatingPointError: the training loss is" in out
+    diverging = [
+        "output_dir=diverged",
+        "optim=sgd",
+        "optim.lr=1e30",
+        "trainer.clip_norm=null",
+        "trainer.log_every=1000",
+    ]
+    out = runner(*diverging, expect=1)
+    assert "failed   FloatingPointError: the validation loss is" in out
     assert "Traceback" not in out
-    assert "resume=retry" in runner(
-        "output_dir=diverged", "optim=sgd", "optim.lr=1e30", "trainer.clip_norm=null", expect=1
-    )
+    assert not list(runner.record("diverged").glob("checkpoints/*"))
+    assert "resume=retry" in runner(*diverging, expect=1)
 
 
 @pytest.mark.parametrize("optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad"])
