@@ -178,8 +178,8 @@ def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
 def test_one_rank_killed_is_a_run_cut_off(runner: Runner, ranks: Path) -> None:
     process = runner.start("output_dir=lame", "trainer.devices=2")
     record = wait_for(runner, "lame", 10)
-    ranks = [p for p in workers_of(record) if (Path(f"/proc/{p}/environ").read_bytes()).find(b"LOCAL_RANK=1") >= 0]
-    os.kill(ranks[0], signal.SIGKILL)
+    second = [p for p in workers_of(record) if (Path(f"/proc/{p}/environ").read_bytes()).find(b"LOCAL_RANK=1") >= 0]
+    os.kill(second[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 143, out
     assert "the same command continues" in out
