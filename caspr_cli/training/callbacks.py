@@ -217,8 +217,8 @@ class StopOnSignal(Callback):
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        # Its launcher, which may be this process's parent or the parent of torch's.
-        self._launcher = int(os.environ.get(LAUNCHER, os.getpid()))
+        # Its launcher is this process's parent, or (several ranks) the parent of torch's launcher.
+        self._parent, self._launcher = os.getppid(), int(os.environ.get(LAUNCHER, os.getpid()))
         self._asked = False
         self._listen()
 
@@ -251,7 +251,8 @@ class StopOnSignal(Callback):
 
     def _agreed(self, trainer: Trainer) -> bool:
         """One rank may have been told a step before the other; they stop together."""
-        asked = self._asked or not _alive(self._launcher)
+        # A dead launcher that nobody has waited for still answers to its number, but is no parent any more.
+        asked = self._asked or os.getppid() != self._parent or not _alive(self._launcher)
         return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
 
 
