@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from tasks.base import Task
 
 # name in conf/task -> "module:class"
-TASKS = {"c4_lm": "tasks.c4_lm.task:C4LM"}
+TASKS = {
+    "c4_lm": "tasks.c4_lm.task:C4LM",
+    "ogbg_molpcba": "tasks.ogbg_molpcba.task:MolPCBA",
+    "ud_pos": "tasks.ud_pos.task:Tagging",
+    "resnet": "tasks.resnet.task:ResNetTask",
+    "vit": "tasks.vit.task:ViTTask",
+}
 
 
 def load(conf: TaskConf, seed: int) -> Task:

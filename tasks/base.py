@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
 Split = Literal["train", "validation", "test"]
@@ -19,13 +20,17 @@ class DataError(Exception):
 class Task(ABC):
     """A data set, a model for it, a loss, and what is reported. Built as ``Task(conf, seed)``.
 
-    The runner calls, in this order: :meth:`prepare` (one process of a machine), :meth:`dataset`,
+    The runner calls, in this order: :meth:`prepare` (every process, perhaps at once), :meth:`dataset`,
     :meth:`model`, then :meth:`loss` for each training batch and :meth:`evaluate` for each validation
-    or test batch. Batches are what the default collate function of torch makes of the samples.
+    or test batch. What :meth:`loss` draws from torch's global generator (dropout, augmentation of a batch) is a
+    function of (seed, step, part, rank), and what a training sample draws when it is read is one of (seed, epoch,
+    index): no random state has to be saved, and a resumed run goes on bit for bit.
     """
 
     #: what one sample is counted in, for "tokens a second" and the like
     unit: ClassVar[str] = "samples"
+    #: modules of the model that are output layers, by name
+    heads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def prepare(self) -> None:
@@ -33,7 +38,14 @@ class Task(ABC):
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[Any]:
-        """A map-style data set (``len`` and integer index), the same on every rank and every run."""
+        """A map-style data set (``len`` and integer index), the same on every rank and every run.
+
+        Training samples may be augmented with what they draw from torch's global generator; no other generator.
+        """
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch from samples: tensors, or what holds tensors and can be moved with ``.to(device)``."""
+        return default_collate(samples)
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -51,9 +63,24 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:
         """Add one validation or test batch to ``metrics``."""
 
-    @abstractmethod
-    def preconditioned(self, model: nn.Module) -> set[str]:
-        """Names, as in ``model.named_parameters()``, of what is to be preconditioned; AdamW takes the rest."""
+    def plain(self, model: nn.Module) -> dict[str, str]:
+        """Names, as in ``model.named_parameters()``, of what is left to AdamW, with the reason for each.
+
+        Everything else is preconditioned. Here: vectors, embeddings and the layers in :attr:`heads`.
+        """
+        found = {}
+        for prefix, module in model.named_modules():
+            head = any(prefix == name or prefix.startswith(f"{name}.") for name in self.heads)
+            for name, p in module.named_parameters(prefix, recurse=False):
+                if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)):
+                    found[name] = "norm"
+                elif p.ndim < 2:
+                    found[name] = "bias" if name.endswith("bias") else "vector"
+                elif isinstance(module, nn.Embedding):
+                    found[name] = "embedding"  # a batch sees few of its rows
+                elif head:
+                    found[name] = "head"
+        return found
 
     @abstractmethod
     def units(self, batch: Any) -> int:

@@ -18,7 +18,7 @@ class Source(Enum):
 
     sample = "sample"  # bundled, nothing to download
     files = "files"  # local files under task.root
-    hub = "hub"  # the real data set, fetched by `datasets`
+    hub = "hub"  # the real data set, fetched by `datasets` or torchvision
 
 
 @dataclass
@@ -54,6 +54,95 @@ class C4LMConf(TaskConf):
     dropout: float = 0.0
     train_documents: int | None = None  # use only the first so many documents (required for task.data=hub)
     eval_documents: int | None = None  # the same for validation and for test, each
+
+
+@dataclass
+class MolPCBAConf(TaskConf):
+    """A graph network on molecules, 128 yes-or-no labels with most cells missing."""
+
+    name: str = "ogbg_molpcba"
+    batch_size: int = 128
+    target: Target = field(default_factory=lambda: Target("val/map", None, True))
+    width: int = 64  # of node, edge and global states
+    steps: int = 3  # of message passing
+    dropout: float = 0.1
+
+
+class Tags(Enum):
+    upos = "upos"  # universal part of speech
+    xpos = "xpos"  # the treebank's own tags
+
+
+@dataclass
+class TaggingConf(TaskConf):
+    """A transformer encoder that tags words."""
+
+    name: str = "ud_pos"
+    batch_size: int = 32
+    target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
+    treebank: str = "en_ewt"  # code on the hub, for task.data=hub
+    tags: Tags = Tags.upos
+    max_length: int = 256  # words; longer sentences are cut
+    vocab_size: int = 20000  # words known, at most: the commonest of the training split
+    characters: bool = True  # add to each word's vector one made of its characters
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    dropout: float = 0.1
+
+
+class Images(Enum):
+    """Which images ``task.data=files`` and ``hub`` mean; ``sample`` has its own."""
+
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    fashion_mnist = "fashion_mnist"
+    imagenet = "imagenet"
+    folder = "folder"  # root/{train,validation or val,test}/<class>/<image>, or a zip of it
+
+
+class Augment(Enum):
+    """What training images go through."""
+
+    none = "none"
+    crop_flip = "crop_flip"  # shifted by up to an eighth, and mirrored half of the time
+    imagenet = "imagenet"  # a random resized crop, and mirrored half of the time
+    rand_augment = "rand_augment"  # the same, and two random operations of RandAugment
+
+
+@dataclass
+class ImagesConf(TaskConf):
+    """What the image tasks share."""
+
+    batch_size: int = 128
+    target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
+    images: Images = Images.cifar10
+    size: int = 32  # pixels a side, as the model sees them
+    augment: Augment = Augment.crop_flip
+    mixup: float = 0.0  # parameter of the Beta distribution; 0: none
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class ResNetConf(ImagesConf):
+    """A residual convolutional network."""
+
+    name: str = "resnet"
+    depth: int = 18  # 18, 34, 50, 101 or 152 as in torchvision
+    width: int = 64  # channels of the first stage
+    small_input: bool = True  # a 3 x 3 stem without pooling, for images of 32 pixels
+
+
+@dataclass
+class ViTConf(ImagesConf):
+    """A vision transformer."""
+
+    name: str = "vit"
+    patch: int = 4  # pixels a side
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    dropout: float = 0.0
 
 
 # ---- optimizers --------------------------------------------------------------------------------------------------
@@ -241,7 +330,13 @@ class Recipe:
     output_dir: str = "outputs"
 
 
-TASKS: dict[str, type[TaskConf]] = {"c4_lm": C4LMConf}
+TASKS: dict[str, type[TaskConf]] = {
+    "c4_lm": C4LMConf,
+    "ogbg_molpcba": MolPCBAConf,
+    "ud_pos": TaggingConf,
+    "resnet": ResNetConf,
+    "vit": ViTConf,
+}
 
 OPTIMIZERS: dict[str, type[OptimConf]] = {
     "caspr": CasprConf,

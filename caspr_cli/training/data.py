@@ -73,7 +73,7 @@ class TaskData(LightningDataModule):
             world=self.world,
             accumulate=self.recipe.trainer.accumulate,
         )
-        return DataLoader(dataset, batch_sampler=cast(Any, sampler))
+        return DataLoader(dataset, batch_sampler=cast(Any, sampler), collate_fn=self.task.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._in_order(self.task.dataset("validation"))
@@ -84,4 +84,8 @@ class TaskData(LightningDataModule):
     def _in_order(self, dataset: Dataset[Any]) -> DataLoader[Any]:
         """This rank's share, each sample once: ranks may have one more or less, nothing is repeated to fill up."""
         share = list(range(self.rank, len(cast(Any, dataset)), self.world))
-        return DataLoader(torch.utils.data.Subset(dataset, share), batch_size=self.recipe.task.batch_size)
+        return DataLoader(
+            torch.utils.data.Subset(dataset, share),
+            batch_size=self.recipe.task.batch_size,
+            collate_fn=self.task.collate,
+        )

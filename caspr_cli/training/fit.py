@@ -150,14 +150,14 @@ def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer,
     data = task.describe_data()
     size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
     parameters = sum(p.numel() for p in module.model.parameters())
-    chosen = task.preconditioned(module.model)
-    matrices = sum(p.numel() for n, p in module.model.named_parameters() if n in chosen)
+    plain = task.plain(module.model)
+    chosen = [p.numel() for n, p in module.model.named_parameters() if n not in plain]
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     optimizer = module.configure_optimizers()["optimizer"]
     lines = [
         f"data     {data['name']} ({data['source']}): {task.unit} {size}",
-        f"model    {parameters:,} parameters, {matrices:,} of them in {len(chosen)} matrices to precondition",
+        f"model    {parameters:,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
         f"run      {recipe.trainer.max_steps} steps of {recipe.task.batch_size} samples on {world} {device}"
         f" process{'es' if world > 1 else ''}{threads}",
     ]
@@ -186,7 +186,7 @@ def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Cu
     optimizer = trainer.optimizers[0]
     phases = module.timer.seconds
     parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply")}
-    chosen = module.task.preconditioned(module.model)
+    plain = module.task.plain(module.model)
     sizes = {n: p.numel() for n, p in module.model.named_parameters()}
     cuda = torch.cuda.is_available() and module.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -203,7 +203,7 @@ def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Cu
         "target": {"metric": recipe.task.target.metric, "value": recipe.task.target.value, **curves.target},
         "optimizer_seconds": parts | {"other": phases.get("step", 0.0) - sum(parts.values())},
         "parameters": sum(sizes.values()),
-        "preconditioned_parameters": sum(sizes[n] for n in chosen),
+        "preconditioned_parameters": sum(size for n, size in sizes.items() if n not in plain),
         "optimizer_state_bytes": state_bytes(optimizer.state),
         "peak_memory_bytes": peak,
     }

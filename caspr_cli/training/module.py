@@ -21,13 +21,13 @@ from tasks.base import Task
 
 def param_groups(task: Task, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Three groups, the same for every optimizer: preconditioned, other matrices, vectors (which never decay)."""
-    chosen = task.preconditioned(model)
+    plain = task.plain(model)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for n, p in named if n in chosen], "precondition": True},
-        {"params": [p for n, p in named if n not in chosen and p.ndim >= 2], "precondition": False},
+        {"params": [p for n, p in named if n not in plain], "precondition": True},
+        {"params": [p for n, p in named if n in plain and p.ndim >= 2], "precondition": False},
         {
-            "params": [p for n, p in named if n not in chosen and p.ndim < 2],
+            "params": [p for n, p in named if n in plain and p.ndim < 2],
             "precondition": False,
             "weight_decay": 0.0,
         },

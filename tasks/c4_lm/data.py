@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from platform import python_version
@@ -18,6 +17,7 @@ from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import DataError, Split
 from tasks.c4_lm.sources import documents
 from tasks.c4_lm.tokens import SPLITS, byte_lengths, token_files
+from tasks.cache import damaged, read_meta
 
 
 class Windows(Dataset[Tensor]):
@@ -67,12 +67,7 @@ class Corpus:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What ``meta.json`` says of them."""
-        file = self.directory / "meta.json"
-        try:
-            meta: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: damaged; delete {self.directory} and start again") from error
-        return meta
+        return read_meta(self.directory)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -86,7 +81,7 @@ class Corpus:
             path = self.directory / f"{split}.bin"
             tokens = self.meta["splits"][split]["tokens"]
             if not path.is_file() or path.stat().st_size != tokens * width:
-                raise DataError(f"{path}: damaged; delete {self.directory} and start again")
+                raise damaged(path)
             if tokens < self._conf.sequence + 1:
                 key = "train_documents" if split == "train" else "eval_documents"
                 raise DataError(

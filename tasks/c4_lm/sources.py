@@ -7,14 +7,12 @@ documents may have changed, so that a second start need not read any of them.
 from __future__ import annotations
 
 import ast
-import gzip
 import hashlib
 import json
 import logging
 import os
 import sysconfig
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -24,6 +22,8 @@ from typing import Protocol
 
 from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import DataError, Split
+from tasks.files import lines, root_of, stamps
+from tasks.hub import reaching
 
 log = logging.getLogger("caspr")
 
@@ -174,13 +174,7 @@ class Shards:
 
     def __init__(self, conf: C4LMConf) -> None:
         self._conf = conf
-        if conf.root is None:
-            raise DataError(
-                "task.root: task.data=files needs the directory of c4-train.*.json.gz and c4-validation.*.json.gz"
-            )
-        self._root = Path(conf.root).expanduser()
-        if not self._root.is_dir():
-            raise DataError(f"task.root: no such directory: {conf.root}")
+        self._root = root_of(conf, "c4-train.*.json.gz and c4-validation.*.json.gz")
         self._train = self._shards("c4-train.*.json.gz")
         self._held_out = self._shards("c4-validation.*.json.gz")
 
@@ -192,9 +186,8 @@ class Shards:
 
     def identity(self) -> list[str]:
         """Path, size and time of change of each shard, and how many documents are read."""
-        stats = [(path, path.stat()) for path in (*self._train, *self._held_out)]
-        files = [f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
-        return [self.name, f"{self._conf.train_documents} {self._conf.eval_documents}", *files]
+        limits = f"{self._conf.train_documents} {self._conf.eval_documents}"
+        return [self.name, limits, *stamps([*self._train, *self._held_out])]
 
     def split(self, split: Split) -> Iterator[str]:
         """See :class:`Documents`."""
@@ -206,16 +199,11 @@ class Shards:
 
 def _read_shards(shards: list[Path]) -> Iterator[str]:
     for shard in shards:
-        number = 0
-        try:
-            with gzip.open(shard) as lines:
-                for number, line in enumerate(lines, start=1):
-                    yield _text_of(line, f"{shard.name}:{number}")
-        except (EOFError, zlib.error, OSError) as error:
-            raise DataError(f"{shard.name}:{number + 1}: cannot be read from here on ({error})") from error
+        for number, line in lines(shard):
+            yield _text_of(line, f"{shard.name}:{number}")
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _text_of(line: str, where: str) -> str:
     try:
         text = json.loads(line)["text"]
         text.encode()  # a lone surrogate is valid JSON but no text
@@ -253,11 +241,7 @@ class Hub:
 def _stream(split: str) -> Iterator[str]:
     import datasets  # takes a second, and only this source needs it
 
-    try:
+    instead = "take task.data=sample for the bundled text, or task.data=files task.root=DIR with C4's json.gz shards"
+    with reaching("the Hugging Face hub", instead):
         for row in datasets.load_dataset("allenai/c4", "en", split=split, streaming=True):
             yield row["text"]
-    except OSError as error:  # ConnectionError, and every error of huggingface_hub
-        raise DataError(
-            f"the Hugging Face hub cannot be reached ({str(error).partition(chr(10))[0]})\n"
-            "take task.data=sample for the bundled text, or task.data=files task.root=DIR with C4's json.gz shards"
-        ) from error

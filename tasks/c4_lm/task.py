@@ -100,10 +100,6 @@ class C4LM(Task):
         """Add a batch to ``metrics``."""
         metrics.update(model(batch[:, :-1]), batch[:, 1:])
 
-    def preconditioned(self, model: nn.Module) -> set[str]:
-        """The weight matrices inside the blocks; not the embedding, which is the head too, and no norm."""
-        return {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
-
     def units(self, batch: Tensor) -> int:
         """Targets in a batch."""
         return batch[:, 1:].numel()

@@ -1,6 +1,6 @@
 """From documents to token files: a byte-level BPE, and one flat file of token ids a split, cached on disk.
 
-The cache is ``$CASPR_CACHE``, else ``$XDG_CACHE_HOME/caspr``, else ``~/.cache/caspr``; in it
+In the cache (see :mod:`tasks.cache`) are
 
     c4_lm/<hash>/             tokenizer.json, train.bin, validation.bin, test.bin, meta.json
     c4_lm/sources/<identity>  the <hash> that a source of this identity came to
@@ -9,8 +9,6 @@ The cache is ``$CASPR_CACHE``, else ``$XDG_CACHE_HOME/caspr``, else ``~/.cache/c
 and times of files, or what was asked of the hub), so a second start reads no document at all; where only times
 have changed, the documents are read again but nothing is trained.
 
-A directory is built aside and renamed when it is whole: several processes may build at once (the first to finish
-wins), and one that is killed leaves a ``.building-*`` directory behind that nobody reads.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tasks.base import DataError, Split
 from tasks.c4_lm.sources import Documents
+from tasks.cache import META, cache_root, digest, move_into_place
 
 log = logging.getLogger("caspr")
 
@@ -40,15 +38,8 @@ END = "<|endoftext|>"  # closes each document
 SMALLEST_VOCABULARY = 257  # every byte, and END
 FORMAT = 1  # of the files; raised when they change
 COUNTED = 1_000_000  # documents the tokenizer is trained on, at most: more cost memory and move no merge that matters
+KIND = "c4_lm"  # folder of the cache
 BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
-
-
-def cache_root() -> Path:
-    """Where this task keeps what it built."""
-    home = os.environ.get("CASPR_CACHE")
-    if home:
-        return Path(home).expanduser() / "c4_lm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caspr" / "c4_lm"
 
 
 def token_files(documents: Documents, vocab_size: int) -> Path:
@@ -56,11 +47,11 @@ def token_files(documents: Documents, vocab_size: int) -> Path:
 
     Raises :class:`DataError` where the source does, and where the cache cannot be written or a file cannot be read.
     """
-    root = cache_root()
-    pointer = root / "sources" / _digest([*documents.identity(), *_settings(vocab_size)])
+    root = cache_root(KIND)
+    pointer = root / "sources" / digest([*documents.identity(), *_settings(vocab_size)])
     if pointer.is_file():
         built = root / pointer.read_text()
-        if (built / "meta.json").is_file():
+        if (built / META).is_file():
             return built
     try:
         pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +69,9 @@ def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Pa
     """Spool the documents, name the result by their hash, and build it in ``root`` if it is new."""
     splits = {split: _spool(documents.split(split), aside / f"{split}.jsonl") for split in SPLITS}
     texts = [f"{split} {splits[split]['sha256']}" for split in SPLITS]
-    built = root / _digest([*texts, *_settings(vocab_size)])
-    if (built / "meta.json").is_file():
+    built = root / digest([*texts, *_settings(vocab_size)])
+    if (built / META).is_file():
         return built
-    shutil.rmtree(built, ignore_errors=True)  # damaged from outside: a directory is renamed into place whole
-
     whole = aside / "whole"
     whole.mkdir()
     # A process that forks later (a DataLoader's workers) draws a warning from `tokenizers` unless this is set.
@@ -103,21 +92,13 @@ def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Pa
         "tokenizers": tokenizers.__version__,
         "splits": splits,
     }
-    (whole / "meta.json").write_text(json.dumps(meta, indent=1))
-    try:
-        whole.rename(built)
-    except OSError:  # another process was first, with the same files
-        if not built.is_dir():
-            raise
+    (whole / META).write_text(json.dumps(meta, indent=1))
+    move_into_place(whole, built)
     return built
 
 
 def _settings(vocab_size: int) -> list[str]:
     return [f"format {FORMAT}", f"vocabulary {vocab_size}", f"tokenizers {tokenizers.__version__}"]
-
-
-def _digest(parts: Iterable[str]) -> str:
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def _spool(texts: Iterable[str], path: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from tasks.base import Task
 class Named:
     """A task that only says which parameters it wants preconditioned."""
 
-    def preconditioned(self, model: nn.Module) -> set[str]:
-        return {"0.weight"}
+    def plain(self, model: nn.Module) -> dict[str, str]:
+        return dict.fromkeys(("0.bias", "1.bias", "2.weight", "2.bias"), "vector") | {"1.weight": "head"}
 
 
 def test_every_parameter_is_in_one_group_and_vectors_never_decay() -> None:

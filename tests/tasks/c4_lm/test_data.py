@@ -131,21 +131,29 @@ def test_limits_take_the_first_documents_of_each_split(conf):
 def test_errors_of_the_root(conf, tmp_path):
     with pytest.raises(DataError, match=r"^task\.root: task\.data=files needs the directory"):
         documents(conf(root=None))
-    with pytest.raises(DataError, match=r"^task\.root: no such directory: /nowhere$"):
+    with pytest.raises(DataError, match=r"^task\.root: no such directory: /nowhere \(it should hold c4-train"):
         documents(conf(root="/nowhere"))
     with pytest.raises(DataError, match=r"^task\.root: no c4-train\.\*\.json\.gz in "):
         documents(conf(root=str(tmp_path)))
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', "", "\xff"])
+@pytest.mark.parametrize("line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', ""])
 def test_malformed_line_names_file_and_line(conf, shards, line, cache):
     name = "c4-train.00001-of-00002.json.gz"
     with gzip.open(shards / name, "wb") as file:
-        file.write(b'{"text": "fine"}\n' * 16 + line.encode("latin-1") + b"\n")
+        file.write(b'{"text": "fine"}\n' * 16 + line.encode() + b"\n")
     with pytest.raises(DataError) as caught:
         Corpus(conf()).check()
     assert str(caught.value) == f"{name}:17: not a JSON object with a 'text' field"
     assert list(cache.iterdir()) == [cache / "sources"]  # nothing half built is left
+
+
+def test_what_is_no_text_names_file_and_line(conf, shards):
+    name = "c4-train.00001-of-00002.json.gz"
+    with gzip.open(shards / name, "wb") as file:
+        file.write(b'{"text": "fine"}\n' * 16 + b"\xff\n")
+    with pytest.raises(DataError, match=rf"^{name}:17: not UTF-8"):
+        Corpus(conf()).check()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"plain text"])
@@ -348,13 +356,13 @@ def test_damaged_file_is_named(conf):
 
 def test_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.setenv("CASPR_CACHE", "/a")
-    assert tokens.cache_root() == Path("/a/c4_lm")
+    assert tokens.cache_root("c4_lm") == Path("/a/c4_lm")
     monkeypatch.setenv("CASPR_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert tokens.cache_root() == Path("/b/caspr/c4_lm")
+    assert tokens.cache_root("c4_lm") == Path("/b/caspr/c4_lm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert tokens.cache_root() == Path("/c/.cache/caspr/c4_lm")
+    assert tokens.cache_root("c4_lm") == Path("/c/.cache/caspr/c4_lm")
 
 
 def test_cache_that_cannot_be_written(conf, tmp_path, monkeypatch):

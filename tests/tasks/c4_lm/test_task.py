@@ -98,12 +98,9 @@ def test_metric_sums_are_double_and_summed_over_ranks():
 
 def test_preconditioned_are_the_matrices_of_the_blocks(task):
     model = task.model()
-    names, parameters = task.preconditioned(model), dict(model.named_parameters())
-    assert len(names) == 6 * 2
-    assert all(parameters[name].dim() == 2 for name in names)
-    assert "embedding.weight" not in names
-    rest = set(parameters) - names
-    assert rest == {"embedding.weight"} | {name for name in parameters if "norm" in name}
+    plain, parameters = task.plain(model), dict(model.named_parameters())
+    assert plain == {"embedding.weight": "embedding"} | {name: "norm" for name in parameters if "norm" in name}
+    assert len(parameters) - len(plain) == 6 * 2
 
 
 def test_train_flops_agree_with_torchs_counter(task):
