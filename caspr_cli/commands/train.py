@@ -21,13 +21,14 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import summary
-from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, Outcome, plan, run
+from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, Outcome, plan, preflight, run
 from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
          "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version", "--hydra-help"}  # fmt: skip
-WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name"}
+WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-i", "--info", "-sc",
+              "--shell-completion"}  # fmt: skip
 
 HELP = """\
 caspr-train {version}: train a task with an optimizer, and keep a record of it
@@ -44,7 +45,7 @@ scales
 {scales}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          trainer.max_steps trainer.devices trainer.precision optim.lr schedule.name seed resume output_dir
-flags    -m sweep    --cfg job print the recipe    debug=fast 20 steps
+flags    -m sweep   --cfg job print the recipe   debug=fast 20 steps   debug=plan what is done to each tensor
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      tensorboard --logdir outputs
@@ -58,17 +59,22 @@ class Session:
     command: list[str]
     outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    plans: list[int] = field(default_factory=list)  # exit codes of debug=plan
 
     def job(self, config: DictConfig) -> None:
         """Called by Hydra for each job. Never raises: one job's end is no other's."""
         sweep = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
         name = HydraConfig.get().job.override_dirname.replace(",", " ") if sweep else ""
-        if self.outcomes and self.outcomes[-1][1].exit_code in (INTERRUPTED, TERMINATED):
+        ended = [outcome.exit_code for _, outcome in self.outcomes[-1:]] + self.plans[-1:]
+        if any(code in (INTERRUPTED, TERMINATED) for code in ended):
             return  # the sweep was told to stop
         try:
             recipe = compose.freeze(config)
             if sweep:
-                say(f"\njob {len(self.outcomes) + len(self.refused) + 1}: {name}")
+                say(f"\njob {len(self.outcomes) + len(self.plans) + len(self.refused) + 1}: {name}")
+            if recipe.debug == "plan":
+                self.plans.append(self.plan(recipe))
+                return
             outcome = self.run(recipe, list(HydraConfig.get().overrides.task))
             self.outcomes.append((name, outcome))
             if outcome.exit_code == OK and not sweep:
@@ -100,8 +106,14 @@ class Session:
             say(line)
         return outcome
 
+    @staticmethod
+    def plan(recipe: Recipe) -> int:
+        say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} scale={recipe.scale}  "
+            "(debug=plan: nothing is trained)")  # fmt: skip
+        return preflight(recipe)
+
     def exit_code(self) -> int:
-        codes = [outcome.exit_code for _, outcome in self.outcomes] + [BAD_USAGE] * len(self.refused)
+        codes = [outcome.exit_code for _, outcome in self.outcomes] + self.plans + [BAD_USAGE] * len(self.refused)
         if len(codes) == 1:
             return codes[0]
         say("")
@@ -148,7 +160,7 @@ def arrange(argv: list[str]) -> list[str]:
     """
     flags, overrides, words = [], [], iter(argv)
     for word in words:
-        if word.startswith("-") and not word.startswith("~"):
+        if word.startswith("-"):
             if word.split("=")[0] not in FLAGS:
                 key = word.lstrip("-").split("=")[0]
                 if key.partition(".")[0] in {f.name for f in fields(Recipe)} or key in ("lr", "steps", "epochs"):
@@ -157,7 +169,7 @@ def arrange(argv: list[str]) -> list[str]:
                     )
                 raise ConfigError(f"{word} is not a flag.{nearest(word, FLAGS)} (caspr-train --help)")
             flags.append(word)
-            if word in WITH_VALUE or word in ("-sc", "--shell-completion", "-i", "--info"):
+            if word in WITH_VALUE:
                 value = next(words, None)
                 flags += [] if value is None else [value]
         else:
@@ -202,7 +214,7 @@ def main() -> int:
         return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
-    return session.exit_code() if session.outcomes or session.refused else OK
+    return session.exit_code() if session.outcomes or session.plans or session.refused else OK
 
 
 def keys_of(argv: list[str]) -> DictConfig:

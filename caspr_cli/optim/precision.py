@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ def full_precision(device_type: str) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
+        # Some devices ("meta") have none to switch off.
+        has_autocast = torch.amp.is_autocast_available(device_type)
+        with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
             yield
     finally:
         for backend, setting in zip(backends, before, strict=True):

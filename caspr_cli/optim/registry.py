@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
@@ -49,11 +50,26 @@ def _sgd(groups: list[Group], **options: Any) -> Optimizer:
     return torch.optim.SGD(groups, nesterov=True, **options)
 
 
+# Which tensors of a preconditioned group each of these takes; AdamW gets the others. (torch's Muon refuses what is
+# no matrix, and a convolution is none.)
+TAKES: dict[str, Callable[[Tensor], bool]] = {"muon": lambda p: p.ndim == 2, "soap": lambda p: p.ndim >= 2}
+
+
 def _matrices_and_rest(
-    groups: list[Group], matrix: Builder, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    name: str,
+    groups: list[Group],
+    matrix: Builder,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
 ) -> Optimizer:
-    matrices = [g for g in groups if g["precondition"] and all(p.ndim == 2 for p in g["params"])]
-    rest = [g for g in groups if not any(g is m for m in matrices)]
+    def share(mine: bool) -> list[Group]:
+        kept = [[p for p in g["params"] if (g["precondition"] and TAKES[name](p)) == mine] for g in groups]
+        return [g | {"params": params} for g, params in zip(groups, kept, strict=True) if params]
+
+    matrices, rest = share(True), share(False)
     parts = [matrix(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
@@ -67,7 +83,7 @@ def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any
             groups, momentum=momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw", **shared
         )
 
-    return _matrices_and_rest(groups, matrix, **options)
+    return _matrices_and_rest("muon", groups, matrix, **options)
 
 
 def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
@@ -79,7 +95,7 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
         )
         return soap
 
-    return _matrices_and_rest(groups, matrix, **options)
+    return _matrices_and_rest("soap", groups, matrix, **options)
 
 
 BUILDERS: dict[str, Builder] = {

@@ -75,6 +75,8 @@ def _check(recipe: Recipe) -> None:
     for name in ("devices", "max_steps", "val_every", "log_every", "accumulate"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name} should be at least 1 but is {getattr(trainer, name)}")
+    if trainer.workers < 0:
+        raise ConfigError(f"trainer.workers should be at least 0 but is {trainer.workers}")
     if trainer.clip_norm is not None and not trainer.clip_norm > 0:
         raise ConfigError(f"trainer.clip_norm should be > 0, or null for no clipping, but is {trainer.clip_norm}")
     for name in ("warmup", "decay"):
@@ -109,7 +111,7 @@ def _floats(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
             yield prefix + key, value
 
 
-def to_plain(recipe: Recipe | OptimConf) -> dict[str, Any]:
+def to_plain(recipe: Recipe | OptimConf | TaskConf) -> dict[str, Any]:
     """Builtin types alone, enums by name: what is written to ``config.yaml``."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True, enum_to_str=True))
 
@@ -121,7 +123,12 @@ def save(recipe: Recipe) -> str:
 
 def load(path: Path) -> Recipe:
     """Read a ``config.yaml`` back. Values only: nothing in it is ever imported or called."""
-    return _build(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+    return parse(path.read_text(encoding="utf8"))
+
+
+def parse(text: str) -> Recipe:
+    """The recipe in the text of a ``config.yaml``."""
+    return _build(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text))))
 
 
 def identity(recipe: Recipe) -> str:

@@ -78,13 +78,14 @@ class TaggingConf(TaskConf):
     """A transformer encoder that tags words."""
 
     name: str = "ud_pos"
-    batch_size: int = 32
+    batch_size: int = 32  # sentences
     target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
     treebank: str = "en_ewt"  # code on the hub, for task.data=hub
-    tags: Tags = Tags.upos
-    max_length: int = 256  # words; longer sentences are cut
+    tags: Tags = Tags.upos  # which of the treebank's two columns
+    max_length: int = 256  # words; longer sentences are cut in training, and tagged in pieces after it
     vocab_size: int = 20000  # words known, at most: the commonest of the training split
     characters: bool = True  # add to each word's vector one made of its characters
+    word_dropout: float = 0.25  # a: in training a word seen n times is hidden with probability a / (a + n)
     layers: int = 2
     width: int = 128
     heads: int = 4
@@ -313,6 +314,7 @@ class TrainerConf:
     accumulate: int = 1  # forward-backward passes to one step; task.batch_size stays the whole batch
     clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
     compile: bool = False  # torch.compile the model
+    workers: int = 0  # processes a rank that read samples ahead; 0: read between steps, best where data are in memory
 
 
 @dataclass

@@ -90,6 +90,15 @@ def run(recipe: Recipe, command: list[str]) -> Outcome:
         return Outcome(record, _settle(record, returned, caught), ran=True)
 
 
+def preflight(recipe: Recipe) -> int:
+    """Print what the recipe's optimizer will do to each tensor. Returns the exit code; nothing is written."""
+    command = [sys.executable, "-m", "caspr_cli.runs.preflight"]
+    done = subprocess.run(command, input=compose.save(recipe), text=True, check=False)
+    if done.returncode < 0:
+        return INTERRUPTED if done.returncode == -signal.SIGINT else TERMINATED
+    return done.returncode
+
+
 def _clear(record: Record) -> None:
     # What says "done" goes first: cut off in the middle, the rest is not taken for a record.
     for path in sorted(record.path.iterdir(), key=lambda path: path.name not in ("status.json", "result.json")):

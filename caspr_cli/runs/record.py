@@ -20,8 +20,6 @@ from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", "done", "failed", "preempted"
-
-
 # Environment variable that tells a worker who launched it.
 LAUNCHER = "CASPR_LAUNCHER"
 

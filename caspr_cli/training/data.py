@@ -12,13 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 from caspr_cli.recipe.schema import Recipe
 from tasks.base import DataError, Task
 
+Draw = tuple[int, int]  # index of a sample, and the seed of what it draws when it is read
+
 
 class StepSampler:
-    """Endless batches of indices for one rank, from a given optimizer step on.
+    """Endless batches of draws for one rank, from a given optimizer step on.
 
     The global batch of step s is the same set for every ``world`` and ``accumulate``. Each epoch is a permutation
-    drawn from (seed, epoch) alone; the last incomplete batch of an epoch is left out. It has no length: the number
-    of steps ends a run, and a resumed one has no epoch to be in the middle of.
+    drawn from (seed, epoch) alone, and the seed of each sample comes from (seed, epoch, index); the last incomplete
+    batch of an epoch is left out. It has no length: the number of steps ends a run, and a resumed one has no epoch
+    to be in the middle of.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class StepSampler:
         self.size, self.batch, self.seed, self.start = size, batch, seed, start
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         step, steps_an_epoch = self.start, self.size // self.batch
         epoch, order = -1, torch.empty(0)
         while True:
@@ -40,7 +43,7 @@ class StepSampler:
             at = step % steps_an_epoch * self.batch
             parts = order[at : at + self.batch].view(self.accumulate, self.world, -1)
             for part in parts[:, self.rank]:
-                yield part.tolist()
+                yield [(index, mix(self.seed, epoch, index)) for index in part.tolist()]
             step += 1
 
 
@@ -53,6 +56,25 @@ def mix(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1  # torch takes 63 bits
+
+
+class Seeded(Dataset[Any]):
+    """A data set read by draws: whatever its samples take from torch's global generator follows from their seeds.
+
+    So augmentation is the same for any number of ranks and loader processes, and wherever a run resumes.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, draws: list[Draw]) -> list[Any]:
+        """The samples of a batch (the loader's own name for this)."""
+        samples = []
+        with torch.random.fork_rng(devices=[]):
+            for index, seed in draws:
+                torch.default_generator.manual_seed(seed)
+                samples.append(self.dataset[index])
+        return samples
 
 
 class TaskData(LightningDataModule):
@@ -73,7 +95,7 @@ class TaskData(LightningDataModule):
             world=self.world,
             accumulate=self.recipe.trainer.accumulate,
         )
-        return DataLoader(dataset, batch_sampler=cast(Any, sampler), collate_fn=self.task.collate)
+        return DataLoader(Seeded(dataset), batch_sampler=cast(Any, sampler), **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._in_order(self.task.dataset("validation"))
@@ -87,5 +109,15 @@ class TaskData(LightningDataModule):
         return DataLoader(
             torch.utils.data.Subset(dataset, share),
             batch_size=self.recipe.task.batch_size,
-            collate_fn=self.task.collate,
+            **self._loading(),
         )
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.recipe.trainer.workers
+        return {
+            "collate_fn": self.task.collate,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            # a forked copy of a process with threads may wait for one of them for ever
+            "multiprocessing_context": "spawn" if workers else None,
+        }

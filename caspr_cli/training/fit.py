@@ -19,6 +19,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule
@@ -42,17 +43,19 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     start, lines = _last_checkpoint(record)
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
-    _check_optimizer(module)
+    optimizer = _optimizer(module)
     _check_target(recipe, task)
     data = TaskData(task, recipe, start=start, rank=rank, world=world)
     with closing(Recorder(record, start, lines)) if rank == 0 else nullcontext() as recorder:
         curves = Curves(recipe, recorder, progress)
         checkpoints = Checkpoints(record, curves)
         trainer = _trainer(recipe, record, [curves, checkpoints, StopOnSignal(checkpoints)], world)
+        if world > 1:
+            module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
             record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
             recorder.hyperparameters(recipe)
-            for line in _header(recipe, task, module, trainer, world):
+            for line in _header(recipe, task, module, optimizer, trainer, world):
                 progress.say(line)
         try:
             with progress or nullcontext():
@@ -68,10 +71,10 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         return _result(recipe, module, trainer, curves)
 
 
-def _check_optimizer(module: TrainingModule) -> None:
-    """Refuse options before anything is written or trained."""
+def _optimizer(module: TrainingModule) -> Any:
+    """One to look at; refuses options before anything is written or trained."""
     try:
-        module.configure_optimizers()
+        return module.configure_optimizers()["optimizer"]
     except ValueError as error:
         raise ConfigError(f"optim.{error}") from error
 
@@ -88,7 +91,7 @@ def _check_target(recipe: Recipe, task: Task) -> None:
 
 def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -> Trainer:
     conf = recipe.trainer
-    # Buffers (rotary tables, and running means from each rank's own batches) are not sent at every step: in
+    # Buffers (rotary tables, and running means, which are over all ranks already) are not sent at every step: in
     # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
     strategy: Any = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
     try:
@@ -146,7 +149,9 @@ def _show_log(progress: Progress) -> None:
     logger.handlers = [Lines()]
 
 
-def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer, world: int) -> list[str]:
+def _header(
+    recipe: Recipe, task: Task, module: TrainingModule, optimizer: Any, trainer: Trainer, world: int
+) -> list[str]:
     data = task.describe_data()
     size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
     parameters = sum(p.numel() for p in module.model.parameters())
@@ -154,7 +159,6 @@ def _header(recipe: Recipe, task: Any, module: TrainingModule, trainer: Trainer,
     chosen = [p.numel() for n, p in module.model.named_parameters() if n not in plain]
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
-    optimizer = module.configure_optimizers()["optimizer"]
     lines = [
         f"data     {data['name']} ({data['source']}): {task.unit} {size}",
         f"model    {parameters:,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",

@@ -15,11 +15,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from caspr_cli.recipe.compose import to_plain
-from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, Recipe
 
 # The page opens with its first five columns; those that "differ" come first.
 COLUMNS = ("optim.name", "optim.lr", "scale", "task.batch_size", "trainer.max_steps")
-METRICS = ("val/loss", "test/loss")
+# What the tasks are judged by.
+NAMES = sorted({conf().target.metric.removeprefix("val/") for conf in TASKS.values()})
+METRICS = [f"{split}/{name}" for split in ("val", "test") for name in NAMES]
 
 
 def summaries(recipe: Recipe, identity: str) -> list[Summary]:
@@ -48,10 +50,12 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
 
 
 def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
-    """TensorBoard takes the columns from whichever run it finds first, so each names those of all optimizers."""
+    """TensorBoard takes the columns from whichever run it finds first, so each names those of all others."""
     others: dict[str, bool | float | str] = {}
-    for conf in OPTIMIZERS.values():
-        others |= _flatten({"optim": to_plain(conf())})
+    for optimizer in OPTIMIZERS.values():
+        others |= _flatten({"optim": to_plain(optimizer())})
+    for task in TASKS.values():
+        others |= _flatten({"task": to_plain(task())})
     experiment = api_pb2.Experiment()
     for name, value in (others | values).items():
         kind = api_pb2.DATA_TYPE_STRING

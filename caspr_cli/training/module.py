@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import OptimConf, Recipe
 from caspr_cli.training.data import mix
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.timing import PhaseTimer
@@ -32,6 +32,12 @@ def param_groups(task: Task, model: nn.Module, weight_decay: float) -> list[dict
             "weight_decay": 0.0,
         },
     ]
+
+
+def build_options(conf: OptimConf) -> dict[str, Any]:
+    """What :func:`caspr_cli.optim.registry.build` takes beside the groups."""
+    settings = options(conf)
+    return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
 
 
 class TrainingModule(LightningModule):
@@ -55,10 +61,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
-        settings = options(conf)
-        if "betas" in settings:
-            settings["betas"] = tuple(settings["betas"])
-        optimizer = build(conf.name, param_groups(self.task, self.model, conf.weight_decay), settings)
+        optimizer = build(conf.name, param_groups(self.task, self.model, conf.weight_decay), build_options(conf))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
         )

@@ -3,10 +3,12 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
-from caspr_cli.training.data import StepSampler, mix
+from caspr_cli.training.data import Seeded, StepSampler, mix
 from tasks.base import DataError
 
 shapes = st.tuples(
@@ -49,7 +51,7 @@ def test_an_epoch_repeats_nothing_and_the_next_is_another(batch: int, steps: int
     size = batch * steps + extra % batch
     batches = list(islice(StepSampler(size, batch, seed=seed), 2 * steps))
     for epoch in (batches[:steps], batches[steps:]):
-        seen = [i for b in epoch for i in b]
+        seen = [i for b in epoch for i, _ in b]
         assert len(set(seen)) == len(seen) == batch * steps
         assert set(seen) <= set(range(size))
 
@@ -58,6 +60,23 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     first, second = (list(islice(StepSampler(64, 8, seed=s), 16)) for s in (0, 1))
     assert first != second
     assert first[:8] != first[8:]
+
+
+def test_a_sample_draws_another_number_each_epoch_and_the_same_however_it_is_read() -> None:
+    class Noise(Dataset[float]):
+        def __getitem__(self, index: int) -> float:
+            return index + torch.rand(()).item()
+
+    batches = list(islice(StepSampler(4, 4, seed=0), 2))
+    torch.manual_seed(7)
+    first, second = (sorted(Seeded(Noise()).__getitems__(batch)) for batch in batches)
+    after = torch.rand(())
+    torch.manual_seed(7)
+    assert torch.rand(()) == after  # reading moves nobody else's generator
+    assert [int(x) for x in first] == [int(x) for x in second] == [0, 1, 2, 3]
+    assert not set(first) & set(second)
+    ranks = [next(iter(StepSampler(4, 4, seed=0, rank=r, world=2))) for r in (0, 1)]
+    assert sorted(x for rank in ranks for x in Seeded(Noise()).__getitems__(rank)) == first
 
 
 def test_a_batch_larger_than_the_data_is_the_users_to_mend() -> None:

@@ -1,0 +1,172 @@
+"""``debug=plan``: what an optimizer will do to each tensor and at what cost, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tasks
+from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.cost import state_bytes, step_flops
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.registry import TAKES, build
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.training.module import build_options, param_groups
+
+
+@dataclass
+class Row:
+    """Tensors that are alike: same place in repeated layers, same shape, same treatment."""
+
+    tensor: str  # its name, layer numbers as *
+    count: int
+    shape: tuple[int, ...]
+    blocks: str  # "4 of 512 x 512"; "-" where nothing is preconditioned
+    treatment: str
+    reason: str
+    state: int  # bytes of optimizer state
+    flops: float  # of an average step
+
+
+@dataclass
+class Plan:
+    """The table, and what stands under it."""
+
+    rows: list[Row]
+    parameters: int
+    preconditioned: int
+    model_flops: float  # forward and backward of one global batch
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Build the data and the model, and cost each tensor.
+
+    State and products of an optimizer are those of real steps on the "meta" device, which knows shapes and holds no
+    numbers; eigendecompositions of the Kronecker family are costed by :mod:`caspr_cli.optim.cost`.
+    """
+    task = tasks.load(recipe.task, recipe.seed)
+    task.prepare()
+    model = task.model()
+    plain = task.plain(model)
+    names = {p: name for name, p in model.named_parameters()}
+    rows: dict[Any, Row] = {}
+    try:
+        for group in param_groups(task, model, recipe.optim.weight_decay):
+            for p in group["params"]:
+                row = _row(names[p], p, group, plain.get(names[p]), recipe)
+                key = row.tensor, row.shape, row.treatment
+                if key in rows:
+                    rows[key].count += 1
+                else:
+                    rows[key] = row
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
+    order = {_pattern(name): i for i, name in reversed(list(enumerate(names.values())))}
+    sizes = {name: p.numel() for p, name in names.items()}
+    return Plan(
+        sorted(rows.values(), key=lambda row: order[row.tensor]),
+        parameters=sum(sizes.values()),
+        preconditioned=sum(size for name, size in sizes.items() if name not in plain),
+        model_flops=task.train_flops(model),
+    )
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe: Recipe) -> Row:
+    stand_in = nn.Parameter(torch.empty_like(p, device="meta"))
+    settings = build_options(recipe.optim)
+    if "start_step" in settings:
+        settings["start_step"] = 1  # from the first step on it does all it will do
+    optimizer = build(recipe.optim.name, [group | {"params": [stand_in]}], settings)
+    for _ in range(2):  # some only make their state in the first
+        stand_in.grad = torch.empty_like(stand_in)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+    own, flops, blocks = recipe.optim.name, float(counter.get_total_flops()), "-"
+    reason = reason or ("matrix" if p.ndim == 2 else "tensor")
+    if isinstance(optimizer, KroneckerOptimizer):
+        (only,) = optimizer.param_groups
+        chosen, flops = optimizer.preconditions(stand_in, only), sum(step_flops(optimizer).values())
+        if chosen:
+            layout = optimizer.layout(stand_in, only)
+            blocks = _blocks(layout)
+            if layout.shape != stand_in.shape:
+                reason += f", seen as {_times(layout.shape)}"
+        elif only["precondition"] is not False:
+            reason += " of one axis"
+    elif own in TAKES:
+        chosen = group["precondition"] and TAKES[own](p)
+    else:
+        chosen = True
+    state = state_bytes(optimizer.state)
+    return Row(_pattern(name), 1, tuple(p.shape), blocks, own if chosen else "AdamW", reason, state, flops)
+
+
+def _blocks(layout: Layout) -> str:
+    return " + ".join(f"{len(cuts)} of {_times(shape)}" for shape, cuts in layout.blocks.items())
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def table(found: Plan) -> Iterator[str]:
+    """The lines to print."""
+    total = found.model_flops + sum(row.count * row.flops for row in found.rows)
+    heads = [*(f.name for f in fields(Row) if f.name not in ("state", "flops")), "state", "FLOPs/step", "share"]
+    cells = [
+        [
+            row.tensor,
+            str(row.count),
+            _times(row.shape) or "scalar",
+            row.blocks,
+            row.treatment,
+            row.reason,
+            _bytes(row.count * row.state),
+            _flops(row.count * row.flops),
+            f"{100 * row.count * row.flops / total:.1f} %" if row.flops else "-",
+        ]
+        for row in found.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    right = {"count", "state", "FLOPs/step", "share"}
+    for line in [heads, *cells]:
+        padded = [
+            cell.rjust(width) if head in right else cell.ljust(width)
+            for cell, width, head in zip(line, widths, heads, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
+    spent = total - found.model_flops
+    yield ""
+    yield (
+        f"model    {found.parameters:,} parameters, {found.preconditioned:,} of them preconditioned; "
+        f"{_flops(found.model_flops)} FLOPs forward and backward"
+    )
+    yield (
+        f"optim    {_bytes(sum(row.count * row.state for row in found.rows))} of state; {_flops(spent)} FLOPs a step, "
+        f"{100 * spent / total:.1f} % of the whole, on average (products and roots; what is elementwise is not counted)"
+    )
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ["", " k", " M", " G", " T", " P"]) if value else "-"
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1000, [" B", " kB", " MB", " GB", " TB"])
+
+
+def _scaled(value: float, base: int, units: list[str]) -> str:
+    step = min(int(math.log(max(value, 1), base)), len(units) - 1)
+    return f"{value / base**step:.3g}{units[step]}"

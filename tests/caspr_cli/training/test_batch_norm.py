@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from caspr_cli.training.batch_norm import BatchNormOverRanks, synchronize
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5), nn.BatchNorm1d(5)]
+    return nn.Sequential(*layers).double()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = 100 + torch.randn(8, 3, 5, 5, generator=generator, dtype=torch.float64)  # a mean far from zero
+    return x, torch.randint(5, (8,), generator=generator)
+
+
+def train(model: nn.Module, parts: list[slice], steps: int = 3) -> None:
+    """Plain steps on one rank, or on this rank's part of the batch with gradients averaged as DDP does."""
+    x, y = batch()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for _ in range(steps):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[parts[rank]]), y[parts[rank]]).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+            p.data -= 0.1 * p.grad
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    model = synchronize(network(), torch.device("cpu"))
+    width = 8 // world
+    train(model, [slice(width * r, width * (r + 1)) for r in range(world)])
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_train_the_model_that_one_process_trains(world: int, tmp_path: Path) -> None:
+    mp.spawn(_rank, (world, str(tmp_path)), nprocs=world)
+    alone = network()
+    train(alone, [slice(0, 8)])
+    for rank in range(world):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert state.keys() == alone.state_dict().keys()
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_without_ranks_and_in_evaluation_it_is_torchs_own() -> None:
+    model = network()
+    over_ranks = synchronize(copy.deepcopy(model), torch.device("cpu"))
+    assert [type(m) for m in over_ranks.modules()].count(BatchNormOverRanks) == 2
+    x, _ = batch()
+    for training in (True, False):
+        assert torch.equal(over_ranks.train(training)(x), model.train(training)(x))
