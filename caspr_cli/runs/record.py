@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import tempfile
 import time
@@ -79,7 +80,7 @@ class Record:
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_whole(self.path / name, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
     def update_status(self, **changes: Any) -> None:
         """Merge ``changes`` into ``status.json``."""
@@ -119,6 +120,15 @@ def write_whole(path: Path, content: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def finite(content: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null, as deep as they lie."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def now() -> str:

@@ -33,7 +33,7 @@ def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
         f"{first}{_time(result['seconds'])} of training, {result['steps']} steps",
         f"result   {metric} {_value(result['final'], metric)} at the end, best {_value(result['best'], metric)} "
         f"at step {result['best'].get('step')}; "
-        + "  ".join(f"{name} {value:.4f}" for name, value in result["test"].items()),
+        + "  ".join(f"{name} {_value(result['test'], name)}" for name in result["test"]),
     ]
     target = result["target"]
     if target["value"] is not None:
@@ -81,7 +81,8 @@ def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
 
 
 def _value(scores: dict[str, Any], metric: str) -> str:
-    return f"{scores[metric]:.4f}" if metric in scores else "-"
+    value = scores.get(metric)  # null where it was no number: nothing to measure it on
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _time(seconds: float) -> str:

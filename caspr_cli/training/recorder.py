@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError, write_whole
+from caspr_cli.runs.record import Record, RecordDamagedError, finite, write_whole
 from caspr_cli.training import hparams
 
 
@@ -33,9 +32,7 @@ class Recorder:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
-            file.write(
-                json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}) + "\n"
-            )
+            file.write(json.dumps(finite({"step": step, **values})) + "\n")
         self.lines += 1
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
         write_whole(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.write("result.json", {"final": {"val/loss": 0.5, "val/map": math.nan}, "list": [math.inf, 1]})
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    assert record.result == {"final": {"val/loss": 0.5, "val/map": None}, "list": [None, 1]}
 
 
 def test_the_path_says_what_it_is(tmp_path: Path) -> None:
