@@ -1,0 +1,95 @@
+"""From SMILES to graphs: OGB's nine features of an atom and three of a bond, computed with RDKit.
+
+The lists and their order are those of OGB 1.3.6 (ogb/utils/features.py, mol.py): a feature is the place of a value in
+its list, and what is not in the list has the last place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rdkit import Chem, RDLogger
+
+from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, Array, both_ways
+
+RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]  # it writes a line for each odd valence and each SMILES that it cannot read
+
+_CHIRALITY = {
+    Chem.ChiralType.CHI_UNSPECIFIED: 0,
+    Chem.ChiralType.CHI_TETRAHEDRAL_CW: 1,
+    Chem.ChiralType.CHI_TETRAHEDRAL_CCW: 2,
+    Chem.ChiralType.CHI_OTHER: 3,
+}
+_HYBRIDIZATION = {
+    Chem.HybridizationType.SP: 0,
+    Chem.HybridizationType.SP2: 1,
+    Chem.HybridizationType.SP3: 2,
+    Chem.HybridizationType.SP3D: 3,
+    Chem.HybridizationType.SP3D2: 4,
+}
+_BOND = {
+    Chem.BondType.SINGLE: 0,
+    Chem.BondType.DOUBLE: 1,
+    Chem.BondType.TRIPLE: 2,
+    Chem.BondType.AROMATIC: 3,
+}
+_STEREO = {
+    Chem.BondStereo.STEREONONE: 0,
+    Chem.BondStereo.STEREOZ: 1,
+    Chem.BondStereo.STEREOE: 2,
+    Chem.BondStereo.STEREOCIS: 3,
+    Chem.BondStereo.STEREOTRANS: 4,
+    Chem.BondStereo.STEREOANY: 5,
+}
+# where the lists of numbers begin; the last place of each is for all others
+_FIRST_ELEMENT, _FIRST_CHARGE = 1, -5
+
+
+def _place(number: int, first: int, size: int) -> int:
+    return number - first if first <= number < first + size - 1 else size - 1
+
+
+def atom_features(atom: Any) -> list[int]:
+    """The nine features of an RDKit atom."""
+    elements, chiralities, degrees, charges, hydrogens, radicals, hybrids, *_ = ATOM_SIZES
+    return [
+        _place(atom.GetAtomicNum(), _FIRST_ELEMENT, elements),
+        _CHIRALITY.get(atom.GetChiralTag(), chiralities - 1),
+        _place(atom.GetTotalDegree(), 0, degrees),
+        _place(atom.GetFormalCharge(), _FIRST_CHARGE, charges),
+        _place(atom.GetTotalNumHs(), 0, hydrogens),
+        _place(atom.GetNumRadicalElectrons(), 0, radicals),
+        _HYBRIDIZATION.get(atom.GetHybridization(), hybrids - 1),
+        int(atom.GetIsAromatic()),
+        int(atom.IsInRing()),
+    ]
+
+
+def bond_features(bond: Any) -> list[int]:
+    """The three features of an RDKit bond (OGB refuses atropisomers, a newer kind of stereo: last place, too)."""
+    types, stereos, _ = BOND_SIZES
+    return [
+        _BOND.get(bond.GetBondType(), types - 1),
+        _STEREO.get(bond.GetStereo(), stereos - 1),
+        int(bond.GetIsConjugated()),
+    ]
+
+
+def parse(smiles: str) -> Any:
+    """The RDKit molecule that a SMILES string stands for; None where it stands for none."""
+    return Chem.MolFromSmiles(smiles)
+
+
+def canonical(molecule: Any) -> tuple[str, str]:
+    """The canonical SMILES of a molecule with stereo, and without."""
+    return Chem.MolToSmiles(molecule), Chem.MolToSmiles(molecule, isomericSmiles=False)
+
+
+def graph(molecule: Any) -> tuple[Array, Array, Array]:
+    """Nodes ``[n, 9]`` uint8, edges ``[2 b, 2]`` uint16 and their features ``[2 b, 3]`` uint8, without hydrogens."""
+    nodes = np.array([atom_features(atom) for atom in molecule.GetAtoms()], np.uint8).reshape(-1, len(ATOM_SIZES))
+    bonds = list(molecule.GetBonds())
+    ends = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in bonds], np.uint16).reshape(-1, 2)
+    features = np.array([bond_features(b) for b in bonds], np.uint8).reshape(-1, len(BOND_SIZES))
+    return nodes, *both_ways(ends, features)

@@ -1,0 +1,44 @@
+"""Many small graphs in a few arrays, with OGB's features of atoms and bonds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# How many values each feature can take, 0 the first (OGB 1.3.6, ogb/utils/features.py); the lists are in features.py.
+# Atomic number, chirality, degree, charge, hydrogens, radical electrons, hybridization, aromatic, in a ring:
+ATOM_SIZES = (119, 5, 12, 12, 10, 6, 6, 2, 2)
+# Type, stereo, conjugated:
+BOND_SIZES = (5, 6, 2)
+
+MISSING = -1  # a label that was not measured
+MOST_NODES = 2**16  # in one graph: nodes are numbered in two bytes
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """``G`` graphs with ``N`` nodes and ``E`` edges in all; what belongs to a graph follows what belongs to the last.
+
+    A bond is two edges, one each way.
+    """
+
+    node_counts: Array  # [G], int64
+    edge_counts: Array  # [G], int64
+    nodes: Array  # [N, 9], uint8: features of each atom
+    edges: Array  # [E, 2], uint16: sender and receiver, numbered from 0 within their graph
+    bonds: Array  # [E, 3], uint8: features of each edge
+    labels: Array  # [G, T], int8: 0, 1 or MISSING
+
+    @classmethod
+    def joined(cls, parts: list[Graphs]) -> Graphs:
+        """The graphs of all ``parts`` (one or more), in order."""
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+def both_ways(bonds: Array, features: Array) -> tuple[Array, Array]:
+    """Two edges for each bond ``[B, 2]``, one after the other as OGB has them; features ``[B, F]`` are repeated."""
+    return np.stack((bonds, bonds[:, ::-1]), axis=1).reshape(-1, 2), features.repeat(2, axis=0)

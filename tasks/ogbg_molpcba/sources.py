@@ -1,0 +1,296 @@
+"""Where the graphs come from: measured properties of a package, OGB's files on disk, or ogbg-molpcba on the hub.
+
+A source gives all graphs and the places of each split in them, and an *identity*: cheap strings that change when the
+graphs may have changed, so that a second start need not read them.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import numpy as np
+
+from caspr_cli.recipe.schema import MolPCBAConf, Source
+from tasks.base import DataError, Split
+from tasks.files import root_of, stamps
+from tasks.hub import reaching
+from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
+from tasks.ogbg_molpcba.measured import Measured
+from tasks.ogbg_molpcba.tables import read_table
+
+log = logging.getLogger("caspr")
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Molecules(Protocol):
+    """A set of graphs."""
+
+    name: str
+
+    def identity(self) -> list[str]:
+        """Strings that change whenever the graphs may have changed. Reads no graph."""
+
+    def read(self) -> tuple[Graphs, dict[Split, Array]]:
+        """All graphs, and for each split the indices of its graphs, int64, in order."""
+
+
+def molecules(conf: MolPCBAConf) -> Molecules:
+    """The source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing or wrong."""
+    if conf.data is Source.files:
+        return Files(conf)
+    if conf.data is Source.hub:
+        return Hub()
+    return Measured()
+
+
+# ---- files: OGB's own --------------------------------------------------------------------------------------------
+
+HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"
+RAW = ("num-node-list", "num-edge-list", "node-feat", "edge", "edge-feat", "graph-label")
+# OGB's name of each split
+FILES: dict[Split, str] = {"train": "train", "validation": "valid", "test": "test"}
+
+
+class Files:
+    """The files of an OGB graph property data set, as they lie in its zip: ``raw/`` and ``split/scaffold/``.
+
+    ``task.root`` is the directory with these two, the one above it, the zip, or the directory with the zip. OGB's
+    package is not used: its reader fails on a second start with PyTorch 2.6 or later (snap-stanford/ogb#497).
+    """
+
+    def __init__(self, conf: MolPCBAConf) -> None:
+        self._root, self._on_disk = _data_set(conf)
+        self.name = self._root.name
+        names = [f"raw/{name}.csv.gz" for name in RAW] + [f"split/scaffold/{name}.csv.gz" for name in FILES.values()]
+        for name in names:
+            if not self._root.joinpath(name).is_file():
+                raise DataError(f"task.root: no {name} in {self._root}")
+
+    def identity(self) -> list[str]:
+        """Path, size and time of change of each file, or of the zip."""
+        if self._on_disk.is_file():
+            return [self.name, *stamps([self._on_disk])]
+        return [self.name, *stamps(sorted(self._on_disk.glob("raw/*.gz")) + sorted(self._on_disk.glob("split/*/*.gz")))]
+
+    def read(self) -> tuple[Graphs, dict[Split, Array]]:
+        """See :class:`Molecules`. Adds the edge back to each that is in the files, where a bond is one edge."""
+        log.info("reading the graphs in %s", self._root)
+        node_counts = self._raw("num-node-list", np.int64, [MOST_NODES + 1])[:, 0]
+        edge_counts = self._raw("num-edge-list", np.int64, [2**32])[:, 0]
+        nodes = self._raw("node-feat", np.uint8, ATOM_SIZES)
+        ends = self._raw("edge", np.uint16, [MOST_NODES] * 2)
+        bonds = self._raw("edge-feat", np.uint8, BOND_SIZES)
+        log.info("reading their labels")
+        labels = self._raw("graph-label", np.int8, 2, missing=True)
+        _agree("num-edge-list", "rows", len(edge_counts), "num-node-list", "rows", len(node_counts))
+        _agree("graph-label", "rows", len(labels), "num-node-list", "rows", len(node_counts))
+        _agree("node-feat", "rows", len(nodes), "num-node-list", "nodes in all", node_counts.sum())
+        _agree("edge", "rows", len(ends), "num-edge-list", "edges in all", edge_counts.sum())
+        _agree("edge-feat", "rows", len(bonds), "num-edge-list", "edges in all", edge_counts.sum())
+        bare = np.flatnonzero(node_counts == 0)
+        if len(bare):
+            raise DataError(f"num-node-list.csv.gz:{bare[0] + 1}: a graph needs at least one node")
+        lone = lone_end(ends, node_counts, edge_counts)
+        if lone is not None:
+            edge, end, count = lone
+            raise DataError(f"edge.csv.gz:{edge + 1}: node {end} in a graph of {count} (they are numbered from 0)")
+        splits = self._splits(len(node_counts))
+        return Graphs(node_counts, 2 * edge_counts, nodes, *both_ways(ends, bonds), labels), splits
+
+    def _raw(self, name: str, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False) -> Array:
+        return read_table(self._root.joinpath(f"raw/{name}.csv.gz"), dtype, sizes, missing=missing)
+
+    def _splits(self, graphs: int) -> dict[Split, Array]:
+        owner = np.full(graphs, -1)  # which split each graph is in
+        splits = {}
+        for number, (split, name) in enumerate(FILES.items()):
+            found = read_table(self._root.joinpath(f"split/scaffold/{name}.csv.gz"), np.int64, [graphs])[:, 0]
+            first = np.zeros(len(found), bool)
+            first[np.unique(found, return_index=True)[1]] = True
+            again = np.flatnonzero(~first | (owner[found] >= 0))
+            if len(again):
+                row = again[0]
+                other = list(FILES.values())[owner[found[row]]] if owner[found[row]] >= 0 else name
+                raise DataError(f"{name}.csv.gz:{row + 1}: graph {found[row]} is in {other}.csv.gz already")
+            owner[found] = number
+            splits[split] = found
+        return splits
+
+
+def _data_set(conf: MolPCBAConf) -> tuple[Path | zipfile.Path, Path]:
+    """The directory with raw/ (in a zip, perhaps), and what it is on disk."""
+    given = Path(conf.root or "").expanduser()
+    disk = given if given.suffix == ".zip" and given.is_file() else root_of(conf, HOLDS)
+    try:
+        if disk.is_dir() and not _folders(disk) and len(zips := list(disk.glob("*.zip"))) == 1:
+            disk = zips[0]
+        found = _folders(zipfile.Path(disk) if disk.is_file() else disk)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"task.root: cannot read {disk}: {error}") from error
+    if not found:
+        raise DataError(f"task.root: no raw/ in {conf.root}, nor in a folder of it (it should hold {HOLDS})")
+    if len(found) > 1:
+        raise DataError(f"task.root: {' and '.join(f.name for f in found)} are in {conf.root}; name one of them")
+    return found[0], disk if disk.is_file() else Path(str(found[0]))
+
+
+def _folders(root: Path | zipfile.Path) -> list[Path | zipfile.Path]:
+    """``root``, or those of its folders, that have a folder ``raw``."""
+    if root.joinpath("raw").is_dir():
+        return [root]
+    return sorted((f for f in root.iterdir() if f.joinpath("raw").is_dir()), key=lambda f: f.name)
+
+
+def _agree(name: str, what: str, count: int, other: str, others: str, expected: int) -> None:
+    if count != expected:
+        raise DataError(f"{name}.csv.gz has {count} {what}, but {other}.csv.gz has {expected} {others}")
+
+
+def lone_end(ends: Array, node_counts: Array, edge_counts: Array) -> tuple[int, int, int] | None:
+    """The first edge of ``[E, 2]`` with an end that its graph lacks: its index, that end, and the graph's nodes."""
+    count = np.repeat(node_counts, edge_counts)[:, None]  # of each edge's graph
+    beyond = ends >= count
+    if not beyond.any():
+        return None
+    edge, side = np.argwhere(beyond)[0]
+    return int(edge), int(ends[edge, side]), int(count[edge, 0])
+
+
+# ---- hub: ogbg-molpcba itself ------------------------------------------------------------------------------------
+
+ROWS = 10_000  # read at once
+LABELS = 128
+
+
+class Hub:
+    """``OGB/ogbg-molpcba`` on the Hugging Face hub: 437,929 molecules, 128 assays, split by scaffold."""
+
+    name = "OGB/ogbg-molpcba"
+
+    def identity(self) -> list[str]:
+        """What is asked for; so that data fetched once serve without a network."""
+        return [self.name]
+
+    def read(self) -> tuple[Graphs, dict[Split, Array]]:
+        """See :class:`Molecules`. The graphs of the hub have both edges of each bond already."""
+        import datasets  # takes a second, and only this source needs it
+
+        instead = (
+            "take task.data=sample for molecules that need no network, or task.data=files task.root=DIR with OGB's "
+            "pcba.zip (http://snap.stanford.edu/ogb/data/graphproppred/csv_mol_download/pcba.zip)"
+        )
+        parts: list[Graphs] = []
+        splits: dict[Split, Array] = {}
+        start = 0
+        for split in SPLITS:
+            log.info("fetching the %s graphs of %s", split, self.name)
+            with reaching("the Hugging Face hub", instead):
+                rows = datasets.load_dataset(self.name, split=split)
+            _columns(f"{self.name} {split}", rows.column_names)
+            for first in range(0, len(rows), ROWS):
+                table = rows.with_format("arrow")[first : first + ROWS]
+                parts.append(graphs_of(table, f"{self.name} {split}", first))
+            splits[split] = np.arange(start, start + len(rows))
+            start += len(rows)
+        if not parts:
+            raise DataError(f"{self.name}: no rows")
+        return Graphs.joined(parts), splits
+
+
+def _columns(where: str, names: list[str]) -> None:
+    for name in ("node_feat", "edge_index", "edge_attr", "y"):
+        if name not in names:
+            raise DataError(f"{where}: no column {name} (there are {', '.join(sorted(names))})")
+
+
+def graphs_of(table: Any, where: str, first: int) -> Graphs:
+    """The graphs of an Arrow table with the columns ``node_feat``, ``edge_index``, ``edge_attr`` and ``y`` of the hub.
+
+    Args:
+        where: the table's name, for messages.
+        first: number of its first row, counted from 0.
+
+    Raises:
+        DataError: a row that is no molecule; the message names it.
+    """
+    rows = _Rows(table, where, first)
+    node_counts, nodes = rows.matrices("node_feat", ATOM_SIZES)
+    edge_counts, bonds = rows.matrices("edge_attr", BOND_SIZES)
+    edges = rows.pairs("edge_index", edge_counts)
+    label_rows, labels = rows.matrices("y", (2,) * LABELS, missing=True)
+    rows.refuse(label_rows != 1, "y", "must be one list")
+    rows.refuse(node_counts == 0, "node_feat", "is empty: a graph needs at least one node")
+    rows.refuse(node_counts > MOST_NODES, "node_feat", f"has more than {MOST_NODES} nodes")
+    if (lone := lone_end(edges, node_counts, edge_counts)) is not None:
+        edge, end, count = lone
+        row = np.repeat(np.arange(len(edge_counts)), edge_counts)[edge]
+        raise rows.error(row, "edge_index", f"holds node {end} in a graph of {count} (they are numbered from 0)")
+    return Graphs(
+        node_counts,
+        edge_counts,
+        nodes.astype(np.uint8),
+        edges.astype(np.uint16),
+        bonds.astype(np.uint8),
+        np.where(np.isnan(labels), MISSING, labels).astype(np.int8),
+    )
+
+
+class _Rows:
+    """Columns of lists of lists of numbers, without a loop over the rows."""
+
+    def __init__(self, table: Any, where: str, first: int) -> None:
+        self._table, self._where, self._first = table, where, first
+
+    def error(self, row: int, column: str, problem: str) -> DataError:
+        return DataError(f"{self._where}, row {self._first + row}: {column} {problem}")
+
+    def refuse(self, bad: Array, column: str, problem: str) -> None:
+        """Raise for the first row where ``bad`` ``[rows]`` holds."""
+        if bad.any():
+            raise self.error(int(np.argmax(bad)), column, problem)
+
+    def lists(self, column: str) -> tuple[Array, Array, Array]:
+        """How many lists a row has ``[rows]``, how many numbers a list has ``[lists]``, and all numbers, flat."""
+        outer = self._table[column].combine_chunks()
+        inner = outer.flatten()
+        counts, lengths = (a.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for a in (outer, inner))
+        return counts.astype(np.int64), lengths.astype(np.int64), inner.flatten().to_numpy(zero_copy_only=False)
+
+    def matrices(self, column: str, sizes: Sequence[int], *, missing: bool = False) -> tuple[Array, Array]:
+        """How many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked.
+
+        Args:
+            sizes, missing: as of :func:`tasks.ogbg_molpcba.tables.read_table`.
+        """
+        counts, lengths, values = self.lists(column)
+        owners = np.repeat(np.arange(len(counts)), counts)  # the row of each list
+        if (bad := np.flatnonzero(lengths != len(sizes))).size:
+            raise self.error(owners[bad[0]], column, f"has {lengths[bad[0]]} numbers in a list, not {len(sizes)}")
+        values = values.reshape(-1, len(sizes))
+        wrong = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))
+        if missing:
+            wrong &= ~np.isnan(values)
+        if wrong.any():
+            at, place = np.argwhere(wrong)[0]
+            kind = f"a whole number from 0 to {sizes[place] - 1}{', or missing' if missing else ''}"
+            raise self.error(owners[at], column, f"holds {values[at, place]:g}, it must be {kind}")
+        return counts, values
+
+    def pairs(self, column: str, expected: Array) -> Array:
+        """The two lists of each row, ``expected`` ``[rows]`` long, as pairs ``[sum of expected, 2]``."""
+        counts, lengths, values = self.lists(column)
+        self.refuse(counts != 2, column, "must be two lists")
+        self.refuse((lengths.reshape(-1, 2) != expected[:, None]).any(1), column, "and edge_attr differ in length")
+        starts = np.cumsum(expected) - expected  # [rows]
+        # row r has its senders from 2 starts[r] on, and its receivers behind them
+        senders = np.arange(expected.sum()) + np.repeat(starts, expected)
+        pairs: Array = values[np.stack((senders, senders + np.repeat(expected, expected)), axis=1)]
+        if (pairs < 0).any():
+            row = np.repeat(np.arange(len(expected)), expected)[np.argwhere(pairs < 0)[0, 0]]
+            raise self.error(row, column, "holds a negative number")
+        return pairs

@@ -1,0 +1,99 @@
+"""OGB's tables, ``*.csv.gz`` of whole numbers without a header: parsed by the block, with the line of what is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas
+
+from tasks.base import DataError
+from tasks.ogbg_molpcba.graphs import MISSING, Array
+
+BLOCK = 1 << 23  # bytes of text parsed at once
+EMPTY = ["", "nan", "NaN"]  # cells that hold no value
+NEWLINE, COMMA = b"\n,"
+
+
+def read_table(
+    path: Path | zipfile.Path, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False
+) -> Array:
+    """All cells, ``[rows, columns]``.
+
+    Args:
+        sizes: for each column, how many values it can take, 0 the first; or one number for as many columns as the
+            first line has.
+        missing: cells may be empty, and are MISSING then.
+
+    Raises:
+        DataError: the file cannot be read to its end, or a line has other columns or a cell another value than
+            this; the message names file and line.
+    """
+    parts: list[Array] = []
+    for line, block in _blocks(path):
+        if isinstance(sizes, int):
+            sizes = (sizes,) * (block[: block.index(b"\n")].count(b",") + 1)
+        parts.append(_parse(block, sizes, missing, path.name, line).astype(dtype))
+    if not parts:
+        raise DataError(f"{path.name}: empty")
+    return np.concatenate(parts)
+
+
+def _blocks(path: Path | zipfile.Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, some BLOCK bytes at a time, each closed by a newline, with the number of the first."""
+    line, rest, size = 1, [], 0
+    try:
+        with path.open("rb") as raw, gzip.open(raw) as file:
+            while piece := file.read1(1 << 20):
+                rest.append(piece)
+                size += len(piece)
+                if size >= BLOCK and b"\n" in piece:
+                    whole, _, tail = b"".join(rest).rpartition(b"\n")
+                    yield line, whole + b"\n"
+                    line, rest, size = line + whole.count(b"\n") + 1, [tail], len(tail)
+    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
+        line += sum(piece.count(b"\n") for piece in rest)
+        raise DataError(f"{path.name}:{line}: cannot be read from here on ({error})") from error
+    if last := b"".join(rest):
+        yield line, last if last.endswith(b"\n") else last + b"\n"
+
+
+def _parse(block: bytes, sizes: Sequence[int], missing: bool, name: str, first: int) -> Array:
+    text = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(text == NEWLINE)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    columns = np.add.reduceat(text == COMMA, starts, dtype=np.int64) + 1  # of each line
+    wrong = np.flatnonzero(columns != len(sizes))
+    if len(wrong):
+        row = wrong[0]
+        raise DataError(f"{name}:{first + row}: {columns[row]} columns, not {len(sizes)}")
+    values = _numbers(block)
+    if len(values) != len(ends):
+        raise DataError(f"{name}:{first}: a carriage return within a line, somewhere from here on")
+    bad = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))  # [rows, columns]
+    empty = np.isnan(values)
+    if missing:
+        bad &= ~empty
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        cell = block[starts[row] : ends[row]].decode(errors="replace").rstrip("\r").split(",")[column]
+        kind = f"a whole number from 0 to {sizes[column] - 1}{', or empty' if missing else ''}"
+        raise DataError(f"{name}:{first + row}: column {column + 1} is '{cell}', it must be {kind}")
+    return np.where(empty, MISSING, values)
+
+
+def _numbers(block: bytes) -> Array:
+    """Cells as numbers: NaN where they are empty, infinite where they are no numbers."""
+    how = {"header": None, "keep_default_na": False, "skip_blank_lines": False, "quoting": 3}  # 3: quotes are text
+    try:
+        numbers: Array = pandas.read_csv(BytesIO(block), dtype=np.float64, na_values=EMPTY, **how).to_numpy()
+    except ValueError:  # one that is no number, or no UTF-8: slower, cell by cell
+        cells = pandas.read_csv(BytesIO(block), dtype=str, encoding_errors="replace", **how)
+        numbers = cells.apply(pandas.to_numeric, errors="coerce").to_numpy(np.float64, copy=True)
+        numbers[np.isnan(numbers) & ~cells.isin(EMPTY).to_numpy()] = np.inf
+    return numbers

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["task=ogbg_molpcba", "task.data=files", "task.width=8", "task.steps=2", "task.batch_size=6"]
+
+
+@pytest.mark.parametrize("optim", ["caspr", "shampoo", "adamw"])
+def test_it_trains_validates_and_tests(
+    optim: str, train: Callable[..., dict[str, Any]], write: Callable[..., Path], tables: dict[str, list[str]]
+) -> None:
+    rows = train(*SMALL, f"task.root={write(tables)}", f"optim={optim}", name=optim)
+    assert rows[6]["train/loss"] != rows[1]["train/loss"]
+    for split in ("val", "test"):
+        assert 0 <= rows[6][f"{split}/map"] <= 1
+    assert rows["result"]["target"]["metric"] == "val/map"
+
+
+def test_two_processes(
+    train: Callable[..., dict[str, Any]], write: Callable[..., Path], tables: dict[str, list[str]]
+) -> None:
+    """The loss is a mean over each process's own cells, so it is near that of one process, and the metric is whole."""
+    root = f"task.root={write(tables)}"
+    one, two = (
+        train(*SMALL, root, "task.dropout=0", "optim.lr=0", f"trainer.devices={n}", name=f"{n} processes")
+        for n in (1, 2)
+    )
+    for split in ("val", "test"):
+        for name in (f"{split}/map", f"{split}/loss"):
+            assert two[6][name] == pytest.approx(one[6][name], rel=1e-5)
+    assert two[1]["train/loss"] == pytest.approx(one[1]["train/loss"], rel=0.3)

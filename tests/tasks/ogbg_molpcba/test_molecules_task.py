@@ -1,0 +1,248 @@
+"""Loss, metrics and what the runner asks of the task."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.data import Batch, Data
+
+import tasks
+from tasks.base import DataError
+from tasks.ogbg_molpcba.graphs import MISSING
+from tasks.ogbg_molpcba.task import MeanAveragePrecision, MolPCBA, average_precision
+
+
+@pytest.fixture
+def task(conf):
+    task = tasks.load(conf(), seed=0)
+    task.prepare()
+    return task
+
+
+def batch_of(task, count, split="train"):
+    data = task.dataset(split)
+    return task.collate([data[i] for i in range(count)])
+
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_what_torch_geometric_makes_of_its_graphs(task):
+    graphs = [task.dataset("train")[i] for i in range(7)]
+    plain = [
+        Data(
+            x=torch.tensor(g.nodes),
+            edge_index=torch.tensor(g.edges.astype(np.int64).T.copy()),
+            edge_attr=torch.tensor(g.bonds),
+            y=torch.tensor(g.labels)[None],
+        )
+        for g in graphs
+    ]
+    expected, found = Batch.from_data_list(plain), task.collate(graphs)
+    assert isinstance(found, Batch)
+    assert set(found.keys()) == set(expected.keys())
+    for key in expected.keys():  # noqa: SIM118 (a Batch is no mapping)
+        assert torch.equal(found[key], expected[key]), key
+        assert found[key].dtype == expected[key].dtype
+    assert found.num_graphs == expected.num_graphs == task.units(found) == 7
+    assert task.unit == "graphs"
+    assert found.to("meta").x.device.type == "meta"
+
+
+def test_a_data_set_is_pickled_by_its_path_and_ends(task):
+    data = task.dataset("test")
+    text = pickle.dumps(data)
+    assert len(text) < 1000
+    again = pickle.loads(text)
+    assert len(again) == len(data) == 4
+    assert all(
+        np.array_equal(a, b) for one, other in zip(data, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    with pytest.raises(IndexError):
+        data[4]
+
+
+def test_batches_hold_no_part_of_the_mapped_files(task):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of tensors that share memory with what must not be written
+        batch = next(iter(DataLoader(task.dataset("train"), 1, collate_fn=task.collate)))
+    batch.x.add_(1)
+
+
+# ---- loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_observed_cells(task):
+    model, batch = task.model(), batch_of(task, 12)
+    model.eval()
+    p = model(batch).double().sigmoid()
+    direct = [
+        -(p[b, t] if batch.y[b, t] == 1 else 1 - p[b, t]).log()
+        for b in range(12)
+        for t in range(5)
+        if batch.y[b, t] != MISSING
+    ]
+    assert 12 < len(direct) < 60
+    torch.testing.assert_close(task.loss(model, batch), torch.stack(direct).mean().float())
+
+
+def test_a_batch_with_nothing_observed_gives_zero_and_no_nan(task):
+    model, batch = task.model(), batch_of(task, 3)
+    batch.y.fill_(MISSING)
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in model.parameters())
+    metric = task.metrics()
+    task.evaluate(model, batch, metric)
+    task.evaluate(model, batch_of(task, 12), metric)
+    assert all(value.isfinite() for value in metric.compute().values())
+
+
+def test_loss_falls(task):
+    torch.manual_seed(0)
+    model, batch = task.model(), batch_of(task, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    start = task.loss(model, batch).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+    assert task.loss(model, batch).item() < 0.7 * start
+
+
+# ---- metric -------------------------------------------------------------------------------------------------------
+
+
+def scored(rows, tasks, seed, levels=None):
+    """Logits that know something of the labels (``levels``: that many values, so that they tie), a third missing."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, 2, (rows, tasks), generator=draw).to(torch.int8)
+    logits = torch.randn(rows, tasks, generator=draw) + labels
+    if levels:
+        logits = (logits * levels / 6).round()
+    return logits, labels
+
+
+def by_sklearn(logits, labels):
+    found = []
+    for t in range(labels.shape[1]):
+        seen = labels[:, t] != MISSING
+        truth = labels[seen, t].numpy()
+        if 0 < truth.sum(dtype=int) < len(truth):
+            found.append(average_precision_score(truth, logits[seen, t].numpy()))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize(("rows", "levels"), [(300, None), (300, 5), (300, 1), (20_000, None), (20_000, 200)])
+def test_metric_is_that_of_scikit_learn_whatever_the_batches(rows, levels):
+    logits, labels = scored(rows, 6, seed=rows, levels=levels)
+    labels[:, 4] = labels[:, 4].clamp(max=0)  # no positive one
+    labels[:, 5] = MISSING
+    cells = labels != MISSING
+    losses = F.binary_cross_entropy_with_logits(logits.double(), labels.clamp(min=0).double(), reduction="none")
+    for size in (rows, 77):
+        metric = MeanAveragePrecision(6)
+        for a, b in zip(logits.split(size), labels.split(size), strict=True):
+            metric.update(a, b)
+        found = metric.compute()
+        assert found["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)
+        assert found["loss"].item() == pytest.approx(losses[cells].mean().item(), rel=1e-6)
+
+
+def test_large_logits_are_not_made_equal():
+    # beyond 17 the sigmoid of a float32 is 1
+    logits, labels = torch.tensor([40.0, 30.0, 20.0, -300.0]), torch.tensor([1, 0, 1, 0])
+    assert average_precision(logits, labels).item() == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision(torch.zeros(4), labels).item() == pytest.approx(0.5)
+
+
+def test_a_label_without_both_classes_has_no_score():
+    logits = torch.arange(3.0)
+    assert average_precision(logits, torch.tensor([1, 1, MISSING])) is None
+    assert average_precision(logits, torch.tensor([0, MISSING, 0])) is None
+    assert average_precision(logits, torch.full((3,), MISSING)) is None
+    metric = MeanAveragePrecision(1)
+    metric.update(logits[:, None], torch.ones(3, 1, dtype=torch.int8))
+    found = metric.compute()
+    assert found["loss"].isfinite()
+    assert found["map"].isnan()
+
+
+def test_an_empty_metric_names_its_values(task):
+    metric = task.metrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert set(metric.compute()) == {"loss", "map"}
+
+
+def test_metric_over_ranks():
+    logits, labels = scored(90, 4, seed=3)
+    ranks = [MeanAveragePrecision(4) for _ in range(2)]
+    for i, (a, b) in enumerate(zip(logits.split(20), labels.split(20), strict=True)):
+        ranks[i % 2].update(a, b)
+    ranks[0].merge_state(ranks[1])
+    assert ranks[0].compute()["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)
+    whole = MeanAveragePrecision(4)
+    whole.update(logits, labels)
+    assert ranks[0].compute()["loss"].item() == pytest.approx(whole.compute()["loss"].item(), rel=1e-6)
+    # what a gathering over processes leaves: one tensor in the place of the list
+    ranks[0].logits, ranks[0].labels = torch.cat(ranks[0].logits), torch.cat(ranks[0].labels)
+    ranks[0]._computed = None
+    assert ranks[0].compute()["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)
+    assert whole.nats.dtype == whole.half().cells.dtype == torch.float64
+    assert not whole.state_dict()
+
+
+# ---- the rest -----------------------------------------------------------------------------------------------------
+
+
+def test_preconditioned_are_all_dense_layers_but_the_decoder(task):
+    model = task.model()
+    plain, parameters = task.plain(model), dict(model.named_parameters())
+    dense = {name for name in parameters if name.endswith(("dense.weight", "embedding.weight"))}
+    assert set(parameters) - set(plain) == dense
+    assert len(dense) == 2 + 2 * 3
+    assert plain["decoder.weight"] == "head"
+    assert {plain[name] for name in plain if ".norm." in name} == {"norm"}
+
+
+def test_train_flops_agree_with_torchs_counter(conf):
+    task = MolPCBA(conf(batch_size=12), seed=0)  # the whole training split, whose mean size is the one that counts
+    model = task.model()
+    with FlopCounterMode(display=False) as counter:
+        task.loss(model, batch_of(task, 12)).backward()
+    assert task.train_flops(model) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_model_follows_torchs_seed_and_the_data(conf):
+    states = []
+    for seed in (0, 1):  # the task's own seed has no part in it
+        torch.manual_seed(7)
+        states.append(MolPCBA(conf(), seed).model().state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert states[0]["decoder.weight"].shape == (5, 8)
+
+
+def test_describe_data(task):
+    found = task.describe_data()
+    assert (found["name"], found["source"], found["labels"]) == ("pcba", "files", 5)
+    assert len(found["hash"]) == 16
+    assert [found["splits"][split][task.unit] for split in ("train", "validation", "test")] == [12, 4, 4]
+
+
+def test_a_second_process_need_not_prepare(conf, task):
+    other = MolPCBA(conf(), seed=0)
+    assert np.array_equal(other.dataset("test")[0].nodes, task.dataset("test")[0].nodes)
+
+
+@pytest.mark.parametrize("change", [{"width": 0}, {"steps": 0}, {"batch_size": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_impossible_shapes_name_their_key(conf, change):
+    with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
+        MolPCBA(conf(**change), seed=0)
