@@ -118,10 +118,10 @@ class ImagesConf(TaskConf):
     batch_size: int = 128
     target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
     images: Images = Images.cifar10
-    size: int = 32  # pixels a side, as the model sees them
-    augment: Augment = Augment.crop_flip
+    size: int = 32  # pixels a side, as the model sees them; other images are scaled and cut to the middle
+    augment: Augment = Augment.crop_flip  # of training images
     mixup: float = 0.0  # parameter of the Beta distribution; 0: none
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of each target spread over all classes, in training
 
 
 @dataclass
@@ -129,7 +129,7 @@ class ResNetConf(ImagesConf):
     """A residual convolutional network."""
 
     name: str = "resnet"
-    depth: int = 18  # 18, 34, 50, 101 or 152 as in torchvision
+    depth: int = 18  # 18, 34, 50, 101 or 152 as in torchvision, or 10: one block a stage
     width: int = 64  # channels of the first stage
     small_input: bool = True  # a 3 x 3 stem without pooling, for images of 32 pixels
 
@@ -139,10 +139,10 @@ class ViTConf(ImagesConf):
     """A vision transformer."""
 
     name: str = "vit"
-    patch: int = 4  # pixels a side
+    patch: int = 4  # pixels a side; divides size
     layers: int = 4
-    width: int = 128
-    heads: int = 4
+    width: int = 128  # of the residual stream; the MLPs are 4 times wider
+    heads: int = 4  # of each attention; divides width
     dropout: float = 0.0
 
 

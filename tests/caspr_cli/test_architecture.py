@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "outputs"}
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
-TORCH_FREE = ["commands", "recipe", "runs"]  # but for runs/worker.py, which is the other side of the launch
+TORCH_FREE = ["commands", "recipe", "runs"]
+OTHER_SIDE = {"worker.py", "preflight.py"}  # in runs, but run by the process that is launched
 
 
 def imports(file: Path) -> set[str]:
@@ -67,8 +68,8 @@ def test_tasks_know_the_types_of_the_recipe_alone(file: Path) -> None:
 
 @pytest.mark.parametrize("file", files(*(f"caspr_cli/{p}" for p in TORCH_FREE)), ids=name)
 def test_composing_and_launching_need_no_torch(file: Path) -> None:
-    if file.name == "worker.py":
-        assert uses(file, "torch", "lightning") == []  # it goes through training
+    if file.name in OTHER_SIDE:
+        assert uses(file, "torch", "lightning") == []  # they go through training
         return
     assert uses(file, "torch", "torchvision", "lightning", "torchmetrics", "caspr_cli.training", "tasks") == []
     if file.parent.name != "commands":

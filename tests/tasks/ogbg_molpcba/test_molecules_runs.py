@@ -28,7 +28,7 @@ def test_two_processes(
     """The loss is a mean over each process's own cells, so it is near that of one process, and the metric is whole."""
     root = f"task.root={write(tables)}"
     one, two = (
-        train(*SMALL, root, "task.dropout=0", "optim.lr=0", f"trainer.devices={n}", name=f"{n} processes")
+        train(*SMALL, root, "task.dropout=0", "optim.lr=0", f"trainer.devices={n}", name=f"processes-{n}")
         for n in (1, 2)
     )
     for split in ("val", "test"):

@@ -1,0 +1,212 @@
+"""The images of a recipe as data sets: decoded once into arrays where they fit, else read file by file.
+
+In the cache (see :mod:`tasks.cache`) is one directory for what a source's identity, the size, and whether whole images
+are wanted come to:
+
+    images/<hash>/  meta.json, and of each split  <split>_labels.npy  with either
+                    <split>.npy                     pixels, uint8 [N, size, size, 3], memory-mapped
+                    <split>.json                    names of the files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from caspr_cli.recipe.schema import Augment, ImagesConf
+from tasks.base import Split
+from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
+from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum, centred
+from tasks.images.augment import image_augmentation
+from tasks.images.sources import Found, pictures
+
+log = logging.getLogger("caspr")
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+FORMAT = 1  # of the files, and of the drawn shapes; raised when they change
+LARGEST_BYTES = 4_000_000_000  # of pixels that are decoded ahead
+SMALL = 64  # pixels a side, up to which whole images are not worth keeping
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
+
+Sample = tuple[Tensor, int]
+
+
+class Decoded(Dataset[Sample]):
+    """Images that were decoded ahead: uint8 tensors ``[size, size, 3]``, each with its label."""
+
+    def __init__(self, pixels: Path, labels: Path) -> None:
+        self._arguments = (pixels, labels)
+        self._pixels, self._labels = read_array(pixels), read_array(labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return torch.from_numpy(self._pixels[index].copy()), int(self._labels[index])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoded, self._arguments  # spawned workers map the files themselves: a pickled map is a full copy
+
+
+class Opened(Dataset[Sample]):
+    """Images of an album, opened when they are read, and made square by ``change``: as :class:`Decoded`."""
+
+    def __init__(self, album: Album, change: Callable[[Image.Image], Image.Image]) -> None:
+        self._album, self._change = album, change
+
+    def __len__(self) -> int:
+        return len(self._album.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = self._change(self._album.image(index))
+        return torch.from_numpy(np.array(image)), int(self._album.labels[index])
+
+
+class Centred:
+    """:func:`centred` of one size, with a pickle."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return centred(image, self._size)
+
+
+class Gallery:
+    """The images of one recipe. Nothing is read or built before it is asked for."""
+
+    def __init__(self, conf: ImagesConf) -> None:
+        self._conf = conf
+        # A random crop of an image wants all of it, unless the whole is hardly larger.
+        self._whole = conf.augment in (Augment.imagenet, Augment.rand_augment) and conf.size > SMALL
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where the arrays or lists are; builds them if need be."""
+        source = pictures(self._conf)
+        settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
+
+        def build(aside: Path) -> dict[str, Any]:
+            return {"data": source.name} | self._build(source.load(aside), aside)
+
+        return build_once(cache_root("images") / digest([*source.identity(), *settings]), build)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """What ``meta.json`` says of them."""
+        return read_meta(self.directory)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.meta["classes"])
+
+    @property
+    def mean(self) -> Tensor:
+        """Of each channel of the training split, float ``[3]``, where white is 1."""
+        return torch.tensor(self.meta["mean"])
+
+    @property
+    def std(self) -> Tensor:
+        """As :attr:`mean`."""
+        return torch.tensor(self.meta["std"])
+
+    def _build(self, found: Found, aside: Path) -> dict[str, Any]:
+        counts = {split: len(found.albums[split].labels) for split in SPLITS}
+        content = hashlib.sha256(json.dumps(found.classes).encode())
+        for split in SPLITS:
+            labels = found.albums[split].labels
+            np.save(aside / f"{split}_labels.npy", labels)
+            content.update(labels.astype("<i8").tobytes())
+        meta: dict[str, Any] = {
+            "classes": found.classes,
+            "splits": {split: {"images": count} for split, count in counts.items()},
+        }
+        size = self._conf.size
+        in_memory = all(isinstance(album, ArrayAlbum) for album in found.albums.values())
+        fits = size <= SMALL or 3 * size**2 * sum(counts.values()) <= LARGEST_BYTES
+        if in_memory or (fits and not self._whole):
+            log.info("decoding %d images", sum(counts.values()))
+            for split in SPLITS:
+                pixels = _decode(found.albums[split], size, aside / f"{split}.npy")
+                content.update(pixels.data)
+                if split == "train":
+                    meta["mean"], meta["std"] = _moments(pixels)
+        else:
+            meta["mean"], meta["std"] = IMAGENET_MEAN, IMAGENET_STD
+            for split in SPLITS:
+                album = found.albums[split]
+                assert isinstance(album, FileAlbum)
+                (aside / f"{split}.json").write_text(json.dumps(album.names), encoding="utf8")
+                content.update("\n".join(f"{name} {album.size(i)}" for i, name in enumerate(album.names)).encode())
+        return meta | {"hash": content.hexdigest()[:16]}
+
+    def check(self) -> None:
+        """Raise :class:`DataError` unless all files are there, with the sizes they were written with."""
+        for split in SPLITS:
+            count = self.meta["splits"][split]["images"]
+            labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
+            if read_array(labels).shape != (count,):
+                raise damaged(labels)
+            if not self._names(split).is_file() and read_array(pixels).shape != (count, *2 * [self._conf.size], 3):
+                raise damaged(pixels)
+
+    def _names(self, split: Split) -> Path:
+        return self.directory / f"{split}.json"
+
+    def dataset(self, split: Split) -> Dataset[Sample]:
+        """The data set of a split; raises as :meth:`check`."""
+        self.check()
+        change = image_augmentation(self._conf.augment, self._conf.size) if split == "train" else None
+        labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
+        if not self._names(split).is_file():
+            if change is None:
+                return Decoded(pixels, labels)
+            return Opened(ArrayAlbum(read_array(pixels), read_array(labels)), change)
+        try:
+            names = json.loads(self._names(split).read_text(encoding="utf8"))
+        except ValueError as error:
+            raise damaged(self._names(split)) from error
+        album = FileAlbum(Path(str(self._conf.root)).expanduser(), names, read_array(labels))
+        return Opened(album, change or Centred(self._conf.size))
+
+    def describe(self) -> dict[str, Any]:
+        """Name, source, hash of the content, number of classes, and images of each split."""
+        return {
+            "name": self.meta["data"],
+            "source": self._conf.data.value,
+            "hash": self.meta["hash"],
+            "classes": self.classes,
+            "splits": self.meta["splits"],
+        }
+
+
+def _decode(album: Album, size: int, path: Path) -> Array:
+    """Write all images of an album as one array ``[N, size, size, 3]``, and give it back."""
+    shape = (len(album.labels), size, size, 3)
+    pixels: Array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    for i in range(len(pixels)):
+        pixels[i] = np.asarray(centred(album.image(i), size))
+    return pixels
+
+
+def _moments(pixels: Array) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over ``[N, H, W, 3]``, where white is 1."""
+    counts = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])  # [3, 256]
+    share = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = share @ values
+    # an image without any contrast is divided by one step of 8 bits
+    std = np.sqrt(np.maximum(share @ values**2 - mean**2, 1 / 255**2))
+    return mean.tolist(), std.tolist()

@@ -1,0 +1,326 @@
+"""Where the images come from: drawn shapes, folders or a zip of files, torchvision's data sets on disk or fetched.
+
+A source gives the images of each split as an :class:`~tasks.images.albums.Album`, and an *identity*: cheap strings that
+change when the images may have changed. Where there is no validation split, a tenth of each class of the training split
+becomes one; where there is no test split (ImageNet publishes no labels of it), the validation split serves as test.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+
+from caspr_cli.recipe.schema import Images, ImagesConf, Source
+from tasks.base import DataError, Split
+from tasks.files import root_of, stamps
+from tasks.hub import reaching
+from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
+from tasks.images.shapes import SHAPES, draw
+
+log = logging.getLogger("caspr")
+
+SAMPLE: dict[Split, int] = {"train": 24_000, "validation": 2_000, "test": 2_000}  # images
+HELD_OUT = 0.1  # of each class, for validation where a data set has none
+LAYOUT = "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds: its classes in the order of their labels, and an album for each split."""
+
+    classes: list[str]
+    albums: dict[Split, Album]
+
+
+class Pictures(Protocol):
+    """The images of a data set."""
+
+    name: str
+
+    def identity(self) -> list[str]:
+        """Strings that change whenever the images may have changed. Opens no image."""
+
+    def load(self, aside: Path) -> Found:
+        """The images. ``aside`` is a directory for what they need on disk while they are read."""
+
+
+def pictures(conf: ImagesConf) -> Pictures:
+    """The source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` where it cannot be one."""
+    if conf.data is Source.sample:
+        return Shapes()
+    if conf.images is Images.folder:
+        if conf.data is Source.hub:
+            raise DataError("task.images=folder: is on no hub; take task.data=files task.root=DIR")
+        return Folder(conf)
+    if conf.images is Images.imagenet:
+        if conf.data is Source.hub:
+            raise DataError(
+                "task.images=imagenet: has to be fetched by hand (image-net.org, after registration)\n"
+                f"then {EXTRACT}, and take task.data=files task.root=DIR"
+            )
+        return ImageNet(conf)
+    return Published(conf)
+
+
+def hold_out(labels: Array) -> tuple[Array, Array]:
+    """Indices to train on and indices to validate on, a tenth of each class (at least one), in order.
+
+    The choice hangs on the labels alone. Raises :class:`DataError` where a class has a single image.
+    """
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        if len(of_class) < 2:
+            raise DataError(f"task.root: class number {label} has one training image, none to hold out for validation")
+        count = max(1, round(HELD_OUT * len(of_class)))
+        chosen[np.random.default_rng(int(label)).permutation(of_class)[:count]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+# ---- sample: shapes ----------------------------------------------------------------------------------------------
+
+
+class Shapes:
+    """Ten drawn shapes, see :mod:`tasks.images.shapes`."""
+
+    name = "shapes"
+
+    def identity(self) -> list[str]:
+        """Their number; what changes the drawing raises ``FORMAT`` in :mod:`tasks.images.data`."""
+        return [self.name, str(SAMPLE)]
+
+    def load(self, aside: Path) -> Found:
+        """See :class:`Pictures`. Takes some four seconds."""
+        return Found(
+            list(SHAPES), {split: ArrayAlbum(*draw(count, seed)) for seed, (split, count) in enumerate(SAMPLE.items())}
+        )
+
+
+# ---- files: folders and zips -------------------------------------------------------------------------------------
+
+
+class Folder:
+    """Image files in folders by split and class, in a directory or a zip (there also below a single top folder)."""
+
+    name = "folder"
+    holds = LAYOUT
+
+    def __init__(self, conf: ImagesConf) -> None:
+        given = None if conf.root is None else Path(conf.root).expanduser()
+        self._root = given if given and given.is_file() else root_of(conf, self.holds)
+
+    def identity(self) -> list[str]:
+        """Path, size and time of change of every file, or of the zip."""
+        if self._root.is_file():
+            return [self.name, *stamps([self._root])]
+        return [self.name, *stamps(sorted(self._root.rglob("*")))]
+
+    def load(self, aside: Path) -> Found:
+        """See :class:`Pictures`."""
+        log.info("listing the images in %s", self._root)
+        found = sort_out(_entries(self._root), self._root.name)
+        labels = {name: label for label, name in enumerate(sorted(found["train"]))}
+        albums: dict[Split, FileAlbum] = {
+            split: FileAlbum(
+                self._root,
+                [name for group in sorted(groups) for name in groups[group]],
+                np.array([labels[group] for group in sorted(groups) for _ in groups[group]]),
+            )
+            for split, groups in found.items()
+        }
+        if "validation" not in albums:
+            train = albums["train"]
+            kept, held = (
+                FileAlbum(self._root, [train.names[i] for i in chosen], train.labels[chosen])
+                for chosen in hold_out(train.labels)
+            )
+            albums |= {"train": kept, "validation": held}
+        return Found(list(labels), dict(albums))
+
+
+def _entries(root: Path) -> list[str]:
+    """Paths of all files and folders below ``root``, or in it where it is a zip; a folder's ends in a slash."""
+    if root.is_dir():
+        return sorted(path.relative_to(root).as_posix() + "/" * path.is_dir() for path in root.rglob("*"))
+    try:
+        with zipfile.ZipFile(root) as file:
+            return sorted(file.namelist())
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"task.root: {root.name} is neither a directory nor a zip that can be read ({error})") from None
+
+
+def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]]:
+    """The image files of each split and class, where "validation" may be missing.
+
+    Args:
+        entries: paths; a folder's ends in a slash. Hidden files are passed over.
+        where: name of what they lie in, for messages.
+
+    Raises:
+        DataError: they lie in no such layout; the message names the file or folder.
+    """
+    paths = [entry.split("/") for entry in entries]
+    paths = [parts for parts in paths if not any(part.startswith((".", "__MACOSX")) for part in parts)]
+    tops = {parts[0] for parts in paths if len(parts) > 1}
+    depth = 1 if "train" not in tops and len(tops) == 1 else 0  # the folder that was zipped
+    splits: dict[str, dict[str, list[str]]] = {}
+    for parts in paths:
+        inner = parts[depth:]
+        if len(inner) < 2 or inner[0] not in ("train", "validation", "val", "test"):
+            continue  # a README beside the splits
+        split, group, *rest = inner
+        groups = splits.setdefault("validation" if split == "val" else split, {})
+        name = "/".join(parts)
+        if not rest and group:
+            raise DataError(f"{where}: {name} lies in no folder of a class; the layout is {LAYOUT}")
+        files = groups.setdefault(group, []) if group else []
+        if rest and rest[-1]:
+            if not name.lower().endswith(IMG_EXTENSIONS):
+                raise DataError(f"{where}: {name} is not an image ({', '.join(IMG_EXTENSIONS)})")
+            files.append(name)
+    if "train" not in splits:
+        raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
+    if "test" not in splits:
+        if "validation" not in splits:
+            raise DataError(f"task.root: no folder test (nor validation) in {where}; the layout is {LAYOUT}")
+        splits["test"] = splits.pop("validation")
+    for split, groups in splits.items():
+        _check_classes(split, groups, set(splits["train"]), where)
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+
+
+def _check_classes(split: str, groups: dict[str, list[str]], classes: set[str], where: str) -> None:
+    if not any(groups.values()):
+        raise DataError(f"{where}: no images in the {split} split")
+    for group, files in groups.items():
+        if group not in classes:
+            raise DataError(f"{where}: the {split} split has the class {group!r}, which the training split has not")
+        if not files:
+            raise DataError(f"{where}: no images of the class {group!r} in the {split} split")
+    for missing in sorted(classes - set(groups)):
+        raise DataError(f"{where}: the {split} split has no folder of the class {missing!r}")
+    if len(classes) < 2:
+        raise DataError(f"{where}: one class alone ({', '.join(classes)}), there is nothing to tell apart")
+
+
+EXTRACT = (
+    "unpack its tars, as torchvision.datasets.ImageNet(DIR, 'train') and (DIR, 'val') do, "
+    "into DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
+)
+
+
+class ImageNet(Folder):
+    """ImageNet 2012 as ``torchvision.datasets.ImageNet`` unpacks it: folders by WordNet number, labels in their order.
+
+    torchvision itself is not asked: it would unpack 150 GB into the user's directory, in every process at once.
+    """
+
+    name = "imagenet"
+    holds = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
+
+    def __init__(self, conf: ImagesConf) -> None:
+        self._root = root_of(conf, self.holds)
+        for split in ("train", "val"):
+            if not (self._root / split).is_dir():
+                raise DataError(f"task.root: no folder {split} in {conf.root}\n{EXTRACT}")
+
+    def identity(self) -> list[str]:
+        """Path and time of change of every folder: there are a thousand of them, and a million files."""
+        return [self.name, *stamps(sorted([*self._root.glob("train/*"), *self._root.glob("val/*")]))]
+
+
+# ---- torchvision's data sets -------------------------------------------------------------------------------------
+
+PUBLISHED: dict[Images, Callable[..., Any]] = {
+    Images.cifar10: datasets.CIFAR10,
+    Images.cifar100: datasets.CIFAR100,
+    Images.fashion_mnist: datasets.FashionMNIST,
+}
+
+
+class Published:
+    """CIFAR-10, CIFAR-100 or Fashion-MNIST: files as torchvision leaves them, or fetched by it."""
+
+    def __init__(self, conf: ImagesConf) -> None:
+        self.name = conf.images.value
+        self._class: Any = PUBLISHED[conf.images]
+        self._root: Path | None = None
+        if conf.data is Source.files:
+            self._root = root_of(conf, f"the files of torchvision.datasets.{self._class.__name__}")
+
+    def identity(self) -> list[str]:
+        """Stamps of the files, or the name of what is fetched: what was fetched once serves without a network."""
+        if self._root is None:
+            return [self.name]
+        return [self.name, *stamps(path for path, _ in self._files(self._root))]
+
+    def load(self, aside: Path) -> Found:
+        """See :class:`Pictures`."""
+        if self._root is not None:
+            return self._read(self._root)
+        with TemporaryDirectory(dir=aside) as fetched:
+            self._fetch(fetched)
+            return self._read(Path(fetched))
+
+    def _fetch(self, root: str) -> None:
+        log.info("fetching %s", self.name)
+        instead = "take task.data=sample, or task.data=files task.root=DIR with the files of torchvision in DIR"
+        with reaching(f"the server of {self.name}", instead):
+            try:
+                self._class(root, download=True)
+            except RuntimeError as error:  # a wrong md5, or, of Fashion-MNIST, every mirror failed
+                reason = " ".join(str(error).split())
+                if "corrupted" in reason:
+                    raise DataError(f"{self.name}: what came from its server has another md5 than it should") from error
+                raise ConnectionError(reason) from error
+
+    def _files(self, root: Path) -> list[tuple[Path, str | None]]:
+        """The files that torchvision reads, with their md5 where it knows one; raises where one is missing."""
+        name = self._class.__name__
+        found: list[tuple[Path, str | None]]
+        if self._class is datasets.FashionMNIST:  # torchvision knows the md5 of the packed files alone
+            found = [(root / name / "raw" / packed.removesuffix(".gz"), None) for packed, _ in self._class.resources]
+        else:
+            meta = [self._class.meta["filename"], self._class.meta["md5"]]
+            members = [*self._class.train_list, *self._class.test_list, meta]
+            found = [(root / self._class.base_folder / file, md5) for file, md5 in members]
+        for path, _ in found:
+            if not path.is_file():
+                raise DataError(
+                    f"task.root: no {path.relative_to(root)} in {root} (unpacked, as torchvision's {name} leaves it)"
+                )
+        return found
+
+    def _read(self, root: Path) -> Found:
+        for path, md5 in self._files(root):
+            if md5 and not check_integrity(path, md5):
+                raise DataError(f"{path.name}: has another md5 than it should; fetch {self.name} again")
+        try:
+            parts = [self._class(str(root), train=train, download=False) for train in (True, False)]
+        except Exception as error:  # whatever its readers make of bytes of another kind
+            raise DataError(f"{root}: these are not the files of {self.name} ({error})") from error
+        (images, labels), (test_images, test_labels) = (
+            (np.asarray(part.data), np.asarray(part.targets, np.int64)) for part in parts
+        )
+        for name, pixels, targets in (("training", images, labels), ("test", test_images, test_labels)):
+            if len(pixels) != len(targets) or not len(targets):
+                raise DataError(f"{root}: {len(pixels)} images and {len(targets)} labels in the {name} split")
+        train, validation = hold_out(labels)
+        return Found(
+            list(parts[0].classes),
+            {
+                "train": ArrayAlbum(images[train], labels[train]),
+                "validation": ArrayAlbum(images[validation], labels[validation]),
+                "test": ArrayAlbum(test_images, test_labels),
+            },
+        )

@@ -1,0 +1,32 @@
+"""Residual networks on images."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from caspr_cli.recipe.schema import ResNetConf
+from tasks.base import DataError
+from tasks.images.task import Classification
+from tasks.resnet.model import DEPTHS, ResNet
+
+
+class ResNetTask(Classification):
+    """A residual network. See :class:`tasks.images.task.Classification` for data, loss and metrics."""
+
+    heads: ClassVar[tuple[str, ...]] = ("fc",)
+    conf: ResNetConf
+
+    def __init__(self, conf: ResNetConf, seed: int) -> None:
+        super().__init__(conf, seed)
+        if conf.depth not in DEPTHS:
+            raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
+        if conf.width < 1:
+            raise DataError(f"task.width: {conf.width} is too small, it must be at least 1")
+
+    def model(self) -> ResNet:
+        """A fresh network, its weights channels last in memory, as convolutions on GPUs (and most CPUs) want them."""
+        conf = self.conf
+        model = ResNet(conf.depth, self.gallery.classes, conf.width, small_input=conf.small_input)
+        return model.to(memory_format=torch.channels_last)

@@ -1,0 +1,62 @@
+"""Reading CoNLL-U: words and one column of tags (https://universaldependencies.org/format.html)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from caspr_cli.recipe.schema import Tags
+from tasks.base import DataError
+from tasks.files import lines
+
+COLUMNS = 10
+COLUMN = {Tags.upos: 3, Tags.xpos: 4}
+MISSING = "_"  # what CoNLL-U writes where there is nothing
+NO_WORD = re.compile(r"[1-9]\d*-[1-9]\d*|\d+\.[1-9]\d*")  # a multiword token's range, an empty node
+
+
+class Sentence(NamedTuple):
+    """Words and their tags, as many of the one as of the other."""
+
+    words: list[str]
+    tags: list[str]  # MISSING where the treebank gives none
+
+
+def read(path: Path, tags: Tags) -> Iterator[Sentence]:
+    """The sentences of a file (``.conllu``, or gzipped).
+
+    Words are the *syntactic* words, those with a whole number for ID: of a multiword token its parts are read, and
+    empty nodes are not. Every word must have a UPOS, as the format demands; an XPOS is optional, and ``_`` is kept.
+
+    Raises:
+        DataError: the file is not CoNLL-U; the message names file and line.
+    """
+    words: list[str] = []
+    found: list[str] = []
+    for number, line in lines(path):
+        if number == 1:
+            line = line.removeprefix("\ufeff")  # some editors begin a file with a byte order mark
+        if not line:
+            if words:
+                yield Sentence(words, found)
+                words, found = [], []
+        elif line[0] != "#":
+            columns = line.split("\t")
+            where = f"{path.name}:{number}"
+            if len(columns) != COLUMNS:
+                raise DataError(f"{where}: {len(columns)} columns, not {COLUMNS} with one tab between each")
+            if columns[0] != str(len(words) + 1):
+                if NO_WORD.fullmatch(columns[0]):
+                    continue
+                raise DataError(f"{where}: ID is {columns[0]!r} where {len(words) + 1} comes next")
+            word, tag = columns[1], columns[COLUMN[tags]]
+            if not word.strip():
+                raise DataError(f"{where}: FORM is empty")
+            if not tag.strip() or (tag == MISSING and tags is Tags.upos):
+                raise DataError(f"{where}: {word!r} has no {tags.name.upper()}")
+            words.append(word)
+            found.append(tag)
+    if words:
+        yield Sentence(words, found)

@@ -1,0 +1,187 @@
+"""Where the sentences come from: a bundled Turkish treebank, any UD treebank on disk, or one from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from caspr_cli.recipe.schema import Source, TaggingConf, Tags
+from tasks.base import DataError, Split
+from tasks.files import root_of
+from tasks.hub import reaching
+from tasks.ud_pos.conllu import MISSING, Sentence, read
+
+
+class Treebank(Protocol):
+    """The sentences of a data set."""
+
+    name: str
+
+    def split(self, split: Split) -> Iterable[Sentence]:
+        """The sentences of a split, in a fixed order. Raises :class:`DataError` where they cannot be read."""
+
+
+def treebank(conf: TaggingConf) -> Treebank:
+    """The source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
+    if conf.data is Source.files:
+        return Files(conf)
+    if conf.data is Source.hub:
+        return Hub(conf)
+    return Sample(conf)
+
+
+# ---- sample: Turkish, from a package --------------------------------------------------------------------------------
+
+
+class Sample:
+    """The hand-annotated Turkish sentences of the package ``turkish-treebanks``: 4,851 of the web and of Wikipedia.
+
+    The package is found by its metadata and never imported: its modules need protobuf, its CoNLL-U files nothing.
+    Sentences are dealt out 80 / 10 / 10 by a hash of their text, so none is found in two splits. UPOS are 14 coarse
+    tags, some older than UD's (PRT, CONJ, AFFIX, ONOM); words are often parts of a written word.
+    """
+
+    package = "turkish-treebanks"
+
+    def __init__(self, conf: TaggingConf) -> None:
+        self._tags = conf.tags
+        self._files = sample_files(self.package)
+        self.name = f"{self.package} {metadata.version(self.package)}"
+
+    @cached_property
+    def _sentences(self) -> list[Sentence]:
+        return [sentence for path in self._files for sentence in read(path, self._tags)]
+
+    def split(self, split: Split) -> Iterator[Sentence]:
+        """See :class:`Treebank`."""
+        return (sentence for sentence in self._sentences if split_of("".join(sentence.words)) == split)
+
+
+def sample_files(package: str) -> list[Path]:
+    """The CoNLL-U files that an installed package brings along, by name."""
+    try:
+        found = sorted(Path(str(f.locate())) for f in metadata.files(package) or [] if f.suffix == ".conllu")
+    except metadata.PackageNotFoundError:
+        found = []
+    if not found or not all(path.is_file() for path in found):
+        raise DataError(
+            f"task.data=sample: the package {package} is not installed, or not whole: pip install {package}\n"
+            "or take task.data=files task.root=DIR with a treebank of Universal Dependencies"
+        )
+    return found
+
+
+def split_of(text: str) -> Split:
+    """The split of a sentence of the sample, by its text (without spaces) alone."""
+    part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "validation" if part < 0.1 else "test" if part < 0.2 else "train"
+
+
+# ---- files: a treebank of Universal Dependencies --------------------------------------------------------------------
+
+# Large treebanks have several files a split: de_hdt-ud-train-a-1.conllu
+FILE = re.compile(r"(?P<code>.+)-ud-(?P<split>train|dev|test)(-.+)?\.conllu(\.gz)?")
+
+
+class Files:
+    """The files ``CODE-ud-{train,dev,test}.conllu`` of one treebank, plain or gzipped, in the directory ``task.root``.
+
+    A split in several files (``CODE-ud-train-a.conllu``, ...) is read in the order of their names.
+    """
+
+    def __init__(self, conf: TaggingConf) -> None:
+        root = root_of(conf, "a UD treebank, CODE-ud-{train,dev,test}.conllu or .conllu.gz")
+        self._tags = conf.tags
+        found = [(match, path) for path in sorted(root.iterdir()) if (match := FILE.fullmatch(path.name))]
+        codes = sorted({match["code"] for match, _ in found})
+        if not codes:
+            raise DataError(f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}")
+        if len(codes) > 1:
+            some = ", ".join(codes[:4]) + (", ..." if len(codes) > 4 else "")
+            raise DataError(f"task.root: {len(codes)} treebanks in {conf.root} ({some}); give each its own directory")
+        self.name = codes[0]
+        self._files: dict[Split, list[Path]] = {}
+        names: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "dev"), ("test", "test"))
+        for split, part in names:
+            self._files[split] = [path for match, path in found if match["split"] == part]
+            if not self._files[split]:
+                raise DataError(f"task.root: no {self.name}-ud-{part}.conllu (or .conllu.gz) in {conf.root}")
+        for _, path in found:
+            if path.with_name(f"{path.name}.gz").exists():
+                raise DataError(f"task.root: both {path.name} and {path.name}.gz in {conf.root}; remove one of them")
+
+    def split(self, split: Split) -> Iterator[Sentence]:
+        """See :class:`Treebank`."""
+        for path in self._files[split]:
+            yield from read(path, self._tags)
+
+
+# ---- hub ------------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A treebank of ``universal-dependencies/universal_dependencies`` on the Hugging Face hub, by its code."""
+
+    repository = "universal-dependencies/universal_dependencies"
+
+    def __init__(self, conf: TaggingConf) -> None:
+        self._code, self._tags = conf.treebank, conf.tags
+        self.name = f"{self.repository} {conf.treebank}"
+
+    @cached_property
+    def _dataset(self) -> Any:
+        import datasets  # takes a second, and only this source needs it
+
+        instead = (
+            "take task.data=sample for the bundled Turkish, or task.data=files task.root=DIR with a treebank of\n"
+            "Universal Dependencies (CODE-ud-{train,dev,test}.conllu, from https://universaldependencies.org)"
+        )
+        with reaching("the Hugging Face hub", instead):
+            try:
+                return datasets.load_dataset(self.repository, self._code)
+            except ValueError as error:
+                if "Couldn't find cache" in str(error):  # without a network, and with another treebank in the cache
+                    raise ConnectionError(error) from None
+                if "BuilderConfig" in str(error):
+                    raise DataError(
+                        f"task.treebank: {self.repository} has no {self._code!r} (codes are like en_ewt, grc_proiel)"
+                    ) from None
+                raise
+
+    def split(self, split: Split) -> Iterator[Sentence]:
+        """See :class:`Treebank`."""
+        names = ("dev", "validation") if split == "validation" else (split,)  # the older releases' name comes second
+        name = next((name for name in names if name in self._dataset), None)
+        if name is None:
+            raise DataError(f"task.treebank: {self._code} has no {names[0]} split; take one that has all three")
+        column = self._tags.name
+        data = self._dataset[name]
+        if missing := [c for c in ("tokens", column) if c not in data.column_names]:
+            raise DataError(f"{self.name}, {name}: no column {missing[0]!r}, only {', '.join(data.column_names)}")
+        rows = data.select_columns(["tokens", column])
+        labels = getattr(getattr(rows.features[column], "feature", None), "names", None)  # else the tags are strings
+        for number, row in enumerate(rows):
+            where = f"{self.name}, {name}, row {number}"
+            words, tags = row["tokens"], row[column]
+            if len(words) != len(tags):
+                raise DataError(f"{where}: {len(words)} words and {len(tags)} tags")
+            if not all(words):
+                raise DataError(f"{where}: a word is empty")
+            if words:
+                yield Sentence(words, [self._tag(tag, labels, where) for tag in tags])
+
+    def _tag(self, tag: Any, labels: list[str] | None, where: str) -> str:
+        if labels is not None and tag is not None:
+            if not 0 <= tag < len(labels):
+                raise DataError(f"{where}: label {tag} of {self._tags.name}, which has {len(labels)} names")
+            tag = labels[tag]
+        if tag in (None, "", MISSING):
+            if self._tags is Tags.upos:
+                raise DataError(f"{where}: a word has no UPOS")
+            return MISSING
+        return str(tag)

@@ -1,0 +1,615 @@
+"""Sources, the cache of decoded images, and the data sets."""
+
+import gzip
+import hashlib
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
+from tasks.base import DataError
+from tasks.images import data, shapes, sources
+from tasks.images.albums import centred
+from tasks.images.data import SPLITS, Gallery
+
+CIFAR_ZIP = Path(__file__).resolve().parents[4] / "shared" / "data" / "images" / "cifar10_jpeg_16k_4k.zip"
+
+
+def zipped(folder, top=""):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as file:
+        for image in sorted(folder.rglob("*.*")):
+            file.write(image, top + image.relative_to(folder).as_posix())
+    return path
+
+
+def labels_of(dataset):
+    return [label for _, label in dataset]
+
+
+# ---- sample ------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_a_function_of_their_seed():
+    images, labels = shapes.draw(50, seed=3)
+    assert images.shape == (50, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [5] * 10
+    again, other = shapes.draw(50, seed=3), shapes.draw(50, seed=4)
+    assert np.array_equal(images, again[0])
+    assert np.array_equal(labels, again[1])
+    assert not np.array_equal(images, other[0])
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_each_shape_covers_a_middling_part_of_its_circle(name):
+    v, u = np.mgrid[-1.5:1.5:301j, -1.5:1.5:301j]
+    inside = shapes.SHAPES[name](u, v) < 0
+    assert 0.15 < inside.sum() * 0.01**2 / np.pi < 0.9
+    assert not inside[np.hypot(u, v) > 1.2].any()
+
+
+def test_sample_has_three_disjoint_splits_whatever_torchs_state(monkeypatch):
+    monkeypatch.setattr(sources, "SAMPLE", {"train": 40, "validation": 20, "test": 10})
+    before = torch.get_rng_state()
+    gallery = Gallery(ImagesConf(name="images"))
+    found = {split: gallery.dataset(split) for split in SPLITS}
+    assert [len(found[split]) for split in SPLITS] == [40, 20, 10]
+    assert gallery.classes == 10
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({image.numpy().tobytes() for split in SPLITS for image, _ in found[split]}) == 70
+
+
+def test_a_linear_model_learns_little_of_the_shapes():
+    (train, labels), (test, expected) = shapes.draw(3000, seed=0), shapes.draw(1000, seed=1)
+    x, y = (torch.from_numpy(part).float().flatten(1) / 255 - 0.5 for part in (train, test))
+    targets = torch.nn.functional.one_hot(torch.from_numpy(labels), 10).float() - 0.1
+    weights = torch.linalg.solve(x.mT @ x + 1000 * torch.eye(x.shape[1]), x.mT @ targets)
+    assert ((y @ weights).argmax(1) == torch.from_numpy(expected)).float().mean() < 0.2
+
+
+# ---- folders and zips --------------------------------------------------------------------------------------------
+
+
+def test_folder_holds_out_a_tenth_of_each_class(conf):
+    gallery = Gallery(conf())
+    found = {split: gallery.dataset(split) for split in SPLITS}
+    assert labels_of(found["train"]) == [0] * 9 + [1] * 9 + [2] * 9
+    assert labels_of(found["validation"]) == [0, 1, 2]
+    assert labels_of(found["test"]) == [0, 0, 1, 1, 2, 2]
+    image, label = found["test"][3]
+    assert image.dtype == torch.uint8
+    assert image.shape == (8, 8, 3)
+    assert label == 1
+    assert 101 <= image.float().mean() < 106  # shade 80 + 21, and noise
+    with pytest.raises(IndexError):
+        found["test"][6]
+
+
+def test_labels_are_those_of_torchvisions_image_folder(conf, folder):
+    ours = Gallery(conf()).dataset("test")
+    theirs = datasets.ImageFolder(str(folder / "test"))
+    assert labels_of(ours) == theirs.targets
+    for (image, _), (expected, _) in zip(ours, theirs, strict=True):
+        assert np.array_equal(image.numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", ["validation", "val"])
+def test_a_validation_folder_is_taken(conf, folder, name):
+    shutil.copytree(folder / "test", folder / name)
+    gallery = Gallery(conf())
+    assert [len(gallery.dataset(split)) for split in SPLITS] == [30, 6, 6]
+
+
+def test_val_is_the_test_split_where_there_is_no_other(conf, folder):
+    (folder / "test").rename(folder / "val")
+    gallery = Gallery(conf())
+    assert [len(gallery.dataset(split)) for split in SPLITS] == [27, 3, 6]
+
+
+@pytest.mark.parametrize("top", ["", "pets/"])
+def test_a_zip_is_the_folder(conf, folder, top):
+    plain, packed = Gallery(conf()), Gallery(conf(root=str(zipped(folder, top))))
+    assert packed.describe() == plain.describe()
+    for split in SPLITS:
+        for (one, label), (other, same) in zip(plain.dataset(split), packed.dataset(split), strict=True):
+            assert torch.equal(one, other)
+            assert label == same
+
+
+def test_hidden_files_and_what_lies_beside_the_splits_are_passed_over(conf, folder):
+    before = Gallery(conf()).describe()
+    (folder / "README.txt").write_text("three kinds of pet")
+    (folder / "train" / "cat" / ".DS_Store").write_bytes(b"\0")
+    (folder / "more" / "cat").mkdir(parents=True)
+    assert Gallery(conf()).describe() == before
+
+
+def test_grey_and_palette_images_become_three_channels(conf, folder):
+    Image.new("L", (8, 8), 200).save(folder / "test" / "cat" / "0.png")
+    Image.new("P", (8, 8)).save(folder / "test" / "cat" / "1.png")
+    test = Gallery(conf()).dataset("test")
+    assert test[0][0].unique().tolist() == [200]
+    assert test[1][0].shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("size", "shape"), [((40, 20), (10, 10)), ((20, 40), (10, 10)), ((8, 10), (10, 10))])
+def test_centred_keeps_the_middle(size, shape):
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    middle = pixels[size[1] // 2 - 3 : size[1] // 2 + 3, size[0] // 2 - 3 : size[0] // 2 + 3]
+    middle[:] = 255
+    found = np.asarray(centred(Image.fromarray(pixels), shape[0]))
+    assert found.shape == (*shape, 3)
+    centre = (shape[0] - 1) / 2
+    weights = found[..., 0] / found[..., 0].sum()
+    for axis in range(2):
+        assert (weights.sum(1 - axis) * np.arange(shape[0])).sum() == pytest.approx(centre, abs=0.3)
+
+
+def test_large_sizes_are_cut_from_an_eighth_more():
+    ramp = np.broadcast_to(np.linspace(0, 255, 256)[:, None, None], (256, 256, 3)).astype(np.uint8)
+    found = np.asarray(centred(Image.fromarray(ramp), 224))
+    assert np.array_equal(found, ramp[16:240, 16:240])  # 224 of 256, as is usual on ImageNet
+
+
+# ---- files that are opened when they are read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(conf, folder, monkeypatch):
+    """A gallery whose images are too many to decode ahead, in a folder or a zip."""
+    monkeypatch.setattr(data, "LARGEST_BYTES", 1)
+    monkeypatch.setattr(data, "SMALL", 4)
+
+    def make(packed=False, **changes):
+        return Gallery(conf(**changes, **({"root": str(zipped(folder))} if packed else {})))
+
+    return make
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_that_do_not_fit_are_opened_one_by_one(conf, opened, packed, monkeypatch):
+    gallery = opened(packed)
+    assert not list(gallery.directory.glob("t*n.npy"))
+    assert gallery.mean.tolist() == pytest.approx(data.IMAGENET_MEAN)
+    found = {split: gallery.dataset(split) for split in SPLITS}
+    monkeypatch.undo()
+    monkeypatch.setenv("CASPR_CACHE", str(gallery.directory.parent.parent / "other"))
+    for split in SPLITS:
+        for (one, label), (other, same) in zip(found[split], Gallery(conf()).dataset(split), strict=True):
+            assert torch.equal(one, other)
+            assert label == same
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_data_sets_go_to_other_processes(conf, opened, packed):
+    plain = Gallery(conf(images=Images.folder)).dataset("test")
+    for found in (opened(packed).dataset("test"), plain):
+        found[0]
+        pickled = pickle.dumps(found)
+        assert len(pickled) < 3000
+        assert torch.equal(pickle.loads(pickled)[3][0], found[3][0])
+
+
+@pytest.mark.parametrize("augment", [Augment.imagenet, Augment.rand_augment])
+def test_crops_and_operations_hang_on_torchs_generator_alone(opened, augment):
+    dataset = opened(augment=augment).dataset("train")
+
+    def read(seed):
+        torch.manual_seed(seed)
+        np.random.seed(seed + 1)  # noqa: NPY002  the wrong generators
+        random.seed(seed + 2)
+        return torch.stack([dataset[i][0] for i in range(8)])
+
+    one = read(0)
+    assert one.shape == (8, 8, 8, 3)
+    assert one.dtype == torch.uint8
+    torch.manual_seed(0)
+    assert torch.equal(torch.stack([dataset[i][0] for i in range(8)]), one)
+    assert not torch.equal(read(1), one)
+
+
+def test_whole_images_are_kept_for_random_crops_of_large_ones(conf, monkeypatch):
+    monkeypatch.setattr(data, "SMALL", 4)
+    assert list(Gallery(conf()).directory.glob("train.npy"))
+    cropped = Gallery(conf(augment=Augment.imagenet))
+    assert not list(cropped.directory.glob("train.npy"))
+    assert Gallery(conf(augment=Augment.rand_augment)).directory == cropped.directory
+    monkeypatch.undo()
+
+
+def test_small_images_are_cropped_from_the_cache(conf):
+    gallery = Gallery(conf(augment=Augment.imagenet))
+    assert list(gallery.directory.glob("train.npy"))
+    assert gallery.dataset("train")[0][0].shape == (8, 8, 3)
+
+
+# ---- torchvision's data sets -------------------------------------------------------------------------------------
+
+
+def write_cifar(root, cls, monkeypatch, images=20):
+    """A small archive in the form of the real one, under whose md5 torchvision takes it for real."""
+    (root / cls.base_folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        path = root / cls.base_folder / name
+        path.write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5(path.read_bytes()).hexdigest()]
+
+    def batch(name):
+        fine = "labels" if cls is datasets.CIFAR10 else "fine_labels"
+        pixels = rng.integers(0, 256, (images, 3072), np.uint8)
+        return write(name, {"data": pixels, fine: [i % 10 for i in range(images)]})
+
+    for parts in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, parts, [batch(name) for name, _ in getattr(cls, parts)], raising=False)
+    _, md5 = write(cls.meta["filename"], {cls.meta["key"]: [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5}, raising=False)
+
+
+def write_fashion(root, images=20):
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", images), ("t10k", 10)):
+        pixels = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count.to_bytes(4, "big") + labels)
+
+
+@pytest.mark.parametrize(("images", "cls"), [(Images.cifar10, datasets.CIFAR10), (Images.cifar100, datasets.CIFAR100)])
+def test_cifar_as_torchvision_leaves_it(tmp_path, monkeypatch, images, cls):
+    # torchvision's CIFAR100 inherits train_list from itself; both are restored after the test
+    write_cifar(tmp_path, cls, monkeypatch)
+    gallery = Gallery(ImagesConf(name="images", data=Source.files, images=images, root=str(tmp_path)))
+    theirs = cls(str(tmp_path), train=False)
+    test = gallery.dataset("test")
+    assert np.array_equal(np.stack([image.numpy() for image, _ in test]), theirs.data)
+    assert labels_of(test) == theirs.targets
+    batches = 5 if cls is datasets.CIFAR10 else 1
+    assert len(gallery.dataset("train")) == 20 * batches - 10 * max(1, batches // 5)
+    assert gallery.meta["classes"] == theirs.classes
+    assert gallery.describe()["name"] == images.value
+
+
+def test_fashion_mnist_becomes_three_channels(tmp_path):
+    write_fashion(tmp_path)
+    conf = ImagesConf(name="images", data=Source.files, images=Images.fashion_mnist, root=str(tmp_path), size=28)
+    image, label = Gallery(conf).dataset("test")[3]
+    theirs, same = datasets.FashionMNIST(str(tmp_path), train=False)[3]
+    assert label == same
+    for channel in range(3):
+        assert np.array_equal(image[..., channel].numpy(), np.asarray(theirs))
+
+
+def test_imagenet_labels_are_torchvisions(tmp_path, folder):
+    (folder / "test").rename(folder / "val")
+    wnids = {name: (name,) for name in ("cat", "dog", "emu")}
+    torch.save((wnids, []), folder / "meta.bin")
+    conf = ImagesConf(name="images", data=Source.files, images=Images.imagenet, root=str(folder), size=8)
+    gallery = Gallery(conf)
+    assert labels_of(gallery.dataset("test")) == datasets.ImageNet(str(folder), "val").targets
+    assert [len(gallery.dataset(split)) for split in SPLITS] == [27, 3, 6]
+    assert gallery.describe()["name"] == "imagenet"
+
+
+def test_hub_fetches_once_and_then_needs_no_network(monkeypatch, tmp_path):
+    def fetch(self):
+        if not Path(self.root, "FashionMNIST").exists():
+            write_fashion(Path(self.root))
+
+    monkeypatch.setattr(datasets.FashionMNIST, "download", fetch)
+    conf = ImagesConf(name="images", data=Source.hub, images=Images.fashion_mnist)
+    Gallery(conf).check()
+    monkeypatch.setattr(datasets.FashionMNIST, "download", lambda _: pytest.fail("fetched again"))
+    assert len(Gallery(conf).dataset("train")) == 10
+    assert not list(tmp_path.rglob("*ubyte"))  # what was fetched is not kept twice
+
+
+@pytest.mark.parametrize(
+    "error", [URLError("no route"), RuntimeError("Error downloading x.gz:\nTried m, got:\n<urlopen error no route>")]
+)
+def test_offline_says_what_to_do_instead(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", fail)
+    with pytest.raises(DataError, match=r"^the server of cifar10 cannot be reached \(.*no route>?\)\ntake task\.data"):
+        Gallery(ImagesConf(name="images", data=Source.hub)).check()
+
+
+def test_what_the_hub_sent_has_another_md5(monkeypatch):
+    def fail(_):
+        raise RuntimeError("File not found or corrupted.")  # what torchvision says of it
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", fail)
+    with pytest.raises(DataError, match=r"^cifar10: what came from its server has another md5"):
+        Gallery(ImagesConf(name="images", data=Source.hub)).check()
+
+
+@pytest.mark.parametrize("images", [Images.imagenet, Images.folder])
+def test_some_are_on_no_hub(images):
+    with pytest.raises(DataError, match=rf"^task\.images={images.value}: .*(by hand|no hub)"):
+        Gallery(ImagesConf(name="images", data=Source.hub, images=images)).check()
+
+
+# ---- malformed files ---------------------------------------------------------------------------------------------
+
+
+def stray_text(root):
+    (root / "train" / "cat" / "notes.txt").write_text("a cat")
+
+
+def not_an_image(root):
+    (root / "train" / "cat" / "0.jpg").write_bytes(b"this is no JPEG")
+
+
+def empty_image(root):
+    (root / "train" / "cat" / "0.jpg").write_bytes(b"")
+
+
+def truncated(root, name="train/cat/0.jpg"):
+    path = root / name
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def truncated_png(root):
+    truncated(root, "test/dog/1.png")
+
+
+def deep(root):
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / "test" / "dog" / "1.png")
+
+
+def unknown_class(root):
+    shutil.copytree(root / "test" / "cat", root / "test" / "fox")
+
+
+def missing_class(root):
+    shutil.rmtree(root / "test" / "cat")
+
+
+def empty_class(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+
+
+def empty_split(root):
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+
+
+def no_train(root):
+    (root / "train").rename(root / "training")
+
+
+def no_test(root):
+    shutil.rmtree(root / "test")
+
+
+def no_class_folder(root):
+    (root / "train" / "cat" / "0.jpg").rename(root / "train" / "0.jpg")
+
+
+def one_image(root):
+    for path in list((root / "train" / "dog").iterdir())[1:]:
+        path.unlink()
+
+
+def one_class(root):
+    for name in ("cat", "dog"):
+        for split in ("train", "test"):
+            shutil.rmtree(root / split / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (stray_text, r"^pets: train/cat/notes\.txt is not an image \(\.jpg"),
+        (not_an_image, r"^pets: train/cat/0\.jpg cannot be decoded \(not an image\)$"),
+        (empty_image, r"^pets: train/cat/0\.jpg cannot be decoded \(not an image\)$"),
+        (truncated, r"^pets: train/cat/0\.jpg cannot be decoded \(.*truncated.*\)$"),
+        (truncated_png, r"^pets: test/dog/1\.png cannot be decoded \(.*\)$"),
+        (deep, r"^pets: test/dog/1\.png: more than 8 bits a channel"),
+        (unknown_class, r"^pets: the test split has the class 'fox', which the training split has not$"),
+        (missing_class, r"^pets: the test split has no folder of the class 'cat'$"),
+        (empty_class, r"^pets: no images of the class 'dog' in the train split$"),
+        (empty_split, r"^pets: no images in the test split$"),
+        (no_train, r"^task\.root: no folder train in pets; the layout is train/<class>"),
+        (no_test, r"^task\.root: no folder test \(nor validation\) in pets"),
+        (no_class_folder, r"^pets: train/0\.jpg lies in no folder of a class"),
+        (one_image, r"class number 1 has one training image"),
+        (one_class, r"^pets: one class alone \(emu\)"),
+    ],
+)
+def test_malformed_folders(conf, folder, cache, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        Gallery(conf()).check()
+    assert not list(cache.glob("[!.]*"))  # nothing half done is left
+
+
+def test_root_is_missing_or_nowhere(conf):
+    with pytest.raises(DataError, match=r"^task\.root: task\.data=files needs the directory"):
+        Gallery(conf(root=None)).check()
+    with pytest.raises(DataError, match=r"^task\.root: no such directory: /nowhere"):
+        Gallery(conf(root="/nowhere")).check()
+
+
+def test_not_a_zip(conf, tmp_path):
+    path = tmp_path / "pets.zip"
+    path.write_bytes(b"PK, but not for long")
+    with pytest.raises(DataError, match=r"^task\.root: pets\.zip is neither a directory nor a zip"):
+        Gallery(conf(root=str(path))).check()
+
+
+def test_damaged_member_of_a_zip(conf, folder):
+    path = zipped(folder)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo("train/dog/4.jpg").header_offset
+    content[at + 200] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^pets\.zip: train/dog/4\.jpg cannot be read \(Bad CRC-32"):
+        Gallery(conf(root=str(path))).check()
+
+
+def test_a_file_that_went_away_is_named_when_it_is_read(opened, folder):
+    test = opened().dataset("test")
+    (folder / "test" / "cat" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"^pets: test/cat/0\.png cannot be read"):
+        test[0]
+
+
+def cifar_missing(root):
+    (root / "cifar-10-batches-py" / "data_batch_3").unlink()
+
+
+def cifar_changed(root):
+    (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"other")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cifar_missing, r"^task\.root: no cifar-10-batches-py/data_batch_3 in .* \(unpacked, as torchvision's CIFAR10"),
+        (cifar_changed, r"^data_batch_3: has another md5 than it should; fetch cifar10 again$"),
+    ],
+)
+def test_malformed_cifar(tmp_path, monkeypatch, damage, message):
+    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        Gallery(ImagesConf(name="images", data=Source.files, root=str(tmp_path))).check()
+
+
+def fashion_cut(raw):
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def fashion_packed(raw):
+    path = raw / "train-labels-idx1-ubyte"
+    with gzip.open(f"{path}.gz", "wb") as file:
+        file.write(path.read_bytes())
+    path.unlink()
+
+
+def fashion_other(raw):
+    path = raw / "t10k-images-idx3-ubyte"
+    path.write_bytes(b"\xff" * 50)
+
+
+def fashion_swapped(raw):
+    (raw / "t10k-labels-idx1-ubyte").write_bytes((raw / "train-labels-idx1-ubyte").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (fashion_cut, r"these are not the files of fashion_mnist \("),
+        (fashion_packed, r"^task\.root: no FashionMNIST/raw/train-labels-idx1-ubyte in .* \(unpacked"),
+        (fashion_other, r"these are not the files of fashion_mnist \("),
+        (fashion_swapped, r"10 images and 20 labels in the test split$"),
+    ],
+)
+def test_malformed_fashion_mnist(tmp_path, damage, message):
+    write_fashion(tmp_path)
+    damage(tmp_path / "FashionMNIST" / "raw")
+    conf = ImagesConf(name="images", data=Source.files, images=Images.fashion_mnist, root=str(tmp_path), size=28)
+    with pytest.raises(DataError, match=message):
+        Gallery(conf).check()
+
+
+def test_imagenet_that_was_not_unpacked(tmp_path):
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    conf = ImagesConf(name="images", data=Source.files, images=Images.imagenet, root=str(tmp_path))
+    with pytest.raises(DataError, match=r"^task\.root: no folder train in .*\nunpack its tars"):
+        Gallery(conf).check()
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.npy", "train_labels.npy", "test.npy"])
+def test_damaged_cache_is_named(conf, name):
+    path = Gallery(conf()).directory / name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(DataError, match=rf"{name}: damaged; delete .* and start again$"):
+        Gallery(conf()).dataset("train")
+
+
+def test_damaged_list_is_named(opened):
+    gallery = opened()
+    (gallery.directory / "test.json").write_text('["test/cat')
+    with pytest.raises(DataError, match=r"test\.json: damaged; delete"):
+        gallery.dataset("test")
+
+
+def test_cache_is_built_once_and_anew_where_files_change(conf, folder, monkeypatch):
+    first = Gallery(conf())
+    first.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.Folder, "load", lambda *_: pytest.fail("read again"))
+        Gallery(conf()).check()
+    Image.new("RGB", (8, 8), "red").save(folder / "test" / "cat" / "0.png")
+    second = Gallery(conf())
+    assert second.describe()["hash"] != first.describe()["hash"]
+    assert second.dataset("test")[0][0][0, 0].tolist() == [255, 0, 0]
+
+
+def test_moments_are_those_of_the_training_pixels(conf):
+    gallery = Gallery(conf())
+    pixels = torch.stack([image for image, _ in gallery.dataset("train")]).double().flatten(0, 2) / 255
+    torch.testing.assert_close(gallery.mean.double(), pixels.mean(0))
+    torch.testing.assert_close(gallery.std.double(), pixels.std(0, correction=0))
+
+
+def test_describe(conf):
+    found = Gallery(conf()).describe()
+    assert found["name"] == "folder"
+    assert found["source"] == "files"
+    assert found["classes"] == 3
+    assert found["splits"] == {"train": {"images": 27}, "validation": {"images": 3}, "test": {"images": 6}}
+    assert len(found["hash"]) == 16
+
+
+def test_hash_covers_pixels_labels_and_classes(conf, folder):
+    hashes = [Gallery(conf()).describe()["hash"]]
+    for change in (
+        lambda: Image.new("RGB", (8, 8)).save(folder / "test" / "cat" / "0.png"),
+        lambda: (folder / "test" / "cat" / "1.png").rename(folder / "test" / "dog" / "1a.png"),
+        lambda: [(folder / split / "emu").rename(folder / split / "fox") for split in ("train", "test")],
+    ):
+        change()
+        hashes.append(Gallery(conf()).describe()["hash"])
+    assert len(set(hashes)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR_ZIP.is_file(), reason="needs the zip of CIFAR-10 as JPEG beside the repository")
+def test_cifar_as_jpeg_in_a_zip():
+    conf = ImagesConf(name="images", data=Source.files, images=Images.folder, root=str(CIFAR_ZIP))
+    gallery = Gallery(conf)
+    assert {split: len(gallery.dataset(split)) for split in SPLITS} == {
+        "train": 14400,
+        "validation": 1600,
+        "test": 4000,
+    }
+    assert gallery.classes == 10
+    # CIFAR-10's own, https://github.com/kuangliu/pytorch-cifar
+    assert gallery.mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.005)
+    assert gallery.std.tolist() == pytest.approx([0.247, 0.243, 0.262], abs=0.005)

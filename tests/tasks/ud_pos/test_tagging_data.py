@@ -1,0 +1,530 @@
+"""The reader, the sources, the lexicon and the batches."""
+
+import gzip
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from caspr_cli.recipe.schema import Source, TaggingConf, Tags
+from tasks.base import DataError
+from tasks.ud_pos import data, sources
+from tasks.ud_pos.conllu import Sentence, read
+from tasks.ud_pos.data import (
+    BEGIN,
+    END,
+    HALF,
+    PADDING,
+    SPLITS,
+    UNKNOWN,
+    UNSEEN,
+    UNTAGGED,
+    Corpus,
+    Lexicon,
+    Sentences,
+    batch_of,
+)
+from tasks.ud_pos.sources import treebank
+
+EXAMPLE = """\
+# newdoc id = a
+# sent_id = 1
+# text = vámonos al mar
+1-2	vámonos	_	_	_	_	_	_	_	_
+1	vamos	ir	VERB	v	_	0	root	_	_
+2	nos	nosotros	PRON	p	_	1	obj	_	_
+3-4	al	_	_	_	_	_	_	_	_
+3	a	a	ADP	s	_	5	case	_	_
+4	el	el	DET	d	_	5	det	_	_
+5	mar	mar	NOUN	_	_	1	obl	_	_
+
+# text = Sue likes coffee and Bill tea
+1	Sue	Sue	PROPN	np	_	2	nsubj	_	_
+2	likes	like	VERB	v	_	0	root	0:root	_
+2.1	likes	like	VERB	v	_	_	_	0:root	CopyOf=2
+3	1 000	1 000	NUM	m	_	2	obj	_	_
+"""
+WORDS = [["vamos", "nos", "a", "el", "mar"], ["Sue", "likes", "1 000"]]
+UPOS = [["VERB", "PRON", "ADP", "DET", "NOUN"], ["PROPN", "VERB", "NUM"]]
+XPOS = [["v", "p", "s", "d", "_"], ["np", "v", "m"]]
+
+ROW = "1\tword\tword\tNOUN\tn\t_\t0\troot\t_\t_"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+# ---- CoNLL-U ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.rstrip("\n"),
+        lambda text: text + "\n\n\n# a comment at the end",
+        lambda text: "\ufeff" + text,
+        lambda text: "\n\n" + text,
+    ],
+    ids=["plain", "crlf", "no-final-newline", "trailing-lines", "byte-order-mark", "leading-lines"],
+)
+def test_reader_takes_syntactic_words(tmp_path, change):
+    path = write(tmp_path / "a.conllu", change(EXAMPLE))
+    assert list(read(path, Tags.upos)) == list(map(Sentence, WORDS, UPOS))
+    assert list(read(path, Tags.xpos)) == list(map(Sentence, WORDS, XPOS))
+
+
+def test_reader_of_gzip_and_of_nothing(tmp_path):
+    path = tmp_path / "a.conllu.gz"
+    path.write_bytes(gzip.compress(EXAMPLE.encode()))
+    assert [sentence.words for sentence in read(path, Tags.upos)] == WORDS
+    assert list(read(write(tmp_path / "empty.conllu", ""), Tags.upos)) == []
+    assert list(read(write(tmp_path / "comments.conllu", "# one\n\n# two\n"), Tags.upos)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (ROW.removesuffix("\t_"), "9 columns, not 10"),
+        (ROW + "\t_", "11 columns, not 10"),
+        (ROW.replace("\t", " "), "1 columns, not 10"),
+        ("  ", "1 columns, not 10"),
+        ("one" + ROW[1:], "ID is 'one' where 1 comes next"),
+        ("2" + ROW[1:], "ID is '2' where 1 comes next"),
+        ("01" + ROW[1:], "ID is '01' where 1 comes next"),
+        ("1-" + ROW[1:], "ID is '1-' where 1 comes next"),
+        ("" + ROW[1:], "ID is '' where 1 comes next"),
+        (ROW.replace("word", "", 1), "FORM is empty"),
+        (ROW.replace("NOUN", "_"), "'word' has no UPOS"),
+        (ROW.replace("NOUN", ""), "'word' has no UPOS"),
+        (ROW.replace("word", "w\xff").encode("latin-1"), "not UTF-8 (invalid start byte)"),
+    ],
+)
+def test_malformed_line_names_file_and_line(conf, root, line, message):
+    path = root / "xx_small-ud-dev.conllu"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(f"{ROW}\n\n# text = word\n".encode() + line + b"\n\n")
+    with pytest.raises(DataError) as caught:
+        _ = Corpus(conf()).sentences
+    assert str(caught.value).startswith(f"{path.name}:4: {message}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda packed: packed[:-20], lambda _: b"plain text"])
+def test_damaged_gzip_names_the_file(tmp_path, conf, treebank_writer, damage):
+    root = treebank_writer(tmp_path / "zipped", zipped=True)
+    path = root / "xx_small-ud-train.conllu.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"^xx_small-ud-train\.conllu\.gz:\d+: cannot be read from here on"):
+        _ = Corpus(conf(root=str(root))).sentences
+
+
+# ---- sample -----------------------------------------------------------------------------------------------------
+
+
+def test_sample_is_the_packages_treebank():
+    corpus = Corpus(TaggingConf())
+    found = corpus.sentences
+    assert sum(len(sentence.words) for split in SPLITS for sentence in found[split]) == 81_370
+    assert sum(map(len, found.values())) == 4_851
+    assert len(found["train"]) / 4_851 == pytest.approx(0.8, abs=0.02)
+    texts = {split: {"".join(sentence.words) for sentence in found[split]} for split in SPLITS}
+    for one, other in [("train", "validation"), ("train", "test"), ("validation", "test")]:
+        assert not texts[one] & texts[other]
+    described = corpus.describe()
+    assert described["name"].startswith("turkish-treebanks ")
+    assert described["tags"] == 14
+    assert 0.15 < described["splits"]["validation"]["unknown"] < 0.25
+
+
+def test_sample_splits_depend_on_the_text_alone(tmp_path, monkeypatch):
+    class Listed:
+        def __init__(self, path):
+            self.suffix, self.locate = path.suffix, lambda: path
+
+    def texts():
+        source = treebank(TaggingConf())
+        return {split: sorted(s.words for s in source.split(split)) for split in SPLITS}
+
+    blocks = [ROW.replace("word", f"word{i}", 1) + "\n\n" for i in range(60)]
+    one, other = (
+        write(tmp_path / "one.conllu", "".join(blocks[:40])),
+        write(tmp_path / "other.conllu", "".join(blocks[40:])),
+    )
+    monkeypatch.setattr(metadata, "files", lambda _: [Listed(other), Listed(one), Listed(tmp_path / "code.py")])
+    before = texts()
+    assert all(before.values())
+    write(one, "".join(reversed(blocks)))
+    write(other, "".join(blocks[:1]))  # a sentence that comes twice is twice in one split
+    split = sources.split_of("word0")
+    assert texts() == before | {split: sorted([*before[split], ["word0"]])}
+
+
+@pytest.mark.parametrize("broken", ["absent", "no record", "gone"])
+def test_sample_without_its_package(monkeypatch, broken):
+    class Gone:
+        suffix, locate = ".conllu", lambda _: Path("/nowhere/web.conllu")
+
+    def files(package):
+        if broken == "absent":
+            raise metadata.PackageNotFoundError(package)
+        return None if broken == "no record" else [Gone()]
+
+    monkeypatch.setattr(metadata, "files", files)
+    with pytest.raises(
+        DataError, match=r"^task\.data=sample: .*pip install turkish-treebanks\nor take task\.data=files"
+    ):
+        treebank(TaggingConf())
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_plain_and_gzipped_are_the_same(conf, root, tmp_path, treebank_writer):
+    zipped = treebank_writer(tmp_path / "zipped", zipped=True)
+    one, other = Corpus(conf()), Corpus(conf(root=str(zipped)))
+    assert one.sentences == other.sentences
+    assert one.describe() == other.describe()
+    assert {split: len(one.sentences[split]) for split in SPLITS} == {"train": 40, "validation": 10, "test": 10}
+
+
+def test_a_split_in_several_files(conf, root):
+    train = root / "xx_small-ud-train.conllu"
+    text = train.read_text()
+    middle = text.index("# sent_id = 17\n")
+    (root / "xx_small-ud-train-a.conllu").write_text(text[:middle])
+    (root / "xx_small-ud-train-b.conllu").write_text(text[middle:])
+    whole = Corpus(conf()).sentences["train"][:40]
+    train.unlink()
+    assert Corpus(conf()).sentences["train"] == whole
+
+
+def _remove(part):
+    return lambda root: (root / f"xx_small-ud-{part}.conllu").unlink()
+
+
+def _empty(root):
+    for path in root.iterdir():
+        path.unlink()
+
+
+def _rewrite(part, change):
+    path = f"xx_small-ud-{part}.conllu"
+    return lambda root: (root / path).write_text(change((root / path).read_text()))
+
+
+def _all_parts(change):
+    return lambda root: [_rewrite(part, change)(root) for part in ("train", "dev", "test")]
+
+
+def _columns(text, number, value):
+    rows = [line.split("\t") for line in text.splitlines()]
+    return "\n".join("\t".join([*r[:number], value, *r[number + 1 :]]) if len(r) == 10 else r[0] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "tags", "message"),
+    [
+        (_empty, "upos", r"task\.root: no \*-ud-train\.conllu \(or \.conllu\.gz\) in "),
+        (_remove("train"), "upos", r"task\.root: no xx_small-ud-train\.conllu \(or \.conllu\.gz\) in "),
+        (_remove("dev"), "upos", r"task\.root: no xx_small-ud-dev\.conllu "),
+        (_remove("test"), "upos", r"task\.root: no xx_small-ud-test\.conllu "),
+        (
+            lambda root: (root / "yy_other-ud-test.conllu").touch(),
+            "upos",
+            r"task\.root: 2 treebanks in .* \(xx_small, yy_other\); give each its own directory$",
+        ),
+        (
+            lambda root: (root / "xx_small-ud-dev.conllu.gz").touch(),
+            "upos",
+            r"task\.root: both xx_small-ud-dev\.conllu and xx_small-ud-dev\.conllu\.gz in ",
+        ),
+        (_rewrite("test", lambda _: "# nothing\n"), "upos", r"xx_small: no sentence in the test split$"),
+        (
+            _all_parts(lambda text: _columns(text, 4, "_")),
+            "xpos",
+            r"task\.tags: xx_small has no xpos in its train split; try the other of upos and xpos$",
+        ),
+        (
+            _all_parts(lambda text: _columns(text, 1, "_")),
+            "upos",
+            r"xx_small: every word is '_': its text is withheld",
+        ),
+        (
+            _rewrite("dev", lambda text: _columns(text, 3, "X")),
+            "upos",
+            r"xx_small: no tag of the validation split is found in the training split$",
+        ),
+        (
+            lambda root: [_remove("dev")(root), (root / "xx_small-ud-dev.conllu").mkdir()],
+            "upos",
+            r"xx_small-ud-dev\.conllu:1: cannot be read from here on",
+        ),
+    ],
+)
+def test_errors_of_a_treebank(conf, root, damage, tags, message):
+    damage(root)
+    with pytest.raises(DataError, match=f"^{message}") as caught:
+        _ = Corpus(conf(tags=Tags[tags])).sentences
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_errors_of_the_root(conf, root):
+    with pytest.raises(DataError, match=r"^task\.root: task\.data=files needs the directory of a UD treebank"):
+        treebank(conf(root=None))
+    for wrong in ("/nowhere", str(root / "xx_small-ud-dev.conllu")):
+        with pytest.raises(DataError, match=rf"^task\.root: no such directory: {wrong} "):
+            treebank(conf(root=wrong))
+
+
+def test_real_treebank(ewt):
+    described = Corpus(TaggingConf(data=Source.files, root=str(ewt))).describe()
+    assert (described["name"], described["tags"]) == ("en_ewt", 17)
+    sizes = [(described["splits"][split]["sentences"], described["splits"][split]["words"]) for split in SPLITS]
+    assert sizes == [(12_544, 204_577), (2_001, 25_147), (2_077, 25_094)]
+    assert described["splits"]["test"]["unknown"] == pytest.approx(0.091, abs=0.001)
+    assert described["vocab_size"] == 19_674 + 2
+
+
+# ---- hub --------------------------------------------------------------------------------------------------------
+
+
+NAMES = ["NOUN", "PUNCT", "_", "VERB"]
+
+
+def hub_dataset(rows, labels=True):
+    """A split as the hub has it: a list of words, of labels, of strings."""
+    import datasets
+
+    upos = datasets.List(datasets.ClassLabel(names=NAMES)) if labels else datasets.List(datasets.Value("string"))
+    strings = datasets.List(datasets.Value("string"))
+    features = datasets.Features(
+        {"sent_id": datasets.Value("string"), "tokens": strings, "upos": upos, "xpos": strings}
+    )
+    columns = {"sent_id": [str(i) for i in range(len(rows))]}
+    columns |= {key: [row[i] for row in rows] for i, key in enumerate(("tokens", "upos", "xpos"))}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+ROWS = [(["Dogs", "bark", "."], [0, 3, 1], ["nns", "vbp", None]), (["Cats"], [0], ["nns"])]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts data in the place of the hub's."""
+    import datasets
+
+    def serve(**splits):
+        def load(path, name):
+            assert (path, name) == ("universal-dependencies/universal_dependencies", "en_ewt")
+            return datasets.DatasetDict({split: hub_dataset(rows) for split, rows in splits.items()})
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        return TaggingConf(data=Source.hub)
+
+    return serve
+
+
+@pytest.mark.parametrize("held_out", ["dev", "validation"])
+def test_hub(hub, held_out):
+    conf = hub(**{"train": ROWS, held_out: ROWS[:1], "test": ROWS[1:]})
+    corpus = Corpus(conf)
+    assert corpus.sentences["train"] == [
+        Sentence(["Dogs", "bark", "."], ["NOUN", "VERB", "PUNCT"]),
+        Sentence(["Cats"], ["NOUN"]),
+    ]
+    assert [len(corpus.sentences[split]) for split in SPLITS] == [2, 1, 1]
+    assert corpus.describe()["name"] == "universal-dependencies/universal_dependencies en_ewt"
+    conf.tags = Tags.xpos
+    assert Corpus(conf).sentences["train"][0].tags == ["nns", "vbp", "_"]
+
+
+def test_hub_with_tags_as_strings(monkeypatch):
+    import datasets
+
+    rows = [(["Dogs"], ["NOUN"], ["nns"])]
+    splits = dict.fromkeys(("train", "dev", "test"), hub_dataset(rows, labels=False))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(splits))
+    assert Corpus(TaggingConf(data=Source.hub)).sentences["train"] == [Sentence(["Dogs"], ["NOUN"])]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((["a"], [-1], ["x"]), "label -1 of upos, which has 4 names"),
+        ((["a"], [2], ["x"]), "a word has no UPOS"),
+        ((["a"], [None], ["x"]), "a word has no UPOS"),
+        ((["a", "b"], [0], ["x"]), "2 words and 1 tags"),
+        (([""], [0], ["x"]), "a word is empty"),
+    ],
+)
+def test_hub_with_a_malformed_row(hub, row, message):
+    with pytest.raises(DataError) as caught:
+        _ = Corpus(hub(train=[*ROWS, row], dev=ROWS, test=ROWS)).sentences
+    assert str(caught.value) == f"universal-dependencies/universal_dependencies en_ewt, train, row 2: {message}"
+
+
+def test_hub_without_a_split_or_column(hub, monkeypatch):
+    import datasets
+
+    with pytest.raises(DataError, match=r"^task\.treebank: en_ewt has no dev split"):
+        _ = Corpus(hub(train=ROWS, test=ROWS)).sentences
+    without = datasets.DatasetDict({"train": hub_dataset(ROWS).remove_columns("xpos")})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: without)
+    with pytest.raises(DataError, match=r"train: no column 'xpos', only sent_id, tokens, upos$"):
+        _ = Corpus(TaggingConf(data=Source.hub, tags=Tags.xpos)).sentences
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("BuilderConfig 'en_ewt' not found. Available: ['af_afribooms', ...]"), "task.treebank: "),
+        (ConnectionError("Couldn't reach the hub\nmore"), "the Hugging Face hub cannot be reached (Couldn't reach"),
+        (ValueError("Couldn't find cache for en_ewt\nmore"), "the Hugging Face hub cannot be reached (Couldn't find"),
+    ],
+)
+def test_hub_that_does_not_answer(monkeypatch, error, message):
+    import datasets
+
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError) as caught:
+        _ = Corpus(TaggingConf(data=Source.hub)).sentences
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value).splitlines()) <= 3
+    if "cannot be reached" in message:
+        assert "task.data=sample" in str(caught.value)
+        assert "task.data=files task.root=DIR" in str(caught.value)
+
+
+def test_other_errors_of_the_hub_are_not_hidden(monkeypatch):
+    import datasets
+
+    def load(*_):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match="something else"):
+        _ = Corpus(TaggingConf(data=Source.hub)).sentences
+
+
+# ---- lexicon and batches ----------------------------------------------------------------------------------------
+
+
+def lexicon_of(train, held_out=(), vocab_size=100):
+    def tagged(texts):
+        return [Sentence(text.split(), ["T"] * len(text.split())) for text in texts]
+
+    return Lexicon({"train": tagged(train), "validation": tagged(held_out), "test": []}, vocab_size)
+
+
+def test_words_are_the_commonest_of_training_alone():
+    lexicon = lexicon_of(["b b b a a c", "d a"], ["new new new new a"], vocab_size=2)
+    assert lexicon.known == 4  # padding, unknown, and
+    assert [lexicon.forms[word] for word in ("a", "b")] == [2, 3]  # equals in the order of the alphabet
+    assert lexicon.counts.tolist() == [0, 0, 3, 3]
+    assert min(lexicon.forms[word] for word in ("c", "d", "new")) == lexicon.known
+    other = lexicon_of(["b b b a a c", "d a"], ["quite other words"], vocab_size=2)
+    assert (other.known, other.tags, other.characters) == (lexicon.known, lexicon.tags, lexicon.characters)
+
+
+def test_spellings():
+    long = "a" * (HALF + 3) + "b" * 7 + "c" * (HALF + 3)
+    lexicon = lexicon_of(["ab ba q", long], ["qab"])
+    a, b, c = (lexicon.characters.get(x) for x in "abc")
+    assert c is None  # in one word alone
+    spelling = {word: lexicon.spellings[form].tolist() for word, form in lexicon.forms.items()}
+    width = 2 * HALF + 2
+    assert spelling["ab"] == [BEGIN, a, b, END] + [PADDING] * (width - 4)
+    assert spelling["qab"][:5] == [BEGIN, UNKNOWN, a, b, END]  # a form of another split
+    assert spelling[long] == [BEGIN, *[a] * HALF, *[UNKNOWN] * HALF, END]
+    assert lexicon.alphabet == max(a, b) + 1
+
+
+def test_tags_of_other_splits():
+    train = [Sentence(["a", "b"], ["Y", "X"])]
+    lexicon = Lexicon({"train": train, "validation": [Sentence(["a"], ["Z"])], "test": []}, 10)
+    assert [lexicon.tag_id(tag) for tag in ("X", "Y", "Z", "_")] == [0, 1, UNSEEN, UNTAGGED]
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 8, 9])
+def test_long_sentences_are_cut_in_training_and_divided_after_it(length):
+    words = [f"w{i}" for i in range(length)]
+    sentences = [Sentence(words, ["T"] * length), Sentence(["end"], ["T"])]
+    lexicon = Lexicon({"train": sentences, "validation": [], "test": []}, 100)
+    ids = [lexicon.forms[word] for word in words]
+    cut = [forms.tolist() for forms, _ in Sentences(sentences, lexicon, 4, whole=False)]
+    assert cut == [ids[:4], [lexicon.forms["end"]]]
+    pieces = [forms.tolist() for forms, _ in Sentences(sentences, lexicon, 4, whole=True)]
+    assert [form for piece in pieces for form in piece] == [*ids, lexicon.forms["end"]]
+    assert max(map(len, pieces)) <= 4
+
+
+def test_samples_without_a_tag_are_left_out():
+    sentences = [Sentence(["a", "b"], ["_", "_"]), Sentence(["a", "b", "c"], ["_", "_", "T"])]
+    lexicon = Lexicon({"train": sentences, "validation": [], "test": []}, 100)
+    assert len(Sentences(sentences, lexicon, 256, whole=False)) == 1
+    assert [tags.tolist() for _, tags in Sentences(sentences, lexicon, 2, whole=True)] == [[0]]
+    assert len(Sentences(sentences, lexicon, 2, whole=False)) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_batches_hold_each_word_once(conf, size):
+    corpus = Corpus(conf(vocab_size=4))
+    lexicon, samples = corpus.lexicon, corpus.samples("validation")
+    found = []
+    for batch in DataLoader(samples, size, collate_fn=lambda some: batch_of(some, lexicon, characters=True)):
+        assert all(value.dtype == torch.long for value in batch.values())
+        real = batch["words"] != PADDING
+        assert torch.equal(real, batch["tags"] != UNTAGGED)
+        assert real.any(0).all()  # no column of padding alone
+        assert len(batch["spellings"].unique(dim=0)) <= len(batch["spellings"]) == batch["spelled"].max() + 1
+        spelled = batch["spellings"][batch["spelled"]]  # [B, T, C]
+        every = batch["words"], batch["counts"], batch["tags"], spelled
+        found += [[values[row, real[row]] for values in every] for row in range(len(real))]
+    assert len(found) == len(samples) == 10
+    for (words, counts, tags, spelled), sentence in zip(found, corpus.sentences["validation"], strict=True):
+        forms = torch.tensor([lexicon.forms[word] for word in sentence.words])
+        known = forms < lexicon.known
+        assert not known[-1]
+        assert torch.equal(words, torch.where(known, forms, UNKNOWN))
+        assert counts.tolist() == [
+            sum(s.words.count(word) for s in corpus.sentences["train"]) * k
+            for word, k in zip(sentence.words, known.tolist(), strict=True)
+        ]
+        assert tags.tolist() == [lexicon.tags[tag] for tag in sentence.tags]
+        assert torch.equal(spelled, lexicon.spellings[forms][:, : spelled.shape[1]].long())
+        assert not lexicon.spellings[forms][:, spelled.shape[1] :].any()
+
+
+def test_batches_without_characters(conf):
+    corpus = Corpus(conf())
+    batch = batch_of([corpus.samples("train")[0]], corpus.lexicon, characters=False)
+    assert set(batch) == {"words", "tags", "counts"}
+
+
+def test_hash_follows_words_and_tags(conf, root):
+    def hash_of(**changes):
+        return Corpus(conf(**changes)).describe()["hash"]
+
+    before = hash_of()
+    path = root / "xx_small-ud-test.conllu"
+    text = path.read_text()
+    path.write_text("# another comment\n" + text)
+    assert hash_of() == before == hash_of(vocab_size=3)
+    assert hash_of(tags=Tags.xpos) != before
+    path.write_text(text.replace("cat", "cot", 1))
+    path.write_text(text.replace("\tcat\t", "\tcot\t"))
+    assert hash_of() != before
+
+
+def test_nothing_is_read_before_it_is_asked_for(monkeypatch, conf):
+    monkeypatch.setattr(data, "treebank", lambda _: pytest.fail("read"))
+    Corpus(conf())

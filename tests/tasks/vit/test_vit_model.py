@@ -1,0 +1,109 @@
+"""The transformer is torchvision's, with queries, keys and values apart."""
+
+import pytest
+import torch
+import yaml
+from torchvision.models import VisionTransformer as TorchVision
+
+from tasks.vit.model import VisionTransformer
+
+
+def small(dropout=0.0):
+    torch.manual_seed(0)
+    model = VisionTransformer(size=8, patch=4, classes=5, layers=2, width=12, heads=3, dropout=dropout)
+    torch.nn.init.normal_(model.head.weight)  # which starts at zero
+    return model
+
+
+def converted(state):
+    """torchvision's weights under our names."""
+    names = {
+        "conv_proj": "patches",
+        "class_token": "class_token",
+        "encoder.pos_embedding": "position",
+        "encoder.ln": "norm",
+        "heads.head": "head",
+    }
+    inner = {
+        "ln_1": "attention_norm",
+        "self_attention.out_proj": "attention.output",
+        "ln_2": "mlp_norm",
+        "mlp.0": "up",
+        "mlp.3": "down",
+    }
+    result = {}
+    for name, value in state.items():
+        _, _, rest = name.partition("encoder.layers.encoder_layer_")
+        if not rest:
+            old = next(old for old in names if name.startswith(old))
+            result[names[old] + name.removeprefix(old)] = value
+            continue
+        number, _, rest = rest.partition(".")
+        if rest.startswith("self_attention.in_proj_"):
+            kind = rest.removeprefix("self_attention.in_proj_")
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[f"blocks.{number}.attention.{part}.{kind}"] = third
+        else:
+            old = next(old for old in inner if rest.startswith(old))
+            result[f"blocks.{number}.{inner[old]}{rest.removeprefix(old)}"] = value
+    return result
+
+
+@torch.no_grad()
+def test_outputs_are_torchvisions():
+    torch.manual_seed(0)
+    theirs = TorchVision(24, 8, num_layers=3, num_heads=4, hidden_dim=16, mlp_dim=64, num_classes=7).double().eval()
+    for p in theirs.parameters():
+        p.add_(torch.randn_like(p) * 0.1)  # nothing is left at zero
+    ours = VisionTransformer(24, 8, 7, layers=3, width=16, heads=4).double().eval()
+    ours.load_state_dict(converted(theirs.state_dict()))
+    x = torch.randn(4, 3, 24, 24, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+def test_paper_scale_is_vit_s_16(pytestconfig):
+    task = yaml.safe_load((pytestconfig.rootpath / "conf/scale/vit/paper.yaml").read_text())["task"]
+    with torch.device("meta"):
+        theirs = TorchVision(224, 16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
+        ours = VisionTransformer(
+            task["size"], task["patch"], 1000, task["layers"], task["width"], task["heads"], task.get("dropout", 0.0)
+        )
+    counts = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
+    assert counts[0] == counts[1] == 22_050_664
+    assert len(ours.blocks[0].up.weight) == 1536
+
+
+def test_every_patch_is_seen_and_places_matter():
+    model = small()
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    logits = model(x)
+    logits[0, 0].backward()
+    assert (x.grad.abs().sum(1) > 0).all()
+    swapped = torch.cat((x[..., 4:], x[..., :4]), dim=-1)
+    assert not torch.allclose(model(swapped), logits, atol=1e-4)
+
+
+def test_initial_scales():
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, 10, layers=1, width=128, heads=4)
+    assert not model.head.weight.any()
+    assert not model.class_token.any()
+    assert model.position.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.patches.weight.std().item() == pytest.approx((1 / 192) ** 0.5, rel=0.05)
+    block = model.blocks[0]
+    for weight in (block.attention.query.weight, block.up.weight):
+        assert weight.abs().max().item() == pytest.approx((6 / sum(weight.shape)) ** 0.5, rel=0.01)
+
+
+def test_initial_weights_depend_on_torchs_seed_alone():
+    one, same = small(), small()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    torch.manual_seed(1)
+    other = VisionTransformer(8, 4, 5, 2, 12, 3)
+    assert not torch.equal(one.position, other.position)
+
+
+def test_dropout_acts_in_training_alone():
+    model, x = small(dropout=0.5), torch.randn(2, 3, 8, 8)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), small().eval()(x))
