@@ -11,7 +11,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer, bias_correction, precondi
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.roots import damped_eigenvalues
+from caspr_cli.optim.roots import damped_eigenvalues, eigendecomposition
 from caspr_cli.optim.stacks import Stack
 
 
@@ -51,7 +51,7 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": []}
     for S_i, A_i in zip(stack.S, stack.A, strict=True):
         S, A = S_i[seen] / correction.view(-1, 1, 1), A_i[seen]
-        eigenvalues = torch.linalg.eigvalsh(S)
+        eigenvalues, _ = eigendecomposition(S)
         damped = damped_eigenvalues(eigenvalues, unit, group["eps"], group["damping"])
         shift = damped[:, 0] - eigenvalues[:, 0].double().clamp(min=0)
         d = S.shape[-1]

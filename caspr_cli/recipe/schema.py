@@ -131,7 +131,7 @@ class ResNetConf(ImagesConf):
     name: str = "resnet"
     depth: int = 18  # 18, 34, 50, 101 or 152 as in torchvision, or 10: one block a stage
     width: int = 64  # channels of the first stage
-    small_input: bool = True  # a 3 x 3 stem without pooling, for images of 32 pixels
+    stem: int = 1  # what the first layers divide the side by: 1 for 32 pixels, 4 for 224 as in torchvision, or 2
 
 
 @dataclass

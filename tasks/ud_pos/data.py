@@ -28,7 +28,7 @@ HALF = 12  # characters kept of each end of a word: longer ones lose their middl
 COMMON = 2  # words of the training split that a character must be in; rarer ones are one unknown character
 
 Sample = tuple[Tensor, Tensor]  # forms and tags of a sentence, LongTensors [T]
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and one number
 
 
 class Lexicon:
@@ -119,12 +119,14 @@ def batch_of(samples: Sequence[Sample], lexicon: Lexicon, *, characters: bool) -
         ``words`` (PADDING, UNKNOWN or a known word), ``tags`` (a class, UNTAGGED or UNSEEN) and ``counts`` (how often
         training has the word), LongTensors ``[B, T]``. With ``characters`` also ``spellings``, ``[U, C]``: the
         characters of the ``U`` different forms of the batch, the longest of ``C``; and ``spelled``, ``[B, T]``: whose
-        row of them a word is.
+        row of them a word is. And ``size``: how many words there are without the padding, a number and no tensor, so
+        that asking for it waits for no device.
     """
     forms = torch.nn.utils.rnn.pad_sequence([forms for forms, _ in samples], True, PADDING)
     tags = torch.nn.utils.rnn.pad_sequence([tags for _, tags in samples], True, UNTAGGED)
     words = torch.where(forms < lexicon.known, forms, UNKNOWN)
-    batch = {"words": words, "tags": tags, "counts": lexicon.counts[words]}
+    size = sum(len(forms) for forms, _ in samples)
+    batch: Batch = {"words": words, "tags": tags, "counts": lexicon.counts[words], "size": size}
     if characters:
         different, batch["spelled"] = forms.unique(return_inverse=True)
         spellings = lexicon.spellings[different].long()

@@ -110,7 +110,7 @@ class Tagging(Task):
         part of shorter sentences weighs more than one in a part of longer ones.
 
         In training a word is hidden (UNKNOWN, though its spelling stays) with probability a / (a + its count in the
-        training split), a = ``task.word_dropout`` (Kiperwasser and Goldberg 2016, 4): unknown words come up at all,
+        training split), a = ``task.word_dropout`` (Kiperwasser and Goldberg 2016): unknown words come up at all,
         and look like what is rare.
         """
         words = batch["words"]
@@ -136,7 +136,8 @@ class Tagging(Task):
 
     def units(self, batch: Batch) -> int:
         """Words in a batch, padding left out."""
-        return int((batch["words"] != PADDING).sum())
+        size: int = batch["size"]
+        return size
 
     def train_flops(self, model: nn.Module) -> float:
         """FLOPs of one global batch, the mean over batches of sentences spread evenly over the training split.
@@ -150,12 +151,11 @@ class Tagging(Task):
 
     def _batch_flops(self, batch: Batch) -> float:
         """2 a multiply-add, and as much again twice for the backward pass; look-ups of embeddings are not counted."""
-        (B, T), w, layers = batch["words"].shape, self.conf.width, self.conf.layers
+        words: Tensor = batch["words"]
+        (B, T), w, layers = words.shape, self.conf.width, self.conf.layers
         a_word = layers * (12 * w * w + 2 * T * w) + w * len(self._corpus.lexicon.tags)
-        spelling = 0
-        if self.conf.characters:
-            spelling = batch["spellings"].numel() * CHARACTER * REACH * w
-        return 6.0 * (B * T * a_word + spelling)
+        characters: int = batch["spellings"].numel() if self.conf.characters else 0
+        return 6.0 * (B * T * a_word + characters * CHARACTER * REACH * w)
 
     def describe_data(self) -> dict[str, Any]:
         """See :meth:`tasks.ud_pos.data.Corpus.describe`."""

@@ -35,7 +35,7 @@ def test_outputs_are_torchvisions(depth):
 def test_paper_scale_is_resnet_50(pytestconfig):
     task = yaml.safe_load((pytestconfig.rootpath / "conf/scale/resnet/paper.yaml").read_text())["task"]
     with torch.device("meta"):
-        model = ResNet(task["depth"], 1000, small_input=task["small_input"])
+        model = ResNet(task["depth"], 1000, stem=task["stem"])
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
 
 
@@ -53,15 +53,16 @@ def test_initial_convolutions_are_hes():
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
 
 
-def test_width_and_small_input():
-    model = ResNet(10, 10, width=8, small_input=True)
-    assert model.conv1.weight.shape == (8, 3, 3, 3)
+@pytest.mark.parametrize(("stem", "expected"), [(1, [32, 4]), (2, [16, 2]), (4, [8, 1])])
+def test_width_and_stem(stem, expected):
+    model = ResNet(10, 10, width=8, stem=stem)
+    assert len(model.conv1.weight) == 8
     assert model.layer4[0].conv2.weight.shape == (64, 64, 3, 3)
     sides = []
     model.layer1.register_forward_hook(lambda *args: sides.append(args[2].shape[-1]))
     model.layer4.register_forward_hook(lambda *args: sides.append(args[2].shape[-1]))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert sides == [32, 4]
+    assert sides == expected
 
 
 def test_initial_weights_depend_on_torchs_seed_alone():

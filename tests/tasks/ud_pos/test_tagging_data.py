@@ -481,8 +481,9 @@ def test_batches_hold_each_word_once(conf, size):
     lexicon, samples = corpus.lexicon, corpus.samples("validation")
     found = []
     for batch in DataLoader(samples, size, collate_fn=lambda some: batch_of(some, lexicon, characters=True)):
-        assert all(value.dtype == torch.long for value in batch.values())
         real = batch["words"] != PADDING
+        assert batch.pop("size") == real.sum()
+        assert all(value.dtype == torch.long for value in batch.values())
         assert torch.equal(real, batch["tags"] != UNTAGGED)
         assert real.any(0).all()  # no column of padding alone
         assert len(batch["spellings"].unique(dim=0)) <= len(batch["spellings"]) == batch["spelled"].max() + 1
@@ -507,7 +508,7 @@ def test_batches_hold_each_word_once(conf, size):
 def test_batches_without_characters(conf):
     corpus = Corpus(conf())
     batch = batch_of([corpus.samples("train")[0]], corpus.lexicon, characters=False)
-    assert set(batch) == {"words", "tags", "counts"}
+    assert set(batch) == {"words", "tags", "counts", "size"}
 
 
 def test_hash_follows_words_and_tags(conf, root):

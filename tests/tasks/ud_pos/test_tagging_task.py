@@ -223,6 +223,7 @@ def test_every_process_has_the_same_data(conf, task):
     other = Tagging(conf(), seed=1)
     assert all(torch.equal(a, b) for a, b in zip(other.dataset("test")[0], task.dataset("test")[0], strict=True))
     one, same = batch_of(task, 4), batch_of(other, 4)
+    assert one.pop("size") == same.pop("size")
     assert all(torch.equal(one[key], same[key]) for key in one)
 
 

@@ -1,0 +1,60 @@
+"""Inverse roots of statistics that eigensolvers find hard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from caspr_cli.optim import CASPR
+from caspr_cli.optim.probe import diagnose
+from caspr_cli.optim.roots import eigendecomposition, inverse_root
+
+
+def one_tap_in(taps: int, channels: int, rank: int, dtype: torch.dtype) -> Tensor:
+    """The statistic of a convolution of which one tap in ``taps`` sees an input: zeros around a full block."""
+    torch.manual_seed(0)
+    X = torch.zeros(channels * taps, rank, dtype=torch.float64)
+    X[taps // 2 :: taps] = torch.randn(channels, rank, dtype=torch.float64)
+    return (X @ X.mT).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("taps", "channels"), [(1, 96), (2, 288), (9, 16), (9, 64), (9, 128)])
+@pytest.mark.parametrize("rank", [5, 400])
+def test_zeros_between_do_not_stop_the_solver(taps: int, channels: int, rank: int, dtype: torch.dtype) -> None:
+    S = one_tap_in(taps, channels, rank, dtype)
+    values, Q = eigendecomposition(S[None])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(Q[0] * values[0] @ Q[0].mT, S, rtol=0, atol=tolerance * float(S.max()))
+    torch.testing.assert_close(values[0].double(), torch.linalg.eigvalsh(S.double()), rtol=0,
+                               atol=tolerance * float(S.max()))  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_the_root_is_that_of_float64(p: int) -> None:
+    S = one_tap_in(9, 32, 400, torch.float32)
+    one = torch.ones(1)
+    found = inverse_root(S[None], one, one, p=p, eps=1e-4, damping="relative")[0].double()
+    block = S[4::9, 4::9].double()  # the zeros come out as (eps lambda_max)^(-1/p), and mix with nothing
+    values, Q = torch.linalg.eigh(block)
+    damping = 1e-4 * values[-1]
+    expected = torch.eye(len(S), dtype=torch.float64) * damping ** (-1 / p)
+    expected[4::9, 4::9] = Q @ torch.diag((values + damping) ** (-1 / p)) @ Q.mT
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.max()))
+
+
+def test_a_convolution_on_one_pixel_trains() -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 96, 3, padding=1)
+    optimizer = CASPR(conv.parameters(), lr=1e-2, interval=2, start_step=1)
+    x, y = torch.randn(32, 64, 1, 1), torch.randn(32, 96, 1, 1)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (conv(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.isfinite(values).all() for values in diagnose(optimizer).values())
