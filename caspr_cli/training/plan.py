@@ -47,13 +47,12 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Build the data and the model, and cost each tensor.
+    """Build the model, and cost each tensor. Data are read where the model's shape depends on them, and not else.
 
     State and products of an optimizer are those of real steps on the "meta" device, which knows shapes and holds no
     numbers; eigendecompositions of the Kronecker family are costed by :mod:`caspr_cli.optim.cost`.
     """
     task = tasks.load(recipe.task, recipe.seed)
-    task.prepare()
     model = task.model()
     plain = task.plain(model)
     names = {p: name for name, p in model.named_parameters()}

@@ -16,7 +16,7 @@ from tasks.base import DataError
 
 Array = np.ndarray[Any, Any]
 
-FULL_CROP = 64  # sizes up to this are cropped from the whole image, larger ones from 8/7 of the size (224 from 256)
+SMALL = 64  # pixels a side, up to which whole images are not worth keeping, and larger crops neither
 
 
 class Album(Protocol):
@@ -94,10 +94,10 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def centred(image: Image.Image, size: int) -> Image.Image:
-    """The square middle of an image, ``size`` pixels a side."""
+    """The square middle of an image, ``size`` pixels a side; of a large one 7/8 (224 of 256, as is usual)."""
     if image.size == (size, size):
         return image
-    short = size if size <= FULL_CROP else size * 8 // 7
+    short = size if size <= SMALL else size * 8 // 7
     scale = short / min(image.size)
     wide, high = (max(short, round(side * scale)) for side in image.size)
     resized = image.resize((wide, high), Image.Resampling.BILINEAR)

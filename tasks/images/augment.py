@@ -66,7 +66,11 @@ def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     share = torch.distributions.Beta(alpha, alpha).sample().to(images)
-    return tuple(share * part + (1 - share) * part.roll(1, 0) for part in (images, targets))  # type: ignore[return-value]
+
+    def mixed(part: Tensor) -> Tensor:
+        return share * part + (1 - share) * part.roll(1, 0)
+
+    return mixed(images), mixed(targets)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

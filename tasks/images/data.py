@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import Augment, ImagesConf
-from tasks.base import Split
+from tasks.base import DataError, Split
 from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
-from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum, centred
+from tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from tasks.images.augment import image_augmentation
 from tasks.images.sources import Found, pictures
 
@@ -36,7 +36,6 @@ log = logging.getLogger("caspr")
 SPLITS: tuple[Split, ...] = get_args(Split)
 FORMAT = 1  # of the files, and of the drawn shapes; raised when they change
 LARGEST_BYTES = 4_000_000_000  # of pixels that are decoded ahead
-SMALL = 64  # pixels a side, up to which whole images are not worth keeping
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's
 
 Sample = tuple[Tensor, int]
@@ -96,11 +95,15 @@ class Gallery:
         """Where the arrays or lists are; builds them if need be."""
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
+        try:
+            identity = source.identity()
+        except OSError as error:  # a link to nowhere, or a folder that may not be read
+            raise DataError(f"task.root: {error}") from error
 
         def build(aside: Path) -> dict[str, Any]:
             return {"data": source.name} | self._build(source.load(aside), aside)
 
-        return build_once(cache_root("images") / digest([*source.identity(), *settings]), build)
+        return build_once(cache_root("images") / digest([*identity, *settings]), build)
 
     @cached_property
     def meta(self) -> dict[str, Any]:

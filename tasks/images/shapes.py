@@ -18,13 +18,13 @@ SIZE = 32  # pixels a side
 CHUNK = 1000  # images drawn at once
 
 # What the random numbers range over: chosen so that models that see more of an image's structure do better.
-SHIFT = 4.0  # from the middle, in pixels, both ways
-TURN = 1.0  # in radians, both ways
+SHIFT = 4.5  # from the middle, in pixels, both ways
+TURN = 1.2  # in radians, both ways
 RADIUS = (8, 12)  # in pixels
 STRETCH = (0.85, 1.18)  # of the shape's own axes, the one by this and the other by its inverse
-CONTRAST, TINT = (0.2, 0.4), 0.15  # of all channels together and of each by itself, where white is 1
-STRIPES = 0.05
-NOISE = (0.02, 0.07)  # standard deviation
+CONTRAST, TINT = (0.25, 0.4), 0.12  # of all channels together and of each by itself, where white is 1
+STRIPES = 0.03
+NOISE = (0.02, 0.05)  # standard deviation
 
 
 def _polygon(u: Array, v: Array, corners: int) -> Array:

@@ -33,6 +33,11 @@ SAMPLE: dict[Split, int] = {"train": 24_000, "validation": 2_000, "test": 2_000}
 HELD_OUT = 0.1  # of each class, for validation where a data set has none
 LAYOUT = "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>"
 
+EXTRACT = (
+    "unpack its tars, as torchvision.datasets.ImageNet(DIR, 'train') and (DIR, 'val') do, "
+    "into DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
+)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -211,12 +216,6 @@ def _check_classes(split: str, groups: dict[str, list[str]], classes: set[str], 
         raise DataError(f"{where}: the {split} split has no folder of the class {missing!r}")
     if len(classes) < 2:
         raise DataError(f"{where}: one class alone ({', '.join(classes)}), there is nothing to tell apart")
-
-
-EXTRACT = (
-    "unpack its tars, as torchvision.datasets.ImageNet(DIR, 'train') and (DIR, 'val') do, "
-    "into DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
-)
 
 
 class ImageNet(Folder):

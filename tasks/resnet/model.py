@@ -90,16 +90,16 @@ class ResNet(nn.Module):
         depth: a key of :data:`DEPTHS`.
         classes: of the output.
         width: channels of the first stage; each later one has twice as many.
-        small_input: a 3 x 3 first convolution without stride and no pooling, for images of some 32 pixels, in place of
-            a 7 x 7 one that with its pooling divides the side by four.
+        stem: what the layers before the first stage divide the side by. 4: a 7 x 7 convolution with stride 2 and a
+            pooling, as published for 224 pixels; 2 and 1: a 3 x 3 convolution with that stride, for some 32 pixels.
     """
 
-    def __init__(self, depth: int, classes: int, width: int = 64, *, small_input: bool = False) -> None:
+    def __init__(self, depth: int, classes: int, width: int = 64, *, stem: int = 4) -> None:
         super().__init__()
         block, counts = DEPTHS[depth]
-        self.conv1 = _conv(3, width, 3) if small_input else _conv(3, width, 7, 2)
+        self.conv1 = _conv(3, width, 7, 2) if stem == 4 else _conv(3, width, 3, stem)
         self.bn1 = nn.BatchNorm2d(width)
-        self.maxpool = nn.Identity() if small_input else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if stem == 4 else nn.Identity()
         channels = width
 
         def stage(count: int, width: int, stride: int) -> nn.Sequential:

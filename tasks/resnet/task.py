@@ -22,11 +22,13 @@ class ResNetTask(Classification):
         super().__init__(conf, seed)
         if conf.depth not in DEPTHS:
             raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
+        if conf.stem not in (1, 2, 4):
+            raise DataError(f"task.stem: {conf.stem} is none of 1, 2, 4")
         if conf.width < 1:
             raise DataError(f"task.width: {conf.width} is too small, it must be at least 1")
 
     def model(self) -> ResNet:
         """A fresh network, its weights channels last in memory, as convolutions on GPUs (and most CPUs) want them."""
         conf = self.conf
-        model = ResNet(conf.depth, self.gallery.classes, conf.width, small_input=conf.small_input)
+        model = ResNet(conf.depth, self.gallery.classes, conf.width, stem=conf.stem)
         return model.to(memory_format=torch.channels_last)
