@@ -68,4 +68,5 @@ class EncoderBlock(nn.Module):
         """See :meth:`SelfAttention.forward`."""
         x = x + self.dropout(self.attention(self.attention_norm(x), mask))
         hidden = self.dropout(self.activation(self.up(self.mlp_norm(x))))
-        return x + self.dropout(self.down(hidden))
+        x = x + self.dropout(self.down(hidden))
+        return x
