@@ -18,8 +18,6 @@ from tasks.c4_lm.data import Corpus, Windows
 from tasks.c4_lm.sources import documents
 from tasks.c4_lm.tokens import END, SPLITS, byte_lengths, train_tokenizer
 
-C4 = os.environ.get("CASPR_TEST_C4")  # a directory of C4's shards, for the one test that wants real ones
-
 
 def ids_of(corpus, split):
     return np.fromfile(corpus.directory / f"{split}.bin", dtype=corpus.meta["dtype"]).tolist()
@@ -164,9 +162,8 @@ def test_damaged_gzip_names_the_file(conf, shards, damage):
         Corpus(conf()).check()
 
 
-@pytest.mark.skipif(C4 is None, reason="CASPR_TEST_C4 names no directory of C4's shards")
-def test_real_shards():
-    source = documents(C4LMConf(data=Source.files, root=C4, train_documents=200))
+def test_real_shards(shared):
+    source = documents(C4LMConf(data=Source.files, root=str(shared / "c4" / "en"), train_documents=200))
     assert len(list(source.split("train"))) == 200
     assert abs(len(list(source.split("validation"))) - len(list(source.split("test")))) <= 1
 
