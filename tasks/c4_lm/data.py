@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import C4LMConf, Source
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.c4_lm.sources import documents
-from tasks.c4_lm.tokens import SPLITS, byte_lengths, token_files
+from tasks.c4_lm.tokens import byte_lengths, token_files
 from tasks.cache import damaged, read_meta
 
 

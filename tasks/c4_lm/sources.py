@@ -7,7 +7,6 @@ documents may have changed, so that a second start need not read any of them.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from platform import python_implementation, python_version
 from typing import Protocol
 
 from caspr_cli.recipe.schema import C4LMConf, Source
-from tasks.base import DataError, Split
+from tasks.base import DataError, Split, place_of
 from tasks.files import lines, root_of, stamps
 from tasks.hub import reaching
 
@@ -137,7 +136,7 @@ def _no_stdlib(missing: str) -> DataError:
 
 def split_of(name: str) -> Split:
     """The split of a document of the sample, by its name alone."""
-    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    part = place_of(name)
     return "validation" if part < 0.05 else "test" if part < 0.10 else "train"
 
 

@@ -21,19 +21,18 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError
 from tasks.c4_lm.sources import Documents
 from tasks.cache import META, cache_root, digest, move_into_place
 
 log = logging.getLogger("caspr")
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 END = "<|endoftext|>"  # closes each document
 SMALLEST_VOCABULARY = 257  # every byte, and END
 FORMAT = 1  # of the files; raised when they change

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
 from tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from tasks.images.augment import image_augmentation
@@ -33,7 +33,6 @@ from tasks.images.sources import Found, pictures
 
 log = logging.getLogger("caspr")
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 FORMAT = 1  # of the files, and of the drawn shapes; raised when they change
 LARGEST_BYTES = 4_000_000_000  # of pixels that are decoded ahead
 CLASSES = {Images.cifar10: 10, Images.cifar100: 100, Images.fashion_mnist: 10, Images.imagenet: 1000}

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Batch
 
 from caspr_cli.recipe.schema import MolPCBAConf
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
 from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
-from tasks.ogbg_molpcba.sources import SPLITS, Molecules, molecules
+from tasks.ogbg_molpcba.sources import Molecules, molecules
 
 log = logging.getLogger("caspr")
 

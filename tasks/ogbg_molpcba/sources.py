@@ -10,12 +10,12 @@ import logging
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 
 from caspr_cli.recipe.schema import MolPCBAConf, Source
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.files import root_of, stamps
 from tasks.hub import reaching
 from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
@@ -23,8 +23,6 @@ from tasks.ogbg_molpcba.measured import Measured
 from tasks.ogbg_molpcba.tables import read_table
 
 log = logging.getLogger("caspr")
-
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class Molecules(Protocol):

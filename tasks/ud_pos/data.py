@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import TaggingConf
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.ud_pos.conllu import MISSING, Sentence
 from tasks.ud_pos.sources import treebank
-
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 PADDING, UNKNOWN = 0, 1  # the first two word ids, and the first two of characters
 BEGIN, END = 2, 3  # characters: a word's two ends
