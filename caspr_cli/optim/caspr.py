@@ -16,6 +16,7 @@ Damping = Literal["relative", "absolute"]
 Merge = Literal["matrix", "square", "none"]
 Graft = Literal["adam", "rmsprop", "sgd", "none"]
 Precondition = Literal["momentum", "gradient", False]
+Solver = Literal["auto", "eigh", "newton", "warm"]
 
 
 class CASPR(KroneckerOptimizer):
@@ -38,7 +39,13 @@ class CASPR(KroneckerOptimizer):
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
+        solver: Solver = "auto",
+        statistics_interval: int = 1,
+        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
+        root_dtype: torch.dtype | None = None,
+        pack_roots: bool = False,
+        apply_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         options = dict(locals())
@@ -64,7 +71,13 @@ class Shampoo(KroneckerOptimizer):
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
+        solver: Solver = "auto",
+        statistics_interval: int = 1,
+        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
+        root_dtype: torch.dtype | None = None,
+        pack_roots: bool = False,
+        apply_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         options = dict(locals()) | {"order": math.inf}
@@ -88,7 +101,13 @@ class FullAdagrad(KroneckerOptimizer):
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
+        solver: Solver = "auto",
+        statistics_interval: int = 1,
+        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
+        root_dtype: torch.dtype | None = None,
+        pack_roots: bool = False,
+        apply_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         # One axis: every order is the same, and there is nothing to merge.

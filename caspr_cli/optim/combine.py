@@ -21,13 +21,14 @@ def root_exponent(order: float, axes: int) -> int:
     return 2 * axes if math.isinf(order) else 2 * int(order)
 
 
-def apply_roots(G: Tensor, A: list[Tensor], order: float) -> Tensor:
+def apply_roots(G: Tensor, A: list[Tensor], order: float, spare: Tensor) -> Tensor:
     """U for K blocks.
 
     Args:
-        G: ``[K, d_1, ..., d_k]``.
-        A: for each axis ``[K, d_i, d_i]``, symmetric.
+        G: ``[K, d_1, ..., d_k]``, overwritten.
+        A: for each axis ``[K, d_i, d_i]``, symmetric, of the type of G.
         order: q, or ``math.inf`` for the product.
+        spare: room of the size of G. For matrices the result is in G or here, and nothing is allocated.
 
     Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product).
     """
@@ -35,12 +36,14 @@ def apply_roots(G: Tensor, A: list[Tensor], order: float) -> Tensor:
     if k == 1:
         return on_axis(G, A[0], 0)
     if math.isinf(order):
+        if k == 2:
+            return torch.bmm(torch.bmm(A[0], G, out=spare), A[1], out=G)
         for axis, A_i in enumerate(A):
             G = on_axis(G, A_i, axis)
         return G
     for _ in range(int(order)):
-        if k == 2:  # (A G + G B)/2 with the addition inside the product: no temporary
-            G = torch.baddbmm(torch.bmm(A[0], G), G, A[1], beta=0.5, alpha=0.5)
+        if k == 2:  # (A G + G B)/2 with the addition inside the product
+            G, spare = torch.bmm(A[0], G, out=spare).baddbmm_(G, A[1], beta=0.5, alpha=0.5), G
         else:
             G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in enumerate(A)]).mean(0)
     return G

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.symmetric import packed_length
 
 # An eigendecomposition of n x n with its root takes about the time of this many n^3 FLOPs of matrix products
 # (measured with `n` 128 to 512 on two cores: 48 to 17).
@@ -29,15 +30,15 @@ def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, tuple[
 def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
     """FLOPs of an average step (2 per multiply-add): ``statistics``, ``roots``, ``apply``.
 
-    For an m x n block 2 m n (m + n) for the statistics, that times q for the application (once for a product), and
-    ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots.
+    For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
+    q for the application (once for a product); and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots.
     """
     flops = {"statistics": 0.0, "roots": 0.0, "apply": 0.0}
     for group, _, shape, count in blocks_of(optimizer):
-        product = 2.0 * count * math.prod(shape) * sum(shape)
+        size = 2.0 * count * math.prod(shape)
         passes = 1 if math.isinf(group["order"]) or len(shape) == 1 else group["order"]
-        flops["statistics"] += product
-        flops["apply"] += passes * product
+        flops["statistics"] += size * sum(packed_length(d) / d for d in shape) / group["statistics_interval"]
+        flops["apply"] += passes * size * sum(shape)
         flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in shape) / group["interval"]
     return flops
 

@@ -6,10 +6,11 @@ order of things.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast, overload
 
 import torch
@@ -17,18 +18,22 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from caspr_cli.optim.blocks import Layout, Shape, merge_axes
-from caspr_cli.optim.combine import apply_roots, root_exponent
+from caspr_cli.optim.combine import apply_roots
 from caspr_cli.optim.graft import (
+    adam_length,
     diagonal_step,
     direction,
+    frobenius,
     needs_second_moment,
     transfer_length,
     update_second_moment,
 )
 from caspr_cli.optim.options import OPTIONS, SMALLEST_EPS_FLOAT32, Group, validate
 from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.roots import inverse_root
-from caspr_cli.optim.stacks import Stack, build_stacks
+from caspr_cli.optim.refresh import refresh
+from caspr_cli.optim.rooms import Rooms
+from caspr_cli.optim.schedule import phases
+from caspr_cli.optim.stacks import Stack, Storage, build_stacks
 from caspr_cli.optim.statistics import accumulate, per_block
 
 
@@ -40,9 +45,14 @@ class KroneckerOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         validate(defaults)
-        self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks; derived from state, never saved
-        self._layouts: dict[tuple[Shape, str, int], Layout] = {}
+        self._forget()
         super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """What is derived from the state, and never saved."""
+        self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
+        self._layouts: dict[tuple[Shape, str, int], Layout] = {}
+        self._rooms = Rooms()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, with factors of their own: a view would take its whole stack along."""
@@ -52,7 +62,7 @@ class KroneckerOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stacks, self._layouts = {}, {}
+        self._forget()
         for group in self.param_groups:  # a state_dict of AdamW has fewer options
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
@@ -85,6 +95,8 @@ class KroneckerOptimizer(Optimizer):
                 for name, value in given[-1]["state"].get(i, {}).items():
                     if is_factor(name):
                         self.state[p][name] = value.to(p.device)
+                    elif name == "skipped":
+                        self.state[p][name] = value.cpu()
 
         handles = [
             self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
@@ -114,13 +126,8 @@ class KroneckerOptimizer(Optimizer):
         self._refuse_sparse()
         for index, group in enumerate(self.param_groups):
             grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
-            for p in grads:
-                self._init_state(p, group)
-            work = self._plan(group, grads)
-            if work.steps:
-                self._precondition(index, work)
-            if rest := [p for p in grads if p not in work.inputs]:
-                diagonal_step(rest, [grads[p] for p in rest], self.state, group)
+            if grads:
+                self._step_group(index, group, grads)
         return loss
 
     @staticmethod
@@ -158,149 +165,283 @@ class KroneckerOptimizer(Optimizer):
 
     def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
         """The group's stacks; rebuilt from the state when a parameter is new or gone, or the state was replaced."""
-        stacks, now, wanted = self.stacks(index), set(group["params"]), set(params)
-        known = {p for stack in stacks for p in stack.rows}
+        stacks, wanted = self.stacks(index), set(params)
+        if not stacks and not wanted:
+            return stacks
+        now, known = set(group["params"]), {p for stack in stacks for p in stack.rows}
         layouts = {p: self.layout(p, group) for p in group["params"] if p in known or p in wanted}
+        storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
         intact = all(
-            p in now and tuple(stack.buffer.shape[1:]) in layouts[p].blocks and stack.is_in(self.state, p, layouts[p])
+            p in now
+            and stack.shape in layouts[p].blocks
+            and stack.storage == storages[p]
+            and stack.interval == group["interval"]
+            and stack.is_in(self.state, p, layouts[p])
             for stack in stacks
             for p in stack.rows
         )
         if not intact or not wanted <= known:
             members = [p for p in layouts if p in wanted or "step" in self.state.get(p, {})]
-            dtypes = {p: factor_dtype(p, group) for p in members}
-            stacks = self._stacks[index] = build_stacks(members, layouts, dtypes, self.state)
+            stacks = self._stacks[index] = build_stacks(members, layouts, storages, self.state)
+            self._take_turns(stacks, group)
         return stacks
 
-    def _plan(self, group: Group, grads: dict[Tensor, Tensor]) -> Work:
-        """What this step does to each matrix that has a gradient."""
-        steps = {p: int(self.state[p]["step"].item()) + 1 for p in grads if self.preconditions(p, group)}
-        ages = {p: t - group["start_step"] for p, t in steps.items() if t >= group["start_step"]}
-        due = {p for p, age in ages.items() if age % group["interval"] == 0}
-        inputs = self._inputs(group, list(ages), grads, steps) if ages else {}
-        return Work(group, grads, steps, due, inputs)
+    def _take_turns(self, stacks: list[Stack], group: Group) -> None:
+        """Give each block its step of the interval, from the shapes of all that the group may ever precondition: a
+        parameter that is frozen for a while, or a run that was cut off, changes nobody's turn."""
+        members = [p for p in group["params"] if self.preconditions(p, group)]
+        blocks = [(p, s) for p in members for s, cuts in self.layout(p, group).blocks.items() for _ in cuts]
+        turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
+        costs = [float(sum(d**3 for d in shape)) for _, shape in blocks]
+        for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
+            turns[block].append(phase)
+        for stack in stacks:
+            stack.phase = [phase for p in stack.rows for phase in turns[p, stack.shape]]
+            stack.interval = group["interval"]
 
-    def _inputs(
-        self, group: Group, params: list[Tensor], grads: dict[Tensor, Tensor], steps: dict[Tensor, int]
-    ) -> dict[Tensor, Tensor]:
-        """What is preconditioned: the bias-corrected momentum, or the gradient. Updates the moments."""
-        beta1, beta2 = group["betas"]
-        G = [grads[p] for p in params]
-        if needs_second_moment(group["graft"]):
-            update_second_moment([self.state[p]["exp_avg_sq"] for p in params], G, beta2)
-        if group["precondition"] == "gradient":
-            return dict(zip(params, G, strict=True))
-        exp_avg = [self.state[p]["exp_avg"] for p in params]
-        torch._foreach_lerp_(exp_avg, G, 1 - beta1)
-        return dict(zip(params, torch._foreach_div(exp_avg, [1 - beta1 ** steps[p] for p in params]), strict=True))
+    def _step_group(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> None:
+        for p in grads:
+            self._init_state(p, group)
+        norms = dict(zip(grads, frobenius(list(grads.values())), strict=True))
+        finite = Finite(norms)
+        matrices = [p for p in grads if self.preconditions(p, group)]
+        stacks = self._stacks_of(index, group, matrices)
+        with full_precision(matrices[0].device.type if matrices else "cpu"):
+            if matrices:
+                self._statistics(stacks, group, matrices, grads, norms)
+            # The only thing that a step waits for, and it was computed before the statistics.
+            for p in finite.others():
+                del grads[p]
+                self.state[p].setdefault("skipped", torch.tensor(0.0)).add_(1)
+            steps = {p: int(self.state[p]["step"].item()) + 1 for p in matrices if p in grads}
+            ready = {p for p, t in steps.items() if t >= group["start_step"]}
+            if ready:
+                work = Work(group, grads, steps, {p: self.layout(p, group) for p in ready})
+                self._refresh(stacks, work)
+                self._apply(stacks, work)
+        if rest := [p for p in grads if p not in ready]:
+            diagonal_step(rest, [grads[p] for p in rest], self.state, group)
 
-    def _precondition(self, index: int, work: Work) -> None:
-        """Statistics of all, and the whole step of those that are past ``start_step``."""
-        group = work.group
-        for stack in self._stacks_of(index, group, list(work.steps)):
-            with full_precision(stack.scale.device.type):
-                self._step_stack(stack, work)
-        if work.inputs:
-            self._finish(work)
-
-    def _step_stack(self, stack: Stack, work: Work) -> None:
-        """Statistics of all blocks that have a gradient, roots of those that are due, U of those that are ready."""
-        group = work.group
-        layouts = {p: self.layout(p, group) for p in stack.rows}
-        params = [p for p in stack.rows if p in work.steps]
-        ready = [p for p in params if p in work.inputs]
+    def _statistics(
+        self,
+        stacks: list[Stack],
+        group: Group,
+        params: list[Tensor],
+        grads: dict[Tensor, Tensor],
+        norms: dict[Tensor, Tensor],
+    ) -> None:
+        """Of all blocks that have a gradient, at every ``statistics_interval``-th step."""
+        every = group["statistics_interval"]
+        due = {p for p in params if every == 1 or (int(self.state[p]["step"]) + 1 - group["start_step"]) % every == 0}
+        beta, weight = 1.0, float(every)
+        if group["statistics"] == "ema":
+            beta = group["betas"][1] ** every
+            weight = 1 - beta
         with self.phase("statistics"):
-            ema = group["statistics"] == "ema"
-            beta, weight = (group["betas"][1], 1 - group["betas"][1]) if ema else (1.0, 1.0)
-            for part in stack.parts(params):
-                part.fill(layouts, {p: work.grads[p] for p in part.rows})
-                accumulate(part.S, part.scale, part.total, part.buffer, beta=beta, weight=weight)
-        if due := [p for p in ready if p in work.due or p not in stack.rooted]:
-            with self.phase("roots"):
-                for part in stack.parts(due):
-                    refresh_roots(part, group)
-                stack.rooted.update(due)
-        with self.phase("apply"):
-            for part in stack.parts(ready):
-                part.fill(layouts, {p: work.inputs[p] for p in part.rows})
-                U = precondition(part, group["order"])
-                for p, rows in part.rows.items():
-                    _collect(work.updates, p, layouts[p], U[rows])
+            for stack in stacks:
+                for members, rows in stack.chunks([p for p in stack.rows if p in due]):
+                    X, _ = self._rooms.blocks(stack, rows)
+                    fill(X, members, {p: self.layout(p, group) for p in members}, grads)
+                    size = torch.stack([norms[p] / math.sqrt(p.numel()) for p in members]).to(X.dtype)
+                    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+                    if len(X) > len(members):
+                        size = torch.cat([s.expand(n) for s, n in zip(size, counts, strict=True)])
+                    S = [S_i[rows] for S_i in stack.S]
+                    accumulate(S, stack.scale[rows], stack.total[rows], X, size, beta=beta, weight=weight)
 
-    def _finish(self, work: Work) -> None:
-        """Graft, momentum where it comes after, decay, weights."""
-        group, params = work.group, list(work.inputs)
-        (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
-        U = [work.updates[p].view(p.shape) for p in params]
-        if graft != "none":
-            moments = [self.state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
-            steps, inputs = [work.steps[p] for p in params], list(work.inputs.values())
-            transfer_length(U, direction(graft, inputs, moments, steps, beta2, group["graft_eps"]))
-        if group["precondition"] == "gradient":
-            # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
-            exp_avg = [self.state[p]["exp_avg"] for p in params]
-            ages = [work.steps[p] - group["start_step"] + 1 for p in params]
-            if fresh := [m for m, age in zip(exp_avg, ages, strict=True) if age == 1]:
-                torch._foreach_zero_(fresh)
-            torch._foreach_lerp_(exp_avg, [u.to(m.dtype) for u, m in zip(U, exp_avg, strict=True)], 1 - beta1)
-            U = list(torch._foreach_div(exp_avg, [1 - beta1**age for age in ages]))
+    def _refresh(self, stacks: list[Stack], work: Work) -> None:
+        """Roots of the blocks whose turn it is."""
+        group = work.group
+        for stack in stacks:
+            due: list[int] = []
+            for p, rows in stack.rows.items():
+                if p in work.layouts:
+                    age = work.steps[p] - group["start_step"]
+                    first = age == 0 or p not in stack.rooted
+                    due += [row for row in range(rows.start, rows.stop) if first or stack.is_due(row, age)]
+                    stack.rooted.add(p)
+            if due:
+                with self.phase("roots"):
+                    refresh(stack, due, group)
+
+    def _apply(self, stacks: list[Stack], work: Work) -> None:
+        """Momentum, U, graft, decay, weights, a chunk at a time."""
+        scattered = [p for p, layout in work.layouts.items() if len(layout.blocks) > 1]  # blocks of several shapes
+        lengths = self._moments(scattered, work)
+        pieces: dict[Tensor, dict[Shape, Tensor]] = {p: {} for p in scattered}
+        for stack in stacks:
+            for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
+                whole = [p for p in members if p not in pieces]
+                lengths |= self._moments(whole, work)
+                with self.phase("apply"):
+                    U = self._precondition(stack, members, rows, work)
+                at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
+                self._finish({p: {stack.shape: at[p]} for p in whole}, lengths, work)
+                for p in members:
+                    if p in pieces:
+                        pieces[p][stack.shape] = at[p].clone()
+        self._finish(pieces, lengths, work)
+
+    def _moments(self, params: list[Tensor], work: Work) -> dict[Tensor, Tensor]:
+        """Count the step, update the moments, and say how long the graft's step is; no length without a graft."""
+        if not params:
+            return {}
+        group, states = work.group, [self.state[p] for p in params]
+        (beta1, beta2), graft = group["betas"], group["graft"]
+        grads, steps = [work.grads[p] for p in params], [s["step"] for s in states]
+        first = group["precondition"] == "momentum"
+        moments = [s["exp_avg_sq"] for s in states] if needs_second_moment(graft) else []
+        exp_avg = [s["exp_avg"] for s in states]
+        if graft == "adam" and first and all(map(fusible, params, grads, exp_avg, moments)):
+            sizes = [p.numel() for p in params]
+            room = self._rooms.flat("graft", sum(sizes), params[0]).zero_().split(sizes)
+            like = [x.view(p.shape) for x, p in zip(room, params, strict=True)]
+            lengths = adam_length(like, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
+            return dict(zip(params, lengths, strict=True))
+        torch._foreach_add_(steps, 1)
+        if moments:
+            update_second_moment(moments, grads, beta2)
+        if first:
+            torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+        if graft == "none":
+            return {}
+        T = [work.steps[p] for p in params]
+        inputs = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T])) if first else grads
+        D = direction(graft, inputs, moments, T, beta2, group["graft_eps"])
+        return dict(zip(params, frobenius(D), strict=True))
+
+    def _precondition(self, stack: Stack, members: list[Tensor], rows: slice, work: Work) -> Tensor:
+        """U of these parameters' blocks, ``[k, d_1, ..., d_k]``, of the bias-corrected momentum or of the gradient."""
+        group = work.group
+        X, spare = self._rooms.blocks(stack, rows)
+        if group["precondition"] == "momentum":
+            fill(X, members, work.layouts, {p: self.state[p]["exp_avg"] for p in members})
+            weights = [1 - group["betas"][0] ** work.steps[p] for p in members]
+        else:
+            fill(X, members, work.layouts, work.grads)
+            weights = [1.0] * len(members)
+        factor = stack.input_scale(group)[rows].reciprocal()
+        if len(set(weights)) == 1:
+            factor = factor / weights[0]
+        else:
+            counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+            factor = factor / factor.new_tensor([w for w, n in zip(weights, counts, strict=True) for _ in range(n)])
+        X.mul_(per_block(factor, X))
+        return precondition(X, spare, stack, rows, group)
+
+    def _finish(self, pieces: dict[Tensor, dict[Shape, Tensor]], lengths: dict[Tensor, Tensor], work: Work) -> None:
+        """Graft, momentum where it comes after, decay, weights. ``pieces[p]`` are p's U by block shape."""
+        if not pieces:
+            return
+        group, params = work.group, list(pieces)
+        beta1, lr = group["betas"][0], float(group["lr"])
+        if lengths:
+            transfer_length([list(pieces[p].values()) for p in params], [lengths[p] for p in params])
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, U, alpha=-lr)
-        torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+        if group["precondition"] == "momentum":
+            targets, sources = placed(pieces, work.layouts, {p: p for p in params})
+            torch._foreach_add_(targets, sources, alpha=-lr)
+            return
+        # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
+        exp_avg = {p: self.state[p]["exp_avg"] for p in params}
+        ages = [work.steps[p] - group["start_step"] + 1 for p in params]
+        if fresh := [m for m, age in zip(exp_avg.values(), ages, strict=True) if age == 1]:
+            torch._foreach_zero_(fresh)
+        targets, sources = placed(pieces, work.layouts, exp_avg)
+        torch._foreach_lerp_(targets, [u.to(m.dtype) for u, m in zip(sources, targets, strict=True)], 1 - beta1)
+        updates = torch._foreach_div(list(exp_avg.values()), [1 - beta1**age for age in ages])
+        torch._foreach_add_(params, updates, alpha=-lr)
 
 
 @dataclass
 class Work:
-    """One step of one param group, for the parameters that the engine preconditions."""
+    """One step of one param group, for the parameters that are past ``start_step``."""
 
     group: Group
     grads: dict[Tensor, Tensor]
     steps: dict[Tensor, int]  # the number of this step, for each of them
-    due: set[Tensor]  # whose roots are refreshed
-    inputs: dict[Tensor, Tensor]  # what is preconditioned; the others are not past start_step yet
-    updates: dict[Tensor, Tensor] = field(default_factory=dict)  # U, in merged shape
+    layouts: dict[Tensor, Layout]
 
 
 def is_factor(name: str) -> bool:
     """Whether an entry of the state is a view into a stack, of a type of its own."""
-    return name.partition(".")[0] in ("scale", "root_scale", "total") or name.startswith(("statistics_", "root_"))
+    own = ("scale", "root_scale", "total", "retries", "rejected")
+    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_"))
 
 
-def _collect(updates: dict[Tensor, Tensor], p: Tensor, layout: Layout, blocks: Tensor) -> None:
-    """Put p's blocks of one shape, ``[n, d_1, ..., d_k]``, where they belong in its update."""
-    shape = tuple(blocks.shape[1:])
-    if shape == layout.shape:  # one block: no copy
-        updates[p] = blocks[0]
-        return
-    if p not in updates:
-        updates[p] = torch.empty(layout.shape, dtype=blocks.dtype, device=blocks.device)
-    torch._foreach_copy_([updates[p][cut] for cut in layout.blocks[shape]], list(blocks.unbind()))
+class Finite:
+    """Which of some gradients are finite: asked of the device now, read later.
+
+    Reading waits for what was queued before the question, and not for what came after it.
+    """
+
+    def __init__(self, norms: dict[Tensor, Tensor]) -> None:
+        self.answers: list[tuple[list[Tensor], Tensor]] = []
+        self.events: list[torch.cuda.Event] = []
+        for device in {p.device for p in norms}:
+            params = [p for p in norms if p.device == device]
+            finite = torch.isfinite(torch.stack([norms[p] for p in params]))
+            if device.type == "cuda":
+                there = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+                finite = there.copy_(finite, non_blocking=True)
+                self.events.append(torch.cuda.current_stream(device).record_event())
+            if device.type != "meta":  # which has shapes and no numbers
+                self.answers.append((params, finite))
+
+    def others(self) -> list[Tensor]:
+        """The parameters whose gradient is not."""
+        for event in self.events:
+            event.synchronize()
+        return [p for params, answer in self.answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes]
 
 
-def refresh_roots(stack: Stack, group: Group) -> None:
-    """New roots for every block, from its statistics."""
-    unit, correction = torch.where(stack.scale > 0, stack.scale, 1), bias_correction(stack, group)
-    p = root_exponent(group["order"], len(stack.S))
-    for S_i, A_i in zip(stack.S, stack.A, strict=True):
-        A_i.copy_(inverse_root(S_i, unit, correction, p=p, eps=group["eps"], damping=group["damping"]))
-    # Under relative damping a block without statistics has no scale yet; see precondition().
-    stack.root_scale.copy_(stack.scale if group["damping"] == "relative" else unit)
+def fill(X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: dict[Tensor, Tensor]) -> None:
+    """Copy the blocks of each parameter's tensor to their place in X ``[k, d_1, ..., d_k]``."""
+    sources = [b for p in members for b in layouts[p].views(tensors[p], tuple(X.shape[1:]))]
+    torch._foreach_copy_(list(X.unbind()), sources)
 
 
-def bias_correction(stack: Stack, group: Group) -> Tensor:
-    """``[K]``: what statistics are divided by, the weights in a moving average or 1 for a sum."""
-    if group["statistics"] == "accumulate":
-        return torch.ones_like(stack.total)
-    return torch.where(stack.total > 0, stack.total, 1)
+def placed(
+    pieces: dict[Tensor, dict[Shape, Tensor]], layouts: dict[Tensor, Layout], into: dict[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What has to be changed by what: views of each tensor of ``into``, and the blocks that belong there."""
+    targets, sources = [], []
+    for p, shapes in pieces.items():
+        layout, whole = layouts[p], into[p]
+        if list(shapes) == [layout.shape]:  # one block
+            targets.append(whole)
+            sources.append(shapes[layout.shape].view(p.shape))
+        elif whole.is_contiguous():
+            targets += [view for shape in shapes for view in layout.views(whole, shape)]
+            sources += [block for blocks in shapes.values() for block in blocks.unbind()]
+        else:  # of which a merged shape may be a copy
+            first = next(iter(shapes.values()))
+            together = first.new_empty(layout.shape)
+            for shape, blocks in shapes.items():
+                torch._foreach_copy_(layout.views(together.view(p.shape), shape), list(blocks.unbind()))
+            targets.append(whole)
+            sources.append(together.view(p.shape))
+    return targets, sources
 
 
-def precondition(stack: Stack, order: float) -> Tensor:
-    """U of what is in the buffer, for all blocks: ``[K, d_1, ..., d_k]``."""
-    # A block whose gradient has been zero until after its last refresh has identity roots and takes today's scale.
-    scale = torch.where(stack.root_scale > 0, stack.root_scale, stack.scale)
-    scale = torch.where(scale > 0, scale, 1)
-    return apply_roots(stack.buffer / per_block(scale, stack.buffer), stack.A, order)
+def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
+    """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``spare`` are overwritten."""
+    dtype = group["apply_dtype"] or X.dtype
+    A = [stack.root(axis, rows, dtype) for axis in range(len(stack.shape))]
+    if dtype == X.dtype:
+        return apply_roots(X, A, group["order"], spare)
+    low = X.to(dtype)
+    return X.copy_(apply_roots(low, A, group["order"], torch.empty_like(low)))
+
+
+def fusible(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernel for the CPU may be given these: it goes through memory by address."""
+    first = tensors[0]
+    return first.device.type == "cpu" and all(
+        t.is_contiguous() and t.dtype == first.dtype and t.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for t in tensors
+    )
 
 
 def factor_dtype(p: Tensor, group: Group) -> torch.dtype:

@@ -11,6 +11,25 @@ from torch.optim.adamw import adamw
 GRAFTS = ("adam", "rmsprop", "sgd", "none")
 
 
+# Between these, a Frobenius norm has neither lost squares at the lower end of float32 nor overflowed at the upper one.
+SAFE_NORMS = (1e-15, 1e18)
+
+
+def frobenius(tensors: list[Tensor]) -> list[Tensor]:
+    """Frobenius norms, 0-d and in float64. (The square of a float32 entry of 1e20 is not a float32.)
+
+    On a CPU a norm in float64 takes three times as long as one in float32, so only those are taken that need it.
+    """
+    if any(t.device.type != "cpu" or t.dtype == torch.float64 for t in tensors):
+        return list(torch._foreach_norm(tensors, dtype=torch.float64))
+    norms = [n.double() for n in torch._foreach_norm(tensors, dtype=torch.float32)]
+    least, most = SAFE_NORMS
+    return [
+        n if least < value < most else torch.linalg.vector_norm(t, dtype=torch.float64)
+        for n, value, t in zip(norms, torch.stack(norms).tolist() if norms else [], tensors, strict=True)
+    ]
+
+
 def needs_second_moment(graft: str) -> bool:
     return graft in ("adam", "rmsprop")
 
@@ -45,17 +64,56 @@ def direction(
     return list(torch._foreach_div(momenta, denominators))
 
 
-def transfer_length(updates: list[Tensor], lengths_of: list[Tensor]) -> None:
-    """In place: each update gets the Frobenius norm of its counterpart. A zero update stays zero.
+def adam_length(
+    room: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    counters: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    """One step of Adam's moments and counters; returns the length of the step that Adam would take, over its rate.
 
-    Norms are taken in float64: the square of a float32 entry of 1e20 is not a float32.
+    torch's fused kernel takes that step on ``room``, zeros of the parameters' shapes: one pass over memory instead of
+    fifteen. On a CPU and for contiguous tensors only.
     """
-    for device in {U.device for U in updates}:
-        here = [i for i, U in enumerate(updates) if U.device == device]
-        U = [updates[i] for i in here]
-        have = torch.stack(torch._foreach_norm(U, dtype=torch.float64))
-        want = torch.stack(torch._foreach_norm([lengths_of[i] for i in here], dtype=torch.float64))
-        torch._foreach_mul_(U, list(torch.where(have > 0, want / have, 0).unbind()))
+    adamw(
+        room,
+        grads,
+        exp_avg,
+        exp_avg_sq,
+        [],
+        counters,
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=1.0,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    return frobenius(room)
+
+
+def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor]) -> None:
+    """In place: the pieces of each update together get this Frobenius norm. A zero update stays zero.
+
+    Args:
+        lengths: 0-d, float64.
+    """
+    for device in {length.device for length in lengths}:
+        here = [i for i, length in enumerate(lengths) if length.device == device]
+        norms = iter(frobenius([u for i in here for u in updates[i]]))
+        have = torch.stack([torch.linalg.vector_norm(torch.stack([next(norms) for _ in updates[i]])) for i in here])
+        factors = torch.where(have > 0, torch.stack([lengths[i] for i in here]) / have, 0).unbind()
+        pieces, repeated = [], []
+        for i, factor in zip(here, factors, strict=True):
+            pieces += updates[i]
+            repeated += [factor] * len(updates[i])
+        torch._foreach_mul_(pieces, repeated)
 
 
 def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:

@@ -16,8 +16,11 @@ Group = dict[str, Any]
 # The keys of a param group, beside "params".
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
-    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "factor_dtype", "maximize",
+    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "solver", "statistics_interval", "refresh_above",
+    "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "maximize",
 )  # fmt: skip
+
+SOLVERS = ("auto", "eigh", "newton", "warm")
 
 # Below this, the damping is lost in the rounding of float32 statistics.
 SMALLEST_EPS_FLOAT32 = 1e-6
@@ -40,7 +43,7 @@ def validate(options: Group) -> None:
     Raises:
         ValueError: names the option and the value.
     """
-    for name in ("lr", "weight_decay", "graft_eps"):
+    for name in ("lr", "weight_decay", "graft_eps", "refresh_above"):
         if not options[name] >= 0:
             raise ValueError(f"{name} should be >= 0 but is: {options[name]}")
     if not options["eps"] > 0:
@@ -55,14 +58,17 @@ def validate(options: Group) -> None:
             raise ValueError(f"betas[{i}] should be in [0, 1) but is: {beta}")
     if options["order"] != math.inf:
         _positive_integer("order", options["order"], also=" or inf")
-    for name in ("interval", "start_step", "block_size"):
+    for name in ("interval", "start_step", "block_size", "statistics_interval"):
         _positive_integer(name, options[name])
     _one_of("damping", options["damping"], ("relative", "absolute"))
     if options["merge"] != "flatten":  # which FullAdagrad alone asks for
         _one_of("merge", options["merge"], MERGES)
     _one_of("graft", options["graft"], GRAFTS)
     _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
+    _one_of("solver", options["solver"], SOLVERS)
     _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))
+    for name in ("root_dtype", "apply_dtype"):
+        _one_of(name, options[name], (None, torch.bfloat16))
     relative = options["damping"] == "relative"
     if options["factor_dtype"] == torch.float32 and relative and options["eps"] < SMALLEST_EPS_FLOAT32:
         raise ValueError(

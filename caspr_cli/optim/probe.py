@@ -7,12 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caspr_cli.optim.combine import root_exponent
-from caspr_cli.optim.engine import KroneckerOptimizer, bias_correction, precondition
+from caspr_cli.optim.engine import KroneckerOptimizer, fill, precondition
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.roots import damped_eigenvalues, eigendecomposition
+from caspr_cli.optim.refresh import damping_of
+from caspr_cli.optim.roots import damping_shift, eigendecomposition
 from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.statistics import per_block
+from caspr_cli.optim.symmetric import unpack
 
 
 @torch.no_grad()
@@ -46,22 +49,21 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     """Of all blocks that have had a gradient."""
     seen = stack.scale > 0
-    correction, unit, root_scale = bias_correction(stack, group)[seen], stack.scale[seen], stack.root_scale[seen]
-    p = root_exponent(group["order"], len(stack.S))
+    unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
+    p = root_exponent(group["order"], len(stack.shape))
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": []}
-    for S_i, A_i in zip(stack.S, stack.A, strict=True):
-        S, A = S_i[seen] / correction.view(-1, 1, 1), A_i[seen]
+    for axis, d in enumerate(stack.shape):
+        S, A = unpack(stack.S[axis][seen], d), stack.root(axis, seen, torch.float64)
         eigenvalues, _ = eigendecomposition(S)
-        damped = damped_eigenvalues(eigenvalues, unit, group["eps"], group["damping"])
-        shift = damped[:, 0] - eigenvalues[:, 0].double().clamp(min=0)
-        d = S.shape[-1]
+        lam = eigenvalues.double().clamp(min=0)
+        shift = damping_shift(lam[:, -1], unit, eps, group["damping"])
+        damped = lam + shift.unsqueeze(1)
         values["condition"].append(damped[:, -1] / damped[:, 0])
         values["damping_share"].append(shift * d / damped.sum(1))
         # S~ in the units in which A was computed
         ratio = (unit.double() / root_scale.double()).square().view(-1, 1, 1)
-        damped_S = (S.double() + shift.view(-1, 1, 1) * torch.eye(d, dtype=torch.float64, device=S.device)) * ratio
-        product = torch.linalg.matrix_power(A.double(), p) @ damped_S
         identity = torch.eye(d, dtype=torch.float64, device=S.device)
+        product = torch.linalg.matrix_power(A, p) @ ((S.double() + shift.view(-1, 1, 1) * identity) * ratio)
         values["residual"].append((product - identity).norm(dim=(1, 2)) / d**0.5)
     return {name: torch.cat(v) for name, v in values.items()}
 
@@ -89,13 +91,15 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
         if not chosen:
             continue
         layouts = {params[i]: optimizer.layout(params[i], group) for i in chosen}
-        stack.buffer.zero_()
-        stack.fill(layouts, {params[i]: inputs[i] for i in chosen})
-        U = precondition(stack, group["order"])
-        stack.fill(layouts, {params[i]: graft[i] for i in chosen})
+        scale = stack.input_scale(group)
         for i in chosen:
-            rows = stack.rows[params[i]]
-            u, d = U[rows].double().flatten(), stack.buffer[rows].double().flatten()
+            p, rows = params[i], stack.rows[params[i]]
+            X = scale.new_empty(rows.stop - rows.start, *stack.shape)
+            fill(X, [p], layouts, {p: inputs[i]})
+            X.div_(per_block(scale[rows], X))
+            u = precondition(X, torch.empty_like(X), stack, rows, group).double().flatten().clone()
+            fill(X, [p], layouts, {p: graft[i]})
+            d = X.double().flatten()
             ratios.append(d.norm() / u.norm())
             cosines.append(F.cosine_similarity(u, d, dim=0))
     result = {"graft_ratio": torch.stack(ratios)}

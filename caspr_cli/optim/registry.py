@@ -28,12 +28,12 @@ def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
 def _family(cls: Builder) -> Builder:
     """CASPR and its kin know ``precondition=False`` themselves; elsewhere the option says what is preconditioned."""
 
-    def make(groups: list[Group], *, factor_dtype: str | None = None, **options: Any) -> Optimizer:
+    def make(groups: list[Group], **options: Any) -> Optimizer:
         for group in groups:
             if group["precondition"]:
                 del group["precondition"]
-        dtype = getattr(torch, factor_dtype) if factor_dtype else None
-        return cls(groups, factor_dtype=dtype, **options)
+        dtypes = {k: getattr(torch, v) for k, v in options.items() if k.endswith("_dtype") and isinstance(v, str)}
+        return cls(groups, **options | dtypes)
 
     return make
 

@@ -9,63 +9,140 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.roots import Root
+from caspr_cli.optim.symmetric import pack, packed_length, unpack
+
+Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
+
+# Numbers that a step works on at once. On a CPU they and what becomes of them stay in the cache; elsewhere it bounds
+# the memory that a step takes beside the state.
+CHUNK_CPU, CHUNK = 2**20, 2**24
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a stack is made of."""
+
+    dtype: torch.dtype  # of the statistics
+    root_dtype: torch.dtype
+    packed: bool  # whether roots are
+    basis: bool  # whether eigenvectors are kept
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, group: Group) -> Storage:
+        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]), group["solver"] == "warm")
 
 
 @dataclass
 class Stack:
     """K blocks of one shape. ``rows[p]`` are the blocks of parameter p, in the order of its layout."""
 
-    buffer: Tensor  # [K, d_1, ..., d_k]: gradients, then what is preconditioned
-    S: list[Tensor]  # statistics over scale^2, [K, d_i, d_i]
-    A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i]
+    shape: Shape
+    storage: Storage
+    S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
+    A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
+    Q: list[Tensor]  # eigenvectors of S at its last decomposition, [K, d_i, d_i]; an empty list if they are not kept
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
     total: Tensor  # [K], weights of all gradients in S
+    retries: Tensor  # [K], refusals of a root in a row: the power of ten that multiplies eps
+    rejected: Tensor  # [K], roots that were refused
     rows: dict[Tensor, slice] = field(default_factory=dict)
     rooted: set[Tensor] = field(default_factory=set)  # parameters whose roots have been computed
+    interval: int = 1
+    phase: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
 
     @classmethod
-    def empty(cls, shape: Shape, K: int, dtype: torch.dtype, device: torch.device) -> Stack:
-        def new(*size: int) -> Tensor:
+    def empty(cls, shape: Shape, K: int, storage: Storage, device: torch.device) -> Stack:
+        def new(*size: int, dtype: torch.dtype = storage.dtype) -> Tensor:
             return torch.zeros(K, *size, dtype=dtype, device=device)
 
-        return cls(new(*shape), [new(d, d) for d in shape], [new(d, d) for d in shape], new(), new(), new())
+        roots = [(packed_length(d),) if storage.packed else (d, d) for d in shape]
+        return cls(
+            shape,
+            storage,
+            [new(packed_length(d)) for d in shape],
+            [new(*size, dtype=storage.root_dtype) for size in roots],
+            [new(d, d) for d in shape] if storage.basis else [],
+            scale=new(),
+            root_scale=new(),
+            total=new(),
+            retries=new(),
+            rejected=new(),
+        )
 
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
-        rows, named = self.rows[p], {"scale": self.scale, "root_scale": self.root_scale, "total": self.total}
-        for axis, (S_i, A_i) in enumerate(zip(self.S, self.A, strict=True)):
-            named[f"statistics_{axis}"] = S_i
-            named[f"root_{axis}"] = A_i
+        rows = self.rows[p]
+        named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
+        for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q)):
+            named |= {f"{name}_{axis}": tensor for axis, tensor in enumerate(tensors)}
         return {f"{name}.{part}": tensor[rows] for name, tensor in named.items()}
 
-    def fill(self, layouts: dict[Tensor, Layout], tensors: dict[Tensor, Tensor]) -> None:
-        """Copy the blocks of each tensor (of its parameter's shape) to their place in the buffer."""
-        shape = tuple(self.buffer.shape[1:])
-        sources = [b for p, t in tensors.items() for b in layouts[p].views(t, shape)]
-        targets = [b for p in tensors for b in self.buffer[self.rows[p]].unbind()]
-        torch._foreach_copy_(targets, sources)
+    def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
+        """These parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
+        size = torch.Size(self.shape).numel()
+        limit = (CHUNK_CPU if self.scale.device.type == "cpu" else CHUNK) // size
+        run: list[Tensor] = []
+        for p in params:
+            start, stop = self.rows[run[0]].start if run else 0, self.rows[p].stop
+            if run and (self.rows[run[-1]].stop != self.rows[p].start or stop - start > limit):
+                yield run, slice(start, self.rows[run[-1]].stop)
+                run = []
+            run.append(p)
+        if run:
+            yield run, slice(self.rows[run[0]].start, self.rows[run[-1]].stop)
 
-    def parts(self, params: list[Tensor]) -> Iterator[Stack]:
-        """Views of the rows of these parameters (in the stack's order), one for each run of neighbours.
+    def index(self, rows: list[int]) -> Rows:
+        """To take these rows (ascending) by: without a copy where they are neighbours."""
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return slice(rows[0], rows[-1] + 1)
+        return torch.tensor(rows, device=self.scale.device)
 
-        Usually the whole stack; it falls apart where parameters between have no gradient. Nothing is copied.
+    def is_due(self, row: int, age: int) -> bool:
+        """Whether it is this row's turn, ``age`` steps after its first root."""
+        return (age - self.phase[row]) % self.interval == 0
+
+    def unit(self, group: Group) -> Tensor:
+        """``[K]``: c, where S is the statistic over c^2 with the bias of a moving average corrected; 1 without one."""
+        corrected = self.scale
+        if group["statistics"] == "ema":
+            corrected = self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
+        return torch.where(self.scale > 0, corrected, 1)
+
+    def input_scale(self, group: Group) -> Tensor:
+        """``[K]``: what an input of the roots is divided by.
+
+        A block whose gradient has been zero until after its last refresh has identity roots and takes today's scale.
         """
-        start = 0
-        for i, p in enumerate(params):
-            if i + 1 < len(params) and self.rows[params[i + 1]].start == self.rows[p].stop:
-                continue
-            run = params[start : i + 1]
-            start, first = i + 1, self.rows[run[0]].start
-            rows = {q: slice(self.rows[q].start - first, self.rows[q].stop - first) for q in run}
-            at = slice(first, self.rows[p].stop)
-            S, A = [S_i[at] for S_i in self.S], [A_i[at] for A_i in self.A]
-            scales = self.scale[at], self.root_scale[at], self.total[at]
-            yield Stack(self.buffer[at], S, A, *scales, rows, self.rooted)
+        return torch.where(self.root_scale > 0, self.root_scale, self.unit(group))
+
+    def root(self, axis: int, at: Rows, dtype: torch.dtype) -> Tensor:
+        """``[k, d, d]`` of these rows."""
+        A = self.A[axis][at]
+        return unpack(A, self.shape[axis], dtype) if self.storage.packed else A.to(dtype)
+
+    def basis(self, axis: int, at: Rows) -> Tensor | None:
+        return self.Q[axis][at] if self.Q else None
+
+    def store(self, axis: int, at: Rows, root: Root, accepted: Tensor) -> None:
+        """Keep these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
+        A, Q = root.A, root.basis
+        if A.device.type != "cpu" or not bool(accepted.all()):
+            old = self.root(axis, at, A.dtype)
+            blank = (old.diagonal(dim1=-2, dim2=-1) == 0).all(-1).view(-1, 1, 1)
+            old = torch.where(blank, torch.eye(self.shape[axis], dtype=A.dtype, device=A.device), old)
+            A = torch.where(accepted.view(-1, 1, 1), A, old)
+            if self.Q and Q is not None:
+                Q = torch.where(accepted.view(-1, 1, 1), Q, self.Q[axis][at])
+        self.A[axis][at] = pack(A) if self.storage.packed else A
+        if self.Q and Q is not None:
+            self.Q[axis][at] = Q
 
     def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
-        part = list(layout.blocks).index(tuple(self.buffer.shape[1:]))
+        part = list(layout.blocks).index(self.shape)
         view = state.get(p, {}).get(f"scale.{part}")
         return view is not None and view.data_ptr() == self.scale[self.rows[p]].data_ptr()
 
@@ -73,21 +150,23 @@ class Stack:
 def build_stacks(
     params: list[Tensor],
     layouts: dict[Tensor, Layout],
-    dtypes: dict[Tensor, torch.dtype],
+    storages: dict[Tensor, Storage],
     state: dict[Tensor, dict[str, Tensor]],
 ) -> list[Stack]:
     """Stack the blocks of ``params``; factors already in ``state`` are copied in, and ``state`` becomes views.
 
+    What was stored otherwise (packed or not, of another type) is converted.
+
     Raises:
         ValueError: a factor in ``state`` has another shape than the options call for.
     """
-    counts: dict[tuple[Shape, torch.dtype, torch.device], list[tuple[Tensor, int, int]]] = {}
+    counts: dict[tuple[Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
         for part, (shape, blocks) in enumerate(layouts[p].blocks.items()):
-            counts.setdefault((shape, dtypes[p], p.device), []).append((p, part, len(blocks)))
+            counts.setdefault((shape, storages[p], p.device), []).append((p, part, len(blocks)))
     stacks = []
-    for (shape, dtype, device), members in counts.items():
-        stack = Stack.empty(shape, sum(n for *_, n in members), dtype, device)
+    for (shape, storage, device), members in counts.items():
+        stack = Stack.empty(shape, sum(n for *_, n in members), storage, device)
         start = 0
         for p, part, n in members:
             stack.rows[p] = slice(start, start + n)
@@ -95,14 +174,29 @@ def build_stacks(
             for name, view in stack.state(p, part).items():
                 old = state[p].get(name)
                 if old is not None:
-                    if old.shape != view.shape:
-                        raise ValueError(
-                            f"{name} of a parameter of shape {tuple(p.shape)} should have shape {tuple(view.shape)} "
-                            f"but has {tuple(old.shape)}: block_size or merge were others when it was made"
-                        )
-                    view.copy_(old)
+                    view.copy_(_converted(old, view, p, name, shape))
                     if name.startswith("root_") and bool(view.any()):  # waits for the device, once a rebuild
                         stack.rooted.add(p)
                 state[p][name] = view
+            if not stack.Q:  # of a solver that is no longer chosen
+                for axis in range(len(shape)):
+                    state[p].pop(f"basis_{axis}.{part}", None)
         stacks.append(stack)
     return stacks
+
+
+def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) -> Tensor:
+    """A stored factor in the form that ``view`` has."""
+    if old.shape == view.shape:
+        return old
+    axis = name.partition(".")[0].rpartition("_")[2]
+    if axis.isdigit() and len(old) == len(view):
+        d = shape[int(axis)]
+        if old.shape[1:] == (d, d) and view.ndim == 2:
+            return pack(old)
+        if old.shape[1:] == (packed_length(d),) and view.ndim == 3:
+            return unpack(old, d)
+    raise ValueError(
+        f"{name} of a parameter of shape {tuple(p.shape)} should have shape {tuple(view.shape)} "
+        f"but has {tuple(old.shape)}: block_size or merge were others when it was made"
+    )

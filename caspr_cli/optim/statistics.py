@@ -2,7 +2,7 @@
 
 For a block G with k axes, S_i = sum over steps of unfold_i(G) unfold_i(G)^T, or its moving average. Squares of
 float32 gradients leave the range of the type outside of 1e-19 to 1e+19, so what is stored is S_i / c^2, where c
-follows the block's largest absolute entry. Then U(cG) = U(G) holds from 1e-20 to 1e+20 with no loss.
+follows the size of the gradient. Then U(cG) = U(G) holds from 1e-20 to 1e+20 with no loss.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ import math
 
 import torch
 from torch import Tensor
+
+from caspr_cli.optim.symmetric import add_gram
+
+# How far the gradient may outgrow the scale before the scale follows. Its square, 2^20, is far from the end of any
+# type; and following costs a pass over all statistics, so it should be rare.
+HEADROOM = 1024.0
+# Gradients below this many times the smallest normal number of the type count as zero.
+SMALLEST = 16
 
 
 def unfold(G: Tensor, axis: int) -> Tensor:
@@ -23,30 +31,41 @@ def per_block(x: Tensor, like: Tensor) -> Tensor:
     return x.view(-1, *(1,) * (like.ndim - 1))
 
 
-def accumulate(S: list[Tensor], scale: Tensor, total: Tensor, G: Tensor, *, beta: float, weight: float) -> None:
+def accumulate(
+    S: list[Tensor], scale: Tensor, total: Tensor, G: Tensor, size: Tensor, *, beta: float, weight: float
+) -> None:
     """In place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
 
     Args:
-        S: for each axis ``[K, d_i, d_i]``, the statistics divided by ``scale**2``.
-        scale: ``[K]``, at least the largest absolute entry that still counts; 0 before the first gradient.
+        S: for each axis the statistics divided by ``scale**2``, packed ``[K, packed_length(d_i)]``.
+        scale: ``[K]``, 0 before the first gradient.
         total: ``[K]``, the weights of all gradients so far, 1 - betas[1]^t after t of a moving average: what it is
             divided by to correct its bias.
-        G: ``[K, d_1, ..., d_k]``, overwritten. A block that is not finite leaves its statistics as they are.
+        G: ``[K, d_1, ..., d_k]``, overwritten.
+        size: ``[K]``, about the size of an entry of G. Where it is not finite, nothing is changed.
         beta: 1 for a sum, betas[1] for a moving average.
         weight: 1 for a sum, 1 - betas[1] for a moving average.
 
-    Cost: 2 K d_i numel(G)/K FLOPs an axis (for m x n blocks 2 K m n (m + n)).
+    Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis (for m x n blocks 2 m n (m + n), less the
+    part of the upper triangles that is not computed).
     """
-    peak = G.abs().amax(dim=tuple(range(1, G.ndim)))
-    finite = torch.isfinite(peak)
-    # The old scale decays as the root of its statistics does, so that S / scale^2 stays of order one: after a
-    # gradient of 1e20, gradients of 1 are seen again as soon as they weigh anything in the true S.
+    finite = torch.isfinite(size)
+    # The scale decays as the root of the statistics does, so that S / scale^2 decays by itself: no pass over S. And
+    # after a gradient of 1e20, gradients of 1 are seen again as soon as they weigh anything in the true S.
     decayed = scale * math.sqrt(beta)
-    scale.copy_(torch.where(finite, torch.maximum(decayed, peak), scale))
+    outgrown = finite & (size > HEADROOM * decayed)
+    new = torch.where(outgrown, size, torch.where(finite, decayed, scale))
+    new.masked_fill_(new < SMALLEST * torch.finfo(new.dtype).tiny, 0)  # its reciprocal would be infinite
+    forgotten = (new == 0) & (scale > 0)  # after thousands of steps without a gradient
+    keep = torch.where(outgrown & (new > 0), (decayed / new).square(), 1).masked_fill_(forgotten, 0)
+    scale.copy_(new)
     total.copy_(torch.where(finite, total * beta + weight, total))
-    unit = torch.where(scale > 0, scale, 1)
-    keep = torch.where(finite, (decayed / unit).square(), 1)  # <= 1; beta is in it
-    G.div_(per_block(unit, G)).masked_fill_(per_block(~finite, G), 0)
+    inverse = torch.where(scale > 0, scale, 1).reciprocal()
+    # 0 times what is not finite is NaN.
+    torch.nan_to_num_(G.mul_(per_block(torch.where(finite, inverse, 0), G)), nan=0.0)
+    # Elsewhere the question would wait for the device, which takes longer than the pass.
+    unchanged = keep.device.type == "cpu" and bool((keep == 1).all())
     for axis, S_i in enumerate(S):
-        X = unfold(G, axis)
-        S_i.mul_(per_block(keep, S_i)).baddbmm_(X, X.mT, alpha=weight)
+        if not unchanged:
+            S_i.mul_(keep.unsqueeze(1))
+        add_gram(S_i, unfold(G, axis), weight)

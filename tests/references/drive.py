@@ -9,6 +9,25 @@ BARE = {"interval": 1, "start_step": 1, "graft": "none", "weight_decay": 0.0}
 
 def run(optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1e-3, **options) -> list[Tensor]:
     """The weights after every step; ``lr`` is a number or one number a step."""
+    return run_with_turns(optimizer_class, weight, gradients, lr=lr, **options)[0]
+
+
+def turns_of(optimizer, parameter: Tensor, index: int = 0) -> dict[tuple[tuple[int, int], ...], int]:
+    """The step of the interval at which each block, (start, stop) on each axis, gets new roots."""
+    return {
+        tuple((s.start, s.stop) for s in cut): phase
+        for stack in getattr(optimizer, "stacks", lambda index: [])(index)
+        if parameter in stack.rows
+        for cut, phase in zip(
+            optimizer.layout(parameter, optimizer.param_groups[index]).blocks[stack.shape],
+            stack.phase[stack.rows[parameter]],
+            strict=True,
+        )
+    }
+
+
+def run_with_turns(optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1e-3, **options):
+    """The weights after every step, and the turns of the blocks."""
     parameter = torch.nn.Parameter(weight.clone())
     optimizer = optimizer_class([parameter], lr=lr[0] if isinstance(lr, list) else lr, **options)
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)
@@ -18,7 +37,7 @@ def run(optimizer_class, weight: Tensor, gradients: list[Tensor | None], *, lr=1
         parameter.grad = None if gradient is None else gradient.clone()
         optimizer.step()
         weights.append(parameter.detach().clone())
-    return weights
+    return weights, turns_of(optimizer, parameter)
 
 
 def bare_updates(optimizer_class, gradients: list[Tensor], *, beta: float = 0.9, **options) -> list[Tensor]:

@@ -31,11 +31,17 @@ def axis_parts(size: int, block_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def blockwise(gradient: Tensor, history: list[Tensor], block_size: int, **options) -> Tensor:
-    """U of every block from the statistics of that block alone; ``options`` of ``_block``."""
+def blockwise(gradient: Tensor, history: list[Tensor], age: int, turns, interval: int, block_size: int, **options):
+    """U of every block from the statistics of that block alone; ``options`` of ``_block``.
+
+    ``age`` steps ago all blocks had their first roots; each got new ones whenever it was its turn of the interval.
+    """
     result = torch.zeros_like(gradient)
     for block in itertools.product(*(axis_parts(size, block_size) for size in gradient.shape)):
-        result[block] = _block(gradient[block], [past[block] for past in history], **options)
+        turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
+        stale = (age - turn) % interval if age >= turn else age
+        known = history[: len(history) - stale]
+        result[block] = _block(gradient[block], [past[block] for past in known], **options)
     return result
 
 
@@ -83,6 +89,7 @@ def reference_weights(
     precondition: str = "momentum",
     maximize: bool = False,
     use_preconditioner: bool = True,
+    turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
 ) -> list[Tensor]:
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
     axes = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
@@ -99,8 +106,7 @@ def reference_weights(
 
     def grafted(direction: Tensor, step: int) -> Tensor:
         """U of a direction with the roots in force at a step, at the length of the graft method."""
-        refresh = step - (step - start_step) % interval
-        update = blockwise(direction, history[:refresh], **block_options)
+        update = blockwise(direction, history[:step], step - start_step, turns, interval, **block_options)
         return rescaled(update, plain(direction, step), graft)
 
     def plain(direction: Tensor, step: int) -> Tensor:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from references.drive import relative_error, run
+from references.drive import relative_error, run, run_with_turns
 from references.kronecker import precondition
 from references.optimizer import reference_weights
 from references.stream import random_stream, statistics
@@ -54,8 +54,8 @@ def test_a_run_of_eight_steps(options):
     gradients[5] = None  # one step without a gradient
     rates = [0.1, 0.1, 0.2, 0.05, 0.1, 0.1, 0.3, 0.1]
     optimizer, known = library(method, rest)
-    weights = run(optimizer, weight, gradients, lr=rates, **known)
-    expected = reference_weights(weight, gradients, method, lr=rates, **rest)
+    weights, turns = run_with_turns(optimizer, weight, gradients, lr=rates, **known)
+    expected = reference_weights(weight, gradients, method, lr=rates, turns=turns, **rest)
     for step, (w, w_expected) in enumerate(zip(weights, expected, strict=True), start=1):
         assert relative_error(w, w_expected) < 1e-9, f"step {step}"
 

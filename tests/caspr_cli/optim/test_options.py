@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from references.drive import relative_error, run
+from references.drive import relative_error, run, turns_of
 from references.optimizer import reference_weights
 from references.stream import random_stream
 
@@ -119,14 +119,14 @@ GROUPS = [
 DEFAULTS = {"lr": 0.1, "betas": (0.9, 0.95), "start_step": 2, "interval": 2, "eps": 1e-4}
 
 
-def reference_of(group, weight, gradients):
+def reference_of(group, weight, gradients, turns):
     """The slow run of one parameter under the defaults and its group's options."""
     options = {**DEFAULTS, **group}
     if options.get("precondition") is False:
         options |= {"precondition": "momentum", "use_preconditioner": False}
     if options.get("order") == math.inf:
-        return reference_weights(weight, gradients, "shampoo", **options)
-    return reference_weights(weight, gradients, **options)
+        return reference_weights(weight, gradients, "shampoo", turns=turns, **options)
+    return reference_weights(weight, gradients, turns=turns, **options)
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3), (5,)])
@@ -148,7 +148,7 @@ def test_groups_of_different_options_in_one_optimizer(shape, late):
         optimizer.step()
     for i, group in enumerate(GROUPS):
         seen = streams[i][2:] if late and i > 0 else streams[i]
-        expected = reference_of(group, weights[i], seen)[-1]
+        expected = reference_of(group, weights[i], seen, turns_of(optimizer, parameters[i], i))[-1]
         assert relative_error(parameters[i].detach(), expected) < 1e-9, group
 
 

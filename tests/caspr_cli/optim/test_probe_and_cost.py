@@ -91,5 +91,5 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
     p.grad = torch.randn(8, 4)
     optimizer = Shampoo([p], start_step=1)
     optimizer.step()
-    # step, two moments, statistics and roots of both axes, two scales and the weight of the average; float32
-    assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + 3)
+    # step, two moments, statistics and roots of both axes, and five numbers of the block; float32
+    assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + 5)

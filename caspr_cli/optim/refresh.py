@@ -1,0 +1,73 @@
+"""New roots for the blocks that are due, and whether they are taken.
+
+A root is accepted if it is finite and its recomputed residual is small. Otherwise the old one stays, the block's
+damping is ten times as large at its next turn (and falls again with each success), and a counter rises. Nothing raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from caspr_cli.optim.combine import root_exponent
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.roots import bound
+from caspr_cli.optim.solve import Problem, choose, solve, wear_of
+from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.symmetric import unpack
+
+ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
+MOST_RETRIES = 24  # times that damping is raised
+BATCH = 2**22  # numbers in the statistics that are decomposed at once, for each thread: bounds the memory
+
+
+def refresh(stack: Stack, rows: list[int], group: Group) -> None:
+    """In place: roots of these rows (ascending), from their statistics."""
+    count = max(1, torch.get_num_threads() * BATCH // max(d * d for d in stack.shape))
+    for start in range(0, len(rows), count):
+        _refresh(stack, rows[start : start + count], group)
+
+
+def _refresh(stack: Stack, rows: list[int], group: Group) -> None:
+    problems = _problems(stack, rows, group)
+    if group["refresh_above"] > 0:
+        wear = [problem.wear for problem in problems if problem.wear is not None]
+        worn = ~(torch.stack(wear) <= group["refresh_above"]).all(0)
+        rows = [row for row, yes in zip(rows, worn.tolist(), strict=True) if yes]
+        if not rows:
+            return
+        problems = [problem.take(worn) for problem in problems]
+    at = stack.index(rows)
+    solutions = [solve(problem, choose(group["solver"], problem.S.device, problem.S.shape[-1])) for problem in problems]
+    accepted = torch.stack(
+        [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
+    ).all(0)
+    for axis, solution in enumerate(solutions):
+        stack.store(axis, at, solution.root, accepted)
+    # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
+    unit = problems[0].unit
+    scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
+    stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])
+    retries = stack.retries[at]
+    stack.retries[at] = torch.where(accepted, retries - 1, retries + 1).clamp(0, MOST_RETRIES)
+    stack.rejected[at] += (~accepted).to(stack.rejected.dtype)
+
+
+def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
+    """One for each axis."""
+    at, p = stack.index(rows), root_exponent(group["order"], len(stack.shape))
+    unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
+    problems = []
+    for axis, d in enumerate(stack.shape):
+        S = unpack(stack.S[axis][at], d)
+        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(axis, at))
+        if group["refresh_above"] > 0 or group["solver"] == "warm":
+            problem.wear = wear_of(problem, stack.root(axis, at, S.dtype), stack.root_scale[at])
+        problems.append(problem)
+    return problems
+
+
+def damping_of(stack: Stack, group: Group) -> Tensor:
+    """``[K]``, float64: eps of each block, ten times as large for each refusal in a row."""
+    eps: Tensor = group["eps"] * torch.full_like(stack.retries, 10, dtype=torch.float64).pow(stack.retries)
+    return eps.clamp(max=max(1.0, group["eps"])) if group["damping"] == "relative" else eps
