@@ -147,7 +147,8 @@ _ARGS = """
         weight_decay: decoupled, as in AdamW.
 %(order)s        statistics: ``"ema"``, a bias-corrected moving average, or ``"accumulate"``, the sum of the theory.
         damping: ``"relative"`` adds eps times the largest eigenvalue, ``"absolute"`` adds eps.
-        interval: steps between two computations of the roots; in between, they are stale.
+        interval: steps between two computations of a block's roots; in between, they are stale. The first is at
+            ``start_step``; after that the blocks take turns, a share at each step, so that no step is a spike.
         start_step: the first preconditioned step (counted from 1). Before it, the graft method alone.
         block_size: an axis longer than this is cut into equal parts with statistics of their own.
 %(merge)s        graft: method that lends each tensor its step length: ``"adam"``, ``"rmsprop"``, ``"sgd"``, ``"none"``.
@@ -155,7 +156,20 @@ _ARGS = """
         precondition: ``"momentum"``; or ``"gradient"``, with the momentum taken of the grafted updates (the order
             of the paper's code); or ``False`` in a param group: the graft method alone, with ``graft="adam"``
             exactly :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
+        solver: of the inverse roots. ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration;
+            ``"warm"``, from the last eigendecomposition where the statistics have moved little (a residual below 1e-3)
+            and a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton
+            on a GPU.
+        statistics_interval: steps between two gradients that enter the statistics. (Between them the moving average
+            stands still, and then takes a step of the whole interval.)
+        refresh_above: at its turn, a block whose roots have a residual of at most this with the statistics of now is
+            left as it is. 0 refreshes always.
         factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
+        root_dtype: type of the stored roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes U by about
+            3e-3 of its length.
+        pack_roots: store one triangle of the roots. With bfloat16 the state of a square block is 15.5 bytes a
+            parameter instead of 21; each step unpacks them.
+        apply_dtype: type of the products with the roots, ``torch.bfloat16`` (4e-3) or that of the statistics.
         maximize: maximize the objective.
 
     Raises:
@@ -164,6 +178,11 @@ _ARGS = """
     ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
     under ``weights_only=True``. ``block_size`` and ``merge`` of a group are fixed with its first step.
+
+    Nothing that a gradient holds stops the training. A tensor whose gradient is not finite is left out of the step as
+    if it had none, and ``state["skipped"]`` counts it. A new root is used if it is finite and its residual, recomputed,
+    is small; else the old one stays, ``state["rejected.0"]`` counts it, and eps is ten times as large at the block's
+    next turn. :func:`caspr_cli.optim.probe.counters` adds both up.
 """
 
 _MERGE = """\
@@ -186,8 +205,9 @@ CASPR.__doc__ = (
     + _ALGORITHM % {"p": "2q", "combination": r"[\tfrac1k \textstyle\sum_i A_i \text{ on axis } i\,]^q\, \hat{M}"}
     + _ARGS % {"order": _ORDER, "merge": _MERGE}
     + """
-    Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), and two eigendecompositions
-    every ``interval`` steps. State: 2 (m^2 + n^2) numbers, the two moments of Adam, and a buffer of the block's size.
+    Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), less what is not computed of
+    the statistics' upper triangles (a fifth or less of the whole), and two eigendecompositions every ``interval`` steps.
+    State: 1.6 to 2 times m^2 + n^2 numbers and the two moments of Adam. ``caspr-bench`` measures it.
 
     Source: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, "Combining Axes Preconditioners through Kronecker Approximation
     for Deep Learning", ICLR 2024, Algorithm 1. That ``order`` 1, 2, ... leads from the sum of the axes'

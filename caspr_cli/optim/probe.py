@@ -46,6 +46,19 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
     return {name: torch.cat([v.flatten() for v in values]) for name, values in found.items()}
 
 
+@torch.no_grad()
+def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
+    """What was refused since the optimizer was made (waits for the device).
+
+    Returns:
+        ``rejected_roots``: new roots that were not finite or whose residual was too large, and were not used.
+        ``skipped_gradients``: gradients of a tensor that were not finite, and moved nothing.
+    """
+    stacks = [s for index in range(len(optimizer.param_groups)) for s in optimizer.stacks(index)]
+    skipped = [int(state["skipped"]) for state in optimizer.state.values() if "skipped" in state]
+    return {"rejected_roots": sum(int(s.rejected.sum()) for s in stacks), "skipped_gradients": sum(skipped)}
+
+
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     """Of all blocks that have had a gradient."""
     seen = stack.scale > 0

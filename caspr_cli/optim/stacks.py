@@ -136,7 +136,7 @@ class Stack:
             A = torch.where(accepted.view(-1, 1, 1), A, old)
             if self.Q and Q is not None:
                 Q = torch.where(accepted.view(-1, 1, 1), Q, self.Q[axis][at])
-        self.A[axis][at] = pack(A) if self.storage.packed else A
+        self.A[axis][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
         if self.Q and Q is not None:
             self.Q[axis][at] = Q
 

@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.probe import diagnose
+from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import LAUNCHER, Record
 from caspr_cli.training.module import TrainingModule
@@ -133,6 +133,9 @@ class Curves(Callback):
             self.target = {"step": step, "seconds": self.clock.seconds}
             note = f"  target {wanted:g} reached"
         values = scores | self._diagnostics(trainer)
+        for name in ("rejected_roots", "skipped_gradients"):
+            if count := values.get(f"optim/{name}"):
+                note += f"  {name.replace('_', ' ')} so far: {count:g}"
         if self.recorder:
             self.recorder.scalars(step, values)
             self.recorder.flush()
@@ -151,7 +154,7 @@ class Curves(Callback):
             cuts = torch.quantile(x, torch.tensor(list(QUANTILES.values()), dtype=x.dtype, device=x.device))
             values |= {f"optim/{name}/{q}": v for q, v in zip(QUANTILES, cuts.tolist(), strict=True)}
             values[f"optim/{name}/max"] = float(x.max())
-        return values
+        return values | {f"optim/{name}": float(count) for name, count in counters(optimizer).items()}
 
 
 def _refuse_nan(name: str, loss: float, step: int) -> None:

@@ -83,3 +83,18 @@ def test_lightning_lives_in_training_and_nothing_imports_commands(file: Path) ->
     if file.parent.name != "commands":
         assert uses(file, "caspr_cli.commands") == []
     assert file.name != "utils.py"
+
+
+@pytest.mark.parametrize("file", files("caspr_cli/bench"), ids=name)
+def test_bench_measures_what_others_build(file: Path) -> None:
+    rooms = tuple(f"caspr_cli.{room}." for room in ("bench", "optim", "recipe", "training"))
+    assert [i for i in uses(file, "caspr_cli") if not i.startswith(rooms)] == []
+    assert uses(file, "hydra", "omegaconf") == []
+    if file.name == "shapes.py":
+        assert uses(file, "torch", "numpy", "caspr_cli.optim", "caspr_cli.training", "tasks") == []
+
+
+@pytest.mark.parametrize("file", files("caspr_cli", "tasks"), ids=name)
+def test_nothing_but_commands_imports_bench(file: Path) -> None:
+    if file.parent.name not in ("bench", "commands"):
+        assert uses(file, "caspr_cli.bench") == []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.optim.cost import EIGH_FLOPS, blocks_of, state_bytes, step_flops
-from caspr_cli.optim.probe import diagnose
+from caspr_cli.optim.probe import counters, diagnose
 
 
 def stepped(shape: tuple[int, int], steps: int, **options: Any) -> tuple[CASPR, Tensor, list[Tensor]]:
@@ -93,3 +93,16 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
     optimizer.step()
     # step, two moments, statistics and roots of both axes, and five numbers of the block; float32
     assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + 5)
+
+
+def test_what_was_refused_is_counted() -> None:
+    optimizer, p, _ = stepped((4, 6), 3, start_step=1, interval=1)
+    assert counters(optimizer) == {"rejected_roots": 0, "skipped_gradients": 0}
+    p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert counters(optimizer) == {"rejected_roots": 0, "skipped_gradients": 1}
+    (stack,) = optimizer.stacks(0)
+    stack.S[0].fill_(torch.nan)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert counters(optimizer) == {"rejected_roots": 1, "skipped_gradients": 1}

@@ -1,0 +1,1 @@
+"""What an optimizer costs: contenders side by side, their floors, and where the time goes."""

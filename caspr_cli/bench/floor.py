@@ -1,0 +1,218 @@
+"""The least that a step can take: its matrix products alone, with operands and results in place.
+
+For the Kronecker family the products are those of the mathematics, in full (nothing is saved by symmetry). For other
+optimizers they are the products that a step really calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from caspr_cli.optim.cost import blocks_of
+from caspr_cli.optim.engine import KroneckerOptimizer, factor_dtype
+
+TRIALS = 3  # of each way to replay a product, to find the faster
+
+aten = torch.ops.aten
+# For each operator the function that writes into ``out=``, and how many of its first arguments are tensors.
+OPERATORS: dict[Any, tuple[Callable[..., Tensor], int]] = {
+    **dict.fromkeys((aten.mm.default, aten.mm.out), (torch.mm, 2)),
+    **dict.fromkeys((aten.bmm.default, aten.bmm.out), (torch.bmm, 2)),
+    **dict.fromkeys((aten.addmm.default, aten.addmm.out, aten.addmm_.default), (torch.addmm, 3)),
+    **dict.fromkeys((aten.baddbmm.default, aten.baddbmm.out, aten.baddbmm_.default), (torch.baddbmm, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as a product sees it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> Operand:
+        return cls(tuple(x.shape), x.stride(), x.dtype)
+
+    def make(self, device: torch.device) -> Tensor:
+        room = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        return torch.randn(room, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded product."""
+
+    function: Callable[..., Tensor]
+    operands: tuple[Operand, ...]
+    scale: tuple[tuple[str, float], ...]  # alpha and beta
+
+    @property
+    def flops(self) -> float:
+        left, right = self.operands[-2:]
+        return 2.0 * math.prod(left.size) * right.size[-1]
+
+
+@dataclass(frozen=True)
+class Product:
+    """``count`` times a step: ``[blocks, rows, inner]`` times ``[blocks, inner, columns]``."""
+
+    blocks: int
+    rows: int
+    inner: int
+    columns: int
+    dtype: torch.dtype
+    gram: bool  # X X^T, with one operand
+    count: int
+
+    @property
+    def products(self) -> int:
+        """Of single matrices."""
+        return self.blocks * self.count
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.products * self.rows * self.inner * self.columns
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every matrix product that is called inside its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in OPERATORS:
+            function, count = OPERATORS[func]
+            scale = tuple((key, float(kwargs[key])) for key in ("alpha", "beta") if key in kwargs)
+            self.calls.append(Call(function, tuple(map(Operand.of, args[:count])), scale))
+        return func(*args, **kwargs)
+
+
+def recorded(optimizer: Optimizer) -> list[Call]:
+    """The matrix products of one step, which is taken. Products of other threads are not seen."""
+    recorder = Recorder()
+    with recorder:
+        optimizer.step()
+    return recorder.calls
+
+
+def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
+    """For every preconditioned block and axis of size d, with r numbers to each of its rows: the statistics (d x r
+    times r x d) and, in each pass, the application (d x d times d x r).
+
+    For m x n blocks that is six products for CASPR (two passes) and four for Shampoo (one).
+    """
+    blocks: Counter[tuple[tuple[int, ...], int, torch.dtype]] = Counter()
+    for group, p, shape, count in blocks_of(optimizer):
+        passes = 1 if math.isinf(group["order"]) or len(shape) == 1 else int(group["order"])
+        blocks[shape, passes, factor_dtype(p, group)] += count
+    found = []
+    for (shape, passes, dtype), count in blocks.items():
+        for d in shape:
+            rest = math.prod(shape) // d
+            found.append(Product(count, d, rest, d, dtype, gram=True, count=1))
+            found.append(Product(count, d, d, rest, dtype, gram=False, count=passes))
+    return found
+
+
+def floor_of(
+    optimizer: Optimizer, device: torch.device, seconds: Callable[[Callable[[], None]], float]
+) -> Callable[[], None] | None:
+    """What replays the products of a step; None for an optimizer that has none. Takes one step to record them.
+
+    Args:
+        seconds: times a function.
+    """
+    if isinstance(optimizer, KroneckerOptimizer):
+        replays = [_fastest(product, device, seconds) for product in kronecker_products(optimizer)]
+    else:
+        replays = replay_calls(recorded(optimizer), device)
+
+    def run() -> None:
+        for replay in replays:
+            replay()
+
+    return run if replays else None
+
+
+def replay_calls(calls: list[Call], device: torch.device) -> list[Callable[[], None]]:
+    """The same calls; operands and results of the same kind share memory, which can only make them faster."""
+    room: dict[tuple[Operand, int], Tensor] = {}
+    results: dict[tuple[Any, ...], Tensor] = {}
+
+    def operand(x: Operand, place: int) -> Tensor:
+        # By its place, too: the two sides of X X are then not of one memory, as they need not be in the step.
+        if (x, place) not in room:
+            room[x, place] = x.make(device)
+        return room[x, place]
+
+    def prepared(call: Call) -> Callable[[], None]:
+        tensors = [operand(x, place) for place, x in enumerate(call.operands)]
+        kind = (*(x.shape for x in tensors[-2:]), tensors[-1].dtype)
+        if kind not in results:
+            results[kind] = call.function(*tensors)
+        out, scale = results[kind], dict(call.scale)
+
+        def run() -> None:
+            call.function(*tensors, **scale, out=out)
+
+        return run
+
+    return [prepared(call) for call in calls]
+
+
+def _fastest(
+    product: Product, device: torch.device, seconds: Callable[[Callable[[], None]], float]
+) -> Callable[[], None]:
+    """One batched product over the stack, or a loop over its matrices, whichever takes less time here."""
+    ways = [_batched(product, device), _looped(product, device)]
+    for way in ways:
+        way()
+    times = [[seconds(way) for way in ways] for _ in range(TRIALS)]
+    best = [min(column) for column in zip(*times, strict=True)]
+    return ways[best.index(min(best))]
+
+
+def _operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def room(*size: int) -> Tensor:
+        return torch.randn(product.blocks, *size, dtype=product.dtype, device=device)
+
+    left = room(product.rows, product.inner)
+    right = left.mT if product.gram else room(product.inner, product.columns)
+    return left, right, room(product.rows, product.columns)
+
+
+def _batched(product: Product, device: torch.device) -> Callable[[], None]:
+    left, right, out = _operands(product, device)
+
+    def run() -> None:
+        for _ in range(product.count):
+            torch.bmm(left, right, out=out)
+
+    return run
+
+
+def _looped(product: Product, device: torch.device) -> Callable[[], None]:
+    single = list(zip(*(x.unbind() for x in _operands(product, device)), strict=True))
+
+    def run() -> None:
+        for _ in range(product.count):
+            for left, right, out in single:
+                torch.mm(left, right, out=out)
+
+    return run

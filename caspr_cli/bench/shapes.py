@@ -1,0 +1,89 @@
+"""Sets of parameter shapes: presets, what a user writes, and a transformer of a given size. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from caspr_cli.recipe.errors import ConfigError, nearest
+
+Shape = tuple[int, ...]
+
+LAYERS = 4
+WIDTH = 512  # of the preset
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+STEP = 8  # widths that --params chooses are multiples of it
+
+
+@dataclass(frozen=True)
+class ShapeSet:
+    """Shapes of all parameters, and what the set is called in titles and file names."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def transformer(width: int) -> tuple[Shape, ...]:
+    """Four layers (attention in and out, MLP up and down, with biases and two norms each) and an output layer.
+
+    The matrices hold 56 width^2 numbers, the vectors 52 width.
+    """
+    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
+    norms = ((width,),) * 4  # weight and bias of two
+    biases = tuple((rows,) for rows, _ in matrices)
+    return (*matrices, *norms, *biases) * LAYERS + ((8 * width, width),)
+
+
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "transformer": transformer(WIDTH),
+    "small": ((64, 64),) * 200 + ((64, 64, 3, 3),) * 200,
+}
+
+
+def parse_shapes(text: str) -> ShapeSet:
+    """The set that ``--shapes`` means: comma-separated ``[COUNT*]SIZExSIZE...`` or names of presets.
+
+    Raises:
+        ConfigError: names the part that cannot be read.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    shapes = tuple(shape for part in parts for shape in _part(part))
+    return ShapeSet(text if text in PRESETS else "own", shapes)
+
+
+def _part(part: str) -> tuple[Shape, ...]:
+    if part in PRESETS:
+        return PRESETS[part]
+    match = re.fullmatch(r"(?:(\d+)\s*\*\s*)?(\d+(?:x\d+)*)", part)
+    if match is None:
+        hint = nearest(part, PRESETS) or f" (presets: {', '.join(PRESETS)})"
+        raise ConfigError(f"--shapes: cannot read '{part}': write COUNT*ROWSxCOLUMNS, as in 4*1536x512.{hint}")
+    count, shape = int(match[1] or 1), tuple(map(int, match[2].split("x")))
+    if count < 1 or min(shape) < 1:
+        raise ConfigError(f"--shapes: '{part}' holds nothing: counts and sizes are at least 1")
+    return (shape,) * count
+
+
+def parse_size(text: str) -> int:
+    """``14M``, ``1.5B``, ``300k`` or ``14000000`` as a number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbg]?)", text.strip().lower())
+    size = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ConfigError(f"--params: cannot read '{text}': a number of parameters is written as in 14M, 300k or 1.5B")
+    return size
+
+
+def scaled_transformer(text: str) -> ShapeSet:
+    """``--params``: the preset ``transformer`` in the width that comes nearest to so many parameters."""
+    size = parse_size(text)
+    width = (math.sqrt(52**2 + 4 * 56 * size) - 52) / (2 * 56)
+    return ShapeSet(f"transformer-{text.strip()}", transformer(max(STEP, STEP * round(width / STEP))))

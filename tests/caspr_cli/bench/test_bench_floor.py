@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from caspr_cli.bench.floor import Call, floor_of, kronecker_products, recorded, replay_calls
+from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim.engine import KroneckerOptimizer
+
+CPU = torch.device("cpu")
+
+
+def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for p in made:
+        p.grad = torch.randn_like(p)
+    return made
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def total(optimizer: KroneckerOptimizer) -> int:
+    return sum(product.products for product in kronecker_products(optimizer))
+
+
+def test_six_products_a_block_for_caspr_and_four_for_shampoo() -> None:
+    shapes = (20, 12), (20, 12), (8, 8)
+    assert total(CASPR(params(*shapes))) == 6 * 3
+    assert total(Shampoo(params(*shapes))) == 4 * 3
+    assert total(CASPR(params(*shapes), order=3)) == 8 * 3
+    assert total(CASPR(params(*shapes), block_size=10)) == 6 * (4 + 4 + 1)
+
+
+def test_vectors_are_no_part_of_it() -> None:
+    assert kronecker_products(CASPR(params((7,)))) == []
+    assert total(CASPR([{"params": params((5, 5)), "precondition": False}, {"params": params((6, 5))}])) == 6
+
+
+def test_products_of_a_block_are_the_cost_of_the_formula() -> None:
+    m, n = 20, 12
+    found = kronecker_products(CASPR(params((m, n))))
+    assert sum(product.flops for product in found) == 3 * 2 * m * n * (m + n)  # statistics, and two passes
+    assert all(product.dtype == torch.float32 for product in found)
+    assert {product.dtype for product in kronecker_products(CASPR(params((m, n), dtype=torch.float64)))} == {
+        torch.float64
+    }
+
+
+def test_every_axis_counts() -> None:
+    k, a, b, c = 3, 4, 5, 6
+    found = kronecker_products(CASPR(params(*[(a, b, c)] * k), merge="none"))
+    assert sum(product.products for product in found) == k * 3 * (1 + 2)
+    assert sum(product.flops for product in found) == k * 3 * 2 * a * b * c * (a + b + c)
+
+
+class Known(Optimizer):
+    """Five products in a step, one of each kind, and what is no product."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            G: Tensor = p.grad
+            S = G @ G.mT
+            torch.addmm(S, G, G.mT, beta=0.5, alpha=0.25)
+            batch = torch.stack([G, G])
+            out = torch.bmm(batch, batch.mT)
+            out.baddbmm_(batch, batch.mT, beta=0.9)
+            torch.tensordot(G, G, dims=[[1], [1]])
+            p.add_(G.mul(2).sum())
+
+
+def shapes(call: Call) -> tuple[str, list[tuple[int, ...]]]:
+    return call.function.__name__, [x.size for x in call.operands]
+
+
+def test_the_products_of_a_step_are_found() -> None:
+    calls = recorded(Known(params((4, 3))))
+    assert [shapes(call) for call in calls] == [
+        ("mm", [(4, 3), (3, 4)]),
+        ("addmm", [(4, 4), (4, 3), (3, 4)]),
+        ("bmm", [(2, 4, 3), (2, 3, 4)]),
+        ("baddbmm", [(2, 4, 4), (2, 4, 3), (2, 3, 4)]),
+        ("mm", [(4, 3), (3, 4)]),
+    ]
+    assert dict(calls[1].scale) == {"beta": 0.5, "alpha": 0.25}
+    assert calls[0].operands[1].stride == (1, 3)  # a transposed view, and replayed as one
+    assert [call.flops for call in calls] == [96, 96, 192, 192, 96]
+
+
+def test_a_replay_calls_the_same_products() -> None:
+    calls = recorded(Known(params((4, 3), (6, 3))))
+    again: list[Call] = []
+
+    class Replaying(Known):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for replay in replays:
+                replay()
+
+    replays = replay_calls(calls, CPU)
+    again = recorded(Replaying(params((4, 3))))
+    assert [shapes(call) for call in again] == [shapes(call) for call in calls]
+    assert [call.operands for call in again] == [call.operands for call in calls]
+    assert [call.scale for call in again] == [call.scale for call in calls]
+
+
+def test_adamw_has_no_floor_and_muon_has_one() -> None:
+    assert floor_of(torch.optim.AdamW(params((4, 3))), CPU, seconds) is None
+    floor = floor_of(torch.optim.Muon(params((4, 3))), CPU, seconds)
+    assert floor is not None
+    floor()
+
+
+@pytest.mark.parametrize("faster", ["bmm", "mm"])
+def test_the_faster_way_is_taken(faster: str) -> None:
+    """What is timed decides: with a clock that says so, either way."""
+    optimizer = CASPR(params((6, 4), (6, 4), (6, 4)))
+
+    def says(run: Callable[[], None]) -> float:
+        return 1.0 if called(run) == {faster} else 2.0
+
+    floor = floor_of(optimizer, CPU, says)
+    assert floor is not None
+    assert called(floor) == {faster}
+
+
+def called(run: Callable[[], None]) -> set[str]:
+    class Running(Known):
+        def step(self, closure: Any = None) -> None:
+            run()
+
+    return {call.function.__name__ for call in recorded(Running(params((2, 2))))}

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from caspr_cli import __version__
+from caspr_cli.bench import measure
+from caspr_cli.commands import bench
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+
+TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
+PROMISED = [
+    "optimizer", "median_ms", "p99_ms", "mean_ms", "step_ms", "floor_ms", "floor_ratio", "adamw_ratio",
+    "statistics_ms", "roots_ms", "apply_ms", "rest_ms", "state_bytes_per_parameter", "share", "parameters", "threads",
+    "device", "versions", "refresh_ms", "lapack_ms", "refresh_ratio", "warm_ms", "warm_ratio", "warm_residual",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(measure.RATE_SIZE, "cpu", 32)
+    monkeypatch.setattr(measure, "SETTLING", 2)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["caspr-bench", *argv])
+    return bench.main()
+
+
+def test_help_fits_a_screen_and_lists_everything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 110
+    assert all(name in text for name in [*TASKS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"])
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"caspr-bench {__version__}\n"
+
+
+def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
+    code = "import sys; from caspr_cli.commands import bench; sys.argv[1:] = ['--help']; bench.main()"
+    code += "; assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optim", "caspr,adamv"], "--optim adamv: no such choice. Did you mean adamw?"),
+        (["--shapes", "transfomer"], "Did you mean transformer?"),
+        (["--shapes", "4*15y6x512"], "cannot read '4*15y6x512'"),
+        (["--params", "14Q"], "--params: cannot read '14Q'"),
+        (["--task", "c4lm"], "--task c4lm: no such choice. Did you mean c4_lm?"),
+        (["--task", "c4_lm", "--scale", "papr"], "--scale papr: no such choice. Did you mean paper?"),
+        (["--scale", "paper"], "say which with --task"),
+        (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
+        (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
+        (["--optm", "caspr"], "--optm is not a flag. Did you mean --optim?"),
+        (["caspr"], "caspr is not a flag."),
+        (["--rounds", "0"], "--rounds: should be a positive integer but is 0"),
+        (["--interval", "x"], "--interval: should be a positive integer but is x"),
+        (["--dtype", "float3"], "Did you mean float32?"),
+        (["--device", "tpu"], "--device tpu: no such choice."),
+        (["--json", "."], "it is a directory"),
+        (["--png", "/proc/none/x.png"], "/proc/none/x.png: cannot write there"),
+        (["--shapes", "3x3", "--set", "ordr=3"], "ordr is no option. Did you mean order?"),
+        (["--shapes", "3x3", "--set", "eps=-1"], "caspr: eps should be > 0 but is: -1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_table_json_and_chart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, *TINY, "--optim", "caspr,adamw", "--json", "rows.json") == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(Path("rows.json").read_text(encoding="utf8"))
+    assert isinstance(rows, list)
+    assert [row["optimizer"] for row in rows] == ["caspr", "adamw"]
+    assert all(key in row for row in rows for key in PROMISED)
+    assert (rows[1]["floor_ms"], rows[1]["floor_ratio"]) == (None, None)
+    assert rows[0]["parameters"] == 2 * 12 * 8 + 6
+    assert Path("outputs/bench/own.png").read_bytes().startswith(b"\x89PNG")
+    lines = out.splitlines()
+    table = [line for line in lines if line.startswith(("optimizer ", "caspr ", "adamw "))]
+    assert len(table) == 3
+    assert len({len(line) for line in table}) == 1  # aligned
+    for start in ("median ", "share ", "roots ", "machine ", "json ", "png ", "next "):
+        assert any(line.startswith(start) for line in lines), start
+    assert err == ""  # no progress where nobody sees it
+
+
+def test_json_has_standard_output_for_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *TINY, "--optim", "adamw", "--json", "-", "--no-png") == 0
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out)
+    assert row["optimizer"] == "adamw"
+    assert "optimizer " in err
+    assert not Path("outputs").exists()
+
+
+def test_a_task_brings_its_own_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--task", "vit", "--optim", "caspr", "--rounds", "1", "--interval", "1", "--json", "-",
+                "--png", "here/chart.png") == 0  # fmt: skip
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out)
+    assert row["set"] == "vit-sample"
+    assert "for its own batch" in err
+    assert Path("here/chart.png").exists()
+
+
+def test_an_interruption_is_one_line_and_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "take_turns", interrupted)
+    assert call(monkeypatch, *TINY, "--optim", "adamw", "--json", "rows.json", "--no-png") == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "interrupted: nothing was written\n")
+    assert not Path("rows.json").exists()
+
+
+def test_progress_is_shown_on_a_terminal_alone() -> None:
+    class Stream:
+        def __init__(self, terminal: bool) -> None:
+            self.terminal, self.text = terminal, ""
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None: ...
+
+    for terminal in (True, False):
+        stream = Stream(terminal)
+        progress = bench.Progress(stream)  # type: ignore[arg-type]
+        progress.say("round 3/20")
+        progress.clear()
+        assert ("round 3/20" in stream.text) == terminal
