@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,15 +52,6 @@ class Workload:
         return [group | {"params": [copy(p) for p in group["params"]]} for group in self.groups if group["params"]]
 
 
-@dataclass
-class Contender:
-    """An optimizer, and how to keep it from refreshing its roots or bases once it has some."""
-
-    name: str
-    optimizer: Optimizer
-    hold: Callable[[], None] = field(default=lambda: None)
-
-
 @dataclass(frozen=True)
 class Settings:
     """What the command line says of the optimizers."""
@@ -109,8 +99,8 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def has_interval(name: str) -> bool:
-    """Whether it refreshes something only now and then."""
-    return name == SCALABLE or hasattr(OPTIMIZERS[name], "interval")
+    """Whether it refreshes something only now and then, at an interval that is chosen here."""
+    return hasattr(OPTIMIZERS.get(name), "interval")
 
 
 def is_kronecker(name: str) -> bool:
@@ -164,19 +154,19 @@ def _value(key: str, text: str) -> int | float | bool | str:
     return text
 
 
-def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Contender:
+def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
     """The optimizer ``name`` over ``groups``, which become its own.
 
     Args:
-        interval: steps between two refreshes; with :data:`NEVER`, ``hold`` is to be called after ``WARM_UP`` steps.
+        interval: steps between two refreshes.
 
     Raises:
         ConfigError: it refuses an option.
     """
     try:
         if name == SCALABLE:
-            return _scalable_shampoo(groups, settings, interval)
-        return Contender(name, build(name, groups, _options(name, settings, interval)))
+            return _scalable_shampoo(groups, settings)
+        return build(name, groups, _options(name, settings, interval))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
 
@@ -191,32 +181,30 @@ def _options(name: str, settings: Settings, interval: int) -> dict[str, Any]:
     return found | ({"fused": True} if name == "adamw" else {})
 
 
-def _scalable_shampoo(groups: list[Group], settings: Settings, interval: int) -> Contender:
-    """pytorch_optimizer's, over what is preconditioned, and AdamW over the rest."""
+def _scalable_shampoo(groups: list[Group], settings: Settings) -> Optimizer:
+    """pytorch_optimizer's, over what is preconditioned, and AdamW over the rest.
+
+    Its roots are never refreshed here: its own interval is 1,000 steps, and a refresh of the default set takes minutes
+    on a CPU. A step multiplies by the first roots, identity matrices, as by any other.
+    """
     from pytorch_optimizer import ScalableShampoo  # here, because importing it takes a second
 
     matrices = [group for group in groups if group["precondition"]]
     rest = [group for group in groups if not group["precondition"]]
-    # It refreshes at multiples of the interval alone: with NEVER, roots come with the last step of the warm-up.
-    first = WARM_UP if interval == NEVER else interval
-    shampoo = []
+    parts: list[Optimizer] = []
     if matrices:
-        shampoo.append(
+        parts.append(
             ScalableShampoo(
                 matrices,
                 lr=1e-3,
                 block_size=settings.block_size,
                 start_preconditioning_step=1,
-                preconditioning_compute_steps=first,
+                preconditioning_compute_steps=NEVER,
             )
         )
-    adamw = [torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0, fused=True)] if rest else []
-
-    def hold() -> None:
-        for part in shampoo:
-            part.preconditioning_compute_steps = NEVER
-
-    return Contender(SCALABLE, MixedOptimizer([*shampoo, *adamw]), hold if interval == NEVER else lambda: None)
+    if rest:
+        parts.append(torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0, fused=True))
+    return MixedOptimizer(parts)
 
 
 def bytes_of_state(optimizer: Optimizer) -> int:

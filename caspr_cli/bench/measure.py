@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 import platform
 import time
@@ -24,7 +23,6 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.bench.contenders import (
     NEVER,
     WARM_UP,
-    Contender,
     Settings,
     Workload,
     bytes_of_state,
@@ -32,7 +30,6 @@ from caspr_cli.bench.contenders import (
     has_interval,
 )
 from caspr_cli.bench.floor import floor_of
-from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer, factor_dtype
 from caspr_cli.optim.probe import diagnose
@@ -92,9 +89,9 @@ class RefreshCosts:
     refresh_ms: float
     lapack_ms: float
     refresh_ratio: float  # refresh_ms / lapack_ms
-    warm_ms: float | None  # warm-started
-    warm_ratio: float | None  # warm_ms / lapack_ms
-    warm_residual: float | None  # the largest, after the last refresh
+    warm_ms: float  # warm-started
+    warm_ratio: float  # warm_ms / lapack_ms
+    warm_residual: float  # the largest, after the last refresh
 
 
 class Clock:
@@ -210,23 +207,22 @@ def measure(
 def _entry(name: str, workload: Workload, settings: Settings, rounds: int, clock: Clock) -> Entry:
     refreshes = has_interval(name)
     first = _warm(enter(name, workload.copies(), settings, settings.interval))
-    own = Lane(name, first.optimizer.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
-    if isinstance(first.optimizer, KroneckerOptimizer):
+    own = Lane(name, first.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
+    if isinstance(first, KroneckerOptimizer):
         own.phases = Phases(clock)
-        first.optimizer.phase = own.phases
+        first.phase = own.phases
     still, held = own, first
     if refreshes:
         held = _warm(enter(name, workload.copies(), settings, NEVER))
-        held.hold()
-        still = Lane(name, held.optimizer.step)
-    floor = floor_of(held.optimizer, clock.device, clock.seconds)
-    return Entry(name, first.optimizer, own, still, Lane(f"{name}, its floor", floor) if floor else None)
+        still = Lane(name, held.step)
+    floor = floor_of(held, clock.device, clock.seconds)
+    return Entry(name, first, own, still, Lane(f"{name}, its floor", floor) if floor else None)
 
 
-def _warm(contender: Contender) -> Contender:
+def _warm(optimizer: Optimizer) -> Optimizer:
     for _ in range(WARM_UP):
-        contender.optimizer.step()
-    return contender
+        optimizer.step()
+    return optimizer
 
 
 def _rate_lane(workload: Workload, device: torch.device) -> Lane:
@@ -340,16 +336,13 @@ def refresh_costs(workload: Workload, settings: Settings, clock: Clock, say: Say
     Gradients are new ones in every step, so that statistics move and a warm start has something to do.
     """
     say("roots: gathering statistics")
-    fresh = enter("caspr", workload.copies(), settings, interval=1).optimizer
+    fresh = enter("caspr", workload.copies(), settings, interval=1)
     assert isinstance(fresh, KroneckerOptimizer)
     _settle(fresh)
-    lanes = {"fresh": _root_lane(fresh, clock)}
-    # PENDING-WARM: without this guard once CASPR has the option.
-    warm = deepcopy(fresh) if "solver" in inspect.signature(CASPR).parameters else None
-    if warm is not None:
-        for group in warm.param_groups:
-            group["solver"] = "warm"
-        lanes["warm"] = _root_lane(warm, clock)
+    warm = deepcopy(fresh)
+    for group in warm.param_groups:
+        group["solver"] = "warm"
+    lanes = {"fresh": _root_lane(fresh, clock), "warm": _root_lane(warm, clock)}
     lapack = Lane("LAPACK", eigendecompositions(fresh))
     say("roots: the first")
     for lane in lanes.values():
@@ -361,9 +354,9 @@ def refresh_costs(workload: Workload, settings: Settings, clock: Clock, say: Say
         refresh_ms=spent["fresh"],
         lapack_ms=reference,
         refresh_ratio=spent["fresh"] / reference,
-        warm_ms=spent.get("warm"),
-        warm_ratio=spent["warm"] / reference if warm else None,
-        warm_residual=float(diagnose(warm)["residual"].max()) if warm else None,
+        warm_ms=spent["warm"],
+        warm_ratio=spent["warm"] / reference,
+        warm_residual=float(diagnose(warm)["residual"].max()),
     )
 
 

@@ -45,7 +45,7 @@ what to measure, one of
 with
   --optim LIST       of {names[0]}
                      {names[1]} (default: all but those in brackets)
-  --interval N       steps between two refreshes of roots or bases, for all that have them (default: 10)
+  --interval N       steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)
   --block-size N     longer axes are cut, in caspr, shampoo and scalable_shampoo (default: 1024)
   --set KEY=VALUE    an option of caspr and shampoo, as often as you like: --set order=3 --set merge=square
   --batch N          tokens in a training step, to predict a share of it (default: {tokens}; a task has its own)
@@ -269,11 +269,10 @@ def roots(row: Row) -> Iterator[str]:
         f"roots       of {row.optimizer}, all at once: {number(row.refresh_ms)} ms, {ratio(row.refresh_ratio)} x "
         f"LAPACK's eigendecompositions of as many matrices of the same sizes ({number(row.lapack_ms)} ms)"
     )
-    if row.warm_ms is not None:
-        yield (
-            f"            warm-started: {number(row.warm_ms)} ms, {ratio(row.warm_ratio)} x LAPACK, "
-            f"largest residual {row.warm_residual:.1e}"
-        )
+    yield (
+        f"            warm-started: {number(row.warm_ms)} ms, {ratio(row.warm_ratio)} x LAPACK, "
+        f"largest residual {row.warm_residual:.1e}"
+    )
 
 
 def number(value: float | None) -> str:
