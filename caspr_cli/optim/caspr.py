@@ -206,8 +206,8 @@ CASPR.__doc__ = (
     + _ARGS % {"order": _ORDER, "merge": _MERGE}
     + """
     Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), less what is not computed of
-    the statistics' upper triangles (a fifth or less of the whole), and two eigendecompositions every ``interval`` steps.
-    State: 1.6 to 2 times m^2 + n^2 numbers and the two moments of Adam. ``caspr-bench`` measures it.
+    the statistics' upper triangles (up to an eighth of the whole), and two eigendecompositions every ``interval``
+    steps. State: 1.6 to 2 times m^2 + n^2 numbers and the two moments of Adam. ``caspr-bench`` measures it.
 
     Source: Duvvuri, Devvrit, Anil, Hsieh, Dhillon, "Combining Axes Preconditioners through Kronecker Approximation
     for Deep Learning", ICLR 2024, Algorithm 1. That ``order`` 1, 2, ... leads from the sum of the axes'

@@ -33,7 +33,7 @@ from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.rooms import Rooms
 from caspr_cli.optim.schedule import phases
-from caspr_cli.optim.stacks import Stack, Storage, build_stacks
+from caspr_cli.optim.stacks import Stack, Storage, build_stacks, sent
 from caspr_cli.optim.statistics import accumulate, per_block
 
 
@@ -325,7 +325,10 @@ class KroneckerOptimizer(Optimizer):
             factor = factor / weights[0]
         else:
             counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
-            factor = factor / factor.new_tensor([w for w, n in zip(weights, counts, strict=True) for _ in range(n)])
+            repeated = torch.tensor(
+                [w for w, n in zip(weights, counts, strict=True) for _ in range(n)], dtype=torch.float64
+            )
+            factor = factor / sent(repeated, factor.device).to(factor.dtype)
         X.mul_(per_block(factor, X))
         return precondition(X, spare, stack, rows, group)
 

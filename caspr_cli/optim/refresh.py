@@ -6,6 +6,8 @@ damping is ten times as large at its next turn (and falls again with each succes
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,10 +59,11 @@ def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
     """One for each axis."""
     at, p = stack.index(rows), root_exponent(group["order"], len(stack.shape))
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
+    condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
     problems = []
     for axis, d in enumerate(stack.shape):
         S = unpack(stack.S[axis][at], d)
-        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(axis, at))
+        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(axis, at), condition=condition)
         if group["refresh_above"] > 0 or group["solver"] == "warm":
             problem.wear = wear_of(problem, stack.root(axis, at, S.dtype), stack.root_scale[at])
         problems.append(problem)

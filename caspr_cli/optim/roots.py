@@ -128,7 +128,15 @@ def warm_root(B: Tensor, basis: Tensor, damping: Damping, p: int) -> Root:
     return Root(A, shift, largest + shift, lam.amax(-1) / lam.amin(-1), basis)
 
 
-def newton_root(S: Tensor, damping: Damping, p: int) -> Root:
+def newton_steps(condition: float, p: int) -> int:
+    """Steps after which the coupled Newton iteration is done with a matrix of this condition, at most."""
+    x, steps = (1 + p) / 2 / condition, 0
+    while abs(1 - x) > 1e-8 and steps < NEWTON_STEPS:
+        x, steps = x * (1 + (1 - x) / p) ** p, steps + 1
+    return min(steps + 1, NEWTON_STEPS)
+
+
+def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf) -> Root:
     """By the coupled Newton iteration, M -> ((1 + 1/p) I - M / p)^p M and H -> H ((1 + 1/p) I - M / p).
 
     M -> I and H -> S~^(-1/p) for M = z S~, H = z^(1/p) I with eigenvalues of M in (0, p + 1). Each matrix stops by
@@ -137,6 +145,9 @@ def newton_root(S: Tensor, damping: Damping, p: int) -> Root:
 
     Source: Guo and Higham, "A Schur-Newton method for the matrix pth root and its inverse", SIAM J. Matrix Anal.
     Appl. 28 (2006), Algorithm 3.3; used for Shampoo by Anil et al., arXiv:2002.09018.
+
+    Args:
+        condition: at least that of the damped matrices, to know when to stop without asking a device.
 
     Cost: two products and as many as it takes to raise to the power p (4 in all for p = 4), for each of log(condition)
     / log((1 + 1/p)^p) + 5 steps or so.
@@ -153,7 +164,7 @@ def newton_root(S: Tensor, damping: Damping, p: int) -> Root:
     tolerance = 8 * torch.finfo(S.dtype).eps
     error = (M - eye).abs().amax((1, 2))
     active = torch.isfinite(error) & (size > 0)
-    for _ in range(NEWTON_STEPS):
+    for _ in range(newton_steps(condition, p)):
         if S.device.type == "cpu" and not bool(active.any()):  # elsewhere the question would wait for the device
             break
         step = eye * (1 + 1 / p) - M / p

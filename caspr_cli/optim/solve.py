@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,11 +56,12 @@ class Problem:
     p: int
     basis: Tensor | None = None  # [K, d, d]: eigenvectors of an earlier S
     wear: Tensor | None = None  # [K], see wear_of()
+    condition: float = math.inf  # at least that of each damped matrix
 
     def take(self, at: slice | Tensor) -> Problem:
         """Some of the matrices."""
         basis, wear = (None if x is None else x[at] for x in (self.basis, self.wear))
-        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, basis, wear)
+        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, basis, wear, self.condition)
 
     def shift(self, largest: Tensor) -> Tensor:
         """Largest eigenvalues ``[K]`` to what is added to the diagonal."""
@@ -136,7 +138,7 @@ def solve(problem: Problem, solver: str) -> Solution:
 
 
 def _newton(problem: Problem) -> Solution:
-    return Solution.of(problem, newton_root(problem.S, problem.shift, problem.p))
+    return Solution.of(problem, newton_root(problem.S, problem.shift, problem.p, problem.condition))
 
 
 def _eigh(problem: Problem) -> Solution:

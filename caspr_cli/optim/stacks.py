@@ -20,6 +20,11 @@ Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 CHUNK_CPU, CHUNK = 2**20, 2**24
 
 
+def sent(small: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for what it is at."""
+    return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
+
+
 @dataclass(frozen=True)
 class Storage:
     """What a stack is made of."""
@@ -98,7 +103,7 @@ class Stack:
         """To take these rows (ascending) by: without a copy where they are neighbours."""
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(rows[0], rows[-1] + 1)
-        return torch.tensor(rows, device=self.scale.device)
+        return sent(torch.tensor(rows), self.scale.device)
 
     def is_due(self, row: int, age: int) -> bool:
         """Whether it is this row's turn, ``age`` steps after its first root."""
