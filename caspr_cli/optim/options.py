@@ -67,6 +67,7 @@ def validate(options: Group) -> None:
     _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
     _one_of("solver", options["solver"], SOLVERS)
     _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))
+    _one_of("pack_roots", options["pack_roots"], (True, False))
     for name in ("root_dtype", "apply_dtype"):
         _one_of(name, options[name], (None, torch.bfloat16))
     relative = options["damping"] == "relative"

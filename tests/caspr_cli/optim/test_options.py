@@ -36,6 +36,12 @@ REFUSED = [
     ({"interval": math.inf}, "interval should be a positive integer but is: inf"),
     ({"start_step": 0}, "start_step should be a positive integer but is: 0"),
     ({"block_size": 0}, "block_size should be a positive integer but is: 0"),
+    ({"solver": "qr"}, "solver should be one of auto, eigh, newton, warm but is: 'qr'"),
+    ({"statistics_interval": 0}, "statistics_interval should be a positive integer but is: 0"),
+    ({"refresh_above": -0.1}, "refresh_above should be >= 0 but is: -0.1"),
+    ({"root_dtype": torch.float16}, "root_dtype should be one of None, torch.bfloat16 but is: torch.float16"),
+    ({"apply_dtype": torch.float16}, "apply_dtype should be one of None, torch.bfloat16 but is: torch.float16"),
+    ({"pack_roots": "yes"}, "pack_roots should be one of True, False but is: 'yes'"),
 ]
 
 

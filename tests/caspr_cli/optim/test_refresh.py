@@ -1,0 +1,206 @@
+"""Who is refreshed when, from which statistics, and in what precision roots are kept and used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from references.drive import BARE, bare_updates, relative_error, run
+from references.kronecker import precondition
+from references.stream import random_stream
+from torch import Tensor
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine, stacks
+from caspr_cli.optim.cost import state_bytes
+from caspr_cli.optim.engine import KroneckerOptimizer
+
+SHAPES = [(24, 16), (16, 24), (40, 30), (7, 90), (5, 4, 3), (33, 33)]
+
+
+def family(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[torch.nn.Parameter], KroneckerOptimizer]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
+    return params, CASPR(params, **{"start_step": 2, "interval": 5, "block_size": 16, "lr": 1e-2} | options)
+
+
+def advance(params: list[torch.nn.Parameter], optimizer: KroneckerOptimizer, steps: range) -> None:
+    for step in steps:
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
+        optimizer.step()
+
+
+def roots(optimizer: KroneckerOptimizer) -> list[Tensor]:
+    return [A for stack in optimizer.stacks(0) for A in stack.A]
+
+
+# ---- turns
+
+
+def test_every_block_has_one_turn_in_an_interval_and_the_turns_cost_alike() -> None:
+    params, optimizer = family()
+    advance(params, optimizer, range(2))
+    changes, costs = torch.zeros(0), []
+    for step in range(2, 7):
+        before = [A.clone() for A in roots(optimizer)]
+        advance(params, optimizer, range(step, step + 1))
+        moved = [(A != B).flatten(1).any(1) for A, B in zip(roots(optimizer), before, strict=True)]
+        costs.append(sum(float(m.sum()) * A.shape[1] ** 3 for m, A in zip(moved, before, strict=True)))
+        changed = torch.cat(moved).float()
+        changes = changes + changed if len(changes) else changed
+    assert changes.tolist() == [1.0] * len(changes)
+    assert max(costs) <= 1.34 * sum(costs) / len(costs)
+
+
+def test_the_first_roots_are_those_of_all() -> None:
+    params, optimizer = family()
+    advance(params, optimizer, range(1))
+    assert not any(A.any() for A in roots(optimizer))
+    advance(params, optimizer, range(1, 2))
+    assert all(A.flatten(1).any(1).all() for A in roots(optimizer))
+
+
+def test_another_interval_deals_the_turns_anew() -> None:
+    params, optimizer = family()
+    advance(params, optimizer, range(4))
+    optimizer.param_groups[0]["interval"] = 2
+    advance(params, optimizer, range(4, 5))
+    assert {phase for stack in optimizer.stacks(0) for phase in stack.phase} == {0, 1}
+
+
+# ---- which gradients and which roots
+
+
+@pytest.mark.parametrize("kind", ["ema", "accumulate"])
+def test_statistics_of_every_third_gradient(kind: str) -> None:
+    """A moving average goes on as fast as if it had seen all; a sum counts each for three."""
+    gradients = random_stream(3, 4, steps=8, seed=1)
+    updates = bare_updates(CASPR, gradients, beta=0.9, eps=1e-4, statistics=kind, statistics_interval=3)
+    for step, U in enumerate(updates):
+        seen = gradients[: step + 1 : 3]
+        decay = 0.9**3 if kind == "ema" else 1.0
+        weights = [decay ** (len(seen) - 1 - i) for i in range(len(seen))]
+        total = sum(weights) if kind == "ema" else 1 / 3
+        S = [sum(w * X @ X.mT for w, X in zip(weights, [G if axis == 0 else G.mT for G in seen], strict=True)) / total
+             for axis in range(2)]  # fmt: skip
+        assert relative_error(U, precondition(gradients[step], S, 1e-4, "relative", 2)) < 1e-9
+
+
+def test_a_root_that_fits_is_left_and_one_that_does_not_is_not() -> None:
+    G, H = random_stream(6, 8, steps=2, seed=2)
+    p = torch.nn.Parameter(torch.zeros(6, 8).double())
+    optimizer = CASPR([p], **BARE | {"betas": (0.0, 0.99), "refresh_above": 0.05, "eps": 1e-3})
+    p.grad = G.clone()
+    optimizer.step()
+    first = [A.clone() for A in roots(optimizer)]
+    for _ in range(5):
+        p.grad = G + 1e-4 * H
+        optimizer.step()
+    assert all(torch.equal(A, B) for A, B in zip(roots(optimizer), first, strict=True))
+    for _ in range(20):
+        p.grad = H.clone()
+        optimizer.step()
+    assert not any(torch.equal(A, B) for A, B in zip(roots(optimizer), first, strict=True))
+
+
+@pytest.mark.parametrize("method", [CASPR, Shampoo, FullAdagrad])
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+def test_solvers_agree(method: Any, solver: str) -> None:
+    gradients = random_stream(4, 5, steps=30, seed=3)
+    expected = bare_updates(method, gradients, beta=0.99, eps=1e-4)
+    for U, V in zip(bare_updates(method, gradients, beta=0.99, eps=1e-4, solver=solver), expected, strict=True):
+        assert relative_error(U, V) < {"eigh": 1e-12, "newton": 1e-5, "warm": 2e-3}[solver]
+
+
+# ---- precision and memory
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"pack_roots": True}, 0.0, 0.0),
+        ({"root_dtype": torch.bfloat16}, 1e-4, 1e-2),
+        ({"apply_dtype": torch.bfloat16}, 1e-4, 2e-2),
+        ({"root_dtype": torch.bfloat16, "pack_roots": True, "apply_dtype": torch.bfloat16}, 1e-4, 2e-2),
+    ],
+)
+def test_the_price_of_low_precision(options: dict[str, Any], least: float, most: float) -> None:
+    """In U, relative to its length; nothing for packing alone (256 rows are two panels)."""
+    gradients = [g.float() for g in random_stream(256, 130, steps=6, seed=4)]
+    expected = bare_updates(CASPR, gradients, beta=0.9, eps=1e-4)[-1]
+    assert least <= relative_error(bare_updates(CASPR, gradients, beta=0.9, eps=1e-4, **options)[-1], expected) <= most
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 24),
+        ({"pack_roots": True, "root_dtype": torch.bfloat16}, 16),
+        ({"pack_roots": True}, 19),
+        ({"solver": "warm"}, 30),
+    ],
+)
+def test_bytes_of_state_a_parameter(options: dict[str, Any], most: float) -> None:
+    """Of a square block: statistics packed, roots, two moments of Adam."""
+    p = torch.nn.Parameter(torch.zeros(512, 512))
+    optimizer = CASPR([p], **options)
+    p.grad = torch.randn(512, 512)
+    optimizer.step()
+    assert most - 4 < state_bytes(optimizer.state) / p.numel() <= most
+
+
+# ---- ways of computing the same
+
+
+@pytest.mark.parametrize("options", [{}, {"precondition": "gradient"}, {"merge": "none"}, {"weight_decay": 0.1}])
+def test_small_chunks_are_the_same_as_large_ones(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    large, optimizer = family(**options)
+    advance(large, optimizer, range(9))
+    monkeypatch.setattr(stacks, "CHUNK_CPU", 600)
+    small, optimizer = family(**options)
+    advance(small, optimizer, range(9))
+    for p, q in zip(large, small, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_fused_moments_are_those_of_the_plain_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, optimizer = family(dtype)
+    advance(fused, optimizer, range(9))
+    monkeypatch.setattr(engine, "fusible", lambda *tensors: False)
+    plain, optimizer = family(dtype)
+    advance(plain, optimizer, range(9))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    for p, q in zip(fused, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+def test_the_number_of_threads_changes_next_to_nothing() -> None:
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            params, optimizer = family(torch.float64)
+            advance(params, optimizer, range(9))
+            results.append(params)
+    finally:
+        torch.set_num_threads(threads)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+def test_transposed_and_strided_parameters() -> None:
+    """Their merged shape is a copy, and what is written to it would be lost."""
+    gradients = random_stream(20, 12, steps=6, seed=5)
+    options: dict[str, Any] = {"start_step": 2, "interval": 2, "block_size": 8}
+    (*_, expected) = run(CASPR, torch.ones(20, 12).double(), gradients, lr=0.1, **options)
+    whole = torch.ones(12, 20).double().T
+    p = torch.nn.Parameter(whole)
+    assert not p.is_contiguous()
+    optimizer = CASPR([p], lr=0.1, **options)
+    for G in gradients:
+        p.grad = G.T.contiguous().T
+        optimizer.step()
+    assert relative_error(p.detach(), expected) < 1e-9
