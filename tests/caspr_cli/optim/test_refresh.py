@@ -110,7 +110,7 @@ def test_solvers_agree(method: Any, solver: str) -> None:
     gradients = random_stream(4, 5, steps=30, seed=3)
     expected = bare_updates(method, gradients, beta=0.99, eps=1e-4)
     for U, V in zip(bare_updates(method, gradients, beta=0.99, eps=1e-4, solver=solver), expected, strict=True):
-        assert relative_error(U, V) < {"eigh": 1e-12, "newton": 1e-5, "warm": 2e-3}[solver]
+        assert relative_error(U, V) < {"eigh": 1e-12, "newton": 2e-3, "warm": 2e-3}[solver]
 
 
 # ---- precision and memory
