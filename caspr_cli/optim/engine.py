@@ -251,18 +251,20 @@ class KroneckerOptimizer(Optimizer):
 
     def _refresh(self, stacks: list[Stack], work: Work) -> None:
         """Roots of the blocks whose turn it is."""
-        group = work.group
+        group, due = work.group, []
         for stack in stacks:
-            due: list[int] = []
+            mine: list[int] = []
             for p, rows in stack.rows.items():
                 if p in work.layouts:
                     age = work.steps[p] - group["start_step"]
                     first = age == 0 or p not in stack.rooted
-                    due += [row for row in range(rows.start, rows.stop) if first or stack.is_due(row, age)]
+                    mine += [row for row in range(rows.start, rows.stop) if first or stack.is_due(row, age)]
                     stack.rooted.add(p)
-            if due:
-                with self.phase("roots"):
-                    refresh(stack, due, group)
+            if mine:
+                due.append((stack, mine))
+        if due:
+            with self.phase("roots"):
+                refresh(due, group)
 
     def _apply(self, stacks: list[Stack], work: Work) -> None:
         """Momentum, U, graft, decay, weights, a chunk at a time."""

@@ -14,40 +14,50 @@ from torch import Tensor
 from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import bound
-from caspr_cli.optim.solve import Problem, choose, solve, wear_of
-from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.solve import Problem, Solution, solve_all, wear_of
+from caspr_cli.optim.stacks import Rows, Stack
 from caspr_cli.optim.symmetric import unpack
 
 ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
 MOST_RETRIES = 24  # times that damping is raised
 BATCH = 2**22  # numbers in the statistics that are decomposed at once, for each thread: bounds the memory
 
-
-def refresh(stack: Stack, rows: list[int], group: Group) -> None:
-    """In place: roots of these rows (ascending), from their statistics."""
-    count = max(1, torch.get_num_threads() * BATCH // max(d * d for d in stack.shape))
-    for start in range(0, len(rows), count):
-        _refresh(stack, rows[start : start + count], group)
+Due = list[tuple[Stack, list[int]]]  # rows of a stack, ascending
 
 
-def _refresh(stack: Stack, rows: list[int], group: Group) -> None:
-    problems = _problems(stack, rows, group)
-    if group["refresh_above"] > 0:
-        wear = [problem.wear for problem in problems if problem.wear is not None]
-        worn = ~(torch.stack(wear) <= group["refresh_above"]).all(0)
-        rows = [row for row, yes in zip(rows, worn.tolist(), strict=True) if yes]
-        if not rows:
-            return
-        problems = [problem.take(worn) for problem in problems]
-    at = stack.index(rows)
-    solutions = [solve(problem, choose(group["solver"], problem.S.device, problem.S.shape[-1])) for problem in problems]
+def refresh(due: Due, group: Group) -> None:
+    """In place: roots of these rows, from their statistics."""
+    room = most = torch.get_num_threads() * BATCH
+    batch: Due = []
+    for stack, rows in due:
+        size = sum(d * d for d in stack.shape)
+        while rows:
+            count = max(1, room // size) if batch else max(1, most // size)
+            batch.append((stack, rows[:count]))
+            rows, room = rows[count:], room - count * size
+            if room < size:
+                _refresh(batch, group)
+                batch, room = [], most
+    if batch:
+        _refresh(batch, group)
+
+
+def _refresh(due: Due, group: Group) -> None:
+    work = [(stack, *_problems(stack, rows, group)) for stack, rows in due]
+    work = [(stack, rows, problems) for stack, rows, problems in work if rows]
+    solutions = iter(solve_all([problem for *_, problems in work for problem in problems], group["solver"]))
+    for stack, rows, problems in work:
+        _take(stack, stack.index(rows), problems[0].unit, [next(solutions) for _ in problems], group)
+
+
+def _take(stack: Stack, at: Rows, unit: Tensor, solutions: list[Solution], group: Group) -> None:
+    """Keep the roots of all axes of these blocks where those of all of them are good."""
     accepted = torch.stack(
         [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
     ).all(0)
     for axis, solution in enumerate(solutions):
         stack.store(axis, at, solution.root, accepted)
     # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
-    unit = problems[0].unit
     scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
     stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])
     retries = stack.retries[at]
@@ -55,19 +65,24 @@ def _refresh(stack: Stack, rows: list[int], group: Group) -> None:
     stack.rejected[at] += (~accepted).to(stack.rejected.dtype)
 
 
-def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
-    """One for each axis."""
+def _problems(stack: Stack, rows: list[int], group: Group) -> tuple[list[int], list[Problem]]:
+    """The rows that need new roots, and of them a problem for each axis."""
     at, p = stack.index(rows), root_exponent(group["order"], len(stack.shape))
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-    problems = []
+    problems, wear = [], []
     for axis, d in enumerate(stack.shape):
         S = unpack(stack.S[axis][at], d)
         problem = Problem(S, unit, eps, group["damping"], p, stack.basis(axis, at), condition=condition)
         if group["refresh_above"] > 0 or group["solver"] == "warm":
             problem.wear = wear_of(problem, stack.root(axis, at, S.dtype), stack.root_scale[at])
+            wear.append(problem.wear)
         problems.append(problem)
-    return problems
+    if group["refresh_above"] > 0:
+        worn = ~(torch.stack(wear) <= group["refresh_above"]).all(0)
+        rows = [row for row, yes in zip(rows, worn.tolist(), strict=True) if yes]
+        problems = [problem.take(worn) for problem in problems]
+    return rows, problems
 
 
 def damping_of(stack: Stack, group: Group) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -62,6 +61,11 @@ class Problem:
         """Some of the matrices."""
         basis, wear = (None if x is None else x[at] for x in (self.basis, self.wear))
         return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, basis, wear, self.condition)
+
+    @property
+    def cost(self) -> int:
+        """In proportion to the time of its decompositions."""
+        return len(self.S) * self.S.shape[-1] ** 3
 
     def shift(self, largest: Tensor) -> Tensor:
         """Largest eigenvalues ``[K]`` to what is added to the diagonal."""
@@ -137,12 +141,12 @@ def solve(problem: Problem, solver: str) -> Solution:
     return Solution.of(problem, root)
 
 
+def _eigh(problem: Problem) -> Solution:
+    return Solution.of(problem, eigh_root(problem.S, problem.shift, problem.p))
+
+
 def _newton(problem: Problem) -> Solution:
     return Solution.of(problem, newton_root(problem.S, problem.shift, problem.p, problem.condition))
-
-
-def _eigh(problem: Problem) -> Solution:
-    return _on_all_threads(_eigh_piece, problem)
 
 
 def _warm(problem: Problem) -> Solution:
@@ -156,56 +160,55 @@ def _warm(problem: Problem) -> Solution:
     if not bool(good.any()):
         return _eigh(problem)
     tried = good.nonzero().flatten()
-    found = _on_all_threads(_warm_piece, problem if bool(good.all()) else problem.take(tried))
-    good[tried] = torch.isfinite(found.residual)
+    old = problem if bool(good.all()) else problem.take(tried)
+    assert old.basis is not None
+    B = rotated(old.S, old.basis)
+    close = coupling(B, old.shift).square() <= WARM_RESIDUAL
+    if not bool(close.any()):
+        return _eigh(problem)
+    found = Solution.of(old, warm_root(B, old.basis, old.shift, old.p))
+    close &= found.residual <= bound(found.root.condition, old.S.dtype, WARM_RESIDUAL)
+    good[tried] = close
     if bool(good.all()):
         return found
     kept, fresh = good.nonzero().flatten(), (~good).nonzero().flatten()
-    parts = [found.take(good[tried].nonzero().flatten()), _eigh(problem.take(fresh))]
+    parts = [found.take(close.nonzero().flatten()), _eigh(problem.take(fresh))]
     return Solution.join(parts).take(torch.cat([kept, fresh]).argsort())
 
 
-def _eigh_piece(problem: Problem) -> Solution:
-    return Solution.of(problem, eigh_root(problem.S, problem.shift, problem.p))
+SOLVERS = {"eigh": _eigh, "newton": _newton, "warm": _warm}
 
 
-def _warm_piece(problem: Problem) -> Solution:
-    """The residual is infinite where a warm start is not good enough."""
-    S, basis, p = problem.S, problem.basis, problem.p
-    assert basis is not None
-    B = rotated(S, basis)
-    close = coupling(B, problem.shift).square() <= WARM_RESIDUAL
-    if not bool(close.any()):
-        nothing = torch.full_like(problem.unit, torch.inf)
-        return Solution(Root(S, nothing.double(), nothing.double(), nothing.double(), basis), nothing)
-    found = Solution.of(problem, warm_root(B, basis, problem.shift, p))
-    good = close & (found.residual <= bound(found.root.condition, S.dtype, WARM_RESIDUAL))
-    found.residual = torch.where(good, found.residual, torch.inf)
-    return found
+def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
+    """Inverse roots of all matrices of all problems; ``solver`` may be ``"auto"``.
 
-
-def _on_all_threads(attempt: Callable[[Problem], Solution], problem: Problem) -> Solution:
-    """On a CPU several matrices at a time, each on one thread.
-
-    LAPACK's eigendecomposition gains little from a second thread: two at a time were 8 % faster at d = 1024 and 19 %
-    at 512. What is left over when there are no longer enough for all threads is done by all threads together.
+    On a CPU each matrix has one thread, the largest first. LAPACK's eigendecomposition gains little from a second: two
+    at a time were 8 % faster at d = 1024 and 19 % at 512. And with two threads that wait for each other it takes many
+    times as long where another process runs beside it. A single matrix has all threads.
     """
-    K, d = problem.S.shape[:2]
-    if problem.S.device.type != "cpu":
-        return attempt(problem)
+    pieces: list[tuple[int, Problem]] = []
     threads = torch.get_num_threads()
-    alone = K - K % threads if threads > 1 else 0
-    size = max(1, min(PIECE // (d * d), alone // threads))
-    pieces = [problem.take(slice(i, min(i + size, alone))) for i in range(0, alone, size)]
-    done = list(_pool(threads).map(attempt, pieces)) if pieces else []
-    size = max(1, PIECE // (d * d))
-    return Solution.join(done + [attempt(problem.take(slice(i, i + size))) for i in range(alone, K, size)])
+    for i, problem in enumerate(problems):
+        K, d = problem.S.shape[:2]
+        size = K
+        if problem.S.device.type == "cpu":
+            size = max(1, min(PIECE // (d * d), math.ceil(K / threads)))
+        pieces += [(i, problem.take(slice(start, start + size))) for start in range(0, K, size)]
+    order = sorted(range(len(pieces)), key=lambda j: -pieces[j][1].cost)
+    alone = len(pieces) <= 1 or threads == 1 or problems[0].S.device.type != "cpu"
+    run = map if alone else _pool(threads).map
+    solved = dict(zip(order, run(partial(_chosen, solver), [pieces[j][1] for j in order]), strict=True))
+    parts: list[list[Solution]] = [[] for _ in problems]
+    for j, (i, _) in enumerate(pieces):
+        parts[i].append(solved[j])
+    return [Solution.join(found) for found in parts]
+
+
+def _chosen(solver: str, problem: Problem) -> Solution:
+    return solve(problem, choose(solver, problem.S.device, problem.S.shape[-1]))
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Workers that use one thread each (torch's number of threads is a thread's own)."""
     return ThreadPoolExecutor(threads, "caspr-roots", initializer=torch.set_num_threads, initargs=(1,))
-
-
-SOLVERS = {"eigh": _eigh, "newton": _newton, "warm": _warm}
