@@ -160,6 +160,9 @@ class KroneckerOptimizer(Optimizer):
         if "step" not in state:
             state["step"] = torch.tensor(0.0)  # on the CPU, as in torch: reading it costs no synchronization
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].dtype != p.dtype:  # the model was cast
+                state[name] = state[name].to(p.dtype)
         if "exp_avg_sq" not in state and needs_second_moment(group["graft"]):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -168,11 +171,12 @@ class KroneckerOptimizer(Optimizer):
         stacks, wanted = self.stacks(index), set(params)
         if not stacks and not wanted:
             return stacks
-        now, known = set(group["params"]), {p for stack in stacks for p in stack.rows}
-        layouts = {p: self.layout(p, group) for p in group["params"] if p in known or p in wanted}
+        known = {p for stack in stacks for p in stack.rows}
+        members = [p for p in group["params"] if (p in known or p in wanted) and self.preconditions(p, group)]
+        layouts = {p: self.layout(p, group) for p in members}
         storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
         intact = all(
-            p in now
+            p in layouts
             and stack.shape in layouts[p].blocks
             and stack.storage == storages[p]
             and stack.interval == group["interval"]
@@ -202,13 +206,12 @@ class KroneckerOptimizer(Optimizer):
     def _step_group(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> None:
         for p in grads:
             self._init_state(p, group)
-        norms = dict(zip(grads, frobenius(list(grads.values())), strict=True))
-        finite = Finite(norms)
+        finite = Finite(grads, squared=needs_second_moment(group["graft"]))
         matrices = [p for p in grads if self.preconditions(p, group)]
         stacks = self._stacks_of(index, group, matrices)
         with full_precision(matrices[0].device.type if matrices else "cpu"):
             if matrices:
-                self._statistics(stacks, group, matrices, grads, norms)
+                self._statistics(stacks, group, matrices, grads, finite.norms)
             # The only thing that a step waits for, and it was computed before the statistics.
             for p in finite.others():
                 del grads[p]
@@ -286,8 +289,8 @@ class KroneckerOptimizer(Optimizer):
 
     def _moments(self, params: list[Tensor], work: Work) -> dict[Tensor, Tensor]:
         """Count the step, update the moments, and say how long the graft's step is; no length without a graft."""
-        if not params:
-            return {}
+        if len(types := {p.dtype for p in params}) != 1:  # torch's kernel takes one type at a time
+            return {p: n for t in types for p, n in self._moments([p for p in params if p.dtype == t], work).items()}
         group, states = work.group, [self.state[p] for p in params]
         (beta1, beta2), graft = group["betas"], group["graft"]
         grads, steps = [work.grads[p] for p in params], [s["step"] for s in states]
@@ -379,26 +382,39 @@ class Finite:
     """Which of some gradients are finite: asked of the device now, read later.
 
     Reading waits for what was queued before the question, and not for what came after it.
+
+    Args:
+        squared: count a gradient whose square is not finite with those that are not: a second moment would be infinite
+            for ever after. (Not in float16, of which it is true of any gradient above 256.)
     """
 
-    def __init__(self, norms: dict[Tensor, Tensor]) -> None:
-        self.answers: list[tuple[list[Tensor], Tensor]] = []
-        self.events: list[torch.cuda.Event] = []
-        for device in {p.device for p in norms}:
-            params = [p for p in norms if p.device == device]
-            finite = torch.isfinite(torch.stack([norms[p] for p in params]))
+    def __init__(self, grads: dict[Tensor, Tensor], squared: bool) -> None:
+        self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
+        self._answers: list[tuple[list[Tensor], Tensor]] = []
+        self._events: list[torch.cuda.Event] = []
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for p in grads:
+            kinds[p.device, p.dtype].append(p)
+        for (device, dtype), params in kinds.items():
+            norms = torch.stack(frobenius([grads[p] for p in params]))
+            if squared and dtype != torch.float16:
+                norms = norms.masked_fill(norms > math.sqrt(torch.finfo(dtype).max), torch.inf)
+            self.norms |= zip(params, norms.unbind(), strict=True)
+            answer = torch.isfinite(norms)
             if device.type == "cuda":
-                there = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-                finite = there.copy_(finite, non_blocking=True)
-                self.events.append(torch.cuda.current_stream(device).record_event())
+                there = torch.empty(answer.shape, dtype=torch.bool, pin_memory=True)
+                answer = there.copy_(answer, non_blocking=True)
+                self._events.append(torch.cuda.current_stream(device).record_event())
             if device.type != "meta":  # which has shapes and no numbers
-                self.answers.append((params, finite))
+                self._answers.append((params, answer))
 
     def others(self) -> list[Tensor]:
         """The parameters whose gradient is not."""
-        for event in self.events:
+        for event in self._events:
             event.synchronize()
-        return [p for params, answer in self.answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes]
+        return [
+            p for params, answer in self._answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes
+        ]
 
 
 def fill(X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: dict[Tensor, Tensor]) -> None:

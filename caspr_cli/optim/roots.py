@@ -65,6 +65,8 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, Q = torch.linalg.eigh(S)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         shift = SHIFT * torch.finfo(S.dtype).eps * S.diagonal(dim1=-2, dim2=-1).amax(-1)  # [K]
         shifted = S.clone()

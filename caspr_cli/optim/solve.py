@@ -112,6 +112,7 @@ def wear_of(problem: Problem, A: Tensor, unit: Tensor) -> Tensor:
     known = unit > 0
     ratio = torch.where(known, problem.unit.double() / unit.double(), 1).pow(2 / problem.p)
     largest = largest_eigenvalue(problem.S, None if problem.basis is None else problem.basis[:, :, -1:])
+    known &= largest > 0  # 0 of statistics that are not: eigenvectors that were never computed are zeros
     shift = problem.shift(largest)
     old = Root(A * ratio.to(A.dtype).view(-1, 1, 1), shift, largest + shift, largest)
     return torch.where(known, residual(problem.S, old, problem.p), torch.inf)
@@ -135,6 +136,8 @@ def solve(problem: Problem, solver: str) -> Solution:
     try:
         exact = eigh_root(S.double(), problem.shift, problem.p)
         root = Root(exact.A.to(S.dtype), exact.shift, exact.largest, exact.condition)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         nothing = torch.full_like(problem.unit, torch.nan, dtype=torch.float64)
         root = Root(torch.full_like(S, torch.nan), nothing, nothing, nothing)

@@ -180,7 +180,7 @@ def build_stacks(
                 old = state[p].get(name)
                 if old is not None:
                     view.copy_(_converted(old, view, p, name, shape))
-                    if name.startswith("root_") and bool(view.any()):  # waits for the device, once a rebuild
+                    if name.startswith("root_0") and bool(view.any()):  # waits for the device, once a rebuild
                         stack.rooted.add(p)
                 state[p][name] = view
             if not stack.Q:  # of a solver that is no longer chosen

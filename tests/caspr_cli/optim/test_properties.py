@@ -99,9 +99,11 @@ def test_gradients_that_shrink_by_forty_orders_stay_finite_and_small(dtype, graf
     weights = run(
         CASPR, torch.zeros(4, 3, dtype=dtype), [(1e20 * first).to(dtype), (1e-20 * last).to(dtype)], **options
     )
-    moved = (weights[1] - weights[0]).abs().max()
+    moved = (weights[1] - weights[0]).norm()
     assert torch.isfinite(weights[1]).all()
-    assert moved <= 1e-12 * (1 + weights[0].abs().max())
+    # Where 1e40 is no number the first step is left out, and the second has the length of Adam's first: an entry of
+    # about 1e-20 over a graft_eps of 1e-8, twelve times.
+    assert moved <= 1e-11 * (1 + weights[0].abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

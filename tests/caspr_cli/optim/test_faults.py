@@ -1,0 +1,978 @@
+"""Faults are put in on purpose: training goes on through them, and recovers after."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, solve
+from caspr_cli.optim.roots import Root
+from caspr_cli.optim.solve import Problem, Solution
+from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.symmetric import pack, unpack
+
+NAN, INF = math.nan, math.inf
+
+# One of each kind; "twin" lies in one stack with "matrix", "plain" is in a group that is not preconditioned.
+SHAPES = {
+    "matrix": (6, 5),
+    "twin": (6, 5),
+    "convolution": (4, 3, 3, 3),
+    "vector": (7,),
+    "low": (6, 5),
+    "plain": (5, 4),
+}
+KINDS = ["matrix", "convolution", "vector", "low", "plain"]
+START = 4
+OPTIONS: dict[str, Any] = {
+    "lr": 0.1,
+    "betas": (0.9, 0.95),
+    "start_step": START,
+    "interval": 2,
+    "weight_decay": 0.1,
+    "eps": 1e-4,
+}
+Fault = Callable[[int, str], Tensor | None]  # the gradient of a parameter at a step
+
+
+def model() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(noise(-1, name, torch.bfloat16 if name == "low" else torch.float32)) for name in SHAPES}
+
+
+def noise(step: int, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Normal numbers that depend on parameter and step alone."""
+    generator = torch.Generator().manual_seed(100 * (step + 1) + list(SHAPES).index(name))
+    default = torch.bfloat16 if name == "low" else torch.float32
+    return torch.randn(SHAPES[name], generator=generator).to(dtype or default)
+
+
+def optimizer_of(params: dict[str, nn.Parameter], **options: Any) -> CASPR:
+    rest = [p for name, p in params.items() if name != "plain"]
+    return CASPR([{"params": rest}, {"params": [params["plain"]], "precondition": False}], **(OPTIONS | options))
+
+
+def play(params: dict[str, nn.Parameter], optimizer: CASPR, steps: Iterable[int], fault: Fault = noise) -> None:
+    for step in steps:
+        for name, p in params.items():
+            p.grad = fault(step, name)
+        optimizer.step()
+
+
+def with_bad(at: int, names: Iterable[str], bad: float | None) -> Fault:
+    """Gradients of which one element is ``bad``, or that are missing, at one step for some parameters."""
+
+    def gradient(step: int, name: str) -> Tensor | None:
+        G = noise(step, name)
+        if step != at or name not in names:
+            return G
+        if bad is None:
+            return None
+        G.view(-1)[G.numel() // 2] = bad
+        return G
+
+    return gradient
+
+
+def snapshot(optimizer: CASPR, p: nn.Parameter) -> dict[str, Tensor]:
+    return {"weight": p.detach().clone()} | {k: v.clone() for k, v in optimizer.state[p].items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], *, but: Iterable[str] = ()) -> None:
+    assert one.keys() - set(but) == other.keys() - set(but)
+    for name in one.keys() - set(but):
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
+
+
+def check_skipped(victims: list[str], bad: float, at: int, **options: Any) -> None:
+    """The victims stay as they are, all else is as if their gradient had been None, then and ever after."""
+    params, others = model(), model()
+    faulty, clean = optimizer_of(params, **options), optimizer_of(others, **options)
+    play(params, faulty, range(at))
+    play(others, clean, range(at))
+    before = {name: snapshot(faulty, params[name]) for name in victims}
+    play(params, faulty, [at], with_bad(at, victims, bad))
+    play(others, clean, [at], with_bad(at, victims, None))
+    for name in victims:
+        after = snapshot(faulty, params[name])
+        assert float(after["skipped"]) == 1
+        if at > 0:
+            assert_same(after, before[name], but=["skipped"])
+        else:  # there was no state yet: it is all zeros
+            assert torch.equal(after.pop("weight"), before[name]["weight"])
+            assert not any(bool(value.any()) for key, value in after.items() if key != "skipped")
+    for step in range(at + 1, at + 4):
+        play(params, faulty, [step])
+        play(others, clean, [step])
+        for name in SHAPES:
+            assert_same(snapshot(faulty, params[name]), snapshot(clean, others[name]), but=["skipped"])
+            assert bool(torch.isfinite(params[name]).all())
+    for name in victims:
+        assert not torch.equal(params[name].detach(), before[name]["weight"])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("victim", KINDS)
+def test_a_gradient_that_is_not_finite_is_as_good_as_none(victim: str, bad: float) -> None:
+    check_skipped([victim], bad, at=6)
+
+
+@pytest.mark.parametrize("at", [0, START - 1, START])
+@pytest.mark.parametrize("victim", KINDS)
+def test_a_bad_gradient_at_the_start(victim: str, at: int) -> None:
+    """At the very first step, at that of the first roots, and at the next."""
+    check_skipped([victim], NAN, at)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"statistics": "accumulate"},
+        {"statistics_interval": 3},
+        {"statistics_interval": 3, "statistics": "accumulate", "solver": "warm"},
+        {"precondition": "gradient", "graft": "sgd"},
+        {"graft": "rmsprop", "precondition_1d": True},
+        {"graft": "none", "maximize": True},
+        {"block_size": 4, "solver": "newton"},
+        {"merge": "none", "refresh_above": 0.05},
+        {"pack_roots": True, "root_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("at", [START - 1, 7])
+def test_a_bad_gradient_with_other_options(at: int, options: dict[str, Any]) -> None:
+    check_skipped(["matrix", "convolution"], NAN, at, **options)
+
+
+@pytest.mark.parametrize("at", [0, START - 1, 7])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_all_gradients_bad(bad: float, at: int) -> None:
+    check_skipped(list(SHAPES), bad, at)
+
+
+def test_without_the_defence_weights_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the tests above can fail."""
+    monkeypatch.setattr("caspr_cli.optim.engine.Finite.others", lambda self: [])
+    params = model()
+    optimizer = optimizer_of(params)
+    play(params, optimizer, range(8), with_bad(6, KINDS, NAN))
+    assert not any(bool(torch.isfinite(params[name]).all()) for name in KINDS)
+
+
+def test_each_skip_is_counted() -> None:
+    params = model()
+    optimizer = optimizer_of(params)
+    for at in (1, 3, 4, 7):
+        play(params, optimizer, [at], with_bad(at, ["matrix", "plain"], INF))
+    assert [float(optimizer.state[params[name]]["skipped"]) for name in ("matrix", "plain")] == [4, 4]
+    assert "skipped" not in optimizer.state[params["twin"]]
+
+
+# A quadratic regression: Y = X W + b with the loss ||error||^2 / 2 a sample.
+
+
+FIRST, LAST, STEPS = 20, 26, 76  # the faulty steps are FIRST ... LAST - 1
+Change = Callable[[Tensor], Tensor]
+
+
+def same(G: Tensor) -> Tensor:
+    return G
+
+
+@lru_cache
+def regression(change: Change = same, last: int = LAST, kind: Any = CASPR, **options: Any) -> list[float]:
+    """The loss before each step; ``change`` spoils the gradient of the matrix from FIRST until before ``last``."""
+    generator = torch.Generator().manual_seed(0)
+    X, W, b = (torch.randn(*shape, generator=generator) for shape in [(64, 8), (8, 6), (6,)])
+    weight, bias = nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(6))
+    optimizer = kind([weight, bias], **options)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = (X @ (weight - W) + bias - b).square().sum() / 2 / len(X)
+        loss.backward()
+        losses.append(loss.item())
+        assert weight.grad is not None
+        if FIRST <= step < last:
+            weight.grad = change(weight.grad)
+        optimizer.step()
+        if step in range(FIRST, last + 4):
+            for state in [{"weight": weight}, *optimizer.state.values()]:
+                assert all(bool(torch.isfinite(value).all()) for value in state.values())
+    assert all(map(math.isfinite, losses))
+    return losses
+
+
+def set_first_row(G: Tensor, value: float) -> Tensor:
+    G = G.clone()
+    G[0] = value
+    return G
+
+
+def low_rank(G: Tensor, rank: int) -> Tensor:
+    U, s, V = torch.linalg.svd(G, full_matrices=False)
+    return U[:, :rank] * s[:rank] @ V[:rank]
+
+
+def spike(G: Tensor) -> Tensor:
+    return 1e6 * G
+
+
+FAULTS: dict[str, Change] = {
+    "not finite": lambda G: set_first_row(G, NAN),
+    "zero": torch.zeros_like,
+    "a row of zeros": lambda G: set_first_row(G, 0),
+    "rank one": lambda G: low_rank(G, 1),
+    "rank three": lambda G: low_rank(G, 3),
+    "1e-20": lambda G: torch.full_like(G, 1e-20),
+}
+
+
+@pytest.mark.parametrize("graft", ["adam", "none"])
+@pytest.mark.parametrize("statistics", ["ema", "accumulate"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_regression_recovers(fault: str, statistics: str, graft: str) -> None:
+    """Fifty steps after the fault the loss is near that of a run without one."""
+    rate = 0.5 if statistics == "accumulate" and graft == "none" else 0.05
+    options = {"lr": rate, "betas": (0.5, 0.5), "start_step": 2, "interval": 3}
+    options |= {"statistics": statistics, "graft": graft}
+    disturbed, undisturbed = regression(FAULTS[fault], **options), regression(**options)
+    assert disturbed != undisturbed
+    assert undisturbed[-1] < 0.05 * undisturbed[0]
+    assert disturbed[-1] < max(3 * undisturbed[-1], 0.01 * undisturbed[0])
+    assert disturbed[-1] < disturbed[LAST]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"graft": "none", "interval": 1, "lr": 0.1}, {"statistics": "accumulate"}], ids=str
+)
+def test_a_spike_passes(options: dict[str, Any]) -> None:
+    """One gradient a million times as large. (A sum of statistics never forgets it, yet training goes on.)"""
+    options = {"lr": 0.05, "betas": (0.3, 0.3), "start_step": 2, "interval": 3} | options
+    disturbed, undisturbed = regression(spike, FIRST + 1, **options), regression(**options)
+    assert disturbed[FIRST + 1] > disturbed[FIRST] / 2
+    assert disturbed[-1] < max(3 * undisturbed[-1], 0.02 * undisturbed[0])
+
+
+# Without a graft: the square of 1e20, which Adam's second moment would have to hold, is no float32.
+SIZES: dict[str, Change] = {
+    "1e+20": lambda G: torch.full_like(G, 1e20),
+    "G 1e+20": lambda G: 1e20 * G,
+    "to and fro": lambda G: G * 1e20 ** (next(SIGNS)),
+    "a row of 1e+20": lambda G: set_first_row(G, 1e20),
+}
+SIGNS = itertools.cycle([1, -1])
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(CASPR, 0.1), (Shampoo, 0.1), (FullAdagrad, 0.3)])
+@pytest.mark.parametrize("fault", SIZES)
+def test_sizes_at_the_end_of_float32_pass(fault: str, kind: Any, rate: float) -> None:
+    """Everything is finite, and once the averages have forgotten, all is as before."""
+    options = {"lr": rate, "betas": (0.1, 0.1), "start_step": 2, "interval": 1, "graft": "none", "kind": kind}
+    disturbed, undisturbed = regression(SIZES[fault], **options), regression(**options)
+    assert disturbed[LAST] < 2 * disturbed[0]
+    assert disturbed != undisturbed
+    assert disturbed[-1] < max(3 * undisturbed[-1], 0.05 * undisturbed[0])
+
+
+@pytest.mark.parametrize(("graft", "start_step"), [("adam", 3), ("adam", 1000), ("rmsprop", 3), ("rmsprop", 1000)])
+def test_a_gradient_whose_square_is_no_number_leaves_the_second_moment_finite(graft: str, start_step: int) -> None:
+    """Else the average would be infinite for ever: those elements lend no length, and the tensor would never move."""
+    params = [nn.Parameter(torch.ones(6, 5))]
+    optimizer = CASPR(params, lr=0.1, graft=graft, start_step=start_step, interval=1, betas=(0.5, 0.5))
+    for step in range(60):
+        params[0].grad = noise(step, "matrix") * (1e25 if step == 5 else 1)
+        before = params[0].detach().clone()
+        optimizer.step()
+    assert all(bool(torch.isfinite(value).all()) for value in optimizer.state[params[0]].values())
+    assert float((params[0].detach() - before).norm()) > 0.05
+
+
+@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd", "none"])
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+def test_zero_gradients_for_ever(damping: str, graft: str) -> None:
+    """Nothing moves, nothing is refused, everything stays finite; and the first gradient moves it."""
+    p = nn.Parameter(torch.ones(6, 5))
+    optimizer = CASPR([p], lr=0.1, graft=graft, damping=damping, start_step=2, interval=2)
+    for _ in range(10):
+        p.grad = torch.zeros(6, 5)
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(6, 5))
+    assert all(bool(torch.isfinite(value).all()) for value in optimizer.state[p].values())
+    assert not optimizer.state[p]["rejected.0"].any()
+    for step in range(4):
+        p.grad = noise(step, "matrix")
+        optimizer.step()
+    assert 0.01 < float((p.detach() - 1).norm()) < 100
+
+
+def test_after_a_spike_training_is_no_worse_than_with_adam() -> None:
+    """With the usual betas a spike of 1e6 is remembered for thousands of steps, as the graft method does."""
+    caspr = regression(spike, FIRST + 1, lr=0.05, start_step=2)
+    adam = regression(spike, FIRST + 1, lr=0.05, kind=torch.optim.AdamW, weight_decay=0.0)
+    assert caspr[-1] < 1.2 * adam[-1]
+
+
+# Statistics that are corrupted in place. They are then left alone: they are gathered at the first step only.
+
+D, N = 8, 6
+ONCE: dict[str, Any] = {
+    "lr": 0.01,
+    "betas": (0.0, 0.9),
+    "start_step": 1,
+    "interval": 1,
+    "statistics_interval": 10**6,
+    "graft": "none",
+}
+
+
+def matrices(count: int, **options: Any) -> tuple[list[nn.Parameter], CASPR]:
+    params = [nn.Parameter(torch.zeros(D, N)) for _ in range(count)]
+    return params, CASPR(params, **(ONCE | options))
+
+
+def drive(params: list[nn.Parameter], optimizer: CASPR, steps: Iterable[int]) -> None:
+    for step in steps:
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        optimizer.step()
+
+
+def stack_of(optimizer: CASPR) -> Stack:
+    (stack,) = optimizer.stacks(0)
+    return stack
+
+
+def factors(stack: Stack, row: int) -> list[Tensor]:
+    return [A[row].clone() for A in stack.A]
+
+
+def corrupted(S: Tensor, how: str) -> Tensor:
+    """``[d, d]`` spoiled; what is said of eigenvalues is exact to rounding."""
+    values, Q = torch.linalg.eigh(S.double())
+    if how == "indefinite":
+        values[0] = -0.1 * values[-1]
+        return (Q * values @ Q.mT).to(S.dtype)
+    if how == "singular":
+        return torch.outer(S[0], S[0])
+    S = S.clone()
+    S[2, 2] = {"nan": NAN, "inf": INF}[how]
+    return S
+
+
+def corrupt(stack: Stack, axis: int, row: int, how: str) -> Tensor:
+    """In place; returns what was there."""
+    S = stack.S[axis][row].clone()
+    stack.S[axis][row] = pack(corrupted(unpack(S[None], stack.shape[axis])[0], how)[None])[0]
+    return S
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("how", ["nan", "inf", "indefinite"])
+def test_roots_of_spoiled_statistics_are_refused(how: str, axis: int, solver: str) -> None:
+    """The old roots of both axes stay bit for bit, the counters rise, the other blocks know nothing of it."""
+    params, optimizer = matrices(3, solver=solver, eps=1e-4)
+    others, undisturbed = matrices(3, solver=solver, eps=1e-4)
+    drive(params, optimizer, range(2))
+    stack = stack_of(optimizer)
+    old, clean = factors(stack, 1), corrupt(stack, axis, 1, how)
+    drive(params, optimizer, range(2, 5))
+    for before, now in zip(old, factors(stack, 1), strict=True):
+        assert torch.equal(before, now)
+    state = optimizer.state[params[1]]
+    assert (float(state["rejected.0"]), float(state["retries.0"])) == (3, 3)
+    drive(others, undisturbed, range(5))
+    for p, q in zip(params, others, strict=True):  # the statistics are constant, so the old roots are today's
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert [float(x) for x in stack.rejected] == [0, 3, 0]
+    # Mended, the damping falls back by one step each time, until the root is the first one again.
+    stack.S[axis][1] = clean
+    drive(params, optimizer, [5])
+    assert (float(state["rejected.0"]), float(state["retries.0"])) == (3, 2)
+    assert not torch.equal(stack.A[0][1], old[0])
+    drive(params, optimizer, range(6, 10))
+    assert (float(state["rejected.0"]), float(state["retries.0"])) == (3, 0)
+    for before, now in zip(old, factors(stack, 1), strict=True):
+        torch.testing.assert_close(before, now, rtol=2e-3, atol=1e-3 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_exactly_singular_statistics_have_a_root(axis: int, solver: str) -> None:
+    params, optimizer = matrices(2, solver=solver, eps=1e-4)
+    drive(params, optimizer, range(2))
+    stack = stack_of(optimizer)
+    corrupt(stack, axis, 1, "singular")
+    drive(params, optimizer, range(2, 4))
+    assert not stack.rejected.any()
+    S = unpack(stack.S[axis][1:], stack.shape[axis])[0].double()
+    values, Q = torch.linalg.eigh(S)
+    unit = float(stack.unit(optimizer.param_groups[0])[1] / stack.root_scale[1])
+    expected = Q * (values.clamp(min=0) + 1e-4 * values[-1]).pow(-1 / 4) @ Q.mT * unit
+    torch.testing.assert_close(stack.A[axis][1].double(), expected, rtol=0, atol=5e-3 * float(expected.max()))
+    assert all(bool(torch.isfinite(p).all()) for p in params)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+def test_damping_rises_until_an_indefinite_statistic_has_a_root(damping: str, solver: str) -> None:
+    """Tenfold each time; what is then taken is the root with that damping."""
+    params, optimizer = matrices(2, solver=solver, damping=damping, eps=1e-5)
+    drive(params, optimizer, range(1))
+    stack = stack_of(optimizer)
+    corrupt(stack, 0, 0, "indefinite")
+    old = factors(stack, 0)
+    refusals = 0
+    while not stack.rejected[0] < refusals:
+        assert refusals < 12
+        assert torch.equal(stack.A[0][0], old[0])
+        assert float(stack.retries[0]) == float(stack.rejected[0]) == refusals
+        refusals += 1
+        drive(params, optimizer, [refusals])
+    refusals -= 1
+    assert refusals >= 3
+    assert float(stack.retries[0]) == refusals - 1
+    assert not stack.retries[1]
+    eps = 1e-5 * 10**refusals
+    unit = float(stack.unit(optimizer.param_groups[0])[0])
+    S = unpack(stack.S[0][:1], D)[0].double()
+    values, Q = torch.linalg.eigh(S)
+    shift = eps * values[-1] if damping == "relative" else eps / unit**2
+    assert float(values[0] + shift) > 0 > float(values[0] + shift / 10)
+    expected = Q * (values + shift).pow(-1 / 4) @ Q.mT
+    torch.testing.assert_close(stack.A[0][0].double(), expected, rtol=0, atol=0.1 * float(expected.max()))
+    assert all(bool(torch.isfinite(p).all()) for p in params)
+
+
+def test_an_average_mends_itself() -> None:
+    """New gradients outweigh an indefinite statistic, and the damping comes back down to eps."""
+    params, optimizer = matrices(1, statistics_interval=1, betas=(0.0, 0.95), eps=1e-3)
+    drive(params, optimizer, range(20))
+    stack = stack_of(optimizer)
+    corrupt(stack, 0, 0, "indefinite")
+    drive(params, optimizer, range(20, 21))
+    assert float(stack.retries[0]) == 1
+    drive(params, optimizer, range(21, 150))
+    assert not stack.retries.any()
+    assert 1 <= float(stack.rejected[0]) <= 12
+
+
+@pytest.mark.parametrize("statistics", ["ema", "accumulate"])
+def test_nan_in_the_statistics_stays_and_the_step_goes_on_with_the_old_root(statistics: str) -> None:
+    """For ever: no average forgets a NaN. The counter says so, and the damping has an upper end."""
+    params, optimizer = matrices(1, statistics_interval=1, statistics=statistics, betas=(0.0, 0.5))
+    drive(params, optimizer, range(5))
+    stack = stack_of(optimizer)
+    corrupt(stack, 0, 0, "nan")
+    old = factors(stack, 0)
+    for step in range(5, 45):
+        before = params[0].detach().clone()
+        drive(params, optimizer, [step])
+        moved = float((params[0].detach() - before).norm())
+        assert 1e-4 < moved < 1
+    assert bool(stack.S[0][0].isnan().any())
+    assert all(torch.equal(before, now) for before, now in zip(old, factors(stack, 0), strict=True))
+    assert (float(stack.rejected[0]), float(stack.retries[0])) == (40, 24)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("how", ["nan", "inf"])
+def test_where_no_root_ever_was_it_is_the_identity(how: str, solver: str) -> None:
+    """Both axes; the step is then the gradient's own direction."""
+    params, optimizer = matrices(2, solver=solver, start_step=4, statistics_interval=1)
+    drive(params, optimizer, range(3))
+    stack = stack_of(optimizer)
+    corrupt(stack, 1, 0, how)
+    before = params[0].detach().clone()
+    drive(params, optimizer, [3])
+    for axis, d in enumerate(stack.shape):
+        assert torch.equal(stack.A[axis][0], torch.eye(d))
+        assert not torch.equal(stack.A[axis][1], torch.eye(d))
+    step, G = before - params[0].detach(), params[0].grad
+    assert G is not None
+    torch.testing.assert_close(step / step.norm(), G / G.norm(), rtol=1e-3, atol=1e-5)
+    drive(params, optimizer, range(4, 8))
+    assert all(bool(torch.isfinite(p).all()) for p in params)
+    assert float(stack.rejected[0]) == 5
+
+
+# Solvers that raise.
+
+
+def fails_on(fails: Callable[[Tensor], bool], error: type[Exception] = torch.linalg.LinAlgError) -> Any:
+    """``torch.linalg.eigh`` that raises for some batches."""
+    eigh = torch.linalg.eigh
+
+    def failing(S: Tensor) -> Any:
+        if fails(S):
+            raise error("put in on purpose")
+        return eigh(S)
+
+    return failing
+
+
+def is_marked(S: Tensor) -> bool:
+    """Whether one of a batch is a statistic of gradients whose first row is zero, with a little damping or not."""
+    return bool((S[..., 0, 0] < 1e-3 * S.diagonal(dim1=-2, dim2=-1).amax(-1)).any())
+
+
+def marked_run(
+    count: int = 4, victim: int = 2, **options: Any
+) -> tuple[list[nn.Parameter], CASPR, Callable[..., None]]:
+    """The victim's gradients have a first row of zeros, by which :func:`is_marked` knows its left statistic."""
+    params, optimizer = matrices(count, statistics_interval=1, eps=1e-4, **options)
+
+    def steps(which: Iterable[int]) -> None:
+        for step in which:
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+                if i == victim:
+                    p.grad[0] = 0
+            optimizer.step()
+
+    return params, optimizer, steps
+
+
+def test_float64_takes_over_for_the_one_matrix_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected, undisturbed = marked_run()
+    undisturbed(range(6))
+    _, optimizer, steps = marked_run()
+    steps(range(3))
+    calls = []
+
+    def fails(S: Tensor) -> bool:
+        calls.append((S.dtype, len(S)))
+        return S.dtype == torch.float32 and is_marked(S)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on(fails))
+    steps(range(3, 6))
+    assert calls.count((torch.float64, 1)) == 3  # the victim's left statistic in each step, and no other
+    assert not [call for call in calls if call[0] == torch.float64 and call[1] > 1]
+    stack, clean = stack_of(optimizer), stack_of(expected)
+    assert not stack.rejected.any()
+    for axis in range(2):
+        for row in range(4):
+            tolerance = 1e-3 if (axis, row) == (0, 2) else 1e-6
+            A, B = stack.A[axis][row], clean.A[axis][row]
+            torch.testing.assert_close(A, B, rtol=0, atol=tolerance * float(B.max()))
+
+
+@pytest.mark.parametrize("solver", ["eigh", "warm"])
+def test_where_float64_raises_too_the_old_root_stays(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    """The others get theirs; after the fault so does the victim."""
+    params, optimizer, steps = marked_run(solver=solver)
+    _, expected, undisturbed = marked_run(solver=solver)
+    steps(range(3))
+    undisturbed(range(4))
+    stack = stack_of(optimizer)
+    old = [factors(stack, row) for row in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fails_on(is_marked))
+        steps([3])
+    for row in range(4):
+        for axis in range(2):
+            A, B = stack.A[axis][row], stack_of(expected).A[axis][row]
+            assert torch.equal(A, old[row][axis]) == (row == 2)
+            if row != 2:
+                torch.testing.assert_close(A, B, rtol=0, atol=1e-5 * float(B.max()))
+    assert [float(x) for x in stack.rejected] == [0, 0, 1, 0]
+    assert [float(x) for x in stack.retries] == [0, 0, 1, 0]
+    steps([4])
+    assert not torch.equal(stack.A[0][2], old[2][0])
+    assert [float(x) for x in stack.retries] == [0, 0, 0, 0]
+    assert all(bool(torch.isfinite(p).all()) for p in params)
+
+
+def test_no_eigendecomposition_in_float32_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, _, undisturbed = marked_run()
+    undisturbed(range(4))
+    others, optimizer, steps = marked_run()
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on(lambda S: S.dtype == torch.float32))
+    steps(range(4))
+    assert not stack_of(optimizer).rejected.any()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+@pytest.mark.parametrize(("solver", "function"), [("newton", "newton_root"), ("warm", "warm_root")])
+def test_a_solver_that_raises(monkeypatch: pytest.MonkeyPatch, solver: str, function: str, how: str) -> None:
+    """For all matrices or for batches with one of them: the float64 decomposition takes over."""
+    slow = {"betas": (0.0, 0.999), "solver": solver}
+    params, _, undisturbed = marked_run(**slow)
+    undisturbed(range(30))
+    others, optimizer, steps = marked_run(**slow)
+    original, calls = getattr(solve, function), []
+
+    def failing(S: Tensor, *rest: Any) -> Root:
+        calls.append(len(S))
+        if how == "all" or len(calls) % 3 == 1:
+            raise RuntimeError("put in on purpose")
+        return original(S, *rest)
+
+    monkeypatch.setattr(solve, function, failing)
+    steps(range(30))
+    assert calls
+    assert not stack_of(optimizer).rejected.any()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["basis", "no basis"])
+def test_a_root_found_without_eigenvectors_wears_like_any_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """float64 took over at the first decomposition: later refreshes measure the wear of what it found all the same."""
+    _, optimizer, steps = marked_run(solver="warm", refresh_above=0.05, betas=(0.0, 0.5))
+    with monkeypatch.context() as patch:
+        if name == "no basis":
+            patch.setattr(torch.linalg, "eigh", fails_on(lambda S: S.dtype == torch.float32))
+        steps([0])
+    stack = stack_of(optimizer)
+    old = [factors(stack, row) for row in range(4)]
+    steps(range(1, 12))
+    for row in range(4):
+        assert not any(torch.equal(A, B) for A, B in zip(old[row], factors(stack, row), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_want_of_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Neither in the solver nor where float64 takes over."""
+    _, _, steps = marked_run()
+    steps(range(2))
+
+    def failing(S: Tensor) -> Any:
+        if S.dtype == dtype:
+            raise torch.OutOfMemoryError("put in on purpose")
+        raise torch.linalg.LinAlgError("put in on purpose")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps([2])
+
+
+@pytest.mark.parametrize("solver", ["newton_root", "warm_root"])
+def test_want_of_memory_in_other_solvers_is_not_hidden(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    def failing(*_: Any) -> Root:
+        raise torch.OutOfMemoryError("put in on purpose")
+
+    _, _, steps = marked_run(solver=solver.removesuffix("_root"), betas=(0.0, 0.999))
+    monkeypatch.setattr(solve, solver, failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        steps(range(40))
+
+
+# Solvers that return anything.
+
+GARBAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda A: torch.randn(A.shape, generator=torch.Generator().manual_seed(0)),
+    "zeros": torch.zeros_like,
+    "nan": lambda A: torch.full_like(A, NAN),
+    "one nan": lambda A: A.index_put((torch.tensor(0), torch.tensor(1), torch.tensor(1)), torch.tensor(NAN)),
+    "inf": lambda A: torch.full_like(A, INF),
+    "negated row": lambda A: torch.cat([-A[:, :1], A[:, 1:]], 1),
+    "ten times as large": lambda A: 10 * A,
+}
+
+
+@pytest.mark.parametrize("pack_roots", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_is_refused(monkeypatch: pytest.MonkeyPatch, garbage: str, axis: int, pack_roots: bool) -> None:
+    """Wherever it comes from, on whichever axis: a root is taken for what it does, not for who made it."""
+    params, optimizer = matrices(1, eps=1e-3, pack_roots=pack_roots)
+    drive(params, optimizer, range(1))
+    stack = stack_of(optimizer)
+    old, original = factors(stack, 0), solve.SOLVERS["eigh"]
+
+    def spoiled(problem: Problem) -> Solution:
+        root = original(problem).root
+        if problem.S.shape[-1] == stack.shape[axis]:
+            root.A = GARBAGE[garbage](root.A)
+        return Solution.of(problem, root)
+
+    monkeypatch.setitem(solve.SOLVERS, "eigh", spoiled)
+    drive(params, optimizer, range(1, 3))
+    assert all(torch.equal(before, now) for before, now in zip(old, factors(stack, 0), strict=True))
+    assert float(stack.rejected[0]) == 2
+    assert bool(torch.isfinite(params[0]).all())
+
+
+# Shapes at the ends of what there is.
+
+
+def steps_of(params: list[nn.Parameter], optimizer: CASPR, count: int) -> list[float]:
+    """Seconds of each step, on noise."""
+    seconds = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        began = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    assert all(bool(torch.isfinite(p).all()) for p in params)
+    assert not any(bool(stack.rejected.any()) for stack in optimizer.stacks(0))
+    return seconds
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("kind", [CASPR, Shampoo])
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (1, 9, 1), (257, 1)])
+def test_blocks_one_wide(shape: tuple[int, ...], kind: Any, solver: str) -> None:
+    p = nn.Parameter(torch.zeros(shape))
+    steps_of([p], kind([p], lr=0.1, start_step=2, interval=1, solver=solver), 6)
+    assert 0.01 < float(p.detach().norm()) / p.numel() ** 0.5 < 0.7  # six steps of Adam's length are .6 at most
+
+
+def test_one_wide_is_the_direction_of_the_vector() -> None:
+    """Of one row, A_R is the full matrix of Adagrad, and A_L a number."""
+    row, column = nn.Parameter(torch.zeros(1, 9)), nn.Parameter(torch.zeros(9, 1))
+    optimizer = CASPR([row, column], lr=0.1, start_step=1, interval=1)
+    for step in range(4):
+        row.grad = torch.randn(1, 9, generator=torch.Generator().manual_seed(step))
+        column.grad = row.grad.mT.clone()
+        optimizer.step()
+        torch.testing.assert_close(row.detach(), column.detach().mT, rtol=1e-3, atol=1e-5)
+
+
+def test_a_very_tall_matrix() -> None:
+    p = nn.Parameter(torch.zeros(5000, 2))
+    optimizer = CASPR([p], lr=0.1, start_step=2, interval=10, block_size=256)
+    steps_of([p], optimizer, 4)
+    assert 0.1 < float(p.detach().norm()) / p.numel() ** 0.5 < 0.4
+    assert [stack.shape for stack in optimizer.stacks(0)] == [(250, 2)]
+
+
+def test_three_thousand_tiny_parameters() -> None:
+    params = [nn.Parameter(torch.zeros(2, 3)) for _ in range(3000)]
+    optimizer = CASPR(params, lr=0.1, start_step=1, interval=4)
+    seconds = steps_of(params, optimizer, 4)
+    assert len(optimizer.stacks(0)) == 1
+    assert min(seconds) < 2
+    assert all(bool(p.detach().all()) for p in params)
+
+
+def test_embeddings() -> None:
+    """A large one with the graft method alone, and one in 313 blocks."""
+    plain, cut = nn.Parameter(torch.zeros(200_000, 4)), nn.Parameter(torch.zeros(20_000, 8))
+    groups = [{"params": [cut]}, {"params": [plain], "precondition": False}]
+    optimizer = CASPR(groups, lr=0.1, start_step=2, interval=2, block_size=64)
+    seconds = steps_of([cut, plain], optimizer, 4)
+    assert min(seconds) < 2
+    assert sum(len(stack.scale) for stack in optimizer.stacks(0)) == math.ceil(20_000 / 64)
+    assert len(optimizer.stacks(0)) == 2
+    assert not optimizer.stacks(1)
+    for p in (cut, plain):
+        assert 0.1 < float(p.detach().norm()) / p.numel() ** 0.5 < 0.41
+
+
+# Amplification of a direction that the roots have not seen.
+
+SEEN, KNOWN = 8, 5
+
+
+def unseen(kind: Any, eps: float, **options: Any) -> tuple[float, float, list[Tensor]]:
+    """Statistics of gradients P Q^T, with orthonormal columns P [SEEN, KNOWN] and Q square, and then one gradient more.
+
+    Returns the length of the step along a direction new to L but not to R, that of the step along a known one, and
+    the gradients up to the new one.
+    """
+    frame = torch.linalg.qr(torch.randn(SEEN, SEEN, generator=torch.Generator().manual_seed(1)))[0]
+    turn = torch.linalg.qr(torch.randn(KNOWN, KNOWN, generator=torch.Generator().manual_seed(2)))[0]
+    past = [frame[:, :KNOWN] @ turn.mT] * 3
+    lengths = []
+    for row in (KNOWN + 1, 1):
+        p = nn.Parameter(torch.zeros(SEEN, KNOWN))
+        defaults = {"graft": "none", "betas": (0.0, 0.9), "start_step": 3, "interval": 100, "statistics": "accumulate"}
+        optimizer = kind([p], lr=1.0, eps=eps, **(defaults | options))
+        gradients = [*past, torch.outer(frame[:, row], turn[:, 0])]
+        for G in gradients:
+            before = p.detach().clone()
+            p.grad = G.clone()
+            optimizer.step()
+        lengths.append(float((p.detach() - before).norm()))
+        if row != 1:
+            stream = gradients
+    return lengths[0], lengths[1], stream
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("kind", [CASPR, Shampoo])
+def test_a_new_direction_is_amplified_as_predicted(kind: Any, eps: float) -> None:
+    """CASPR: ((1/eps)^(1/4) + 1)^2 / 4, which is 266 at 1e-6 and 4.3 at 1e-2; Shampoo: (1/eps)^(1/4), 32 and 3.2."""
+    new, known, _ = unseen(kind, eps)
+    predicted = eps**-0.25 if kind is Shampoo else (eps**-0.25 + 1) ** 2 / 4
+    assert new / known == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [CASPR, Shampoo])
+def test_a_direction_that_the_roots_have_seen_is_not_amplified(kind: Any) -> None:
+    """Stale roots are what it takes."""
+    new, known, _ = unseen(kind, 1e-6, interval=1)
+    assert new / known < 3
+
+
+@pytest.mark.parametrize("kind", [CASPR, Shampoo])
+def test_the_graft_bounds_the_step_whatever_is_amplified(kind: Any) -> None:
+    """With graft="adam" the step is as long as AdamW's own, to five digits."""
+    new, known, gradients = unseen(kind, 1e-6, graft="adam")
+    p = nn.Parameter(torch.zeros(SEEN, KNOWN))
+    adamw = torch.optim.AdamW([p], lr=1.0, betas=(0.0, 0.9), weight_decay=0.0)
+    for G in gradients:
+        before = p.detach().clone()
+        p.grad = G.clone()
+        adamw.step()
+    assert new == pytest.approx(float((p.detach() - before).norm()), rel=1e-5)
+    assert new < 2 * known
+
+
+# Parameters that come and go.
+
+
+def turns(optimizer: CASPR, index: int = 0) -> dict[tuple[int, tuple[int, ...]], list[int]]:
+    """(number of the parameter, block shape) to the steps of the interval at which its roots are made anew."""
+    members = optimizer.param_groups[index]["params"]
+    return {
+        (i, stack.shape): stack.phase[stack.rows[p]]
+        for i, p in enumerate(members)
+        for stack in optimizer.stacks(index)
+        if p in stack.rows
+    }
+
+
+COMING_AND_GOING: list[tuple[int, ...]] = [(6, 5), (6, 5), (4, 3, 3), (7, 3), (6, 5)]
+TURNING = {"lr": 0.05, "start_step": 2, "interval": 5, "block_size": 4, "betas": (0.9, 0.95)}
+
+
+def tensors(shapes: Iterable[tuple[int, ...]] = COMING_AND_GOING) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize("frozen", [{0}, {1, 2, 3}, {0, 1, 2, 4}])
+@pytest.mark.parametrize("when", [range(0, 4), range(6, 15)])
+@pytest.mark.parametrize("way", ["grad None", "requires_grad"])
+def test_freeze_and_thaw(way: str, when: range, frozen: set[int]) -> None:
+    """The frozen stand still, the others and everybody's turns are as if nothing had been frozen, and all go on."""
+    params, others = tensors(), tensors()
+    optimizer, undisturbed = CASPR(params, **TURNING), CASPR(others, **TURNING)
+    for step in range(20):
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            still = step in when and i in frozen
+            p.requires_grad_(not (still and way == "requires_grad"))
+            noise = torch.randn(q.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            q.grad = noise
+            p.grad = None if still else noise.clone()
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        undisturbed.step()
+        for i, (p, old, q) in enumerate(zip(params, before, others, strict=True)):
+            assert torch.equal(p.detach(), old) == (step in when and i in frozen)
+            if i not in frozen:
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        mine, theirs = turns(optimizer), turns(undisturbed)
+        assert all(theirs[key] == value for key, value in mine.items())
+    assert turns(optimizer) == turns(undisturbed)
+    assert len({turn for phases in mine.values() for turn in phases}) == 5
+    for p in params:
+        assert all(bool(torch.isfinite(value).all()) for value in optimizer.state[p].values())
+
+
+def test_a_group_that_comes_later_changes_nothing_for_the_first() -> None:
+    params, others, late = tensors(), tensors(), tensors([(6, 5), (3,)])
+    optimizer, undisturbed = CASPR(params, **TURNING), CASPR(others, **TURNING)
+    drive(others, undisturbed, range(16))
+    drive(params, optimizer, range(7))
+    before = turns(optimizer)
+    optimizer.add_param_group({"params": late, "interval": 2})
+    drive(params + late, optimizer, range(7, 16))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    assert turns(optimizer) == before
+    assert [float(optimizer.state[p]["step"]) for p in late] == [9, 9]
+    assert all(float((p.detach() - 1).norm()) > 0.03 for p in late)
+    assert len(optimizer.stacks(1)) == 2
+
+
+def test_a_parameter_that_joins_a_group_later() -> None:
+    """The list of a group's parameters may grow: the newcomer is rooted at its own start_step, all go on."""
+    params, late = tensors(), tensors([(6, 5)])
+    optimizer = CASPR(params, **TURNING)
+    drive(params, optimizer, range(7))
+    optimizer.param_groups[0]["params"] += late
+    drive(params + late, optimizer, range(7, 16))
+    state = optimizer.state[late[0]]
+    assert float(state["step"]) == 9
+    assert bool(state["root_0.0"].any())
+    assert all(bool(torch.isfinite(p).all()) for p in params + late)
+    assert float((late[0].detach() - 1).norm()) > 0.1
+
+
+def nothing(optimizer: CASPR) -> None:
+    pass
+
+
+def another_interval(optimizer: CASPR) -> None:
+    optimizer.param_groups[0]["interval"] = 3
+
+
+def moved(optimizer: CASPR) -> None:
+    for state in optimizer.state.values():
+        state.update({name: value.clone() for name, value in state.items()})
+
+
+def reloaded(optimizer: CASPR) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("meanwhile", [nothing, another_interval, moved, reloaded])
+@pytest.mark.parametrize(("name", "on"), [("precondition", "momentum"), ("precondition_1d", True)])
+def test_preconditioning_may_be_switched_off_and_on(name: str, on: Any, meanwhile: Callable[[CASPR], None]) -> None:
+    """Off, it is the graft method; on again, it goes on from the old statistics, at everybody's own turn."""
+    params = tensors([*COMING_AND_GOING, (9,)])
+    optimizer = CASPR(params, **(TURNING | {"precondition_1d": True}))
+    drive(params, optimizer, range(8))
+    optimizer.param_groups[0][name] = False
+    drive(params, optimizer, range(8, 10))
+    meanwhile(optimizer)
+    drive(params, optimizer, range(10, 13))
+    changed = params if name == "precondition" else params[-1:]
+    old = [optimizer.state[p]["statistics_0.0"].clone() for p in changed]
+    optimizer.param_groups[0][name] = on
+    drive(params, optimizer, range(13, 25))
+    for p, S in zip(changed, old, strict=True):
+        assert not torch.equal(optimizer.state[p]["statistics_0.0"], S)
+    assert all(float(optimizer.state[p]["step"]) == 25 for p in params)
+    assert all(float((p.detach() - 1).norm()) > 0.1 for p in params)
+    assert all(bool(torch.isfinite(value).all()) for state in optimizer.state.values() for value in state.values())
+    assert all(len(stack.phase) == len(stack.scale) for stack in optimizer.stacks(0))
+    fresh = tensors([*COMING_AND_GOING, (9,)])
+    never_off = CASPR(fresh, **(TURNING | {"precondition_1d": True}))
+    never_off.param_groups[0]["interval"] = optimizer.param_groups[0]["interval"]
+    drive(fresh, never_off, range(1))
+    assert turns(optimizer) == turns(never_off)
+
+
+@pytest.mark.parametrize("meanwhile", [nothing, moved, reloaded])
+def test_while_preconditioning_is_off_it_is_adamw(meanwhile: Callable[[CASPR], None]) -> None:
+    """Whatever is left of the stacks takes no part."""
+    params, others = tensors(), tensors()
+    optimizer = CASPR(params, **TURNING)
+    adamw = torch.optim.AdamW(others, lr=0.05, betas=(0.9, 0.95), weight_decay=0.0)
+    drive(params, optimizer, range(8))
+    drive(others, adamw, range(8))
+    optimizer.param_groups[0]["precondition"] = False
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            p.copy_(q)
+    meanwhile(optimizer)
+    drive(params, optimizer, range(8, 14))
+    drive(others, adamw, range(8, 14))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
