@@ -179,11 +179,11 @@ _ARGS = """
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
     under ``weights_only=True``. ``block_size`` and ``merge`` of a group are fixed with its first step.
 
-    Nothing that a gradient holds stops the training. A tensor whose gradient is not finite (or whose square is not, where a
-    second moment is kept) is left out of the step as
-    if it had none, and ``state["skipped"]`` counts it. A new root is used if it is finite and its residual, recomputed,
-    is small; else the old one stays, ``state["rejected.0"]`` counts it, and eps is ten times as large at the block's
-    next turn. :func:`caspr_cli.optim.probe.counters` adds both up.
+    Nothing that a gradient holds stops the training. A tensor whose gradient is not finite (or whose square is not,
+    where a second moment is kept) is left out of the step as if it had none, and ``state["skipped"]`` counts it. A new
+    root is used if it is finite and its residual, recomputed, is small; else the old one stays, ``state["rejected.0"]``
+    counts it, and eps is ten times as large at the block's next turn.
+    :func:`caspr_cli.optim.probe.counters` adds both up.
 """
 
 _MERGE = """\
