@@ -36,6 +36,7 @@ caspr-bench {version}: what would an optimizer cost? Times steps, nothing is tra
   caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; half a minute
   caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
+  caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
 
 what to measure, one of
   --shapes LIST      comma-separated COUNT*SIZExSIZE..., or a preset: {presets}
@@ -96,6 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--shapes", default="transformer")
     what.add_argument("--params")
     what.add_argument("--task")
+    what.add_argument("--roots", action="store_true")
     parser.add_argument("--scale")
     parser.add_argument("--optim", default=",".join(DEFAULT))
     for flag, default in (("--interval", 10), ("--block-size", 1024), ("--batch", None), ("--rounds", 20)):
@@ -165,6 +167,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: one line for the user.
     """
+    if args.roots:
+        return run_roots(args)
     what: ShapeSet | Recipe = (
         recipe_of(args.task, args.scale or "sample")
         if args.task
@@ -189,6 +193,26 @@ def run(args: argparse.Namespace) -> None:
             print(f"{kind:<11} {path}", file=out)
     for line in next_commands(args):
         print(line, file=out)
+    if args.json == "-":
+        print(listed, end="")
+
+
+def run_roots(args: argparse.Namespace) -> None:
+    """The table of the roots' errors."""
+    target = writable(Path(args.json)) if args.json and args.json != "-" else None
+    progress = Progress(sys.stderr)
+    progress.say("roots of twenty matrices by four solvers: half a minute")
+    from caspr_cli.bench.root_errors import main_table
+
+    try:
+        rows, lines = main_table(threads=args.threads)
+    finally:
+        progress.clear()
+    listed = json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
+    if target:
+        write_whole(target, listed)
+        lines.append(f"json        {target}")
+    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json == "-":
         print(listed, end="")
 

@@ -166,7 +166,7 @@ _ARGS = """
             left as it is. 0 refreshes always.
         factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
         root_dtype: type of the stored roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes U by about
-            3e-3 of its length.
+            3e-3 of its length where gradients are of full rank, by much more where statistics are ill-conditioned.
         pack_roots: store one triangle of the roots. With bfloat16 the state of a square block is 15.5 bytes a
             parameter instead of 21; each step unpacks them.
         apply_dtype: type of the products with the roots, ``torch.bfloat16`` (4e-3) or that of the statistics.

@@ -95,8 +95,8 @@ class KroneckerOptimizer(Optimizer):
                 for name, value in given[-1]["state"].get(i, {}).items():
                     if is_factor(name):
                         self.state[p][name] = value.to(p.device)
-                    elif name == "skipped":
-                        self.state[p][name] = value.cpu()
+                    elif name in ("step", "skipped"):  # read in every step
+                        self.state[p][name] = value.to("cpu", torch.float32)
 
         handles = [
             self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
@@ -124,6 +124,8 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse()
+        for index in [i for i in self._stacks if i >= len(self.param_groups)]:
+            del self._stacks[index]
         for index, group in enumerate(self.param_groups):
             grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
             if grads:
@@ -158,7 +160,7 @@ class KroneckerOptimizer(Optimizer):
     def _init_state(self, p: Tensor, group: Group) -> None:
         state = self.state[p]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)  # on the CPU, as in torch: reading it costs no synchronization
+            state["step"] = counter()
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and state[name].dtype != p.dtype:  # the model was cast
@@ -206,7 +208,7 @@ class KroneckerOptimizer(Optimizer):
     def _step_group(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> None:
         for p in grads:
             self._init_state(p, group)
-        finite = Finite(grads, squared=needs_second_moment(group["graft"]))
+        finite = Finite(grads, group)
         matrices = [p for p in grads if self.preconditions(p, group)]
         stacks = self._stacks_of(index, group, matrices)
         with full_precision(matrices[0].device.type if matrices else "cpu"):
@@ -215,7 +217,7 @@ class KroneckerOptimizer(Optimizer):
             # The only thing that a step waits for, and it was computed before the statistics.
             for p in finite.others():
                 del grads[p]
-                self.state[p].setdefault("skipped", torch.tensor(0.0)).add_(1)
+                self.state[p].setdefault("skipped", counter()).add_(1)
             steps = {p: int(self.state[p]["step"].item()) + 1 for p in matrices if p in grads}
             ready = {p for p, t in steps.items() if t >= group["start_step"]}
             if ready:
@@ -331,7 +333,7 @@ class KroneckerOptimizer(Optimizer):
         else:
             counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
             repeated = torch.tensor(
-                [w for w, n in zip(weights, counts, strict=True) for _ in range(n)], dtype=torch.float64
+                [w for w, n in zip(weights, counts, strict=True) for _ in range(n)], dtype=torch.float64, device="cpu"
             )
             factor = factor / sent(repeated, factor.device).to(factor.dtype)
         X.mul_(per_block(factor, X))
@@ -378,17 +380,22 @@ def is_factor(name: str) -> bool:
     return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_"))
 
 
+def counter() -> Tensor:
+    """On the CPU, as in torch: reading it costs no synchronization. Whatever the defaults of the session are."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
 class Finite:
     """Which of some gradients are finite: asked of the device now, read later.
 
     Reading waits for what was queued before the question, and not for what came after it.
 
-    Args:
-        squared: count a gradient whose square is not finite with those that are not: a second moment would be infinite
-            for ever after. (Not in float16, of which it is true of any gradient above 256.)
+    A gradient counts with those that are not if it is infinite in the type of the statistics, or its square in that of
+    a second moment, which would be so for ever after. (But in float16, of which the latter is true of any gradient
+    above 256.)
     """
 
-    def __init__(self, grads: dict[Tensor, Tensor], squared: bool) -> None:
+    def __init__(self, grads: dict[Tensor, Tensor], group: Group) -> None:
         self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
         self._answers: list[tuple[list[Tensor], Tensor]] = []
         self._events: list[torch.cuda.Event] = []
@@ -397,12 +404,14 @@ class Finite:
             kinds[p.device, p.dtype].append(p)
         for (device, dtype), params in kinds.items():
             norms = torch.stack(frobenius([grads[p] for p in params]))
-            if squared and dtype != torch.float16:
-                norms = norms.masked_fill(norms > math.sqrt(torch.finfo(dtype).max), torch.inf)
+            limit = torch.finfo(factor_dtype(params[0], group)).max
+            if needs_second_moment(group["graft"]) and dtype != torch.float16:
+                limit = min(limit, math.sqrt(torch.finfo(dtype).max))
+            norms = norms.masked_fill(norms > limit, torch.inf)
             self.norms |= zip(params, norms.unbind(), strict=True)
             answer = torch.isfinite(norms)
             if device.type == "cuda":
-                there = torch.empty(answer.shape, dtype=torch.bool, pin_memory=True)
+                there = torch.empty(answer.shape, dtype=torch.bool, device="cpu", pin_memory=True)
                 answer = there.copy_(answer, non_blocking=True)
                 self._events.append(torch.cuda.current_stream(device).record_event())
             if device.type != "meta":  # which has shapes and no numbers

@@ -54,14 +54,15 @@ def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
         ``rejected_roots``: new roots that were not finite or whose residual was too large, and were not used.
         ``skipped_gradients``: gradients of a tensor that were not finite, and moved nothing.
     """
-    stacks = [s for index in range(len(optimizer.param_groups)) for s in optimizer.stacks(index)]
-    skipped = [int(state["skipped"]) for state in optimizer.state.values() if "skipped" in state]
-    return {"rejected_roots": sum(int(s.rejected.sum()) for s in stacks), "skipped_gradients": sum(skipped)}
+    entries = [entry for state in optimizer.state.values() for entry in state.items()]
+    rejected = [int(value.sum()) for name, value in entries if name.startswith("rejected.")]
+    skipped = [int(value) for name, value in entries if name == "skipped"]
+    return {"rejected_roots": sum(rejected), "skipped_gradients": sum(skipped)}
 
 
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
-    """Of all blocks that have had a gradient."""
-    seen = stack.scale > 0
+    """Of all blocks that have had a gradient before their last roots."""
+    seen = (stack.scale > 0) & (stack.root_scale > 0)
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
     p = root_exponent(group["order"], len(stack.shape))
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": []}

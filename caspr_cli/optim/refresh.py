@@ -32,10 +32,10 @@ def refresh(due: Due, group: Group) -> None:
     for stack, rows in due:
         size = sum(d * d for d in stack.shape)
         while rows:
-            count = max(1, room // size) if batch else max(1, most // size)
+            count = min(len(rows), max(1, room // size))
             batch.append((stack, rows[:count]))
             rows, room = rows[count:], room - count * size
-            if room < size:
+            if rows or room < size:
                 _refresh(batch, group)
                 batch, room = [], most
     if batch:

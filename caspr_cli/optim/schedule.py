@@ -17,10 +17,10 @@ def phases(costs: Sequence[float], interval: int) -> list[int]:
     >>> phases([1, 1], 10)
     [0, 5]
     """
-    turns = min(interval, len(costs))
+    turns = min(int(interval), len(costs))
     loads, result = [0.0] * turns, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
         turn = loads.index(min(loads))
         loads[turn] += costs[item]
-        result[item] = turn * interval // turns
+        result[item] = int(turn * interval // turns)
     return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -213,5 +215,21 @@ def _chosen(solver: str, problem: Problem) -> Solution:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Workers that use one thread each (torch's number of threads is a thread's own)."""
-    return ThreadPoolExecutor(threads, "caspr-roots", initializer=torch.set_num_threads, initargs=(1,))
+    """Workers that use one thread each.
+
+    To set a thread's own number also sets what threads that start later begin with: all workers are started here, and
+    that is put back. (A thread takes its number when it first asks for it.)
+    """
+    ready = threading.Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "caspr-roots", initializer=_use_one_thread)
+    list(pool.map(lambda _: ready.wait(), range(threads)))
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads but its own

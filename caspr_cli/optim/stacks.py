@@ -103,7 +103,7 @@ class Stack:
         """To take these rows (ascending) by: without a copy where they are neighbours."""
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(rows[0], rows[-1] + 1)
-        return sent(torch.tensor(rows), self.scale.device)
+        return sent(torch.tensor(rows, device="cpu"), self.scale.device)
 
     def is_due(self, row: int, age: int) -> bool:
         """Whether it is this row's turn, ``age`` steps after its first root."""

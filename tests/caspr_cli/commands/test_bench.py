@@ -163,3 +163,17 @@ def test_progress_is_shown_on_a_terminal_alone() -> None:
         progress.say("round 3/20")
         progress.clear()
         assert ("round 3/20" in stream.text) == terminal
+
+
+def test_the_table_of_roots(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from caspr_cli.bench import root_errors
+
+    whole = root_errors.root_error_table
+    monkeypatch.setattr(root_errors, "root_error_table", lambda d: whole(12, (1e2,), (1e-4,), 1))
+    assert call(monkeypatch, "--roots", "--json", str(tmp_path / "roots.json")) == 0
+    rows = json.loads((tmp_path / "roots.json").read_text())
+    assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32", "warm32"}
+    assert "eigh32" in capsys.readouterr().out
+    assert call(monkeypatch, "--roots", "--task", "c4_lm") == 2

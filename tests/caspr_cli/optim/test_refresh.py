@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from references.kronecker import precondition
 from references.stream import random_stream
 from torch import Tensor
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine, stacks
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine, refresh, solve, stacks
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 
@@ -204,3 +205,69 @@ def test_transposed_and_strided_parameters() -> None:
         p.grad = G.T.contiguous().T
         optimizer.step()
     assert relative_error(p.detach(), expected) < 1e-9
+
+
+# ---- what a session may have set, and what it must find as it left it
+
+
+def test_blocks_of_many_shapes_are_decomposed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    whole = refresh.solve_all
+    monkeypatch.setattr(
+        refresh, "solve_all", lambda problems, solver: seen.append(len(problems)) or whole(problems, solver)
+    )
+    params, optimizer = family(interval=1)
+    advance(params, optimizer, range(2))
+    assert seen == [2 * len(optimizer.stacks(0))]
+    seen.clear()
+    monkeypatch.setattr(refresh, "BATCH", 300)  # of a stack as few rows at a time as there is room for
+    advance(params, optimizer, range(2, 3))
+    assert len(seen) > 5
+
+
+def test_threads_that_start_later_have_as_many_as_before() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        solve._pool.cache_clear()
+        params, optimizer = family()
+        advance(params, optimizer, range(3))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+        assert list(solve._pool(2).map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_steps_are_counted_whatever_the_default_type() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        optimizer = CASPR([p], start_step=1)
+        for _ in range(300):
+            p.grad = torch.ones(4, 3, dtype=torch.float32)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"] == 300
+
+
+def test_a_gradient_that_the_statistics_cannot_hold_is_left_out() -> None:
+    p = torch.nn.Parameter(torch.ones(4, 3).double())
+    optimizer = CASPR([p], start_step=1, factor_dtype=torch.float32, graft="none")
+    for scale in (1.0, 1e50, 1.0):
+        p.grad = scale * torch.ones(4, 3).double()
+        optimizer.step()
+    assert torch.isfinite(p).all()
+    assert optimizer.state[p]["skipped"] == 1
+
+
+def test_a_removed_group_takes_its_stacks_along() -> None:
+    params, optimizer = family()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 3))]})
+    optimizer.param_groups[1]["params"][0].grad = torch.ones(4, 3)
+    advance(params, optimizer, range(1))
+    assert optimizer.stacks(1)
+    optimizer.param_groups.pop()
+    advance(params, optimizer, range(1, 2))
+    assert not optimizer.stacks(1)

@@ -1,0 +1,673 @@
+"""The three solvers of inverse roots against a decomposition in float64, and what is said of how far they are off.
+
+A decomposition is wrong by roundings of the largest eigenvalue, so by rounding * condition in the smallest, of which
+the root mostly is. Tolerances are that with the constants below; the reference has the same error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references.drive import relative_error
+from references.inverse_root import (
+    SPECTRA,
+    dense_residual,
+    inverse_root,
+    moved,
+    orthogonal,
+    shift_of,
+    spectrum,
+    with_spectrum,
+)
+from torch import Tensor
+
+from caspr_cli.optim.roots import (
+    PROBES,
+    Root,
+    bound,
+    coupling,
+    damping_shift,
+    eigh_root,
+    largest_eigenvalue,
+    newton_root,
+    newton_steps,
+    probe_vectors,
+    residual,
+    rotated,
+    warm_root,
+)
+from caspr_cli.optim.solve import WARM_RESIDUAL, Problem, Solution, solve, solve_all
+
+SIZES = [1, 2, 3, 17, 64, 200]
+CONDITIONS = [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]
+POWERS = [2, 4, 6]
+NEAR = 1e-3  # by which the statistics have moved since the decomposition that a warm start takes
+MEASURED = 0.1  # the errors found here were at most .04 rounding * condition for d of 17 and more, .4 below
+
+Solver = Callable[[Tensor, Callable[[Tensor], Tensor], int], Root]
+
+
+def matrix(d: int, condition: float, name: str = "logarithmic", seed: int = 0) -> Tensor:
+    return with_spectrum(spectrum(name, d, condition), seed)
+
+
+def rule(eps: float, damping: str = "relative") -> Callable[[Tensor], Tensor]:
+    return lambda largest: eps * (largest if damping == "relative" else torch.ones_like(largest))
+
+
+def rounding(condition: float, d: int, dtype: torch.dtype = torch.float64) -> float:
+    """The relative error (in the Frobenius norm) that is allowed a decomposition's root."""
+    return torch.finfo(dtype).eps * (2 * condition + 4 * math.sqrt(d) + 10)
+
+
+def old_basis(S: Tensor, size: float = NEAR, seed: int = 9) -> Tensor:
+    """``[1, d, d]``: eigenvectors of a matrix that is ``size`` away."""
+    return torch.linalg.eigh(moved(S, size, seed).unsqueeze(0))[1]
+
+
+def warm(S: Tensor, basis: Tensor, damping: Callable[[Tensor], Tensor], p: int) -> Root:
+    return warm_root(rotated(S, basis), basis, damping, p)
+
+
+def problem(S: Tensor, eps: float = 1e-6, p: int = 4, damping: str = "relative") -> Problem:
+    ones = torch.ones(len(S), dtype=S.dtype)
+    return Problem(S, ones, eps * ones.double(), damping, p)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- the reference
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e10])
+def test_the_reference_is_the_root_with_fifty_digits(condition: float, p: int) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    S = matrix(5, condition)
+    with mpmath.workdps(50):
+        values, vectors = mpmath.eigsy(mpmath.matrix(S.tolist()) + mpmath.mpf(1e-12) * mpmath.eye(5))
+        root = vectors * mpmath.diag([value ** (-mpmath.mpf(1) / p) for value in values]) * vectors.T
+        exact = torch.tensor([[float(root[i, j]) for j in range(5)] for i in range(5)], dtype=torch.float64)
+    assert relative_error(inverse_root(S, 1e-12, p), exact) < rounding(condition, 5)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_reference_makes_the_spectrum_it_says(name: str) -> None:
+    values = spectrum(name, 12, 1e4)
+    assert float(values[0] / values[-1]) == pytest.approx(1 if name == "equal" else 1e4)
+    found = torch.linalg.eigvalsh(with_spectrum(values, seed=1)).flip(0)
+    torch.testing.assert_close(found, values, rtol=0, atol=1e-14)
+
+
+# ---- float64: every condition, size, power and damping
+
+
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("d", SIZES)
+def test_eigh_is_the_reference(d: int, condition: float, damping: str) -> None:
+    S, eps = matrix(d, condition), 0.01 / condition
+    shift, exact = shift_of(S, eps, damping), torch.linalg.eigvalsh(S)
+    for p in POWERS:
+        root = eigh_root(S[None], rule(eps, damping), p)
+        assert relative_error(root.A[0], inverse_root(S, shift, p)) < rounding(condition, d)
+        assert float(root.shift) == pytest.approx(shift, rel=1e-13)
+        assert float(root.largest) == pytest.approx(float(exact[-1]) + shift, rel=1e-13)
+        damped = float((exact[-1] + shift) / (exact[0] + shift))
+        assert float(root.condition) == pytest.approx(damped, rel=rounding(condition, d) + 1e-13)
+        assert float(residual(S[None], root, p)) < 4 * p * rounding(condition, d)
+
+
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("d", SIZES)
+def test_newton_is_the_reference(d: int, condition: float, damping: str) -> None:
+    """At its own damping, which is that of the power method's largest eigenvalue."""
+    S, eps = matrix(d, condition), 0.01 / condition
+    top = float(torch.linalg.eigvalsh(S)[-1])
+    for p in POWERS:
+        root = newton_root(S[None], rule(eps, damping), p)
+        shift = float(root.shift)
+        assert_from_below(float(root.largest) - shift, top, d)
+        assert shift == pytest.approx(eps * (float(root.largest) - shift if damping == "relative" else 1), rel=1e-9)
+        assert relative_error(root.A[0], inverse_root(S, shift, p)) < 10 * rounding(condition, d)
+        assert float(residual(S[None], root, p)) < 10 * p * rounding(condition, d)
+        # Of S it knows no smallest eigenvalue: 0 is assumed.
+        assert float(root.condition) == pytest.approx(float(root.largest) / shift, rel=1e-13)
+        assert float(root.condition) >= 0.9 * (top + shift) / (top / condition + shift)
+
+
+def assert_from_below(found: float, largest: float, d: int) -> None:
+    """v^T S^(2k+2) v / v^T S^(2k) v is at least lambda_max^2 (v_1^2)^(1/k), with v_1^2 = 1 / d for a random v.
+
+    The square root of it: 1 - ln(d) / (2 k) of the largest, k = 30. A v_1^2 ten times smaller is allowed for.
+    """
+    assert (1 - math.log(10 * d) / 60) * largest < found < (1 + 1e-12) * largest
+
+
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("d", SIZES)
+def test_warm_is_the_reference_to_second_order(d: int, condition: float, damping: str) -> None:
+    """The old eigenvectors, of statistics 1e-3 away, give the root to 1e-6; and those of S itself give it exactly."""
+    S, eps = matrix(d, condition), 0.01 / condition
+    shift, exact = shift_of(S, eps, damping), torch.linalg.eigvalsh(S)
+    own = torch.linalg.eigh(S[None])[1]
+    for basis, second_order in ((old_basis(S), NEAR**2), (own, 0.0)):
+        for p in POWERS:
+            root = warm(S[None], basis, rule(eps, damping), p)
+            allowed = second_order + 20 * rounding(condition, d)
+            assert relative_error(root.A[0], inverse_root(S, shift, p)) < allowed
+            assert float(residual(S[None], root, p)) < 2 * second_order + 20 * p * rounding(condition, d)
+            # Diagonal elements in a basis that is near are eigenvalues, but for the second order.
+            assert float(root.largest) == pytest.approx(float(exact[-1]) + shift, rel=1e-5)
+            assert float(root.shift) == pytest.approx(shift, rel=1e-5)
+            assert float(root.condition) > 0.99 * float(root.largest) / (float(exact[0]) + shift) * (
+                1 - 20 * rounding(condition, d)
+            )
+            assert root.basis is basis
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_a_decomposition_is_better_than_is_allowed(p: int) -> None:
+    """The tolerances above have room for small d. For large ones the constant is smaller."""
+    for condition in (1e4, 1e8, 1e12):
+        S = matrix(200, condition)
+        error = relative_error(
+            eigh_root(S[None], rule(1e-2 / condition), p).A[0],
+            inverse_root(S, shift_of(S, 1e-2 / condition, "relative"), p),
+        )
+        assert error < MEASURED * 2.2e-16 * condition
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("d", [16, 64, 256])
+def test_newton_goes_on_after_its_first_step(d: int, p: int, name: str) -> None:
+    """Of many eigenvalues z the first step makes as many that are nearly 0, farther from 1 than before."""
+    for condition in (1e2, 1e4):
+        S = matrix(d, condition, name)[None]
+        root = newton_root(S, rule(0.1 / condition), p)
+        assert float(residual(S, root, p)) < 10 * p * rounding(condition, d)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", [1e4, 1e10])
+def test_a_thousand_rows(condition: float) -> None:
+    d, p, eps = 1024, 4, 0.01 / condition
+    S = matrix(d, condition)
+    shift = shift_of(S, eps, "relative")
+    expected = inverse_root(S, shift, p)
+    assert relative_error(eigh_root(S[None], rule(eps), p).A[0], expected) < rounding(condition, d)
+    assert relative_error(warm(S[None], old_basis(S), rule(eps), p).A[0], expected) < NEAR**2 + rounding(condition, d)
+    newton = newton_root(S[None], rule(eps), p)
+    assert relative_error(newton.A[0], inverse_root(S, float(newton.shift), p)) < 10 * rounding(condition, d)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("solver", [eigh_root, newton_root])
+def test_a_batch_of_mixed_conditions_is_each_alone(solver: Solver, p: int) -> None:
+    """As easy ones among them are ready, they are left; as hard ones, they still go on."""
+    d = 24
+    S = torch.stack([matrix(d, condition, seed=i) for i, condition in enumerate(CONDITIONS)])
+    eps = torch.tensor([0.01 / condition for condition in CONDITIONS], dtype=torch.float64)
+    together = solver(S, lambda largest: eps * largest, p)
+    for i, condition in enumerate(CONDITIONS):
+        alone = solver(S[i : i + 1], rule(float(eps[i])), p)
+        # The memory of a matrix is aligned otherwise than alone, so sums may be in another order.
+        assert relative_error(together.A[i], alone.A[0]) < rounding(condition, d)
+        torch.testing.assert_close(together.shift[i], alone.shift[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(together.largest[i], alone.largest[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [eigh_root, newton_root])
+def test_a_batch_is_a_loop_to_the_last_bit(solver: Solver, dtype: torch.dtype) -> None:
+    """On one thread, and where each matrix begins at 64 bytes as it does alone (of 17 x 17 the second does not)."""
+    S = torch.stack([matrix(64, condition, seed=3) for condition in (1, 1e2, 1e4, 1e6)]).to(dtype)
+    together = solver(S, rule(1e-6), 4)
+    assert torch.equal(together.A, torch.cat([solver(one[None], rule(1e-6), 4).A for one in S]))
+
+
+def test_an_easy_matrix_does_not_wait_for_a_hard_one() -> None:
+    """With 45 steps more, a finished one would have moved by roundings; and the hard one gets all it needs."""
+    easy, hard = matrix(64, 2.0, seed=1), matrix(64, 1e11, seed=2)
+    together = newton_root(torch.stack([easy, hard]), rule(1e-13), 4)
+    assert torch.equal(together.A[0], newton_root(easy[None], rule(1e-13), 4).A[0])
+    assert torch.equal(together.A[1], newton_root(hard[None], rule(1e-13), 4).A[0])
+    assert newton_steps(1e11, 4) > newton_steps(2.0, 4) + 20
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("condition", [1.5, 2.0, 2.5, 3.5, 1e2, 1e4, 1e6])
+def test_the_steps_that_a_condition_calls_for_are_enough(condition: float, p: int) -> None:
+    """A device is not asked whether it is ready: with as many steps as told it is. With half the digits it is not.
+
+    Near a condition of (1 + p) / 2 the smallest eigenvalue starts at its goal, and the largest has the longest way.
+    """
+    S = matrix(16, 1e14, "one")[None]
+    damping = rule(1 / (condition - 1))
+    full = newton_root(S, damping, p)
+    told = newton_root(S, damping, p, condition=float(full.condition))
+    assert float(full.condition) == pytest.approx(condition)
+    assert relative_error(told.A, full.A) < 10 * rounding(condition, 16)
+    if condition >= 1e4:
+        fewer = newton_root(S, damping, p, condition=math.sqrt(condition))
+        assert relative_error(fewer.A, full.A) > 1e-6
+
+
+# ---- float32
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("d", [16, 128, 512])
+def test_in_float32_no_residual_exceeds_its_bound(d: int, name: str) -> None:
+    """With damping of 1e-6 and less, the smallest there is a bound for: condition up to 1e6."""
+    for condition in (1e2, 1e4, 1e6):
+        S = matrix(d, condition, name).float()[None]
+        for p in POWERS if d < 512 else [4]:
+            root = eigh_root(S, rule(1e-6), p)
+            found = residual(S, root, p)
+            assert bool((found <= bound(root.condition, torch.float32, WARM_RESIDUAL)).all()), (condition, p, found)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("d", [16, 128])
+def test_in_float32_newton_too_stays_within_the_bound(d: int, name: str) -> None:
+    for condition in (1e2, 1e4, 1e6):
+        S = matrix(d, condition, name).float()[None]
+        root = newton_root(S, rule(1e-6), 4)
+        assert bool((residual(S, root, 4) <= bound(root.condition, torch.float32, 0.1)).all()), condition
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("d", [17, 200])
+def test_in_float32_the_error_grows_like_the_condition(d: int, p: int) -> None:
+    """Against float64 of the matrix as float32 has it."""
+    errors = []
+    for condition in (1e2, 1e4, 1e6):
+        S, eps = matrix(d, condition).float(), 0.01 / condition
+        expected = inverse_root(S, shift_of(S, eps, "relative"), p)
+        errors.append(relative_error(eigh_root(S[None], rule(eps), p).A[0], expected))
+        assert errors[-1] < rounding(condition, d, torch.float32)
+    assert errors[2] > 10 * errors[1] > 10 * errors[0]
+
+
+def test_a_bound_is_eight_roundings_of_the_condition() -> None:
+    condition = torch.tensor([1.0, 1e5, 1e12, math.inf, math.nan], dtype=torch.float64)
+    found = bound(condition, torch.float32, 1e-3).tolist()
+    assert found == pytest.approx([1e-3, 8 * 2.0**-23 * 1e5, 0.9, 0.9, 1e-3])
+
+
+# ---- zeros, scales, what is not finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 5, 130])
+def test_the_root_of_zeros_is_the_identity(d: int, dtype: torch.dtype) -> None:
+    S, eye = torch.zeros(2, d, d, dtype=dtype), torch.eye(d, dtype=dtype)
+    for p in POWERS:
+        for root in (
+            eigh_root(S, rule(0.1), p),
+            newton_root(S, rule(0.1), p),
+            warm(S, eye.repeat(2, 1, 1), rule(1), p),
+        ):
+            assert torch.equal(root.A, eye.repeat(2, 1, 1))
+            assert root.largest.tolist() == root.shift.tolist() == residual(S, root, p).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("solver", [eigh_root, newton_root])
+def test_zeros_in_a_batch_disturb_nobody(solver: Solver) -> None:
+    S = torch.stack([matrix(8, 1e2), torch.zeros(8, 8, dtype=torch.float64), matrix(8, 1e4)])
+    root = solver(S, rule(1e-6), 4)
+    assert torch.equal(root.A[1], torch.eye(8, dtype=torch.float64))
+    for i in (0, 2):
+        assert relative_error(root.A[i], inverse_root(S[i], float(root.shift[i]), 4)) < 1e-10
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_absolute_damping_of_zeros_is_a_multiple_of_the_identity(p: int) -> None:
+    S, eye = torch.zeros(1, 6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    for root in (
+        eigh_root(S, rule(1e-4, "absolute"), p),
+        newton_root(S, rule(1e-4, "absolute"), p),
+        warm(S, eye[None], rule(1e-4, "absolute"), p),
+    ):
+        torch.testing.assert_close(root.A[0], 1e-4 ** (-1 / p) * eye, rtol=1e-13, atol=1e-13)
+        assert float(root.largest) == float(root.shift) == pytest.approx(1e-4)
+        assert float(residual(S, root, p)) < 1e-13
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
+@pytest.mark.parametrize("p", POWERS)
+def test_the_scale_of_statistics_comes_out_as_its_root(p: int, scale: float) -> None:
+    S, basis = matrix(20, 1e4)[None], old_basis(matrix(20, 1e4))
+    for solver in (eigh_root, newton_root, lambda S, damping, p: warm(S, basis, damping, p)):
+        root, scaled = solver(S, rule(1e-6), p), solver(S * scale, rule(1e-6), p)
+        assert relative_error(scaled.A * scale ** (1 / p), root.A) < 1e-10
+        torch.testing.assert_close(scaled.shift / scale, root.shift, rtol=1e-10, atol=0)
+        torch.testing.assert_close(scaled.condition, root.condition, rtol=1e-10, atol=0)
+        torch.testing.assert_close(residual(S * scale, scaled, p), residual(S, root, p), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("c", [1e-15, 1e-3, 1.0, 1e15])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
+def test_absolute_damping_knows_the_unit_of_the_statistics(solver: str, c: float) -> None:
+    """S / c^2 is damped by eps / c^2, and its root is c^(2/p) times that of S + eps I."""
+    S, p = c**2 * matrix(12, 1e2), 4
+    eps = 1e-3 * c**2
+    units, damping = (torch.tensor([x], dtype=torch.float64) for x in (c, eps))
+    stored = Problem((S / c**2)[None], units, damping, "absolute", p)
+    found = solve(stored, solver)
+    assert relative_error(found.root.A[0] * c ** (-2 / p), inverse_root(S, eps, p)) < 1e-12
+    assert float(found.root.shift) == pytest.approx(1e-3)
+    assert float(found.residual) < 1e-12
+
+
+def test_a_shift_below_the_range_of_float32_is_kept() -> None:
+    unit = torch.tensor([1e25, 1e-25, 0.5])  # in float32, whose range ends at 1e-45 and 3e38
+    largest, eps = torch.tensor([2.0, 3.0, 4.0]).double(), torch.tensor([1e-10, 1e-10, 1e-3])
+    absolute = damping_shift(largest, unit, eps, "absolute")
+    assert absolute.dtype == torch.float64
+    assert absolute.tolist() == pytest.approx([1e-60, 1e40, 4e-3], rel=1e-6)
+    assert damping_shift(largest, unit, eps, "relative").tolist() == pytest.approx([2e-10, 3e-10, 4e-3], rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("d", [1, 9])
+def test_a_residual_shows_whatever_is_not_finite(d: int, bad: float) -> None:
+    """In any place of the root, of any matrix of a batch, of zeros too."""
+    S = torch.stack([matrix(d, 1e2), torch.zeros(d, d, dtype=torch.float64)])
+    for i, j in ((0, 0), (d - 1, 0), (d // 2, d - 1)):
+        for k in range(2):
+            root = eigh_root(S, rule(1e-3), 4)
+            root.A[k, i, j] = bad
+            found = residual(S, root, 4)
+            assert not math.isfinite(float(found[k]))
+            assert float(found[1 - k]) < 1e-12
+            assert not bool(found[k] <= 0.9)
+
+
+# ---- residuals
+
+
+def off_by(A: Tensor, size: float, seed: int) -> Tensor:
+    return moved(A, size, seed)
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("d", [8, 17, 64, 200])
+def test_a_residual_is_the_dense_one_within_the_error_of_eight_probes(d: int, p: int) -> None:
+    for condition in (1.0, 1e3, 1e6):
+        S = matrix(d, condition, seed=4)
+        for size in (1e-3, 1e-1):
+            root = eigh_root(S[None], rule(1e-2 / condition), p)
+            root.A = off_by(root.A[0], size, seed=5)[None]
+            dense = dense_residual(S, root.A[0], float(root.shift), p)
+            assert 0.5 < float(residual(S[None], root, p)) / dense < 2
+            assert dense > 0.1 * size
+
+
+def test_of_one_row_it_is_exact() -> None:
+    S = torch.tensor([[[4.0]]], dtype=torch.float64)
+    root = Root(torch.tensor([[[1.0]]]).double(), torch.zeros(1).double(), torch.tensor([4.0]).double(), torch.ones(1))
+    assert float(residual(S, root, 2)) == pytest.approx(3)
+
+
+def test_the_square_of_a_residual_is_right_on_average() -> None:
+    """Of 300 errors in random directions: each estimate may be off, their mean by 1 / sqrt(300 PROBES) of it or so."""
+    d, p, ratios = 12, 4, []
+    S = matrix(d, 1e3)
+    root = eigh_root(S[None], rule(1e-6), p)
+    exact = root.A[0]
+    for seed in range(300):
+        root.A = off_by(exact, 1e-2, seed=100 + seed)[None]
+        ratios.append((float(residual(S[None], root, p)) / dense_residual(S, root.A[0], float(root.shift), p)) ** 2)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
+    assert max(ratios) > 1.1  # they do scatter
+    assert min(ratios) < 0.9
+
+
+def test_probes_are_signs_and_always_the_same() -> None:
+    probes = probe_vectors(50, torch.float64, torch.device("cpu"))
+    assert probes.shape == (PROBES, 50)
+    assert probes.abs().eq(1).all()
+    assert len(torch.unique(probes, dim=0)) == PROBES
+    assert torch.equal(probes.float(), probe_vectors(50, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("d", [1, 2, 50, 200])
+def test_the_power_method_is_near_and_from_below(d: int) -> None:
+    for name in SPECTRA:
+        for seed in range(3):
+            assert_from_below(float(largest_eigenvalue(matrix(d, 1e3, name, seed)[None])), 1.0, d)
+
+
+def test_with_a_vector_that_is_near_two_steps_are_enough() -> None:
+    S = matrix(100, 1e2)
+    basis = old_basis(S, size=1e-2)
+    found = float(largest_eigenvalue(S[None], basis[:, :, -1:]))
+    assert found == pytest.approx(1, abs=1e-3)
+    assert found <= 1 + 1e-12
+    assert found > float(largest_eigenvalue(S[None], torch.ones(1, 100, 1, dtype=torch.float64)))
+
+
+# ---- warm starts
+
+
+@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 3e-2])
+def test_the_coupling_tells_the_residual_of_a_warm_start(size: float, condition: float, p: int) -> None:
+    for d in (16, 100):
+        S = matrix(d, condition)
+        damping = rule(1e-2 / condition)
+        basis = old_basis(S, size)
+        predicted = float(coupling(rotated(S[None], basis), damping).square())
+        if condition == 1.0:  # a multiple of the identity is diagonal in every basis
+            assert predicted < 1e-15
+            continue
+        root = warm(S[None], basis, damping, p)
+        assert predicted / 3 < dense_residual(S, root.A[0], float(root.shift), p) < 3 * predicted
+
+
+def test_the_coupling_is_that_of_its_formula() -> None:
+    B = matrix(7, 1e2)
+    shift = 1e-2 * float(B.diagonal().max())
+    weights = (B.diagonal() + shift).rsqrt()
+    scaled = weights[:, None] * (B - torch.diag(B.diagonal())) * weights
+    expected = float(torch.linalg.matrix_norm(scaled)) / math.sqrt(7)
+    assert float(coupling(B[None], rule(1e-2))) == pytest.approx(expected, rel=1e-10)
+    assert float(coupling(torch.diag(B.diagonal())[None], rule(1e-2))) == 0
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_eigenvalues_that_crossed_or_merged_do_no_harm(p: int) -> None:
+    """Old eigenvectors in another order, or turned within a pair that has since become one."""
+    d = 12
+    values = torch.logspace(0, -4, d // 2, dtype=torch.float64).repeat_interleave(2)
+    Q = orthogonal(d, seed=6)
+    swap = torch.arange(d).view(-1, 2).flip(1).flatten()
+    half = math.sqrt(0.5) * torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    turned = Q @ torch.block_diag(*[half] * (d // 2))
+    for apart in (0.0, 1e-12, 1e-6):
+        gap = torch.tensor([1.0, 1 + apart], dtype=torch.float64).repeat(d // 2)
+        S = (Q * (values * gap)) @ Q.mT
+        expected = inverse_root(S, 1e-6, p)
+        for basis in (Q, Q[:, swap], Q.flip(1), turned):
+            root = warm(S[None], basis[None], rule(1e-6, "absolute"), p)
+            assert relative_error(root.A[0], expected) < 1e-10
+
+
+def test_statistics_that_moved_far_have_a_poor_warm_root() -> None:
+    """As bad as the coupling says: which is why it is measured."""
+    S = matrix(40, 1e4)
+    damping, basis = rule(1e-6), torch.linalg.eigh(matrix(40, 1e4, seed=77)[None])[1]
+    assert float(coupling(rotated(S[None], basis), damping)) > 1
+    assert float(residual(S[None], warm(S[None], basis, damping, 4), 4)) > 0.3
+
+
+# ---- solve: which of them is taken
+
+
+def with_basis(S: Tensor, basis: Tensor, wear: float = 0.0) -> Problem:
+    found = problem(S)
+    found.basis, found.wear = basis, torch.full_like(found.unit, wear)
+    return found
+
+
+@pytest.mark.parametrize("damping", ["relative", "absolute"])
+def test_a_basis_of_zeros_is_not_taken(damping: str) -> None:
+    S = torch.stack([matrix(10, 1e2), matrix(10, 1e3, seed=2)])
+    asked = with_basis(S, torch.zeros_like(S))
+    asked.damping = damping
+    found, fresh = solve(asked, "warm"), solve(problem(S, damping=damping), "eigh")
+    assert torch.equal(found.root.A, fresh.root.A)
+    assert torch.equal(found.root.largest, fresh.root.largest)
+    assert found.root.basis is not None
+    assert fresh.root.basis is not None
+    assert torch.equal(found.root.basis, fresh.root.basis)
+
+
+def test_a_near_basis_is_taken_and_a_worn_root_is_not_tried() -> None:
+    S = matrix(10, 1e2)[None]
+    basis = old_basis(S[0])
+    taken, worn = solve(with_basis(S, basis), "warm"), solve(with_basis(S, basis, wear=0.5), "warm")
+    assert taken.root.basis is not None
+    assert torch.equal(taken.root.basis, basis)
+    assert float(taken.residual) < WARM_RESIDUAL
+    assert torch.equal(worn.root.A, solve(problem(S), "eigh").root.A)
+
+
+def mixture() -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices, old bases, and which are near: 1, 2, 4 and 6. Basis 5 is far off, root 3 is worn, basis 0 is zeros."""
+    S = torch.stack([matrix(32, 10.0 ** (1 + i % 3), seed=i) for i in range(7)])
+    near = torch.tensor([False, True, True, False, True, False, True])
+    bases = torch.cat([old_basis(one, 1e-3 if i != 5 else 0.5, seed=50 + i) for i, one in enumerate(S)])
+    bases[0] = 0
+    return S, bases, near
+
+
+def assert_each_in_its_place(found: Solution) -> None:
+    S, bases, near = mixture()
+    fresh = eigh_root(S, rule(1e-6), 4)
+    assert found.root.basis is not None
+    assert fresh.basis is not None
+    for i, kept in enumerate(near.tolist()):
+        assert relative_error(found.root.A[i], fresh.A[i]) < (1e-5 if kept else 1e-12)
+        assert torch.equal(found.root.basis[i], bases[i]) == kept
+        assert 1e-9 < float(found.residual[i]) < 1e-5 if kept else float(found.residual[i]) < 1e-11
+        torch.testing.assert_close(found.root.largest[i], fresh.largest[i], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.root.shift[i], fresh.shift[i], rtol=1e-4, atol=0)
+
+
+def mixed_problem() -> Problem:
+    S, bases, _ = mixture()
+    asked = with_basis(S, bases)
+    assert asked.wear is not None
+    asked.wear[3] = math.inf
+    return asked
+
+
+def test_a_mixture_of_near_and_far_keeps_its_order() -> None:
+    assert_each_in_its_place(solve(mixed_problem(), "warm"))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_mixture_keeps_its_order_on_two_threads() -> None:
+    (found,) = solve_all([mixed_problem()], "warm")
+    assert_each_in_its_place(found)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton", "auto"])
+@pytest.mark.parametrize("counts", [(1,), (2,), (5,), (1, 2, 3), (4, 1), (3, 3, 3)])
+def test_two_threads_give_what_one_gives(counts: tuple[int, ...], solver: str, two_threads: None) -> None:
+    """Fewer matrices than threads, as many, more, and not a multiple; several problems of different sizes.
+
+    To rounding: LAPACK adds up in another order on another thread, in memory that is aligned otherwise.
+    """
+    sizes = [64, 17, 32]
+    made = [torch.stack([matrix(d, 1e3, seed=i) for i in range(K)]) for K, d in zip(counts, sizes, strict=False)]
+    together = solve_all([problem(S) for S in made], solver)
+    torch.set_num_threads(1)
+    alone = [solve(problem(S), "eigh" if solver == "auto" else solver) for S in made]
+    assert [len(found.root.A) for found in together] == list(counts)
+    for several, one in zip(together, alone, strict=True):
+        for i in range(len(one.root.A)):
+            assert relative_error(several.root.A[i], one.root.A[i]) < 0.1 * rounding(1e3, 64)
+        torch.testing.assert_close(several.root.shift, one.root.shift, rtol=1e-13, atol=0)
+        torch.testing.assert_close(several.root.condition, one.root.condition, rtol=1e-11, atol=0)
+        torch.testing.assert_close(several.residual, one.residual, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_many_more_matrices_than_threads_in_a_piece() -> None:
+    S = torch.stack([matrix(16, 1e2, seed=i) for i in range(41)])
+    (found,) = solve_all([problem(S)], "eigh")
+    for i in range(41):
+        assert relative_error(found.root.A[i], inverse_root(S[i], float(found.root.shift[i]), 4)) < 1e-12
+
+
+# ---- what holds for every matrix
+
+
+MATRICES = {
+    "seed": st.integers(0, 10**6),
+    "d": st.integers(1, 40),
+    "log_condition": st.floats(0, 3),
+    "p": st.sampled_from(POWERS),
+}
+FEW = settings(max_examples=25, deadline=None)
+
+
+@given(**MATRICES)
+@FEW
+def test_the_power_of_a_root_is_the_inverse(seed: int, d: int, log_condition: float, p: int) -> None:
+    S, eye = matrix(d, 10**log_condition, seed=seed), torch.eye(d, dtype=torch.float64)
+    for root in (eigh_root(S[None], rule(1e-3), p), newton_root(S[None], rule(1e-3), p)):
+        damped = S + float(root.shift) * eye
+        torch.testing.assert_close(torch.linalg.matrix_power(root.A[0], p) @ damped, eye, rtol=0, atol=1e-9)
+
+
+@given(**MATRICES)
+@FEW
+def test_roots_are_symmetric_and_positive(seed: int, d: int, log_condition: float, p: int) -> None:
+    S = matrix(d, 10**log_condition, seed=seed)
+    for root in (
+        eigh_root(S[None], rule(1e-3), p),
+        newton_root(S[None], rule(1e-3), p),
+        warm(S[None], old_basis(S, seed=seed), rule(1e-3), p),
+    ):
+        A = root.A[0]
+        assert float((A - A.mT).abs().max()) <= 1e-12 * float(A.abs().max())
+        assert float(torch.linalg.eigvalsh(A)[0]) > 0
+
+
+@given(**MATRICES)
+@FEW
+def test_rotated_statistics_have_the_rotated_root(seed: int, d: int, log_condition: float, p: int) -> None:
+    S, Q = matrix(d, 10**log_condition, seed=seed), orthogonal(d, seed=seed + 1)
+    turned = Q @ S @ Q.mT
+    turned = (turned + turned.mT) / 2
+    for solver in (eigh_root, newton_root):
+        # An absolute damping: the power method starts at another angle to the rotated matrix.
+        root, other = (solver(M[None], rule(1e-3, "absolute"), p).A[0] for M in (S, turned))
+        assert relative_error(other, Q @ root @ Q.mT) < 1e-9
+    # Eigenvectors turn with it, and a warm start from them gives the same.
+    basis = old_basis(S, seed=seed)
+    root, other = (warm(M[None], V, rule(1e-3, "absolute"), p).A[0] for M, V in ((S, basis), (turned, Q[None] @ basis)))
+    assert relative_error(other, Q @ root @ Q.mT) < 1e-9
