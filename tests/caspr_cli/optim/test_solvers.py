@@ -202,6 +202,23 @@ def test_newton_goes_on_after_its_first_step(d: int, p: int, name: str) -> None:
         assert float(residual(S, root, p)) < 10 * p * rounding(condition, d)
 
 
+@pytest.mark.parametrize("prime", [13, 101, 257])
+def test_newton_is_not_deceived_by_small_entries(prime: int) -> None:
+    """A matrix of the eigenvalues 1 and 1/3, scaled to 3/2 and 1/2, is I but for many entries of 1 / (2 sqrt(prime)).
+
+    It is (2 I + C / sqrt(prime)) / 3 with Paley's C of signs, C^2 = prime I. Its first step makes the entries larger.
+    """
+    squares = {x * x % prime for x in range(1, prime)}
+    signs = torch.tensor([0] + [1 if x in squares else -1 for x in range(1, prime)], dtype=torch.float64)
+    C = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
+    C[0, 0] = 0
+    C[1:, 1:] = signs[(torch.arange(prime)[:, None] - torch.arange(prime)) % prime]
+    S = ((2 * torch.eye(prime + 1, dtype=torch.float64) + C / math.sqrt(prime)) / 3)[None]
+    assert float(torch.linalg.eigvalsh(S)[0, 0]) == pytest.approx(1 / 3)
+    for p in POWERS:
+        assert float(residual(S, newton_root(S, rule(1e-6), p), p)) < 10 * p * rounding(3, prime)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("condition", [1e4, 1e10])
 def test_a_thousand_rows(condition: float) -> None:
