@@ -184,8 +184,8 @@ def _options(name: str, settings: Settings, interval: int) -> dict[str, Any]:
 def _scalable_shampoo(groups: list[Group], settings: Settings) -> Optimizer:
     """pytorch_optimizer's, over what is preconditioned, and AdamW over the rest.
 
-    Its roots are never refreshed here: its own interval is 1,000 steps, and a refresh of the default set takes minutes
-    on a CPU. A step multiplies by the first roots, identity matrices, as by any other.
+    Its roots are never refreshed here: its own interval is 1,000 steps, and a refresh of the default set takes about
+    a minute on one core. A step multiplies by the first roots, identity matrices, as by any other.
     """
     from pytorch_optimizer import ScalableShampoo  # here, because importing it takes a second
 

@@ -33,7 +33,7 @@ HELP = """\
 caspr-bench {version}: what would an optimizer cost? Times steps, nothing is trained
 
   caspr-bench                                                14.7M parameters, six optimizers; takes minutes
-  caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; half a minute
+  caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; a minute
   caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
   caspr-bench --roots                                        how exact inverse roots in float32 are, by solver

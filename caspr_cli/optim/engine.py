@@ -214,7 +214,7 @@ class KroneckerOptimizer(Optimizer):
         with full_precision(matrices[0].device.type if matrices else "cpu"):
             if matrices:
                 self._statistics(stacks, group, matrices, grads, finite.norms)
-            # The only thing that a step waits for, and it was computed before the statistics.
+            # What a step waits for (beside what solver="warm" and refresh_above ask), computed before the statistics.
             for p in finite.others():
                 del grads[p]
                 self.state[p].setdefault("skipped", counter()).add_(1)

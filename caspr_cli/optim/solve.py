@@ -38,8 +38,9 @@ WARM_WEAR, WARM_RESIDUAL = 0.04, 1e-3
 def choose(solver: str, device: torch.device, d: int) -> str:
     """What ``"auto"`` stands for.
 
-    On a CPU an eigendecomposition costs 7 to 13 products of d x d, coupled Newton 30 to 100 (measured on two cores, d
-    from 64 to 1024). On a GPU batches of more than 32 rows are decomposed one by one, coupled Newton is batched.
+    On a CPU an eigendecomposition takes as long as 7 to 13 products of d x d (measured on two cores, d from 256 to
+    1024), and coupled Newton needs four for each of its 8 to 25 steps. On a GPU (not measured here) torch decomposes
+    batches of more than 32 rows one by one, and coupled Newton is batched.
     """
     if solver != "auto":
         return solver
