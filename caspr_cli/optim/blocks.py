@@ -60,6 +60,8 @@ class Layout:
 
     shape: Shape
     blocks: dict[Shape, list[tuple[slice, ...]]]
+    numbers: dict[Shape, list[int]]  # of these blocks, among all of their shape that the parameter has
+    parts: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
 
     @classmethod
     def of(cls, shape: Shape, merge: str, block_size: int) -> Layout:
@@ -67,7 +69,12 @@ class Layout:
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
         for cut in itertools.product(*(split_axis(d, block_size) for d in merged)):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)
-        return cls(merged, dict(blocks))
+        return cls(merged, dict(blocks), {s: list(range(len(cuts))) for s, cuts in blocks.items()}, tuple(blocks))
+
+    def only(self, chosen: dict[Shape, list[int]]) -> Layout:
+        """Some of the blocks of a whole layout: of each shape those with these numbers."""
+        numbers = {shape: n for shape, n in chosen.items() if n}
+        return Layout(self.shape, {s: [self.blocks[s][i] for i in n] for s, n in numbers.items()}, numbers, self.parts)
 
     def views(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
         """The blocks of ``shape`` in ``tensor`` (of the parameter's shape, contiguous or not)."""

@@ -17,6 +17,7 @@ Merge = Literal["matrix", "square", "none"]
 Graft = Literal["adam", "rmsprop", "sgd", "none"]
 Precondition = Literal["momentum", "gradient", False]
 Solver = Literal["auto", "eigh", "newton", "warm"]
+Shard = Literal["auto", "none"]
 
 
 class CASPR(KroneckerOptimizer):
@@ -46,6 +47,8 @@ class CASPR(KroneckerOptimizer):
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
         apply_dtype: torch.dtype | None = None,
+        shard: Shard = "auto",
+        gather_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         options = dict(locals())
@@ -78,6 +81,8 @@ class Shampoo(KroneckerOptimizer):
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
         apply_dtype: torch.dtype | None = None,
+        shard: Shard = "auto",
+        gather_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         options = dict(locals()) | {"order": math.inf}
@@ -108,6 +113,8 @@ class FullAdagrad(KroneckerOptimizer):
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
         apply_dtype: torch.dtype | None = None,
+        shard: Shard = "auto",
+        gather_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         # One axis: every order is the same, and there is nothing to merge.
@@ -170,6 +177,10 @@ _ARGS = """
         pack_roots: store one triangle of the roots. With bfloat16 the state of a square block is 15.5 bytes a
             parameter instead of 21; each step unpacks them.
         apply_dtype: type of the products with the roots, ``torch.bfloat16`` (4e-3) or that of the statistics.
+        shard: ``"auto"``: with a default process group of several ranks, each owns some blocks, keeps statistics and
+            roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
+            every rank does everything; for parameters that are not the same on all ranks.
+        gather_dtype: type in which updates travel, ``torch.bfloat16`` (half the bytes) or that of the statistics.
         maximize: maximize the objective.
 
     Raises:

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.symmetric import packed_length
-
-# An eigendecomposition of n x n with its root takes about the time of this many n^3 FLOPs of matrix products
-# (measured with `n` 128 to 512 on two cores: 48 to 17).
-EIGH_FLOPS = 25
 
 
 def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, tuple[int, ...], int]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -33,19 +34,23 @@ from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.rooms import Rooms
 from caspr_cli.optim.schedule import phases
-from caspr_cli.optim.stacks import Stack, Storage, build_stacks, sent
+from caspr_cli.optim.shard import Loads, Parcel, Post, agree, collect, world_size
+from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack, Storage, build_stacks, other_blocks, sent
 from caspr_cli.optim.statistics import accumulate, per_block
 
 
 class KroneckerOptimizer(Optimizer):
     """The engine under :class:`CASPR`, :class:`Shampoo` and :class:`FullAdagrad`; see there for the options."""
 
-    #: A context entered around each part of a step ("statistics", "roots", "apply"), for timing from outside.
+    #: A context entered around each part of a step ("statistics", "roots", "apply", "communication"), for timing from
+    #: outside.
     phase: Callable[[str], AbstractContextManager[None]] = staticmethod(lambda name: nullcontext())
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         validate(defaults)
         self._forget()
+        self._owners: dict[Tensor, dict[Shape, list[int]]] = {}  # the rank of each block
+        self._divided = 0  # ranks among which the factors in the state are divided; 0: they are whole
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -53,12 +58,15 @@ class KroneckerOptimizer(Optimizer):
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
         self._layouts: dict[tuple[Shape, str, int], Layout] = {}
         self._rooms = Rooms()
+        self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
+        self._posts: dict[torch.device, Post] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, with factors of their own: a view would take its whole stack along."""
         content: dict[str, Any] = super().__getstate__()
         state = {p: {k: v.clone() if is_factor(k) else v for k, v in s.items()} for p, s in self.state.items()}
-        return content | {"state": defaultdict(dict, state)}
+        shared = {"_owners": self._owners, "_divided": self._divided}
+        return content | {"state": defaultdict(dict, state)} | shared
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,6 +115,46 @@ class KroneckerOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._owners, self._shares, self._divided = {}, {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, and whole: where ranks share the work it holds the statistics and roots of all of them.
+
+        Then it is a collective operation, to be called on every rank. What it returns may be loaded by any number of
+        ranks.
+        """
+        if not self._divided:
+            return super().state_dict()
+
+        def complete(_: Optimizer, content: dict[str, Any]) -> None:
+            for i, factors in self._whole_factors().items():
+                content["state"][i] = {k: v for k, v in content["state"].get(i, {}).items() if not is_factor(k)}
+                content["state"][i] |= factors
+
+        handle = self.register_state_dict_post_hook(complete, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _whole_factors(self) -> dict[int, dict[str, Tensor]]:
+        """Of each parameter that has owners, by its number in a state_dict."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        layouts = {
+            i: (p, self.layout(p, group))
+            for i, (p, group) in enumerate((p, group) for group in self.param_groups for p in group["params"])
+            if p in self._owners
+        }
+        mine = {i: {k: v for k, v in self.state.get(p, {}).items() if is_factor(k)} for i, (p, _) in layouts.items()}
+        whole: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for owner, entries in enumerate(collect(mine, {i: p.device for i, p in enumerate(params)})):
+            for i, named in entries.items():
+                p, layout = layouts[i]
+                for name, rows in named.items():
+                    owners = self._owners[p][layout.parts[int(name.rpartition(".")[2])]]
+                    blank = rows.new_empty(len(owners), *rows.shape[1:])
+                    whole[i].setdefault(name, blank)[[j for j, r in enumerate(owners) if r == owner]] = rows
+        return whole
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -126,11 +174,28 @@ class KroneckerOptimizer(Optimizer):
         self._refuse_sparse()
         for index in [i for i in self._stacks if i >= len(self.param_groups)]:
             del self._stacks[index]
+        self._divide()
+        works = []
         for index, group in enumerate(self.param_groups):
             grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
             if grads:
-                self._step_group(index, group, grads)
+                works.append(self._prepare(index, group, grads))
+        shared = [work for work in works if work.layouts and self._is_shared(work.group)]
+        updates = self._send(shared) if shared else None
+        for work in works:
+            if work.rest:
+                diagonal_step(work.rest, [work.grads[p] for p in work.rest], self.state, work.group)
+            if work.layouts and not self._is_shared(work.group):
+                with full_precision(next(iter(work.layouts)).device.type):
+                    self._apply(work)
+        if updates is not None:
+            self._receive(shared, updates)
         return loss
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the work: each has statistics and roots of its own blocks alone."""
+        return self._divided or 1
 
     @staticmethod
     def preconditions(p: Tensor, group: Group) -> bool:
@@ -147,8 +212,12 @@ class KroneckerOptimizer(Optimizer):
             self._layouts[key] = Layout.of(*key)
         return self._layouts[key]
 
+    def share(self, p: Tensor, group: Group) -> Layout:
+        """The blocks of p that this rank owns: all of them but under data parallelism."""
+        return self._shares.get(p) or self.layout(p, group)
+
     def stacks(self, index: int) -> list[Stack]:
-        """The stacks of a param group; none before its first gradient."""
+        """The stacks of a param group, of the blocks that this rank owns; none before its first gradient."""
         return self._stacks.get(index, [])
 
     def _refuse_sparse(self) -> None:
@@ -168,14 +237,79 @@ class KroneckerOptimizer(Optimizer):
         if "exp_avg_sq" not in state and needs_second_moment(group["graft"]):
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
+    @staticmethod
+    def _is_shared(group: Group) -> bool:
+        return group["shard"] == "auto" and world_size() > 1
+
+    def _divide(self) -> None:
+        """Where there are several ranks: give each block an owner, and keep of the state what this rank owns."""
+        if self._divided not in (0, world_size()):
+            raise RuntimeError(
+                f"the state is divided among {self._divided} ranks but there are {world_size()} now: load a state_dict"
+            )
+        groups = [(index, group) for index, group in enumerate(self.param_groups) if self._is_shared(group)]
+        new = [(i, g, p) for i, g in groups for p in g["params"] if p not in self._shares and self.preconditions(p, g)]
+        if not new:
+            return
+        self._assign([entry for entry in new if entry[2] not in self._owners])
+        rank = dist.get_rank()
+        for _, group, p in new:
+            mine = {s: [j for j, r in enumerate(ranks) if r == rank] for s, ranks in self._owners[p].items()}
+            self._shares[p] = self.layout(p, group).only(mine)
+        if not self._divided:
+            for _, group, p in new:
+                self._keep_own(p, self.layout(p, group))
+            self._stacks.clear()
+            self._divided = world_size()
+
+    def _assign(self, new: list[tuple[int, Group, Tensor]]) -> None:
+        """Owners of these parameters' blocks, beside what the ranks own already."""
+        if not new:
+            return
+        agree([p for *_, p in new])
+        loads = Loads(world_size())
+        blocks: list[tuple[Tensor, Shape, tuple[int, int]]] = []
+        for index, group in enumerate(self.param_groups):
+            for (p, shape), turns in self._turns(group).items():
+                for number, phase in enumerate(turns):
+                    if p in self._owners:
+                        loads.add(shape, (index, phase), self._owners[p][shape][number])
+                    elif self._is_shared(group):
+                        blocks.append((p, shape, (index, phase)))
+        for (p, shape, _), owner in zip(blocks, loads.assign([block[1:] for block in blocks]), strict=True):
+            self._owners.setdefault(p, {}).setdefault(shape, []).append(owner)
+
+    def _keep_own(self, p: Tensor, layout: Layout) -> None:
+        """Of p's factors, which are those of all its blocks."""
+        state = self.state.get(p, {})
+        for name in [name for name in state if is_factor(name)]:
+            part, value = int(name.rpartition(".")[2]), state.pop(name)
+            shape = layout.parts[part] if part < len(layout.parts) else None
+            if shape is None or len(value) != len(layout.blocks[shape]):
+                raise ValueError(other_blocks(name, p))
+            if mine := self._shares[p].numbers.get(shape):
+                state[name] = value[mine]
+
+    def _turns(self, group: Group) -> dict[tuple[Tensor, Shape], list[int]]:
+        """The step of the interval at which each block is refreshed, from the shapes of all that the group may ever
+        precondition: a parameter that is frozen for a while, a run that was cut off, or the number of ranks changes
+        nobody's turn."""
+        members = [p for p in group["params"] if self.preconditions(p, group)]
+        blocks = [(p, s) for p in members for s, cuts in self.layout(p, group).blocks.items() for _ in cuts]
+        turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
+        costs = [float(sum(d**3 for d in shape)) for _, shape in blocks]
+        for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
+            turns[block].append(phase)
+        return turns
+
     def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
         """The group's stacks; rebuilt from the state when a parameter is new or gone, or the state was replaced."""
-        stacks, wanted = self.stacks(index), set(params)
+        stacks, wanted = self.stacks(index), {p for p in params if self.share(p, group).blocks}
         if not stacks and not wanted:
             return stacks
         known = {p for stack in stacks for p in stack.rows}
         members = [p for p in group["params"] if (p in known or p in wanted) and self.preconditions(p, group)]
-        layouts = {p: self.layout(p, group) for p in members}
+        layouts = {p: self.share(p, group) for p in members}
         storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
         intact = all(
             p in layouts
@@ -189,23 +323,15 @@ class KroneckerOptimizer(Optimizer):
         if not intact or not wanted <= known:
             members = [p for p in layouts if p in wanted or "step" in self.state.get(p, {})]
             stacks = self._stacks[index] = build_stacks(members, layouts, storages, self.state)
-            self._take_turns(stacks, group)
+            turns = self._turns(group)
+            for stack in stacks:
+                shape = stack.shape
+                stack.phase = [turns[p, shape][number] for p in stack.rows for number in layouts[p].numbers[shape]]
+                stack.interval = group["interval"]
         return stacks
 
-    def _take_turns(self, stacks: list[Stack], group: Group) -> None:
-        """Give each block its step of the interval, from the shapes of all that the group may ever precondition: a
-        parameter that is frozen for a while, or a run that was cut off, changes nobody's turn."""
-        members = [p for p in group["params"] if self.preconditions(p, group)]
-        blocks = [(p, s) for p in members for s, cuts in self.layout(p, group).blocks.items() for _ in cuts]
-        turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
-        costs = [float(sum(d**3 for d in shape)) for _, shape in blocks]
-        for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
-            turns[block].append(phase)
-        for stack in stacks:
-            stack.phase = [phase for p in stack.rows for phase in turns[p, stack.shape]]
-            stack.interval = group["interval"]
-
-    def _step_group(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> None:
+    def _prepare(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> Work:
+        """Statistics and roots, and what is left to do."""
         for p in grads:
             self._init_state(p, group)
         finite = Finite(grads, group)
@@ -219,13 +345,12 @@ class KroneckerOptimizer(Optimizer):
                 del grads[p]
                 self.state[p].setdefault("skipped", counter()).add_(1)
             steps = {p: int(self.state[p]["step"].item()) + 1 for p in matrices if p in grads}
-            ready = {p for p, t in steps.items() if t >= group["start_step"]}
+            ready = {p: self.layout(p, group) for p, t in steps.items() if t >= group["start_step"]}
+            shares = {p: self.share(p, group) for p in ready}
+            work = Work(group, grads, steps, ready, shares, stacks, [p for p in grads if p not in ready])
             if ready:
-                work = Work(group, grads, steps, {p: self.layout(p, group) for p in ready})
-                self._refresh(stacks, work)
-                self._apply(stacks, work)
-        if rest := [p for p in grads if p not in ready]:
-            diagonal_step(rest, [grads[p] for p in rest], self.state, group)
+                self._refresh(work)
+        return work
 
     def _statistics(
         self,
@@ -246,7 +371,7 @@ class KroneckerOptimizer(Optimizer):
             for stack in stacks:
                 for members, rows in stack.chunks([p for p in stack.rows if p in due]):
                     X, _ = self._rooms.blocks(stack, rows)
-                    fill(X, members, {p: self.layout(p, group) for p in members}, grads)
+                    fill(X, members, {p: self.share(p, group) for p in members}, grads)
                     size = torch.stack([norms[p] / math.sqrt(p.numel()) for p in members]).to(X.dtype)
                     counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
                     if len(X) > len(members):
@@ -254,10 +379,10 @@ class KroneckerOptimizer(Optimizer):
                     S = [S_i[rows] for S_i in stack.S]
                     accumulate(S, stack.scale[rows], stack.total[rows], X, size, beta=beta, weight=weight)
 
-    def _refresh(self, stacks: list[Stack], work: Work) -> None:
+    def _refresh(self, work: Work) -> None:
         """Roots of the blocks whose turn it is."""
         group, due = work.group, []
-        for stack in stacks:
+        for stack in work.stacks:
             mine: list[int] = []
             for p, rows in stack.rows.items():
                 if p in work.layouts:
@@ -271,12 +396,12 @@ class KroneckerOptimizer(Optimizer):
             with self.phase("roots"):
                 refresh(due, group)
 
-    def _apply(self, stacks: list[Stack], work: Work) -> None:
+    def _apply(self, work: Work) -> None:
         """Momentum, U, graft, decay, weights, a chunk at a time."""
         scattered = [p for p, layout in work.layouts.items() if len(layout.blocks) > 1]  # blocks of several shapes
         lengths = self._moments(scattered, work)
         pieces: dict[Tensor, dict[Shape, Tensor]] = {p: {} for p in scattered}
-        for stack in stacks:
+        for stack in work.stacks:
             for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
                 whole = [p for p in members if p not in pieces]
                 lengths |= self._moments(whole, work)
@@ -288,6 +413,49 @@ class KroneckerOptimizer(Optimizer):
                     if p in pieces:
                         pieces[p][stack.shape] = at[p].clone()
         self._finish(pieces, lengths, work)
+
+    def _send(self, works: list[Work]) -> Updates:
+        """U of the blocks that this rank owns, on its way to all ranks."""
+        updates = Updates(places={}, lengths={})
+        for work in works:
+            for p, layout in work.layouts.items():
+                post = updates.posts.setdefault(p.device, self._posts.setdefault(p.device, Post(p.device)))
+                dtype = work.group["gather_dtype"] or factor_dtype(p, work.group)
+                for shape in layout.parts:
+                    updates.places[p, shape] = [post.room(owner, shape, dtype) for owner in self._owners[p][shape]]
+        for post in updates.posts.values():
+            post.open()
+        for work in works:
+            for stack in work.stacks:
+                for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
+                    updates.lengths |= self._moments([p for p in members if p not in updates.counted], work)
+                    updates.counted.update(members)
+                    with self.phase("apply"), full_precision(stack.scale.device.type):
+                        U = self._precondition(stack, members, rows, work)
+                    targets = [
+                        updates.posts[p.device].mine(updates.places[p, stack.shape][number])
+                        for p in members
+                        for number in work.shares[p].numbers[stack.shape]
+                    ]
+                    torch._foreach_copy_(targets, list(U.unbind()))
+        for post in updates.posts.values():
+            post.send()
+        return updates
+
+    def _receive(self, works: list[Work], updates: Updates) -> None:
+        """The other ranks' U, and what follows: the same on all ranks. What needs no U is done while it travels."""
+        for work in works:
+            for chunk in chunks([p for p in work.layouts if p not in updates.counted]):
+                updates.lengths |= self._moments(chunk, work)
+        with self.phase("communication"):
+            for post in updates.posts.values():
+                post.wait()
+        for work in works:
+            for chunk in chunks(list(work.layouts)):
+                pieces = {p: updates.of(p, work.layouts[p], factor_dtype(p, work.group)) for p in chunk}
+                self._finish(pieces, {p: n for p, n in updates.lengths.items() if p in pieces}, work)
+        for post in updates.posts.values():
+            post.clear()
 
     def _moments(self, params: list[Tensor], work: Work) -> dict[Tensor, Tensor]:
         """Count the step, update the moments, and say how long the graft's step is; no length without a graft."""
@@ -322,10 +490,10 @@ class KroneckerOptimizer(Optimizer):
         group = work.group
         X, spare = self._rooms.blocks(stack, rows)
         if group["precondition"] == "momentum":
-            fill(X, members, work.layouts, {p: self.state[p]["exp_avg"] for p in members})
+            fill(X, members, work.shares, {p: self.state[p]["exp_avg"] for p in members})
             weights = [1 - group["betas"][0] ** work.steps[p] for p in members]
         else:
-            fill(X, members, work.layouts, work.grads)
+            fill(X, members, work.shares, work.grads)
             weights = [1.0] * len(members)
         factor = stack.input_scale(group)[rows].reciprocal()
         if len(set(weights)) == 1:
@@ -366,12 +534,45 @@ class KroneckerOptimizer(Optimizer):
 
 @dataclass
 class Work:
-    """One step of one param group, for the parameters that are past ``start_step``."""
+    """One step of one param group."""
 
     group: Group
     grads: dict[Tensor, Tensor]
-    steps: dict[Tensor, int]  # the number of this step, for each of them
-    layouts: dict[Tensor, Layout]
+    steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
+    layouts: dict[Tensor, Layout]  # of those that are past ``start_step``
+    shares: dict[Tensor, Layout]  # of these, the blocks that are this rank's
+    stacks: list[Stack]
+    rest: list[Tensor]  # those that the graft method takes
+
+
+@dataclass
+class Updates:
+    """U of all blocks on its way between ranks."""
+
+    places: dict[tuple[Tensor, Shape], list[Parcel]]
+    lengths: dict[Tensor, Tensor]  # of the graft's steps
+    counted: set[Tensor] = field(default_factory=set)  # parameters whose moments are those of this step
+    posts: dict[torch.device, Post] = field(default_factory=dict)
+
+    def of(self, p: Tensor, layout: Layout, dtype: torch.dtype) -> dict[Shape, Tensor]:
+        """By block shape ``[blocks, ...]``."""
+        found = {}
+        for shape in layout.parts:
+            read = [self.posts[p.device].read(parcel) for parcel in self.places[p, shape]]
+            found[shape] = (read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)).to(dtype)
+        return found
+
+
+def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """A few at a time, so that they stay in the cache."""
+    run: list[Tensor] = []
+    for p in params:
+        if run and sum(q.numel() for q in run) + p.numel() > (CHUNK_CPU if p.device.type == "cpu" else CHUNK):
+            yield run
+            run = []
+        run.append(p)
+    if run:
+        yield run
 
 
 def is_factor(name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from caspr_cli.optim.blocks import MERGES
 from caspr_cli.optim.graft import GRAFTS
+from caspr_cli.optim.shard import SHARDS
 
 Group = dict[str, Any]
 
@@ -17,7 +18,7 @@ Group = dict[str, Any]
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
     "merge", "precondition_1d", "graft", "graft_eps", "precondition", "solver", "statistics_interval", "refresh_above",
-    "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "maximize",
+    "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard", "gather_dtype", "maximize",
 )  # fmt: skip
 
 SOLVERS = ("auto", "eigh", "newton", "warm")
@@ -68,7 +69,8 @@ def validate(options: Group) -> None:
     _one_of("solver", options["solver"], SOLVERS)
     _one_of("factor_dtype", options["factor_dtype"], (None, torch.float32, torch.float64))
     _one_of("pack_roots", options["pack_roots"], (True, False))
-    for name in ("root_dtype", "apply_dtype"):
+    _one_of("shard", options["shard"], SHARDS)
+    for name in ("root_dtype", "apply_dtype", "gather_dtype"):
         _one_of(name, options[name], (None, torch.bfloat16))
     relative = options["damping"] == "relative"
     if options["factor_dtype"] == torch.float32 and relative and options["eps"] < SMALLEST_EPS_FLOAT32:

@@ -31,7 +31,8 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
         ``graft_ratio``: the length of the graft's step over that of U.
         ``adam_cosine``: between U and the step of Adam (where the graft keeps a second moment).
 
-    Empty before the first preconditioned step. Cost: one eigendecomposition of each statistic.
+    Empty before the first preconditioned step. Where ranks share the work, of the blocks that this rank owns, and of
+    the tensors that it owns all blocks of. Cost: one eigendecomposition of each statistic.
     """
     found: dict[str, list[Tensor]] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -48,7 +49,7 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
-    """What was refused since the optimizer was made (waits for the device).
+    """What was refused since the optimizer was made (waits for the device); roots, of the blocks that this rank owns.
 
     Returns:
         ``rejected_roots``: new roots that were not finite or whose residual was too large, and were not used.
@@ -87,7 +88,8 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     if group["graft"] == "none":
         return {}
     beta1, beta2 = group["betas"]
-    params = [p for stack in stacks for p in stack.rows if len(optimizer.layout(p, group).blocks) == 1]
+    layouts = {p: optimizer.layout(p, group) for stack in stacks for p in stack.rows}
+    params = [p for p, layout in layouts.items() if len(layout.blocks) == 1 and optimizer.share(p, group) == layout]
     params = [p for p in params if group["precondition"] == "momentum" or p.grad is not None]
     if not params:
         return {}

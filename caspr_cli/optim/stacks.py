@@ -147,7 +147,7 @@ class Stack:
 
     def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
-        part = list(layout.blocks).index(self.shape)
+        part = layout.parts.index(self.shape)
         view = state.get(p, {}).get(f"scale.{part}")
         return view is not None and view.data_ptr() == self.scale[self.rows[p]].data_ptr()
 
@@ -167,7 +167,8 @@ def build_stacks(
     """
     counts: dict[tuple[Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
-        for part, (shape, blocks) in enumerate(layouts[p].blocks.items()):
+        for shape, blocks in layouts[p].blocks.items():
+            part = layouts[p].parts.index(shape)
             counts.setdefault((shape, storages[p], p.device), []).append((p, part, len(blocks)))
     stacks = []
     for (shape, storage, device), members in counts.items():
@@ -201,7 +202,8 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
             return pack(old)
         if old.shape[1:] == (packed_length(d),) and view.ndim == 3:
             return unpack(old, d)
-    raise ValueError(
-        f"{name} of a parameter of shape {tuple(p.shape)} should have shape {tuple(view.shape)} "
-        f"but has {tuple(old.shape)}: block_size or merge were others when it was made"
-    )
+    raise ValueError(f"{other_blocks(name, p)} ({tuple(old.shape)} was saved, {tuple(view.shape)} is wanted)")
+
+
+def other_blocks(name: str, p: Tensor) -> str:
+    return f"{name} of a parameter of shape {tuple(p.shape)}: block_size or merge were others when it was made"

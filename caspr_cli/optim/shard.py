@@ -1,0 +1,189 @@
+"""Several ranks, one optimizer: who owns which block, and how updates and state reach everybody.
+
+Under data parallelism every rank has the same gradients, so each computes the updates of its own blocks alone and gets
+the others' by one collective. A block's statistics and roots are on its owner; moments, a number a weight, are where
+the weights are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caspr_cli.optim.blocks import Shape
+from caspr_cli.optim.schedule import EIGH_FLOPS
+
+SHARDS = ("auto", "none")
+ALIGNED = 64  # bytes: a view of any type may begin there, and matrix products are fastest
+
+# torch 2.14 has renamed it.
+all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@dataclass
+class Loads:
+    """What each rank has to do: FLOPs of every step, and of the roots whose turn is one step of an interval."""
+
+    ranks: int
+    always: list[float] = field(init=False)
+    roots: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (param group, phase) -> FLOPs
+
+    def __post_init__(self) -> None:
+        self.always = [0.0] * self.ranks
+
+    def add(self, shape: Shape, turn: tuple[int, int], owner: int) -> None:
+        self.always[owner] += _step_flops(shape)
+        self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in shape)
+
+    def assign(self, blocks: list[tuple[Shape, tuple[int, int]]]) -> list[int]:
+        """The owner of each block, given as its shape and the (param group, phase) of its refresh.
+
+        The most expensive first, each to the rank whose step, refresh included, is then the shortest: products cost
+        6 m n (m + n) FLOPs in every step, roots ``EIGH_FLOPS`` (m^3 + n^3) in one of an interval. Blocks that were
+        assigned before stay where they are. A pure function of the calls so far: all ranks come to the same.
+        """
+        owners = [0] * len(blocks)
+        for i in sorted(range(len(blocks)), key=lambda i: -_step_flops(blocks[i][0])):
+            shape, turn = blocks[i]
+            roots = self.roots.get(turn, [0.0] * self.ranks)
+            owners[i] = min(range(self.ranks), key=lambda r: (self.always[r] + roots[r], self.always[r]))
+            self.add(shape, turn, owners[i])
+        return owners
+
+
+def _step_flops(shape: Shape) -> float:
+    """Of statistics and application, without roots."""
+    return 6.0 * math.prod(shape) * sum(shape)
+
+
+class Post:
+    """Tensors from all ranks to all ranks in one collective.
+
+    Every rank asks for room for the same tensors in the same order, says whose each of them is, and fills its own.
+    What is received is what was sent: where tensors travel in a lower type the owner, too, gets the rounded ones.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rank, self.ranks = device, dist.get_rank(), dist.get_world_size()
+        self._ends = [0] * self.ranks
+        self._sent = self._received = torch.empty(0, dtype=torch.uint8, device=device)
+        self._work: Any = None
+
+    def room(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+        parcel = Parcel(owner, self._ends[owner], tuple(shape), dtype)
+        self._ends[owner] += -(-parcel.size // ALIGNED) * ALIGNED
+        return parcel
+
+    @property
+    def bytes(self) -> int:
+        """That each rank receives, its own included. Segments are as long as the longest."""
+        return self.ranks * max(self._ends)
+
+    def open(self) -> None:
+        """After the last room was asked for. Memory is kept from step to step."""
+        if len(self._received) < self.bytes:
+            self._sent = torch.zeros(max(self._ends), dtype=torch.uint8, device=self.device)
+            self._received = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+
+    def mine(self, parcel: Parcel) -> Tensor:
+        """To write to."""
+        return parcel.view(self._sent, 0)
+
+    def send(self) -> None:
+        """Start the collective; it runs beside what comes next."""
+        length = max(self._ends)
+        received, sent = self._received[: self.ranks * length], self._sent[:length]
+        self._work = all_gather(received, sent, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+
+    def read(self, parcel: Parcel) -> Tensor:
+        return parcel.view(self._received, parcel.owner * max(self._ends))
+
+    def clear(self) -> None:
+        """For the next step."""
+        self._ends = [0] * self.ranks
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A tensor's place in a rank's segment."""
+
+    owner: int
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, segments: Tensor, offset: int) -> Tensor:
+        start = offset + self.start
+        return segments[start : start + self.size].view(self.dtype).view(self.shape)
+
+
+def agree(params: list[Tensor]) -> None:
+    """Refuse to share the work on parameters that are not the same on all ranks.
+
+    Compares types, shapes, and smallest and largest entries, which do not depend on an order of summation. Once.
+
+    Raises:
+        ValueError: the same on all ranks.
+    """
+    words = [(tuple(p.shape), str(p.dtype), [float(end) for end in torch.aminmax(p.detach())]) for p in params]
+    mine = hashlib.sha256(repr(words).encode()).hexdigest()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if different := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]:
+        raise ValueError(
+            f"parameters of rank {different[0]} are not those of rank 0, so ranks cannot share the work on them: "
+            'wrap the model in DistributedDataParallel, or use shard="none" where ranks train different models'
+        )
+
+
+Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]
+
+
+def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
+    """What each rank holds, on all ranks, a broadcast a parameter and owner.
+
+    Args:
+        mine: what this rank holds; tensors of one parameter are sent together.
+        devices: of each parameter.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    heads: list[Any] = [None] * ranks
+    dist.all_gather_object(
+        heads, {i: {name: (tuple(x.shape), x.dtype) for name, x in named.items()} for i, named in mine.items()}
+    )
+    everyone: list[Entries] = []
+    for owner, head in enumerate(heads):
+        entries: Entries = defaultdict(dict)
+        for i, named in head.items():
+            parcels, end = {}, 0
+            for name, (shape, dtype) in named.items():
+                parcels[name] = Parcel(owner, end, shape, dtype)
+                end += -(-parcels[name].size // ALIGNED) * ALIGNED
+            room = torch.empty(end, dtype=torch.uint8, device=devices[i])
+            if owner == rank:
+                for name, parcel in parcels.items():
+                    parcel.view(room, 0).copy_(mine[i][name])
+            dist.broadcast(room, src=owner)
+            entries[i] = {name: parcel.view(room, 0) for name, parcel in parcels.items()}
+        everyone.append(dict(entries))
+    return everyone

@@ -1,0 +1,387 @@
+"""Several ranks share the work: the same weights, a part of the state each, and whole checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Ranks
+from torch import Tensor, nn
+
+from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim.engine import is_factor
+from caspr_cli.optim.probe import counters, diagnose
+from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.shard import Loads
+
+pytestmark = pytest.mark.slow
+
+# Bit for bit is asked where blocks are multiples of 32. Elsewhere a matrix of a stack may begin between two multiples
+# of 64 bytes, or its eigenvalues be the rest that vector instructions leave over, and then the last bit may be another.
+EVEN = [(32, 64), (64, 32), (128, 128), (32, 64), (32, 4, 8), (9,), (), (64, 32)]
+ODD = [(24, 16), (16, 24), (70, 33), (24, 16), (5, 6, 7), (9,), (), (40, 3)]
+OPTIONS: dict[str, Any] = {"lr": 0.01, "interval": 3, "start_step": 2, "block_size": 64, "weight_decay": 0.1}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    processes = Ranks(request.param)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    processes = Ranks(2)
+    yield processes
+    processes.close()
+
+
+def weights(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = EVEN) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def gradients(params: list[nn.Parameter], step: int, without: dict[int, set[int]]) -> None:
+    """The same on all ranks; at some steps some parameters have none."""
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        if i in without.get(step, ()):
+            p.grad = None
+
+
+def train(
+    params: list[nn.Parameter],
+    steps: range,
+    optimizer: Any = None,
+    cls: type = CASPR,
+    without: dict[int, set[int]] | None = None,
+    **options: Any,
+) -> Any:
+    optimizer = optimizer or cls(params, **OPTIONS | options)
+    for step in steps:
+        gradients(params, step, without or {})
+        optimizer.step()
+    return optimizer
+
+
+def values(params: list[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def weights_after(
+    rank: int, steps: int, dtype: torch.dtype, kwargs: dict[str, Any], shapes: list[tuple[int, ...]] = EVEN
+) -> list[Tensor]:
+    params = weights(dtype, shapes)
+    train(params, range(steps), **kwargs)
+    return values(params)
+
+
+def alone(function: Any, *args: Any) -> Any:
+    """In this process, on one thread as the ranks have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(0, *args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "defaults": (torch.float32, {}),
+    "shampoo": (torch.float32, {"cls": Shampoo}),
+    "gradient first": (torch.float32, {"precondition": "gradient"}),
+    "no graft": (torch.float32, {"graft": "none"}),
+    "rmsprop": (torch.float32, {"graft": "rmsprop", "statistics_interval": 2}),
+    "newton": (torch.float32, {"solver": "newton"}),
+    "warm": (torch.float32, {"solver": "warm", "refresh_above": 0.01}),
+    "all axes": (torch.float32, {"merge": "none"}),
+    "bfloat16": (torch.bfloat16, {"root_dtype": torch.bfloat16, "pack_roots": True}),
+    "float64": (torch.float64, {"order": 3}),
+    "bare": (torch.float32, {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "start_step": 1}),
+    "unused": (torch.float32, {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: {0, 1, 2, 3, 4, 7}, 6: set(range(8))}}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weights_are_those_of_one_process_bit_for_bit(ranks: Ranks, case: str) -> None:
+    dtype, kwargs = CASES[case]
+    expected = alone(weights_after, 9, dtype, kwargs)
+    for found in ranks(weights_after, 9, dtype, kwargs):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_blocks_of_any_size(ranks: Ranks) -> None:
+    options = CASES["bare"][1] | {"block_size": 32}
+    expected = alone(weights_after, 9, torch.float64, options, ODD)
+    for found in ranks(weights_after, 9, torch.float64, options, ODD):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def updates_in_bfloat16(rank: int) -> list[Tensor]:
+    return weights_after(rank, 9, torch.float32, {"gather_dtype": torch.bfloat16})
+
+
+def test_updates_may_travel_in_bfloat16(two: Ranks) -> None:
+    """All ranks have the same weights still, the owner of a block too; and they are near those of float32."""
+    first, second = two(updates_in_bfloat16)
+    start, exact = weights(), alone(weights_after, 9, torch.float32, {})
+    changed = False
+    for a, b, c, w in zip(first, second, exact, start, strict=True):
+        assert torch.equal(a, b)
+        moved = torch.linalg.vector_norm(c - w.detach())
+        assert torch.linalg.vector_norm(a - c) <= 0.01 * moved
+        changed |= not torch.equal(a, c)
+    assert changed
+
+
+def factor_bytes(optimizer: CASPR) -> int:
+    entries = (entry for state in optimizer.state.values() for entry in state.items())
+    return sum(x.numel() * x.element_size() for name, x in entries if is_factor(name))
+
+
+def bytes_of_a_rank(rank: int, count: int) -> int:
+    params = [nn.Parameter(torch.ones(32, 64)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = CASPR(params, start_step=1)
+    optimizer.step()
+    return factor_bytes(optimizer)
+
+
+def test_each_rank_keeps_its_part_of_the_factors(ranks: Ranks) -> None:
+    whole = alone(bytes_of_a_rank, 8)
+    assert ranks(bytes_of_a_rank, 8) == [whole // ranks.world] * ranks.world
+    assert sum(ranks(bytes_of_a_rank, 5)) == alone(bytes_of_a_rank, 5)  # unequal shares
+    assert sorted(ranks(bytes_of_a_rank, 1)) == [0] * (ranks.world - 1) + [alone(bytes_of_a_rank, 1)]
+
+
+def save(rank: int, steps: int, path: str) -> list[Tensor]:
+    """Train, and save on rank 0 alone what all have gathered."""
+    params = weights()
+    optimizer = train(params, range(steps))
+    content = optimizer.state_dict()
+    if rank == 0:
+        torch.save({"optimizer": content, "weights": values(params)}, path)
+    return values(params)
+
+
+def resume(rank: int, start: int, stop: int, path: str) -> list[Tensor]:
+    saved = torch.load(path, weights_only=True)
+    params = weights()
+    with torch.no_grad():
+        for p, w in zip(params, saved["weights"], strict=True):
+            p.copy_(w)
+    optimizer = CASPR(params, **OPTIONS)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(params, range(start, stop), optimizer)
+    return values(params)
+
+
+def test_a_checkpoint_is_whole_and_loads_at_any_number_of_ranks(ranks: Ranks, two: Ranks, tmp_path: Path) -> None:
+    path, single = str(tmp_path / "ranks.pt"), str(tmp_path / "one.pt")
+    ranks(save, 5, path)
+    alone(save, 5, single)
+    saved, expected = (torch.load(p, weights_only=True)["optimizer"] for p in (path, single))
+    assert saved["param_groups"] == expected["param_groups"]
+    for i, state in expected["state"].items():
+        assert saved["state"][i].keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(saved["state"][i][name], value), (i, name)
+            assert saved["state"][i][name].dtype == value.dtype
+    uncut = alone(weights_after, 9, torch.float32, {})
+    for found in [alone(resume, 5, 9, path), *ranks(resume, 5, 9, path), *two(resume, 5, 9, path)]:
+        for a, b in zip(found, uncut, strict=True):
+            assert torch.equal(a, b)
+
+
+def save_at_once(rank: int, path: str) -> bool:
+    """What was loaded is saved again, before and after a step, and by a copy."""
+    saved = torch.load(path, weights_only=True)["optimizer"]
+    params = weights()
+    optimizer = CASPR(params, **OPTIONS)
+    optimizer.load_state_dict(saved)
+    at_once = same(optimizer.state_dict(), saved)
+    train(params, range(5, 6), optimizer)
+    both = copy.deepcopy([params, optimizer])
+    of_the_copy = same(optimizer.state_dict(), both[1].state_dict())
+    train(params, range(6, 8), optimizer)
+    train(both[0], range(6, 8), both[1])
+    return at_once and of_the_copy and all(map(torch.equal, params, both[0]))
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, b["state"][i][k]) for i, state in a["state"].items() for k, x in state.items())
+
+
+def test_state_is_gathered_whenever_it_is_asked_for(two: Ranks, tmp_path: Path) -> None:
+    path = str(tmp_path / "one.pt")
+    alone(save, 5, path)
+    assert two(save_at_once, path) == [True, True]
+
+
+def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> list[Tensor]:
+    """torch.distributed.checkpoint, which writes and reads in parallel and by parameter name."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
+    optimizer = CASPR(model.parameters(), **OPTIONS)
+    if load:
+        weights_now, state_now = get_state_dict(model, optimizer)
+        dcp.load({"model": weights_now, "optimizer": state_now}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights_now, optim_state_dict=state_now)
+    train(list(model.parameters()), range(steps, steps + 4), optimizer)
+    if not load:
+        weights_now, state_now = get_state_dict(model, optimizer)
+        dcp.save({"model": weights_now, "optimizer": state_now}, checkpoint_id=path)
+        train(list(model.parameters()), range(steps + 4, steps + 8), optimizer)
+    return values(list(model.parameters()))
+
+
+def test_torchs_distributed_checkpoints(ranks: Ranks, two: Ranks, tmp_path: Path) -> None:
+    expected = ranks(with_torchs_checkpoints, str(tmp_path), 0, False)[0]
+    for again in (ranks, two):
+        for found in again(with_torchs_checkpoints, str(tmp_path), 4, True):
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b)
+
+
+def different_weights(rank: int, shard: str) -> str:
+    p = nn.Parameter(torch.full((4, 4), float(rank)))
+    p.grad = torch.ones(4, 4)
+    optimizer = CASPR([p], shard=shard, start_step=1)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    optimizer.state_dict()
+    return f"{factor_bytes(optimizer)}"
+
+
+def test_ranks_with_models_of_their_own_are_refused_or_left_alone(two: Ranks) -> None:
+    first, second = two(different_weights, "auto")
+    assert first == second
+    assert "parameters of rank 1 are not those of rank 0" in first
+    assert 'shard="none"' in first
+    own = two(different_weights, "none")
+    assert own[0] == own[1] == alone(different_weights, "none")
+
+
+def thawed(rank: int, parts: int) -> list[Tensor]:
+    """Layers that are thawed later: frozen ones have no gradient, and a group is added."""
+    params = weights()
+    optimizer = CASPR(params[:parts], **OPTIONS)
+    for step in range(8):
+        if step == 3:
+            optimizer.add_param_group({"params": params[parts:]})
+        gradients(params, step, {s: {1} for s in range(5)})
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(params, range(8, 10), optimizer)
+    return values(params)
+
+
+def test_layers_that_are_thawed_later(ranks: Ranks) -> None:
+    expected = alone(thawed, 3)
+    for found in ranks(thawed, 3):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+class Gated(nn.Module):
+    """A layer that some batches do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) * self.frozen
+        if x[0, 0] > 0:
+            hidden = self.second(hidden.tanh())
+        result: Tensor = self.last(hidden)
+        return result
+
+
+def data_parallel(rank: int, accumulate: int) -> list[Tensor]:
+    """A global batch of 8, split over ranks and, with ``accumulate``, over backward passes."""
+    from torch.distributed import get_world_size, is_initialized
+    from torch.nn.parallel import DistributedDataParallel
+
+    model: nn.Module = Gated().double()
+    params = [p for p in model.parameters() if p.requires_grad]
+    world = get_world_size() if is_initialized() else 1
+    if world > 1:
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = CASPR(params, **OPTIONS)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+        x[:, 0] = x[:, 0].abs() * (1 if step % 3 else -1)  # all ranks without the layer at some steps
+        if step == 4:
+            x[:4, 0] *= -1  # the first half of the ranks alone
+        part = x.chunk(world)[rank].chunk(accumulate)
+        for i, piece in enumerate(part):
+            sync = i == len(part) - 1 or world == 1
+            with nullcontext() if sync else model.no_sync():  # type: ignore[operator]
+                (model(piece).square().mean() / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(params)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_data_parallel_training_is_the_same_whatever_the_number_of_ranks(ranks: Ranks, accumulate: int) -> None:
+    expected = alone(data_parallel, 4)
+    for found in ranks(data_parallel, accumulate):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(1, 10),
+)
+def test_no_rank_has_much_more_to_do(shapes: list[tuple[int, int]], ranks: int, interval: int) -> None:
+    """In no step, refresh included, more than the mean and the largest block together."""
+    loads = Loads(ranks)
+    turns = [(0, i % interval) for i in range(len(shapes))]
+    owners = loads.assign(list(zip(shapes, turns, strict=True)))
+    assert Loads(ranks).assign(list(zip(shapes, turns, strict=True))) == owners
+    assert set(owners) <= set(range(ranks))
+    always = [0.0] * ranks
+    for (m, n), owner in zip(shapes, owners, strict=True):
+        always[owner] += 6 * m * n * (m + n)
+    assert always == loads.always
+    if interval == 1:
+        steps = [sum(pair) for pair in zip(always, loads.roots[0, 0], strict=True)]
+        largest = max(6 * m * n * (m + n) + EIGH_FLOPS * (m**3 + n**3) for m, n in shapes)
+        assert max(steps) <= sum(steps) / ranks + largest
+
+
+def diagnosed(rank: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    optimizer = train(weights(), range(4))
+    return diagnose(optimizer), counters(optimizer)
+
+
+def test_diagnostics_are_of_the_blocks_of_a_rank(ranks: Ranks) -> None:
+    whole, _ = alone(diagnosed)
+    parts = ranks(diagnosed)
+    for name in ("condition", "damping_share", "residual"):
+        together = torch.cat([found[name] for found, _ in parts if name in found])
+        torch.testing.assert_close(together.sort().values, whole[name].sort().values)

@@ -1,0 +1,76 @@
+"""Several ranks in tests: processes that stay, and call functions of test modules together under gloo on the CPU."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import multiprocessing as mp
+import os
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Ranks:
+    """``Ranks(2)(function, ...)`` calls ``function(rank, ...)`` on two ranks; the list of what they return.
+
+    Each call has a process group of its own. What goes in and out is pickled.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world, self._pipes, self._processes = world, [], []
+        context = mp.get_context("spawn")
+        for _ in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, sys.path), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
+        store = Path(os.environ.get("TMPDIR", "/tmp")) / f"caspr-ranks-{os.getpid()}-{id(args)}"
+        store.unlink(missing_ok=True)
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send((function.__module__, function.__qualname__, rank, self.world, str(store), args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(timeout), f"rank {rank} does not answer"
+            results.append(pipe.recv())
+        store.unlink(missing_ok=True)
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
+        assert not failed, "\n".join(failed)
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        module, name, rank, world, store, args = pipe.recv()
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=30),
+            )
+            function = getattr(importlib.import_module(module), name)
+            answer = True, function(rank, *args)
+        except Exception:
+            answer = False, traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(answer)
