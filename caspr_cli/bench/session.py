@@ -47,11 +47,14 @@ def measured(
     device, dtype = torch.device(machine.device), getattr(torch, machine.dtype)
     say("making weights and gradients")
     with blamed("the weights"):
-        workload = _workload(what, tokens, dtype, device)
+        workload = workload_of(what, tokens, dtype, device)
     return measure(workload, names, settings, rounds=rounds, device=device, say=say)
 
 
-def _workload(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    """Raises:
+    ConfigError: a task's data, which its model's shape depends on, are not there.
+    """
     if isinstance(what, ShapeSet):
         return workload_of_shapes(what, tokens, dtype, device)
     from tasks.base import DataError

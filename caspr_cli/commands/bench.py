@@ -16,15 +16,18 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError, nearest
-from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
+from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite, write_whole
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row
+    from caspr_cli.bench.ranks import RanksRow
 
 DEFAULT = ("caspr", "shampoo", "adamw", "muon", "soap", "scalable_shampoo")
 NAMES = (*OPTIMIZERS, "scalable_shampoo")
+KRONECKER = tuple(name for name, conf in OPTIMIZERS.items() if issubclass(conf, KroneckerConf))  # share their work
+PARTS = ("statistics", "roots", "apply", "communication")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
@@ -37,6 +40,7 @@ caspr-bench {version}: what would an optimizer cost? Times steps, nothing is tra
   caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
   caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
+  caspr-bench --ranks 1,2,4                                  a step that so many processes share
 
 what to measure, one of
   --shapes LIST      comma-separated COUNT*SIZExSIZE..., or a preset: {presets}
@@ -52,7 +56,7 @@ with
   --batch N          tokens in a training step, to predict a share of it (default: {tokens}; a task has its own)
   --rounds N         in each, every optimizer makes a step (default: 20)
   --dtype TYPE       of weights and gradients: {dtypes} (default: float32)
-  --device, --threads   cpu or cuda (default: cpu); threads on a CPU
+  --device, --threads   cpu or cuda (default: cpu); threads on a CPU, with --ranks those of each (default: 1)
 results
   --json FILE        the rows as a list; - for standard output, with nothing else on it
   --png FILE         the chart (default: {plots}/<what was measured>.png); --no-png for none
@@ -86,6 +90,11 @@ def positive(text: str) -> int:
     return value
 
 
+def ranks(text: str) -> list[int]:
+    counts = [positive(part.strip()) for part in text.split(",")]
+    return sorted(set(counts))
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, of which only what needs torch is left unchecked.
 
@@ -99,7 +108,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--task")
     what.add_argument("--roots", action="store_true")
     parser.add_argument("--scale")
-    parser.add_argument("--optim", default=",".join(DEFAULT))
+    parser.add_argument("--ranks", type=ranks)
+    parser.add_argument("--optim")
     for flag, default in (("--interval", 10), ("--block-size", 1024), ("--batch", None), ("--rounds", 20)):
         parser.add_argument(flag, type=positive, default=default)
     parser.add_argument("--set", action="append", default=[], dest="given")
@@ -115,11 +125,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         hint = nearest(unknown[0].split("=")[0], flags)
         raise ConfigError(f"{unknown[0]} is not a flag.{hint} (caspr-bench --help)")
-    args.optim = [one_of("--optim", name.strip(), NAMES) for name in args.optim.split(",")]
+    chosen = args.optim or ("caspr" if args.ranks else ",".join(DEFAULT))
+    args.optim = [one_of("--optim", name.strip(), NAMES) for name in chosen.split(",")]
+    if args.ranks and (others := [name for name in args.optim if name not in KRONECKER]):
+        raise ConfigError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
     one_of("--dtype", args.dtype, DTYPES)
     one_of("--device", args.device, ("cpu", "cuda"))
     if args.scale and not args.task:
         raise ConfigError("--scale: is that of a task; say which with --task")
+    if args.ranks and args.roots:
+        raise ConfigError("--ranks: shares a step; --roots has none")
     if args.batch and args.task:
         raise ConfigError("--batch: a task has a batch of its own")
     return args
@@ -174,6 +189,8 @@ def run(args: argparse.Namespace) -> None:
         if args.task
         else scaled_transformer(args.params) if args.params else parse_shapes(args.shapes)
     )  # fmt: skip
+    if args.ranks:
+        return run_ranks(args, what)
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = None if args.no_png else writable(args.png or PLOTS / f"{name}.png")
     target = writable(Path(args.json)) if args.json and args.json != "-" else None
@@ -195,6 +212,64 @@ def run(args: argparse.Namespace) -> None:
         print(line, file=out)
     if args.json == "-":
         print(listed, end="")
+
+
+def run_ranks(args: argparse.Namespace, what: ShapeSet | Recipe) -> None:
+    """The table of shared steps."""
+    target = writable(Path(args.json)) if args.json and args.json != "-" else None
+    progress = Progress(sys.stderr)
+    progress.say("importing torch")
+    from caspr_cli.bench import contenders, session
+    from caspr_cli.bench.ranks import measured_ranks
+
+    try:
+        rows = measured_ranks(
+            what,
+            args.optim,
+            args.ranks,
+            contenders.Settings(args.interval, args.block_size, contenders.parse_given(args.given, args.optim)),
+            session.Machine(args.dtype, args.device, args.threads),
+            rounds=args.rounds,
+            say=progress.say,
+        )
+    finally:
+        progress.clear()
+    listed = json.dumps([finite(asdict(row)) for row in rows], indent=2, allow_nan=False) + "\n"
+    lines = list(ranks_report(rows))
+    if target:
+        write_whole(target, listed)
+        lines.append(f"json      {target}")
+    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.json == "-":
+        print(listed, end="")
+
+
+def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
+    """The table and what its columns are."""
+    first = rows[0]
+    yield (
+        f"caspr-bench {__version__}  {first.set}, {first.parameters:,} parameters, {first.dtype}; times in ms, "
+        f"{first.threads} thread{'s' * (first.threads > 1)} a rank on {first.device}, {os.cpu_count()} cores"
+    )
+    heads = ["optimizer", "ranks", "median", "mean", "speedup", *PARTS, "state MB", "factors MB", "received MB", "x"]
+    cells = [
+        [
+            row.optimizer,
+            str(row.ranks),
+            *map(number, (row.median_ms, row.mean_ms)),
+            f"{row.speedup:.2f}",
+            *map(number, (row.statistics_ms, row.roots_ms, row.apply_ms, row.communication_ms)),
+            *(f"{size / 1e6:.1f}" for size in (row.state_bytes, row.factor_bytes, row.bytes_received)),
+            f"{row.bytes_received / row.weight_bytes:.2f}",
+        ]
+        for row in rows
+    ]
+    yield from aligned([heads, *cells])
+    yield ""
+    yield "mean      of a step at the optimizer's own interval, until the slowest rank is done; speedup: of the mean"
+    yield "split     of the mean step, of the rank that spends most on it; communication: waiting for others' updates"
+    yield "state     of the rank that keeps most: moments, which all keep, and factors, which are statistics and roots"
+    yield "received  by a rank in a step, its own part included; x: how many times the weights that is"
 
 
 def run_roots(args: argparse.Namespace) -> None:
@@ -265,7 +340,6 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Aligned; all but the first column to the right."""
     heads = ["optimizer", "median", "p99", "mean", "no refresh", "floor", "x floor", "x adamw",
              "statistics", "roots", "apply", "rest", "B/param", "share"]  # fmt: skip
     cells = [
@@ -279,8 +353,13 @@ def table(rows: list[Row]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for first, *others in [heads, *cells]:
+    yield from aligned([heads, *cells])
+
+
+def aligned(lines: list[list[str]]) -> Iterator[str]:
+    """Columns, all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
         right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         yield "  ".join([first.ljust(widths[0]), *right])
 

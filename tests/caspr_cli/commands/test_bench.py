@@ -177,3 +177,37 @@ def test_the_table_of_roots(
     assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32", "warm32"}
     assert "eigh32" in capsys.readouterr().out
     assert call(monkeypatch, "--roots", "--task", "c4_lm") == 2
+
+
+@pytest.mark.slow
+def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
+    assert call(monkeypatch, *flags) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split()[:3] == ["optimizer", "ranks", "median"]
+    one, two = json.loads(Path("rows.json").read_text())
+    assert (one["ranks"], two["ranks"], one["speedup"]) == (1, 2, 1.0)
+    assert two["speedup"] == pytest.approx(one["mean_ms"] / two["mean_ms"])
+    weights = 4 * (4 * 16 * 16 + 6)
+    assert one["weight_bytes"] == two["weight_bytes"] == weights
+    assert (one["bytes_received"], two["bytes_received"]) == (0, 4 * 4 * 16 * 16)
+    assert two["factor_bytes"] == one["factor_bytes"] / 2
+    moments = one["state_bytes"] - one["factor_bytes"]
+    assert moments == two["state_bytes"] - two["factor_bytes"] == 2 * weights + 5 * 4  # and a counter each
+    assert one["communication_ms"] == 0 < two["communication_ms"]
+    assert (one["steps"], one["threads"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--ranks", "0"), "--ranks: should be a positive integer but is 0"),
+        (("--ranks", "2", "--roots"), "--ranks: shares a step; --roots has none"),
+        (("--ranks", "2", "--optim", "adamw"), "--optim adamw: does not share its work among ranks; caspr"),
+    ],
+)
+def test_ranks_that_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], said: str
+) -> None:
+    assert call(monkeypatch, *flags) == 2
+    assert said in capsys.readouterr().err

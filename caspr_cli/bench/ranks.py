@@ -1,0 +1,233 @@
+"""``caspr-bench --ranks``: a step whose work several ranks share, against one that a single process does alone.
+
+Every number of ranks has processes of its own. They stand by, and take turns, a few steps each, so that whatever else
+the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from caspr_cli.bench.contenders import WARM_UP, Settings, enter
+from caspr_cli.bench.measure import Clock, Phases, Say
+from caspr_cli.bench.session import Machine, workload_of
+from caspr_cli.bench.shapes import ShapeSet
+from caspr_cli.optim.cost import state_bytes
+from caspr_cli.optim.engine import KroneckerOptimizer, is_factor
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+
+PARTS = ("statistics", "roots", "apply", "communication")
+PATIENCE = 600  # seconds for one turn
+
+
+@dataclass
+class RanksRow:
+    """One optimizer at one number of ranks; times in milliseconds, of the slowest rank."""
+
+    optimizer: str
+    ranks: int
+    median_ms: float
+    mean_ms: float
+    speedup: float  # mean at one rank (the fewest measured) / mean here
+    statistics_ms: float  # means, of the rank that spends most on it
+    roots_ms: float
+    apply_ms: float
+    communication_ms: float  # waiting for the updates of others
+    state_bytes: int  # of the rank that keeps most
+    factor_bytes: int  # statistics and roots alone, of that rank
+    bytes_received: int  # by a rank in a step
+    weight_bytes: int  # of the model
+    parameters: int
+    steps: int
+    set: str
+    interval: int
+    dtype: str
+    threads: int  # of a rank
+    device: str
+
+
+def measured_ranks(
+    what: ShapeSet | Recipe,
+    names: list[str],
+    counts: list[int],
+    settings: Settings,
+    machine: Machine,
+    *,
+    rounds: int,
+    say: Say,
+) -> list[RanksRow]:
+    """A row for each of ``names`` at each number of ranks.
+
+    Args:
+        rounds: in each, every number of ranks makes as many steps as an interval has.
+
+    Raises:
+        ConfigError: one line for the user.
+    """
+    if machine.device == "cuda" and torch.cuda.device_count() < max(counts):
+        raise ConfigError(f"--ranks {max(counts)}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    rows = []
+    for name in names:
+        with ExitStack() as stack:
+            teams = {n: stack.enter_context(_team(n, (what, name, settings, machine))) for n in counts}
+            for n, team in teams.items():
+                say(f"{name}: warm-up of {n} processes")
+                team.call("warm")
+            times: dict[int, list[list[dict[str, float]]]] = {n: [] for n in counts}  # a list of steps for each rank
+            for i in range(rounds):
+                say(f"{name}: round {i + 1}/{rounds}")
+                for n, team in teams.items():
+                    times[n].append(team.call("steps"))
+            facts = {n: team.call("facts") for n, team in teams.items()}
+        rows += _rows(name, times, facts, settings, machine)
+    return rows
+
+
+def _rows(
+    name: str, times: dict[int, list[Any]], facts: dict[int, list[dict[str, Any]]], settings: Settings, machine: Machine
+) -> list[RanksRow]:
+    rows: list[RanksRow] = []
+    for n, found in times.items():
+        # [step][rank]; a step takes as long as its slowest rank
+        steps = [list(ranks) for turn in found for ranks in zip(*turn, strict=True)]
+        whole = [1000 * max(rank["step"] for rank in ranks) for ranks in steps]
+        parts = {
+            part: max(1000 * float(np.mean([ranks[r].get(part, 0.0) for ranks in steps])) for r in range(n))
+            for part in PARTS
+        }
+        most = max(facts[n], key=lambda fact: fact["state_bytes"])
+        mean = float(np.mean(whole))
+        rows.append(
+            RanksRow(
+                optimizer=name,
+                ranks=n,
+                median_ms=float(np.median(whole)),
+                mean_ms=mean,
+                speedup=(rows[0].mean_ms if rows else mean) / mean,
+                statistics_ms=parts["statistics"],
+                roots_ms=parts["roots"],
+                apply_ms=parts["apply"],
+                communication_ms=parts["communication"],
+                **most,
+                steps=len(whole),
+                interval=settings.interval,
+                dtype=machine.dtype,
+                threads=machine.threads or 1,
+                device=machine.device,
+            )
+        )
+    return rows
+
+
+class Team:
+    """Processes that answer a word together."""
+
+    def __init__(self, pipes: list[Connection]) -> None:
+        self._pipes = pipes
+
+    def call(self, word: str) -> list[Any]:
+        """What each rank answers.
+
+        Raises:
+            ConfigError: a rank failed, or does not answer.
+        """
+        for pipe in self._pipes:
+            pipe.send(word)
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                answers.append(pipe.recv() if pipe.poll(PATIENCE) else "does not answer")
+            except EOFError:
+                answers.append("is gone")
+            if isinstance(answers[-1], str):
+                raise ConfigError(f"--ranks {len(self._pipes)}: rank {rank} {answers[-1]}")
+        return answers
+
+
+@contextmanager
+def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> Iterator[Team]:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        try:
+            for rank in range(count):
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=_rank, args=(there, rank, count, str(Path(folder) / "store"), *job), daemon=True
+                )
+                process.start()
+                there.close()
+                pipes.append(here)
+                processes.append(process)
+            yield Team(pipes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _rank(
+    pipe: Connection, rank: int, count: int, store: str, what: Any, name: str, settings: Settings, machine: Machine
+) -> None:
+    """One process: answers until it is ended."""
+    try:
+        torch.set_num_threads(machine.threads or 1)
+        device = torch.device(machine.device, rank) if machine.device == "cuda" else torch.device("cpu")
+        if count > 1:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=count,
+                timeout=datetime.timedelta(seconds=PATIENCE),
+            )
+        workload = workload_of(what, 1, getattr(torch, machine.dtype), device)
+        optimizer = enter(name, workload.copies(), settings, settings.interval)
+        assert isinstance(optimizer, KroneckerOptimizer)
+        clock = Clock(device)
+        optimizer.phase = phases = Phases(clock)
+        while True:
+            word = pipe.recv()
+            if word == "facts":
+                pipe.send(_facts(optimizer, workload.name))
+                continue
+            found = []
+            for _ in range(WARM_UP if word == "warm" else settings.interval):
+                if count > 1:
+                    dist.barrier()
+                phases.take()
+                seconds = clock.seconds(optimizer.step)
+                found.append(phases.take() | {"step": seconds})
+            pipe.send(found)
+    except EOFError:
+        return
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(f"failed: {str(error).splitlines()[0]}")
+
+
+def _facts(optimizer: KroneckerOptimizer, name: str) -> dict[str, Any]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    factors = {p: {k: x for k, x in state.items() if is_factor(k)} for p, state in optimizer.state.items()}
+    return {
+        "state_bytes": state_bytes(optimizer.state),
+        "factor_bytes": state_bytes(factors),
+        "bytes_received": optimizer.bytes_received,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in params),
+        "parameters": sum(p.numel() for p in params),
+        "set": name,
+    }
