@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast, overload
@@ -33,8 +33,9 @@ from caspr_cli.optim.options import OPTIONS, SMALLEST_EPS_FLOAT32, Group, valida
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.rooms import Rooms
+from caspr_cli.optim.rows import Piece, Route, check_placements, distribute, is_counted, is_sharded, local
 from caspr_cli.optim.schedule import phases
-from caspr_cli.optim.shard import Loads, Parcel, Post, agree, collect, world_size
+from caspr_cli.optim.shard import Exchange, Loads, Parcel, Post, agree, collect, summed, world_size
 from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack, Storage, build_stacks, other_blocks, sent
 from caspr_cli.optim.statistics import accumulate, per_block
 
@@ -60,6 +61,8 @@ class KroneckerOptimizer(Optimizer):
         self._rooms = Rooms()
         self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
         self._posts: dict[torch.device, Post] = {}
+        self._routes: dict[Tensor, Route] = {}  # of those whose rows are divided among ranks
+        self._exchanges: dict[tuple[str, torch.device], Exchange] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, with factors of their own: a view would take its whole stack along."""
@@ -83,6 +86,7 @@ class KroneckerOptimizer(Optimizer):
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters but got {p.dtype}")
+                check_placements(p, world_size())
         except Exception:
             self.param_groups.pop()
             raise
@@ -92,9 +96,14 @@ class KroneckerOptimizer(Optimizer):
 
         torch casts every floating tensor of the state to its parameter's type (pytorch issue 43706), which
         would round float32 factors of a bfloat16 parameter. Hooks of the user see what they see in torch: this
-        acts on what the last of their pre-hooks gives, and before the first of their post-hooks.
+        acts on what the last of their pre-hooks gives, and before the first of their post-hooks. Moments of a
+        parameter of ``fully_shard`` may be whole: each rank takes its rows.
         """
         given: list[dict[str, Any]] = []
+
+        def take(_: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
+            given.append(self._with_own_rows(content))
+            return given[-1]
 
         def restore(_: Optimizer) -> None:
             saved = (i for group in given[-1]["param_groups"] for i in group["params"])
@@ -107,7 +116,7 @@ class KroneckerOptimizer(Optimizer):
                         self.state[p][name] = value.to("cpu", torch.float32)
 
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
+            self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ]
         try:
@@ -115,7 +124,20 @@ class KroneckerOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._owners, self._shares, self._divided = {}, {}, 0
+        self._owners, self._shares, self._routes, self._divided = {}, {}, {}, 0
+
+    def _with_own_rows(self, content: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict, with this rank's rows of moments that were saved whole; torch compares the groups later."""
+        mine = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in content["param_groups"] for i in group["params"]]
+        state = dict(content["state"])
+        for i, p in zip(saved, mine, strict=False):
+            if is_sharded(p):
+                state[i] = {
+                    name: distribute(value, p, dist.get_rank()) if is_whole(name, value, p) else value
+                    for name, value in state.get(i, {}).items()
+                }
+        return content | {"state": state}
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, and whole: where ranks share the work it holds the statistics and roots of all of them.
@@ -175,13 +197,18 @@ class KroneckerOptimizer(Optimizer):
         for index in [i for i in self._stacks if i >= len(self.param_groups)]:
             del self._stacks[index]
         self._divide()
-        works = []
+        given: dict[int, dict[Tensor, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
-            grads = {p: -p.grad if group["maximize"] else p.grad for p in group["params"] if p.grad is not None}
+            grads = {p: local(p.grad) for p in group["params"] if p.grad is not None}
             if grads:
-                works.append(self._prepare(index, group, grads))
+                given[index] = {p: -G for p, G in grads.items()} if group["maximize"] else grads
+        norms = norms_of_rows({p: G for grads in given.values() for p, G in grads.items() if is_sharded(p)})
+        works = [self._begin(index, self.param_groups[index], grads, norms) for index, grads in given.items()]
+        lengths = self._deal(works) if norms else {}
+        for work in works:
+            self._prepare(work)
         shared = [work for work in works if work.layouts and self._is_shared(work.group)]
-        updates = self._send(shared) if shared else None
+        updates = self._send(shared, lengths) if shared else None
         for work in works:
             if work.rest:
                 diagonal_step(work.rest, [work.grads[p] for p in work.rest], self.state, work.group)
@@ -196,6 +223,12 @@ class KroneckerOptimizer(Optimizer):
     def ranks(self) -> int:
         """How many ranks share the work: each has statistics and roots of its own blocks alone."""
         return self._divided or 1
+
+    @property
+    def bytes_received(self) -> int:
+        """By this rank in the last step, its own share included."""
+        carriers: list[Post | Exchange] = [*self._posts.values(), *self._exchanges.values()]
+        return sum(carrier.moved for carrier in carriers)
 
     @staticmethod
     def preconditions(p: Tensor, group: Group) -> bool:
@@ -239,7 +272,7 @@ class KroneckerOptimizer(Optimizer):
 
     @staticmethod
     def _is_shared(group: Group) -> bool:
-        return group["shard"] == "auto" and world_size() > 1
+        return (group["shard"] == "auto" and world_size() > 1) or any(map(is_sharded, group["params"]))
 
     def _divide(self) -> None:
         """Where there are several ranks: give each block an owner, and keep of the state what this rank owns."""
@@ -256,6 +289,8 @@ class KroneckerOptimizer(Optimizer):
         for _, group, p in new:
             mine = {s: [j for j, r in enumerate(ranks) if r == rank] for s, ranks in self._owners[p].items()}
             self._shares[p] = self.layout(p, group).only(mine)
+            if is_sharded(p):
+                self._routes[p] = Route.of(p, self.layout(p, group), self._owners[p], rank)
         if not self._divided:
             for _, group, p in new:
                 self._keep_own(p, self.layout(p, group))
@@ -330,45 +365,100 @@ class KroneckerOptimizer(Optimizer):
                 stack.interval = group["interval"]
         return stacks
 
-    def _prepare(self, index: int, group: Group, grads: dict[Tensor, Tensor]) -> Work:
-        """Statistics and roots, and what is left to do."""
+    def _begin(self, index: int, group: Group, grads: dict[Tensor, Tensor], norms: dict[Tensor, Tensor]) -> Work:
         for p in grads:
             self._init_state(p, group)
-        finite = Finite(grads, group)
-        matrices = [p for p in grads if self.preconditions(p, group)]
-        stacks = self._stacks_of(index, group, matrices)
-        with full_precision(matrices[0].device.type if matrices else "cpu"):
-            if matrices:
-                self._statistics(stacks, group, matrices, grads, finite.norms)
-            # What a step waits for (beside what solver="warm" and refresh_above ask), computed before the statistics.
-            for p in finite.others():
-                del grads[p]
-                self.state[p].setdefault("skipped", counter()).add_(1)
-            steps = {p: int(self.state[p]["step"].item()) + 1 for p in matrices if p in grads}
-            ready = {p: self.layout(p, group) for p, t in steps.items() if t >= group["start_step"]}
-            shares = {p: self.share(p, group) for p in ready}
-            work = Work(group, grads, steps, ready, shares, stacks, [p for p in grads if p not in ready])
-            if ready:
-                self._refresh(work)
-        return work
+        finite = Finite(grads, group, norms)
+        steps = {p: int(self.state[p]["step"].item()) + 1 for p in grads if self.preconditions(p, group)}
+        return Work(group, grads, steps, self._stacks_of(index, group, list(steps)), finite)
 
-    def _statistics(
-        self,
-        stacks: list[Stack],
-        group: Group,
-        params: list[Tensor],
-        grads: dict[Tensor, Tensor],
-        norms: dict[Tensor, Tensor],
-    ) -> None:
+    def _settle(self, work: Work) -> None:
+        """Leave out what is not finite. What a step waits for, beside what solver="warm" and refresh_above ask."""
+        group = work.group
+        for p in work.finite.others():
+            del work.grads[p]
+            self.state[p].setdefault("skipped", counter()).add_(1)
+        ready = [p for p, t in work.steps.items() if p in work.grads and t >= group["start_step"]]
+        work.layouts = {p: self.layout(p, group) for p in ready}
+        work.shares = {p: self.share(p, group) for p in ready}
+        work.rest = [p for p in work.grads if p not in work.layouts]
+        work.settled = True
+
+    def _deal(self, works: list[Work]) -> dict[Tensor, Tensor]:
+        """Rows of gradients and momenta, from the ranks that hold them to those that own their blocks.
+
+        Returns:
+            how long the rows of the graft's steps are that this rank holds.
+        """
+        lengths: dict[Tensor, Tensor] = {}
+        letters: list[tuple[dict[Tensor, Rows], Tensor, Tensor]] = []
+        for work in works:
+            self._settle(work)
+            for chunk in chunks([p for p in work.layouts if p in self._routes]):
+                lengths |= self._moments(chunk, work)
+            due, momentum = self._due(work), work.group["precondition"] == "momentum"
+            for p in (p for p in work.steps if p in work.grads and p in self._routes):
+                if p in due or (p in work.layouts and not momentum):
+                    letters.append((work.gradients, p, work.grads[p]))
+                if p in work.layouts and momentum:
+                    letters.append((work.momenta, p, local(self.state[p]["exp_avg"])))
+        exchanges: dict[torch.device, Exchange] = {}
+        outgoing, incoming = [], []
+        for into, p, tensor in letters:
+            route = self._routes[p]
+            exchange = exchanges.setdefault(p.device, self._exchange("inputs", p.device))
+            merged = tensor.reshape(route.layout.shape)
+            outgoing += [
+                (exchange, exchange.to(x.owner, x.shape, tensor.dtype), merged[x.cut])
+                for x in route.held
+                if x.same_copy
+            ]
+            arriving = [(x, exchange.of(x.holder, x.shape, tensor.dtype)) for x in route.owned if x.same_copy]
+            incoming.append((into, p, exchange, arriving))
+        for exchange in exchanges.values():
+            exchange.open()
+        copy([e.mine(parcel) for e, parcel, _ in outgoing], [rows for *_, rows in outgoing])
+        with self.phase("communication"):
+            for exchange in exchanges.values():
+                exchange.send()
+            for exchange in exchanges.values():
+                exchange.wait()
+        for into, p, exchange, arriving in incoming:
+            into[p] = [(x, exchange.read(parcel)) for x, parcel in arriving]
+        for exchange in exchanges.values():
+            exchange.clear()
+        return lengths
+
+    def _exchange(self, use: str, device: torch.device) -> Exchange:
+        return self._exchanges.setdefault((use, device), Exchange(device))
+
+    def _prepare(self, work: Work) -> None:
+        """Statistics and roots."""
+        with full_precision(next((p.device.type for p in work.steps), "cpu")):
+            if work.steps:
+                self._statistics(work)
+            if not work.settled:  # after the statistics, which were queued after the question
+                self._settle(work)
+            if work.layouts:
+                self._refresh(work)
+
+    @staticmethod
+    def _due(work: Work) -> set[Tensor]:
+        """The parameters whose gradient enters the statistics."""
+        every, start = work.group["statistics_interval"], work.group["start_step"]
+        return {p for p, t in work.steps.items() if p in work.grads and (t - start) % every == 0}
+
+    def _statistics(self, work: Work) -> None:
         """Of all blocks that have a gradient, at every ``statistics_interval``-th step."""
+        group, norms, due = work.group, work.finite.norms, self._due(work)
+        grads: dict[Tensor, Tensor | Rows] = {**work.grads, **work.gradients}
         every = group["statistics_interval"]
-        due = {p for p in params if every == 1 or (int(self.state[p]["step"]) + 1 - group["start_step"]) % every == 0}
         beta, weight = 1.0, float(every)
         if group["statistics"] == "ema":
             beta = group["betas"][1] ** every
             weight = 1 - beta
         with self.phase("statistics"):
-            for stack in stacks:
+            for stack in work.stacks:
                 for members, rows in stack.chunks([p for p in stack.rows if p in due]):
                     X, _ = self._rooms.blocks(stack, rows)
                     fill(X, members, {p: self.share(p, group) for p in members}, grads)
@@ -414,17 +504,24 @@ class KroneckerOptimizer(Optimizer):
                         pieces[p][stack.shape] = at[p].clone()
         self._finish(pieces, lengths, work)
 
-    def _send(self, works: list[Work]) -> Updates:
-        """U of the blocks that this rank owns, on its way to all ranks."""
-        updates = Updates(places={}, lengths={})
+    def _send(self, works: list[Work], lengths: dict[Tensor, Tensor]) -> Updates:
+        """U of the blocks that this rank owns, on its way to all ranks, or to those that hold its rows."""
+        divided = {p for work in works for p in work.layouts if p in self._routes}
+        updates = Updates(places={}, lengths=lengths, counted=set(divided))
         for work in works:
             for p, layout in work.layouts.items():
+                if p in divided:
+                    dtype, route = work.group["gather_dtype"] or factor_dtype(p, work.group), self._routes[p]
+                    exchange = updates.exchanges.setdefault(p.device, self._exchange("updates", p.device))
+                    updates.outgoing[p] = [exchange.to(x.holder, x.shape, dtype) for x in route.owned]
+                    updates.incoming[p] = [exchange.of(x.owner, x.shape, dtype) for x in route.held]
+                    continue
                 post = updates.posts.setdefault(p.device, self._posts.setdefault(p.device, Post(p.device)))
                 dtype = work.group["gather_dtype"] or factor_dtype(p, work.group)
                 for shape in layout.parts:
                     updates.places[p, shape] = [post.room(owner, shape, dtype) for owner in self._owners[p][shape]]
-        for post in updates.posts.values():
-            post.open()
+        for carrier in updates.carriers:
+            carrier.open()
         for work in works:
             for stack in work.stacks:
                 for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
@@ -432,15 +529,27 @@ class KroneckerOptimizer(Optimizer):
                     updates.counted.update(members)
                     with self.phase("apply"), full_precision(stack.scale.device.type):
                         U = self._precondition(stack, members, rows, work)
-                    targets = [
-                        updates.posts[p.device].mine(updates.places[p, stack.shape][number])
-                        for p in members
-                        for number in work.shares[p].numbers[stack.shape]
-                    ]
-                    torch._foreach_copy_(targets, list(U.unbind()))
-        for post in updates.posts.values():
-            post.send()
+                    self._address(U, stack, members, work, updates)
+        for carrier in updates.carriers:
+            carrier.send()
         return updates
+
+    def _address(self, U: Tensor, stack: Stack, members: list[Tensor], work: Work, updates: Updates) -> None:
+        """U of these parameters' blocks ``[k, d_1, ..., d_k]`` into what is sent."""
+        targets, sources, blocks = [], [], iter(U.unbind())
+        for p in members:
+            mine = [next(blocks) for _ in work.shares[p].numbers[stack.shape]]
+            if p in updates.outgoing:
+                exchange = updates.exchanges[p.device]
+                parcels = zip(self._routes[p].owned, updates.outgoing[p], strict=True)
+                here = [(x, exchange.mine(parcel)) for x, parcel in parcels if x.block == stack.shape]
+                targets += [room for _, room in here]
+                sources += [mine[x.number][x.rows] for x, _ in here]
+            else:
+                post, places = updates.posts[p.device], updates.places[p, stack.shape]
+                targets += [post.mine(places[number]) for number in work.shares[p].numbers[stack.shape]]
+                sources += mine
+        torch._foreach_copy_(targets, sources)
 
     def _receive(self, works: list[Work], updates: Updates) -> None:
         """The other ranks' U, and what follows: the same on all ranks. What needs no U is done while it travels."""
@@ -448,14 +557,29 @@ class KroneckerOptimizer(Optimizer):
             for chunk in chunks([p for p in work.layouts if p not in updates.counted]):
                 updates.lengths |= self._moments(chunk, work)
         with self.phase("communication"):
-            for post in updates.posts.values():
-                post.wait()
+            lengths = self._lengths_of_rows(updates)
+            for carrier in updates.carriers:
+                carrier.wait()
         for work in works:
-            for chunk in chunks(list(work.layouts)):
+            for chunk in chunks([p for p in work.layouts if p not in updates.outgoing]):
                 pieces = {p: updates.of(p, work.layouts[p], factor_dtype(p, work.group)) for p in chunk}
                 self._finish(pieces, {p: n for p, n in updates.lengths.items() if p in pieces}, work)
-        for post in updates.posts.values():
-            post.clear()
+            for chunk in chunks([p for p in work.layouts if p in updates.outgoing]):
+                pieces = {p: updates.rows(p, self._routes[p], factor_dtype(p, work.group)) for p in chunk}
+                wanted = {p: lengths[p][0] for p in chunk if p in lengths}
+                self._finish(pieces, wanted, work, [lengths[p][1] for p in wanted])
+        for carrier in updates.carriers:
+            carrier.clear()
+
+    def _lengths_of_rows(self, updates: Updates) -> dict[Tensor, Tensor]:
+        """Of each parameter that is divided by rows the length ``[2]`` of the graft's step and of U, over all ranks."""
+        squares = {}
+        for p in (p for p in updates.outgoing if p in updates.lengths):
+            D = updates.lengths[p].square() * is_counted(p)
+            parcels = zip(updates.outgoing[p], self._routes[p].owned, strict=True)
+            norms = frobenius([updates.exchanges[p.device].mine(parcel) for parcel, x in parcels if x.same_copy])
+            squares[p] = torch.stack([D, torch.stack(norms).square().sum() if norms else torch.zeros_like(D)])
+        return {p: total.sqrt() for p, total in summed(squares).items()}
 
     def _moments(self, params: list[Tensor], work: Work) -> dict[Tensor, Tensor]:
         """Count the step, update the moments, and say how long the graft's step is; no length without a graft."""
@@ -465,12 +589,13 @@ class KroneckerOptimizer(Optimizer):
         (beta1, beta2), graft = group["betas"], group["graft"]
         grads, steps = [work.grads[p] for p in params], [s["step"] for s in states]
         first = group["precondition"] == "momentum"
-        moments = [s["exp_avg_sq"] for s in states] if needs_second_moment(graft) else []
-        exp_avg = [s["exp_avg"] for s in states]
-        if graft == "adam" and first and all(map(fusible, params, grads, exp_avg, moments)):
-            sizes = [p.numel() for p in params]
-            room = self._rooms.flat("graft", sum(sizes), params[0]).zero_().split(sizes)
-            like = [x.view(p.shape) for x, p in zip(room, params, strict=True)]
+        moments = [local(s["exp_avg_sq"]) for s in states] if needs_second_moment(graft) else []
+        exp_avg = [local(s["exp_avg"]) for s in states]
+        here = [local(p) for p in params]
+        if graft == "adam" and first and all(map(fusible, here, grads, exp_avg, moments)):
+            sizes = [w.numel() for w in here]
+            room = self._rooms.flat("graft", sum(sizes), here[0]).zero_().split(sizes)
+            like = [x.view(w.shape) for x, w in zip(room, here, strict=True)]
             lengths = adam_length(like, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
             return dict(zip(params, lengths, strict=True))
         torch._foreach_add_(steps, 1)
@@ -489,12 +614,14 @@ class KroneckerOptimizer(Optimizer):
         """U of these parameters' blocks, ``[k, d_1, ..., d_k]``, of the bias-corrected momentum or of the gradient."""
         group = work.group
         X, spare = self._rooms.blocks(stack, rows)
+        inputs: dict[Tensor, Tensor | Rows]
         if group["precondition"] == "momentum":
-            fill(X, members, work.shares, {p: self.state[p]["exp_avg"] for p in members})
+            inputs = {**{p: self.state[p]["exp_avg"] for p in members}, **work.momenta}
             weights = [1 - group["betas"][0] ** work.steps[p] for p in members]
         else:
-            fill(X, members, work.shares, work.grads)
+            inputs = {**work.grads, **work.gradients}
             weights = [1.0] * len(members)
+        fill(X, members, work.shares, inputs)
         factor = stack.input_scale(group)[rows].reciprocal()
         if len(set(weights)) == 1:
             factor = factor / weights[0]
@@ -507,29 +634,43 @@ class KroneckerOptimizer(Optimizer):
         X.mul_(per_block(factor, X))
         return precondition(X, spare, stack, rows, group)
 
-    def _finish(self, pieces: dict[Tensor, dict[Shape, Tensor]], lengths: dict[Tensor, Tensor], work: Work) -> None:
-        """Graft, momentum where it comes after, decay, weights. ``pieces[p]`` are p's U by block shape."""
+    def _finish(
+        self,
+        pieces: dict[Tensor, dict[Shape, Tensor]],
+        lengths: dict[Tensor, Tensor],
+        work: Work,
+        known: list[Tensor] | None = None,
+    ) -> None:
+        """Graft, momentum where it comes after, decay, weights. ``pieces[p]`` are p's U by block shape, or its rows.
+
+        Args:
+            known: the norms of U where a piece is of rows.
+        """
         if not pieces:
             return
-        group, params = work.group, list(pieces)
+        group, params = work.group, {p: local(p) for p in pieces}
+        layouts = {p: self._routes[p].layout if p in self._routes else work.layouts[p] for p in pieces}
         beta1, lr = group["betas"][0], float(group["lr"])
         if lengths:
-            transfer_length([list(pieces[p].values()) for p in params], [lengths[p] for p in params])
+            transfer_length([list(U.values()) for U in pieces.values()], [lengths[p] for p in pieces], known)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(list(params.values()), 1 - lr * group["weight_decay"])
         if group["precondition"] == "momentum":
-            targets, sources = placed(pieces, work.layouts, {p: p for p in params})
+            targets, sources = placed(pieces, layouts, params)
             torch._foreach_add_(targets, sources, alpha=-lr)
             return
         # Until start_step this buffer was the diagonal method's momentum, of raw gradients: begin anew.
-        exp_avg = {p: self.state[p]["exp_avg"] for p in params}
+        exp_avg = {p: local(self.state[p]["exp_avg"]) for p in params}
         ages = [work.steps[p] - group["start_step"] + 1 for p in params]
         if fresh := [m for m, age in zip(exp_avg.values(), ages, strict=True) if age == 1]:
             torch._foreach_zero_(fresh)
-        targets, sources = placed(pieces, work.layouts, exp_avg)
+        targets, sources = placed(pieces, layouts, exp_avg)
         torch._foreach_lerp_(targets, [u.to(m.dtype) for u, m in zip(sources, targets, strict=True)], 1 - beta1)
         updates = torch._foreach_div(list(exp_avg.values()), [1 - beta1**age for age in ages])
-        torch._foreach_add_(params, updates, alpha=-lr)
+        torch._foreach_add_(list(params.values()), updates, alpha=-lr)
+
+
+Rows = list[tuple[Piece, Tensor]]  # what arrived of a parameter's rows
 
 
 @dataclass
@@ -537,12 +678,16 @@ class Work:
     """One step of one param group."""
 
     group: Group
-    grads: dict[Tensor, Tensor]
+    grads: dict[Tensor, Tensor]  # what is here of them
     steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
-    layouts: dict[Tensor, Layout]  # of those that are past ``start_step``
-    shares: dict[Tensor, Layout]  # of these, the blocks that are this rank's
     stacks: list[Stack]
-    rest: list[Tensor]  # those that the graft method takes
+    finite: Finite
+    settled: bool = False  # whether it is known what is finite
+    layouts: dict[Tensor, Layout] = field(default_factory=dict)  # of those that are past ``start_step``
+    shares: dict[Tensor, Layout] = field(default_factory=dict)  # of these, the blocks that are this rank's
+    rest: list[Tensor] = field(default_factory=list)  # those that the graft method takes
+    gradients: dict[Tensor, Rows] = field(default_factory=dict)  # of blocks that are this rank's, by parameter
+    momenta: dict[Tensor, Rows] = field(default_factory=dict)
 
 
 @dataclass
@@ -553,6 +698,20 @@ class Updates:
     lengths: dict[Tensor, Tensor]  # of the graft's steps
     counted: set[Tensor] = field(default_factory=set)  # parameters whose moments are those of this step
     posts: dict[torch.device, Post] = field(default_factory=dict)
+    exchanges: dict[torch.device, Exchange] = field(default_factory=dict)
+    outgoing: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # for what a route's owner sends
+    incoming: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # and what its holder gets
+
+    @property
+    def carriers(self) -> list[Post | Exchange]:
+        return [*self.posts.values(), *self.exchanges.values()]
+
+    def rows(self, p: Tensor, route: Route, dtype: torch.dtype) -> dict[Shape, Tensor]:
+        """Those that this rank holds, as one block."""
+        U = torch.empty(route.layout.shape, dtype=dtype, device=p.device)
+        arrived = [self.exchanges[p.device].read(parcel) for parcel in self.incoming[p]]
+        copy([U[x.cut] for x in route.held], arrived)
+        return {route.layout.shape: U}
 
     def of(self, p: Tensor, layout: Layout, dtype: torch.dtype) -> dict[Shape, Tensor]:
         """By block shape ``[blocks, ...]``."""
@@ -567,12 +726,19 @@ def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """A few at a time, so that they stay in the cache."""
     run: list[Tensor] = []
     for p in params:
-        if run and sum(q.numel() for q in run) + p.numel() > (CHUNK_CPU if p.device.type == "cpu" else CHUNK):
+        if run and sum(local(q).numel() for q in run) + local(p).numel() > (
+            CHUNK_CPU if p.device.type == "cpu" else CHUNK
+        ):
             yield run
             run = []
         run.append(p)
     if run:
         yield run
+
+
+def is_whole(name: str, value: object, p: Tensor) -> bool:
+    """Whether this entry of a state has a number for each of p's, and all of them are here."""
+    return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
 
 
 def is_factor(name: str) -> bool:
@@ -596,15 +762,16 @@ class Finite:
     above 256.)
     """
 
-    def __init__(self, grads: dict[Tensor, Tensor], group: Group) -> None:
+    def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
+        """``known``: norms of gradients that are not here as a whole."""
         self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
         self._answers: list[tuple[list[Tensor], Tensor]] = []
         self._events: list[torch.cuda.Event] = []
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
         for p in grads:
-            kinds[p.device, p.dtype].append(p)
-        for (device, dtype), params in kinds.items():
-            norms = torch.stack(frobenius([grads[p] for p in params]))
+            kinds[p.device, p.dtype, p in known].append(p)
+        for (device, dtype, is_known), params in kinds.items():
+            norms = torch.stack([known[p] for p in params] if is_known else frobenius([grads[p] for p in params]))
             limit = torch.finfo(factor_dtype(params[0], group)).max
             if needs_second_moment(group["graft"]) and dtype != torch.float16:
                 limit = min(limit, math.sqrt(torch.finfo(dtype).max))
@@ -627,10 +794,34 @@ class Finite:
         ]
 
 
-def fill(X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: dict[Tensor, Tensor]) -> None:
-    """Copy the blocks of each parameter's tensor to their place in X ``[k, d_1, ..., d_k]``."""
-    sources = [b for p in members for b in layouts[p].views(tensors[p], tuple(X.shape[1:]))]
-    torch._foreach_copy_(list(X.unbind()), sources)
+def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Frobenius norms of tensors like DTensors, of which each rank has some rows: a collective."""
+    squares = [norm.square() for norm in frobenius(list(rows.values()))]
+    own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
+    return {p: total.sqrt() for p, total in summed(own).items()}
+
+
+def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def fill(
+    X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: Mapping[Tensor, Tensor | Rows]
+) -> None:
+    """Copy the blocks of each parameter's tensor, or their rows, to their place in X ``[k, d_1, ..., d_k]``."""
+    shape, rooms = tuple(X.shape[1:]), iter(X.unbind())
+    targets, sources = [], []
+    for p in members:
+        blocks, tensor = [next(rooms) for _ in layouts[p].blocks[shape]], tensors[p]
+        if isinstance(tensor, Tensor):
+            targets += blocks
+            sources += layouts[p].views(tensor, shape)
+        else:
+            here = [(x, rows) for x, rows in tensor if x.block == shape]
+            targets += [blocks[x.number][x.rows] for x, _ in here]
+            sources += [rows for _, rows in here]
+    torch._foreach_copy_(targets, sources)
 
 
 def placed(
@@ -642,7 +833,7 @@ def placed(
         layout, whole = layouts[p], into[p]
         if list(shapes) == [layout.shape]:  # one block
             targets.append(whole)
-            sources.append(shapes[layout.shape].view(p.shape))
+            sources.append(shapes[layout.shape].view(whole.shape))
         elif whole.is_contiguous():
             targets += [view for shape in shapes for view in layout.views(whole, shape)]
             sources += [block for blocks in shapes.values() for block in blocks.unbind()]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from caspr_cli.optim.rows import local
+
 GRAFTS = ("adam", "rmsprop", "sgd", "none")
 
 
@@ -20,13 +22,15 @@ def frobenius(tensors: list[Tensor]) -> list[Tensor]:
 
     On a CPU a norm in float64 takes three times as long as one in float32, so only those are taken that need it.
     """
+    if not tensors:
+        return []
     if any(t.device.type != "cpu" or t.dtype == torch.float64 for t in tensors):
         return list(torch._foreach_norm(tensors, dtype=torch.float64))
     norms = [n.double() for n in torch._foreach_norm(tensors, dtype=torch.float32)]
     least, most = SAFE_NORMS
     return [
         n if least < value < most else torch.linalg.vector_norm(t, dtype=torch.float64)
-        for n, value, t in zip(norms, torch.stack(norms).tolist() if norms else [], tensors, strict=True)
+        for n, value, t in zip(norms, torch.stack(norms).tolist(), tensors, strict=True)
     ]
 
 
@@ -98,16 +102,20 @@ def adam_length(
     return frobenius(room)
 
 
-def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor]) -> None:
+def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: list[Tensor] | None = None) -> None:
     """In place: the pieces of each update together get this Frobenius norm. A zero update stays zero.
 
     Args:
         lengths: 0-d, float64.
+        known: the norms that the updates have, where some of their pieces are elsewhere; otherwise they are computed.
     """
     for device in {length.device for length in lengths}:
         here = [i for i, length in enumerate(lengths) if length.device == device]
-        norms = iter(frobenius([u for i in here for u in updates[i]]))
-        have = torch.stack([torch.linalg.vector_norm(torch.stack([next(norms) for _ in updates[i]])) for i in here])
+        if known is None:
+            norms = iter(frobenius([u for i in here for u in updates[i]]))
+            have = torch.stack([torch.linalg.vector_norm(torch.stack([next(norms) for _ in updates[i]])) for i in here])
+        else:
+            have = torch.stack([known[i] for i in here])
         factors = torch.where(have > 0, torch.stack([lengths[i] for i in here]) / have, 0).unbind()
         pieces, repeated = [], []
         for i, factor in zip(here, factors, strict=True):
@@ -121,11 +129,16 @@ def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any]) -> None:
-    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW."""
+    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW.
+
+    Args:
+        grads: what is here of them.
+    """
     (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
-    exp_avg = [state[p]["exp_avg"] for p in params]
-    exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
+    exp_avg = [local(state[p]["exp_avg"]) for p in params]
+    exp_avg_sq = [local(state[p]["exp_avg_sq"]) for p in params] if needs_second_moment(graft) else []
     counters = [state[p]["step"] for p in params]
+    params = [local(p) for p in params]
     if graft == "adam":
         adamw(
             params,

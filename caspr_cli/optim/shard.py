@@ -2,7 +2,7 @@
 
 Under data parallelism every rank has the same gradients, so each computes the updates of its own blocks alone and gets
 the others' by one collective. A block's statistics and roots are on its owner; moments, a number a weight, are where
-the weights are.
+the weights are. Where these are divided by rows, rows go to the owner of a block and back (`rows` says which).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
+from caspr_cli.optim.rows import Holders, is_sharded, local
 from caspr_cli.optim.schedule import EIGH_FLOPS
 
 SHARDS = ("auto", "none")
@@ -81,11 +82,10 @@ class Post:
         self._ends = [0] * self.ranks
         self._sent = self._received = torch.empty(0, dtype=torch.uint8, device=device)
         self._work: Any = None
+        self.moved = 0  # bytes that each rank received in the last step
 
     def room(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
-        parcel = Parcel(owner, self._ends[owner], tuple(shape), dtype)
-        self._ends[owner] += -(-parcel.size // ALIGNED) * ALIGNED
-        return parcel
+        return _next(self._ends, owner, shape, dtype)
 
     @property
     def bytes(self) -> int:
@@ -106,6 +106,7 @@ class Post:
         """Start the collective; it runs beside what comes next."""
         length = max(self._ends)
         received, sent = self._received[: self.ranks * length], self._sent[:length]
+        self.moved = len(received)
         self._work = all_gather(received, sent, async_op=True)
 
     def wait(self) -> None:
@@ -117,6 +118,61 @@ class Post:
     def clear(self) -> None:
         """For the next step."""
         self._ends = [0] * self.ranks
+
+
+class Exchange:
+    """Tensors from some ranks to others in one collective.
+
+    Every rank says what it sends to whom and what it gets from whom; for any two ranks, in the same order on both.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sent = self._received = torch.empty(0, dtype=torch.uint8, device=device)
+        self._work: Any = None
+        self.moved = 0  # bytes that this rank received in the last step
+        self.clear()
+
+    def clear(self) -> None:
+        """For the next step."""
+        ranks = dist.get_world_size()
+        self._to, self._from = [0] * ranks, [0] * ranks  # bytes
+
+    def to(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+        return _next(self._to, rank, shape, dtype)
+
+    def of(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+        return _next(self._from, rank, shape, dtype)
+
+    def open(self) -> None:
+        """After all was said. Memory is kept from step to step."""
+        if len(self._sent) < sum(self._to):
+            self._sent = torch.zeros(sum(self._to), dtype=torch.uint8, device=self.device)
+        if len(self._received) < sum(self._from):
+            self._received = torch.empty(sum(self._from), dtype=torch.uint8, device=self.device)
+
+    def mine(self, parcel: Parcel) -> Tensor:
+        """To write to."""
+        return parcel.view(self._sent, sum(self._to[: parcel.owner]))
+
+    def send(self) -> None:
+        """Start the collective; it runs beside what comes next."""
+        received, sent = self._received[: sum(self._from)], self._sent[: sum(self._to)]
+        self.moved = len(received)
+        self._work = dist.all_to_all_single(received, sent, self._from, self._to, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+
+    def read(self, parcel: Parcel) -> Tensor:
+        return parcel.view(self._received, sum(self._from[: parcel.owner]))
+
+
+def _next(ends: list[int], rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    """Room at the end of a rank's segment."""
+    parcel = Parcel(rank, ends[rank], tuple(shape), dtype)
+    ends[rank] += -(-parcel.size // ALIGNED) * ALIGNED
+    return parcel
 
 
 @dataclass(frozen=True)
@@ -140,12 +196,13 @@ class Parcel:
 def agree(params: list[Tensor]) -> None:
     """Refuse to share the work on parameters that are not the same on all ranks.
 
-    Compares types, shapes, and smallest and largest entries, which do not depend on an order of summation. Once.
+    Compares types, shapes, and smallest and largest entries, which do not depend on an order of summation. Of what is
+    divided by rows, whether each rank has as many as it should. Once.
 
     Raises:
         ValueError: the same on all ranks.
     """
-    words = [(tuple(p.shape), str(p.dtype), [float(end) for end in torch.aminmax(p.detach())]) for p in params]
+    words = [(tuple(p.shape), str(p.dtype), _content(p)) for p in params]
     mine = hashlib.sha256(repr(words).encode()).hexdigest()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -154,6 +211,25 @@ def agree(params: list[Tensor]) -> None:
             f"parameters of rank {different[0]} are not those of rank 0, so ranks cannot share the work on them: "
             'wrap the model in DistributedDataParallel, or use shard="none" where ranks train different models'
         )
+
+
+def _content(p: Tensor) -> list[float]:
+    """What is the same on all ranks; of rows, nothing where there are as many as there should be."""
+    if not is_sharded(p):
+        return [float(end) for end in torch.aminmax(p.detach())]
+    rows, here = Holders.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
+    return [] if here.shape[0] == rows.stop - rows.start else [float(here.shape[0])]
+
+
+def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Over ranks, by one collective a device: numbers (float64, of one shape) that each has of its rows."""
+    totals: dict[Tensor, Tensor] = {}
+    for device in dict.fromkeys(p.device for p in squares):  # in the same order on all ranks
+        here = [p for p in squares if p.device == device]
+        total = torch.stack([squares[p] for p in here])
+        dist.all_reduce(total)
+        totals |= zip(here, total.unbind(), strict=True)
+    return totals
 
 
 Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]

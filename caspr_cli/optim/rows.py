@@ -1,0 +1,151 @@
+"""Parameters whose rows are divided among ranks, as `torch.distributed.fsdp.fully_shard` does it.
+
+Each rank holds some neighbouring rows. A block is preconditioned whole by the rank that owns it, so rows of gradients
+and momenta go from their holders to the owners, and rows of updates the other way: this module says which.
+Numbers are in `shard.Exchange`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
+
+from torch import Tensor
+
+from caspr_cli.optim.blocks import Layout, Shape
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor. (Importing them takes a second, and who has none need not wait for it.)"""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What is here of a tensor: all of it but of a DTensor. A view, and no communication."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def check_placements(p: Tensor, ranks: int) -> None:
+    """Refuse a DTensor that is not divided by rows among all ranks.
+
+    Raises:
+        ValueError: the same on all ranks.
+    """
+    if not is_sharded(p):
+        return
+    from torch.distributed.tensor import Replicate, Shard
+
+    rows = [x for x in p.placements if type(x) is Shard and x.dim == 0]
+    copies = [x for x in p.placements if isinstance(x, Replicate)]
+    everyone = sorted(p.device_mesh.mesh.flatten().tolist()) == list(range(ranks))
+    if len(rows) != 1 or len(rows) + len(copies) != len(p.placements) or not everyone:
+        placements = ", ".join(map(str, p.placements))
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} with placements ({placements}) over {p.device_mesh.size()} of "
+            f"{ranks} ranks cannot be preconditioned: use fully_shard over all ranks, which divides rows (Shard(0)), "
+            "or torch.optim.AdamW for it"
+        )
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Which rows of axis 0 each rank has, and which copy of the tensor they are part of (0 but for replicas)."""
+
+    rows: list[slice]
+    copy: list[int]
+
+    @classmethod
+    def of(cls, p: DTensor, size: int) -> Holders:
+        """
+        Args:
+            size: of axis 0, of p or of what its axes are merged to.
+        """
+        from torch.distributed.tensor import Shard
+
+        axis = next(i for i, x in enumerate(p.placements) if isinstance(x, Shard))
+        mesh = p.device_mesh.mesh.movedim(axis, -1).reshape(-1, p.device_mesh.shape[axis]).tolist()
+        rows, copy = [slice(0, 0)] * p.device_mesh.size(), [0] * p.device_mesh.size()
+        each = size // max(1, p.shape[0])  # of a row of p: axes that are merged are neighbours
+        for number, ranks in enumerate(mesh):
+            for rank, part in zip(ranks, shard_rows(p.shape[0], len(ranks)), strict=True):
+                rows[rank] = slice(part.start * each, part.stop * each)
+                copy[rank] = number
+        return cls(rows, copy)
+
+
+def shard_rows(size: int, ranks: int) -> list[slice]:
+    """Of each rank, as in torch: all have ceil(size / ranks) rows, until there are none left."""
+    each = -(-size // ranks)
+    return [slice(min(r * each, size), min((r + 1) * each, size)) for r in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Those rows of a block that one rank holds."""
+
+    holder: int
+    owner: int
+    same_copy: bool  # of the tensor: an owner asks its own copy alone for rows, and sends its updates to all
+    shape: Shape
+    block: Shape  # the shape of the block that it is part of,
+    number: int  # which one that is, of its owner's of this shape,
+    rows: slice  # and which of its rows these are
+    cut: tuple[slice, ...]  # its place in what the holder has
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the rows of a parameter go, seen from one rank."""
+
+    layout: Layout  # of what this rank holds: one block
+    held: list[Piece]  # that are here, of blocks that may be anybody's
+    owned: list[Piece]  # of blocks that are this rank's, and may be anywhere
+
+    @classmethod
+    def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> Route:
+        holders = Holders.of(p, layout.shape[0])
+        pieces = [x for x in all_pieces(layout, owners, holders) if rank in (x.holder, x.owner)]
+        mine = holders.rows[rank]
+        held = (mine.stop - mine.start, *layout.shape[1:])
+        here = Layout(held, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
+        return cls(here, [x for x in pieces if x.holder == rank], [x for x in pieces if x.owner == rank])
+
+
+def all_pieces(layout: Layout, owners: dict[Shape, list[int]], holders: Holders) -> list[Piece]:
+    """In an order that is the same on all ranks."""
+    pieces = []
+    for shape in layout.parts:
+        counts: dict[int, int] = defaultdict(int)
+        for block, owner in zip(layout.blocks[shape], owners[shape], strict=True):
+            for holder, mine in enumerate(holders.rows):
+                start, stop = max(block[0].start, mine.start), min(block[0].stop, mine.stop)
+                if start < stop:
+                    rows = slice(start - block[0].start, stop - block[0].start)
+                    cut = (slice(start - mine.start, stop - mine.start), *block[1:])
+                    same = holders.copy[holder] == holders.copy[owner]
+                    size = (stop - start, *shape[1:])
+                    pieces.append(Piece(holder, owner, same, size, shape, counts[owner], rows, cut))
+            counts[owner] += 1
+    return pieces
+
+
+def is_counted(p: Tensor) -> bool:
+    """Whether what this rank holds counts where something is summed over ranks: of replicas, the first alone."""
+    if not is_sharded(p):
+        return True
+    at = p.device_mesh.get_coordinate()
+    return at is not None and not any(i for i, x in zip(at, p.placements, strict=True) if x.is_replicate())
+
+
+def distribute(whole: Tensor, p: DTensor, rank: int) -> DTensor:
+    """This rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
+    from torch.distributed.tensor import DTensor
+
+    rows = whole[Holders.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
+    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
