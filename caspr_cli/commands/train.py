@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from dataclasses import dataclass, field, fields
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from socket import gethostname as host
 from typing import Any
 
 import hydra
@@ -12,7 +19,7 @@ import hydra._internal.hydra
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,8 +28,21 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import summary
-from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, Outcome, plan, preflight, run
+from caspr_cli.runs.launch import (
+    BAD_USAGE,
+    INTERRUPTED,
+    OK,
+    RUN_FAILED,
+    SOME_FAILED,
+    TERMINATED,
+    Outcome,
+    Place,
+    plan,
+    preflight,
+    run,
+)
 from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError
+from caspr_cli.runs.sweep import ENDED, EXTRAS, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -54,44 +74,90 @@ see      tensorboard --logdir outputs
 
 @dataclass
 class Session:
-    """What the jobs of one command line came to."""
+    """One command line. It goes through pickle to wherever its jobs run."""
 
     command: list[str]
-    outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
-    plans: list[int] = field(default_factory=list)  # exit codes of debug=plan
+    sweep: Sweep | None = None
+    only: Job | None = None  # what came of it where it is no sweep
+
+    @property
+    def here(self) -> bool:
+        """Whether jobs run in this process and may print."""
+        return self.sweep is None or self.sweep.here
+
+    def begin(self, parent: ExitStack, config: DictConfig | None = None, **other: Any) -> Callbacks:
+        """In place of Hydra's callbacks: none, and a look at the config before anything of it is built."""
+        if config is not None:
+            refuse_code(config)
+            if config.hydra.mode == hydra.types.RunMode.MULTIRUN:
+                self.sweep = Sweep.begin(config)
+                if not self.sweep.here:
+                    parent.enter_context(self.watch(self.sweep))
+        return Callbacks()
 
     def job(self, config: DictConfig) -> None:
-        """Called by Hydra for each job. Never raises: one job's end is no other's."""
-        sweep = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
-        name = HydraConfig.get().job.override_dirname.replace(",", " ") if sweep else ""
-        ended = [outcome.exit_code for _, outcome in self.outcomes[-1:]] + self.plans[-1:]
-        if any(code in (INTERRUPTED, TERMINATED) for code in ended):
-            return  # the sweep was told to stop
+        """Called by Hydra for each job, in whatever process."""
+        job = Job(1, list(HydraConfig.get().overrides.task))
+        if self.sweep is None:
+            self.only = self.run(config, job)
+        elif not self.sweep.asked():
+            if self.here:
+                say(f"\njob {HydraConfig.get().job.num + 1}: {' '.join(job.overrides)}")
+            else:
+                os.chdir(self.sweep.directory)
+            self.sweep.note(self.run(config, replace(job, number=HydraConfig.get().job.num + 1)))
+
+    def run(self, config: DictConfig, job: Job) -> Job:
+        """What came of a job. In a sweep nothing is raised: one job's end is no other's."""
         try:
             recipe = compose.freeze(config)
-            if sweep:
-                say(f"\njob {len(self.outcomes) + len(self.plans) + len(self.refused) + 1}: {name}")
             if recipe.debug == "plan":
-                self.plans.append(self.plan(recipe))
-                return
-            outcome = self.run(recipe, list(HydraConfig.get().overrides.task))
-            self.outcomes.append((name, outcome))
-            if outcome.exit_code == OK and not sweep:
+                return self.plan(recipe, job)
+            with self.sweep.place(recipe) if self.sweep else nullcontext(Place()) as place:
+                job = replace(job, state=STARTED, record=str(Record.of(recipe).path), host=host(), process=os.getpid())
+                if self.sweep:
+                    self.sweep.note(job)
+                outcome = self.launch(recipe, job, place)
+            if self.sweep and self.here and outcome.told:
+                self.sweep.ask(outcome.told)
+            return replace(job, state=ENDED, exit_code=outcome.exit_code, ran=outcome.ran)
+        except (ConfigError, RecordBusyError, RecordDamagedError) as error:
+            why = str(error)
+        except OmegaConfBaseException as error:
+            why = explain(error, keys_of(self.command), self.command)
+        except OSError as error:
+            why = f"output_dir={config.output_dir}: cannot write there: {error}"
+        except Exception as error:
+            if self.sweep is None:
+                raise
+            traceback.print_exc()
+            return replace(job, state=ENDED, exit_code=RUN_FAILED, why=f"{type(error).__name__}: {error}")
+        if self.here:
+            complain(why)
+        return replace(job, state=REFUSED, exit_code=BAD_USAGE, why=why)
+
+    def launch(self, recipe: Recipe, job: Job, place: Place) -> Outcome:
+        """Run it; where another job of the sweep does the same run, after that."""
+        if self.here:
+            self.announce(recipe, job.overrides)
+        while True:
+            try:
+                outcome = run(recipe, self.command, place)
+                break
+            except RecordBusyError:
+                if not (self.sweep and self.sweep.twin(job)) or self.sweep.asked():
+                    raise
+                time.sleep(LOOK)
+        if self.here:
+            for line in summary.footer(outcome):
+                say(line)
+            if outcome.exit_code == OK and self.sweep is None:
                 for line in summary.next_commands(recipe, self.command):
                     say(line)
-        except (ConfigError, RecordBusyError, RecordDamagedError) as error:
-            self.refuse(name, str(error))
-        except OmegaConfBaseException as error:
-            self.refuse(name, explain(error, keys_of(self.command), self.command))
-        except OSError as error:
-            self.refuse(name, f"output_dir={config.output_dir}: cannot write there: {error}")
+        return outcome
 
-    def refuse(self, name: str, why: str) -> None:
-        self.refused.append(f"{name}: {why}")
-        complain(why)
-
-    def run(self, recipe: Recipe, overrides: list[str]) -> Outcome:
+    @staticmethod
+    def announce(recipe: Recipe, overrides: list[str]) -> None:
         record = Record.of(recipe)
         todo = {"new": "new", "continue": "continues", "skip": "done", "failed": "failed before"}[plan(recipe, record)]
         say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} "
@@ -101,44 +167,77 @@ class Session:
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             say("start    importing torch and Lightning takes some seconds")
-        outcome = run(recipe, self.command)
-        for line in summary.footer(outcome):
-            say(line)
-        return outcome
 
-    @staticmethod
-    def plan(recipe: Recipe) -> int:
-        say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} scale={recipe.scale}  "
-            "(debug=plan: nothing is trained)")  # fmt: skip
-        return preflight(recipe)
+    def plan(self, recipe: Recipe, job: Job) -> Job:
+        head = (
+            f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} scale={recipe.scale}  "
+            "(debug=plan: nothing is trained)"
+        )
+        code, text = preflight(recipe)
+        job = replace(job, state=ENDED, exit_code=code, text=f"{head}\n{text}".rstrip())
+        if self.here:
+            say(job.text)
+        return job
 
-    def exit_code(self) -> int:
-        codes = [outcome.exit_code for _, outcome in self.outcomes] + self.plans + [BAD_USAGE] * len(self.refused)
-        if len(codes) == 1:
-            return codes[0]
-        say("")
-        for line in summary.table(self.outcomes) if self.outcomes else []:
-            say(line)
-        for line in self.refused:
-            say(f"refused  {line}")
-        stopped = [c for c in codes if c in (INTERRUPTED, TERMINATED)]
-        if stopped:
-            return stopped[0]
-        return SOME_FAILED if any(codes) else OK
+    @contextmanager
+    def watch(self, sweep: Sweep) -> Iterator[None]:
+        """Report jobs that run elsewhere, a line when one starts and when it ends."""
+        jobs = sweep.jobs()
+        names = dict(zip((job.number for job in jobs), summary.names(jobs), strict=True))
+
+        def name(job: Job) -> str:
+            return f"job {job.number}: {names.get(job.number) or ' '.join(job.overrides)}"
+
+        def ended(job: Job) -> None:
+            state, what, where = summary.result_of(job)
+            say("  ".join(part for part in (f"{state:<7}", name(job), what, where) if part))
+            if job.text:
+                say(job.text)
+
+        at_once = f", {sweep.at_once} at a time" if sweep.at_once else ""
+        say(f"caspr-train {__version__}  {len(jobs)} jobs{at_once} (hydra/launcher={sweep.launcher})")
+        with watching(sweep, lambda job: say(f"start    {name(job)}"), ended):
+            yield
+
+    def end(self, problem: str | None = None) -> int:
+        """Print what is left to say. Returns the exit code."""
+        if self.sweep is None:
+            if problem:
+                complain(problem)
+                return BAD_USAGE
+            return OK if self.only is None or self.only.exit_code is None else self.only.exit_code
+        asked, left = self.sweep.asked(), self.sweep.at_once is None and problem is not None
+        jobs = [
+            replace(job, state=LOST) if job.state == STARTED and (not left or self.sweep.lost(job)) else job
+            for job in self.sweep.jobs()
+        ]
+        self.sweep.end(whole=bool(asked) or not left)
+        began = any(job.state != WAITING for job in jobs)
+        if problem:
+            complain(problem)
+        if began and (len(jobs) > 1 or not self.here):
+            say("")
+            for line in summary.table(jobs):
+                say(line)
+        if asked:
+            return INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED
+        if not began:
+            return BAD_USAGE
+        codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
+        return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK
 
 
-class NoCallbacks(Callbacks):
-    """Hydra builds callbacks, launchers and sweepers from ``_target_``: a config would run code of its choosing."""
+def refuse_code(config: DictConfig) -> None:
+    """Hydra builds callbacks, launchers and sweepers from ``_target_``: a config would run code of its choosing.
 
-    def __init__(self, config: DictConfig | None = None, **other: Any) -> None:
-        if config is not None:
-            if config.hydra.callbacks:
-                raise ConfigError("hydra.callbacks would run code that a config chooses: not allowed")
-            for part in ("launcher", "sweeper"):
-                target = config.hydra[part]._target_
-                if not target.startswith(("hydra._internal.", "hydra_plugins.")):
-                    raise ConfigError(f"hydra.{part}._target_={target} is none of Hydra's own: not allowed")
-        super().__init__()
+    Jobs in other processes are composed from the same files by Hydra, which builds none of these there.
+    """
+    if config.hydra.callbacks:
+        raise ConfigError("hydra.callbacks would run code that a config chooses: not allowed")
+    for part in ("launcher", "sweeper"):
+        target = config.hydra[part]._target_
+        if not target.startswith(("hydra._internal.", "hydra_plugins.")):
+            raise ConfigError(f"hydra.{part}._target_={target} is none of Hydra's own: not allowed")
 
 
 def say(line: str) -> None:
@@ -199,22 +298,37 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
-    hydra._internal.hydra.Callbacks = NoCallbacks  # type: ignore[attr-defined]
     compose.register_schemas()
     session = Session(["caspr-train", *argv])
     decorated: Any = hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
     try:
         sys.argv[1:] = arrange(argv)
-        decorated(session.job)()
+        with ExitStack() as parent:
+            hydra._internal.hydra.Callbacks = partial(session.begin, parent)  # type: ignore
+            decorated(session.job)()
     except (HydraException, OmegaConfBaseException) as error:
-        complain(explain(error, keys_of(argv), argv))
-        return BAD_USAGE
+        return session.end(not_installed(error) or explain(error, keys_of(argv), argv))
     except (ConfigError, ValueError, OSError) as error:
-        complain(str(error).splitlines()[0])
-        return BAD_USAGE
+        return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
-        return INTERRUPTED
-    return session.exit_code() if session.outcomes or session.plans or session.refused else OK
+        if session.sweep is None:
+            return INTERRUPTED
+        session.sweep.ask(signal.SIGINT)
+    except Exception as error:
+        if session.here:
+            raise
+        chosen = session.sweep.launcher if session.sweep else ""
+        return session.end(f"hydra/launcher={chosen}: {type(error).__name__}: {error}".splitlines()[0])
+    return session.end()
+
+
+def not_installed(error: BaseException) -> str | None:
+    """How to get the launcher that was chosen, if that is what is missing."""
+    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    name = (missing or "").removeprefix("hydra/launcher/")
+    return (
+        f"hydra/launcher={name} is not installed: pip install 'caspr-cli[{EXTRAS[name]}]'" if name in EXTRAS else None
+    )
 
 
 def keys_of(argv: list[str]) -> DictConfig:

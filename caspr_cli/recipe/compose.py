@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from enum import Enum
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 # What does not change the numbers of a run, or is in the record's path already.
-NOT_IN_THE_NAME = ("seed", "resume", "output_dir")
+NOT_IN_THE_NAME = ("seed", "resume", "output_dir", "trainer.timeout", "trainer.rendezvous")
 
 
 def register_schemas() -> None:
@@ -72,9 +75,11 @@ def _build(plain: dict[str, Any]) -> Recipe:
 def _check(recipe: Recipe) -> None:
     """What types alone cannot say."""
     trainer, schedule = recipe.trainer, recipe.schedule
-    for name in ("devices", "max_steps", "val_every", "log_every", "accumulate"):
+    for name in ("devices", "nodes", "max_steps", "val_every", "log_every", "accumulate"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name} should be at least 1 but is {getattr(trainer, name)}")
+    if not trainer.timeout > 0:
+        raise ConfigError(f"trainer.timeout should be > 0 but is {trainer.timeout}")
     if trainer.workers < 0:
         raise ConfigError(f"trainer.workers should be at least 0 but is {trainer.workers}")
     if trainer.clip_norm is not None and not trainer.clip_norm > 0:
@@ -86,12 +91,15 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(
             f"schedule.warmup + schedule.decay should be at most 1 but is {schedule.warmup + schedule.decay:g}"
         )
-    parts = trainer.devices * trainer.accumulate
+    parts = trainer.devices * trainer.nodes * trainer.accumulate
     if recipe.task.batch_size < 1 or recipe.task.batch_size % parts:
+        nodes = " x trainer.nodes" if trainer.nodes > 1 else ""
         raise ConfigError(
-            f"task.batch_size should be a multiple of trainer.devices x trainer.accumulate = {parts} "
+            f"task.batch_size should be a multiple of trainer.devices{nodes} x trainer.accumulate = {parts} "
             f"but is {recipe.task.batch_size}"
         )
+    if trainer.rendezvous is not None and not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", trainer.rendezvous):
+        raise ConfigError(f"trainer.rendezvous should be HOST:PORT but is '{trainer.rendezvous}'")
     if not recipe.optim.lr >= 0:
         raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
     if not -(2**63) <= recipe.seed < 2**63:
@@ -133,7 +141,10 @@ def parse(text: str) -> Recipe:
 
 def identity(recipe: Recipe) -> str:
     """Eight hex digits that name the recipe, whatever its seed and wherever its record is."""
-    plain = {k: v for k, v in to_plain(recipe).items() if k not in NOT_IN_THE_NAME}
+    plain = to_plain(recipe)
+    for key in NOT_IN_THE_NAME:
+        *groups, name = key.split(".")
+        del reduce(getitem, groups, plain)[name]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 

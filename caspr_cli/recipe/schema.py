@@ -186,6 +186,11 @@ class LowDtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class Shard(Enum):
+    auto = "auto"  # ranks share the work: statistics and roots of a block are on one of them
+    none = "none"  # every rank does everything
+
+
 class Solver(Enum):
     auto = "auto"  # eigh on a CPU, newton on a GPU
     eigh = "eigh"  # eigendecomposition
@@ -223,6 +228,8 @@ class KroneckerConf(OptimConf):
     root_dtype: LowDtype | None = None  # of stored roots; null: that of the statistics
     pack_roots: bool = False  # store one triangle of the roots
     apply_dtype: LowDtype | None = None  # of the products with the roots; null: that of the statistics
+    shard: Shard = Shard.auto
+    gather_dtype: LowDtype | None = None  # in which updates travel between ranks; null: that of the statistics
 
 
 @dataclass
@@ -323,7 +330,9 @@ class TrainerConf:
     """How the run is carried out."""
 
     accelerator: Accelerator = Accelerator.auto
-    devices: int = 1  # processes, one device each
+    devices: int = 1  # processes on this machine, one device each
+    nodes: int = 1  # machines with so many devices each; the same command is started on each of them
+    rendezvous: str | None = None  # where they meet: HOST:PORT of one of them; null: from SLURM's variables
     precision: Precision = Precision["32-true"]
     max_steps: int = 400  # optimizer steps
     val_every: int = 100  # steps between two validations; each also writes a checkpoint
@@ -331,6 +340,7 @@ class TrainerConf:
     accumulate: int = 1  # forward-backward passes to one step; task.batch_size stays the whole batch
     clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
     compile: bool = False  # torch.compile the model
+    timeout: float = 600.0  # seconds that a rank waits for another before the run counts as cut off
     workers: int = 0  # processes a rank that read samples ahead; 0: read between steps, best where data are in memory
 
 

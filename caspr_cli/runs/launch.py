@@ -6,6 +6,7 @@ A fresh process group for each run is what makes sweeps over ``trainer.devices``
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -13,24 +14,30 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import provenance
+from caspr_cli.runs.nodes import meeting_place
+from caspr_cli.runs.processes import LAUNCHER, workers
 from caspr_cli.runs.record import (
+    CUT_OFF,
     DONE,
     FAILED,
-    LAUNCHER,
+    LOCKS,
     PREEMPTED,
     RUNNING,
+    SECONDS_TO_WAIT,
+    Holder,
     Record,
+    RecordBusyError,
     RecordDamagedError,
-    now,
     write_whole,
 )
 
@@ -48,6 +55,16 @@ class Outcome:
     record: Record
     exit_code: int
     ran: bool  # False: it was done already, or had failed and was not to be retried
+    told: int | None = None  # the signal by which it was asked to stop
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the jobs of a sweep give to a run; one on its own needs nothing."""
+
+    environment: Mapping[str, str | None] = field(default_factory=dict)  # to set, or (None) to leave out
+    quiet: bool = False  # others print on this terminal
+    asked: Callable[[], list[int]] = list  # signals by which others have asked it to stop
 
 
 def plan(recipe: Recipe, record: Record) -> str:
@@ -61,20 +78,34 @@ def plan(recipe: Recipe, record: Record) -> str:
         return "new"
     if state == DONE and "target" in record.result:
         return "skip"
-    if state == FAILED and record.status.get("user_error"):
-        return "new"  # nothing was trained, and what was wrong may have been mended outside
-    if state == FAILED and recipe.resume != Resume.retry:
-        return "failed"
-    return "continue" if record.last.exists() else "new"
+    if state == FAILED and recipe.resume != Resume.retry and not record.status.get("user_error"):
+        return "failed"  # what a user got wrong may have been mended outside
+    if record.last.exists() or record.previous.exists():
+        return "continue"
+    if state == DONE or record.status.get("step"):  # it has come further than nothing: what is left may be all there is
+        raise RecordDamagedError(record.last)
+    return "new"
 
 
-def run(recipe: Recipe, command: list[str]) -> Outcome:
+def run(recipe: Recipe, command: list[str], place: Place = Place()) -> Outcome:
     """Run a recipe to its end.
 
     Raises:
         RecordBusyError: another process runs it.
     """
     record = Record.of(recipe)
+    if recipe.trainer.nodes == 1:
+        return _lead(recipe, record, command, place)
+    meeting_place(recipe.trainer, os.environ)  # refused now rather than after waiting
+    while True:  # the launcher that comes first has the run in hand
+        if record.is_held and record.status.get("state") == RUNNING:
+            return _join(recipe, record, place)
+        with suppress(RecordBusyError):
+            return _lead(recipe, record, command, place)
+        time.sleep(TICK)
+
+
+def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> Outcome:
     with record.held() as lock:
         todo = plan(recipe, record)
         if todo in ("skip", "failed"):
@@ -84,19 +115,40 @@ def run(recipe: Recipe, command: list[str]) -> Outcome:
             _clear(record)
         write_whole(record.config, compose.save(recipe))
         record.write("provenance.json", provenance.collect(command))
-        started = {"pid": os.getpid(), "host": socket.gethostname(), "started": now()}
-        record.write("status.json", {"state": RUNNING, "attempts": attempts + 1, "error": None} | started)
-        returned, caught = _supervise(recipe, record, lock)
-        return Outcome(record, _settle(record, returned, caught), ran=True)
+        begun = {"state": RUNNING, "attempts": attempts + 1, "error": None, "step": record.status.get("step")}
+        record.write("status.json", begun | Holder.me())
+        returned, caught = _supervise(recipe, record, lock, place)
+        return Outcome(record, _settle(record, returned, caught), ran=True, told=caught)
 
 
-def preflight(recipe: Recipe) -> int:
-    """Print what the recipe's optimizer will do to each tensor. Returns the exit code; nothing is written."""
+def _join(recipe: Recipe, record: Record, place: Place) -> Outcome:
+    """Lend this machine to a run that a launcher on another one has in hand."""
+    ended: list[float] = []
+
+    def asked() -> list[int]:  # the run is over, and what is left here does not know it
+        if ended or not record.is_held:
+            ended.append(time.monotonic())
+        if not ended or ended[-1] - ended[0] < SECONDS_TO_END:
+            return place.asked()
+        return [signal.SIGTERM] * (3 if ended[-1] - ended[0] > 2 * SECONDS_TO_END else 1)
+
+    _, caught = _supervise(recipe, record, None, replace(place, asked=asked))
+    while record.is_held:
+        time.sleep(TICK)
+    if record.status.get("state") == RUNNING:  # its launcher has not lived to say how it ended
+        with suppress(RecordBusyError), record.held():
+            record.update_status(state=PREEMPTED, error=f"{Holder(record)} is gone, which led the run")
+    codes = {DONE: OK, PREEMPTED: INTERRUPTED if caught == signal.SIGINT else TERMINATED}
+    return Outcome(record, codes.get(record.status.get("state", ""), RUN_FAILED), ran=True, told=caught)
+
+
+def preflight(recipe: Recipe) -> tuple[int, str]:
+    """The exit code, and what the recipe's optimizer will do to each tensor; nothing is written."""
     command = [sys.executable, "-m", "caspr_cli.runs.preflight"]
-    done = subprocess.run(command, input=compose.save(recipe), text=True, check=False)
+    done = subprocess.run(command, input=compose.save(recipe), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode < 0:
-        return INTERRUPTED if done.returncode == -signal.SIGINT else TERMINATED
-    return done.returncode
+        return INTERRUPTED if done.returncode == -signal.SIGINT else TERMINATED, done.stdout
+    return done.returncode, done.stdout
 
 
 def _clear(record: Record) -> None:
@@ -104,70 +156,141 @@ def _clear(record: Record) -> None:
     for path in sorted(record.path.iterdir(), key=lambda path: path.name not in ("status.json", "result.json")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif path.name not in LOCKS:
             path.unlink()
 
 
 def worker_command(recipe: Recipe, record: Record) -> list[str]:
-    """One process, or N under torch's elastic launcher on a free port of its own."""
-    worker = ["-m", "caspr_cli.runs.worker", str(record.path.resolve())]
-    if recipe.trainer.devices == 1:
+    """One process, or N under torch's elastic launcher: on a free port of its own, or where the machines meet."""
+    worker, trainer = ["-m", "caspr_cli.runs.worker", str(record.path.resolve())], recipe.trainer
+    if trainer.devices * trainer.nodes == 1:
         return [sys.executable, *worker]
-    elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={recipe.trainer.devices}"]
-    return [sys.executable, *elastic, *worker]
+    elastic = ["-m", "torch.distributed.run", f"--nproc-per-node={trainer.devices}"]
+    if trainer.nodes == 1:
+        return [sys.executable, *elastic, "--standalone", *worker]
+    where = [
+        f"--nnodes={trainer.nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meeting_place(trainer, os.environ)}",
+        f"--rdzv-id={compose.identity(recipe)}-{recipe.seed}",
+        f"--rdzv-conf=join_timeout={math.ceil(trainer.timeout)}",
+    ]
+    return [sys.executable, *elastic, *where, *worker]
 
 
-def _supervise(recipe: Recipe, record: Record, lock: int) -> tuple[int, int | None]:
-    """Start the worker and wait. Returns its exit status, and the signal that was passed on to it, if any."""
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES} | {LAUNCHER: str(os.getpid())}
+def _supervise(recipe: Recipe, record: Record, lock: int | None, place: Place) -> tuple[int, int | None]:
+    """Start the worker and wait. Returns its exit status, and the signal that was passed on to it, if any.
+
+    Args:
+        lock: of the record; None where another machine holds it.
+    """
+    ranks = recipe.trainer.devices * recipe.trainer.nodes
+    log_file = record.log if lock is not None else record.log.with_name(f"log.{socket.gethostname()}.txt")
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and k not in place.environment}
+    environment |= {k: v for k, v in place.environment.items() if v is not None} | {LAUNCHER: str(os.getpid())}
     if recipe.trainer.devices > 1:
         # Ranks share the cores; left alone, each would take them all.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // recipe.trainer.devices)))
-    written = record.log.stat().st_size if record.log.exists() else 0
-    with record.log.open("ab") as log:
-        # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
-        child = subprocess.Popen(
-            worker_command(recipe, record),
-            stderr=log,
-            env=environment,
-            pass_fds=[lock],
-            start_new_session=True,
-        )
-        with _passing_on(child) as caught:
-            returned = child.wait()
-    if recipe.trainer.devices > 1 and returned > 0 and _rank_was_killed(record, written):
-        returned = -signal.SIGKILL
-    return returned, caught.get("signal")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // recipe.trainer.devices)))
+    written = log_file.stat().st_size if log_file.exists() else 0
+    with log_file.open("ab") as log, _listening() as heard:
+
+        def asked() -> list[int]:  # Ctrl-C may come to this process, by way of others, or both
+            return max([heard, place.asked()], key=len)
+
+        child = None
+        try:
+            # A cluster sends SIGUSR2 to every process of a job: it waits until the worker can answer it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+            try:
+                # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
+                child = subprocess.Popen(
+                    worker_command(recipe, record),
+                    stdout=subprocess.DEVNULL if place.quiet else None,  # whatever it says is in the log, too
+                    stderr=log,
+                    env=environment,
+                    pass_fds=[] if lock is None else [lock],
+                    start_new_session=True,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            returned = _passing_on(child, asked, _overdue(record, min(recipe.trainer.timeout, SECONDS_TO_WAIT)))
+        except BaseException:  # of a handler that is not ours: a cluster takes this process back
+            if child is not None:
+                child.terminate()
+                returned = child.wait()
+                if lock is not None:
+                    _settle(record, returned, signal.SIGTERM)
+            raise
+    if ranks > 1 and returned > 0:
+        with log_file.open("rb") as said:
+            said.seek(written)
+            report = said.read()
+        returned = _first_cause(report, returned)
+        if b"RendezvousTimeoutError" in report:
+            nodes, where = recipe.trainer.nodes, meeting_place(recipe.trainer, os.environ)
+            why = f"fewer than {nodes} machines came to {where} within {recipe.trainer.timeout:g} s (trainer.timeout)"
+            record.update_status(state=PREEMPTED, error=why)
+    return returned, next(iter(asked()), None)
 
 
-def _rank_was_killed(record: Record, start: int) -> bool:
-    """Whether torch's launcher reports a rank that someone ended: the others then fail on their lost connection."""
-    with record.log.open("rb") as log:
-        log.seek(start)
-        return re.search(rb"Signal \d+ \((SIGKILL|SIGTERM)\) received by PID", log.read()) is not None
+def _first_cause(report: bytes, returned: int) -> int:
+    """The exit status that says why several ranks ended. Torch's launcher ends with 1 and reports theirs in the log."""
+    ends = [int(end) for end in re.findall(rb"exitcode +: (-?\d+) ", report)]
+    if -signal.SIGKILL in ends or -signal.SIGTERM in ends:
+        return -signal.SIGKILL  # the others ended as they lost it
+    if b"Watchdog caught collective operation timeout" in report:  # how NCCL ends a rank that waits for another
+        return CUT_OFF
+    return next((end for end in ends if end != CUT_OFF), CUT_OFF if ends else returned)
+
+
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECONDS_TO_EXIT = 5.0  # that a rank has when the run is over and its launcher gone
+TICK = 0.2  # seconds between two looks at what was asked
+SECONDS_TO_END = 30.0  # that other machines have when a run is over
 
 
 @contextmanager
-def _passing_on(child: subprocess.Popen[Any]) -> Iterator[dict[str, int]]:
-    """Pass SIGINT, SIGTERM and SIGHUP to the child, which saves and ends; a third one kills it."""
-    caught: dict[str, int] = {}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        caught.setdefault("signal", number)
-        caught["times"] = caught.get("times", 0) + 1
-        if child.poll() is not None:
-            return
-        if caught["times"] < 3:
-            child.send_signal(signal.SIGTERM)
-        else:
-            os.killpg(child.pid, signal.SIGKILL)
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def _listening() -> Iterator[list[int]]:
+    """Collect the signals of STOP, even where they are blocked. None are in a thread that may not set handlers."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    before = {s: signal.signal(s, lambda number, _: heard.append(number)) for s in STOP}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     try:
-        yield caught
+        yield heard
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, previous in before.items():
-            signal.signal(number, previous)
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
+
+
+def _passing_on(child: subprocess.Popen[Any], asked: Callable[[], list[int]], overdue: Callable[[], bool]) -> int:
+    """Wait for the child; each time it is asked to stop, tell it: it saves and ends. The third time kills it."""
+    told = 0
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=TICK)
+        times = len(asked())
+        if times >= 3 or overdue():
+            os.killpg(child.pid, signal.SIGKILL)
+        elif times > told:
+            child.terminate()
+        told = times
+
+
+def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
+    """Whether the first rank has said how the run ended so long ago that whoever is still there hangs."""
+    said: list[float] = []
+
+    def overdue() -> bool:
+        with suppress(OSError, RecordDamagedError):
+            if not said and record.status.get("state") != RUNNING:
+                said.append(time.monotonic())
+        return bool(said) and time.monotonic() - said[0] > seconds
+
+    return overdue
 
 
 # A worker that ends by one of these is at fault itself; by another signal, someone ended it.
@@ -176,17 +299,20 @@ CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.
 
 def _settle(record: Record, returned: int, caught: int | None) -> int:
     """The exit code; ``status.json`` gets an end where the worker could not write one itself."""
-    state = record.status.get("state")
+    _wait_for_ranks(record, patience=0 if caught and returned == -signal.SIGKILL else SECONDS_TO_WAIT)
+    status = record.status  # after them: they may have written it
+    state = status.get("state")
     killed = returned < 0 and -returned not in CRASHES
-    if state == RUNNING or (state == FAILED and killed):  # it was killed, or told to stop before its first step
+    # It was killed, or told to stop before its first step; or it failed as another rank was killed.
+    if state == RUNNING or (state == FAILED and killed and not status.get("user_error")):
         how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
-        state = PREEMPTED if killed or caught else FAILED
+        state = PREEMPTED if killed or caught or returned == CUT_OFF else FAILED
         error = None if caught else f"a worker ended with {how}; see {record.log}"
         try:
             record.update_status(state=state, error=error)
         except OSError as full:  # a disk without room for a line: the state on it stays "running", which is continued
-            print(f"error: {record.path}: {full}", file=sys.stderr)
-            return RUN_FAILED
+            print(f"error: {record.path}: {full}; the same command continues", file=sys.stderr)
+            return TERMINATED
     if state == DONE:
         return OK
     if state == PREEMPTED:
@@ -194,5 +320,17 @@ def _settle(record: Record, returned: int, caught: int | None) -> int:
     return BAD_USAGE if record.status.get("user_error") else RUN_FAILED
 
 
-def _cores() -> int:
+def _wait_for_ranks(record: Record, patience: float) -> None:
+    """Nothing is left of a run. Ranks whose launcher (torch's) is gone see it after their step, save and end."""
+    deadline, overdue = time.monotonic() + patience, _overdue(record, SECONDS_TO_EXIT)
+    while left := workers(record.path, os.getpid()):
+        if time.monotonic() > deadline or overdue():
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

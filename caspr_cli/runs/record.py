@@ -6,23 +6,32 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
+import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs.processes import birth, lives
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", "done", "failed", "preempted"
-# Environment variable that tells a worker who launched it.
-LAUNCHER = "CASPR_LAUNCHER"
+# Held by who runs the record, and by each of its ranks: torch's launcher does not hand the first on to them.
+LOCKS = (".lock", ".ranks.lock")
+# What a kill can leave half-written: files on their way to their names.
+TEMPORARY = (".*.json.????????", ".*.jsonl.????????", ".*.yaml.????????", "checkpoints/.*.ckpt", ".waited.*")
+CUT_OFF = 75  # exit status of a worker that can go on where it stopped
+SECONDS_TO_WAIT = 60  # for the worker of a launcher that was killed: it saves after its step
+# Errors of the place that a run is written to, not of the run: it continues when they are gone.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG}
 
 
 class RecordDamagedError(Exception):
@@ -46,6 +55,7 @@ class Record:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "previous.ckpt"  # if the last one is damaged
         self.best = self.checkpoints / "best.ckpt"
 
     @classmethod
@@ -87,24 +97,100 @@ class Record:
         self.write("status.json", self.status | changes | {"updated": now()})
 
     @contextmanager
-    def held(self) -> Iterator[int]:
+    def held(self, say: Callable[[str], None] = print) -> Iterator[int]:
         """Hold the record's lock; a child that inherits the descriptor holds it on.
+
+        Args:
+            say: gets one line when the process that held it is dead, and what it left is waited for.
 
         Raises:
             RecordBusyError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor, ranks = (os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644) for name in LOCKS)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = self.status
-                who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-                raise RecordBusyError(f"{self.path} is being written by {who}, or by a worker it left") from None
+            deadline = 0.0
+            while not (_locked(descriptor) and _locked(ranks)):
+                holder = Holder(self)
+                if holder.lives:
+                    raise RecordBusyError(f"{self.path} is being written by {holder}")
+                if not deadline:
+                    deadline = time.monotonic() + SECONDS_TO_WAIT
+                    say(f"wait     {holder} is gone; a worker that it left saves and ends")
+                if time.monotonic() > deadline:
+                    raise RecordBusyError(f"{self.path} is being written by a worker that {holder} left")
+                time.sleep(0.1)
+            fcntl.flock(ranks, fcntl.LOCK_UN)  # for the ranks to come: the other one keeps everybody else out
+            for pattern in TEMPORARY:
+                for path in self.path.glob(pattern):
+                    path.unlink(missing_ok=True)
             yield descriptor
         finally:
             os.close(descriptor)
+            os.close(ranks)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether some process holds the record now, on this machine or another."""
+        try:
+            descriptor = os.open(self.path / LOCKS[0], os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _locked(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Hold the record as one of its ranks, beside the others, for as long as this process writes to it."""
+        descriptor = os.open(self.path / LOCKS[1], os.O_RDONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class Holder:
+    """The process that ``status.json`` names."""
+
+    def __init__(self, record: Record) -> None:
+        self._status: dict[str, Any] = {}
+        with suppress(RecordDamagedError):
+            self._status = record.status
+
+    @classmethod
+    def me(cls) -> dict[str, Any]:
+        """What to write into ``status.json``."""
+        return {"pid": os.getpid(), "born": birth(os.getpid()), "host": socket.gethostname(), "started": now()}
+
+    @property
+    def lives(self) -> bool:
+        """False only where it is known: of another host, or of a record that names nobody, nothing is."""
+        here = self._status.get("host") == socket.gethostname() and "pid" in self._status
+        return not here or lives(self._status["pid"], self._status.get("born"))
+
+    def __str__(self) -> str:
+        pid, host, since = (self._status.get(key, "?") for key in ("pid", "host", "started"))
+        return f"process {pid} on {host} (since {since})"
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk did behind an error, if it did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_whole(path: Path, content: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.launch import Outcome
-from caspr_cli.runs.record import DONE, FAILED, PREEMPTED
+from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
+from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
 
 def footer(outcome: Outcome) -> list[str]:
@@ -58,26 +61,49 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
     ]
 
 
-def table(outcomes: list[tuple[str, Outcome]]) -> list[str]:
-    """One line a job of a sweep."""
-    lines = []
-    words = [name.split() for name, _ in outcomes]
-    common = set(words[0]).intersection(*words[1:])  # what every job had says nothing here
-    names = [" ".join(w for w in job if w not in common) for job in words]
-    width = max(3, *map(len, names))
-    lines.append(f"{'job':<{width}}  result")
-    for name, (_, outcome) in zip(names, outcomes, strict=True):
-        status, result = outcome.record.status, outcome.record.result
-        state = status.get("state", "?")
-        if state == DONE:
-            metric = result["target"]["metric"]
-            test = metric.replace("val/", "test/")
-            what = f"{metric} {_value(result['final'], metric)}  {test} {_value(result['test'], test)}  "
-            what += _time(result["seconds"])
-        else:
-            what = str(status.get("error") or "")
-        lines.append(f"{name:<{width}}  {state if outcome.ran else f'{state} before'}  {what}  {outcome.record.path}")
-    return lines
+def names(jobs: list[Job]) -> list[str]:
+    """What tells each job from the others: its overrides without those that all have."""
+    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs[1:])) if len(jobs) > 1 else set()
+    return [" ".join(word for word in job.overrides if word not in common) for job in jobs]
+
+
+def result_of(job: Job) -> tuple[str, str, str]:
+    """Its state, what came of it in one line, and where to look."""
+    if job.state == WAITING:
+        return "not started", "", ""
+    if job.state == REFUSED or job.record is None:
+        return ("planned" if job.exit_code == 0 else "refused"), (job.why or "").partition("\n")[0], ""
+    if job.state != ENDED:
+        why = "its process is gone; the same command continues" if job.state == LOST else ""
+        return ("lost" if job.state == LOST else "running"), why, job.record
+    record = Record(Path(job.record))
+    before = "" if job.ran else " before"
+    try:
+        status, result = record.status, record.result
+    except RecordDamagedError as damage:
+        return "damaged", str(damage), job.record
+    if status.get("state") == DONE:
+        metric = result["target"]["metric"]
+        test = metric.replace("val/", "test/")
+        what = f"{metric} {_value(result['final'], metric)}  {test} {_value(result['test'], test)}  "
+        return f"done{before}", what + _time(result["seconds"]), job.record
+    error = (job.why or status.get("error") or "").partition("\n")[0].removesuffix(f"; see {record.log}")
+    if status.get("state") == PREEMPTED:
+        saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
+        return "cut off", f"{error}; {saved}" if error else saved, job.record
+    return f"failed{before}", error, str(record.log)
+
+
+def table(jobs: list[Job]) -> list[str]:
+    """How many jobs came to what, and one line for each."""
+    rows = [(str(job.number), name, *result_of(job)) for job, name in zip(jobs, names(jobs), strict=True)]
+    counts = Counter(state for _, _, state, _, _ in rows)
+    rows.insert(0, ("", "job", "state", "result", "record, or log of what failed"))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    # As wide as the results of those that are done; an error may be longer.
+    widths.append(max(len(row[3]) for row in rows if row[2].startswith(("state", "done"))))
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
+    return [f"sweep    {len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())}", *lines]
 
 
 def _value(scores: dict[str, Any], metric: str) -> str:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import LAUNCHER, Record
+from caspr_cli.runs.processes import LAUNCHER, lives
+from caspr_cli.runs.record import Record
+from caspr_cli.training.checkpoints import Start, link, put_in_place
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.recorder import Recorder
 from caspr_cli.training.timing import Clock, PhaseTimer
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # clusters send the last
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
@@ -146,15 +150,33 @@ class Curves(Callback):
         return a > b if self.recipe.task.target.higher_is_better else a < b
 
     def _diagnostics(self, trainer: Trainer) -> dict[str, float]:
+        """Of all blocks, on the first rank."""
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        if self.recorder is None or not isinstance(optimizer, KroneckerOptimizer):
+        if not isinstance(optimizer, KroneckerOptimizer) or (self.recorder is None and optimizer.ranks == 1):
+            return {}
+        found, counts = diagnose(optimizer), counters(optimizer)
+        if optimizer.ranks > 1:
+            found, counts = _of_all_ranks(found, counts)
+        if self.recorder is None:
             return {}
         values: dict[str, float] = {}
-        for name, x in diagnose(optimizer).items():
+        for name, x in found.items():
             cuts = torch.quantile(x, torch.tensor(list(QUANTILES.values()), dtype=x.dtype, device=x.device))
             values |= {f"optim/{name}/{q}": v for q, v in zip(QUANTILES, cuts.tolist(), strict=True)}
             values[f"optim/{name}/max"] = float(x.max())
-        return values | {f"optim/{name}": float(count) for name, count in counters(optimizer).items()}
+        return values | {f"optim/{name}": float(count) for name, count in counts.items()}
+
+
+def _of_all_ranks(found: dict[str, Tensor], counts: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Together, what each rank says of the blocks that it owns."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ({name: x.cpu() for name, x in found.items()}, counts))
+    parts: dict[str, list[Tensor]] = {}
+    for theirs, _ in everyone:
+        for name, x in theirs.items():
+            parts.setdefault(name, []).append(x)
+    counts = counts | {"rejected_roots": sum(theirs["rejected_roots"] for _, theirs in everyone)}
+    return {name: torch.cat(x) for name, x in parts.items()}, counts
 
 
 def _refuse_nan(name: str, loss: float, step: int) -> None:
@@ -164,13 +186,17 @@ def _refuse_nan(name: str, loss: float, step: int) -> None:
 
 
 class Checkpoints(Callback):
-    """``last.ckpt`` at each validation and after the last step, ``best.ckpt`` beside it: written whole, then renamed.
+    """``last.ckpt`` at each validation and after the last step, ``best.ckpt`` beside it, and the one before it.
 
     Comes after :class:`Curves` in the list of callbacks.
+
+    Args:
+        start: where this attempt goes on. A last checkpoint that could not be used must not displace the one that was.
     """
 
-    def __init__(self, record: Record, curves: Curves) -> None:
+    def __init__(self, record: Record, curves: Curves, start: Start) -> None:
         self.record, self.curves = record, curves
+        self._keep = start.checkpoint == record.last
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,23 +208,19 @@ class Checkpoints(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self.save(trainer)
         elif trainer.is_global_zero and self.curves.best.get("step") == trainer.global_step:
-            _link(self.record.last, self.record.best)  # the validation after the last step, which is saved
+            link(self.record.last, self.record.best)  # the validation after the last step, which is saved
 
     def save(self, trainer: Trainer) -> None:
         """On all ranks."""
         temporary = self.record.checkpoints / ".writing.ckpt"
         self.record.checkpoints.mkdir(exist_ok=True)
-        try:
-            trainer.save_checkpoint(temporary)
-        except OSError:  # a full disk needs the room that half a checkpoint takes
-            temporary.unlink(missing_ok=True)
-            raise
-        if trainer.is_global_zero:
-            _flush_to_disk(temporary)
-            if self.curves.best.get("step") == trainer.global_step:
-                _link(temporary, self.record.best)
-            os.replace(temporary, self.record.last)
+        trainer.save_checkpoint(temporary)
+        if self.curves.recorder:
+            self.curves.recorder.flush()  # a checkpoint stands for lines that are on the disk
+            best = self.curves.best.get("step") == trainer.global_step
+            put_in_place(temporary, self.record, best=best, keep=self._keep)
             self.record.update_status(step=trainer.global_step)
+        self._keep = True
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Every checkpoint lies between two steps, and says so.
@@ -226,8 +248,9 @@ class StopOnSignal(Callback):
         self._listen()
 
     def _listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._ask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher holds SIGUSR2 back until now
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # Lightning has put its own handler in front, which broadcasts to the other ranks from inside the signal:
@@ -255,33 +278,10 @@ class StopOnSignal(Callback):
     def _agreed(self, trainer: Trainer) -> bool:
         """One rank may have been told a step before the other; they stop together."""
         # A dead launcher that nobody has waited for still answers to its number, but is no parent any more.
-        asked = self._asked or os.getppid() != self._parent or not _alive(self._launcher)
+        asked = self._asked or os.getppid() != self._parent or not lives(self._launcher)
         return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     """Whether Lightning validates after this batch."""
     return (batch_idx + 1) % cast(int, trainer.val_check_batch) == 0
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the same file, put in place at once."""
-    temporary = target.with_name(f".{target.name}")
-    temporary.unlink(missing_ok=True)
-    os.link(source, temporary)
-    os.replace(temporary, target)

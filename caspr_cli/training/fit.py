@@ -6,6 +6,7 @@ import logging
 import resource
 import warnings
 from contextlib import closing, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.runs.record import Record
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
+from caspr_cli.training.checkpoints import WholeFile, find
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
+from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
 from tasks.base import Task
 
@@ -40,15 +43,16 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     if progress:
         _show_log(progress)
     task.prepare()  # safe on all ranks at once
-    start, lines = _last_checkpoint(record)
+    start = find(record)
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
     optimizer = _optimizer(module)
     _check_target(recipe, task)
-    data = TaskData(task, recipe, start=start, rank=rank, world=world)
-    with closing(Recorder(record, start, lines)) if rank == 0 else nullcontext() as recorder:
+    data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
+    writing = closing(Recorder(record, start.step, start.lines)) if rank == 0 else nullcontext()
+    with answering(record, rank, world, recipe.trainer.timeout), writing as recorder:
         curves = Curves(recipe, recorder, progress)
-        checkpoints = Checkpoints(record, curves)
+        checkpoints = Checkpoints(record, curves, start)
         trainer = _trainer(recipe, record, [curves, checkpoints, StopOnSignal(checkpoints)], world)
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
@@ -59,7 +63,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
                 progress.say(line)
         try:
             with progress or nullcontext():
-                trainer.fit(module, data, ckpt_path=str(record.last) if start else None, weights_only=True)
+                trainer.fit(module, data, ckpt_path=start.checkpoint, weights_only=True)
         except Stopped:
             return None
         if curves.final.get("step") != trainer.global_step:
@@ -93,11 +97,14 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     conf = recipe.trainer
     # Buffers (rotary tables, and running means, which are over all ranks already) are not sent at every step: in
     # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
-    strategy: Any = DDPStrategy(broadcast_buffers=False) if world > 1 else "auto"
+    strategy: Any = "auto"
+    if world > 1:
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=conf.timeout))
     try:
         return Trainer(
             accelerator=conf.accelerator.name,
-            devices=world,
+            devices=conf.devices,
+            num_nodes=conf.nodes,
             strategy=strategy,
             precision=conf.precision.name,  # type: ignore[arg-type]
             max_steps=conf.max_steps,
@@ -108,6 +115,7 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             callbacks=callbacks,
+            plugins=WholeFile(),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -116,17 +124,6 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
         )
     except MisconfigurationException as error:
         raise ConfigError(f"trainer.accelerator={conf.accelerator.name}: {error}") from error
-
-
-def _last_checkpoint(record: Record) -> tuple[int, int]:
-    """Its steps and lines of metrics, (0, 0) if there is none."""
-    if not record.last.exists():
-        return 0, 0
-    try:
-        checkpoint = torch.load(record.last, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint["global_step"], checkpoint["callbacks"]["Curves"]["lines"]
-    except Exception as error:  # whatever torch makes of a file that is no checkpoint of ours
-        raise RecordDamagedError(record.last) from error
 
 
 def _silence() -> None:
@@ -189,7 +186,7 @@ def _where(trainer: Trainer, task: Any, world: int) -> dict[str, Any]:
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:
     optimizer = trainer.optimizers[0]
     phases = module.timer.seconds
-    parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply")}
+    parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply", "communication")}
     plain = module.task.plain(module.model)
     sizes = {n: p.numel() for n, p in module.model.named_parameters()}
     cuda = torch.cuda.is_available() and module.device.type == "cuda"

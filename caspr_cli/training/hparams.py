@@ -46,7 +46,8 @@ def summaries(recipe: Recipe, identity: str) -> list[Summary]:
 
 def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
     """The recipe as flat names and plain values, without paths and what does not change a number."""
-    return _flatten({k: v for k, v in to_plain(recipe).items() if k not in ("output_dir", "resume", "debug")})
+    left_out = ("output_dir", "resume", "debug", "trainer.timeout")
+    return {k: v for k, v in _flatten(to_plain(recipe)).items() if k not in left_out}
 
 
 def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:

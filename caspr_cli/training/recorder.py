@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record, RecordDamagedError, finite, write_whole
 from caspr_cli.training import hparams
+
+EVENTS = "events.out.tfevents.*"
+NUMBERED = "0000000000."  # before any time
 
 
 class Recorder:
@@ -22,12 +27,11 @@ class Recorder:
 
     def __init__(self, record: Record, step: int = 0, lines: int = 0) -> None:
         self._record, self.lines = record, lines
-        kept = []
-        if lines:
-            kept = record.metrics.read_text(encoding="utf8").splitlines()[:lines] if record.metrics.exists() else []
-            if len(kept) < lines:
-                raise RecordDamagedError(record.metrics)
-        write_whole(record.metrics, "".join(line + "\n" for line in kept))
+        kept = record.metrics.read_bytes().splitlines(keepends=True)[:lines] if record.metrics.exists() else []
+        if len(kept) < lines:
+            raise RecordDamagedError(record.metrics)
+        write_whole(record.metrics, b"".join(kept).decode())
+        _number(record.path)
         self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -45,7 +49,23 @@ class Recorder:
             file_writer.add_summary(summary)
 
     def flush(self) -> None:
+        """What was given so far is on the disk."""
         self._writer.flush()
+        for path in (self._record.metrics, max(self._record.path.glob(EVENTS))):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _number(directory: Path) -> None:
+    """Earlier attempts' event files, in their order, get names that sort before all to come.
+
+    TensorBoard reads the files in the order of their names, which begin with the time: of a clock that was set back
+    it would take the later attempt for the earlier one.
+    """
+    for number, path in enumerate(sorted(directory.glob(EVENTS))):
+        kind, _, rest = path.name.partition("tfevents.")
+        if not rest.startswith(NUMBERED):
+            path.rename(path.with_name(f"{kind}tfevents.{NUMBERED}{number:06d}.{rest}"))

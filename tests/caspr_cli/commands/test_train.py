@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from caspr_cli import __version__
 from caspr_cli.commands import train
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.runs.sweep import EXTRAS
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -73,6 +75,48 @@ def test_mistakes(
     assert len(shown.err.splitlines()) <= 3
     assert "Traceback" not in shown.err + shown.out
     assert "HYDRA_FULL_ERROR" not in shown.err
+
+
+def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, extra in EXTRAS.items():
+        monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{name}.yaml", raising=False)
+        assert call(monkeypatch, "-m", f"hydra/launcher={name}", "seed=0,1") == 2
+        wanted = f"error: hydra/launcher={name} is not installed: pip install 'caspr-cli[{extra}]'\n"
+        assert capsys.readouterr().err == wanted
+
+
+def test_a_sweep_refused_as_a_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "-m", "optim=adamw", "optim.lr=1e-3,abc") == 2
+    assert capsys.readouterr().err == "error: optim.lr should be a number but is 'abc'\n"
+    assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
+
+
+def test_a_sweep_whose_jobs_are_all_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "-m", "trainer.max_steps=0,-1") == 3
+    shown = capsys.readouterr()
+    assert shown.err.count("error: trainer.max_steps should be at least 1") == 2
+    assert "sweep    2 jobs: 2 refused" in shown.out
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_ctrl_c_before_the_first_job(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if launcher != "basic":
+        pytest.importorskip(launcher)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hydra._internal.core_plugins.basic_sweeper.BasicSweeper.get_job_batch", interrupted)
+    assert call(monkeypatch, "-m", f"hydra/launcher={launcher}", "seed=0,1") == 130
+    assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
 
 def test_an_output_directory_that_cannot_be_written(

@@ -70,7 +70,7 @@ def test_debugging_is_short_and_has_a_name_of_its_own() -> None:
 
 def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
     name = compose.identity(recipe())
-    assert compose.identity(recipe("seed=7", "output_dir=/elsewhere", "resume=never")) == name
+    assert compose.identity(recipe("seed=7", "output_dir=/elsewhere", "resume=never", "trainer.timeout=9")) == name
     for change in ("optim.lr=0.5", "trainer.max_steps=9", "task.width=64", "optim=shampoo", "trainer.devices=2"):
         assert compose.identity(recipe(change)) != name
 
@@ -87,6 +87,7 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("trainer.max_steps=0", "trainer.max_steps should be at least 1 but is 0"),
+        ("trainer.timeout=0", "trainer.timeout should be > 0 but is 0"),
         ("trainer.clip_norm=-1", "trainer.clip_norm should be > 0"),
         ("schedule.warmup=2", "schedule.warmup is a fraction of the run, 0 to 1, but is 2"),
         ("schedule.warmup=0.5", "schedule.warmup + schedule.decay should be at most 1 but is 1.45"),

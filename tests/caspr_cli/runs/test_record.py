@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import subprocess
+import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe, Resume
 from caspr_cli.runs import launch
-from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError, write_whole
+from caspr_cli.runs import record as record_module
+from caspr_cli.runs.processes import birth, lives
+from caspr_cli.runs.record import Holder, Record, RecordBusyError, RecordDamagedError, disk_error, write_whole
 
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
@@ -50,11 +58,90 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
 def test_one_writer(tmp_path: Path) -> None:
     record = Record(tmp_path / "r")
     with record.held():
-        record.write("status.json", {"pid": 123, "host": "here"})
-        with pytest.raises(RecordBusyError, match="is being written by process 123 on here"), record.held():
+        record.write("status.json", {"pid": 123, "host": "here", "started": "then"})
+        with pytest.raises(RecordBusyError, match=r"by process 123 on here \(since then\)"), record.held():
             pass
+        record.write("status.json", Holder.me())
+        began = time.monotonic()
+        with pytest.raises(RecordBusyError, match=f"by process {os.getpid()} on "), record.held():
+            pass
+        assert time.monotonic() - began < 1  # who lives is not waited for
     with record.held():
         pass
+
+
+def dead() -> dict[str, object]:
+    """What a process wrote into ``status.json`` that has ended since."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return Holder.me() | {"pid": process.pid, "born": None}
+
+
+def test_a_process_is_its_number_and_its_birth() -> None:
+    assert lives(os.getpid(), birth(os.getpid()))
+    assert lives(os.getpid())
+    assert not lives(cast(int, dead()["pid"]))
+    if Path("/proc").exists():
+        assert not lives(os.getpid(), cast(int, birth(os.getpid())) - 1)
+        process = subprocess.Popen(["true"])
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+        assert not lives(process.pid)
+        process.wait()
+
+
+@pytest.mark.parametrize("lock", ["held", "joined"])
+def test_what_a_dead_launcher_left_is_waited_for(tmp_path: Path, lock: str) -> None:
+    record, said = Record(tmp_path), []
+    record.write("status.json", dead())
+    with ExitStack() as left:
+        left.enter_context(getattr(record, lock)())
+        threading.Timer(0.3, left.pop_all().close).start()
+        began = time.monotonic()
+        with record.held(said.append):
+            assert 0.2 < time.monotonic() - began < 10
+    assert [line.startswith("wait     process ") for line in said] == [True]
+
+
+def test_it_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "SECONDS_TO_WAIT", 0.2)
+    record = Record(tmp_path)
+    record.write("status.json", dead())
+    with record.joined():
+        with pytest.raises(RecordBusyError, match=r"by a worker that process \d+ on .* left"), record.held():
+            pass
+        with record.joined():  # ranks are several
+            pass
+
+
+def test_half_written_files_are_cleared_away_and_no_others(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.checkpoints.mkdir()
+    half = [".status.json.k3_x9z0a", ".metrics.jsonl.abcdefgh", ".config.yaml.01234567", ".waited.1"]
+    half += [f"checkpoints/.{name}.ckpt" for name in ("writing", "best", "previous")]
+    whole = ["status.json", "metrics.jsonl", ".mine", "checkpoints/last.ckpt", "log.txt"]
+    for name in (*half, *whole):
+        (tmp_path / name).write_text("{}")
+    with record.held():
+        pass
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*whole, ".lock", ".ranks.lock"}
+
+
+def test_an_error_of_the_disk_is_found_behind_others() -> None:
+    def error() -> Exception:
+        try:
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device", "file")
+            except OSError:
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+        except RuntimeError as found:
+            return found
+
+    found = disk_error(error())
+    assert found is not None
+    assert found.filename == "file"
+    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
+    assert disk_error(ValueError()) is None
 
 
 @pytest.mark.parametrize(
@@ -71,6 +158,7 @@ def test_one_writer(tmp_path: Path) -> None:
         ({"state": "failed"}, Resume.retry, True, "continue"),
         ({"state": "failed"}, Resume.retry, False, "new"),
         ({"state": "failed", "user_error": True}, Resume.auto, False, "new"),
+        ({"state": "failed", "user_error": True}, Resume.auto, True, "continue"),
     ],
 )
 def test_what_the_same_command_does(
@@ -85,6 +173,23 @@ def test_what_the_same_command_does(
         record.checkpoints.mkdir()
         record.last.touch()
     assert launch.plan(recipe(resume), record) == expected
+
+
+@pytest.mark.parametrize(
+    "status", [{"state": "done"}, {"state": "preempted", "step": 8}, {"state": "running", "step": 8}]
+)
+def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path: Path, status: dict[str, object]) -> None:
+    """It has come further than nothing, and its checkpoints are away: a disk that is not mounted, say."""
+    record = Record(tmp_path)
+    record.write("status.json", status)
+    with pytest.raises(
+        RecordDamagedError, match=r"last\.ckpt is missing or damaged; resume=never starts this run anew"
+    ):
+        launch.plan(recipe(), record)
+    assert launch.plan(recipe(Resume.never), record) == "new"
+    record.checkpoints.mkdir()
+    record.previous.touch()
+    assert launch.plan(recipe(), record) == "continue"
 
 
 def test_done_without_its_result_is_evaluated_again(tmp_path: Path) -> None:
@@ -118,4 +223,30 @@ def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path: Path) -> No
     assert launch.worker_command(made, Record(tmp_path))[1:3] == ["-m", "caspr_cli.runs.worker"]
     made.trainer.devices = 3
     command = launch.worker_command(made, Record(tmp_path))
-    assert command[2:5] == ["torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    assert command[2:5] == ["torch.distributed.run", "--nproc-per-node=3", "--standalone"]
+
+
+def report(*ends: tuple[int, str]) -> bytes:
+    """The part of what torch's launcher writes that is read."""
+    rows = [f"  rank      : {r}\n  exitcode  : {end} (pid: 1{r}) {how}" for r, (end, how) in enumerate(ends)]
+    return "\n".join(["Failures:", *rows]).encode()
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([(75, ""), (-9, "(SIGKILL)")], -9),
+        ([(75, ""), (-15, "(SIGTERM)")], -9),
+        ([(75, "")], 75),
+        ([(75, ""), (-11, "(SIGSEGV)")], -11),
+        ([(75, ""), (1, "")], 1),
+        ([], 1),
+    ],
+)
+def test_of_several_ranks_the_first_cause_counts(ends: list[tuple[int, str]], expected: int) -> None:
+    assert launch._first_cause(report(*ends), 1) == expected
+
+
+def test_a_rank_that_nccl_ended_as_another_hung_was_cut_off() -> None:
+    said = b"[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)\n"
+    assert launch._first_cause(said + report((-6, "(SIGABRT)")), 1) == 75

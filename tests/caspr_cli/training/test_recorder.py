@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,30 @@ def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path:
     rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
     assert [(r["step"], r["train/loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, real = record(tmp_path), time.time
+    for attempt, day in enumerate((0, -1, 1, -2)):
+        monkeypatch.setattr(time, "time", lambda day=day: real() + 86400 * day)
+        recorder = Recorder(kept, 3 * attempt, 3 * attempt)
+        for step in range(3 * attempt + 1, 3 * attempt + 6):  # two more than the next attempt goes on from
+            recorder.scalars(step, {"train/loss": float(step)})
+        recorder.close()
+    assert events(kept, "train/loss") == [(step, float(step)) for step in range(1, 15)]
+    names = sorted(path.name for path in kept.path.glob("events.out.tfevents.*"))
+    assert [name.count("0000000000.") for name in names] == [1, 1, 1, 0]
+
+
+def test_what_was_flushed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, synced = record(tmp_path), []
+    recorder = Recorder(kept)
+    recorder.scalars(1, {"train/loss": 1.0})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    recorder.flush()
+    assert {path.stat().st_ino for path in (kept.metrics, *kept.path.glob("events*"))} == set(synced)
+    assert events(kept, "train/loss") == [(1, 1.0)]
+    recorder.close()
 
 
 def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ class Runner:
 
     def __init__(self, home: Path, cache: Path) -> None:
         self.home = home
+        write_corpus(home / "corpus")
         self.environment = os.environ | {"CASPR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
     def command(self, *overrides: str) -> list[str]:
@@ -58,3 +62,24 @@ def losses(record: Path) -> dict[tuple[int, str], float]:
                 assert (row["step"], name) not in found
                 found[row["step"], name] = row[name]
     return found
+
+
+def wait_for(runner: Runner, output_dir: str, lines: int) -> Path:
+    """Until so many lines of metrics were written."""
+    for _ in range(3000):
+        found = list((runner.home / output_dir).glob("*/*/*/seed0/metrics.jsonl"))
+        if found and len(found[0].read_text().splitlines()) >= lines:
+            return found[0].parent
+        time.sleep(0.02)
+    raise AssertionError("the run does not get there")
+
+
+def write_corpus(directory: Path) -> None:
+    """Documents of drawn words, in files as C4 has them: 20 steps of ``TINY`` are a little more than one epoch."""
+    directory.mkdir()
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(200)]
+    for split, documents in (("train", 20), ("validation", 8)):
+        with gzip.open(directory / f"c4-{split}.00000-of-00001.json.gz", "wt", encoding="utf8") as file:
+            for _ in range(documents):
+                file.write(json.dumps({"text": " ".join(draw.choices(words, k=100))}) + "\n")

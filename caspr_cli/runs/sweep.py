@@ -1,0 +1,275 @@
+"""The jobs of one command line, wherever they run: in this process, beside it, or on a cluster.
+
+Launchers run jobs in other processes and drop what they return. So each job says how far it is in a file of its own, in
+a folder that all of them see (``<output_dir>/.sweep/<id>/``), and the command line reads there what to print. The
+folder also carries the request to stop, and the slots by which the jobs of one machine share it.
+"""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import FrameType
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Accelerator, Recipe
+from caspr_cli.runs.launch import STOP, Place, cores
+from caspr_cli.runs.record import write_whole
+
+WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"
+
+# The extra that brings each launcher.
+EXTRAS = {
+    "joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray", "ray_aws": "ray",
+}  # fmt: skip
+# Set by the user or by launchers for the processes they start; each job of a machine gets its share anew.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LOOK = 0.5  # seconds between two looks at the files of the jobs
+PATIENCE = 10  # seconds for a launcher to return after all its jobs were told to stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """How far a job is."""
+
+    number: int
+    overrides: list[str]
+    state: str = WAITING
+    record: str | None = None
+    exit_code: int | None = None
+    ran: bool = True
+    why: str | None = None  # it was refused
+    text: str = ""  # of debug=plan
+    host: str = ""
+    process: int = 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What every job of a command line is given. It goes through pickle to wherever they run."""
+
+    folder: Path
+    launcher: str  # as chosen
+    here: bool  # the process that was called runs the jobs itself, one after the other
+    at_once: int | None  # jobs that share this machine; None: a scheduler gives each what it needs
+    directory: str = field(default_factory=os.getcwd)
+    gpus: tuple[str, ...] = field(default_factory=lambda: visible_gpus(os.environ, gpu_files()))
+    threads: Mapping[str, str] = field(default_factory=lambda: {k: os.environ[k] for k in THREADS if k in os.environ})
+
+    @classmethod
+    def begin(cls, config: DictConfig) -> Sweep:
+        """Make the folder, with a file for each job that is planned."""
+        jobs = planned(config)
+        above = Path(config.hydra.sweep.dir).absolute()
+        try:
+            above.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
+        except OSError as error:
+            raise ConfigError(f"output_dir={config.output_dir}: cannot write there: {error}") from error
+        launcher = config.hydra.launcher
+        made = cls(
+            folder,
+            config.hydra.runtime.choices["hydra/launcher"],
+            launcher._target_.endswith(".BasicLauncher"),
+            jobs_at_once(launcher, len(jobs), cores()),
+        )
+        for number, overrides in enumerate(jobs, 1):
+            made.note(Job(number, overrides))
+        return made
+
+    def note(self, job: Job) -> None:
+        with suppress(FileNotFoundError):  # the sweep is over, and its folder is gone
+            write_whole(self.folder / f"job{job.number}.json", json.dumps(asdict(job)))
+
+    def jobs(self) -> list[Job]:
+        """As Hydra numbered them."""
+        found = [Job(**json.loads(file.read_text(encoding="utf8"))) for file in self.folder.glob("job*.json")]
+        return sorted(found, key=lambda job: job.number)
+
+    def ask(self, number: int) -> None:
+        """Ask all jobs to stop: those that run save and end, others do not start."""
+        with suppress(FileNotFoundError), (self.folder / "stop").open("a", encoding="utf8") as file:
+            file.write(f"{number}\n")
+
+    def asked(self) -> list[int]:
+        """The signals by which they were asked; a sweep whose folder is gone is over."""
+        try:
+            return [int(line) for line in (self.folder / "stop").read_text(encoding="utf8").splitlines()]
+        except FileNotFoundError:
+            return [] if self.folder.exists() else [signal.SIGTERM]
+
+    def twin(self, job: Job) -> bool:
+        """Whether another job, which runs, has the same record."""
+        return any(
+            j.record == job.record and j.number != job.number and j.state == STARTED and not self.lost(j)
+            for j in self.jobs()
+        )
+
+    def lost(self, job: Job) -> bool:
+        """Whether the process of a job that runs is known to be gone."""
+        return job.host == socket.gethostname() and not Path(f"/proc/{job.process}").exists()
+
+    @contextmanager
+    def place(self, recipe: Recipe) -> Iterator[Place]:
+        """Where a job runs: its share of the machine, once there is one.
+
+        Raises:
+            ConfigError: its share has too few GPUs.
+        """
+        if self.here:
+            yield Place()  # the signals come to this very process
+            return
+        parent = os.getppid()
+
+        def asked() -> list[int]:
+            return self.asked() or ([] if os.getppid() == parent else [signal.SIGTERM])
+
+        if self.at_once is None:
+            yield Place(quiet=True, asked=asked)
+            return
+        with self._slot(self.at_once) as slot:
+            environment = share(recipe, slot, self.at_once, cores(), self.gpus)
+            environment |= {name: self.threads.get(name, environment.get(name)) for name in THREADS}
+            yield Place(environment, quiet=True, asked=asked)
+
+    @contextmanager
+    def _slot(self, slots: int) -> Iterator[int]:
+        """One of the slots: a lock, which is free again when the process that has it dies."""
+        while True:
+            for slot in range(slots):
+                with (self.folder / f"slot{slot}").open("w") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue
+                    yield slot
+                    return
+            time.sleep(LOOK)
+
+    def end(self, *, whole: bool) -> None:
+        """Remove the folder; not if jobs may yet start (not ``whole``): on a cluster they outlive this process."""
+        if whole or self.at_once is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def planned(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job; none where the sweeper makes them up as it goes."""
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
+    return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+
+
+def jobs_at_once(launcher: DictConfig, jobs: int, cores: int) -> int | None:
+    """How many jobs share this machine; None where a scheduler gives each its part."""
+    kind = launcher._target_.rpartition(".")[2]
+    if kind == "BasicLauncher":
+        return 1
+    if kind == "LocalLauncher":  # of submitit: all of them
+        return max(1, jobs)
+    if kind == "JoblibLauncher":  # joblib counts from behind where it is negative
+        n: int = launcher.n_jobs if launcher.n_jobs > 0 else max(1, cores + 1 + launcher.n_jobs)
+        return min(n, jobs) if jobs else n
+    return None
+
+
+def gpu_files() -> list[Path]:
+    return list(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def visible_gpus(environment: Mapping[str, str], present: list[Path]) -> tuple[str, ...]:
+    """GPUs as ``CUDA_VISIBLE_DEVICES`` names them: what it says (up to the first that is none), else all there are."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return tuple(str(k) for k in range(len(present)))
+    names = [name.strip() for name in given.split(",")]
+    first_bad = next((k for k, name in enumerate(names) if not name or name.startswith("-")), len(names))
+    return tuple(names[:first_bad])
+
+
+def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ...]) -> dict[str, str | None]:
+    """The environment of a job in one of ``slots`` equal parts of the machine.
+
+    Raises:
+        ConfigError: the part has fewer GPUs than the job wants devices.
+    """
+    wanted, part = recipe.trainer.devices, len(gpus) // slots
+    environment: dict[str, str | None] = {"OMP_NUM_THREADS": str(max(1, cores // slots // wanted))}
+    if not gpus or recipe.trainer.accelerator == Accelerator.cpu:
+        return environment
+    if wanted > part:
+        raise ConfigError(
+            f"trainer.devices={wanted}, but {slots} jobs at a time share {len(gpus)} GPUs, {part} each: "
+            "lower hydra.launcher.n_jobs, or take trainer.accelerator=cpu"
+        )
+    return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * part : (slot + 1) * part])}
+
+
+@contextmanager
+def watching(sweep: Sweep, began: Callable[[Job], None], ended: Callable[[Job], None]) -> Iterator[None]:
+    """While jobs run elsewhere: report each that starts and ends, and turn signals into the request to stop.
+
+    The signals are blocked, in this process and, by inheritance, in those that a launcher starts: a Ctrl-C in the
+    terminal goes to all of them, and would end them before their jobs have saved.
+    """
+    over, enough = threading.Event(), threading.Event()
+    seen: dict[int, str] = {}
+
+    def told(number: int, _: FrameType | None = None) -> None:
+        if enough.is_set():
+            raise KeyboardInterrupt
+        sweep.ask(number)
+
+    def report() -> list[Job]:
+        jobs = sweep.jobs()
+        for job in jobs:
+            if job.state not in (WAITING, seen.get(job.number)):
+                seen[job.number] = job.state
+                (began if job.state == STARTED else ended)(job)
+        return jobs
+
+    def watch() -> None:
+        deadline = math.inf
+        while not over.is_set():
+            if (caught := signal.sigtimedwait(STOP, LOOK)) is not None:
+                told(caught.si_signo)
+            running = [job for job in report() if job.state == STARTED and not sweep.lost(job)]
+            if asked := sweep.asked():
+                deadline = min(deadline, time.monotonic() + PATIENCE)
+            if time.monotonic() > deadline and (not running or len(asked) >= 3) and not enough.is_set():
+                enough.set()
+                _thread.interrupt_main()  # the launcher waits for jobs in a queue, which need not start any more
+        report()
+
+    resource_tracker.ensure_running()  # a launcher that starts it would unblock the signals again
+    handlers = {number: signal.signal(number, told) for number in STOP}  # should a library unblock them all the same
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -1,0 +1,82 @@
+"""What became of the other ranks, as far as one of them can tell."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from caspr_cli.runs.processes import LAUNCHER, workers
+from caspr_cli.runs.record import RUNNING, Record
+
+# What gloo, NCCL and the store in which ranks meet say; they have no exceptions of their own for it.
+HUNG = re.compile(r"timed out (waiting|after)|wait timeout after|socket timeout", re.IGNORECASE)
+LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|likely closed)|broken pipe|connectfullmesh|failed to recv|ncclremoteerror"
+    r"|remote process exit|could not connect",
+    re.IGNORECASE,
+)
+SECONDS_TO_COMPARE = 1.0
+
+
+class HungError(Exception):
+    """Another rank does not answer."""
+
+
+class LostError(Exception):
+    """Another rank is gone."""
+
+
+@contextmanager
+def answering(record: Record, rank: int, world: int, timeout: float) -> Iterator[None]:
+    """Tell an error of this rank from one that comes of another.
+
+    Raises:
+        HungError: some rank did not answer in time; it is ended, as it may not listen to anything milder.
+        LostError: the connection to some rank is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world > 1 and HUNG.search(str(error)):
+            silent = _silent(record, rank, world)
+            _end(record, silent)
+            who = f"rank {', '.join(map(str, silent))} did not answer" if silent else "no rank heard of the others"
+            raise HungError(f"{who} for {timeout:g} s (trainer.timeout)") from error
+        if world > 1 and LOST.search(str(error)):
+            raise LostError(str(error)) from error
+        raise
+
+
+def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> None:
+    """Until the first rank has written how the run ended: what it waits for after its last step, nobody else would.
+
+    Raises:
+        HungError: it has not in time.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save here
+    deadline = time.monotonic() + timeout
+    with answering(record, rank, world, timeout):
+        while record.status.get("state") == RUNNING:
+            if time.monotonic() > deadline:
+                raise RuntimeError("timed out waiting for rank 0")
+            time.sleep(0.02)
+
+
+def _silent(record: Record, rank: int, world: int) -> list[int]:
+    """The ranks that do not wait as this one does."""
+    marks = [record.path / f".waited.{r}" for r in range(world)]
+    with suppress(OSError):  # a full disk
+        marks[rank].touch()
+    time.sleep(SECONDS_TO_COMPARE)
+    return [r for r, mark in enumerate(marks) if r != rank and not mark.exists()]
+
+
+def _end(record: Record, ranks: list[int]) -> None:
+    for process, rank in workers(record.path, int(os.environ.get(LAUNCHER, "0"))).items():
+        if rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)

@@ -1,0 +1,110 @@
+"""Several machines: two launchers on this one stand for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from running import Runner, losses, wait_for
+
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import TrainerConf
+from caspr_cli.runs.nodes import first_host, meeting_place
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("one", "one"),
+        ("one,two", "one"),
+        ("gpu[007-012,031],login1", "gpu007"),
+        ("n[3]", "n3"),
+        ("n[1,2].cluster", "n1.cluster"),
+        ("rack2-[10-20]-ib", "rack2-10-ib"),
+    ],
+)
+def test_the_first_machine_of_a_list(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
+def test_where_machines_meet() -> None:
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "1234567"}
+    assert meeting_place(TrainerConf(nodes=2), slurm) == "n1:34567"
+    assert meeting_place(TrainerConf(nodes=2, rendezvous="here:1"), slurm) == "here:1"
+    with pytest.raises(ConfigError, match=r"trainer.nodes=2 needs trainer.rendezvous=HOST:PORT"):
+        meeting_place(TrainerConf(nodes=2), {})
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def one_machine(runner: Runner) -> Path:
+    """The same run on two ranks of one machine."""
+    runner("output_dir=one_machine", "trainer.devices=2")
+    return runner.record("one_machine")
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
+    """The same losses as two ranks of one machine; one record; told to stop, both save together and go on."""
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=nodes"]
+    first, second = runner.start(*nodes), runner.start(*nodes)
+    out = [process.communicate(timeout=200)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), out
+    record = runner.record("nodes")
+    assert losses(record) == losses(one_machine)
+    assert json.loads((record / "provenance.json").read_text())["device"]["processes"] == 2
+    assert all("done" in text for text in out)
+    for process in (runner.start(*nodes), runner.start(*nodes)):
+        assert "skipped" in process.communicate(timeout=60)[0]
+
+
+def everything_of(launcher: int) -> list[int]:
+    """A launcher and what it has started, by what they inherit."""
+    mark = f"CASPR_LAUNCHER={launcher}".encode()
+    found = [launcher]
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
+    """All its processes at once, as by a power cut. The other one ends, and the two commands again end the run."""
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lost"]
+    machines = [runner.start(*nodes), runner.start(*nodes)]
+    record = wait_for(runner, "lost", 10)
+    for process in everything_of(machines[1].pid):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    out = machines[0].communicate(timeout=90)[0]
+    assert machines[0].returncode == 143, out
+    assert "the same command continues" in out
+    again = [runner.start(*nodes), runner.start(*nodes)]
+    assert ["done" in process.communicate(timeout=120)[0] for process in again] == [True, True]
+    assert losses(record) == losses(one_machine)
+
+
+@pytest.mark.slow
+def test_a_machine_that_waits_alone_says_so(runner: Runner) -> None:
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lonely", "trainer.timeout=4"]
+    out = runner(*nodes, expect=143)
+    assert "cut off  fewer than 2 machines came to localhost:" in out
+    assert "the same command continues" in out
+
+
+def test_a_place_that_is_none_is_refused(runner: Runner) -> None:
+    assert "trainer.rendezvous should be HOST:PORT but is 'here'" in runner("trainer.rendezvous=here", expect=2)
+    assert "trainer.nodes=2 needs trainer.rendezvous=HOST:PORT" in runner("trainer.nodes=2", expect=2)

@@ -1,0 +1,217 @@
+"""What a sweep decides and says, without a single run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Accelerator, C4LMConf, CasprConf, Recipe
+from caspr_cli.runs import summary, sweep
+from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, STARTED, WAITING, Job, Sweep, share, visible_gpus
+
+
+def recipe(devices: int = 1, accelerator: str = "auto") -> Recipe:
+    made = Recipe(task=C4LMConf(), optim=CasprConf())
+    made.trainer.devices, made.trainer.accelerator = devices, Accelerator[accelerator]
+    return made
+
+
+def made(folder: Path, **changes: Any) -> Sweep:
+    return Sweep(folder, **({"launcher": "joblib", "here": False, "at_once": 2} | changes))
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "gpus"),
+    [
+        ({}, 0, ()),
+        ({}, 3, ("0", "1", "2")),
+        ({"CUDA_VISIBLE_DEVICES": "2, 5"}, 8, ("2", "5")),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 8, ()),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,3"}, 8, ("1",)),  # CUDA stops at the first that is none
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8f1a,MIG-77"}, 2, ("GPU-8f1a", "MIG-77")),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(environment: dict[str, str], files: int, gpus: tuple[str, ...]) -> None:
+    assert visible_gpus(environment, [Path(f"/dev/nvidia{k}") for k in range(files)]) == gpus
+
+
+def test_jobs_take_disjoint_shares_of_the_machine() -> None:
+    gpus = ("4", "5", "6", "7", "8")
+    shares = [share(recipe(devices=2), slot, 2, cores=16, gpus=gpus) for slot in range(2)]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in shares] == ["4,5", "6,7"]
+    assert {s["OMP_NUM_THREADS"] for s in shares} == {"4"}  # 16 cores, two jobs of two ranks
+    assert share(recipe(), 0, 8, cores=4, gpus=()) == {"OMP_NUM_THREADS": "1"}
+    assert "CUDA_VISIBLE_DEVICES" not in share(recipe(accelerator="cpu"), 0, 8, cores=4, gpus=("0",))
+
+
+def test_a_share_with_too_few_gpus_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^trainer.devices=2, but 3 jobs at a time share 4 GPUs, 1 each: lower"):
+        share(recipe(devices=2), 0, 3, cores=4, gpus=("0", "1", "2", "3"))
+    with pytest.raises(ConfigError, match="0 each"):  # it would train on the CPU instead
+        share(recipe(), 0, 2, cores=4, gpus=("0",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_jobs", "at_once"),
+    [
+        ("BasicLauncher", None, 1),
+        ("JoblibLauncher", 2, 2),
+        ("JoblibLauncher", 20, 6),
+        ("JoblibLauncher", -1, 4),
+        ("JoblibLauncher", -2, 3),
+        ("JoblibLauncher", -9, 1),
+        ("LocalLauncher", None, 6),
+        ("SlurmLauncher", None, None),
+        ("RayLauncher", None, None),
+    ],
+)
+def test_how_many_jobs_share_this_machine(kind: str, n_jobs: int | None, at_once: int | None) -> None:
+    launcher = OmegaConf.create({"_target_": f"hydra_plugins.some.{kind}", "n_jobs": n_jobs})
+    assert sweep.jobs_at_once(launcher, jobs=6, cores=4) == at_once
+
+
+def test_a_slot_is_free_again(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    with one.place(recipe(accelerator="cpu")) as first, one.place(recipe(accelerator="cpu")) as second:
+        assert first.environment["OMP_NUM_THREADS"] == second.environment["OMP_NUM_THREADS"]
+        assert {p.name for p in tmp_path.glob("slot*")} == {"slot0", "slot1"}
+    with one.place(recipe()):
+        pass
+
+
+def test_threads_are_the_users_where_they_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    given = made(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")  # as a launcher sets them for its processes
+    monkeypatch.setenv("MKL_NUM_THREADS", "64")
+    with given.place(recipe()) as place:
+        assert place.environment["OMP_NUM_THREADS"] == "3"
+        assert place.environment["MKL_NUM_THREADS"] is None
+
+
+def test_a_sweep_whose_folder_is_gone_is_over(tmp_path: Path) -> None:
+    one = made(tmp_path / "id")
+    one.folder.mkdir()
+    assert one.asked() == []
+    one.ask(signal.SIGINT)
+    one.ask(signal.SIGTERM)
+    assert one.asked() == [signal.SIGINT, signal.SIGTERM]
+    one.end(whole=True)
+    assert one.asked() == [signal.SIGTERM]
+    one.note(Job(1, []))  # and so what it says late is not heard
+    assert not one.folder.exists()
+
+
+def test_jobs_of_a_cluster_may_start_after_the_command_has_ended(tmp_path: Path) -> None:
+    one = made(tmp_path, launcher="slurm", at_once=None)
+    one.end(whole=False)
+    assert one.folder.exists()
+
+
+def test_planned_as_hydra_numbers_them(tmp_path: Path) -> None:
+    config = OmegaConf.create(
+        {
+            "output_dir": str(tmp_path),
+            "hydra": {
+                "sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
+                "launcher": {"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"},
+                "overrides": {"task": ["optim=caspr,adamw", "seed=range(2)", "+x='a b'"]},
+                "runtime": {"choices": {"hydra/launcher": "ray"}},
+                "sweep": {"dir": str(tmp_path / ".sweep")},
+            },
+        }
+    )
+    begun = Sweep.begin(config)
+    jobs = begun.jobs()
+    assert [j.number for j in jobs] == [1, 2, 3, 4]
+    assert summary.names(jobs) == [
+        "optim=caspr seed=0", "optim=caspr seed=1", "optim=adamw seed=0", "optim=adamw seed=1",
+    ]  # fmt: skip
+    assert (begun.here, begun.at_once, begun.launcher) == (False, None, "ray")
+
+
+def test_only_a_process_that_is_gone_is_lost(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    here = Job(1, [], STARTED, host=socket.gethostname(), process=os.getpid(), record="r")
+    gone = Job(2, [], STARTED, host=socket.gethostname(), process=2**22 + 1, record="r")
+    elsewhere = Job(3, [], STARTED, host="node7", process=2**22 + 1, record="r")
+    assert [one.lost(job) for job in (here, gone, elsewhere)] == [False, True, False]
+    for job in (here, gone):
+        one.note(job)
+    assert (one.twin(gone), one.twin(here)) == (True, False)
+
+
+def record(folder: Path, state: str, error: str | None = None, **more: Any) -> str:
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"state": state, "error": error} | more))
+    if state == "done":
+        target = {"metric": "val/loss", "value": None, "step": None}
+        scores = {"final": {"val/loss": 4.0364}, "test": {"test/loss": 4.1976}}
+        (folder / "result.json").write_text(json.dumps({"target": target, "seconds": 166.0} | scores))
+    return str(folder)
+
+
+def test_thirty_jobs_can_be_read(tmp_path: Path) -> None:
+    grid = [(optim, seed) for optim in ("caspr", "full_adagrad", "sgd") for seed in range(10)]
+    jobs = [
+        Job(n, ["output_dir=out", f"optim={o}", f"seed={seed}"], ENDED, record(tmp_path / f"{n}", "done"), 0, n != 2)
+        for n, (o, seed) in enumerate(grid, 1)
+    ]
+    failed = record(tmp_path / "bad", "failed", "ValueError: no\nmore of it")
+    cut = record(tmp_path / "cut", "preempted", "a worker ended with SIGKILL", step=12)
+    jobs[4:9] = [
+        Job(5, jobs[4].overrides, ENDED, failed, 1),
+        Job(6, jobs[5].overrides, ENDED, cut, 143),
+        Job(7, jobs[6].overrides, REFUSED, None, 2, why="optim.lr should be >= 0 but is -1"),
+        Job(8, jobs[7].overrides, LOST, cut),
+        Job(9, jobs[8].overrides, WAITING),
+    ]
+    head, titles, *lines = summary.table(jobs)
+    assert head == ("sweep    30 jobs: 24 done, 1 done before, 1 failed, 1 cut off, 1 refused, 1 lost, 1 not started")
+    assert [int(line.split()[0]) for line in lines] == list(range(1, 31))
+    assert not any("output_dir" in line for line in lines)  # what all have says nothing
+    column = titles.index("result")
+    assert all(line[column:].startswith("val/loss 4.0364  test/loss 4.1976  2 min 46 s") for line in lines[9:])
+    assert len({line.index(str(tmp_path)) for line in lines[9:]}) == 1
+    assert lines[4].endswith(f"{failed}/log.txt")
+    assert "ValueError: no" in lines[4]
+    assert "more of it" not in lines[4]
+    assert "SIGKILL; before the first checkpoint" in lines[5]
+    assert lines[6].endswith("optim.lr should be >= 0 but is -1")
+    assert "the same command continues" in lines[7]
+    assert lines[8].endswith("not started")
+
+
+def test_a_launcher_that_waits_for_ever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs in a queue need not start any more once those that ran have ended."""
+    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
+    monkeypatch.setattr(sweep, "LOOK", 0.02)
+    one = made(tmp_path, launcher="slurm", at_once=None)
+    one.note(Job(1, ["seed=0"]))
+    one.note(Job(2, ["seed=1"], ENDED, "record", 0))
+    ended: list[int] = []
+    before = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    started = time.monotonic()
+
+    def launch() -> None:
+        with sweep.watching(one, print, lambda job: ended.append(job.number)):
+            os.kill(os.getpid(), signal.SIGINT)
+            while time.monotonic() - started < 30:
+                time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch()
+    assert time.monotonic() - started < 20
+    assert ended == [2]
+    assert one.asked() == [signal.SIGINT]
+    assert (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == before

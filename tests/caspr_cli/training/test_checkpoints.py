@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.training import checkpoints
+from caspr_cli.training.checkpoints import Start, WholeFile, find, put_in_place
+
+
+def checkpoint(step: int, lines: int) -> dict[str, Any]:
+    """With what is read here, and tensors enough to flip bits in."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(6)])
+    state = {"global_step": step, "callbacks": {"Curves": {"lines": lines}}, "state_dict": model.state_dict()}
+    return state | {"numbers": [0.5, None, True, "text"]}
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    """With two checkpoints, of step 8 after 9 lines and of step 16 after 18."""
+    made = Record(tmp_path)
+    made.checkpoints.mkdir()
+    for step, lines in ((8, 9), (16, 18)):
+        WholeFile().save_checkpoint(checkpoint(step, lines), made.checkpoints / ".writing.ckpt")
+        put_in_place(made.checkpoints / ".writing.ckpt", made, best=step == 8, keep=True)
+    made.metrics.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 21)))
+    return made
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+def test_the_last_one_is_used_and_the_one_before_is_kept(record: Record) -> None:
+    assert find(record) == Start(record.last, 16, 18)
+    assert torch.load(record.previous, weights_only=True)["global_step"] == 8
+    assert record.best.samefile(record.previous)
+    assert sorted(p.name for p in record.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+
+
+def test_without_any_a_run_begins(tmp_path: Path) -> None:
+    assert find(Record(tmp_path)) == Start(None, 0, 0)
+
+
+def test_no_flipped_bit_reaches_the_training(tmp_path: Path) -> None:
+    """Some go unnoticed: in padding, in dates, in what is stored twice. What is loaded then is what was saved."""
+    file, flipped = tmp_path / "whole.ckpt", tmp_path / "flipped.ckpt"
+    WholeFile().save_checkpoint(checkpoint(16, 18), file)
+    content, whole = file.read_bytes(), torch.load(file, weights_only=True)
+    with zipfile.ZipFile(file) as archive:
+        directory, entries = archive.start_dir, len(archive.infolist())
+    # Attributes of members in the zip's directory, where one bit says that a member is a directory and has no content.
+    heads = [at for at in range(directory, len(content)) if content[at : at + 4] == b"PK\1\2"]
+    assert len(heads) == entries
+    draw, found, unnoticed = random.Random(0), 0, 0
+    bits = [8 * at + 8 * 38 + bit for at in heads for bit in range(8)]
+    bits += [draw.randrange(8 * len(content)) for _ in range(1500)]
+    for bit in bits:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        flipped.write_bytes(damaged)
+        try:
+            assert checkpoints._read(flipped) == (16, 18)
+        except Exception:
+            found += 1
+            continue
+        unnoticed += 1
+        assert same(torch.load(flipped, weights_only=True), whole), bit
+    assert found > unnoticed > 0
+
+
+def test_a_cut_file_is_found_wherever_it_is_cut(tmp_path: Path) -> None:
+    file, cut = tmp_path / "whole.ckpt", tmp_path / "cut.ckpt"
+    WholeFile().save_checkpoint(checkpoint(16, 18), file)
+    content = file.read_bytes()
+    for length in (0, 1, *random.Random(0).sample(range(len(content)), 60), len(content) - 1):
+        cut.write_bytes(content[:length])
+        with pytest.raises(Exception, match=r"."):
+            checkpoints._read(cut)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_where_the_last_one_is_damaged_the_previous_one_is_used(
+    record: Record, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = bytearray(record.last.read_bytes())
+    record.last.unlink()
+    if damage == "truncated":
+        record.last.write_bytes(content[:1000])
+    elif damage == "flipped":
+        with zipfile.ZipFile(record.previous) as archive:
+            place = next(m.header_offset for m in archive.infolist() if m.file_size == 256) + 128  # in a weight
+        content[place] ^= 1
+        record.last.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert find(record) == Start(record.previous, 8, 9)
+    assert [m.startswith(f"warning  {record.last} is damaged: ") for m in caplog.messages] == [True] * (
+        damage != "gone"
+    )
+
+
+def test_what_is_damaged_does_not_displace_what_was_used(record: Record) -> None:
+    record.last.write_bytes(b"damaged")
+    WholeFile().save_checkpoint(checkpoint(16, 18), record.checkpoints / ".writing.ckpt")
+    put_in_place(record.checkpoints / ".writing.ckpt", record, best=False, keep=False)
+    assert find(record).step == 16
+    assert torch.load(record.previous, weights_only=True)["global_step"] == 8
+
+
+def test_curves_that_are_damaged_may_do_for_the_previous_one(record: Record) -> None:
+    lines = record.metrics.read_bytes().splitlines(keepends=True)
+    record.metrics.write_bytes(b"".join([*lines[:12], b"\xff" + lines[12], *lines[13:]]))
+    assert find(record) == Start(record.previous, 8, 9)
+    record.metrics.write_bytes(b"".join(lines[:8]))
+    with pytest.raises(RecordDamagedError, match=r"metrics\.jsonl is missing or damaged; resume=never"):
+        find(record)
+    record.metrics.unlink()
+    with pytest.raises(RecordDamagedError, match=r"metrics\.jsonl is missing or damaged; resume=never"):
+        find(record)
+
+
+def test_two_damaged_ones_are_left_to_the_user(record: Record) -> None:
+    record.last.write_bytes(b"")
+    record.previous.write_bytes(b"")
+    with pytest.raises(RecordDamagedError, match=r"last\.ckpt is missing or damaged; resume=never"):
+        find(record)
+
+
+def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        WholeFile().save_checkpoint(checkpoint(8, 9), tmp_path / ".writing.ckpt")
+    assert list(tmp_path.iterdir()) == []

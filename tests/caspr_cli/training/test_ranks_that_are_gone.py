@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from caspr_cli.runs.record import Record
+from caspr_cli.training import ranks
+from caspr_cli.training.ranks import HungError, LostError, answering, wait_for_first
+
+# As gloo, the store and NCCL say it.
+WAITED = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"
+)
+GONE = [
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:31938: Connection reset by peer",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:19657.",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "SECONDS_TO_COMPARE", 0.0)
+
+
+def raising(record: Record, message: str, world: int = 2) -> None:
+    with answering(record, 0, world, 5.0):
+        raise RuntimeError(message)
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HungError, match=r"^rank 1 did not answer for 5 s \(trainer.timeout\)$"):
+        raising(Record(tmp_path), WAITED)
+    (tmp_path / ".waited.2").touch()
+    with pytest.raises(HungError, match=r"^rank 1, 3 did not answer"):
+        raising(Record(tmp_path), WAITED, world=4)
+    (tmp_path / ".waited.1").touch()
+    with pytest.raises(HungError, match="no rank heard of the others"):
+        raising(Record(tmp_path), WAITED, world=2)
+
+
+@pytest.mark.parametrize("message", GONE)
+def test_a_rank_that_is_gone_is_no_failure_of_this_one(tmp_path: Path, message: str) -> None:
+    with pytest.raises(LostError):
+        raising(Record(tmp_path), message)
+
+
+def test_what_is_this_ranks_own_stays(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        raising(Record(tmp_path), "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
+    with pytest.raises(RuntimeError, match="Timed out waiting"):
+        raising(Record(tmp_path), WAITED, world=1)
+
+
+def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.write("status.json", {"state": "running"})
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(HungError, match=r"^rank 0 did not answer for 0.1 s \(trainer.timeout\)$"):
+            wait_for_first(record, 1, 2, 0.1)
+        record.write("status.json", {"state": "done"})
+        wait_for_first(record, 1, 2, 0.1)
+    finally:
+        signal.signal(signal.SIGTERM, before)

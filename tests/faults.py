@@ -1,0 +1,608 @@
+"""Kills runs for real, again and again, and counts what is lost: ``python tests/faults.py``.
+
+Each run is started, hit, started again by the same command, hit again, until it is done. Then its losses must be, bit
+for bit, those of a run that was never hit; its result, too, but for times; TensorBoard must show each step once and in
+order; and no process, port, lock or half-written file may be left. A fault hits at a step drawn uniformly over the
+run's life, or as soon as a phase is seen: start, validation, checkpoint, test, exit. The phase that is printed was read
+with all processes stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from running import Runner, losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tb_logging
+
+STEPS, VALIDATE, TIMEOUT = 160, 20, 5
+SETTINGS = [f"trainer.max_steps={STEPS}", f"trainer.val_every={VALIDATE}", f"trainer.timeout={TIMEOUT}",
+            "optim.interval=5"]  # fmt: skip
+PHASES = ("train", "validate", "checkpoint", "test", "exit", "start")
+FAULTS_A_RUN = 5
+MARK = "CASPR_FAULTS"  # in the environment of all that a run starts
+DAY = 86400
+
+
+# ---- what can be seen of a run ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """One process of a run."""
+
+    pid: int
+    words: list[bytes]
+    rank: int | None
+
+    @property
+    def part(self) -> str:
+        if b"caspr_cli.commands.train" in self.words:
+            return "launcher"
+        if b"torch.distributed.run" in self.words:
+            return "agent"
+        return "rank" if b"caspr_cli.runs.worker" in self.words else "other"
+
+
+def processes(mark: str) -> list[Process]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes().split(b"\0")
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"{MARK}={mark}".encode() in environment:
+            rank = next((int(w[5:]) for w in environment if w.startswith(b"RANK=")), None)
+            found.append(Process(int(directory.name), words, rank))
+    return found
+
+
+def send(number: signal.Signals, to: Iterable[Process]) -> None:
+    for process in to:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
+def listening() -> set[str]:
+    """Inodes of all sockets that listen on this machine."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[9] for row in rows if row[3] == "0A"}
+
+
+def sockets(of: Iterable[Process]) -> set[str]:
+    found = set()
+    for process in of:
+        with suppress(OSError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with suppress(OSError):
+                    found.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    return found & listening()
+
+
+class Watched:
+    """One run's record while others write to it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self._record = home, None  # type: Path, Path | None
+        self.before = 0  # the file of the metrics that an earlier attempt wrote
+
+    @property
+    def record(self) -> Path | None:
+        self._record = self._record or next(self.home.glob("*/*/*/seed0"), None)
+        return self._record
+
+    def begin(self) -> None:
+        """An attempt is about to start."""
+        self.before = self.inode()
+
+    def inode(self) -> int:
+        try:
+            return (self.record / "metrics.jsonl").stat().st_ino if self.record else 0
+        except OSError:
+            return 0
+
+    @property
+    def status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.record / "status.json").read_text()) if self.record else {}
+        except (OSError, ValueError):
+            return {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What this attempt has kept and written so far; nothing while it starts."""
+        if not self.record or self.inode() == self.before:
+            return []
+        try:
+            lines = (self.record / "metrics.jsonl").read_text().split("\n")[:-1]
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines]
+
+    def phase(self, kept: int | None) -> tuple[str, int]:
+        """What it does now, and at which step."""
+        rows = self.rows()
+        if not rows and not kept:
+            return "start", 0
+        step = rows[-1]["step"] if rows else 0
+        if self.record and ((self.record / "result.json").exists() or self.status.get("state") == "done"):
+            return "exit", step
+        if self.record and (self.record / "checkpoints" / ".writing.ckpt").exists():
+            return "checkpoint", step
+        if rows and "test/loss" in rows[-1]:
+            return "exit", step
+        saved = self.status.get("step") or 0
+        if rows and "val/loss" in rows[-1]:
+            return ("checkpoint" if saved < step else "test" if step == STEPS else "train"), step
+        if step and (step % VALIDATE == 0 or step == STEPS):
+            return "validate", step
+        return ("start" if len(rows) == kept else "train"), step
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    kind: str
+    phase: str
+    at: float  # the step for "train", else seconds after the phase is seen
+    seed: int
+    done: str = ""
+    lost: list[str] = field(default_factory=list)
+
+
+class Run:
+    """One run and what befalls it."""
+
+    def __init__(self, runner: Runner, ranks: int, number: int, say: Callable[[str], None]) -> None:
+        self.ranks, self.say = ranks, say
+        self.name = f"run{number}"
+        self.runner, self.watched = runner, Watched(runner.home / self.name)
+        self.mark = f"{os.getpid()}-{number}"
+        self.ports: set[str] = set()
+        self.faults: list[Fault] = []
+        self.least = 0  # the step that the next attempt must not fall behind
+        self.damaged = False  # it may fall behind this once
+        self.kept: int | None = None  # lines of the metrics that this attempt began with
+        self.process: subprocess.Popen[str]
+
+    def start(self, **environment: str) -> None:
+        self.watched.begin()
+        words = self.runner.command(f"output_dir={self.name}", f"trainer.devices={self.ranks}", *SETTINGS)
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            words,
+            cwd=self.runner.home,
+            env=self.runner.environment | {MARK: self.mark} | environment,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, fault: Fault) -> bool:
+        """Until the moment of a fault; False if the run was done before."""
+        deadline, seen_at, self.kept = time.monotonic() + 120, 0.0, None
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+            rows = self.watched.rows()
+            if self.kept is None and self.watched.inode() not in (0, self.watched.before):
+                self.kept = len(rows)
+                if rows and rows[-1]["step"] < self.least:
+                    fault.lost.append(f"went back to step {rows[-1]['step']} of {self.least}")
+            phase, step = self.watched.phase(self.kept)
+            if fault.phase == "start":
+                seen_at = seen_at or time.monotonic()
+            elif fault.phase == "train":
+                seen_at = seen_at or (time.monotonic() if phase != "start" and step >= fault.at else 0)
+            elif phase == fault.phase:
+                seen_at = seen_at or time.monotonic()
+            if seen_at and time.monotonic() >= seen_at + (0 if fault.phase == "train" else fault.at):
+                return not (fault.phase == "start" and phase == "exit")
+        return False
+
+    def suffer(self, fault: Fault) -> bool:
+        """One attempt and its fault; False if the run was done before it could hit."""
+        draw = random.Random(fault.seed)
+        self.start(**clock(self.runner.home, draw) if fault.kind == "clock" else {})
+        self.least = 0 if self.damaged else self.watched.status.get("step") or 0
+        self.damaged = False
+        if not self.wait_for(fault):
+            self.end({0, 143}, fault)
+            return False
+        self.ports |= sockets(processes(self.mark))
+        while (expected := KINDS[fault.kind](self, fault, draw)) is None:  # nothing there yet that it could hit
+            send(signal.SIGCONT, processes(self.mark))
+            time.sleep(0.2)
+            if self.process.poll() is not None:
+                self.end({0}, fault)
+                return False
+        self.end(expected, fault)
+        self.faults.append(fault)
+        last = self.text().strip().splitlines()[-3:]
+        why = next((line for line in last if line.startswith(("cut off", "failed", "error", "done"))), "")
+        self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {fault.kind:<14} {fault.done:<24} "
+                 f"exit {self.process.returncode:>4}  {why[:90]}")  # fmt: skip
+        return True
+
+    def freeze(self, fault: Fault) -> list[Process]:
+        """All processes stopped, and the moment noted."""
+        found = processes(self.mark)
+        send(signal.SIGSTOP, found)
+        phase, step = self.watched.phase(self.kept)
+        fault.done = f"{phase} at step {step}" if phase != "start" else "start"
+        return found
+
+    def end(self, expected: set[int], fault: Fault | None) -> None:
+        lost = fault.lost if fault else self.faults[-1].lost if self.faults else []
+        try:
+            code = self.process.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            lost.append("hangs")
+            send(signal.SIGKILL, processes(self.mark))
+            code = self.process.wait()
+        if code not in expected:
+            lost.append(f"exit {code}: {self.text()[-600:]}")
+        if code != -signal.SIGKILL:
+            self.check_nothing_left(lost)
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def check_nothing_left(self, lost: list[str]) -> None:
+        """A process that ends lets go of its memory first and of its ports last."""
+        deadline = time.monotonic() + 5
+        while (left := processes(self.mark)) or self.ports & listening():
+            if time.monotonic() > deadline:
+                lost.append(f"left: {[(p.pid, p.part, p.rank) for p in left]}" if left else "a port is left")
+                send(signal.SIGKILL, left)
+                return
+            time.sleep(0.05)
+
+    def finish(self, whole: Path) -> None:
+        """The same command until it is done, and the comparison."""
+        lost: list[str] = []
+        for _ in range(3):
+            self.start()
+            if self.process.wait(timeout=200) == 0:
+                break
+        else:
+            lost.append(f"does not end: {self.text()[-600:]}")
+        self.check_nothing_left(lost)
+        record = self.watched.record
+        assert record
+        lost += [] if lost else differences(record, whole)
+        for fault in self.faults:
+            fault.lost += lost
+        self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {self.name:<14} after {len(self.faults)} faults: "
+                 + ("; ".join(lost) or "as if it had never been hit"))  # fmt: skip
+
+
+def differences(record: Path, whole: Path) -> list[str]:
+    """Between a run that was hit and one that was not."""
+    found = []
+    if losses(record) != losses(whole):
+        found.append("other losses")
+    one, two = (json.loads((path / "result.json").read_text()) for path in (record, whole))
+    for result in (one, two):
+        for key in ("seconds", "optimizer_seconds", "peak_memory_bytes"):
+            result.pop(key)
+        result["target"].pop("seconds")
+    if one != two:
+        found.append(f"another result: {[key for key in two if one.get(key) != two[key]]}")
+    status = json.loads((record / "status.json").read_text())
+    if (status["state"], status["error"], status["step"]) != ("done", None, STEPS):
+        found.append(f"status {status}")
+    known = {"config.yaml", "status.json", "result.json", "provenance.json", "metrics.jsonl", "log.txt", ".lock",
+             ".ranks.lock", "checkpoints"}  # fmt: skip
+    found += [f"left: {p.name}" for p in record.iterdir() if p.name not in known and "tfevents" not in p.name]
+    left = {p.name for p in (record / "checkpoints").iterdir()} - {"last.ckpt", "previous.ckpt", "best.ckpt"}
+    found += [f"left: {name}" for name in left]
+    for name in (".lock", ".ranks.lock"):
+        with (record / name).open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(f"{name} is held")
+    if events(record) != events(whole):
+        found.append("TensorBoard shows other losses")
+    return found
+
+
+def events(record: Path) -> dict[str, list[tuple[int, float]]]:
+    tb_logging.get_logger().setLevel("ERROR")  # it warns of each restart
+    accumulator = EventAccumulator(str(record), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+        if tag.endswith("/loss")
+    }
+
+
+# ---- the kinds: each hits, and returns the exit codes that may follow (None: nothing to hit) ------------------------
+
+
+def kill(part: str) -> Callable[[Run, Fault, random.Random], set[int] | None]:
+    def hit(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+        found = run.freeze(fault)
+        chosen = found if part == "all" else [p for p in found if p.part == part.removesuffix("s")]
+        if not chosen:
+            return None
+        if part == "rank":
+            chosen = [draw.choice(chosen)]
+        send(signal.SIGKILL, chosen)
+        send(signal.SIGCONT, found)
+        return {-signal.SIGKILL} if part in ("launcher", "all") else {143, 0}
+
+    return hit
+
+
+def ask(number: signal.Signals) -> Callable[[Run, Fault, random.Random], set[int] | None]:
+    def hit(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+        found = run.freeze(fault)
+        run.process.send_signal(number)
+        send(signal.SIGCONT, found)
+        codes = {128 + number, 0}
+        # before Python has put a handler in its place, and after it was taken away, a signal just ends the launcher
+        return codes | {-number} if fault.done.split()[0] in ("start", "exit") else codes
+
+    return hit
+
+
+def stop_one(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    found = run.freeze(fault)
+    ranks = [p for p in found if p.part == "rank"]
+    if not ranks:
+        return None
+    stopped = draw.choice(ranks)
+    send(signal.SIGCONT, [p for p in found if p.pid != stopped.pid])
+    return {143, 0}
+
+
+@contextmanager
+def mended(run: Run, undo: Callable[[], None]) -> Any:
+    try:
+        yield
+        run.process.wait(timeout=100)
+    finally:
+        undo()
+
+
+def full(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    found = run.freeze(fault)
+    filler = run.watched.home / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * draw.choice((1 << 20, 4096)))
+    with mended(run, filler.unlink):
+        send(signal.SIGCONT, found)
+    return {143, 0} | ({2} if fault.done == "start" else set())  # 2: before anything was run
+
+
+def read_only(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    found = run.freeze(fault)
+    home = str(run.watched.home)
+    subprocess.run(["mount", "--bind", home, home], check=True)
+    subprocess.run(["mount", "-o", "remount,ro,bind", home], check=True)
+    with mended(run, lambda: subprocess.run(["umount", "-l", home], check=True) and None):
+        send(signal.SIGCONT, found)
+    return {143, 0} | ({2} if fault.done == "start" else set())  # 2: before anything was run
+
+
+def damage(how: str) -> Callable[[Run, Fault, random.Random], set[int] | None]:
+    def hit(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+        found = run.freeze(fault)
+        assert run.watched.record
+        last, previous = (run.watched.record / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+        if not previous.exists():
+            return None
+        send(signal.SIGKILL, found)
+        content = bytearray(last.read_bytes())
+        if how == "truncated":
+            del content[draw.randrange(len(content)) :]
+        else:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        last.unlink()  # other names of this file keep what it was
+        last.write_bytes(content)
+        run.damaged = True
+        return {-signal.SIGKILL}
+
+    return hit
+
+
+CLOCK = """
+import datetime, os, time
+_shift, _jump, _after = map(float, os.environ["FAULTS_CLOCK"].split())
+_time, _time_ns, _begin = time.time, time.time_ns, time.monotonic()
+def _off():
+    return _shift + (_jump if time.monotonic() - _begin > _after else 0)
+time.time = lambda: _time() + _off()
+time.time_ns = lambda: _time_ns() + int(_off() * 1e9)
+class _Moved(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(seconds=_off())
+    @classmethod
+    def utcnow(cls):
+        return super().utcnow() + datetime.timedelta(seconds=_off())
+_Moved.__name__ = _Moved.__qualname__ = "datetime"
+_Moved.__module__ = "datetime"
+datetime.datetime = _Moved
+"""
+
+
+def clock(home: Path, draw: random.Random) -> dict[str, str]:
+    """The environment of an attempt whose clock is a day off, and jumps another day somewhere in the middle."""
+    directory = home / "clock"
+    directory.mkdir(exist_ok=True)
+    (directory / "sitecustomize.py").write_text(CLOCK)
+    shift, jump = draw.choice((-DAY, DAY)), draw.choice((-DAY, DAY))
+    return {"PYTHONPATH": str(directory), "FAULTS_CLOCK": f"{shift} {jump} {draw.uniform(3, 12):.1f}"}
+
+
+KINDS: dict[str, Callable[[Run, Fault, random.Random], set[int] | None]] = {
+    "kill rank": kill("rank"),
+    "kill launcher": kill("launcher"),
+    "kill all": kill("all"),
+    "SIGTERM": ask(signal.SIGTERM),
+    "SIGINT": ask(signal.SIGINT),
+    "full disk": full,
+    "read-only": read_only,
+    "truncated": damage("truncated"),
+    "flipped": damage("flipped"),
+    "clock": kill("all"),
+    # of several ranks
+    "kill ranks": kill("ranks"),
+    "kill agent": kill("agent"),
+    "stop rank": stop_one,
+}
+OF_RANKS = ("kill ranks", "kill agent", "stop rank")
+MOUNTED = ("full disk", "read-only")
+
+
+# ---- the suite ----------------------------------------------------------------------------------------------------
+
+
+def drawn(number: int, ranks: int, draw: random.Random, kinds: list[str]) -> list[Fault]:
+    """Half of the moments uniform over the steps, the others in a phase."""
+    kinds = [kind for kind in kinds if ranks > 1 or kind not in OF_RANKS]
+    faults = []
+    for i in range(number):
+        kind = kinds[i % len(kinds)]
+        phase = draw.choice(["train"] * 5 + list(PHASES[1:]))
+        if kind in ("truncated", "flipped") and phase in ("start", "exit"):
+            phase = "train"
+        at = {"train": draw.uniform(1, STEPS), "start": draw.uniform(0.5, 9)}.get(phase, draw.uniform(0, 0.02))
+        faults.append(Fault(kind, phase, at, draw.randrange(1 << 30)))
+    return faults
+
+
+def in_order(faults: list[Fault]) -> list[Fault]:
+    """As they can befall one run: the start first, the exit last."""
+    place = {"start": -1.0, "test": STEPS + 1.0, "exit": STEPS + 2.0}
+    draw = random.Random(faults[0].seed)
+    return sorted(faults, key=lambda f: f.at if f.phase == "train" else place.get(f.phase, draw.uniform(0, STEPS)))
+
+
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "none", directory], capture_output=True, check=False)
+        if mounted.returncode == 0:
+            subprocess.run(["umount", directory], check=True)
+        return mounted.returncode == 0
+
+
+@contextmanager
+def small_disk(directory: Path, mounts: bool) -> Any:
+    directory.mkdir()
+    if mounts:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        if mounts:
+            subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def suite(runner: Runner, faults: dict[int, list[Fault]], say: Callable[[str], None]) -> list[tuple[int, Fault]]:
+    """Let all faults befall as many runs as it takes. Returns each that hit, with the ranks of its run."""
+    mounts, number, counted = can_mount(), count(), []
+    if not mounts:
+        say(f"left out: {' and '.join(MOUNTED)}, as nothing can be mounted here")
+    for ranks, wanted in faults.items():
+        whole = unhit(runner, ranks)
+        pending = [f for f in wanted if mounts or f.kind not in MOUNTED]
+        for attempt in range(6):
+            with ThreadPoolExecutor(2 if ranks == 1 else 1) as pool:
+                runs = math.ceil(len(pending) / FAULTS_A_RUN)
+                groups = [pending[i::runs] for i in range(runs)]
+                lives = [pool.submit(live, Run(runner, ranks, next(number), say), g, whole, mounts) for g in groups]
+                hit = [fault for life in lives for fault in life.result()]
+            counted += [(ranks, fault) for fault in hit]
+            pending = [fault for fault in pending if fault not in hit]
+            for fault in pending:  # it came too late; nothing comes earlier than a step
+                fault.phase, fault.at = "train", random.Random(fault.seed + attempt).uniform(1, STEPS)
+    return counted
+
+
+def live(run: Run, faults: list[Fault], whole: Path, mounts: bool) -> list[Fault]:
+    """One run from its first start to its comparison. Returns the faults that hit it."""
+    with small_disk(home := run.watched.home, mounts):
+        for fault in in_order(faults):
+            if run.watched.status.get("state") != "done":
+                run.suffer(fault)
+        run.finish(whole)
+        if any(fault.lost for fault in run.faults):
+            kept = shutil.copytree(home, tempfile.mkdtemp(prefix="caspr-lost-"), dirs_exist_ok=True)
+            run.say(f"kept     {kept}")
+    return run.faults
+
+
+def table(counted: list[tuple[int, Fault]]) -> list[str]:
+    kinds = list(dict.fromkeys(fault.kind for _, fault in counted))
+    phases = {phase: Counter(f.kind for _, f in counted if f.done.split()[0] == phase) for phase in PHASES}
+    lines = [f"{'kind':<14} {'faults':>6} {'lost':>5}  " + " ".join(f"{phase:>10}" for phase in PHASES)]
+    for kind in [*kinds, "all"]:
+        of = [f for _, f in counted if kind in ("all", f.kind)]
+        cells = [sum(n for k, n in phases[p].items() if kind in ("all", k)) for p in PHASES]
+        lost = sum(bool(f.lost) for f in of)
+        lines.append(f"{kind:<14} {len(of):>6} {lost:>5}  " + " ".join(f"{cell:>10}" for cell in cells))
+    return lines
+
+
+def unhit(runner: Runner, ranks: int) -> Path:
+    """A run of the same recipe that nothing befell."""
+    runner(f"output_dir=whole{ranks}", f"trainer.devices={ranks}", *SETTINGS)
+    return runner.record(f"whole{ranks}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=50, help="of faults")
+    parser.add_argument("--seed", type=int, default=0, help="of kinds and moments")
+    parser.add_argument("--ranks", default="1,2", help="processes a run; the faults are shared out")
+    parser.add_argument("--json", type=Path, help="also write each fault there")
+    given = parser.parse_args()
+    draw, settings = random.Random(given.seed), [int(ranks) for ranks in given.ranks.split(",")]
+    began, kinds, faults = time.monotonic(), list(KINDS), {}
+    for i, ranks in enumerate(settings):
+        draw.shuffle(kinds)
+        share = given.count * (i + 1) // len(settings) - given.count * i // len(settings)
+        faults[ranks] = drawn(share, ranks, draw, kinds)
+    with tempfile.TemporaryDirectory(prefix="caspr-faults-") as directory:
+        home = Path(directory)
+        counted = suite(Runner(home, home / "cache"), faults, lambda line: print(line, flush=True))
+    lost = [(ranks, fault) for ranks, fault in counted if fault.lost]
+    for ranks, fault in lost:
+        print(f"LOST     {ranks} ranks, {fault.kind} ({fault.done}): {'; '.join(fault.lost)}")
+    print("\n".join(["", *table(counted)]))
+    print(f"\n{len(counted)} faults, {len(lost)} lost, {time.monotonic() - began:.0f} s")
+    if given.json:
+        rows = [{"ranks": r, "kind": f.kind, "moment": f.done, "lost": f.lost} for r, f in counted]
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if lost or len(counted) < given.count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
