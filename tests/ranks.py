@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import itertools
 import multiprocessing as mp
 import os
 import sys
+import tempfile
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +23,7 @@ class Ranks:
 
     def __init__(self, world: int) -> None:
         self.world, self._pipes, self._processes = world, [], []
+        self._folder, self._calls = tempfile.TemporaryDirectory(), itertools.count()
         context = mp.get_context("spawn")
         for _ in range(world):
             here, there = context.Pipe()
@@ -30,15 +33,14 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
-        store = Path(os.environ.get("TMPDIR", "/tmp")) / f"caspr-ranks-{os.getpid()}-{id(args)}"
-        store.unlink(missing_ok=True)
+        # Never the same name twice: a store that is destroyed late makes its file once more.
+        store = Path(self._folder.name) / str(next(self._calls))
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function.__module__, function.__qualname__, rank, self.world, str(store), args))
         results = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(timeout), f"rank {rank} does not answer"
             results.append(pipe.recv())
-        store.unlink(missing_ok=True)
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
         assert not failed, "\n".join(failed)
         return [value for _, value in results]
@@ -47,6 +49,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        self._folder.cleanup()
 
 
 def _serve(pipe: Connection, path: list[str]) -> None:
@@ -68,6 +71,7 @@ def _serve(pipe: Connection, path: list[str]) -> None:
             )
             function = getattr(importlib.import_module(module), name)
             answer = True, function(rank, *args)
+            dist.barrier()  # nobody leaves while another still connects
         except Exception:
             answer = False, traceback.format_exc()
         finally:

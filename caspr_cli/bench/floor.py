@@ -18,7 +18,8 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caspr_cli.optim.cost import blocks_of
-from caspr_cli.optim.engine import KroneckerOptimizer, factor_dtype
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.options import factor_dtype
 
 TRIALS = 3  # of each way to replay a product, to find the faster
 

@@ -31,7 +31,8 @@ from caspr_cli.bench.contenders import (
 )
 from caspr_cli.bench.floor import floor_of
 from caspr_cli.optim.cost import blocks_of
-from caspr_cli.optim.engine import KroneckerOptimizer, factor_dtype
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.options import factor_dtype
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.errors import ConfigError
 

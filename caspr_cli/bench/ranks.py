@@ -26,7 +26,8 @@ from caspr_cli.bench.measure import Clock, Phases, Say
 from caspr_cli.bench.session import Machine, workload_of
 from caspr_cli.bench.shapes import ShapeSet
 from caspr_cli.optim.cost import state_bytes
-from caspr_cli.optim.engine import KroneckerOptimizer, is_factor
+from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.stacks import is_factor
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 

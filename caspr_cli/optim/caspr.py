@@ -179,12 +179,14 @@ _ARGS = """
         apply_dtype: type of the products with the roots, ``torch.bfloat16`` (4e-3) or that of the statistics.
         shard: ``"auto"``: with a default process group of several ranks, each owns some blocks, keeps statistics and
             roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
-            every rank does everything; for parameters that are not the same on all ranks.
+            every rank does everything; for parameters that are not the same on all ranks. Those of ``fully_shard`` are
+            always divided: their rows go to the owner of a block and back.
         gather_dtype: type in which updates travel, ``torch.bfloat16`` (half the bytes) or that of the statistics.
         maximize: maximize the objective.
 
     Raises:
-        ValueError: an option is out of its range, or a parameter is complex.
+        ValueError: an option is out of its range, a parameter is complex, or a DTensor that is not divided by rows
+            (``Shard(0)``) over all ranks; in the first step, parameters that are not the same on all ranks.
 
     ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads

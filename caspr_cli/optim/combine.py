@@ -13,12 +13,25 @@ import math
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.stacks import Stack
+
 
 def root_exponent(order: float, axes: int) -> int:
     """p in A = S~^(-1/p): 2q for the sum, 2k for the product; any of them is scale-free of degree 0."""
     if axes == 1:
         return 2
     return 2 * axes if math.isinf(order) else 2 * int(order)
+
+
+def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
+    """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``spare`` are overwritten."""
+    dtype = group["apply_dtype"] or X.dtype
+    A = [stack.root(axis, rows, dtype) for axis in range(len(stack.shape))]
+    if dtype == X.dtype:
+        return apply_roots(X, A, group["order"], spare)
+    low = X.to(dtype)
+    return X.copy_(apply_roots(low, A, group["order"], torch.empty_like(low)))
 
 
 def apply_roots(G: Tensor, A: list[Tensor], order: float, spare: Tensor) -> Tensor:

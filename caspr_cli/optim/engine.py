@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -19,25 +18,29 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from caspr_cli.optim.blocks import Layout, Shape, merge_axes
-from caspr_cli.optim.combine import apply_roots
+from caspr_cli.optim.combine import precondition
+from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.graft import (
     adam_length,
     diagonal_step,
     direction,
     frobenius,
+    fusible,
     needs_second_moment,
     transfer_length,
     update_second_moment,
 )
-from caspr_cli.optim.options import OPTIONS, SMALLEST_EPS_FLOAT32, Group, validate
+from caspr_cli.optim.options import OPTIONS, Group, factor_dtype, validate
+from caspr_cli.optim.placing import Rows, chunks, copy, fill, placed
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.rooms import Rooms
-from caspr_cli.optim.rows import Piece, Route, check_placements, distribute, is_counted, is_sharded, local
+from caspr_cli.optim.rows import Route, check_placements, distribute, is_counted, is_sharded, local
 from caspr_cli.optim.schedule import phases
-from caspr_cli.optim.shard import Exchange, Loads, Parcel, Post, agree, collect, summed, world_size
-from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack, Storage, build_stacks, other_blocks, sent
+from caspr_cli.optim.shard import Exchange, Loads, Meeting, Post, agree, collect, summed, world_size
+from caspr_cli.optim.stacks import Stack, Storage, build_stacks, is_factor, other_blocks, sent
 from caspr_cli.optim.statistics import accumulate, per_block
+from caspr_cli.optim.work import Updates, Work
 
 
 class KroneckerOptimizer(Optimizer):
@@ -61,6 +64,7 @@ class KroneckerOptimizer(Optimizer):
         self._rooms = Rooms()
         self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
         self._posts: dict[torch.device, Post] = {}
+        self._meeting: Meeting | None = None
         self._routes: dict[Tensor, Route] = {}  # of those whose rows are divided among ranks
         self._exchanges: dict[tuple[str, torch.device], Exchange] = {}
 
@@ -144,9 +148,14 @@ class KroneckerOptimizer(Optimizer):
 
         Then it is a collective operation, to be called on every rank. What it returns may be loaded by any number of
         ranks.
+
+        Raises:
+            RuntimeError: not all ranks have called it.
         """
         if not self._divided:
             return super().state_dict()
+        if self._meeting is not None:
+            self._meeting.wait()
 
         def complete(_: Optimizer, content: dict[str, Any]) -> None:
             for i, factors in self._whole_factors().items():
@@ -296,6 +305,7 @@ class KroneckerOptimizer(Optimizer):
                 self._keep_own(p, self.layout(p, group))
             self._stacks.clear()
             self._divided = world_size()
+            self._meeting = self._meeting or Meeting()
 
     def _assign(self, new: list[tuple[int, Group, Tensor]]) -> None:
         """Owners of these parameters' blocks, beside what the ranks own already."""
@@ -670,205 +680,11 @@ class KroneckerOptimizer(Optimizer):
         torch._foreach_add_(list(params.values()), updates, alpha=-lr)
 
 
-Rows = list[tuple[Piece, Tensor]]  # what arrived of a parameter's rows
-
-
-@dataclass
-class Work:
-    """One step of one param group."""
-
-    group: Group
-    grads: dict[Tensor, Tensor]  # what is here of them
-    steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
-    stacks: list[Stack]
-    finite: Finite
-    settled: bool = False  # whether it is known what is finite
-    layouts: dict[Tensor, Layout] = field(default_factory=dict)  # of those that are past ``start_step``
-    shares: dict[Tensor, Layout] = field(default_factory=dict)  # of these, the blocks that are this rank's
-    rest: list[Tensor] = field(default_factory=list)  # those that the graft method takes
-    gradients: dict[Tensor, Rows] = field(default_factory=dict)  # of blocks that are this rank's, by parameter
-    momenta: dict[Tensor, Rows] = field(default_factory=dict)
-
-
-@dataclass
-class Updates:
-    """U of all blocks on its way between ranks."""
-
-    places: dict[tuple[Tensor, Shape], list[Parcel]]
-    lengths: dict[Tensor, Tensor]  # of the graft's steps
-    counted: set[Tensor] = field(default_factory=set)  # parameters whose moments are those of this step
-    posts: dict[torch.device, Post] = field(default_factory=dict)
-    exchanges: dict[torch.device, Exchange] = field(default_factory=dict)
-    outgoing: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # for what a route's owner sends
-    incoming: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # and what its holder gets
-
-    @property
-    def carriers(self) -> list[Post | Exchange]:
-        return [*self.posts.values(), *self.exchanges.values()]
-
-    def rows(self, p: Tensor, route: Route, dtype: torch.dtype) -> dict[Shape, Tensor]:
-        """Those that this rank holds, as one block."""
-        U = torch.empty(route.layout.shape, dtype=dtype, device=p.device)
-        arrived = [self.exchanges[p.device].read(parcel) for parcel in self.incoming[p]]
-        copy([U[x.cut] for x in route.held], arrived)
-        return {route.layout.shape: U}
-
-    def of(self, p: Tensor, layout: Layout, dtype: torch.dtype) -> dict[Shape, Tensor]:
-        """By block shape ``[blocks, ...]``."""
-        found = {}
-        for shape in layout.parts:
-            read = [self.posts[p.device].read(parcel) for parcel in self.places[p, shape]]
-            found[shape] = (read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)).to(dtype)
-        return found
-
-
-def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """A few at a time, so that they stay in the cache."""
-    run: list[Tensor] = []
-    for p in params:
-        if run and sum(local(q).numel() for q in run) + local(p).numel() > (
-            CHUNK_CPU if p.device.type == "cpu" else CHUNK
-        ):
-            yield run
-            run = []
-        run.append(p)
-    if run:
-        yield run
-
-
 def is_whole(name: str, value: object, p: Tensor) -> bool:
     """Whether this entry of a state has a number for each of p's, and all of them are here."""
     return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
 
 
-def is_factor(name: str) -> bool:
-    """Whether an entry of the state is a view into a stack, of a type of its own."""
-    own = ("scale", "root_scale", "total", "retries", "rejected")
-    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_"))
-
-
 def counter() -> Tensor:
     """On the CPU, as in torch: reading it costs no synchronization. Whatever the defaults of the session are."""
     return torch.zeros((), dtype=torch.float32, device="cpu")
-
-
-class Finite:
-    """Which of some gradients are finite: asked of the device now, read later.
-
-    Reading waits for what was queued before the question, and not for what came after it.
-
-    A gradient counts with those that are not if it is infinite in the type of the statistics, or its square in that of
-    a second moment, which would be so for ever after. (But in float16, of which the latter is true of any gradient
-    above 256.)
-    """
-
-    def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
-        """``known``: norms of gradients that are not here as a whole."""
-        self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
-        self._answers: list[tuple[list[Tensor], Tensor]] = []
-        self._events: list[torch.cuda.Event] = []
-        kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
-        for p in grads:
-            kinds[p.device, p.dtype, p in known].append(p)
-        for (device, dtype, is_known), params in kinds.items():
-            norms = torch.stack([known[p] for p in params] if is_known else frobenius([grads[p] for p in params]))
-            limit = torch.finfo(factor_dtype(params[0], group)).max
-            if needs_second_moment(group["graft"]) and dtype != torch.float16:
-                limit = min(limit, math.sqrt(torch.finfo(dtype).max))
-            norms = norms.masked_fill(norms > limit, torch.inf)
-            self.norms |= zip(params, norms.unbind(), strict=True)
-            answer = torch.isfinite(norms)
-            if device.type == "cuda":
-                there = torch.empty(answer.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-                answer = there.copy_(answer, non_blocking=True)
-                self._events.append(torch.cuda.current_stream(device).record_event())
-            if device.type != "meta":  # which has shapes and no numbers
-                self._answers.append((params, answer))
-
-    def others(self) -> list[Tensor]:
-        """The parameters whose gradient is not."""
-        for event in self._events:
-            event.synchronize()
-        return [
-            p for params, answer in self._answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes
-        ]
-
-
-def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Frobenius norms of tensors like DTensors, of which each rank has some rows: a collective."""
-    squares = [norm.square() for norm in frobenius(list(rows.values()))]
-    own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
-    return {p: total.sqrt() for p, total in summed(own).items()}
-
-
-def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
-
-
-def fill(
-    X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: Mapping[Tensor, Tensor | Rows]
-) -> None:
-    """Copy the blocks of each parameter's tensor, or their rows, to their place in X ``[k, d_1, ..., d_k]``."""
-    shape, rooms = tuple(X.shape[1:]), iter(X.unbind())
-    targets, sources = [], []
-    for p in members:
-        blocks, tensor = [next(rooms) for _ in layouts[p].blocks[shape]], tensors[p]
-        if isinstance(tensor, Tensor):
-            targets += blocks
-            sources += layouts[p].views(tensor, shape)
-        else:
-            here = [(x, rows) for x, rows in tensor if x.block == shape]
-            targets += [blocks[x.number][x.rows] for x, _ in here]
-            sources += [rows for _, rows in here]
-    torch._foreach_copy_(targets, sources)
-
-
-def placed(
-    pieces: dict[Tensor, dict[Shape, Tensor]], layouts: dict[Tensor, Layout], into: dict[Tensor, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What has to be changed by what: views of each tensor of ``into``, and the blocks that belong there."""
-    targets, sources = [], []
-    for p, shapes in pieces.items():
-        layout, whole = layouts[p], into[p]
-        if list(shapes) == [layout.shape]:  # one block
-            targets.append(whole)
-            sources.append(shapes[layout.shape].view(whole.shape))
-        elif whole.is_contiguous():
-            targets += [view for shape in shapes for view in layout.views(whole, shape)]
-            sources += [block for blocks in shapes.values() for block in blocks.unbind()]
-        else:  # of which a merged shape may be a copy
-            first = next(iter(shapes.values()))
-            together = first.new_empty(layout.shape)
-            for shape, blocks in shapes.items():
-                torch._foreach_copy_(layout.views(together.view(p.shape), shape), list(blocks.unbind()))
-            targets.append(whole)
-            sources.append(together.view(p.shape))
-    return targets, sources
-
-
-def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
-    """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``spare`` are overwritten."""
-    dtype = group["apply_dtype"] or X.dtype
-    A = [stack.root(axis, rows, dtype) for axis in range(len(stack.shape))]
-    if dtype == X.dtype:
-        return apply_roots(X, A, group["order"], spare)
-    low = X.to(dtype)
-    return X.copy_(apply_roots(low, A, group["order"], torch.empty_like(low)))
-
-
-def fusible(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel for the CPU may be given these: it goes through memory by address."""
-    first = tensors[0]
-    return first.device.type == "cpu" and all(
-        t.is_contiguous() and t.dtype == first.dtype and t.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        for t in tensors
-    )
-
-
-def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
-    """The type of statistics and roots: float64 where the parameter, the user or a small eps asks for it."""
-    if group["factor_dtype"] is not None:
-        return cast(torch.dtype, group["factor_dtype"])
-    small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
-    return torch.float64 if p.dtype == torch.float64 or small else torch.float32

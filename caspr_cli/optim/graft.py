@@ -68,6 +68,15 @@ def direction(
     return list(torch._foreach_div(momenta, denominators))
 
 
+def fusible(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernel for the CPU may be given these: it goes through memory by address."""
+    first = tensors[0]
+    return first.device.type == "cpu" and all(
+        t.is_contiguous() and t.dtype == first.dtype and t.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for t in tensors
+    )
+
+
 def adam_length(
     room: list[Tensor],
     grads: list[Tensor],

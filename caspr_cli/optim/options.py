@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from caspr_cli.optim.blocks import MERGES
 from caspr_cli.optim.graft import GRAFTS
@@ -78,3 +79,11 @@ def validate(options: Group) -> None:
             f"eps should be >= {SMALLEST_EPS_FLOAT32} for float32 factors but is: {options['eps']}; "
             "leave factor_dtype out and they are float64"
         )
+
+
+def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """The type of statistics and roots: float64 where the parameter, the user or a small eps asks for it."""
+    if group["factor_dtype"] is not None:
+        return cast(torch.dtype, group["factor_dtype"])
+    small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
+    return torch.float64 if p.dtype == torch.float64 or small else torch.float32

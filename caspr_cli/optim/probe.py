@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caspr_cli.optim.combine import root_exponent
-from caspr_cli.optim.engine import KroneckerOptimizer, fill, precondition
+from caspr_cli.optim.combine import precondition, root_exponent
+from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.placing import fill
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import damping_of
 from caspr_cli.optim.roots import damping_shift, eigendecomposition
+from caspr_cli.optim.rows import is_sharded
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
 from caspr_cli.optim.symmetric import unpack
@@ -32,7 +34,7 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
         ``adam_cosine``: between U and the step of Adam (where the graft keeps a second moment).
 
     Empty before the first preconditioned step. Where ranks share the work, of the blocks that this rank owns, and of
-    the tensors that it owns all blocks of. Cost: one eigendecomposition of each statistic.
+    the tensors that it owns all blocks of and that are no DTensors. Cost: one eigendecomposition of each statistic.
     """
     found: dict[str, list[Tensor]] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -90,7 +92,7 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     beta1, beta2 = group["betas"]
     layouts = {p: optimizer.layout(p, group) for stack in stacks for p in stack.rows}
     params = [p for p, layout in layouts.items() if len(layout.blocks) == 1 and optimizer.share(p, group) == layout]
-    params = [p for p in params if group["precondition"] == "momentum" or p.grad is not None]
+    params = [p for p in params if (group["precondition"] == "momentum" or p.grad is not None) and not is_sharded(p)]
     if not params:
         return {}
     states = [optimizer.state[p] for p in params]

@@ -7,6 +7,7 @@ the weights are. Where these are divided by rows, rows go to the owner of a bloc
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import math
 from collections import defaultdict
@@ -230,6 +231,33 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         dist.all_reduce(total)
         totals |= zip(here, total.unbind(), strict=True)
     return totals
+
+
+SECONDS_TO_COME = 300  # that a rank waits for the others before state is gathered
+
+
+class Meeting:
+    """All ranks, or an error that says that some did not come. Made by all ranks together."""
+
+    def __init__(self) -> None:
+        self._world = dist.group.WORLD
+        # Of its own: whatever the others do instead is not taken for an answer.
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+
+    def wait(self) -> None:
+        """
+        Raises:
+            RuntimeError: a rank has not come within ``SECONDS_TO_COME``.
+        """
+        if self._group is None or self._world is not dist.group.WORLD:
+            return
+        try:
+            dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=SECONDS_TO_COME))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "state_dict() gathers what ranks have: call it on every rank, also where only one of them saves "
+                f'(or use shard="none"); one did not come within {SECONDS_TO_COME} s'
+            ) from error
 
 
 Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]

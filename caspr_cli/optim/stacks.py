@@ -205,5 +205,11 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
     raise ValueError(f"{other_blocks(name, p)} ({tuple(old.shape)} was saved, {tuple(view.shape)} is wanted)")
 
 
+def is_factor(name: str) -> bool:
+    """Whether an entry of the state is a view into a stack, of a type of its own."""
+    own = ("scale", "root_scale", "total", "retries", "rejected")
+    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_"))
+
+
 def other_blocks(name: str, p: Tensor) -> str:
     return f"{name} of a parameter of shape {tuple(p.shape)}: block_size or merge were others when it was made"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.blocks import Layout
-from caspr_cli.optim.engine import is_factor
 from caspr_cli.optim.probe import counters
 from caspr_cli.optim.rows import Holders, all_pieces, shard_rows
+from caspr_cli.optim.stacks import is_factor
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo
-from caspr_cli.optim.engine import is_factor
+from caspr_cli.optim import CASPR, Shampoo, shard
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.shard import Loads
+from caspr_cli.optim.stacks import is_factor
 
 pytestmark = pytest.mark.slow
 
@@ -230,6 +230,23 @@ def test_state_is_gathered_whenever_it_is_asked_for(two: Ranks, tmp_path: Path) 
     assert two(save_at_once, path) == [True, True]
 
 
+def saved_on_the_first_alone(rank: int) -> str:
+    """As many training loops do."""
+    optimizer = train(weights(), range(3))
+    patience, shard.SECONDS_TO_COME = shard.SECONDS_TO_COME, 1
+    try:
+        return "" if rank else str(optimizer.state_dict())
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        shard.SECONDS_TO_COME = patience
+
+
+def test_a_rank_that_saves_alone_is_told(two: Ranks) -> None:
+    first, _ = two(saved_on_the_first_alone)
+    assert "state_dict() gathers what ranks have: call it on every rank" in first
+
+
 def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> list[Tensor]:
     """torch.distributed.checkpoint, which writes and reads in parallel and by parameter name."""
     import torch.distributed.checkpoint as dcp
@@ -258,10 +275,10 @@ def test_torchs_distributed_checkpoints(ranks: Ranks, two: Ranks, tmp_path: Path
                 assert torch.equal(a, b)
 
 
-def different_weights(rank: int, shard: str) -> str:
+def different_weights(rank: int, shared: str) -> str:
     p = nn.Parameter(torch.full((4, 4), float(rank)))
     p.grad = torch.ones(4, 4)
-    optimizer = CASPR([p], shard=shard, start_step=1)
+    optimizer = CASPR([p], shard=shared, start_step=1)
     try:
         optimizer.step()
     except ValueError as error:

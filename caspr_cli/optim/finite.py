@@ -1,0 +1,63 @@
+"""Which gradients a step can use."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from caspr_cli.optim.graft import frobenius, needs_second_moment
+from caspr_cli.optim.options import Group, factor_dtype
+from caspr_cli.optim.rows import is_counted
+from caspr_cli.optim.shard import summed
+
+
+class Finite:
+    """Which of some gradients are finite: asked of the device now, read later.
+
+    Reading waits for what was queued before the question, and not for what came after it.
+
+    A gradient counts with those that are not if it is infinite in the type of the statistics, or its square in that of
+    a second moment, which would be so for ever after. (But in float16, of which the latter is true of any gradient
+    above 256.)
+    """
+
+    def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
+        """``known``: norms of gradients that are not here as a whole."""
+        self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
+        self._answers: list[tuple[list[Tensor], Tensor]] = []
+        self._events: list[torch.cuda.Event] = []
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
+        for p in grads:
+            kinds[p.device, p.dtype, p in known].append(p)
+        for (device, dtype, is_known), params in kinds.items():
+            norms = torch.stack([known[p] for p in params] if is_known else frobenius([grads[p] for p in params]))
+            limit = torch.finfo(factor_dtype(params[0], group)).max
+            if needs_second_moment(group["graft"]) and dtype != torch.float16:
+                limit = min(limit, math.sqrt(torch.finfo(dtype).max))
+            norms = norms.masked_fill(norms > limit, torch.inf)
+            self.norms |= zip(params, norms.unbind(), strict=True)
+            answer = torch.isfinite(norms)
+            if device.type == "cuda":
+                there = torch.empty(answer.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+                answer = there.copy_(answer, non_blocking=True)
+                self._events.append(torch.cuda.current_stream(device).record_event())
+            if device.type != "meta":  # which has shapes and no numbers
+                self._answers.append((params, answer))
+
+    def others(self) -> list[Tensor]:
+        """The parameters whose gradient is not."""
+        for event in self._events:
+            event.synchronize()
+        return [
+            p for params, answer in self._answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes
+        ]
+
+
+def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """Frobenius norms of tensors like DTensors, of which each rank has some rows: a collective."""
+    squares = [norm.square() for norm in frobenius(list(rows.values()))]
+    own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
+    return {p: total.sqrt() for p, total in summed(own).items()}

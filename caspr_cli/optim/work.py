@@ -1,0 +1,65 @@
+"""One step on its way: what is to be done in a param group, and updates between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.finite import Finite
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.placing import Rows, copy
+from caspr_cli.optim.rows import Route
+from caspr_cli.optim.shard import Exchange, Parcel, Post
+from caspr_cli.optim.stacks import Stack
+
+
+@dataclass
+class Work:
+    """One step of one param group."""
+
+    group: Group
+    grads: dict[Tensor, Tensor]  # what is here of them
+    steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
+    stacks: list[Stack]
+    finite: Finite
+    settled: bool = False  # whether it is known what is finite
+    layouts: dict[Tensor, Layout] = field(default_factory=dict)  # of those that are past ``start_step``
+    shares: dict[Tensor, Layout] = field(default_factory=dict)  # of these, the blocks that are this rank's
+    rest: list[Tensor] = field(default_factory=list)  # those that the graft method takes
+    gradients: dict[Tensor, Rows] = field(default_factory=dict)  # of blocks that are this rank's, by parameter
+    momenta: dict[Tensor, Rows] = field(default_factory=dict)
+
+
+@dataclass
+class Updates:
+    """U of all blocks on its way between ranks."""
+
+    places: dict[tuple[Tensor, Shape], list[Parcel]]
+    lengths: dict[Tensor, Tensor]  # of the graft's steps
+    counted: set[Tensor] = field(default_factory=set)  # parameters whose moments are those of this step
+    posts: dict[torch.device, Post] = field(default_factory=dict)
+    exchanges: dict[torch.device, Exchange] = field(default_factory=dict)
+    outgoing: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # for what a route's owner sends
+    incoming: dict[Tensor, list[Parcel]] = field(default_factory=dict)  # and what its holder gets
+
+    @property
+    def carriers(self) -> list[Post | Exchange]:
+        return [*self.posts.values(), *self.exchanges.values()]
+
+    def rows(self, p: Tensor, route: Route, dtype: torch.dtype) -> dict[Shape, Tensor]:
+        """Those that this rank holds, as one block."""
+        U = torch.empty(route.layout.shape, dtype=dtype, device=p.device)
+        arrived = [self.exchanges[p.device].read(parcel) for parcel in self.incoming[p]]
+        copy([U[x.cut] for x in route.held], arrived)
+        return {route.layout.shape: U}
+
+    def of(self, p: Tensor, layout: Layout, dtype: torch.dtype) -> dict[Shape, Tensor]:
+        """By block shape ``[blocks, ...]``."""
+        found = {}
+        for shape in layout.parts:
+            read = [self.posts[p.device].read(parcel) for parcel in self.places[p, shape]]
+            found[shape] = (read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)).to(dtype)
+        return found
