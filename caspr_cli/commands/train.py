@@ -64,8 +64,8 @@ optimizers
 scales
 {scales}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
-         trainer.max_steps trainer.devices trainer.nodes trainer.precision optim.lr schedule.name seed resume output_dir
-flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job print the recipe   debug=fast 20 steps   debug=plan
+         trainer.max_steps trainer.devices trainer.nodes optim.lr schedule.name seed resume output_dir
+flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      tensorboard --logdir outputs
