@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch.distributed as dist
+
 from caspr_cli.runs.processes import LAUNCHER, workers
 from caspr_cli.runs.record import RUNNING, Record
 
@@ -56,14 +58,20 @@ def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> Non
 
     Raises:
         HungError: it has not in time.
+        LostError: it is gone, on another machine perhaps, and has written nothing.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save here
     deadline = time.monotonic() + timeout
+    # The first rank never comes to it; but gloo ends it with an error as soon as that rank is gone.
+    alive = dist.barrier(async_op=True) if dist.is_initialized() and dist.get_backend() == "gloo" else None
     with answering(record, rank, world, timeout):
         while record.status.get("state") == RUNNING:
             if time.monotonic() > deadline:
                 raise RuntimeError("timed out waiting for rank 0")
+            gone = alive is not None and alive.is_completed()
             time.sleep(0.02)
+            if gone and record.status.get("state") == RUNNING:  # it writes before it goes
+                raise LostError("rank 0 is gone")
 
 
 def _silent(record: Record, rank: int, world: int) -> list[int]:

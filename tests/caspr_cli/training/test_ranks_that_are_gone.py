@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from caspr_cli.runs.record import Record
 from caspr_cli.training import ranks
@@ -65,3 +68,29 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
         wait_for_first(record, 1, 2, 0.1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def leaves(rank: int, store: str) -> None:
+    """Rank 0 meets the other one, and is gone."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.barrier()
+    if rank == 0:
+        os._exit(0)
+
+
+@pytest.mark.slow
+def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path: Path) -> None:
+    """Nobody but the connection tells: no launcher of this machine is its parent."""
+    record, store = Record(tmp_path), str(tmp_path / "store")
+    record.write("status.json", {"state": "running"})
+    other = multiprocessing.get_context("spawn").Process(target=leaves, args=(0, store))
+    other.start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        leaves(1, store)
+        with pytest.raises(LostError, match="rank 0 is gone"):
+            wait_for_first(record, 1, 2, 60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+        other.join()
