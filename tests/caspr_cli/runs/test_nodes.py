@@ -17,6 +17,9 @@ from caspr_cli.recipe.schema import TrainerConf
 from caspr_cli.runs.nodes import first_host, meeting_place
 
 
+STEPS = "trainer.max_steps=80"  # enough to be hit on the way
+
+
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [
@@ -50,14 +53,14 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def one_machine(runner: Runner) -> Path:
     """The same run on two ranks of one machine."""
-    runner("output_dir=one_machine", "trainer.devices=2")
+    runner("output_dir=one_machine", "trainer.devices=2", STEPS)
     return runner.record("one_machine")
 
 
 @pytest.mark.slow
 def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
     """The same losses as two ranks of one machine; one record; told to stop, both save together and go on."""
-    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=nodes"]
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=nodes", STEPS]
     first, second = runner.start(*nodes), runner.start(*nodes)
     out = [process.communicate(timeout=200)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), out
@@ -83,7 +86,7 @@ def everything_of(launcher: int) -> list[int]:
 @pytest.mark.slow
 def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     """All its processes at once, as by a power cut. The other one ends, and the two commands again end the run."""
-    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lost"]
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lost", STEPS]
     machines = [runner.start(*nodes), runner.start(*nodes)]
     record = wait_for(runner, "lost", 10)
     for process in everything_of(machines[1].pid):
