@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe
@@ -47,6 +48,12 @@ class Curves(Callback):
         self.final: dict[str, Any] = {}  # the latest validation
         self.lr = 0.0
         self._phases: dict[str, float] | None = None  # of an earlier process
+        self._state_bytes, self._stepped = 0, None  # type: int, torch.optim.Optimizer | None
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state on this rank after the last step: one that was loaded is whole until the next."""
+        return state_bytes(self._stepped.state) if self._stepped else self._state_bytes
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -58,6 +65,7 @@ class Curves(Callback):
             "target": self.target,
             "final": self.final,
             "phases": self._timer.seconds,
+            "state_bytes": self.state_bytes,
             "lines": self.recorder.lines if self.recorder else 0,
         }
 
@@ -66,7 +74,7 @@ class Curves(Callback):
         self.losses = list(state["losses"])
         self.units, self.mark = state["units"], tuple(state["mark"])
         self.best, self.target, self.final = state["best"], state["target"], state["final"]
-        self._phases = state["phases"]
+        self._phases, self._state_bytes = state["phases"], state["state_bytes"]
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._timer = cast(TrainingModule, module).timer = PhaseTimer(module.device, self._phases)
@@ -91,6 +99,7 @@ class Curves(Callback):
         self.units += module.task.units(batch) * trainer.world_size
         if (batch_idx + 1) % self.recipe.trainer.accumulate:
             return
+        self._stepped = trainer.optimizers[0]
         self.losses.append(module.last["loss"])
         if trainer.global_step % self.recipe.trainer.log_every == 0:
             self._point(trainer, module)

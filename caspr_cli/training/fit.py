@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 import tasks
-from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
+from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
@@ -184,7 +184,6 @@ def _where(trainer: Trainer, task: Any, world: int) -> dict[str, Any]:
 
 
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:
-    optimizer = trainer.optimizers[0]
     phases = module.timer.seconds
     parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply", "communication")}
     plain = module.task.plain(module.model)
@@ -205,6 +204,6 @@ def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Cu
         "optimizer_seconds": parts | {"other": phases.get("step", 0.0) - sum(parts.values())},
         "parameters": sum(sizes.values()),
         "preconditioned_parameters": sum(size for n, size in sizes.items() if n not in plain),
-        "optimizer_state_bytes": state_bytes(optimizer.state),
+        "optimizer_state_bytes": curves.state_bytes,  # of this rank
         "peak_memory_bytes": peak,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -156,6 +157,20 @@ def test_two_ranks_take_the_same_batches(whole: Path, ranks: Path) -> None:
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert two[key] == pytest.approx(value, rel=2e-4), key
+
+
+def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Path) -> None:
+    """They load a whole optimizer, of which each would keep its part in the next step."""
+    shutil.copytree(ranks.parents[3], runner.home / "report")
+    record = runner.record("report")
+    result = json.loads((record / "result.json").read_text())
+    (record / "result.json").unlink()
+    status = json.loads((record / "status.json").read_text())
+    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    runner("output_dir=report", "trainer.devices=2")
+    again = json.loads((record / "result.json").read_text())
+    for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
+        assert again[key] == result[key], key
 
 
 def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
