@@ -16,7 +16,6 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import TrainerConf
 from caspr_cli.runs.nodes import first_host, meeting_place
 
-
 STEPS = "trainer.max_steps=80"  # enough to be hit on the way
 
 
