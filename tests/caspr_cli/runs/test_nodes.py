@@ -85,9 +85,11 @@ def everything_of(launcher: int) -> list[int]:
 @pytest.mark.slow
 def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     """All its processes at once, as by a power cut. The other one ends, and the two commands again end the run."""
-    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lost", STEPS]
-    machines = [runner.start(*nodes), runner.start(*nodes)]
-    record = wait_for(runner, "lost", 10)
+    nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=machine_lost", STEPS]
+    machines = [runner.start(*nodes)]
+    wait_for(runner, "machine_lost", 0, "status.json")  # it leads
+    machines.append(runner.start(*nodes))
+    record = wait_for(runner, "machine_lost", 10)
     for process in everything_of(machines[1].pid):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
