@@ -11,7 +11,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -147,12 +147,13 @@ class Team:
             ConfigError: a rank failed, or does not answer.
         """
         for pipe in self._pipes:
-            pipe.send(word)
+            with suppress(BrokenPipeError):  # it is gone, as will be seen below
+                pipe.send(word)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             try:
                 answers.append(pipe.recv() if pipe.poll(PATIENCE) else "does not answer")
-            except EOFError:
+            except (EOFError, ConnectionError):
                 answers.append("is gone")
             if isinstance(answers[-1], str):
                 raise ConfigError(f"--ranks {len(self._pipes)}: rank {rank} {answers[-1]}")
@@ -218,7 +219,7 @@ def _rank(
         return
     except Exception as error:
         traceback.print_exc()
-        pipe.send(f"failed: {str(error).splitlines()[0]}")
+        pipe.send(f"failed: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 def _facts(optimizer: KroneckerOptimizer, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
@@ -193,10 +193,10 @@ def run(args: argparse.Namespace) -> None:
         return run_ranks(args, what)
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = None if args.no_png else writable(args.png or PLOTS / f"{name}.png")
-    target = writable(Path(args.json)) if args.json and args.json != "-" else None
+    target = json_file(args)
     out = sys.stderr if args.json == "-" else sys.stdout
     rows = measured(args, what)
-    listed = json.dumps([finite(asdict(row)) for row in rows], indent=2, allow_nan=False) + "\n"
+    listed = as_json([asdict(row) for row in rows])
     if target:
         write_whole(target, listed)
     if png:
@@ -214,9 +214,28 @@ def run(args: argparse.Namespace) -> None:
         print(listed, end="")
 
 
+def json_file(args: argparse.Namespace) -> Path | None:
+    """Where ``--json`` goes, if that is a file."""
+    return writable(Path(args.json)) if args.json and args.json != "-" else None
+
+
+def as_json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
+
+
+def deliver(rows: list[dict[str, Any]], lines: list[str], target: Path | None, args: argparse.Namespace) -> None:
+    """The lines for people, and the rows where they are wanted."""
+    if target:
+        write_whole(target, as_json(rows))
+        lines.append(f"{'json':<11} {target}")
+    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.json == "-":
+        print(as_json(rows), end="")
+
+
 def run_ranks(args: argparse.Namespace, what: ShapeSet | Recipe) -> None:
     """The table of shared steps."""
-    target = writable(Path(args.json)) if args.json and args.json != "-" else None
+    target = json_file(args)
     progress = Progress(sys.stderr)
     progress.say("importing torch")
     from caspr_cli.bench import contenders, session
@@ -234,14 +253,7 @@ def run_ranks(args: argparse.Namespace, what: ShapeSet | Recipe) -> None:
         )
     finally:
         progress.clear()
-    listed = json.dumps([finite(asdict(row)) for row in rows], indent=2, allow_nan=False) + "\n"
-    lines = list(ranks_report(rows))
-    if target:
-        write_whole(target, listed)
-        lines.append(f"json      {target}")
-    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(listed, end="")
+    deliver([asdict(row) for row in rows], list(ranks_report(rows)), target, args)
 
 
 def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
@@ -274,7 +286,7 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
 
 def run_roots(args: argparse.Namespace) -> None:
     """The table of the roots' errors."""
-    target = writable(Path(args.json)) if args.json and args.json != "-" else None
+    target = json_file(args)
     progress = Progress(sys.stderr)
     progress.say("roots of twenty matrices by four solvers: half a minute")
     from caspr_cli.bench.root_errors import main_table
@@ -283,13 +295,7 @@ def run_roots(args: argparse.Namespace) -> None:
         rows, lines = main_table(threads=args.threads)
     finally:
         progress.clear()
-    listed = json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
-    if target:
-        write_whole(target, listed)
-        lines.append(f"json        {target}")
-    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(listed, end="")
+    deliver(rows, lines, target, args)
 
 
 def measured(args: argparse.Namespace, what: ShapeSet | Recipe) -> list[Row]:

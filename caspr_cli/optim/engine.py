@@ -50,6 +50,9 @@ class KroneckerOptimizer(Optimizer):
     #: outside.
     phase: Callable[[str], AbstractContextManager[None]] = staticmethod(lambda name: nullcontext())
 
+    #: Seconds that ``state_dict()`` waits for other ranks; read in the first step.
+    patience: float = 300
+
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         validate(defaults)
         self._forget()
@@ -150,7 +153,7 @@ class KroneckerOptimizer(Optimizer):
         ranks.
 
         Raises:
-            RuntimeError: not all ranks have called it.
+            RuntimeError: not all ranks have called it within ``patience``.
         """
         if not self._divided:
             return super().state_dict()
@@ -305,7 +308,7 @@ class KroneckerOptimizer(Optimizer):
                 self._keep_own(p, self.layout(p, group))
             self._stacks.clear()
             self._divided = world_size()
-            self._meeting = self._meeting or Meeting()
+            self._meeting = self._meeting or Meeting(self.patience)
 
     def _assign(self, new: list[tuple[int, Group, Tensor]]) -> None:
         """Owners of these parameters' blocks, beside what the ranks own already."""
@@ -573,7 +576,7 @@ class KroneckerOptimizer(Optimizer):
         for work in works:
             for chunk in chunks([p for p in work.layouts if p not in updates.outgoing]):
                 pieces = {p: updates.of(p, work.layouts[p], factor_dtype(p, work.group)) for p in chunk}
-                self._finish(pieces, {p: n for p, n in updates.lengths.items() if p in pieces}, work)
+                self._finish(pieces, {p: updates.lengths[p] for p in chunk if p in updates.lengths}, work)
             for chunk in chunks([p for p in work.layouts if p in updates.outgoing]):
                 pieces = {p: updates.rows(p, self._routes[p], factor_dtype(p, work.group)) for p in chunk}
                 wanted = {p: lengths[p][0] for p in chunk if p in lengths}

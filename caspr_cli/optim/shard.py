@@ -79,7 +79,7 @@ class Post:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.rank, self.ranks = device, dist.get_rank(), dist.get_world_size()
+        self.device, self.ranks = device, dist.get_world_size()
         self._ends = [0] * self.ranks
         self._sent = self._received = torch.empty(0, dtype=torch.uint8, device=device)
         self._work: Any = None
@@ -233,30 +233,27 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return totals
 
 
-SECONDS_TO_COME = 300  # that a rank waits for the others before state is gathered
-
-
 class Meeting:
     """All ranks, or an error that says that some did not come. Made by all ranks together."""
 
-    def __init__(self) -> None:
-        self._world = dist.group.WORLD
+    def __init__(self, patience: float) -> None:
+        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=patience)
         # Of its own: whatever the others do instead is not taken for an answer.
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout) if dist.is_gloo_available() else None
 
     def wait(self) -> None:
         """
         Raises:
-            RuntimeError: a rank has not come within ``SECONDS_TO_COME``.
+            RuntimeError: a rank does not come in time, or is gone; gloo's words for it are in the message.
         """
         if self._group is None or self._world is not dist.group.WORLD:
             return
         try:
-            dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=SECONDS_TO_COME))
+            dist.monitored_barrier(self._group, timeout=self._timeout)
         except RuntimeError as error:
             raise RuntimeError(
                 "state_dict() gathers what ranks have: call it on every rank, also where only one of them saves "
-                f'(or use shard="none"); one did not come within {SECONDS_TO_COME} s'
+                f'(or use shard="none"). {error}'
             ) from error
 
 
@@ -279,11 +276,9 @@ def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
     for owner, head in enumerate(heads):
         entries: Entries = defaultdict(dict)
         for i, named in head.items():
-            parcels, end = {}, 0
-            for name, (shape, dtype) in named.items():
-                parcels[name] = Parcel(owner, end, shape, dtype)
-                end += -(-parcels[name].size // ALIGNED) * ALIGNED
-            room = torch.empty(end, dtype=torch.uint8, device=devices[i])
+            ends = [0] * ranks
+            parcels = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
+            room = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
             if owner == rank:
                 for name, parcel in parcels.items():
                     parcel.view(room, 0).copy_(mine[i][name])

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from caspr_cli.recipe import compose
@@ -98,10 +98,12 @@ def run(recipe: Recipe, command: list[str], place: Place = Place()) -> Outcome:
         return _lead(recipe, record, command, place)
     meeting_place(recipe.trainer, os.environ)  # refused now rather than after waiting
     while True:  # the launcher that comes first has the run in hand
-        if record.is_held and record.status.get("state") == RUNNING:
-            return _join(recipe, record, place)
-        with suppress(RecordBusyError):
-            return _lead(recipe, record, command, place)
+        if leader := record.leader:
+            if outcome := _join(recipe, record, place, leader):
+                return outcome
+        else:
+            with suppress(RecordBusyError):
+                return _lead(recipe, record, command, place)
         time.sleep(TICK)
 
 
@@ -116,30 +118,34 @@ def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> O
         write_whole(record.config, compose.save(recipe))
         record.write("provenance.json", provenance.collect(command))
         begun = {"state": RUNNING, "attempts": attempts + 1, "error": None, "step": record.status.get("step")}
-        record.write("status.json", begun | Holder.me())
+        record.write("status.json", begun | asdict(Holder.me()))
         returned, caught = _supervise(recipe, record, lock, place)
         return Outcome(record, _settle(record, returned, caught), ran=True, told=caught)
 
 
-def _join(recipe: Recipe, record: Record, place: Place) -> Outcome:
-    """Lend this machine to a run that a launcher on another one has in hand."""
+def _join(recipe: Recipe, record: Record, place: Place, leader: Holder) -> Outcome | None:
+    """Lend this machine to a run that a launcher on another one has in hand; None if another one took it over."""
     ended: list[float] = []
 
     def asked() -> list[int]:  # the run is over, and what is left here does not know it
-        if ended or not record.is_held:
-            ended.append(time.monotonic())
-        if not ended or ended[-1] - ended[0] < SECONDS_TO_END:
+        if record.leader == leader:
+            ended.clear()
             return place.asked()
-        return [signal.SIGTERM] * (3 if ended[-1] - ended[0] > 2 * SECONDS_TO_END else 1)
+        ended.append(time.monotonic())
+        waited = ended[-1] - ended[0]
+        return (
+            place.asked() if waited < SECONDS_TO_END else [signal.SIGTERM] * (1 if waited < 2 * SECONDS_TO_END else 3)
+        )
 
     _, caught = _supervise(recipe, record, None, replace(place, asked=asked))
-    while record.is_held:
+    while record.leader == leader:  # it waits for its own ranks, and says how it ended
         time.sleep(TICK)
-    if record.status.get("state") == RUNNING:  # its launcher has not lived to say how it ended
-        with suppress(RecordBusyError), record.held():
-            record.update_status(state=PREEMPTED, error=f"{Holder(record)} is gone, which led the run")
-    codes = {DONE: OK, PREEMPTED: INTERRUPTED if caught == signal.SIGINT else TERMINATED}
-    return Outcome(record, codes.get(record.status.get("state", ""), RUN_FAILED), ran=True, told=caught)
+    with suppress(RecordBusyError), record.held():
+        if record.status.get("state") == RUNNING and Holder.of(record) == leader:  # it has not lived to say it
+            record.update_status(state=PREEMPTED, error=f"{leader} is gone, which led the run")
+    if Holder.of(record) != leader and not caught:
+        return None
+    return Outcome(record, _exit_code(record, caught), ran=True, told=caught)
 
 
 def preflight(recipe: Recipe) -> tuple[int, str]:
@@ -191,6 +197,9 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, place: Place) -
     if recipe.trainer.devices > 1:
         # Ranks share the cores; left alone, each would take them all.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // recipe.trainer.devices)))
+    if ranks > 1:
+        # That ranks have to finish a step and save, once torch's launcher was told to stop; its own 30 may be too few.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(recipe.trainer.timeout)))
     written = log_file.stat().st_size if log_file.exists() else 0
     with log_file.open("ab") as log, _listening() as heard:
 
@@ -313,11 +322,16 @@ def _settle(record: Record, returned: int, caught: int | None) -> int:
         except OSError as full:  # a disk without room for a line: the state on it stays "running", which is continued
             print(f"error: {record.path}: {full}; the same command continues", file=sys.stderr)
             return TERMINATED
-    if state == DONE:
+    return _exit_code(record, caught)
+
+
+def _exit_code(record: Record, caught: int | None) -> int:
+    status = record.status
+    if status.get("state") == DONE:
         return OK
-    if state == PREEMPTED:
-        return INTERRUPTED if caught == signal.SIGINT else TERMINATED
-    return BAD_USAGE if record.status.get("user_error") else RUN_FAILED
+    if status.get("state") == FAILED:
+        return BAD_USAGE if status.get("user_error") else RUN_FAILED
+    return INTERRUPTED if caught == signal.SIGINT else TERMINATED
 
 
 def _wait_for_ranks(record: Record, patience: float) -> None:

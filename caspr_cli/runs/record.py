@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ class Record:
         descriptor, ranks = (os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644) for name in LOCKS)
         try:
             deadline = 0.0
-            while not (_locked(descriptor) and _locked(ranks)):
-                holder = Holder(self)
+            while not (_claimed(descriptor) and _locked(ranks)):
+                holder = Holder.of(self)
                 if holder.lives:
                     raise RecordBusyError(f"{self.path} is being written by {holder}")
                 if not deadline:
@@ -130,16 +131,20 @@ class Record:
             os.close(ranks)
 
     @property
-    def is_held(self) -> bool:
-        """Whether some process holds the record now, on this machine or another."""
+    def leader(self) -> Holder | None:
+        """Who runs the record now, on this machine or another: it holds the lock, and ``status.json`` says it is it."""
         try:
-            descriptor = os.open(self.path / LOCKS[0], os.O_RDWR)
+            descriptor = os.open(self.path / LOCKS[0], os.O_RDONLY)
         except FileNotFoundError:
-            return False
+            return None
         try:
-            return not _locked(descriptor)
+            if _locked(descriptor, fcntl.LOCK_SH):
+                return None
+            mark = os.pread(descriptor, 4096, 0)
         finally:
             os.close(descriptor)
+        holder = Holder.of(self)
+        return holder if self.status.get("state") == RUNNING and mark == holder.mark else None
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -152,33 +157,54 @@ class Record:
             os.close(descriptor)
 
 
+@dataclass(frozen=True)
 class Holder:
-    """The process that ``status.json`` names."""
+    """The process that runs a record; each field is None where ``status.json`` does not tell."""
 
-    def __init__(self, record: Record) -> None:
-        self._status: dict[str, Any] = {}
-        with suppress(RecordDamagedError):
-            self._status = record.status
+    host: str | None
+    pid: int | None
+    born: int | None  # see processes.birth()
+    started: str | None
 
     @classmethod
-    def me(cls) -> dict[str, Any]:
-        """What to write into ``status.json``."""
-        return {"pid": os.getpid(), "born": birth(os.getpid()), "host": socket.gethostname(), "started": now()}
+    def me(cls) -> Holder:
+        return cls(socket.gethostname(), os.getpid(), birth(os.getpid()), now())
+
+    @classmethod
+    def of(cls, record: Record) -> Holder:
+        try:
+            status = record.status
+        except RecordDamagedError:
+            status = {}
+        return cls(*(status.get(f.name) for f in fields(cls)))
+
+    @property
+    def mark(self) -> bytes:
+        """What it writes into the lock."""
+        return json.dumps([self.host, self.pid, self.born]).encode()
 
     @property
     def lives(self) -> bool:
         """False only where it is known: of another host, or of a record that names nobody, nothing is."""
-        here = self._status.get("host") == socket.gethostname() and "pid" in self._status
-        return not here or lives(self._status["pid"], self._status.get("born"))
+        return self.host != socket.gethostname() or self.pid is None or lives(self.pid, self.born)
 
     def __str__(self) -> str:
-        pid, host, since = (self._status.get(key, "?") for key in ("pid", "host", "started"))
-        return f"process {pid} on {host} (since {since})"
+        return f"process {self.pid or '?'} on {self.host or '?'} (since {self.started or '?'})"
 
 
-def _locked(descriptor: int) -> bool:
+def _claimed(descriptor: int) -> bool:
+    """Whether the lock is this process's now; then it says so in it."""
+    if not _locked(descriptor):
+        return False
+    with suppress(OSError):  # a full disk: then nobody joins
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, Holder.me().mark, 0)
+    return True
+
+
+def _locked(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

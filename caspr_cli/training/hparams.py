@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from caspr_cli.recipe.compose import to_plain
+from caspr_cli.recipe.compose import NOT_IN_THE_NAME, to_plain
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, Recipe
 
 # The page opens with its first five columns; those that "differ" come first.
@@ -46,7 +46,7 @@ def summaries(recipe: Recipe, identity: str) -> list[Summary]:
 
 def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
     """The recipe as flat names and plain values, without paths and what does not change a number."""
-    left_out = ("output_dir", "resume", "debug", "trainer.timeout")
+    left_out = {*NOT_IN_THE_NAME, "debug"} - {"seed"}
     return {k: v for k, v in _flatten(to_plain(recipe)).items() if k not in left_out}
 
 

@@ -7,14 +7,18 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 from running import Runner, losses, wait_for
 
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import TrainerConf
+from caspr_cli.recipe.schema import Recipe, TrainerConf
+from caspr_cli.runs import launch
 from caspr_cli.runs.nodes import first_host, meeting_place
+from caspr_cli.runs.record import Holder, Record
 
 STEPS = "trainer.max_steps=80"  # enough to be hit on the way
 
@@ -40,6 +44,26 @@ def test_where_machines_meet() -> None:
     assert meeting_place(TrainerConf(nodes=2, rendezvous="here:1"), slurm) == "here:1"
     with pytest.raises(ConfigError, match=r"trainer.nodes=2 needs trainer.rendezvous=HOST:PORT"):
         meeting_place(TrainerConf(nodes=2), {})
+
+
+def test_a_leader_that_was_replaced_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new one would wait for this machine, and this machine for it."""
+    record, gone = Record(tmp_path), Holder("another", 1, 2, "then")
+    monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
+    with record.held():
+        record.write("status.json", {"state": "running"} | asdict(Holder.me()))
+        assert launch._join(cast(Recipe, None), record, launch.Place(), gone) is None
+        assert record.status["state"] == "running"  # its, and no longer that of the one who is gone
+
+
+def test_a_leader_that_is_gone_leaves_a_run_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, gone = Record(tmp_path), Holder("another", 1, 2, "then")
+    monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
+    record.write("status.json", {"state": "running"} | asdict(gone))
+    outcome = launch._join(cast(Recipe, None), record, launch.Place(), gone)
+    assert outcome is not None
+    assert outcome.exit_code == 143
+    assert record.status["error"] == "process 1 on another (since then) is gone, which led the run"
 
 
 def free_port() -> int:

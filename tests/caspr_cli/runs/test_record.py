@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -61,7 +62,7 @@ def test_one_writer(tmp_path: Path) -> None:
         record.write("status.json", {"pid": 123, "host": "here", "started": "then"})
         with pytest.raises(RecordBusyError, match=r"by process 123 on here \(since then\)"), record.held():
             pass
-        record.write("status.json", Holder.me())
+        record.write("status.json", asdict(Holder.me()))
         began = time.monotonic()
         with pytest.raises(RecordBusyError, match=f"by process {os.getpid()} on "), record.held():
             pass
@@ -74,7 +75,26 @@ def dead() -> dict[str, object]:
     """What a process wrote into ``status.json`` that has ended since."""
     process = subprocess.Popen(["true"])
     process.wait()
-    return Holder.me() | {"pid": process.pid, "born": None}
+    return asdict(Holder.me()) | {"pid": process.pid, "born": None}
+
+
+def test_who_leads_holds_the_lock_and_says_so(tmp_path: Path) -> None:
+    """What a launcher that was cut off left in ``status.json`` is nobody's to join, whoever holds the record now."""
+    record = Record(tmp_path)
+    assert record.leader is None
+    left = {"state": "running"} | dead()
+    record.write("status.json", left)
+    with record.held():
+        assert record.leader is None
+        me = Holder.me()
+        record.write("status.json", {"state": "running"} | asdict(me))
+        assert record.leader == me
+        record.update_status(state="done")
+        assert record.leader is None
+        record.write("status.json", left)  # as it was while this one waits for old workers
+        assert record.leader is None
+    record.write("status.json", {"state": "running"} | asdict(me))
+    assert record.leader is None
 
 
 def test_a_process_is_its_number_and_its_birth() -> None:

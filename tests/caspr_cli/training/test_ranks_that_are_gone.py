@@ -3,11 +3,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from caspr_cli.optim.shard import Meeting
 from caspr_cli.runs.record import Record
 from caspr_cli.training import ranks
 from caspr_cli.training.ranks import HungError, LostError, answering, wait_for_first
@@ -70,27 +74,45 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def leaves(rank: int, store: str) -> None:
-    """Rank 0 meets the other one, and is gone."""
+def leaves(rank: int, store: str, how: str) -> Meeting:
+    """Rank 0 meets the other one, and is gone or hangs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    meeting = Meeting(60 if how == "gone" else 1)
     dist.barrier()
     if rank == 0:
+        if how == "hangs":
+            time.sleep(60)
         os._exit(0)
+    return meeting
+
+
+@contextmanager
+def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Meeting]]:
+    """As rank 1 of two. Nobody but the connection tells: no launcher of this machine is the other's parent."""
+    record, store = Record(tmp_path), str(tmp_path / "store")
+    record.write("status.json", {"state": "running"})
+    other = multiprocessing.get_context("spawn").Process(target=leaves, args=(0, store, how))
+    other.start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield record, leaves(1, store, how)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        other.kill()
+        other.join()
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path: Path) -> None:
-    """Nobody but the connection tells: no launcher of this machine is its parent."""
-    record, store = Record(tmp_path), str(tmp_path / "store")
-    record.write("status.json", {"state": "running"})
-    other = multiprocessing.get_context("spawn").Process(target=leaves, args=(0, store))
-    other.start()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        leaves(1, store)
-        with pytest.raises(LostError, match="rank 0 is gone"):
-            wait_for_first(record, 1, 2, 60)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
-        other.join()
+    with left_alone(tmp_path, "gone") as (record, _), pytest.raises(LostError, match="rank 0 is gone"):
+        wait_for_first(record, 1, 2, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "kind"), [("gone", LostError), ("hangs", HungError)])
+def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(
+    tmp_path: Path, how: str, kind: type[Exception]
+) -> None:
+    with left_alone(tmp_path, how) as (record, meeting), pytest.raises(kind), answering(record, 1, 2, 60):
+        meeting.wait()
