@@ -52,6 +52,11 @@ class Ranks:
         self._folder.cleanup()
 
 
+def alone(function: Any, *args: Any) -> Any:
+    """What it comes to in this process, which has one thread as the ranks have."""
+    return function(0, *args)
+
+
 def _serve(pipe: Connection, path: list[str]) -> None:
     sys.path[:] = path
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Ranks, alone
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
@@ -27,36 +26,6 @@ OPTIONS: dict[str, Any] = {"lr": 0.01, "interval": 3, "start_step": 2, "block_si
 SHAPES = [(70, 33), (24, 16), (33, 70), (1, 40, 30), (3, 5, 7), (6, 4, 9), (2, 40), (1, 9), (9,), (24, 16)]
 SQUARES = [(64, 64), (160, 160), (128, 128), (64, 64)]
 Without = dict[int, set[int]]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    processes = Ranks(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(params=["two", "four"])
-def ranks(request: pytest.FixtureRequest) -> Ranks:
-    processes: Ranks = request.getfixturevalue(request.param)
-    return processes
-
-
-def alone(function: Any, *args: Any) -> Any:
-    """In this process, on one thread as the ranks have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(0, *args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def divided(tensor: Tensor, how: str, number: int) -> Tensor:

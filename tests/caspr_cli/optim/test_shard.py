@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Ranks
+from ranks import Ranks, alone
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, Shampoo
@@ -28,20 +27,6 @@ pytestmark = pytest.mark.slow
 EVEN = [(32, 64), (64, 32), (128, 128), (32, 64), (32, 4, 8), (9,), (), (64, 32)]
 ODD = [(24, 16), (16, 24), (70, 33), (24, 16), (5, 6, 7), (9,), (), (40, 3)]
 OPTIONS: dict[str, Any] = {"lr": 0.01, "interval": 3, "start_step": 2, "block_size": 64, "weight_decay": 0.1}
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    processes = Ranks(2)
-    yield processes
-    processes.close()
 
 
 def weights(dtype: torch.dtype = torch.float32, shapes: list[tuple[int, ...]] = EVEN) -> list[nn.Parameter]:
@@ -83,16 +68,6 @@ def weights_after(
     params = weights(dtype, shapes)
     train(params, range(steps), **kwargs)
     return values(params)
-
-
-def alone(function: Any, *args: Any) -> Any:
-    """In this process, on one thread as the ranks have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(0, *args)
-    finally:
-        torch.set_num_threads(threads)
 
 
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

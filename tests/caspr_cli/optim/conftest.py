@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    processes = Ranks(2)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    processes = Ranks(4)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    processes: Ranks = request.getfixturevalue(request.param)
+    return processes
