@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from socket import gethostname as host
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import hydra._internal.hydra
@@ -20,14 +21,16 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.recipe import compose
+from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs import summary
+from caspr_cli.runs import summary, trials
+from caspr_cli.runs.experiment import Experiment, rows, seconds
+from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import (
     BAD_USAGE,
     INTERRUPTED,
@@ -49,6 +52,8 @@ FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "-
          "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version", "--hydra-help"}  # fmt: skip
 WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-i", "--info", "-sc",
               "--shell-completion"}  # fmt: skip
+
+SEVERITY = (OK, SOME_FAILED, RUN_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # of several commands the last of these
 
 HELP = """\
 caspr-train {version}: train a task with an optimizer, and keep a record of it
@@ -110,7 +115,7 @@ class Session:
     def run(self, config: DictConfig, job: Job) -> Job:
         """What came of a job. In a sweep nothing is raised: one job's end is no other's."""
         try:
-            recipe = compose.freeze(config)
+            recipe = compose.freeze(config, job.overrides, self.chosen(config, job))
             if recipe.debug == "plan":
                 return self.plan(recipe, job)
             with self.sweep.place(recipe) if self.sweep else nullcontext(Place()) as place:
@@ -135,6 +140,14 @@ class Session:
         if self.here:
             complain(why)
         return replace(job, state=REFUSED, exit_code=BAD_USAGE, why=why)
+
+    @staticmethod
+    def chosen(config: DictConfig, job: Job) -> int | None:
+        """What trial=best stands for."""
+        if config.trial != "best" or config.search.name is None:
+            return None
+        tuning = OmegaConf.merge(config, {"seed": trials.TUNING_SEED})
+        return trials.best(partial(compose.freeze, cast(DictConfig, tuning), job.overrides))
 
     def launch(self, recipe: Recipe, job: Job, place: Place) -> Outcome:
         """Run it; where another job of the sweep does the same run, after that."""
@@ -164,6 +177,11 @@ class Session:
             f"scale={recipe.scale} seed={recipe.seed}")  # fmt: skip
         if given := [o for o in overrides if o.partition("=")[0] not in ("task", "optim", "scale", "seed")]:
             say(f"given    {' '.join(given)}")
+        if recipe.search.name:
+            values = search.drawn(compose.to_plain(recipe))
+            say(
+                f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(f'{k}={v}' for k, v in values.items())}"
+            )
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             say("start    importing torch and Lightning takes some seconds")
@@ -299,6 +317,54 @@ def main() -> int:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
     compose.register_schemas()
+    try:
+        named, argv = experiments(argv)
+        if named:
+            return max((tables(name, argv) for name in named), key=SEVERITY.index)
+    except ConfigError as error:
+        complain(str(error))
+        return BAD_USAGE
+    return compose_and_run(argv)
+
+
+def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The experiments that are named, and the other words."""
+    named = [word for word in argv if word.startswith("experiment=")]
+    rest = [word for word in argv if word not in named]
+    if named:
+        for word in rest:
+            if word.startswith("-") or "=" not in word:
+                raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone (it sweeps without -m)")
+            if word.startswith("trial="):
+                raise ConfigError(f"{word}: an experiment runs all of its trials; search.trials=N says how many")
+    return [name for word in named for name in word.partition("=")[2].split(",")], rest
+
+
+def tables(name: str, argv: list[str]) -> int:
+    """Run one experiment: say what it will do and for how long, tune, run the seeds, report. Returns the exit code."""
+    only_plan = "plan=true" in argv
+    given = [word for word in argv if not word.startswith("plan=")]
+    told = Experiment.read(name, given)
+    say(f"caspr-train {__version__}  experiment={name}: {compose.choices('experiment')[name]}")
+    table, took = rows(told), []
+    for number, row in enumerate(table, 1):
+        say(f"timing   row {number} of {len(table)}: {row.label}")
+        took.append(seconds(row, ["caspr-train", f"experiment={name}", *argv]))
+    for line in plan_of(told, table, took):
+        say(line)
+    if only_plan:
+        say(f"next     caspr-train {shlex.join([f'experiment={name}', *given])}")
+        return OK
+    codes = []
+    for sweep in [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]:
+        codes.append(compose_and_run(["-m", *sweep]))
+        if codes[-1] not in (OK, SOME_FAILED):
+            return codes[-1]
+    return max(codes, key=SEVERITY.index)
+
+
+def compose_and_run(argv: list[str]) -> int:
+    """What Hydra makes of a command line: one run, or a sweep. Returns the exit code."""
     session = Session(["caspr-train", *argv])
     decorated: Any = hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
     try:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import reduce
 from operator import getitem
@@ -16,6 +16,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.recipe import search
 from caspr_cli.recipe.configs import CONF, PACKAGE, choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, OptimConf, Recipe, TaskConf
@@ -34,7 +35,10 @@ __all__ = [
 ]
 
 # What does not change the numbers of a run, or is in the record's path already.
-NOT_IN_THE_NAME = ("seed", "resume", "output_dir", "trainer.timeout", "trainer.rendezvous")
+NOT_IN_THE_NAME = (
+    "seed", "resume", "output_dir", "search.trials",
+    "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
+)  # fmt: skip
 
 
 def register_schemas() -> None:
@@ -47,16 +51,43 @@ def register_schemas() -> None:
         store.store(group="schema/optim", name=optimizer, node=optim_conf)
 
 
-def freeze(config: DictConfig) -> Recipe:
+def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = None) -> Recipe:
     """The checked recipe.
+
+    Args:
+        given: overrides of the command line; a search leaves alone what they set.
+        trial: in place of the config's own.
 
     Raises:
         ConfigError: a value is missing or out of range.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    recipe = _build({key: value for key, value in plain.items() if key != "hydra"})
+    plain.pop("hydra", None)
+    plain["trial"] = plain["trial"] if trial is None else trial
+    _draw(plain, given)
+    recipe = _build(plain)
     _check(recipe)
     return recipe
+
+
+def _draw(plain: dict[str, Any], given: Iterable[str]) -> None:
+    """Put the trial's point of the search space in its place."""
+    name, trial, space = plain["search"]["name"], plain["trial"], plain["search"]["space"]
+    if name is None:
+        if trial is not None:
+            raise ConfigError(f"trial={trial} is of no search: add search=NAME (choices: {', '.join(_searches())})")
+        return
+    if trial is None:
+        raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
+    if not isinstance(trial, int):
+        raise ConfigError(f"trial should be an integer, or best, but is '{trial}'")
+    values = search.draw(space, trial)  # of the whole space: what is given changes no other value
+    plain["search"]["space"] = {key: space[key] for key in space.keys() - search.fixed(space, given)}
+    search.put(plain, {key: values[key] for key in plain["search"]["space"]})
+
+
+def _searches() -> list[str]:
+    return [name for name in choices("search") if name != "none"]
 
 
 def _build(plain: dict[str, Any]) -> Recipe:
@@ -104,6 +135,8 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
     if not -(2**63) <= recipe.seed < 2**63:
         raise ConfigError(f"seed should fit into 64 bits but is {recipe.seed}")
+    if recipe.search.trials < 1:
+        raise ConfigError(f"search.trials should be at least 1 but is {recipe.search.trials}")
     if not recipe.output_dir:
         raise ConfigError("output_dir is empty: name a directory")
     for key, value in _floats(to_plain(recipe)):

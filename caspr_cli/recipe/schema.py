@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -341,7 +342,17 @@ class TrainerConf:
     clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
     compile: bool = False  # torch.compile the model
     timeout: float = 600.0  # seconds that a rank waits for another before the run counts as cut off
+    keep_checkpoints: bool = True  # of a run that is done; what is cut off keeps its own in any case
     workers: int = 0  # processes a rank that read samples ahead; 0: read between steps, best where data are in memory
+
+
+@dataclass
+class SearchConf:
+    """A space of values (caspr_cli/recipe/search.py), from which ``trial`` takes a point."""
+
+    name: str | None = None  # null: no search
+    trials: int = 20  # that every optimizer is given; trial=best chooses among them
+    space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
 
 
 @dataclass
@@ -354,6 +365,8 @@ class Recipe:
     debug: str = "none"
     trainer: TrainerConf = field(default_factory=TrainerConf)
     schedule: ScheduleConf = field(default_factory=ScheduleConf)
+    search: SearchConf = field(default_factory=SearchConf)
+    trial: int | str | None = None  # of the search, from 0; best: the one that ended best in validation
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"

@@ -120,7 +120,10 @@ def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> O
         begun = {"state": RUNNING, "attempts": attempts + 1, "error": None, "step": record.status.get("step")}
         record.write("status.json", begun | asdict(Holder.me()))
         returned, caught = _supervise(recipe, record, lock, place)
-        return Outcome(record, _settle(record, returned, caught), ran=True, told=caught)
+        exit_code = _settle(record, returned, caught)
+        if exit_code == OK and not recipe.trainer.keep_checkpoints:
+            shutil.rmtree(record.checkpoints, ignore_errors=True)
+        return Outcome(record, exit_code, ran=True, told=caught)
 
 
 def _join(recipe: Recipe, record: Record, place: Place, leader: Holder) -> Outcome | None:

@@ -146,7 +146,7 @@ class Curves(Callback):
         if reached and self.target["step"] is None:
             self.target = {"step": step, "seconds": self.clock.seconds}
             note = f"  target {wanted:g} reached"
-        values = scores | self._diagnostics(trainer)
+        values = scores | {"time/seconds": self.clock.seconds} | self._diagnostics(trainer)
         for name in ("rejected_roots", "skipped_gradients"):
             if count := values.get(f"optim/{name}"):
                 note += f"  {name.replace('_', ' ')} so far: {count:g}"

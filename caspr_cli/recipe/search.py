@@ -1,0 +1,119 @@
+"""Search spaces: a trial is a pure function of its index, so that any can be run alone, again, or on another machine.
+
+A space maps keys of the recipe to a range: ``log: [low, high]`` (uniform in the logarithm), ``linear: [low, high]``,
+``one_minus_log: [low, high]`` (1 - x is log-uniform, as suits decay rates), or ``choice: [a, b, c]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from caspr_cli.recipe.errors import ConfigError, nearest
+
+Space = Mapping[str, Mapping[str, list[Any]]]
+KINDS = ("log", "linear", "one_minus_log", "choice")
+MOST = 2**30  # points of scipy's Sobol sequence
+
+
+def draw(space: Space, trial: int) -> dict[str, Any]:
+    """The values of a trial: the point number ``trial``, from 0, of a scrambled Sobol sequence over the sorted keys.
+
+    The scrambling is the same for all searches, so trials of optimizers with the same keys lie at the same places of
+    their ranges. Numbers have four significant digits.
+
+    Raises:
+        ConfigError: a range is malformed, or there is no such trial.
+    """
+    from scipy.stats import qmc  # slow to import, and needed by searches alone
+
+    if not 0 <= trial < MOST:
+        raise ConfigError(f"trial should be 0 or more but is {trial}")
+    if not space:
+        raise ConfigError("search.space is empty: there is nothing to draw")
+    ranges = {key: _range(key, kinds) for key, kinds in sorted(space.items())}
+    engine = qmc.Sobol(len(ranges), scramble=True, rng=0)
+    if trial:
+        engine.fast_forward(trial)
+    point = engine.random(1)[0].tolist()
+    return {key: _value(*ranges[key], u) for key, u in zip(ranges, point, strict=True)}
+
+
+def _range(key: str, kinds: Mapping[str, list[Any]]) -> tuple[str, list[Any]]:
+    """Its kind and its numbers, checked."""
+    where = f"search.space: {key}"
+    if len(kinds) != 1 or next(iter(kinds)) not in KINDS:
+        given = ", ".join(kinds)
+        raise ConfigError(f"{where} should have one of {', '.join(KINDS)} but has {given}.{nearest(given, KINDS)}")
+    kind, values = next(iter(kinds.items()))
+    if kind == "choice":
+        if not values:
+            raise ConfigError(f"{where}: choice is empty")
+        return kind, list(values)
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: {kind} should be two numbers, [low, high], but is {list(values)}") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"{where}: {kind} should be [low, high] with low < high but is {list(values)}")
+    if kind != "linear" and not low > 0:
+        raise ConfigError(f"{where}: {kind} should begin above 0 but begins at {low:g}")
+    if kind == "one_minus_log" and high > 1:
+        raise ConfigError(f"{where}: {kind} should end at 1 or below but ends at {high:g}")
+    return kind, [low, high]
+
+
+def _value(kind: str, values: list[Any], u: float) -> Any:
+    """Where a number in [0, 1) lies in a range."""
+    if kind == "choice":
+        return values[int(u * len(values))]
+    low, high = values
+    if kind == "linear":
+        return _short(low + u * (high - low))
+    x = _short(low * (high / low) ** u)
+    return x if kind == "log" else _short(1 - x)
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def drawn(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The values at the keys of a recipe's space."""
+    values = {}
+    for key in sorted(plain["search"]["space"]):
+        node: Any = plain
+        for word in key.split("."):
+            node = node[_index(node, word)]
+        values[key] = node
+    return values
+
+
+def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set dotted keys of a config in place; a number names an element of a list, as in ``optim.betas.0``.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    for key, value in values.items():
+        *groups, last = key.split(".")
+        node: Any = plain
+        try:
+            for group in groups:
+                node = node[_index(node, group)]
+            node[_index(node, last)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            owner = f" of optim={plain['optim']['name']}" if key.startswith("optim.") else ""
+            raise ConfigError(f"search.space: {key} is not a key{owner}") from None
+        node[_index(node, last)] = value
+
+
+def _index(node: Any, word: str) -> Any:
+    return int(word) if isinstance(node, list) else word
+
+
+def fixed(space: Space, given: Iterable[str]) -> set[str]:
+    """Keys of the space that the user has set: they stay as given, in every trial."""
+    keys = [word.lstrip("+").partition("=")[0] for word in given]
+    return {name for name in space for key in keys if name == key or name.startswith(f"{key}.")}
