@@ -178,10 +178,8 @@ class Session:
         if given := [o for o in overrides if o.partition("=")[0] not in ("task", "optim", "scale", "seed")]:
             say(f"given    {' '.join(given)}")
         if recipe.search.name:
-            values = search.drawn(compose.to_plain(recipe))
-            say(
-                f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(f'{k}={v}' for k, v in values.items())}"
-            )
+            values = [f"{key}={value}" for key, value in search.drawn(compose.to_plain(recipe)).items()]
+            say(f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(values)}")
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             say("start    importing torch and Lightning takes some seconds")

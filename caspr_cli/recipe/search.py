@@ -14,7 +14,7 @@ from caspr_cli.recipe.errors import ConfigError, nearest
 
 Space = Mapping[str, Mapping[str, list[Any]]]
 KINDS = ("log", "linear", "one_minus_log", "choice")
-MOST = 2**30  # points of scipy's Sobol sequence
+MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
 
 def draw(space: Space, trial: int) -> dict[str, Any]:
@@ -115,5 +115,6 @@ def _index(node: Any, word: str) -> Any:
 
 def fixed(space: Space, given: Iterable[str]) -> set[str]:
     """Keys of the space that the user has set: they stay as given, in every trial."""
-    keys = [word.lstrip("+").partition("=")[0] for word in given]
+    # a word without a dot chooses a file, as in optim=adamw
+    keys = [key for word in given if "." in (key := word.lstrip("+").partition("=")[0])]
     return {name for name in space for key in keys if name == key or name.startswith(f"{key}.")}

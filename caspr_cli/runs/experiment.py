@@ -214,9 +214,9 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | None]) -> 
     count, tuned = sum(row.left for row in table), len(table[0].tuning)
     whole = sum(len(row.tuning) + len(row.reported) for row in table)
     per_row = f"{tuned} trials at seed {trials.TUNING_SEED}, then " if tuned else ""
-    seeds = len(table[0].reported)
+    seeds = f"{len(table[0].reported)} seed{'s' * (len(table[0].reported) > 1)}"
     lines = [
-        f"table    {len(table)} rows, each {per_row}{seeds} seed{'s' * (seeds > 1)}: {whole} runs, {whole - count} done",
+        f"table    {len(table)} rows, each {per_row}{seeds}: {whole} runs, {whole - count} done",
         f"records  {experiment.output_dir}",
     ]
     width = max(len(row.label) for row in table)

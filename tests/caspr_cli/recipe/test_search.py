@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caspr_cli.recipe import compose, search
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf, Recipe
+from tests.caspr_cli.recipe.test_compose import composed
+
+SPACE: search.Space = {
+    "a": {"log": [1e-4, 1e-1]},
+    "b": {"linear": [-1, 3]},
+    "c": {"one_minus_log": [1e-3, 0.1]},
+    "d": {"choice": [1, 2, 3]},
+}
+
+
+def frozen(*overrides: str, trial: int | None = None) -> Recipe:
+    return compose.freeze(composed(*overrides), overrides, trial)
+
+
+def test_a_trial_is_a_function_of_its_index() -> None:
+    """Whatever was drawn before it; and the numbers themselves, since a record must mean the same on any machine."""
+    forward = [search.draw(SPACE, k) for k in range(5)]
+    assert [search.draw(SPACE, k) for k in (4, 2, 0)] == [forward[4], forward[2], forward[0]]
+    rates = [search.draw({"optim.lr": {"log": [1e-3, 1e-1]}}, k)["optim.lr"] for k in range(6)]
+    assert rates == [0.006605, 0.03215, 0.01318, 0.002027, 0.001153, 0.0237]
+
+
+@given(st.integers(0, 2**20 - 1))
+def test_values_lie_in_their_ranges(trial: int) -> None:
+    values = search.draw(SPACE, trial)
+    assert 1e-4 <= values["a"] <= 1e-1
+    assert -1 <= values["b"] <= 3
+    assert 0.9 <= values["c"] <= 0.999
+    assert values["d"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("count", [4, 8, 64])
+def test_the_first_trials_cover_each_range_evenly(count: int) -> None:
+    """The net property of the sequence: one of 2^m points in each of 2^m equal parts, in the scale of the range."""
+    drawn = [search.draw(SPACE, k) for k in range(count)]
+    places = {
+        "a": [math.log(d["a"] / 1e-4) / math.log(1e3) for d in drawn],
+        "b": [(d["b"] + 1) / 4 for d in drawn],
+        "c": [math.log((1 - d["c"]) / 1e-3) / math.log(100) for d in drawn],
+    }
+    for key, u in places.items():
+        cells = np.clip(np.floor(np.array(u) * count - (1e-3 if key == "c" else 0)), 0, count - 1)
+        spread = len(set(cells.tolist()))
+        assert spread >= (count if key != "c" else 0.8 * count)  # 1 - x loses digits to rounding
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "search.space is empty"),
+        ({"optim.lr": {"logg": [1, 2]}}, "Did you mean log?"),
+        ({"optim.lr": {"log": [1, 2], "linear": [1, 2]}}, "should have one of"),
+        ({"optim.lr": {"log": [0, 1]}}, "should begin above 0"),
+        ({"optim.lr": {"log": [1e-2, 1e-3]}}, "low < high"),
+        ({"optim.lr": {"log": [1e-2]}}, "two numbers"),
+        ({"optim.lr": {"linear": ["a", 1]}}, "two numbers"),
+        ({"optim.lr": {"linear": [0, math.inf]}}, "low < high"),
+        ({"optim.lr": {"one_minus_log": [0.1, 2]}}, "end at 1 or below"),
+        ({"optim.lr": {"choice": []}}, "choice is empty"),
+    ],
+)
+def test_malformed_spaces_are_refused_in_one_line(space: search.Space, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"search\.space") as refused:
+        search.draw(space, 0)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_trial_is_put_into_the_recipe_and_the_record_says_from_where() -> None:
+    recipe = frozen("optim=adamw", "search=algoperf", "trial=3")
+    assert isinstance(recipe.optim, AdamWConf)
+    plain = compose.to_plain(recipe)
+    values = search.draw(plain["search"]["space"], 3)
+    assert recipe.optim.lr == values["optim.lr"]
+    assert list(recipe.optim.betas) == [values["optim.betas.0"], 0.999]
+    assert recipe.optim.weight_decay == values["optim.weight_decay"]
+    assert search.drawn(plain) == values
+    assert compose.parse(compose.save(recipe)) == recipe
+
+
+def test_what_the_command_line_sets_stays_and_changes_no_other_value() -> None:
+    whole = frozen("search=algoperf", "trial=5")
+    given = frozen("search=algoperf", "trial=5", "optim.lr=0.5")
+    assert given.optim.lr == 0.5
+    assert given.optim.weight_decay == whole.optim.weight_decay
+    assert isinstance(given.optim, CasprConf)
+    assert isinstance(whole.optim, CasprConf)
+    assert given.optim.betas == whole.optim.betas
+    assert sorted(given.search.space) == ["optim.betas.0", "optim.weight_decay"]
+    betas = frozen("search=algoperf", "trial=5", "optim.betas=[0.5,0.6]")
+    assert isinstance(betas.optim, CasprConf)
+    assert list(betas.optim.betas) == [0.5, 0.6]
+
+
+def test_trials_are_other_recipes_and_their_number_is_not_part_of_them() -> None:
+    names = {compose.identity(frozen("search=lr", f"trial={k}")) for k in range(6)}
+    assert len(names) == 6
+    assert compose.identity(frozen("search=lr", "trial=2", "search.trials=50")) in names
+    assert compose.identity(frozen("search=lr", trial=2)) in names
+
+
+@pytest.mark.parametrize("name", [n for n in compose.choices("search") if n != "none"])
+@pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
+def test_every_space_fits_every_optimizer(name: str, optim: str) -> None:
+    recipe = frozen(f"optim={optim}", f"search={name}", trial=1)
+    low, high = recipe.search.space["optim.lr"]["log"]
+    assert low <= recipe.optim.lr <= high
+
+
+def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> None:
+    adamw, sgd = (frozen(f"optim={o}", "search=lr", "trial=4").optim.lr for o in ("adamw", "sgd"))
+    assert math.isclose(sgd / adamw, 20, rel_tol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["search=lr"], "add -m trial='range(6)'"),
+        (["trial=1"], "is of no search"),
+        (["search=lr", "trial=-1"], "trial should be 0 or more"),
+        (["search=lr", "trial=few"], "trial should be an integer, or best, but is 'few'"),
+        (["search=lr", "trial=1", "search.trials=0"], "search.trials should be at least 1"),
+        (["optim=sgd", "search=algoperf", "trial=1", "+search.space={optim.betas.0:{linear:[0,1]}}"],
+         "search.space: optim.betas.0 is not a key of optim=sgd"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        frozen(*overrides)
+    assert message in str(refused.value)
