@@ -166,12 +166,11 @@ def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
         recipe = compose.freeze(config, given)
         return Row(label, (), tuple(replace(recipe, seed=seed) for seed in seeds), selected=True)
 
-    def trial(index: int) -> Recipe:
-        return replace(compose.freeze(config, given, index), seed=trials.TUNING_SEED)
-
-    tuning = tuple(trial(index) for index in range(trial(0).search.trials))
+    tuning = tuple(
+        replace(compose.freeze(config, given, index), seed=trials.TUNING_SEED) for index in range(config.search.trials)
+    )
     try:
-        selected: int | None = trials.best(trial)
+        selected: int | None = trials.best(tuning.__getitem__)
     except ConfigError:  # not yet
         selected = None
     return Row(label, tuning, tuple(replace(tuning[selected or 0], seed=seed) for seed in seeds), selected is not None)
@@ -216,7 +215,7 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | None]) -> 
     per_row = f"{tuned} trials at seed {trials.TUNING_SEED}, then " if tuned else ""
     seeds = f"{len(table[0].reported)} seed{'s' * (len(table[0].reported) > 1)}"
     lines = [
-        f"table    {len(table)} rows, each {per_row}{seeds}: {whole} runs, {whole - count} done",
+        f"table    {len(table)} row{'s' * (len(table) > 1)}, each {per_row}{seeds}: {whole} runs, {whole - count} done",
         f"records  {experiment.output_dir}",
     ]
     width = max(len(row.label) for row in table)

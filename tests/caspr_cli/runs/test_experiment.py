@@ -1,0 +1,174 @@
+"""Tables by one command: what is run, and which trial is chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from running import Runner
+
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
+from caspr_cli.runs import experiment, trials
+from caspr_cli.runs.experiment import Experiment, Row
+from caspr_cli.runs.record import Record
+
+compose.register_schemas()
+
+
+# ---- the best trial ----------------------------------------------------------------------------------------------
+
+
+def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[int], Recipe]:
+    def trial(index: int) -> Recipe:
+        task = C4LMConf(target=Target("val/x", None, higher))
+        search = SearchConf("lr", count, {"optim.lr": {"log": [1e-3, 1e-1]}})
+        recipe = Recipe(task=task, optim=CasprConf(lr=0.1 * (index + 1)), search=search, trial=index)
+        return replace(recipe, output_dir=str(folder))
+
+    return trial
+
+
+def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
+    record = Record.of(recipe)
+    record.path.mkdir(parents=True)
+    record.write("status.json", {"state": state})
+    if state == "done":
+        record.write("result.json", {"final": {"val/x": value}, "best": {"val/x": 100.0}, "seconds": 7.0})
+
+
+@pytest.mark.parametrize(("higher", "best"), [(False, 1), (True, 0)])
+def test_the_best_is_the_best_at_the_end(tmp_path: Path, higher: bool, best: int) -> None:
+    trial = tuned(tmp_path, higher=higher)
+    for index, value in enumerate((0.5, 0.3, 0.4)):
+        ended(trial(index), value)
+    ended(replace(trial(2), seed=1), 9.0 if higher else 0.0)  # a fresh seed chooses nothing
+    assert trials.best(trial) == best
+
+
+def test_what_failed_or_is_not_finite_is_not_chosen(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    ended(trial(0), None)
+    ended(trial(1), None, "failed")
+    ended(trial(2), 8.0)
+    assert trials.best(trial) == 2
+
+
+def test_of_equals_the_first(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    for index in range(3):
+        ended(trial(index), 0.25)
+    assert trials.best(trial) == 0
+
+
+def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    ended(trial(0), 0.5)
+    ended(trial(1), 0.5, "running")
+    with pytest.raises(ConfigError, match=r"2 of 3 trials of optim=caspr have not ended .* run trial=1,2 seed=0"):
+        trials.best(trial)
+    for index in range(1, 3):
+        (Record.of(trial(index)).path / "status.json").unlink(missing_ok=True)
+    for index in range(3):
+        Record.of(trial(index)).path.mkdir(parents=True, exist_ok=True)
+        Record.of(trial(index)).write("status.json", {"state": "failed"})
+    with pytest.raises(ConfigError, match="all 3 trials of caspr failed"):
+        trials.best(trial)
+
+
+# ---- the files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["sample", "paper"])
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_path: Path) -> None:
+    told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2"])
+    table = experiment.rows(told)
+    assert told.searches
+    assert len({row.label for row in table}) == len(table) > 1
+    assert {len(row.tuning) for row in table} == {table[0].tuning[0].search.trials}  # the same number for every row
+    seeds = {recipe.seed for row in table for recipe in row.reported}
+    assert len(seeds) >= 3
+    assert trials.TUNING_SEED not in seeds  # what chose is not reported
+    assert len({compose.identity(row.tuning[0]) for row in table}) == len(table)
+    assert choices("experiment")[name]
+
+
+def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
+    damping, base = Experiment.read("damping"), Experiment.read("c4_14m")
+    assert damping.jobs["task"] == base.jobs["task"]
+    assert damping.jobs["task.layers"] == base.jobs["task.layers"]
+    assert damping.jobs["optim"] == "caspr"
+    assert damping.jobs["search.trials"] == "4"
+    assert damping.baseline != base.baseline
+    assert damping.output_dir == "outputs/experiments/damping"
+    assert Experiment.read("damping", ["scale=paper"]).output_dir == "outputs/experiments/damping_paper"
+
+
+def test_the_command_line_comes_last() -> None:
+    told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
+    assert told.tuning(2)[-2:] == ["trial=range(2)", "seed=0"]
+    assert told.seeds()[-2:] == ["trial=best", "seed=7,8"]
+    assert {"optim=adamw,sgd", "optim.lr=0.1"} <= set(told.seeds())
+    plain = Experiment.read("molpcba", ["search=none", "seed=7"])
+    assert plain.seeds()[-1] == "seed=7"
+    assert not [word for word in plain.seeds() if word.startswith("trial")]
+
+
+def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
+    told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=1,2,3", f"output_dir={tmp_path}"])
+    table = experiment.rows(told)
+    assert [row.left for row in table] == [5, 5]
+    for recipe in table[0].tuning:
+        record = Record.of(recipe)
+        record.path.mkdir(parents=True)
+        record.write("status.json", {"state": "done"})
+        record.write("result.json", {"final": {"val/map": recipe.optim.lr}, "seconds": 30.0})
+    table = experiment.rows(told)
+    assert [row.left for row in table] == [3, 5]
+    best = max(table[0].tuning, key=lambda recipe: recipe.optim.lr)
+    assert {recipe.trial for recipe in table[0].reported} == {best.trial}
+    assert experiment.seconds(table[0], []) == 30.0 + experiment.START  # nothing is run to know it
+    lines = experiment.plan(told, table, [40.0, None])
+    assert "2 rows, each 2 trials at seed 0, then 3 seeds: 10 runs, 2 done" in lines[0]
+    assert any("optim=adamw" in line and "3 runs to do, about 40 s a run, 2 min in all" in line for line in lines)
+    assert lines[-1] == "total    about 2 min, one run after the other, and 1 row that cannot be timed here"
+
+
+def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
+    """A data directory that is not there: the plan says so instead of failing."""
+    told = Experiment.read("ud_pos", ["optim=adamw", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"])
+    (row,) = experiment.rows(told)
+    assert isinstance(row, Row)
+    assert experiment.seconds(row, ["caspr-train"]) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- as a user runs it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_table_from_nothing_and_again(runner: Runner) -> None:
+    words = ["experiment=c4_14m", "optim=adamw", "search=algoperf", "search.trials=2", "seed=1,2", "output_dir=a_table"]
+    planned = runner(*words, "plan=true")
+    assert "1 row, each 2 trials at seed 0, then 2 seeds: 4 runs, 0 done" in planned
+    assert not (runner.home / "a_table").exists()
+    out = runner(*words)
+    found = sorted((runner.home / "a_table").glob("c4_lm/adamw/*/seed*"))
+    assert [record.name for record in found].count("seed0") == 2
+    assert len(found) == 4
+    ends = {
+        r.parent: json.loads((r / "result.json").read_text())["final"]["val/loss"] for r in found if r.name == "seed0"
+    }
+    fresh = [record for record in found if record.name != "seed0"]
+    assert {record.parent for record in fresh} == {min(ends, key=lambda parent: ends[parent])}
+    assert not list((runner.home / "a_table").glob("**/*.ckpt"))  # a table of hundreds of runs fits the disk
+    assert "optim.betas.0=" in out
+    again = runner(*words)
+    assert "4 runs, 4 done" in again
+    assert again.count("skipped") == 4
