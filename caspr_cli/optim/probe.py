@@ -19,6 +19,8 @@ from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
 from caspr_cli.optim.symmetric import unpack
 
+LOWEST = -16.0  # decades: about the rounding of float64
+
 
 @torch.no_grad()
 def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
@@ -29,6 +31,8 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
         ``damping_share``: part of the trace of the damped statistics that is damping.
         ``residual``: ``||A^p S~ - I||_F / sqrt(d)`` recomputed from the root in use and the statistics of now: the
             solver's error and the root's age together.
+        ``spectrum``: log10 of each eigenvalue of the damped statistics over the largest of its block and axis, at
+            least ``LOWEST``.
     and for all preconditioned tensors:
         ``graft_ratio``: the length of the graft's step over that of U.
         ``adam_cosine``: between U and the step of Adam (where the graft keeps a second moment).
@@ -68,7 +72,7 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     seen = (stack.scale > 0) & (stack.root_scale > 0)
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
     p = root_exponent(group["order"], len(stack.shape))
-    values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": []}
+    values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": [], "spectrum": []}
     for axis, d in enumerate(stack.shape):
         S, A = unpack(stack.S[axis][seen], d), stack.root(axis, seen, torch.float64)
         eigenvalues, _ = eigendecomposition(S)
@@ -77,12 +81,19 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
         damped = lam + shift.unsqueeze(1)
         values["condition"].append(damped[:, -1] / damped[:, 0])
         values["damping_share"].append(shift * d / damped.sum(1))
+        values["spectrum"].append(_logarithms(damped))
         # S~ in the units in which A was computed
         ratio = (unit.double() / root_scale.double()).square().view(-1, 1, 1)
         identity = torch.eye(d, dtype=torch.float64, device=S.device)
         product = torch.linalg.matrix_power(A, p) @ ((S.double() + shift.view(-1, 1, 1) * identity) * ratio)
         values["residual"].append((product - identity).norm(dim=(1, 2)) / d**0.5)
     return {name: torch.cat(v) for name, v in values.items()}
+
+
+def _logarithms(damped: Tensor) -> Tensor:
+    """1-D, of eigenvalues ``[K, d]``, ascending; without those of matrices of zeros."""
+    damped = damped[damped[:, -1] > 0]
+    return (damped / damped[:, -1:]).log10().clamp(min=LOWEST).flatten()
 
 
 def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group) -> dict[str, Tensor]:

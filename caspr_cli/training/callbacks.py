@@ -169,6 +169,8 @@ class Curves(Callback):
             found, counts = _of_all_ranks(found, counts)
         if self.recorder is None:
             return {}
+        if (spectrum := found.pop("spectrum", None)) is not None and len(spectrum):
+            self.recorder.spectrum(trainer.global_step, spectrum)
         values: dict[str, float] = {}
         for name, x in found.items():
             cuts = torch.quantile(x, torch.tensor(list(QUANTILES.values()), dtype=x.dtype, device=x.device))

@@ -49,7 +49,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     optimizer = _optimizer(module)
     _check_target(recipe, task)
     data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
-    writing = closing(Recorder(record, start.step, start.lines)) if rank == 0 else nullcontext()
+    writing = closing(Recorder(record, recipe, start.step, start.lines)) if rank == 0 else nullcontext()
     with answering(record, rank, world, recipe.trainer.timeout), writing as recorder:
         curves = Curves(recipe, recorder, progress)
         checkpoints = Checkpoints(record, curves, start)
@@ -58,7 +58,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
             record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
-            recorder.hyperparameters(recipe)
+            recorder.pages()
             for line in _header(recipe, task, module, optimizer, trainer, world):
                 progress.say(line)
         try:

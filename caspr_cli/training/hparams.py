@@ -47,12 +47,14 @@ def summaries(recipe: Recipe, identity: str) -> list[Summary]:
 def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
     """The recipe as flat names and plain values, without paths and what does not change a number."""
     left_out = {*NOT_IN_THE_NAME, "debug"} - {"seed"}
-    return {k: v for k, v in _flatten(to_plain(recipe)).items() if k not in left_out}
+    plain = to_plain(recipe)
+    del plain["search"]["space"]  # what was drawn from it stands at its own keys
+    return {k: v for k, v in _flatten(plain).items() if k not in left_out}
 
 
 def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
     """TensorBoard takes the columns from whichever run it finds first, so each names those of all others."""
-    others: dict[str, bool | float | str] = {}
+    others: dict[str, bool | float | str] = {"search.name": "", "trial": 0}  # null without a search
     for optimizer in OPTIMIZERS.values():
         others |= _flatten({"optim": to_plain(optimizer())})
     for task in TASKS.values():

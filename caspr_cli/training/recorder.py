@@ -7,14 +7,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record, RecordDamagedError, finite, write_whole
 from caspr_cli.training import hparams
+from caspr_cli.training.layout import FIRST, compared, layout
 
 EVENTS = "events.out.tfevents.*"
 NUMBERED = "0000000000."  # before any time
+BINS = 8  # of a histogram, a decade
 
 
 class Recorder:
@@ -25,8 +29,9 @@ class Recorder:
             was written by an attempt that was cut off, and is dropped.
     """
 
-    def __init__(self, record: Record, step: int = 0, lines: int = 0) -> None:
-        self._record, self.lines = record, lines
+    def __init__(self, record: Record, recipe: Recipe, step: int = 0, lines: int = 0) -> None:
+        self._record, self._recipe, self.lines = record, recipe, lines
+        self._compared = compared(recipe.task.target.metric)
         kept = record.metrics.read_bytes().splitlines(keepends=True)[:lines] if record.metrics.exists() else []
         if len(kept) < lines:
             raise RecordDamagedError(record.metrics)
@@ -40,12 +45,25 @@ class Recorder:
         self.lines += 1
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
+            if tag in self._compared:
+                self._writer.add_scalar(f"{FIRST}/{tag}", value, step)
 
-    def hyperparameters(self, recipe: Recipe) -> None:
-        """This run's row of the HPARAMS page."""
+    def spectrum(self, step: int, logarithms: Tensor) -> None:
+        """One histogram of all eigenvalues, in bins of an eighth of a decade that are the same at each step and run.
+
+        Args:
+            logarithms: log10 of eigenvalues over the largest of their block: at most 0.
+        """
+        values = logarithms.double().cpu().numpy()
+        edges = np.arange(np.floor(BINS * values.min(initial=0)) - 1, 1) / BINS
+        self._writer.add_histogram("optim/spectrum", values, step, bins=edges)
+
+    def pages(self) -> None:
+        """This run's row of the HPARAMS page, and its part of the CUSTOM SCALARS page."""
+        self._writer.add_custom_scalars(layout(self._recipe.task.target.metric))
         file_writer = self._writer._get_file_writer()
         assert file_writer is not None
-        for summary in hparams.summaries(recipe, self._record.path.parent.name):
+        for summary in hparams.summaries(self._recipe, self._record.path.parent.name):
             file_writer.add_summary(summary)
 
     def flush(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.optim.cost import EIGH_FLOPS, blocks_of, state_bytes, step_flops
-from caspr_cli.optim.probe import counters, diagnose
+from caspr_cli.optim.probe import LOWEST, counters, diagnose
 
 
 def stepped(shape: tuple[int, int], steps: int, **options: Any) -> tuple[CASPR, Tensor, list[Tensor]]:
@@ -48,6 +49,34 @@ def test_against_the_dense_matrices() -> None:
     U, D = (A @ A @ m + 2 * A @ m @ B + m @ B @ B) / 4, m / (v.sqrt() + 1e-8)
     assert found["graft_ratio"].tolist() == pytest.approx([float(D.norm() / U.norm())], rel=1e-6)
     assert found["adam_cosine"].tolist() == pytest.approx([float((U * D).sum() / U.norm() / D.norm())], rel=1e-6)
+
+
+def test_the_spectrum_is_of_all_blocks_over_the_largest_of_each() -> None:
+    eps = 1e-3
+    optimizer, _, grads = stepped((6, 4), 3, betas=(0.9, 0.95), eps=eps, interval=1, start_step=1, block_size=3)
+    weights = [0.95 ** (2 - i) * 0.05 / (1 - 0.95**3) for i in range(3)]
+    expected = []
+    for rows in (slice(0, 3), slice(3, 6)):
+        for columns in (slice(0, 2), slice(2, 4)):
+            parts = [G[rows, columns].numpy() for G in grads]
+            for S in (
+                sum(w * G @ G.T for w, G in zip(weights, parts, strict=True)),
+                sum(w * G.T @ G for w, G in zip(weights, parts, strict=True)),
+            ):
+                lam = np.linalg.eigvalsh(S)
+                expected += np.log10((lam + eps * lam[-1]) / ((1 + eps) * lam[-1])).tolist()
+    assert sorted(diagnose(optimizer)["spectrum"].tolist()) == pytest.approx(sorted(expected), abs=1e-6)
+
+
+def test_the_spectrum_ends_where_numbers_do_and_leaves_zeros_out() -> None:
+    optimizer, *_ = stepped((8, 2), 1, start_step=1)  # of rank 2: six eigenvalues are damping alone
+    optimizer.param_groups[0]["eps"] = 1e-30
+    spectrum = diagnose(optimizer)["spectrum"]
+    assert len(spectrum) == 10
+    assert (float(spectrum.min()), float(spectrum.max())) == (LOWEST, 0)
+    (stack,) = optimizer.stacks(0)
+    stack.S[0].zero_()
+    assert len(diagnose(optimizer)["spectrum"]) == 2
 
 
 def test_a_stale_root_has_a_residual() -> None:

@@ -4,17 +4,23 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+import torch
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator, HistogramEvent
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from caspr_cli.optim import CASPR
+from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe
 from caspr_cli.runs.record import Record
+from caspr_cli.training.callbacks import Curves
 from caspr_cli.training.recorder import Recorder
 
 
-def recipe(seed: int) -> Recipe:
+def recipe(seed: int = 0) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), seed=seed)
 
 
@@ -32,7 +38,7 @@ def events(record: Record, tag: str) -> list[tuple[int, float]]:
 
 def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    recorder = Recorder(kept)
+    recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 2.5})
     recorder.scalars(2, {"train/loss": 1.5, "lr": 0.1})
     recorder.close()
@@ -45,13 +51,13 @@ def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
 
 def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    first = Recorder(kept)
+    first = Recorder(kept, recipe())
     for step in range(1, 6):
         first.scalars(step, {"train/loss": float(step)})
     first.close()
     with kept.metrics.open("a") as file:
         file.write('{"step": 6, "train/lo')  # as a kill leaves it
-    again = Recorder(kept, 3, 3)
+    again = Recorder(kept, recipe(), 3, 3)
     again.scalars(4, {"train/loss": 40.0})
     again.close()
     rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
@@ -63,7 +69,7 @@ def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkey
     kept, real = record(tmp_path), time.time
     for attempt, day in enumerate((0, -1, 1, -2)):
         monkeypatch.setattr(time, "time", lambda day=day: real() + 86400 * day)
-        recorder = Recorder(kept, 3 * attempt, 3 * attempt)
+        recorder = Recorder(kept, recipe(), 3 * attempt, 3 * attempt)
         for step in range(3 * attempt + 1, 3 * attempt + 6):  # two more than the next attempt goes on from
             recorder.scalars(step, {"train/loss": float(step)})
         recorder.close()
@@ -74,7 +80,7 @@ def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkey
 
 def test_what_was_flushed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, synced = record(tmp_path), []
-    recorder = Recorder(kept)
+    recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 1.0})
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     recorder.flush()
@@ -87,8 +93,8 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     groups, rates = set(), set()
     for seed in (0, 1):
         kept = record(tmp_path, seed)
-        recorder = Recorder(kept)
-        recorder.hyperparameters(recipe(seed))
+        recorder = Recorder(kept, recipe(seed))
+        recorder.pages()
         recorder.close()
         accumulator = EventAccumulator(str(kept.path))
         accumulator.Reload()
@@ -98,3 +104,42 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
         rates.add(start.hparams["optim.lr"].number_value)
     assert groups == {"c4_lm/adamw/0123abcd"}
     assert rates == {1e-3}
+
+
+def histograms(record: Record) -> dict[str, list[HistogramEvent]]:
+    accumulator = EventAccumulator(str(record.path), size_guidance={HISTOGRAMS: 0})  # 0: all
+    accumulator.Reload()
+    return {tag: accumulator.Histograms(tag) for tag in accumulator.Tags()["histograms"]}
+
+
+def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
+    kept = record(tmp_path)
+    recorder = Recorder(kept, recipe())
+    values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0])
+    recorder.spectrum(7, values)
+    recorder.spectrum(8, torch.zeros(3))  # of matrices that are 1 x 1
+    recorder.close()
+    seven, eight = histograms(kept)["optim/spectrum"]
+    assert (seven.step, seven.histogram_value.num, seven.histogram_value.min) == (7, 6, pytest.approx(-3.9))
+    counts = dict(zip(seven.histogram_value.bucket_limit, seven.histogram_value.bucket, strict=True))
+    assert {limit: count for limit, count in counts.items() if count} == {-3.875: 1, -0.125: 2, 0.0: 3}
+    assert sum(eight.histogram_value.bucket) == 3
+
+
+def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Path) -> None:
+    weights = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 3, requires_grad=True)]
+    optimizer = CASPR(weights, block_size=3, start_step=1)
+    for p in weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    kept = record(tmp_path)
+    recorder = Recorder(kept, recipe())
+    values = Curves(recipe(), recorder, None)._diagnostics(
+        cast(Any, SimpleNamespace(optimizers=[optimizer], global_step=1))
+    )
+    recorder.close()
+    (event,) = histograms(kept).pop("optim/spectrum")
+    assert event.histogram_value.num == len(diagnose(optimizer)["spectrum"])
+    assert list(histograms(kept)) == ["optim/spectrum"]
+    assert "optim/condition/p50" in values
+    assert not [tag for tag in values if "spectrum" in tag]

@@ -1,0 +1,46 @@
+"""What TensorBoard shows first: curves that optimizers are compared by.
+
+It opens on TIME SERIES, whatever was written, and groups the curves there by the alphabet, so those of a comparison are
+written a second time under a name that comes first. CUSTOM SCALARS shows a page that each run writes. TensorBoard puts
+the pages of a directory together, and charts that are equal become one: a chart here depends on nothing but its title,
+and all runs have the same categories.
+"""
+
+from __future__ import annotations
+
+import re
+
+FIRST = "comparison"
+Layout = dict[str, dict[str, list[str | list[str]]]]  # category: title: [kind, tags], as torch's writer takes it
+
+
+def compared(metric: str) -> tuple[str, str]:
+    """The tags of a comparison, where a task is judged by ``metric`` (as ``val/loss``)."""
+    return metric, "train/loss"
+
+
+def layout(metric: str) -> Layout:
+    """The page of a run."""
+    return {
+        FIRST: {tag: _lines(tag) for tag in compared(metric)},
+        "cost": {
+            "milliseconds a step": _lines("time/step_ms"),
+            "units a second": ["Multiline", ["time/.*_per_second$"]],  # tokens, words, images
+            "seconds of training": _lines("time/seconds"),
+        },
+        "optimizer": {
+            "condition (median)": _lines("optim/condition/p50"),
+            "damping share (median)": _lines("optim/damping_share/p50"),
+            "residual (median)": _lines("optim/residual/p50"),
+            "graft ratio (median)": _lines("optim/graft_ratio/p50"),
+            "adam cosine (median)": _lines("optim/adam_cosine/p50"),
+            "adam cosine (largest)": _lines("optim/adam_cosine/max"),
+            "norm of the update": _lines("norm/update"),
+            "update over weights": _lines("norm/update_over_weights"),
+        },
+    }
+
+
+def _lines(tag: str) -> list[str | list[str]]:
+    """A line for each run. What TensorBoard takes is a regular expression, matched from the start of a tag."""
+    return ["Multiline", [f"{re.escape(tag)}$"]]
