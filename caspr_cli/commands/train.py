@@ -6,9 +6,10 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -53,13 +54,15 @@ FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "-
 WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-i", "--info", "-sc",
               "--shell-completion"}  # fmt: skip
 
-SEVERITY = (OK, SOME_FAILED, RUN_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # of several commands the last of these
+SEVERITY = (OK, RUN_FAILED, SOME_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # rising
 
 HELP = """\
 caspr-train {version}: train a task with an optimizer, and keep a record of it
 
   caspr-train task=c4_lm optim=caspr                       one run
   caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep: nine runs and a table
+  caspr-train -m search=lr trial='range(6)'                a search of six trials; then trial=best seed=1,2,3
+  caspr-train experiment=c4_14m plan=true                  the plan of a whole table, tuned and seeded
   caspr-train scale=paper task.data=files task.root=DIR    the paper's size, on your C4 shards
 
 tasks
@@ -68,12 +71,13 @@ optimizers
 {optimizers}
 scales
 {scales}
+tables   experiment={experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
-         trainer.max_steps trainer.devices trainer.nodes optim.lr schedule.name seed resume output_dir
+         search ({searches}) trial trainer.max_steps trainer.devices optim.lr seed resume output_dir
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
-see      tensorboard --logdir outputs
+see      caspr-report --help   tensorboard --logdir outputs
 """
 
 
@@ -299,7 +303,19 @@ def usage() -> str:
     def listing(group: str) -> str:
         return "\n".join(f"  {name:<14} {about}" for name, about in compose.choices(group).items())
 
-    return HELP.format(version=__version__, tasks=listing("task"), optimizers=listing("optim"), scales=listing("scale"))
+    return HELP.format(
+        version=__version__,
+        tasks=listing("task"),
+        optimizers=listing("optim"),
+        scales=listing("scale"),
+        searches=", ".join(name for name in compose.choices("search") if name != "none"),
+        experiments=wrapped(compose.choices("experiment")),
+    )
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """A list that goes on below its beginning."""
+    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
 
 
 def main() -> int:
@@ -318,7 +334,10 @@ def main() -> int:
     try:
         named, argv = experiments(argv)
         if named:
-            return max((tables(name, argv) for name in named), key=SEVERITY.index)
+            return one_after_the_other(partial(tables, name, argv) for name in named)
+    except (HydraException, OmegaConfBaseException) as error:
+        complain(explain(error, keys_of(argv), argv))
+        return BAD_USAGE
     except ConfigError as error:
         complain(str(error))
         return BAD_USAGE
@@ -353,11 +372,17 @@ def tables(name: str, argv: list[str]) -> int:
     if only_plan:
         say(f"next     caspr-train {shlex.join([f'experiment={name}', *given])}")
         return OK
+    sweeps = [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]
+    return one_after_the_other(partial(compose_and_run, ["-m", *sweep]) for sweep in sweeps)
+
+
+def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
+    """Run them until one is interrupted or refused. Returns the exit code that says most."""
     codes = []
-    for sweep in [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]:
-        codes.append(compose_and_run(["-m", *sweep]))
+    for command in commands:
+        codes.append(command())
         if codes[-1] not in (OK, SOME_FAILED):
-            return codes[-1]
+            break
     return max(codes, key=SEVERITY.index)
 
 

@@ -92,7 +92,7 @@ def _content(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
         )
-    own = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf8"))
+    own: dict[str, Any] = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf8"))
     if "like" not in own:
         return {"baseline": None} | own
     base = _content(own["like"])
