@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from socket import gethostname as host
 from typing import Any, cast
 
@@ -239,6 +241,9 @@ class Session:
             say("")
             for line in summary.table(jobs):
                 say(line)
+            if any(job.exit_code == OK and job.record for job in jobs):
+                for line in summary.after_sweep(self.sweep.output_dir):
+                    say(line)
         if asked:
             return INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED
         if not began:
@@ -373,7 +378,35 @@ def tables(name: str, argv: list[str]) -> int:
         say(f"next     caspr-train {shlex.join([f'experiment={name}', *given])}")
         return OK
     sweeps = [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]
-    return one_after_the_other(partial(compose_and_run, ["-m", *sweep]) for sweep in sweeps)
+    code = one_after_the_other(partial(compose_and_run, ["-m", *sweep]) for sweep in sweeps)
+    report(told)
+    return code
+
+
+def report(told: Experiment) -> None:
+    """Compare what there is of a table, on the terminal and as a page beside the records."""
+    from caspr_cli.report import records, terminal  # slow to import, and not needed before
+    from caspr_cli.report.errors import ReportError
+    from caspr_cli.report.files import write_whole
+    from caspr_cli.report.page import compared
+    from caspr_cli.report.tables import tables
+
+    folder = Path(told.output_dir)
+    command, page = ["caspr-report", "compare", str(folder)], folder / "report.html"
+    try:
+        runs = records.find([folder]).runs
+        try:
+            made = tables(runs, baseline=told.baseline)
+            command += ["--baseline", told.baseline] if told.baseline else []
+        except ReportError:  # the command line has left this row out
+            made = tables(runs)
+        say("")
+        for line in terminal.compared(made, runs, [folder], shutil.get_terminal_size((120, 24)).columns):
+            say(line)
+        write_whole(page, compared(made, shlex.join([*command, "--to", str(page)])))
+        say(f"wrote    {page}")
+    except ReportError as error:
+        complain(str(error))
 
 
 def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:

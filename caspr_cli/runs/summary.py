@@ -12,6 +12,9 @@ from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
+# Where TensorBoard gives one colour to all seeds of a recipe.
+COMPARISON = "http://localhost:6006/?runColorGroup=regex:(.*)/&smoothing=0"
+
 
 def footer(outcome: Outcome) -> list[str]:
     """What came of it and where it is."""
@@ -58,6 +61,14 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
     return [
         f"next     tensorboard --logdir {recipe.output_dir}",
         f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=caspr,shampoo,adamw', 'seed=0,1,2'])}",
+    ]
+
+
+def after_sweep(output_dir: str) -> list[str]:
+    """How to compare what a sweep has made."""
+    return [
+        f"next     caspr-report compare {shlex.quote(output_dir)}",
+        f"         tensorboard --logdir {shlex.quote(output_dir)}    and open {COMPARISON}",
     ]
 
 

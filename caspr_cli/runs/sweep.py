@@ -95,6 +95,10 @@ class Sweep:
             made.note(Job(number, overrides))
         return made
 
+    @property
+    def output_dir(self) -> str:
+        return os.path.relpath(self.folder.parent.parent, self.directory)
+
     def note(self, job: Job) -> None:
         with suppress(FileNotFoundError):  # the sweep is over, and its folder is gone
             write_whole(self.folder / f"job{job.number}.json", json.dumps(asdict(job)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,19 @@ def test_bench_measures_what_others_build(file: Path) -> None:
 def test_nothing_but_commands_imports_bench(file: Path) -> None:
     if file.parent.name not in ("bench", "commands"):
         assert uses(file, "caspr_cli.bench") == []
+
+
+@pytest.mark.parametrize("file", files("caspr_cli/report"), ids=name)
+def test_report_reads_files_with_small_libraries(file: Path) -> None:
+    allowed = ("numpy", "scipy", "pandas", "matplotlib", "rich", "yaml", "caspr_cli.report")
+    outside = [i for i in imports(file) if i.partition(".")[0] not in sys.stdlib_module_names]
+    version = {"caspr_cli", "caspr_cli.__version__"}
+    assert [i for i in outside if i not in version.union(uses(file, *allowed))] == []
+
+
+@pytest.mark.parametrize("file", files("caspr_cli", "tasks"), ids=name)
+def test_nothing_but_commands_imports_report(file: Path) -> None:
+    if file.parent.name not in ("report", "commands"):
+        assert uses(file, "caspr_cli.report") == []
+    if file.name == "report.py" and file.parent.name == "commands":  # where there is no Hydra, too
+        assert uses(file, "hydra", "omegaconf", *(f"caspr_cli.{room}" for room in ("recipe", "runs", "bench"))) == []

@@ -1,0 +1,110 @@
+"""Many records in one file, a gzip of JSON lines: for sharing, and for reports of what has moved elsewhere.
+
+The first line says what the file is. Each other line is a record: its path, config (dotted keys), status, result,
+provenance and validations (step, seconds, value). Host, process id, uncommitted diff (its hash stays) and absolute
+paths are left out. The same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from caspr_cli.report.errors import ReportError
+from caspr_cli.report.model import Point, Run
+
+FORMAT = {"caspr-report": "records", "version": 1}
+# An absolute path, where a word begins; not the rest of a URL or of val/loss.
+ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
+GONE = "<path>"
+
+
+def pack(runs: Iterable[Run], roots: Sequence[Path]) -> bytes:
+    """The file's content.
+
+    Args:
+        roots: the paths that the records were found under; what is kept of a record's path is relative to its own.
+    """
+    entries = sorted((_entry(run, roots) for run in runs), key=lambda entry: (entry["path"], _line(entry)))
+    text = "".join(_line(entry) + "\n" for entry in [FORMAT, *entries])
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as file:
+        file.write(text.encode())
+    return buffer.getvalue()
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _entry(run: Run, roots: Sequence[Path]) -> dict[str, Any]:
+    machine = run.provenance.get("machine") or {}
+    host = run.status.get("host") or machine.get("host")
+    code = run.provenance.get("code") or {}
+    parts = {
+        "config": run.config | {"trainer.rendezvous": None},
+        "status": {key: value for key, value in run.status.items() if key not in ("host", "pid", "born")},
+        "result": run.result,
+        "provenance": run.provenance
+        | {"machine": {key: value for key, value in machine.items() if key != "host"}}
+        | {"code": {key: value for key, value in code.items() if key != "diff"} or None},
+    }
+    cleaned = {key: _cleaned(value, host) for key, value in parts.items()}
+    return {"path": _kept(run.path, roots), **cleaned, "curve": [astuple(point) for point in run.curve]}
+
+
+def _kept(path: str, roots: Sequence[Path]) -> str:
+    """Relative to the root that it is under; the name of the root tells several of them apart."""
+    for root in map(str, roots):
+        if path.startswith(f"{root}:"):  # of a pack
+            return path.removeprefix(f"{root}:")
+        relative = os.path.relpath(path, root)
+        if not relative.startswith(".."):
+            name = Path(root).resolve().name
+            return name if relative == "." else f"{name}/{relative}" if len(roots) > 1 else relative
+    return Path(path).name
+
+
+def _cleaned(node: Any, host: str | None) -> Any:
+    if isinstance(node, dict):
+        return {key: _cleaned(value, host) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_cleaned(value, host) for value in node]
+    if not isinstance(node, str):
+        return node
+    text = ABSOLUTE.sub(GONE, node)
+    return re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text) if host else text
+
+
+def read(file: Path) -> list[Run]:
+    """The records of a pack.
+
+    Raises:
+        ReportError: it is none, or is damaged.
+    """
+    try:
+        with gzip.open(file, "rt", encoding="utf8") as lines:
+            if json.loads(next(lines, "null")) != FORMAT:
+                raise ReportError(f"{file}: line 1: is not what caspr-report pack of this version writes")
+            return [_run(file, number, line) for number, line in enumerate(lines, 2)]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or not made by it"
+        raise ReportError(f"{file}: cannot be read as what caspr-report pack writes ({why})") from error
+
+
+def _run(file: Path, number: int, line: str) -> Run:
+    try:
+        entry = json.loads(line)
+        config, status, result, provenance = (entry[key] for key in ("config", "status", "result", "provenance"))
+        curve = tuple(Point(*point) for point in entry["curve"])
+        return Run(f"{file}:{entry['path']}", config, status, result, provenance, curve)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{file}: line {number} is no record") from error

@@ -1,0 +1,236 @@
+"""A report as one HTML file: no scripts, nothing from elsewhere, light and dark, on any width."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from xml.etree.ElementTree import Element
+
+from caspr_cli.report import about, figures, formats, look, words
+from caspr_cli.report.html import Cells, document, el, inline, swatch, table
+from caspr_cli.report.look import Style
+from caspr_cli.report.model import Row, Run, Table
+from caspr_cli.report.profile import SHOWN, Profile, names, rho, times
+from caspr_cli.report.profile import profile as profile_of
+
+# How a verdict is marked: told apart by form, not by colour alone.
+MARKS = {"better": "▲", "worse": "▼", words.CANNOT_TELL: "≈", "baseline": "●"}
+LEGEND = (
+    "▲ better and ▼ worse than the baseline by a test at 5 %, corrected for several rows; ≈ cannot tell: these seeds "
+    "do not separate the two, which does not mean that they are equal."
+)
+LONG = 26  # characters of a label that may be broken
+Styles = Mapping[str, Style]
+
+
+def compared(tables: Sequence[Table], command: str) -> str:
+    """The page of some tables, with their profile."""
+    tasks = words.listed(list(dict.fromkeys(table.task for table in tables)))
+    return page(tables, profile_of(tables, "steps"), f"Optimizers compared on {tasks}", command)
+
+
+def page(tables: Sequence[Table], profile: Profile | None, title: str, command: str) -> str:
+    """The whole file.
+
+    Args:
+        profile: over these tables; left out if it is None or of fewer than two tasks.
+        command: what made the page, as one would type it.
+    """
+    styles = look.styles(row.label for made in tables for row in made.rows)
+    sections = {name: f"task-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{k}" for k, name in enumerate(names(tables))}
+    links = {"results": "Results", **{anchor: name for name, anchor in sections.items()}}
+    several = profile is not None and len(profile.tasks) > 1  # of one task it says what the table says
+    links |= {"profile": "Over all tasks"} if several else {}
+    links |= {"reading": "How to read this", "settings": "Settings", "provenance": "Provenance"}
+    return document(
+        title,
+        el(
+            "header",
+            el("h1", title),
+            *(el("p", text) for text in opening(tables)),
+            el("nav", *(el("a", text, href=f"#{anchor}") for anchor, text in links.items()), aria_label="On this page"),
+        ),
+        el(
+            "main",
+            _results(tables, styles),
+            *(_task(made, name, sections[name], styles) for name, made in zip(sections, tables, strict=True)),
+            _profile(profile, styles) if profile and several else None,
+            about.reading(),
+            about.settings(tables),
+            about.provenance(tables, command),
+        ),
+    )
+
+
+def opening(tables: Sequence[Table]) -> list[str]:
+    """What was compared, in words."""
+    labels = list(dict.fromkeys(row.label for made in tables for row in made.rows))
+    reported = [run for made in tables for row in made.rows for run in row.runs]
+    trials = sum(len(row.trials) for made in tables for row in made.rows)
+    finite = sum(run.final is not None for run in reported)
+    bases = list(dict.fromkeys(made.baseline for made in tables if made.baseline))
+    rows = words.listed(labels)
+    if len(rows) > 200:
+        rows = f"variants of {words.listed(sorted({row.optim for made in tables for row in made.rows}))}"
+    where = f"on {words.count(len(tables), 'task')} ({words.listed(names(tables))})"
+    runs = f"{words.count(len(reported), 'reported run')}{_seeds(reported)}"
+    ended = "all ended" if finite == len(reported) else f"{finite} of them ended"
+    return [
+        f"{words.count(len(labels), 'row')} compared {where}: {rows}.",
+        f"{runs}; {ended} with a finite value. Settings were chosen from {words.count(trials, 'trial')} in all.",
+        f"Against {words.listed(bases)}: verdicts are tests of the difference to it."
+        if bases
+        else "There is no baseline, so no row is tested against another.",
+    ]
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    seeds = sorted({run.seed for run in runs})
+    if not seeds:
+        return ""
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f" with seeds {seeds[0]} to {seeds[-1]}"
+    return f" with seed{'s' * (len(seeds) > 1)} {words.listed([str(seed) for seed in seeds])}"
+
+
+def _results(tables: Sequence[Table], styles: Styles) -> Element:
+    """Rows by tasks: what each came to, and whether that is better than the baseline."""
+    labels = _by_place(tables)
+    heads: Cells = ["", *(_with_small(name, _metric(made)) for name, made in zip(names(tables), tables, strict=True))]
+    rows: list[Cells] = []
+    for label in labels:
+        found = [next((row for row in made.rows if row.label == label), None) for made in tables]
+        cells = [_cell(row, made) for row, made in zip(found, tables, strict=True)]
+        rows.append([_named(label, styles), *cells])
+    return el(
+        "section",
+        el("h2", "Results"),
+        table("Mean ± standard deviation of validation at the end; bold: the best mean of a task.", heads, rows),
+        el("p", LEGEND, class_="muted") if any(made.baseline for made in tables) else None,
+        id="results",
+    )
+
+
+def _by_place(tables: Sequence[Table]) -> list[str]:
+    """All labels, by their mean place in the tables that have them."""
+    places: dict[str, list[float]] = {}
+    for made in tables:
+        for k, row in enumerate(made.rows):
+            places.setdefault(row.label, []).append(k / max(len(made.rows) - 1, 1))
+    return sorted(places, key=lambda label: fmean(places[label]))
+
+
+def _metric(made: Table) -> str:
+    return f"{made.metric}, {'higher' if made.higher_is_better else 'lower'} is better"
+
+
+def _named(label: str, styles: Styles) -> Element:
+    return el("span", swatch(styles[label]), label, class_="long" if len(label) > LONG else "short")
+
+
+def _with_small(text: str, small: str) -> Element:
+    return el("span", text, el("span", small, class_="small"))
+
+
+def _cell(row: Row | None, made: Table) -> Element:
+    if row is None:
+        return el("td", "not run", class_="other")
+    if row.mean is None:
+        return el("td", "no finite run", class_="other")
+    best = made.rows and row is made.rows[0] and len(made.rows) > 1
+    n = "" if row.sd is not None else f" (n = {row.n})"
+    value = f"{words.spread(row.mean, row.sd)}{n}"
+    return el("td", el("span", value, class_="best") if best else value, _mark(row, made))
+
+
+def _kind(row: Row, made: Table) -> str | None:
+    """The verdict as one of the keys of ``MARKS``."""
+    if row.label == made.baseline:
+        return "baseline"
+    return row.difference.verdict.partition(":")[0] if row.difference else None
+
+
+def _mark(row: Row, made: Table) -> Element | None:
+    kind = _kind(row, made)
+    if kind is None:
+        return None
+    colour = kind if kind in ("better", "worse") else "other"
+    return el("span", el("span", MARKS.get(kind, "≈"), aria_hidden="true"), f" {kind}", class_=f"small {colour}")
+
+
+def _task(made: Table, name: str, anchor: str, styles: Styles) -> Element:
+    """The table of a task, what to know before believing it, and its figures."""
+    columns = formats.columns(made)
+    against = [el("th", f"against {made.baseline}", class_="verdict", scope="col")] if made.baseline else []
+    heads: Cells = [*(column.head for column in columns), *against]
+    rows: list[Cells] = [
+        [
+            _named(row.label, styles),
+            *(column.cell(row) for column in columns[1:]),
+            *([_in_words(row, made)] if made.baseline else []),
+        ]
+        for row in made.rows
+    ]
+    warned = [el("li", text) for text in made.warnings]
+    return el(
+        "section",
+        el("h2", name),
+        table(formats.title(made), heads, rows),
+        el("aside", el("h3", "Before you believe it"), el("ul", *warned), class_="warnings") if warned else None,
+        el("div", *_figures(made, styles), class_="figures"),
+        id=anchor,
+    )
+
+
+def _in_words(row: Row, made: Table) -> Element:
+    kind = _kind(row, made)
+    said = formats.verdict(row, made).removeprefix(f"against {made.baseline}: ")
+    colour = kind if kind in ("better", "worse") else "other"
+    head, rest = (kind, said.removeprefix(kind)) if kind and said.startswith(kind) else ("", said)
+    mark = el("span", f"{MARKS.get(kind or '', '')} {head}".strip(), class_=colour)
+    return el("td", mark, rest, class_="verdict")
+
+
+def _figures(made: Table, styles: Styles) -> list[Element]:
+    """Those that have something to show."""
+    drawn: list[tuple[str, Callable[[], str]]] = [
+        ("Mean over training, with its 95 % interval.", lambda: figures.curves(made, "steps", styles)),
+        ("The same by time: seconds are medians over seeds.", lambda: figures.curves(made, "seconds", styles)),
+        ("Means with their 95 % intervals; small dots are single seeds.", lambda: figures.intervals(made, styles)),
+        ("The best of so many trials, expected from those that were made.", lambda: figures.best_of(made, styles)),
+    ]
+    return [_figure(svg, caption) for caption, draw in drawn if (svg := draw())]
+
+
+def _figure(svg: str, caption: str) -> Element:
+    return el("figure", inline(svg), el("figcaption", caption))
+
+
+def _profile(profile: Profile, styles: Styles) -> Element:
+    heads = ["", "score", *(f"ρ({tau:g})" for tau in SHOWN), *profile.tasks]
+    rows: list[Cells] = [
+        [
+            _named(label, styles),
+            f"{points:.3f}",
+            *(f"{rho(profile.ratios[label], tau):.2f}" for tau in SHOWN),
+            *map(times, profile.ratios[label]),
+        ]
+        for label, points in profile.scores.items()
+    ]
+    caption = f"Median {profile.unit} to target as a multiple of the fastest row of the task, and what follows."
+    svg = figures.profile(profile, styles)
+    return el(
+        "section",
+        el("h2", "Over all tasks"),
+        el(
+            "p",
+            f"ρ(τ) is the share of tasks whose target a row reaches within τ times the {profile.unit} of the fastest "
+            "(Dolan and Moré, 2002); the score is its mean over τ from 1 to 4, as in AlgoPerf: 1 is the fastest "
+            "everywhere, 0 never within four times the fastest. Both depend on who takes part.",
+        ),
+        table(caption, heads, rows),
+        el("ul", *(el("li", text) for text in profile.left_out)) if profile.left_out else None,
+        el("div", _figure(svg, "Higher and more to the left is better."), class_="figures"),
+        id="profile",
+    )

@@ -1,0 +1,180 @@
+"""The statistics of a comparison, as pure functions of numbers.
+
+Student's t throughout: intervals of a mean, the paired test, Welch's test. scipy.special has the distribution; the
+tests hold these against scipy.stats, which takes a second to import.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+LEVEL = 0.05  # two-sided
+POWER = 0.8
+MOST_SEEDS = 1000
+NO_SPREAD = 1e-12  # relative: below, a standard error is the rounding of equal values
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row minus another, over seeds.
+
+    Args:
+        n: pairs, or the smaller of the two numbers of seeds.
+        value: None if one of the two has no seed.
+        low, high: 95 % interval; None if n < 2, or if no difference between seeds shows how large chance is.
+        p_value: two-sided; None where ``low`` is.
+        separable: the smallest difference that so many seeds, with this spread, tell from zero at the 5 % level.
+        seeds: the smallest number of seeds whose test would find this difference, with this spread, with 80 % power;
+            None if more than ``MOST_SEEDS``, or if ``low`` is None.
+    """
+
+    paired: bool
+    n: int
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    separable: float | None = None
+    seeds: int | None = None
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (n - 1 in the denominator); None where there are too few."""
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean()) if array.size else None
+    return mean, float(array.std(ddof=1)) if array.size > 1 else None
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean, for values that are about normal; None for fewer than two."""
+    mean, sd = mean_sd(values)
+    if mean is None or sd is None:
+        return None, None
+    half = quantile(len(values) - 1) * sd / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def quantile(freedom: float) -> float:
+    """Of Student's t: what its absolute value exceeds with a probability of 5 %."""
+    return float(special.stdtrit(freedom, 1 - LEVEL / 2))
+
+
+def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison:
+    """The difference of the means, ours minus theirs: paired if two seeds are common, else Welch's.
+
+    Args:
+        ours, theirs: values by seed.
+    """
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) >= 2:
+        return _paired(np.array([ours[s] for s in common]), np.array([theirs[s] for s in common]))
+    return _welch(np.array([*ours.values()]), np.array([*theirs.values()]))
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> Comparison:
+    differences = a - b
+    spread = float(differences.var(ddof=1))
+    return _tested(a, b, paired=True, n=len(a), variance=spread, error=spread / len(a), freedom=len(a) - 1.0)
+
+
+def _welch(a: np.ndarray, b: np.ndarray) -> Comparison:
+    n = min(len(a), len(b))
+    if n < 2:
+        return Comparison(False, n, float(a.mean() - b.mean()) if n else None)
+    ours, theirs = float(a.var(ddof=1)), float(b.var(ddof=1))
+    parts = (ours / len(a), theirs / len(b))
+    error = sum(parts)
+    freedom = error**2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)) if error else 1.0
+    # n seeds a side have (n - 1) * each degrees of freedom
+    each = (ours + theirs) ** 2 / (ours**2 + theirs**2) if error else 1.0
+    return _tested(a, b, paired=False, n=n, variance=ours + theirs, error=error, freedom=freedom, each=each)
+
+
+def _tested(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    paired: bool,
+    n: int,
+    variance: float,
+    error: float,
+    freedom: float,
+    each: float = 1.0,
+) -> Comparison:
+    """The test, from the variance of one difference and the squared standard error of the mean difference."""
+    value, scale = float(a.mean() - b.mean()), float(max(np.abs(a).max(), np.abs(b).max()))
+    error = math.sqrt(error)
+    if error <= NO_SPREAD * scale:  # p would be 0, or 0 / 0: equal values are no sample of a spread
+        return Comparison(paired, n, value)
+    half = quantile(freedom) * error
+    p = float(2 * special.stdtr(freedom, -abs(value) / error))
+    return Comparison(
+        paired, n, value, value - half, value + half, p, half, seeds_needed(value, math.sqrt(variance), each)
+    )
+
+
+def seeds_needed(difference: float, sd: float, each: float = 1.0) -> int | None:
+    """The smallest n whose two-sided 5 % t-test finds a true difference with 80 % power; None above ``MOST_SEEDS``.
+
+    Args:
+        difference, sd: of the populations; sd of the difference of one seed (pair).
+        each: degrees of freedom are (n - 1) times this: 1 for pairs, up to 2 for Welch's test.
+
+    The power is that of the noncentral t distribution (J. Cohen, Statistical Power Analysis, 1988, chapter 2).
+    """
+
+    def found(n: int) -> bool:
+        freedom = (n - 1) * each
+        bound, shift = quantile(freedom), abs(difference) / sd * math.sqrt(n)
+        missed = float(special.nctdtr(freedom, shift, bound))
+        return math.isnan(missed) or missed <= 1 - POWER  # nan: a shift above 35; the other tail is below 1e-5 here
+
+    numbers = range(2, MOST_SEEDS + 1)
+    place = bisect_left(numbers, True, key=found)
+    return numbers[place] if place < len(numbers) else None
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Corrected for there being several (S. Holm, 1979); None, where there was no test, stays and does not count."""
+    tested = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, k) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        corrected[k] = highest
+    return corrected
+
+
+def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[float, ...]:
+    """The expected best of k trials drawn without replacement from these, for k = 1, 2, ..., all; exact.
+
+    The best is the i-th of N with probability C(N - i, k - 1) / C(N, k) (order statistics; J. Dodge et al., Show Your
+    Work, 2019, draw with replacement).
+
+    Args:
+        values: of the trials; None, one that failed, counts as the worst of the others. Empty if all failed.
+    """
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return ()
+    worst = min(finite) if higher_is_better else max(finite)
+    ranked = sorted((worst if value is None else value for value in values), reverse=higher_is_better)
+    return tuple(_expected_best(ranked, k) for k in range(1, len(ranked) + 1))
+
+
+def _expected_best(ranked: Sequence[float], k: int) -> float:
+    total, left = 0.0, len(ranked)
+    probability = k / left  # that the first is drawn
+    for value in ranked:
+        total += probability * value
+        if left == k:
+            break  # the best cannot be worse than this one
+        probability *= (left - k) / (left - 1)
+        left -= 1
+    return total

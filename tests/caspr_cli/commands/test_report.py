@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recorded import run, write
+
+from caspr_cli import __version__
+from caspr_cli.commands import report
+from caspr_cli.report import records
+
+OPTIMIZERS = {"caspr": 4.0, "adamw": 4.5}
+# As on a machine that has neither: whoever imports them is told.
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "lightning", "hydra", "omegaconf"):
+            raise ImportError(f"{name} is not here")
+
+sys.meta_path.insert(0, Blocker())
+from caspr_cli.commands.report import main
+sys.exit(main())
+"""
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["caspr-report", *map(str, argv)])
+    return report.main()
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two optimizers on two tasks, three seeds each, in ./outputs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for task in ("c4_lm", "vit"):
+        for optim, value in OPTIMIZERS.items():
+            for seed in range(3):
+                write(run(optim, seed, value + seed / 50, task__name=task), Path("outputs", task, optim, f"seed{seed}"))
+    return Path("outputs")
+
+
+def test_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 110
+    assert all(f"caspr-report {command}" in text for command in report.COMMANDS)
+    assert all(suffix in text for suffix in report.SUFFIXES)
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"caspr-report {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "say what to do (commands: compare, "),
+        (["cmpare"], "cmpare: no such command. Did you mean compare?"),
+        (["compare", "--jsn"], "--jsn is no flag of compare. Did you mean --json?"),
+        (["list", "--json"], "--json is no flag of list."),
+        (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
+        (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
+        (["compare", "--baseline", "adamv"], "--baseline adamv: no row is called so. Did you mean adamw? (rows: "),
+        (["compare", "--target", "vit"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit"),
+        (["compare", "--target", "vit=nan"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit=nan"),
+        (["compare", "--target", "vt=1"], "--target vt: no record is of this task. Did you mean vit?"),
+        (["compare", "--tuned", "optim.lrr"], "--tuned optim.lrr: no record has this key. Did you mean optim.lr?"),
+        (["compare", "--to", "x.pdf"], "--to x.pdf: the name should end in .html, .md, .tex, .csv, .json, .svg"),
+        (["compare", "--to", "d.md"], "--to d.md: it is a directory"),
+        (["compare", "--to", "outputs/vit/adamw/seed0/config.yaml/x.md"], "cannot write there: "),
+        (["profile", "--unit", "hours"], "--unit: invalid choice: hours (choose from steps, seconds)"),
+        (["curves"], "curves: say with --to which file to write, as curves.svg"),
+        (["pack"], "pack: say with --to which file to write, as pack.jsonl.gz"),
+        (["pack", "--to", "x.gz"], "--to x.gz: the name should end in .jsonl.gz"),
+        (["show"], "show: 12 records there; name one, as outputs/c4_lm/adamw/seed0"),
+        (["compare", "outputs/vit/adamw/seed0/config.yaml"], "config.yaml: cannot be read as what caspr-report pack"),
+    ],
+)
+def test_mistakes_get_a_line_and_exit_code_2(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    Path("d.md").mkdir()
+    Path("empty").mkdir()
+    assert call(monkeypatch, *argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+
+
+def test_no_outputs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "compare") == 2
+    assert capsys.readouterr().err.startswith("error: outputs: no such file or directory; caspr-train makes records")
+
+
+def test_compare_prints_a_table_for_each_task(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "compare") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"caspr-report {__version__}  12 records in outputs\n")
+    assert out.count("\ncaspr ") == 2
+    assert out.count("against adamw: cannot tell: the differences of 3 seeds are all equal") == 2
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_json_is_all_there_is_on_standard_output(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "compare", study / "vit", "--json", "--to", "x.csv", "--baseline", "caspr") == 0
+    captured = capsys.readouterr()
+    assert [(row["task"], row["label"], row["baseline"]) for row in json.loads(captured.out)] == [
+        ("vit", "caspr", "caspr"), ("vit", "adamw", "caspr"),
+    ]  # fmt: skip
+    assert captured.err == "wrote    x.csv\n"
+
+
+def test_every_format_is_written_whole(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"x.md": "| caspr | 3 |", "new/x.tex": r"\toprule", "x.csv": "task,scale", "x.json": '"label": "caspr"'}
+    argv = [word for name in words for word in ("--to", name)]
+    assert call(monkeypatch, "compare", *argv) == 0
+    assert all(word in Path(name).read_text(encoding="utf8") for name, word in words.items())
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")] == [
+        f"wrote    {name}" for name in words
+    ]
+    assert not list(Path.cwd().glob(".*"))
+
+
+def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(20):
+        Path("outputs/bad", str(k)).mkdir(parents=True)
+        Path("outputs/bad", str(k), "status.json").write_text("{", encoding="utf8")
+    assert call(monkeypatch, "compare") == 0
+    captured = capsys.readouterr()
+    assert "12 records" in captured.out
+    lines = captured.err.splitlines()
+    assert lines[0] == "warning  outputs/bad/0/config.yaml: not there (yet): left out"
+    assert lines[-1] == "warning  12 more files like these"
+    assert len(lines) == report.SHOWN + 1
+
+
+def test_a_pack_is_read_like_a_directory(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "pack", study, "--to", "p.jsonl.gz") == 0
+    assert capsys.readouterr().out.startswith("wrote    p.jsonl.gz: 12 records, ")
+    rows = []
+    for path in (study, "p.jsonl.gz"):
+        assert call(monkeypatch, "compare", path, "--json") == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    assert rows[0] == rows[1]
+
+
+def test_list_and_show(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "list", study / "vit") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert call(monkeypatch, "show", study / "vit/caspr/seed1") == 0
+    assert "task=vit optim=caspr scale=sample seed=1" in capsys.readouterr().out
+
+
+def test_another_target_and_a_profile(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "profile", "--target", "vit=4.1", "--unit", "seconds") == 0
+    out = capsys.readouterr().out
+    assert "seconds" in out
+    assert "caspr" in out
+
+
+@pytest.mark.slow
+def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "curves", "--over", "seconds", "--to", "c.svg") == 0
+    assert call(monkeypatch, "profile", "--to", "p.svg") == 0
+    assert call(monkeypatch, "compare", study / "vit", "--to", "x.html", "--to", "x.svg") == 0
+    names = ["c-c4_lm-sample-sample.svg", "c-vit-sample-sample.svg", "p.svg", "x.html", "x.svg"]
+    assert sorted(path.name for path in Path.cwd().iterdir() if path.is_file()) == names
+    assert all("<svg" in Path(name).read_text(encoding="utf8") for name in names)
+    assert "caspr-report compare outputs/vit --to x.html --to x.svg" in Path("x.html").read_text(encoding="utf8")
+
+
+def test_ctrl_c_ends_it_quietly(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "find", interrupted)
+    assert call(monkeypatch, "compare") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
+    command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["compare", "outputs", "--to", "x.md", "--to", "x.tex", "--to", "x.csv", "--to", "x.json", "--to", "x.html"],
+        ["pack", "outputs", "--to", "x.jsonl.gz"],
+    ],
+)
+def test_it_works_where_there_is_no_torch_and_no_hydra(study: Path, argv: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("wrote") == argv.count("--to")

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caspr_cli.report import curves, figures, look
+from caspr_cli.report.model import Point, Row, Table
+from caspr_cli.report.profile import profile
+
+FIGURES: dict[str, Callable[[Table], str]] = {
+    "steps": figures.curves,
+    "seconds": lambda table: figures.curves(table, "seconds"),
+    "intervals": figures.intervals,
+    "trials": figures.best_of,
+}
+
+
+@cache
+def drawn(table: str, figure: str) -> str:
+    return FIGURES[figure](getattr(synthetic, table)())
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
+
+
+def identifiers(svg: str) -> list[str]:
+    return [e.attrib["id"] for e in ElementTree.fromstring(svg).iter() if "id" in e.attrib]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_all_labels_are_there_as_text(figure: str) -> None:
+    seen = "\n".join(texts(drawn("language", figure)))
+    for label in synthetic.ENDS:
+        assert label in seen
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_it_stands_alone(figure: str) -> None:
+    """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own."""
+    svg = drawn("language", figure)
+    assert re.findall(r"https?://[^\s\"<]+", svg) == [look.NAMESPACE]
+    assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg)) == set(identifiers(svg))
+    assert "<metadata" not in svg
+    assert "<style" not in svg
+    assert "DejaVu" not in svg
+    assert "fill: #ffffff" not in svg
+
+
+def test_bytes_are_the_same_in_another_process() -> None:
+    code = "import synthetic; from caspr_cli.report.figures import curves; print(end=curves(synthetic.language()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
+        "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf8"})  # fmt: skip
+    assert found.stdout == drawn("language", "steps")
+
+
+def test_only_colours_of_the_palette_are_used() -> None:
+    """A page replaces these alone."""
+    known = {light for light, _ in look.PALETTE.values()}
+    for figure in FIGURES:
+        assert set(re.findall(r"#[0-9a-f]{6}\b", drawn("language", figure))) <= known
+
+
+def test_what_cannot_be_drawn_is_empty() -> None:
+    empty = synthetic.table([synthetic.row("muon", [])], baseline=None)
+    assert [draw(empty) for draw in FIGURES.values()] == ["", "", "", ""]
+    assert drawn("bare", "trials") == ""
+    assert figures.profile(profile([synthetic.bare()], "steps")) == ""
+
+
+def test_a_row_without_a_curve_or_times_is_named() -> None:
+    assert "no curve: muon" in texts(drawn("bare", "steps"))
+    assert "times unknown: adamw and muon" in texts(drawn("bare", "seconds"))
+    assert any("sgd, not finished" in text for text in texts(drawn("bare", "steps")))
+    assert any("adamw, n = 1" in text for text in texts(drawn("bare", "steps")))
+
+
+def test_a_diverged_row_flattens_nothing_and_has_its_value() -> None:
+    """Of the rows of ``language``, sgd alone ends at 6.9; the others between 3.9 and 4.5."""
+    for figure in ("steps", "trials"):
+        ticks = [float(t) for t in texts(drawn("language", figure)) if re.fullmatch(r"\d\.\d+", t)]
+        assert max(ticks) < 5
+        assert any(re.fullmatch(r"sgd ↑ 6\.\d+", text) for text in texts(drawn("language", figure)))
+    assert any(re.fullmatch(r"6\.\d+ →", text) for text in texts(drawn("language", "intervals")))
+
+
+def test_the_target_is_drawn_or_said() -> None:
+    assert "target 4.5" in texts(drawn("language", "steps"))
+    far = replace(synthetic.bare(), target=1.5)
+    assert "target 1.5: below this range" in texts(figures.curves(far))
+
+
+def test_fourteen_rows_have_a_legend() -> None:
+    seen = texts(drawn("ablation", "steps"))
+    assert {row.label for row in synthetic.ablation().rows} <= set(seen)
+
+
+def test_labels_are_text_not_markup_or_mathematics() -> None:
+    label = "caspr <b>&\"' $x_1^2$ \x07"
+    made = synthetic.table(
+        [synthetic.row(label, [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)])], baseline=None
+    )
+    for draw in (figures.curves, figures.intervals):
+        assert "caspr <b>&\"' $x_1^2$ \ufffd" in "\n".join(texts(draw(made)))
+
+
+def test_long_labels_leave_room_for_the_figure() -> None:
+    label = "caspr task.dropout=0.1 trainer.precision=32-true trainer.max_steps=500 task.batch_size=32"
+    made = synthetic.table(
+        [synthetic.row(label, [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)])], baseline=None
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where a figure has no room for its axes
+        assert figures.intervals(made)
+        assert figures.curves(made)
+
+
+def test_profile_has_scores_for_who_cannot_see_it() -> None:
+    svg = figures.profile(profile(synthetic.study(), "steps"))
+    assert "caspr 1.00" in ElementTree.fromstring(svg).attrib["aria-label"]
+
+
+def contrast(one: str, other: str) -> float:
+    """Of WCAG 2."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", sorted(set(look.PALETTE) - {"rule"}))
+def test_colours_can_be_read_on_both_grounds(name: str) -> None:
+    light, dark = look.PALETTE[name]
+    assert contrast(light, "#ffffff") >= 4.5
+    assert contrast(dark, "#14181d") >= 4.5
+
+
+def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
+    labels = [f"caspr eps=1e-{k}" for k in range(19)]
+    found = look.styles(["adamw", *labels, "caspr"])
+    assert found["caspr"] == look.KNOWN["caspr"]
+    assert found["adamw"] == look.KNOWN["adamw"]
+    assert len(set(found.values())) == 21
+    assert len(look.styles(map(str, range(100)))) == 100
+
+
+def curve_of(values: list[list[float | None]]) -> curves.Curve | None:
+    runs = [
+        replace(synthetic.run("caspr", k, 4.0), curve=tuple(Point(s, 2.0 * s, v) for s, v in enumerate(own, 1)))
+        for k, own in enumerate(values)
+    ]
+    return curves.curve(synthetic.row("caspr", runs))
+
+
+def test_the_mean_and_its_interval_by_hand() -> None:
+    """t for one degree of freedom is 12.706; the standard error of 1 and 3 is 1."""
+    found = curve_of([[1.0, 5.0], [3.0, 5.0]])
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.mean == (2.0, 5.0)
+    assert (found.low[0], found.high[0]) == (pytest.approx(2 - 12.706, abs=1e-3), pytest.approx(2 + 12.706, abs=1e-3))
+    assert found.steps == (1, 2)
+    assert found.seconds == (2.0, 4.0)
+
+
+def test_a_step_counts_where_all_runs_have_a_value() -> None:
+    found = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
+    assert found is not None
+    assert found.steps == (1, 3)
+    assert curve_of([[None], [1.0]]) is None
+
+
+def test_failed_runs_count_only_where_no_other_does() -> None:
+    runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
+    both, failed = curves.curve(synthetic.row("caspr", runs)), curves.curve(synthetic.row("caspr", runs[1:]))
+    assert both is not None
+    assert both.n == 1
+    assert both.mean[-1] == pytest.approx(4.0)
+    assert failed is not None
+    assert not failed.finished
+
+
+def test_a_window_shows_the_ends_and_not_the_diverged_one() -> None:
+    low, high = curves.window([4.0, 4.1, 4.2, 9.0], higher=False)
+    assert 3.9 < low < 4.0
+    assert 4.2 < high < 4.3
+    low, high = curves.window([0.9, 0.88, 0.87, 0.1], higher=True)
+    assert 0.86 < low < 0.87
+    assert 0.9 < high < 0.91
+    low, high = curves.window([4.0, 9.0], higher=False)
+    assert low < 4
+    assert high > 9
+    low, high = curves.window([4.0], higher=False)
+    assert low < 4 < high
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
+@settings(deadline=None, max_examples=60)
+def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float) -> None:
+    moved = curves.apart(positions, gap, 0.0, 1.0)
+    fits = min(gap, 1 / max(len(positions) - 1, 1))
+    ranked = sorted(moved)
+    assert all(b - a >= fits - 1e-9 for a, b in pairwise(ranked))
+    assert ranked[0] >= -1e-9
+    assert ranked[-1] <= 1 + 1e-9
+    for a in range(len(positions)):
+        for b in range(len(positions)):
+            assert not (positions[a] < positions[b] and moved[a] > moved[b])
+
+
+def test_labels_that_are_apart_stay() -> None:
+    assert curves.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
+    assert curves.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
+    assert curves.apart([], 0.1, 0, 1) == []
+
+
+def test_rows_of_a_figure_keep_their_style() -> None:
+    styles = {row.label: look.KNOWN["soap"] for row in synthetic.bare().rows}
+    svg = figures.intervals(synthetic.bare(), styles)
+    assert look.PALETTE["green"][0] in svg
+    assert look.PALETTE["grey"][0] not in svg
+
+
+def test_a_baseline_is_a_strip() -> None:
+    def strips(table: Table) -> int:
+        return len(re.findall(r"opacity: 0\.14\b", figures.intervals(table)))
+
+    table = synthetic.language()
+    assert strips(table) == 1
+    assert strips(replace(table, baseline=None)) == 0
+    rows: tuple[Row, ...] = tuple(replace(row, ci_low=None, ci_high=None) for row in table.rows)
+    assert strips(replace(table, rows=rows)) == 0

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+from recorded import run
+
+from caspr_cli.report import formats, terminal
+from caspr_cli.report.model import Point, Table
+from caspr_cli.report.tables import tables
+
+PROMISED = {
+    "task", "scale", "data", "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd",
+    "steps_to_target", "seconds_to_target", "reached", "trials", "verdict", "p_value", "p_holm", "difference",
+    "selected", "warnings",
+}  # fmt: skip
+
+
+@pytest.fixture
+def made() -> list[Table]:
+    runs = [run("adamw", seed, 4.5 + 0.02 * seed) for seed in range(3)]
+    runs += [run("caspr", seed, 4.0 + 0.03 * seed, optim__lr=0.006) for seed in range(3)]
+    runs += [run("shampoo", seed, None, "failed") for seed in range(3)]
+    runs += [run("soap", 0, 4.1, task__name="vit", task__target__value=None, optim__order=float("inf"))]
+    return tables(runs, tuned=["optim.lr", "optim.order"])
+
+
+def lines(table: Table, width: int = 120) -> list[str]:
+    return list(terminal.table_lines(table, width))
+
+
+def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
+    rows = json.loads(formats.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [(row["task"], row["label"], row["n"]) for row in rows] == [
+        ("c4_lm", "caspr", 3), ("c4_lm", "adamw", 3), ("c4_lm", "shampoo", 0), ("vit", "soap", 1),
+    ]  # fmt: skip
+    assert all(set(row) >= PROMISED for row in rows)
+    caspr = rows[0]
+    assert caspr["selected"] == {"optim.lr": 0.006}
+    assert caspr["difference"] == pytest.approx(-0.49)
+    assert (caspr["verdict"], caspr["reached"], caspr["steps_to_target"]) == ("better", 3, 200)
+    assert rows[3]["selected"]["optim.order"] == "inf"
+    assert (rows[2]["mean"], rows[2]["verdict"]) == (None, "cannot tell: no seed is done on one side")
+
+
+def test_csv_has_the_same_rows(made: list[Table]) -> None:
+    rows = list(csv.DictReader(io.StringIO(formats.as_csv(made))))
+    entries = formats.entries(made)
+    assert [float(row["mean"]) if row["mean"] else None for row in rows] == [entry["mean"] for entry in entries]
+    assert json.loads(rows[0]["warnings"]) == list(made[0].warnings)
+
+
+def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -> None:
+    text = lines(made[0])
+    assert text[0] == "c4_lm, sample scale, sample data: val/loss at the end, lower is better; target 4.5"
+    assert " ".join(text[1].split()) == "optimizer n mean ± sd 95 % interval test steps to 4.5 time to it trials"
+    assert " ".join(text[2].split()) == (
+        "caspr 3 4.0300 ± 0.0300 3.9555 to 4.1045 4.1300 ± 0.0300 200 (3 of 3) 20.0 s 1"
+    )
+    assert text[3] == "  lr=0.006; against adamw: better, -10.8 % (-11.4 % to -10.3 %), p = 0.0001, 3 pairs"
+    assert "  lr=0.003; baseline" in text
+    assert any(line.startswith("warning  shampoo: no run is done") for line in text)
+
+
+@pytest.mark.parametrize("width", [120, 100, 80, 60, 40])
+def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(made: list[Table], width: int) -> None:
+    text = lines(made[0], width)
+    assert max(map(len, text)) <= width
+    heads = next(line for line in text if line.startswith("optimizer"))
+    assert heads.split()[:5] == ["optimizer", "n", "mean", "±", "sd"]
+    assert ("trials" in heads) == (width > 100)
+    gone = " ".join(text)
+    assert ("no room for:" in gone) == (width <= 100)
+
+
+def test_labels_of_twenty_fit_into_120_columns() -> None:
+    keys: dict[str, Any] = {"task__target__value": 4.456}
+    runs = [run("caspr", s, 4.0 + s / 50, optim__eps=eps, **keys) for s in range(5) for eps in (1.25e-6, 1.5e-5)]
+    (table,) = tables(runs)
+    assert max(len(row.label) for row in table.rows) == len("caspr eps=1.25e-06")
+    assert "trials" in lines(table, 118)[1]
+
+
+def test_markdown_escapes_and_has_every_row() -> None:
+    (table,) = tables([run("ca|spr", 0), run("adamw", 0)])
+    text = formats.as_markdown([table], "caspr-report compare")
+    assert "| ca\\|spr | 1 |" in text
+    assert sum(line.startswith("| --- |") for line in text.splitlines()) == 1
+    assert "- fewer than 3 seeds" in text
+    assert text.endswith("    caspr-report compare\n")
+    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_latex_escapes_and_balances(made: list[Table]) -> None:
+    text = formats.as_latex(made, "caspr-report compare 100%")
+    body = [line for line in text.splitlines() if not line.startswith("%")]
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\bottomrule") == 2
+    assert r"c4\_lm" in text
+    assert not any("%" in line.replace(r"\%", "") for line in body)
+    assert not any("±" in line for line in body)
+    rows = [line for line in body if line.endswith(r"\\")]
+    spec = next(line for line in body if r"\begin{tabular}" in line)
+    assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[-1].rstrip("}")) - 1}
+
+
+def test_a_sparkline_is_low_to_high_and_marks_what_is_not_finite() -> None:
+    curve = [Point(k, None, value) for k, value in enumerate([1.0, 2.0, None, 8.0])]
+    assert terminal.sparkline(curve) == "▁▂×█"
+    assert terminal.sparkline([Point(1, None, 3.0)] * 2) == "▁▁"
+    assert terminal.sparkline([Point(1, None, None)]) == terminal.sparkline([]) == ""
+    assert len(terminal.sparkline([Point(k, None, float(k)) for k in range(500)])) == 40
+
+
+def test_a_record_in_words() -> None:
+    text = "\n".join(terminal.record_lines(run("caspr", 2, 3.9, trial=4, search__name="lr")))
+    for said in (
+        "run      task=c4_lm optim=caspr scale=sample seed=2 search=lr trial=4",
+        "state    done at step 300, 31.0 s of training",
+        "result   val/loss 3.9000 at the end; test 4.0000",
+        "target   4.5: step 200, 20.0 s",
+        "4.9000 to 3.9000 in 3 validations",
+        "data     words (sample), hash abcd",
+    ):
+        assert said in text
+    failed = "\n".join(terminal.record_lines(run(state="failed")))
+    assert "state    failed at step 100, 30.0 s of training: loss is nan" in failed
+
+
+def test_the_list_has_the_newest_last_and_what_differs() -> None:
+    runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
+    text = terminal.listing(runs)
+    assert [line.split()[:5] for line in text[1:]] == [
+        ["c4_lm", "caspr", "lr=0.003", "0", "done"],
+        ["c4_lm", "adamw", "-", "2", "running"],
+        ["c4_lm", "caspr", "lr=0.01", "5", "done"],
+    ]

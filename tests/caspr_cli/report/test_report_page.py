@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import synthetic
+
+from caspr_cli.report import look
+from caspr_cli.report.html import el, inline
+from caspr_cli.report.model import Table
+from caspr_cli.report.page import opening, page
+from caspr_cli.report.profile import profile
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
+
+
+class Balanced(HTMLParser):
+    """Raises where tags are not closed in order, and gathers what is in them."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append((self.open[-1] if self.open else "", data))
+
+    def within(self, *tags: str) -> str:
+        return "\n".join(data for tag, data in self.text if tag in tags)
+
+
+def parsed(html: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(html)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+@cache
+def study() -> str:
+    """Two of the five tasks, to save time."""
+    tables = synthetic.study()
+    return page([tables[0], tables[3]], profile(tables, "steps"), "Five tasks", COMMAND)
+
+
+@cache
+def bare() -> str:
+    return page([synthetic.bare()], None, "Little is known", COMMAND)
+
+
+@pytest.mark.parametrize("made", [study, bare])
+def test_it_is_html_with_every_tag_closed(made: object) -> None:
+    html = made()  # type: ignore[operator]
+    assert html.startswith("<!doctype html>")
+    found = parsed(html)
+    headings = [int(tag[1]) for tag, _ in found.seen if re.fullmatch("h[1-6]", tag)]
+    assert headings.count(1) == 1
+    assert headings[0] == 1
+    assert all(b <= a + 1 for a, b in pairwise(headings))
+
+
+def test_nothing_comes_from_elsewhere() -> None:
+    html = study()
+    assert re.findall(r"https?://|//\w|@import|src=", html) == []
+    found = parsed(html)
+    assert {tag for tag, _ in found.seen} & {"script", "link", "img", "iframe", "base"} == set()
+    targets = [attrs["href"] for _, attrs in found.seen if "href" in attrs]
+    assert targets
+    assert all(target and target.startswith("#") for target in targets)
+
+
+def test_identifiers_are_unique_and_are_there() -> None:
+    html = study()
+    found = parsed(html)
+    counts = Counter(attrs["id"] for _, attrs in found.seen if "id" in attrs)
+    assert max(counts.values()) == 1
+    referred = {str(attrs["href"])[1:] for _, attrs in found.seen if "href" in attrs}
+    referred |= set(re.findall(r"url\(#([^)]+)\)", html))
+    assert referred
+    assert referred <= set(counts)
+
+
+def test_the_same_tables_make_the_same_bytes() -> None:
+    assert page([synthetic.bare()], None, "Little is known", COMMAND) == bare()
+
+
+def test_who_cannot_see_has_captions_and_alternatives() -> None:
+    found = parsed(study())
+    figures = [attrs for tag, attrs in found.seen if tag == "svg" and attrs.get("role") == "img"]
+    assert len(figures) == 4 + 4 + 1
+    assert all(attrs["aria-label"] for attrs in figures)
+    tags = Counter(tag for tag, _ in found.seen)
+    assert tags["table"] == tags["caption"]
+    assert all("scope" in attrs for tag, attrs in found.seen if tag == "th")
+
+
+def test_labels_and_words_of_files_are_text() -> None:
+    evil = "<script>alert(1)</script>&amp;\"'"
+    run = synthetic.run("caspr", 1, 4.0)
+    run = replace(
+        run, path=f"{evil}/seed1", provenance={"command": [evil], "packages": {evil: evil}, "python": "\ud800"}
+    )
+    row = synthetic.row(evil, [run, replace(run, config=run.config | {"seed": 2})])
+    made = synthetic.table([row], baseline=evil, task=evil, data=evil, warnings=(evil,))
+    html = page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil)
+    html.encode("utf8")
+    found = parsed(html)
+    assert "script" not in {tag for tag, _ in found.seen}
+    assert found.within("h1") == evil
+    assert evil in found.within("span", "th")
+    assert evil in found.within("li")
+    assert evil in found.within("code")
+
+
+def test_verdicts_are_words_with_marks() -> None:
+    cells = parsed(study()).within("span", "td")
+    for word in ("better", "worse", "cannot tell", "baseline"):
+        assert f" {word}" in cells
+    assert {"▲", "▼", "≈", "●"} <= set(cells)
+    assert synthetic.VERDICT.partition(": ")[2] in cells
+    assert "not run" in cells  # soap on resnet
+
+
+def test_it_opens_with_what_was_compared() -> None:
+    first, second, third = opening([synthetic.study()[0], synthetic.study()[3]])
+    assert first == "6 rows compared on 2 tasks (c4_lm and resnet): shampoo, caspr, soap, muon, adamw and sgd."
+    assert second.startswith("55 reported runs with seeds 1 to 5; 54 of them ended with a finite value.")
+    assert "66 trials" in second
+    assert third.startswith("Against adamw")
+    assert opening([synthetic.ablation()])[0].endswith("caspr graft=sgd and 7 more.")
+    long = [replace(row, label=f"{row.label} {'x' * 40}") for row in synthetic.ablation().rows]
+    assert opening([replace(synthetic.ablation(), rows=tuple(long))])[0].endswith("variants of caspr.")
+
+
+def test_numbers_settings_and_provenance_are_there() -> None:
+    found = parsed(study())
+    cells, code = found.within("td", "th", "span"), found.within("code")
+    assert "4 of 5" in cells  # muon's failed seed
+    assert "lr=0.001" in cells
+    assert "number 0, of 6 (1 failed)" in cells
+    assert "torch 2.14.1" in cells
+    assert "AMD EPYC" in cells
+    assert "hash c919348c4a87560d" in cells
+    assert "commit 997f39e98136" in cells
+    assert "vm" not in cells.split()  # the name of the host is nobody's business
+    assert COMMAND in code
+    assert "caspr-train task=c4_lm" in code
+    assert "CUDA out of memory" in found.within("li")
+
+
+def test_what_is_unknown_is_not_made_up() -> None:
+    text = parsed(bare()).within("p", "td", "span", "text", "th")
+    assert "There is no baseline" in text
+    assert "no finite run" in text
+    assert "no run is done" in text
+    assert "4.4000 (n = 1)" in text
+    assert "▲" not in text
+    assert "target" not in text
+
+
+def test_no_provenance_at_all() -> None:
+    def without(table: Table) -> Table:
+        rows = [replace(r, runs=tuple(replace(run, provenance={}) for run in r.runs), trials=()) for r in table.rows]
+        return replace(table, rows=tuple(rows))
+
+    html = page([without(synthetic.bare())], None, "None", COMMAND)
+    assert "Provenance" in html
+    assert COMMAND in parsed(html).within("code")
+
+
+def test_different_machines_are_counted() -> None:
+    table = synthetic.bare()
+    run = table.rows[0].runs[0]
+    gpu = {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 4}, "machine": {"processor": "Xeon"}}
+    other = replace(run, path="elsewhere", provenance=gpu)
+    rows = (replace(table.rows[0], runs=(run, other), trials=()),)
+    cells = parsed(page([replace(table, rows=rows)], None, "Two", COMMAND)).within("td")
+    assert "AMD EPYC, 2 cores, 2 threads (1 run); H100, Xeon, ? cores, 2 processes of 4 threads (1 run)" in cells
+
+
+def test_a_profile_of_one_task_says_nothing_new() -> None:
+    tables = [synthetic.bare()]
+    one = profile([replace(tables[0], target=4.5)], "steps")
+    assert "Over all tasks" not in page(tables, one, "One", COMMAND)
+    assert "Over all tasks" in study()
+    assert "soap was not run on resnet" in study()
+
+
+def test_figures_take_the_colours_of_the_page() -> None:
+    html = study()
+    body = html[html.index("<body") :]
+    assert not any(light in body for light, _ in look.PALETTE.values())
+    assert "stroke: var(--blue)" in body
+    assert "fill: var(--ink)" in body
+    css = html[: html.index("<body")]
+    assert all(f"--{name}: {dark};" in css for name, (_, dark) in look.PALETTE.items())
+
+
+def test_elements_join_text() -> None:
+    made = el("p", "a", el("b", "c"), "d", None, "e", class_="x", aria_label="y")
+    assert (made.text, made[0].tail, made.attrib) == ("a", "de", {"class": "x", "aria-label": "y"})
+
+
+def test_an_inline_figure_has_no_size_of_its_own() -> None:
+    root = inline(f'<svg xmlns="{look.NAMESPACE}" width="3pt" viewBox="0 0 1 1"><g style="fill: {look.INK}"/></svg>')
+    assert root.tag == "svg"
+    assert "width" not in root.attrib
+    assert root[0].attrib["style"] == "fill: var(--ink)"

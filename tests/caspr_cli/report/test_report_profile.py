@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import synthetic
+
+from caspr_cli.report.model import Table
+from caspr_cli.report.profile import Profile, names, profile, rho, score, times
+
+
+def timed(task: str, steps: dict[str, float | None], target: float | None = 1.0) -> Table:
+    """A table in which only the times count; a step takes two seconds."""
+    rows = [
+        replace(
+            synthetic.row(label, [], task=task),
+            steps_to_target=time,
+            seconds_to_target=None if time is None else 2 * time,
+        )
+        for label, time in steps.items()
+    ]
+    return replace(synthetic.table(rows, baseline=None), task=task, target=target)
+
+
+def test_scores_by_hand() -> None:
+    """a: ratios 1 and 2, so rho is 1/2 on [1, 2) and 1 on [2, 4]; b: 1.5 and 1; c: 5, which is too late, and never."""
+    found = profile(
+        [timed("one", {"a": 100, "b": 150, "c": 500}), timed("two", {"a": 80, "b": 40, "c": None})], "steps"
+    )
+    assert found.ratios == {"a": (1.0, 2.0), "b": (1.5, 1.0), "c": (5.0, math.inf)}
+    assert found.scores == {
+        "b": pytest.approx((0.5 * 0.5 + 1 * 2.5) / 3),
+        "a": pytest.approx((0.5 * 1 + 1 * 2) / 3),
+        "c": 0.0,
+    }
+    assert list(found.scores) == ["b", "a", "c"]
+
+
+def test_the_score_is_the_integral_of_rho() -> None:
+    ratios = (1.0, 1.3, 2.9, 3.999, 4.0, 7.0, math.inf)
+    taus = np.linspace(1, 4, 300_001)
+    assert score(ratios) == pytest.approx(
+        np.trapezoid([rho(ratios, tau) for tau in taus[::100]], taus[::100]) / 3, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(("ratios", "expected"), [((1.0, 1.0), 1.0), ((4.0,), 0.0), ((math.inf,), 0.0), ((), 0.0)])
+def test_ends_of_the_score(ratios: tuple[float, ...], expected: float) -> None:
+    assert score(ratios) == expected
+
+
+def test_seconds_are_another_unit() -> None:
+    fast_steps = timed("one", {"a": 100, "b": 150})
+    slow_step = replace(fast_steps.rows[0], seconds_to_target=900.0)
+    found = profile([replace(fast_steps, rows=(slow_step, fast_steps.rows[1]))], "seconds")
+    assert found.ratios == {"a": (3.0,), "b": (1.0,)}
+
+
+def test_what_is_left_out_is_said() -> None:
+    tables = [
+        timed("one", {"a": 100, "b": 150}),
+        timed("two", {"a": 100}),
+        timed("hard", {"a": None, "b": None}),
+        timed("open", {"a": None}, target=None),
+    ]
+    found = profile(tables, "steps")
+    assert found.tasks == ("one", "two", "hard")
+    assert found.ratios == {"a": (1.0, 1.0, math.inf), "b": (1.5, math.inf, math.inf)}
+    said = "\n".join(found.left_out)
+    assert "open has no target" in said
+    assert "hard: no row reached" in said
+    assert "b was not run on two" in said
+
+
+def test_a_record_without_times_is_said_where_seconds_count() -> None:
+    made = timed("one", {"a": 100, "b": 150})
+    without = replace(made, rows=(replace(made.rows[0], seconds_to_target=None), made.rows[1]))
+    assert "a reached the target of one, but has no times" in "\n".join(profile([without], "seconds").left_out)
+    assert profile([without], "steps").left_out == ()
+
+
+def test_lines_are_aligned_and_have_all() -> None:
+    lines = profile(synthetic.study(), "steps").lines
+    heads, *rows = lines[1 : 2 + len(synthetic.ENDS)]
+    assert {len(line) for line in rows} == {len(heads)}
+    assert rows[0].split()[0] == "caspr"
+    assert "never" in "\n".join(rows)
+    assert any("ogbg_molpcba has no target" in line for line in lines)
+
+
+def test_no_target_at_all() -> None:
+    found = profile([synthetic.bare()], "steps")
+    assert found.tasks == ()
+    assert found.scores == {}
+    assert "nothing to compare" in found.lines[0]
+    assert Profile("steps", (), {}).lines
+
+
+def test_tables_of_one_task_are_told_apart() -> None:
+    one = synthetic.bare()
+    assert names([one]) == ["c4_lm"]
+    assert names([one, replace(one, scale="paper")]) == ["c4_lm sample", "c4_lm paper"]
+    assert names([one, replace(one, data="hub")]) == ["c4_lm sample sample", "c4_lm sample hub"]
+    assert len(set(names([one, one, replace(one, task="vit")]))) == 3
+
+
+def test_a_target_reached_at_once_divides_nothing_by_zero() -> None:
+    assert profile([timed("one", {"a": 0, "b": 10})], "steps").ratios == {"a": (1.0,), "b": (math.inf,)}
+
+
+def test_times_in_words() -> None:
+    assert [times(1.0), times(2.345), times(math.inf)] == ["1.00x", "2.35x", "never"]

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from pathlib import Path
+
+import pytest
+from recorded import run, write
+
+from caspr_cli.report import packed, records
+from caspr_cli.report.errors import ReportError
+from caspr_cli.report.tables import tables
+
+
+def test_a_record_is_read_whole(tmp_path: Path) -> None:
+    made = run("caspr", 3, 3.9, optim__order=float("inf"))
+    path = write(made, tmp_path / "c4_lm/caspr/ab/seed3")
+    (read,) = records.find([tmp_path]).runs
+    assert read.path == str(path)
+    assert read.config["optim.betas"] == [0.9, 0.95]
+    assert read.config["optim.order"] == float("inf")
+    assert (read.seed, read.state, read.final, read.test) == (3, "done", 3.9, 4.0)
+    assert read.curve == made.curve
+    assert (read.result, read.provenance) == (made.result, made.provenance)
+
+
+def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_path: Path) -> None:
+    path = write(run(), tmp_path / "a/seed0")
+    write(run(), tmp_path / ".sweep/seed0")
+    write(run(), path / "checkpoints/inner")
+    found = records.find([tmp_path, path, tmp_path / "a"])
+    assert [each.path for each in found.runs] == [str(path)]
+    assert found.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "counts", "said"),
+    [
+        ({"config.yaml": None}, False, "config.yaml: not there (yet): left out"),
+        ({"config.yaml": "a: 1\nb: @x"}, False, "config.yaml: line 2: is no YAML: left out"),
+        ({"config.yaml": "task: {name: c4_lm}"}, False, "config.yaml: has no optim.name: left out"),
+        ({"config.yaml": "- 1"}, False, "config.yaml: has no task.name: left out"),
+        ({"status.json": '{"sta'}, False, "status.json: is no JSON: left out"),
+        ({"status.json": "[]"}, False, "status.json: is no JSON object: left out"),
+        ({"result.json": None}, False, "result.json: missing or damaged, though the run is done: left out"),
+        ({"result.json": "{"}, False, "result.json: is no JSON: left out"),
+        ({"provenance.json": "{"}, True, "provenance.json: is no JSON: where the run came from is not known"),
+        (
+            {"metrics.jsonl": '{"val/loss": x}\n{"step": 1, "val/loss": 2.0}\n'},
+            True,
+            "metrics.jsonl: line 1 cannot be read",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_a_warning_that_names_the_file(
+    tmp_path: Path, damage: dict[str, str | None], counts: bool, said: str
+) -> None:
+    write(run(seed=0), tmp_path / "good/seed0")
+    path = write(run(seed=1), tmp_path / "bad/seed1")
+    for name, content in damage.items():
+        (path / name).unlink() if content is None else (path / name).write_text(content, encoding="utf8")
+    found = records.find([tmp_path])
+    assert [each.seed for each in found.runs] == ([1, 0] if counts else [0])
+    (warning,) = found.warnings
+    assert warning.startswith(str(path / said.partition(":")[0]))
+    assert said in warning
+
+
+def test_a_record_that_has_just_begun_is_new_and_a_line_half_written_is_no_matter(tmp_path: Path) -> None:
+    path = write(run(state="running"), tmp_path / "a/seed0")
+    (path / "status.json").unlink()
+    with (path / "metrics.jsonl").open("a", encoding="utf8") as file:
+        file.write('{"step": 400, "val/loss": 3.')
+    found = records.find([tmp_path])
+    assert [(each.state, len(each.curve), each.final) for each in found.runs] == [("new", 3, None)]
+    assert found.warnings == []
+
+
+def test_a_validation_written_twice_counts_once_and_what_is_not_finite_is_none(tmp_path: Path) -> None:
+    path = write(run(curve=[(200, 1.0, 5.0), (100, None, 6.0), (200, 9.0, 5.5)]), tmp_path / "a/seed0")
+    with (path / "metrics.jsonl").open("a", encoding="utf8") as file:
+        file.write('{"step": 300, "val/loss": NaN}\n{"step": 400, "val/loss": null}\n')
+    (read,) = records.find([tmp_path]).runs
+    assert [(p.step, p.seconds, p.value) for p in read.curve] == [
+        (100, None, 6.0), (200, 9.0, 5.5), (300, None, None), (400, None, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl"])
+def test_a_file_that_the_system_will_not_open_is_said(tmp_path: Path, name: str) -> None:
+    path = write(run(), tmp_path / "a/seed0")
+    (path / name).unlink()
+    (path / name).mkdir()
+    (warning,) = records.find([tmp_path]).warnings
+    assert f"{path / name}: cannot be read (Is a directory)" in warning
+
+
+def test_a_path_that_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="nowhere: no such file or directory"):
+        records.find([tmp_path / "nowhere"])
+
+
+# ---- packed ------------------------------------------------------------------------------------------------------
+
+
+def study(root: Path) -> list[Path]:
+    made = [run(optim, seed, 4 + 0.1 * seed + (optim == "adamw")) for optim in ("caspr", "adamw") for seed in range(3)]
+    made.append(run("caspr", 3, state="failed", optim__order=float("inf")))
+    return [write(each, root / each.path) for each in made]
+
+
+def test_a_pack_says_what_the_directories_say(tmp_path: Path) -> None:
+    study(tmp_path / "all")
+    there = records.find([tmp_path / "all"]).runs
+    (tmp_path / "p.jsonl.gz").write_bytes(packed.pack(there, [tmp_path / "all"]))
+    back = records.find([tmp_path / "p.jsonl.gz"]).runs
+
+    def said(runs: list[records.Run]) -> object:
+        return [
+            [
+                (row.label, row.n, row.mean, row.sd, row.steps_to_target, row.budget, row.difference)
+                for row in table.rows
+            ]
+            + [table.warnings]
+            for table in tables(runs)
+        ]
+
+    assert said(back) == said(there)
+    assert [each.path for each in back] == [
+        f"{tmp_path}/p.jsonl.gz:{Path(r.path).relative_to(tmp_path / 'all')}" for r in there
+    ]
+    again = packed.pack(back, [tmp_path / "p.jsonl.gz"])
+    assert again == (tmp_path / "p.jsonl.gz").read_bytes()
+
+
+def test_a_pack_is_the_same_bytes_at_any_time_and_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path)
+    runs = records.find([tmp_path]).runs
+    first = packed.pack(runs, [tmp_path])
+    monkeypatch.setattr(time, "time", lambda: 86400.0)  # gzip's header has one
+    assert packed.pack(runs[::-1], [tmp_path]) == first
+
+
+def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
+    cut = run("caspr", status_error=None)
+    cut.status["error"] = "process 77 on somewhere (since 2026) is gone; see /home/someone/outputs/log.txt, val/loss"
+    cut.provenance["note"] = "https://example.org/a/b"
+    write(cut, tmp_path / "c4_lm/caspr/ab/seed0")
+    text = gzip.decompress(packed.pack(records.find([tmp_path]).runs, [tmp_path])).decode()
+    for private in ("/home", "someone/", "somewhere", "/usr/bin", "/data/secret", str(tmp_path), "- a\\n+ b", '"pid"'):
+        assert private not in text, private
+    entry = json.loads(text.splitlines()[1])
+    assert entry["path"] == "c4_lm/caspr/ab/seed0"
+    assert entry["provenance"]["code"]["diff_sha256"] == "feedfeedfeedfeed"
+    assert entry["provenance"]["command"] == ["<path>", "optim=adamw", "task.root=<path>"]
+    assert entry["provenance"]["note"] == "https://example.org/a/b"
+    assert "val/loss" in entry["status"]["error"]
+    assert entry["curve"][0] == [100, 10.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"hello", "cannot be read"),
+        (gzip.compress(b'{"a": 1}\n'), "line 1: is not what caspr-report pack of this version writes"),
+        (gzip.compress(b'{"caspr-report": "records", "version": 1}\n{"path": "x"}\n'), "line 2 is no record"),
+        (gzip.compress(b'{"caspr-report": "records", "version": 1}\n')[:-12], "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_pack_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(ReportError, match=said) as caught:
+        records.find([tmp_path / "x.jsonl.gz"])
+    assert str(caught.value).startswith(str(tmp_path / "x.jsonl.gz"))
+
+
+# ---- speed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path: Path) -> None:
+    for k in range(250):
+        optim, trial, seed = ("caspr", "shampoo", "adamw", "muon", "soap")[k % 5], k // 5 % 10, k // 50
+        made = run(optim, seed, 4 + 0.001 * (k * 7919 % 101), optim__lr=1e-3 * (trial + 1))
+        write(made, tmp_path / f"{k}/seed{seed}", training_lines=400)
+    start = time.process_time()
+    (table,) = tables(records.find([tmp_path]).runs)
+    assert time.process_time() - start < 5 / 4
+    assert sum(len(trial.runs) for row in table.rows for trial in row.trials) == 250

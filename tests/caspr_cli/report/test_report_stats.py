@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import special
+from scipy import stats as reference
+
+from caspr_cli.report import stats, words
+
+VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 6)), min_size=2, max_size=8)
+DRAWS = 10_000
+
+
+def by_seed(values: object) -> dict[int, float]:
+    return dict(enumerate(np.asarray(values, dtype=float).tolist()))
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# ---- against scipy and by hand -----------------------------------------------------------------------------------
+
+
+def test_mean_spread_and_interval() -> None:
+    values = [3.9, 4.1, 4.3, 4.05]
+    mean, sd = stats.mean_sd(values)
+    assert mean == pytest.approx(4.0875)
+    assert sd == pytest.approx(np.std(values, ddof=1))
+    expected = reference.t.interval(0.95, 3, loc=mean, scale=reference.sem(values))
+    assert stats.interval(values) == pytest.approx(expected)
+
+
+def test_of_one_value_there_is_no_spread_and_of_none_nothing() -> None:
+    assert stats.mean_sd([2.0]) == (2.0, None)
+    assert stats.mean_sd([]) == (None, None)
+    assert stats.interval([2.0]) == stats.interval([]) == (None, None)
+
+
+def test_paired_is_scipys() -> None:
+    a, b = random(1, 5), random(2, 5) + 0.7
+    expected = reference.ttest_rel(a, b)
+    found = stats.compare(by_seed(a), by_seed(b))
+    assert (found.paired, found.n) == (True, 5)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert found.separable == pytest.approx(reference.t.ppf(0.975, 4) * np.std(a - b, ddof=1) / math.sqrt(5))
+
+
+def test_welch_is_scipys_where_seeds_are_not_common() -> None:
+    a, b = random(1, 4), 3 * random(2, 6) + 0.7
+    expected = reference.ttest_ind(a, b, equal_var=False)
+    found = stats.compare(by_seed(a), {100 + k: v for k, v in by_seed(b).items()})
+    assert (found.paired, found.n) == (False, 4)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_pairs_are_of_common_seeds_alone_and_one_is_none() -> None:
+    ours, theirs = {0: 1.0, 1: 2.0, 2: 3.5, 7: 50.0}, {2: 1.0, 1: 1.0, 0: 1.0, 9: -50.0}
+    found = stats.compare(ours, theirs)
+    assert (found.paired, found.n) == (True, 3)
+    assert found.value == pytest.approx(np.mean([0.0, 1.0, 2.5]))
+    assert not stats.compare({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}).paired
+
+
+def test_holm_by_hand() -> None:
+    assert stats.holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert stats.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+@pytest.mark.parametrize(("difference", "sd"), [(1.0, 1.0), (0.5, 1.0), (0.15, 1.0), (3.0, 1.0), (9.57 / 2**0.5, 1.0)])
+def test_seeds_needed_have_the_power_and_one_fewer_has_not(difference: float, sd: float) -> None:
+    n = stats.seeds_needed(difference, sd)
+    assert n is not None
+
+    def power(n: int) -> float:
+        bound, shift = reference.t.ppf(0.975, n - 1), difference / sd * math.sqrt(n)
+        return float(reference.nct.sf(bound, n - 1, shift))
+
+    assert power(n) >= 0.8
+    assert n == 2 or power(n - 1) < 0.8
+
+
+def test_seeds_needed_by_the_textbook_and_by_simulation() -> None:
+    assert stats.seeds_needed(0.5, 1.0) == 34  # Cohen (1988): d = 0.5, paired, two-sided 5 %, 80 %
+    assert stats.seeds_needed(0.5, math.sqrt(2), each=2.0) == 64  # two groups of equal spread
+    assert stats.seeds_needed(0.01, 1.0) is stats.seeds_needed(0.0, 1.0) is None
+    assert stats.seeds_needed(1000.0, 1.0) == 2
+    n = stats.seeds_needed(1.0, 1.0)
+    draws = random(3, DRAWS, n) + 1
+    t = draws.mean(1) / draws.std(1, ddof=1) * math.sqrt(n)
+    assert 0.78 < np.mean(np.abs(t) > special.stdtrit(n - 1, 0.975)) < 0.9
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_expected_best_against_all_subsets(higher: bool) -> None:
+    values = [0.3, 0.9, None, 0.5, 0.5, 0.1]
+    best = max if higher else min
+    worst = 0.1 if higher else 0.9
+    filled = [worst if v is None else v for v in values]
+    expected = [
+        np.mean([best(chosen) for chosen in itertools.combinations(filled, k)]) for k in range(1, len(values) + 1)
+    ]
+    assert stats.best_of(values, higher_is_better=higher) == pytest.approx(expected)
+
+
+def test_expected_best_of_many_trials_is_exact_and_monotone() -> None:
+    values = random(4, 300).tolist()
+    found = stats.best_of(values, higher_is_better=False)
+    assert found[0] == pytest.approx(np.mean(values))
+    assert found[-1] == pytest.approx(min(values))
+    assert all(a >= b for a, b in itertools.pairwise(found))
+    assert stats.best_of([None, None], higher_is_better=True) == ()
+
+
+# ---- equal values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}),
+        ({0: 0.1 + 0.2, 1: 0.3 + 1e-16}, {0: 0.1, 1: 0.1}),  # equal but for rounding
+        ({0: 2.0, 1: 2.0}, {5: 1.0, 6: 1.0}),
+    ],
+)
+def test_no_spread_is_no_test(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    found = stats.compare(ours, theirs)
+    assert found.value is not None
+    assert found.p_value is found.low is found.separable is None
+    said = words.verdict(found, None, 1.0, higher_is_better=False)
+    assert said.startswith("cannot tell: the ")
+    assert "all equal" in said
+
+
+# ---- by simulation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
+    draws = 7 + 0.3 * random(n, DRAWS, n)
+    covered = [low <= 7 <= high for low, high in map(stats.interval, draws)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.008)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(paired: bool) -> None:
+    """Five rows of three seeds without a difference: how often does any row get a verdict?"""
+    tables = random(5, DRAWS, 5, 3)
+    rows, base = tables[:, 1:], tables[:, :1]
+    p_values = (
+        reference.ttest_rel(rows, base, axis=2) if paired else reference.ttest_ind(rows, base, axis=2, equal_var=False)
+    ).pvalue  # [tables, rows]
+    first = 10 * (not paired)  # other seeds: Welch
+    for table, p in zip(tables[:200], p_values, strict=False):
+        theirs = {first + seed: value for seed, value in by_seed(table[0]).items()}
+        assert [stats.compare(by_seed(row), theirs).p_value for row in table[1:]] == pytest.approx(p.tolist())
+    seen = stats.Comparison(paired, 3, 1.0, -1.0, 3.0, separable=2.0)
+    claimed = 0
+    for p in p_values.tolist():
+        said = [
+            words.verdict(replace(seen, p_value=one), holm, 1.0, higher_is_better=True)
+            for one, holm in zip(p, stats.holm(p), strict=True)
+        ]
+        claimed += "better" in said
+    assert claimed <= 0.055 * DRAWS  # 0.05 and two standard errors
+    assert (p_values < 0.05).any(axis=1).mean() > 0.08  # without the correction it would not hold
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+def pairs(ours: list[float], theirs: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+    n = min(len(ours), len(theirs))
+    found = stats.compare(by_seed(ours[:n]), by_seed(theirs[:n]))
+    assume(found.p_value is not None and found.high - found.low > 1e-4)
+    return by_seed(ours[:n]), by_seed(theirs[:n])
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.randoms(use_true_random=False))
+def test_the_order_of_seeds_does_not_matter(ours: list[float], theirs: list[float], shuffler: object) -> None:
+    a, b = pairs(ours, theirs)
+    seeds = list(a)
+    shuffler.shuffle(seeds)
+    assert stats.compare({s: a[s] for s in seeds}, b) == stats.compare(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.floats(-50, 50), st.floats(0.1, 10))
+def test_shifts_change_nothing_and_scales_the_units_alone(
+    ours: list[float], theirs: list[float], shift: float, scale: float
+) -> None:
+    a, b = pairs(ours, theirs)
+    before = stats.compare(a, b)
+    after = stats.compare({s: scale * v + shift for s, v in a.items()}, {s: scale * v + shift for s, v in b.items()})
+    assert after.p_value == pytest.approx(before.p_value, rel=1e-5, abs=1e-12)
+    assert after.value == pytest.approx(scale * before.value, rel=1e-6, abs=1e-8)
+    assert after.separable == pytest.approx(scale * before.separable, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.booleans())
+def test_swapping_sides_flips_the_verdict(ours: list[float], theirs: list[float], higher: bool) -> None:
+    a, b = pairs(ours, theirs)
+    one, other = stats.compare(a, b), stats.compare(b, a)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+    flipped = {"better": "worse", "worse": "better"}
+    first, second = (words.verdict(c, c.p_value, 1.0, higher_is_better=higher) for c in (one, other))
+    assert flipped.get(first, first) == second
