@@ -38,6 +38,8 @@ caspr-report {version}: what the records say, with error bars. Reads files alone
   caspr-report show outputs/c4_lm/caspr/88ce6d57/seed0   one record in words
   caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
 
+  caspr-report unpack study.jsonl.gz --to outputs         directories again: caspr-train goes on from them
+
 PATHS are directories with records below them, or packed files (default: outputs)
 
 compare
@@ -48,12 +50,12 @@ compare
   --to FILE             {suffixes}; as often as you like
 profile   --unit steps|seconds (default: steps)   --to FILE.svg; and --baseline, --tuned, --target
 curves    --over steps|seconds (default: steps)   --to FILE.svg; the same
-pack      --to FILE.jsonl.gz
+pack      --to FILE.jsonl.gz      unpack   --to DIRECTORY
 exits     0 done   2 bad usage   130 interrupted
 """
 
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
-COMMANDS = ("compare", "profile", "curves", "list", "show", "pack")
+COMMANDS = ("compare", "profile", "curves", "list", "show", "pack", "unpack")
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument("--baseline")
         parser.add_argument("--tuned", type=lambda text: [key.strip() for key in text.split(",") if key.strip()])
         parser.add_argument("--target", type=target, action="append", default=[])
-    if what in ("compare", "profile", "curves", "pack"):
+    if what in ("compare", "profile", "curves", "pack", "unpack"):
         parser.add_argument("--to", type=Path, action="append", default=[])
     if what == "compare":
         parser.add_argument("--json", action="store_true")
@@ -107,6 +109,10 @@ def target(text: str) -> tuple[str, float]:
 
 
 def _check_files(what: str, files: Sequence[Path]) -> None:
+    if what == "unpack":
+        if len(files) != 1 or files[0].is_file():
+            raise ReportError("unpack: say with --to into which directory")
+        return
     allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",)}.get(what, (".svg",))
     for file in files:
         if not file.name.endswith(allowed):
@@ -130,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
     if not found.runs:
         raise ReportError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
-    {"list": listing, "show": show, "pack": pack}.get(args.what, report)(args, found.runs)
+    {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, found.runs)
 
 
 def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -147,6 +153,13 @@ def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     content = packed.pack(runs, args.paths)
     write_whole(args.to[0], content)
     print(f"wrote    {args.to[0]}: {count(len(runs), 'record')}, {len(content) / 1000:,.0f} kB")
+
+
+def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    if outside := [path for path in args.paths if not path.is_file()]:
+        raise ReportError(f"unpack {outside[0]}: is no packed file")
+    written, there = packed.unpack(runs, args.to[0])
+    print(f"wrote    {args.to[0]}: {count(written, 'record')}" + (f"; {there} were there already" if there else ""))
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:

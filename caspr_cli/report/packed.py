@@ -13,13 +13,17 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from caspr_cli.report.errors import ReportError
+from caspr_cli.report.files import write_whole
 from caspr_cli.report.model import Point, Run
+from caspr_cli.report.rows import SPACE
 
 FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
@@ -82,6 +86,55 @@ def _cleaned(node: Any, host: str | None) -> Any:
         return node
     text = ABSOLUTE.sub(GONE, node)
     return re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text) if host else text
+
+
+def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
+    """Write the records of packs as directories again, so that ``caspr-train`` knows what is done.
+
+    What a pack leaves out is not there: training curves, logs, checkpoints. A record that is there already stays.
+
+    Returns:
+        How many were written, and how many were there.
+
+    Raises:
+        ReportError: nothing can be written there, or a path leads out of it.
+    """
+    written = there = 0
+    for run in runs:
+        inner = Path(run.path.rpartition(".jsonl.gz:")[2])
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ReportError(f"{run.path}: the path of a record should be relative, and below its directory")
+        record = folder / inner
+        if (record / "status.json").exists():
+            there += 1
+            continue
+        metric = run.metric
+        points = [
+            json.dumps({"step": point.step, metric: point.value, "time/seconds": point.seconds}) + "\n"
+            for point in run.curve
+        ]
+        write_whole(record / "config.yaml", yaml.safe_dump(_nested(run.config), sort_keys=False))
+        write_whole(record / "metrics.jsonl", "".join(points))
+        for name in ("provenance", "result", "status"):  # the status last: with it the record is whole
+            write_whole(record / f"{name}.json", json.dumps(getattr(run, name), indent=2) + "\n")
+        written += 1
+    return written, there
+
+
+def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as groups; those of a search space have dots of their own."""
+    nested: dict[str, Any] = {}
+    for key, value in config.items():
+        groups = key.split(".")
+        if key.startswith(SPACE):
+            name, _, kind = key.removeprefix(SPACE).rpartition(".")
+            groups = [*SPACE.rstrip(".").split("."), name, kind]
+        node = nested
+        for group in groups[:-1]:
+            node = node.setdefault(group, {})
+        node[groups[-1]] = value
+    nested.get("search", {}).setdefault("space", {})  # an empty group leaves no key
+    return nested
 
 
 def read(file: Path) -> list[Run]:

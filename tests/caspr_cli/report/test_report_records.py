@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import time
 from pathlib import Path
 
 import pytest
 from recorded import run, write
 
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf
 from caspr_cli.report import packed, records
 from caspr_cli.report.errors import ReportError
+from caspr_cli.report.model import Run
 from caspr_cli.report.tables import tables
+from caspr_cli.runs.launch import plan
+from caspr_cli.runs.record import Record
 
 
 def test_a_record_is_read_whole(tmp_path: Path) -> None:
@@ -188,3 +194,38 @@ def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path: Path) ->
     (table,) = tables(records.find([tmp_path]).runs)
     assert time.process_time() - start < 5 / 4
     assert sum(len(trial.runs) for row in table.rows for trial in row.trials) == 250
+
+
+# ---- unpacked ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path: Path) -> None:
+    """Through the recipe's own reader: its name is that of its directory, so that the runner finds and skips it."""
+    compose.register_schemas()
+    search = SearchConf("lr", 6, {"optim.lr": {"log": [1e-3, 0.1]}})
+    recipe = Recipe(task=C4LMConf(), optim=CasprConf(order=math.inf, lr=0.02), search=search, trial=3, seed=4)
+    recipe.output_dir = str(tmp_path / "before")
+    record = Record.of(recipe)
+    record.path.mkdir(parents=True)
+    record.config.write_text(compose.save(recipe))
+    record.write("result.json", {"final": {"step": 9, "val/loss": 2.5}, "target": {"value": None}, "seconds": 3.0})
+    record.write("status.json", {"state": "done", "host": "h", "pid": 7})
+    record.metrics.write_text('{"step": 9, "train/loss": 1.0}\n{"step": 9, "val/loss": 2.5, "time/seconds": 3.0}\n')
+    runs = records.find([tmp_path / "before"]).runs
+    pack = tmp_path / "p.jsonl.gz"
+    pack.write_bytes(packed.pack(runs, [tmp_path / "before"]))
+    assert packed.unpack(packed.read(pack), tmp_path / "after") == (1, 0)
+    assert packed.unpack(packed.read(pack), tmp_path / "after") == (0, 1)
+    (back,) = records.find([tmp_path / "after"]).runs
+    assert (back.final, back.curve, back.seed) == (runs[0].final, runs[0].curve, 4)
+    again = compose.load(tmp_path / "after" / record.path.relative_to(tmp_path / "before") / "config.yaml")
+    again.output_dir = str(tmp_path / "after")
+    assert compose.identity(again) == compose.identity(recipe)
+    assert plan(again, Record.of(again)) == "skip"
+
+
+def test_a_pack_cannot_write_elsewhere(tmp_path: Path) -> None:
+    run = Run("x.jsonl.gz:../evil", {"task.target.metric": "val/loss"}, {}, {}, {})
+    with pytest.raises(ReportError, match="should be relative"):
+        packed.unpack([run], tmp_path / "in")
+    assert not (tmp_path / "evil").exists()
