@@ -32,7 +32,7 @@ from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import summary, trials
-from caspr_cli.runs.experiment import Experiment, rows, seconds
+from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import (
     BAD_USAGE,
@@ -346,6 +346,10 @@ def main() -> int:
     except ConfigError as error:
         complain(str(error))
         return BAD_USAGE
+    except StoppedError as stopped:
+        return TERMINATED if stopped.number == signal.SIGTERM else INTERRUPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return compose_and_run(argv)
 
 

@@ -34,6 +34,13 @@ PATIENCE = 120.0  # seconds for it
 START = 10.0  # seconds that imports, data and the last evaluation of a run take, about
 
 
+class StoppedError(Exception):
+    """The signal by which the user ended a timing; the whole experiment ends with it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One table.
@@ -180,6 +187,9 @@ def seconds(row: Row, command: list[str]) -> float | None:
     """Of one run of a row, from start to end: as the runs of it that are done took, else from a short one.
 
     None where it cannot be run here, or is slow to start.
+
+    Raises:
+        StoppedError: by a signal.
     """
     recipes = (*row.tuning, *row.reported)
     took = sorted(found for recipe in recipes if (found := Record.of(recipe).result.get("seconds")))
@@ -196,6 +206,8 @@ def seconds(row: Row, command: list[str]) -> float | None:
 
         outcome = run(short, command, Place(quiet=True, asked=asked))
         result, whole = outcome.record.result, time.monotonic() - began
+    if outcome.told and whole < PATIENCE:
+        raise StoppedError(outcome.told)
     if outcome.exit_code or not result:
         return None
     return whole - float(result["seconds"]) + float(result["seconds"]) / steps * recipe.trainer.max_steps
