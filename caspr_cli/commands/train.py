@@ -339,9 +339,10 @@ def main() -> int:
     try:
         named, argv = experiments(argv)
         if named:
-            return one_after_the_other(partial(tables, name, argv) for name in named)
+            told = [Experiment.read(name, [word for word in argv if not word.startswith("plan=")]) for name in named]
+            return one_after_the_other(partial(tables, each, argv) for each in told)
     except (HydraException, OmegaConfBaseException) as error:
-        complain(explain(error, keys_of(argv), argv))
+        complain(not_installed(error) or explain(error, keys_of(argv), argv))
         return BAD_USAGE
     except ConfigError as error:
         complain(str(error))
@@ -357,33 +358,39 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
     """The experiments that are named, and the other words."""
     named = [word for word in argv if word.startswith("experiment=")]
     rest = [word for word in argv if word not in named]
-    if named:
-        for word in rest:
-            if word.startswith("-") or "=" not in word:
-                raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone (it sweeps without -m)")
-            if word.startswith("trial="):
-                raise ConfigError(f"{word}: an experiment runs all of its trials; search.trials=N says how many")
+    for word in rest if named else ():
+        key, _, value = word.partition("=")
+        if word.startswith("-") or "=" not in word:
+            raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone (it sweeps without -m)")
+        if key == "trial":
+            raise ConfigError(f"{word}: an experiment runs all of its trials; search.trials=N says how many")
+        if key == "plan" and value not in ("true", "false"):
+            raise ConfigError(f"plan should be true or false but is '{value}'")
+        if key == "debug" and value == "plan":
+            raise ConfigError("debug=plan is of one run; what an experiment will do says plan=true")
     return [name for word in named for name in word.partition("=")[2].split(",")], rest
 
 
-def tables(name: str, argv: list[str]) -> int:
+def tables(told: Experiment, argv: list[str]) -> int:
     """Run one experiment: say what it will do and for how long, tune, run the seeds, report. Returns the exit code."""
-    only_plan = "plan=true" in argv
-    given = [word for word in argv if not word.startswith("plan=")]
-    told = Experiment.read(name, given)
-    say(f"caspr-train {__version__}  experiment={name}: {compose.choices('experiment')[name]}")
+    plans = [word for word in argv if word.startswith("plan=")]
+    command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
+    say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
     table, took = rows(told), []
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
-        took.append(seconds(row, ["caspr-train", f"experiment={name}", *argv]))
+        took.append(seconds(row, command))
     for line in plan_of(told, table, took):
         say(line)
-    if only_plan:
-        say(f"next     caspr-train {shlex.join([f'experiment={name}', *given])}")
+    if plans[-1:] == ["plan=true"]:
+        say(f"next     {shlex.join(command)}")
         return OK
     sweeps = [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]
     code = one_after_the_other(partial(compose_and_run, ["-m", *sweep]) for sweep in sweeps)
-    report(told)
+    if code in (INTERRUPTED, TERMINATED):
+        say(f"         {shlex.join(command)}    goes on")
+    elif code != BAD_USAGE:
+        report(told)
     return code
 
 

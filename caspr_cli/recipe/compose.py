@@ -83,6 +83,8 @@ def _draw(plain: dict[str, Any], given: Iterable[str]) -> None:
         raise ConfigError(f"trial should be an integer, or best, but is '{trial}'")
     values = search.draw(space, trial)  # of the whole space: what is given changes no other value
     plain["search"]["space"] = {key: space[key] for key in space.keys() - search.fixed(space, given)}
+    if not plain["search"]["space"]:
+        raise ConfigError(f"search={name} draws nothing: {', '.join(sorted(space))} is given; add search=none")
     search.put(plain, {key: values[key] for key in plain["search"]["space"]})
 
 

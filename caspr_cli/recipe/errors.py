@@ -87,6 +87,8 @@ def _bad_value(e: OmegaConfBaseException, keys: DictConfig, argv: list[str]) -> 
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'"
+    if key == "trial" and (match := re.search(r"Value '(.*)' of type '.*' is incompatible", message)):
+        return f"trial should be an integer, or best, but is '{match[1]}'"
     if match := re.search(r"Value '(.*)' is not a valid bool", message):
         return f"{key} should be true or false but is '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):

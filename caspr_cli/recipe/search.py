@@ -30,7 +30,7 @@ def draw(space: Space, trial: int) -> dict[str, Any]:
     from scipy.stats import qmc  # slow to import, and needed by searches alone
 
     if not 0 <= trial < MOST:
-        raise ConfigError(f"trial should be 0 or more but is {trial}")
+        raise ConfigError(f"trial should be from 0 to {MOST - 1} but is {trial}")
     if not space:
         raise ConfigError("search.space is empty: there is nothing to draw")
     ranges = {key: _range(key, kinds) for key, kinds in sorted(space.items())}

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import hydra
@@ -31,7 +32,6 @@ from caspr_cli.runs.record import DONE, FAILED, Record
 DEFAULT_SCALE = "sample"
 STEPS = 30  # of the run that is timed: beyond the first refresh of the roots
 PATIENCE = 120.0  # seconds for it
-START = 10.0  # seconds that imports, data and the last evaluation of a run take, about
 
 
 class StoppedError(Exception):
@@ -150,13 +150,26 @@ def rows(experiment: Experiment) -> list[Row]:
     """
     combinations = _split(experiment.shared())
     common = set(combinations[0]).intersection(*combinations)
-    seeds = [int(job[0].partition("=")[2]) for job in _split([f"seed={experiment.jobs.get('seed', '0')}"])]
+    seeds = _seeds(experiment)
     found = []
     for overrides in combinations:
         given = [word for word in overrides if not word.startswith("hydra")]
         label = " ".join(word for word in overrides if word not in common) or " ".join(given[:3])
         found.append(_row(label, given, seeds, experiment.searches))
     return found
+
+
+def _seeds(experiment: Experiment) -> list[int]:
+    given = experiment.jobs.get("seed", "0")
+    try:
+        seeds = [int(job[0].partition("=")[2]) for job in _split([f"seed={given}"])]
+    except ValueError:
+        raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+    if experiment.searches and trials.TUNING_SEED in seeds:
+        raise ConfigError(
+            f"seed={given}: seed {trials.TUNING_SEED} chooses among the trials, and what chose is not to be reported"
+        )
+    return seeds
 
 
 def _split(overrides: list[str]) -> list[list[str]]:
@@ -174,7 +187,8 @@ def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
         return Row(label, (), tuple(replace(recipe, seed=seed) for seed in seeds), selected=True)
 
     tuning = tuple(
-        replace(compose.freeze(config, given, index), seed=trials.TUNING_SEED) for index in range(config.search.trials)
+        replace(compose.freeze(config, given, index), seed=trials.TUNING_SEED)
+        for index in range(max(1, config.search.trials))  # at least one: freezing it refuses a wrong number
     )
     try:
         selected: int | None = trials.best(tuning.__getitem__)
@@ -183,18 +197,17 @@ def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
     return Row(label, tuning, tuple(replace(tuning[selected or 0], seed=seed) for seed in seeds), selected is not None)
 
 
-def seconds(row: Row, command: list[str]) -> float | None:
+def seconds(row: Row, command: list[str]) -> float | str:
     """Of one run of a row, from start to end: as the runs of it that are done took, else from a short one.
 
-    None where it cannot be run here, or is slow to start.
+    Why it cannot be said, where it cannot.
 
     Raises:
         StoppedError: by a signal.
     """
     recipes = (*row.tuning, *row.reported)
-    took = sorted(found for recipe in recipes if (found := Record.of(recipe).result.get("seconds")))
-    if took:
-        return float(took[len(took) // 2]) + START
+    if took := sorted(found for recipe in recipes if (found := _lasted(Record.of(recipe))) is not None):
+        return took[len(took) // 2]
     recipe = recipes[0]
     steps = min(STEPS, recipe.trainer.max_steps)
     with tempfile.TemporaryDirectory(prefix="caspr-timing-") as folder:
@@ -206,11 +219,23 @@ def seconds(row: Row, command: list[str]) -> float | None:
 
         outcome = run(short, command, Place(quiet=True, asked=asked))
         result, whole = outcome.record.result, time.monotonic() - began
-    if outcome.told and whole < PATIENCE:
-        raise StoppedError(outcome.told)
+        error = str(outcome.record.status.get("error") or "").partition("; see ")[0]
+    if outcome.told:
+        if whole < PATIENCE:
+            raise StoppedError(outcome.told)
+        return f"{steps} steps take more than {about(PATIENCE)}"
     if outcome.exit_code or not result:
-        return None
+        return error or f"exit code {outcome.exit_code}"
     return whole - float(result["seconds"]) + float(result["seconds"]) / steps * recipe.trainer.max_steps
+
+
+def _lasted(record: Record) -> float | None:
+    """Seconds from the start of a run that is done to its end; None for one in several attempts, with breaks."""
+    status = record.status
+    if status.get("state") != DONE or status.get("attempts") != 1:
+        return None
+    started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
+    return (ended - started).total_seconds()
 
 
 def about(duration: float) -> str:
@@ -220,24 +245,28 @@ def about(duration: float) -> str:
     return f"{duration / 60:.0f} min" if duration < 5400 else f"{duration / 3600:.1f} h"
 
 
-def plan(experiment: Experiment, table: list[Row], took: list[float | None]) -> list[str]:
+def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> list[str]:
     """What will be run, and for how long."""
-    count, tuned = sum(row.left for row in table), len(table[0].tuning)
+    left = sum(row.left for row in table)
     whole = sum(len(row.tuning) + len(row.reported) for row in table)
-    per_row = f"{tuned} trials at seed {trials.TUNING_SEED}, then " if tuned else ""
-    seeds = f"{len(table[0].reported)} seed{'s' * (len(table[0].reported) > 1)}"
+    tuned = f"{_count(len(table[0].tuning), 'trial')} at seed {trials.TUNING_SEED}, then " if table[0].tuning else ""
+    seeds = _count(len(table[0].reported), "seed")
     lines = [
-        f"table    {len(table)} row{'s' * (len(table) > 1)}, each {per_row}{seeds}: {whole} runs, {whole - count} done",
+        f"table    {_count(len(table), 'row')}, each {tuned}{seeds}: {_count(whole, 'run')}, {whole - left} done",
         f"records  {experiment.output_dir}",
     ]
     width = max(len(row.label) for row in table)
     for row, one in zip(table, took, strict=True):
-        time_ = "cannot be timed here" if one is None else f"about {about(one)} a run, {about(one * row.left)} in all"
-        lines.append(f"row      {row.label:<{width}}  {row.left} runs to do, {time_}")
-    known = [one * row.left for row, one in zip(table, took, strict=True) if one is not None]
-    missing = len(table) - len(known)
-    lines.append(
-        f"total    about {about(sum(known))}, one run after the other"
-        + (f", and {missing} row{'s' * (missing > 1)} that cannot be timed here" if missing else "")
-    )
+        known = (
+            f"about {about(one)} a run, {about(one * row.left)} in all" if isinstance(one, float) else f"time: {one}"
+        )
+        lines.append(f"row      {row.label:<{width}}  {_count(row.left, 'run')} to do, {known}")
+    times = [one * row.left for row, one in zip(table, took, strict=True) if isinstance(one, float)]
+    unknown = len(table) - len(times)
+    total = f"about {about(sum(times))}, one run after the other" if times else "not known"
+    lines.append(f"total    {total}" + (f"; without {_count(unknown, 'row')} not timed" if unknown and times else ""))
     return lines
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"

@@ -37,7 +37,7 @@ def best(trial: Callable[[int], Recipe]) -> int:
     if missing:
         raise ConfigError(
             f"trial=best of search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "
-            f"have not ended in {first.output_dir}: first run trial={','.join(map(str, missing))} seed={TUNING_SEED}"
+            f"have not ended in {first.output_dir}: first run -m trial={','.join(map(str, missing))} seed={TUNING_SEED}"
         )
     if not values:
         raise ConfigError(f"trial=best of search={first.search.name}: all {count} trials of {first.optim.name} failed")
