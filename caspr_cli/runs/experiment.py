@@ -153,9 +153,8 @@ def rows(experiment: Experiment) -> list[Row]:
     seeds = _seeds(experiment)
     found = []
     for overrides in combinations:
-        given = [word for word in overrides if not word.startswith("hydra")]
-        label = " ".join(word for word in overrides if word not in common) or " ".join(given[:3])
-        found.append(_row(label, given, seeds, experiment.searches))
+        label = " ".join(word for word in overrides if word not in common) or " ".join(overrides[:3])
+        found.append(_row(label, overrides, seeds, experiment.searches))
     return found
 
 

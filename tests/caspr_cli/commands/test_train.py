@@ -68,6 +68,7 @@ def test_help_fits_a_screen_and_lists_everything(
         (["experiment=damping", "scale=papr"], "scale=papr: experiment=damping has sample, paper. Did you"),
         (["experiment=damping", "plan=maybe"], "plan should be true or false but is 'maybe'"),
         (["experiment=damping", "debug=plan"], "debug=plan is of one run; what an experiment will do says plan=true"),
+        (["experiment=damping", "hydra/launcher=jobli"], "hydra/launcher=jobli: no such choice. Did you mean"),
         (["experiment=damping", "search.trials=0"], "search.trials should be at least 1 but is 0"),
         (["experiment=damping", "seed=x"], "seed should be integers, as in seed=1,2,3, but is 'x'"),
         (["experiment=damping", "seed=0,1"], "seed 0 chooses among the trials, and what chose is not to be reported"),
