@@ -13,6 +13,7 @@ TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "ou
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
 TORCH_FREE = ["commands", "recipe", "runs"]
+THEORY_USES = ["optim", "recipe", "bench", "theory"]
 OTHER_SIDE = {"worker.py", "preflight.py"}  # in runs, but run by the process that is launched
 
 
@@ -96,9 +97,23 @@ def test_bench_measures_what_others_build(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", files("caspr_cli", "tasks"), ids=name)
-def test_nothing_but_commands_imports_bench(file: Path) -> None:
-    if file.parent.name not in ("bench", "commands"):
+def test_nothing_but_commands_and_theory_import_bench(file: Path) -> None:
+    if file.parent.name not in ("bench", "commands", "theory"):
         assert uses(file, "caspr_cli.bench") == []
+
+
+@pytest.mark.parametrize("file", files("caspr_cli/theory"), ids=name)
+def test_theory_computes_and_others_show_it(file: Path) -> None:
+    rooms = (*(f"caspr_cli.{room}" for room in THEORY_USES), "caspr_cli.report.answer", "caspr_cli.report.look")
+    allowed = {"caspr_cli.report", *uses(file, *rooms)}  # `from caspr_cli.report import look` names both
+    assert [i for i in uses(file, "caspr_cli") if i not in allowed] == []
+    assert uses(file, "hydra", "omegaconf", "lightning") == []
+
+
+@pytest.mark.parametrize("file", files("caspr_cli", "tasks"), ids=name)
+def test_nothing_but_commands_imports_theory(file: Path) -> None:
+    if file.parent.name not in ("theory", "commands"):
+        assert uses(file, "caspr_cli.theory") == []
 
 
 @pytest.mark.parametrize("file", files("caspr_cli/report"), ids=name)
@@ -110,8 +125,8 @@ def test_report_reads_files_with_small_libraries(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", files("caspr_cli", "tasks"), ids=name)
-def test_nothing_but_commands_imports_report(file: Path) -> None:
-    if file.parent.name not in ("report", "commands"):
+def test_nothing_but_commands_and_theory_import_report(file: Path) -> None:
+    if file.parent.name not in ("report", "commands", "theory"):
         assert uses(file, "caspr_cli.report") == []
     if file.name == "report.py" and file.parent.name == "commands":  # where there is no Hydra, too
         assert uses(file, "hydra", "omegaconf", *(f"caspr_cli.{room}" for room in ("recipe", "runs", "bench"))) == []

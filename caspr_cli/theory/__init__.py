@@ -1,0 +1,1 @@
+"""The paper's statements, checked on real gradients: what ``caspr-verify`` computes."""

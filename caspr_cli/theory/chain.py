@@ -1,0 +1,214 @@
+"""The statements on the order of preconditioners, each as a number that should not be negative.
+
+With L~, R~ and F~ as in :mod:`caspr_cli.theory.preconditioners`, r >= rank(G_t) for all t, and A <= B where B - A
+has no negative eigenvalue:
+
+1. F~ <= L~ x I and F~ <= I x R~. For G = sum_i s_i u_i v_i^T of rank r, vec(G) is a sum of r terms, and by
+   Cauchy-Schwarz vec(G) vec(G)^T <= r sum_i s_i^2 u_i u_i^T x v_i v_i^T <= r G G^T x I (Gupta, Koren, Singer,
+   ICML 2018, Lemma 8).
+2. F~^(1/2) <= X_1. The inverse root turns the order around (x -> -x^(-1/2) is operator monotone), so
+   F~^(-1/2) >= L~^(-1/2) x I and >= I x R~^(-1/2), and so >= their mean, X_1^{-1}; the inverse turns it again.
+3. X_1 <= X_2 <= X_3 <= ... <= X_Shampoo: they commute, and each eigenvalue is a power mean of exponent -1/p.
+4. All inverses the other way around. So tr X and || X - F~^(1/2) ||_F grow along the chain (for A >= B >= 0,
+   ||A||_F >= ||B||_F), and <G, U> = vec(G)^T X^{-1} vec(G) falls and is never negative.
+5. All of this for any weights on the gradients that are the same in L, R and F: moving averages.
+6. A matrix cut in blocks stands above the blocks of F~ that belong to it.
+7. With sums, X_p of step t stands above that of step t - 1: power means of exponent in [-1, 0) of commuting positive
+   matrices, and the geometric mean, are operator monotone (Kubo and Ando, Math. Ann. 246, 1980).
+8. X_2^{-1} = (X_1^{-1} + X_Shampoo^{-1}) / 2, by (a + b)^2 = (a^2 + b^2) + 2ab.
+9. Traces, and the distances || X_p - F^(1/2) || and || X_p^{-1} - F^(-1/2) ||, grow with p without the 1/r too. In the
+   eigenbasis u_i x v_j of all X_p, F has the diagonal eps + sum_t (u_i^T G_t v_j)^2 <= min(l_i, r_j). By Jensen
+   F^(1/2) has at most its root there, so at most min(l_i, r_j)^(1/2), which no power mean of l_i^(1/2) and r_j^(1/2) is
+   below. A distance is what F^(1/2) has off this diagonal, and the differences on it, which grow with p; traces are
+   sums of these. For inverses the same, with x^(-1/2), which is convex, and everything the other way around.
+
+What looks like it and is false: 2 without the 1/r; with roots of an earlier step; with blocks, against the whole of
+F~; 7 with moving averages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from caspr_cli.theory.preconditioners import (
+    Root,
+    Separable,
+    Spectral,
+    averaging,
+    axis_statistics,
+    combined,
+    full_statistic,
+    loewner_gap,
+)
+
+ORDERS = (1, 2, 3, math.inf)
+NAMES = ("full-matrix", "order 1", "caspr", "order 3", "shampoo")  # the chain
+BETA = 0.99  # of the moving averages
+STALE = 9  # steps: as old as roots become with an interval of 10
+EPS = 1e-6  # of the largest eigenvalue of a G G^T
+
+HOLDS = {
+    "lemma_left": "F~ ⪯ L~ ⊗ I",
+    "lemma_right": "F~ ⪯ I ⊗ R~",
+    "gap_1": "F~^½ ⪯ X₁",
+    "gap_2": "X₁ ⪯ X₂ (CASPR)",
+    "gap_3": "X₂ ⪯ X₃",
+    "gap_shampoo": "X₃ ⪯ X_Shampoo",
+    "inverses": "the same of inverses, the other way around",
+    "traces": "traces grow along the chain",
+    "distances": "the distance ‖X − F~^½‖ grows along the chain",
+    "products": "⟨G, U⟩ falls along the chain and is not negative",
+    "averages": "the chain, of moving averages",
+    "own_blocks": "CASPR of two halves ⪰ the halves of F~, each its own",
+    "grows": "sums: X₁, X₂ and X_Shampoo grow from step to step",
+    "bare_traces": "traces grow from F^½ on, without the 1/r",
+    "bare_distances": "‖X − F^½‖ and ‖X⁻¹ − F^−½‖ grow with the order, without the 1/r",
+    "identity": "X₂⁻¹ = ½ (X₁⁻¹ + X_Shampoo⁻¹)",
+}
+FAILS = {
+    "no_rank_1": "X₁ ⪰ F^½, without the 1/r",
+    "no_rank": "X₂ ⪰ F^½, without the 1/r",
+    "stale": f"X₂ of {STALE} steps ago ⪰ F~^½ of now",
+    "whole": "CASPR of two halves ⪰ F~^½, the whole of it",
+    "average_grows": "moving averages: X₂ grows from step to step",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One layer at one step."""
+
+    margins: dict[str, float]  # by key of HOLDS and FAILS, relative; what does not apply is left out
+    traces: tuple[float, ...]  # of the chain, in units of tr F~^(1/2)
+    distances: tuple[float, ...]  # || X - F~^(1/2) || / || F~^(1/2) ||
+    products: tuple[float, ...]  # <G, U> of the last gradient, in units of full-matrix Adagrad's
+    tolerance: float  # margins above minus this are rounding
+
+
+def ridge(gradients: Tensor) -> float:
+    """eps for all steps of a stream: ``EPS`` of the largest eigenvalue of a single G G^T."""
+    return EPS * float(torch.linalg.matrix_norm(gradients, 2).max()) ** 2
+
+
+def rounding(full: Spectral) -> float:
+    """Relative error of F~^(-1/2) in float64: about u cond(F~) / 2, with room for the size of the matrix."""
+    condition = float(full.values[-1] / full.values[0])
+    return 1e-12 + 20 * torch.finfo(torch.float64).eps * condition
+
+
+def chain(gradients: Tensor, eps: float, rank: int, weights: Tensor | None = None) -> list[Root]:
+    """F~^(1/2), X_1, X_2, X_3, X_Shampoo of gradients ``[T, m, n]``."""
+    sides = axis_statistics(gradients, eps, weights)
+    full = Spectral.of(full_statistic(gradients, eps, rank, weights)).power(0.5)
+    return [full, *(combined(*sides, order) for order in ORDERS)]
+
+
+def check(gradients: Tensor, eps: float, rank: int) -> Checked:
+    """All statements after the last of ``gradients`` ``[T, m, n]``. Cost: some 25 decompositions of ``[mn, mn]``."""
+    roots = chain(gradients, eps, rank)
+    dense = [root.dense() for root in roots]
+    inverses = [root.power(-1) for root in roots]
+    undone = [inverse.dense() for inverse in inverses]
+    tops = [float(root.values.max()) for root in roots]
+    oracle, G = dense[0], gradients[-1]
+    full = roots[0].power(2)
+    assert isinstance(full, Spectral)
+    traces = [float(root.values.sum()) for root in roots]
+    size = float(oracle.norm())
+    distances = [float((matrix - oracle).norm()) / size for matrix in dense]
+    products = [float((G * inverse.apply(G)).sum()) for inverse in inverses]
+    unit = products[0] or 1.0
+    gaps = [loewner_gap(b, a, top) for (a, b), top in zip(pairwise(dense), tops[1:], strict=True)]
+    margins = dict(zip(("gap_1", "gap_2", "gap_3", "gap_shampoo"), gaps, strict=True))
+    margins |= _lemma(full.dense(), gradients, eps)
+    margins |= _inverses(undone, float(inverses[0].values.max()))
+    margins["traces"] = min((b - a) / b for a, b in pairwise(traces))
+    margins["distances"] = min(b - a for a, b in pairwise(distances))
+    margins["products"] = min([(a - b) / unit for a, b in pairwise(products)] + [products[-1] / unit])
+    margins |= _over_time(gradients, eps, rank, oracle)
+    margins |= _without_rank(gradients, eps, dense[1:], undone[1:])
+    margins |= _in_blocks(gradients, eps, rank, oracle)
+    return Checked(
+        margins,
+        tuple(trace / traces[0] for trace in traces),
+        tuple(distances),
+        tuple(product / unit for product in products),
+        rounding(full),
+    )
+
+
+def _lemma(F: Tensor, gradients: Tensor, eps: float) -> dict[str, float]:
+    L, R = axis_statistics(gradients, eps)
+    m, n = gradients.shape[1:]
+    whole = {"lemma_left": torch.kron(L, torch.eye(n).to(L)), "lemma_right": torch.kron(torch.eye(m).to(R), R)}
+    tops = (float(torch.linalg.eigvalsh(side)[-1]) for side in (L, R))
+    return {key: loewner_gap(X, F, top) for (key, X), top in zip(whole.items(), tops, strict=True)}
+
+
+def _inverses(undone: list[Tensor], top: float) -> dict[str, float]:
+    """The reversed chain, and the identity of order 2."""
+    _, first, second, _, product = undone
+    error = (second - (first + product) / 2).norm() / second.norm()
+    return {"inverses": min(loewner_gap(a, b, top) for a, b in pairwise(undone)), "identity": -float(error)}
+
+
+def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
+    """Averages; and X of now against that of the step before, and of some steps before against F~ of now."""
+    steps = len(gradients)
+    averaged = chain(gradients, eps, rank, averaging(steps, BETA))
+    found = {
+        "averages": min(loewner_gap(b.dense(), a.dense(), float(b.values.max())) for a, b in pairwise(averaged[:3]))
+    }
+    if steps == 1:
+        return found
+    now, before = axis_statistics(gradients, eps), axis_statistics(gradients[:-1], eps)
+    found["grows"] = min(_gap(combined(*now, order), combined(*before, order)) for order in (1, 2, math.inf))
+    last = combined(*axis_statistics(gradients[:-1], eps, averaging(steps - 1, BETA)), 2)
+    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, averaging(steps, BETA)), 2), last)
+    old = combined(*axis_statistics(gradients[: max(steps - STALE, 1)], eps), 2)
+    found["stale"] = loewner_gap(old.dense(), oracle, float(torch.linalg.matrix_norm(oracle, 2)))
+    return found
+
+
+def _gap(larger: Separable, smaller: Separable) -> float:
+    return loewner_gap(larger.dense(), smaller.dense(), float(larger.values.max()))
+
+
+def _without_rank(gradients: Tensor, eps: float, dense: list[Tensor], undone: list[Tensor]) -> dict[str, float]:
+    """X_1 .. X_Shampoo and their inverses against F^(1/2) and F^(-1/2), not divided by r."""
+    root = Spectral.of(full_statistic(gradients, eps)).power(0.5)
+    F, inverse, top = root.dense(), root.power(-1).dense(), float(root.values[-1])
+    traces = [float(torch.trace(X)) for X in (F, *dense)]
+    growth = [
+        min(b - a for a, b in pairwise(float((X - exact).norm() / exact.norm()) for X in found))
+        for found, exact in ((dense, F), (undone, inverse))
+    ]
+    return {
+        "no_rank_1": loewner_gap(dense[0], F, top),
+        "no_rank": loewner_gap(dense[1], F, top),
+        "bare_traces": min((b - a) / b for a, b in pairwise(traces)),
+        "bare_distances": min(growth),
+    }
+
+
+def _in_blocks(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
+    """G cut into two halves along its longer axis, each with statistics of its own."""
+    m, n = gradients.shape[1:]
+    if max(m, n) < 2:
+        return {}
+    axis = 1 if m > n else 2
+    places = torch.arange(m * n).reshape(1, m, n).chunk(2, axis)
+    assembled, own = torch.zeros_like(oracle), []
+    for part, place in zip(gradients.chunk(2, axis), places, strict=True):
+        X = combined(*axis_statistics(part, eps), 2)
+        index = place.flatten()
+        assembled[index[:, None], index[None, :]] = X.dense()
+        F = Spectral.of(full_statistic(part, eps, rank)).power(0.5)
+        own.append(loewner_gap(X.dense(), F.dense(), float(X.values.max())))
+    top = float(torch.linalg.matrix_norm(oracle, 2))
+    return {"own_blocks": min(own), "whole": loewner_gap(assembled, oracle, top)}

@@ -1,0 +1,205 @@
+r"""Learners at play, and the bound on their regret with every inequality on the way to it.
+
+Regret_T = sum_t f_t(W_t) - f_t(W*), W* the best fixed W. For W_{t+1} = W_t - eta X_t^{-1} G_t and any W*:
+
+(a) f_t is convex: Regret_T <= sum <G_t, W_t - W*>.
+(b) ||W_{t+1} - W*||^2 in the norm of X_t is ||W_t - W*||^2 - 2 eta <G_t, W_t - W*> + eta^2 <G_t, X_t^{-1} G_t>. Solved
+    for the middle term and summed, with X_0 = 0 and what is left at the end dropped:
+    <= (1 / 2 eta) sum ||W_t - W*||^2_(X_t - X_{t-1}) + (eta / 2) sum <G_t, X_t^{-1} G_t>.
+(c) X_t - X_{t-1} is positive semidefinite, and D = max_t ||W_t - W*||_F: the first sum is at most
+    D^2 sum lambda_max(X_t - X_{t-1}), (d) which is at most D^2 tr(X_T).
+(e) The second is at most 2 r tr(F~_T^(1/2)), F~_t = eps I + (1/r) sum g g^T, g = vec(G), r the largest rank of a G: as
+    X_t >= F~_t^(1/2) (the chain of `caspr-verify order`), <G_t, X_t^{-1} G_t> <= g^T F~_t^(-1/2) g
+    = r tr(F~_t^(-1/2) (F~_t - F~_{t-1})) <= 2 r (tr F~_t^(1/2) - tr F~_{t-1}^(1/2)), for tr F^(1/2) is concave and its
+    slope at F~_t is F~_t^(-1/2) / 2.
+(f) F~_T^(1/2) <= X_T has the smaller trace.
+
+Together Regret_T <= (D^2 / 2 eta + eta r) tr(X_T), and with eta = D / sqrt(2 r) at most sqrt(2 r) D tr(X_T). D is then
+to be known before the run that it is a property of. It is where W stays in a ball that W* is in: W_{t+1} is projected
+onto it in the norm of X_t, which brings it no further from W* in that norm, so that (b) holds as well. For a ball of
+radius ||W*|| around 0, D <= 2 ||W*||.
+
+Full-matrix Adagrad is its own F~ with r = 1. So is diagonal Adagrad an entry at a time, with the largest entry of
+W_t - W* for D; there (c) and (d) are one step. For gradient descent X_t = max_s ||G_s|| sqrt(t) times the identity,
+r = 1, "tr" is that number, and (e) is sum 1 / sqrt(t) <= 2 sqrt(T).
+
+(c) needs X_t that grow: X_q is a power mean, of exponent in [-1, 0), of commuting powers of what grows, and such means
+are operator monotone (Kubo and Ando, Means of positive linear operators, Math. Ann. 246, 1980). A moving average does
+not grow, and then (c) fails; roots that are old break (e).
+
+Source of the scheme: Gupta, Koren, Singer, "Shampoo", ICML 2018, section 3; of (e) Duchi, Hazan, Singer, JMLR 2011,
+Lemma 10.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caspr_cli.theory.learners import Learner, Method
+from caspr_cli.theory.preconditioners import combined_values
+from caspr_cli.theory.problems import Problem
+
+EPS = 1e-6  # damping, in units of the mean of ||G||_F^2 where W = 0
+BEYOND = 1e9  # a run whose W has an entry that many times as large as ||W*|| is lost: its regret is infinite
+RUNGS = ("regret", "linear", "distances", "largest", "trace", "full", "bound")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What E runs of one method a seed came to."""
+
+    regret: Tensor  # [S, E, T]: up to each round
+    sizes: Tensor  # [S, E, T]: tr(X_t)
+    distance: Tensor  # [S, E]: D
+    eta: Tensor  # [S, E]
+    rank: int  # r
+
+    @property
+    def at_end(self) -> Tensor:
+        """``[S, E]``; infinite where W was lost."""
+        return self.regret[..., -1]
+
+    def take(self, at: slice) -> Runs:
+        """Some of the E runs."""
+        return Runs(self.regret[:, at], self.sizes[:, at], self.distance[:, at], self.eta[:, at], self.rank)
+
+    def bound(self) -> Tensor:
+        """(D^2 / 2 eta + eta r) tr(X_t), ``[S, E, T]``."""
+        factor: Tensor = self.distance.square() / (2 * self.eta) + self.eta * self.rank
+        return factor.unsqueeze(-1) * self.sizes
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The chain (a) to (f) of one run a seed, each rung a bound on that before it."""
+
+    runs: Runs
+    rungs: dict[str, Tensor]  # [S], by the names of RUNGS; NaN where a rung is not one of this method's
+    growth: Tensor  # [S, T]: the least eigenvalue of X_t - X_{t-1}, in units of the largest of X_t
+    sums: Tensor  # [S]: sum <G_t, X_t^{-1} G_t> over 2 r tr(F~_T^(1/2))
+
+
+class Match:
+    """Runs ``[S, E]`` of one method on one problem, a round after the other.
+
+    Args:
+        radius: ``[S, E]``, of the ball that W is kept in, if it is.
+    """
+
+    def __init__(self, problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> None:
+        self.best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
+        self.learner = method.make(self.best.shape, EPS * scale_of(problem).unsqueeze(1))
+        self.rank = problem.rank if self.learner.ranked else 1
+        self.W, self.regret, self.distance = torch.zeros_like(self.best), torch.zeros_like(eta), torch.zeros_like(eta)
+        self._problem, self._eta, self._radius, self._t = problem, eta, radius, 0
+
+    def round(self) -> tuple[Tensor, Tensor, Tensor]:
+        """G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
+        off = self.W - self.best
+        paid, G = self._problem.play(self._t, self.W)
+        self.regret = self.regret + paid - self._problem.play(self._t, self.best)[0]
+        self.distance = torch.maximum(self.distance, length(off, self.learner))
+        self.learner.see(G)
+        U = self.learner.update(G)
+        self.W = self.W - self._eta[..., None, None] * U
+        if self._radius is not None:
+            self.W = self.learner.projected(self.W, self._radius)
+        lost = ~(self.W.abs().amax((-2, -1)) <= BEYOND * torch.linalg.matrix_norm(self.best))
+        self.W = torch.where(lost[..., None, None], 0, self.W)
+        self.regret, self.distance = (torch.where(lost, math.inf, x) for x in (self.regret, self.distance))
+        self._t += 1
+        return G, U, off
+
+
+def length(V: Tensor, learner: Learner) -> Tensor:
+    """``[...]``: in the norm in which the learner's bound has D."""
+    return V.abs().amax((-2, -1)) if learner.entrywise else torch.linalg.matrix_norm(V)
+
+
+def scale_of(problem: Problem) -> Tensor:
+    """``[S]``: the mean of ||G_t||_F^2 at W = 0."""
+    W = torch.zeros_like(problem.best).unsqueeze(1)
+    squares = [problem.play(t, W)[1].square().sum((-2, -1)) for t in range(problem.rounds)]
+    return torch.stack(squares).mean(0).squeeze(1)
+
+
+def play(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Runs:
+    """All runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given."""
+    match = Match(problem, method, eta, radius)
+    regret, sizes = [], []
+    for _ in range(problem.rounds):
+        match.round()
+        regret.append(match.regret)
+        sizes.append(match.learner.trace())
+    return Runs(torch.stack(regret, -1), torch.stack(sizes, -1), match.distance, eta, match.rank)
+
+
+def of_theorem(problem: Problem, method: Method) -> tuple[Tensor, Tensor]:
+    """eta = D / sqrt(2 r) with D = 2 ||W*||, and the radius ||W*||, both ``[S, 1]``, in the norm of the bound."""
+    nothing = torch.zeros(len(problem.best), 1, dtype=torch.float64)
+    match = Match(problem, method, nothing)
+    radius = length(match.best, match.learner)
+    return 2 * radius / math.sqrt(2 * match.rank), radius
+
+
+def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Ladder:
+    """Every inequality of the chain, of one run a seed, ``eta`` ``[S, 1]``.
+
+    Cost: an eigendecomposition of m n rows a round.
+    """
+    match = Match(problem, method, eta, radius)
+    learner, size = match.learner, math.prod(problem.best.shape[1:])
+    X = moment = torch.zeros(*eta.shape, size, size, dtype=torch.float64)
+    linear, distances, largest, products = (torch.zeros_like(eta) for _ in range(4))
+    growth, regret, sizes = [], [], []
+    for _ in range(problem.rounds):
+        G, U, off = match.round()
+        linear = linear + (G * off).sum((-2, -1))
+        products = products + (G * U).sum((-2, -1))
+        change, v, g = learner.dense() - X, off.flatten(-2), G.flatten(-2)
+        X, moment = X + change, moment + g.unsqueeze(-1) * g.unsqueeze(-2)
+        distances = distances + torch.einsum("...i,...ij,...j->...", v, change, v)
+        ends = torch.linalg.eigvalsh(change)
+        largest = largest + ends[..., -1]
+        growth.append(ends[..., 0] / learner.values.flatten(2).amax(-1))
+        regret.append(match.regret)
+        sizes.append(learner.trace())
+    rank, trace = match.rank, learner.trace()
+    full = _trace_of_root(moment / rank, learner.eps) if learner.ranked else trace
+    near, far = products * eta / 2, match.distance.square() / (2 * eta)
+    rungs = {
+        "regret": match.regret,
+        "linear": linear,
+        "distances": distances / (2 * eta) + near,
+        "largest": torch.full_like(far, math.nan) if learner.entrywise else far * largest + near,
+        "trace": far * trace + near,
+        "full": far * trace + eta * rank * full,
+        "bound": (far + eta * rank) * trace,
+    }
+    return Ladder(
+        Runs(torch.stack(regret, -1), torch.stack(sizes, -1), match.distance, eta, rank),
+        {name: value.squeeze(1) for name, value in rungs.items()},
+        torch.stack(growth, -1).squeeze(1),
+        (products / (2 * rank * full)).squeeze(1),
+    )
+
+
+def traces(problem: Problem, orders: list[float]) -> Tensor:
+    """tr(F~_T^(1/2)), then tr(X_T) for each order, ``[S, 1 + orders]``, all of the gradients that CASPR sees."""
+    match = Match(problem, Method("caspr", "CASPR", 2), *of_theorem(problem, Method("caspr", "CASPR", 2)))
+    G = torch.cat([match.round()[0] for _ in range(problem.rounds)], 1)  # [S, T, m, n]
+    g, eps = G.flatten(-2), match.learner.eps.squeeze(1)
+    found = [_trace_of_root(g.mT @ g / match.rank, eps)]
+    ends = [torch.linalg.eigvalsh(S.sum(1)).clamp(min=0) + eps.unsqueeze(-1) for S in (G @ G.mT, G.mT @ G)]
+    found += [combined_values(ends[0], ends[1], order).sum((-2, -1)) for order in orders]
+    return torch.stack(found, 1)
+
+
+def _trace_of_root(moment: Tensor, eps: Tensor) -> Tensor:
+    """tr((eps I + M)^(1/2)) ``[...]`` of M ``[..., N, N]``."""
+    root: Tensor = (torch.linalg.eigvalsh(moment).clamp(min=0) + eps.unsqueeze(-1)).sqrt().sum(-1)
+    return root

@@ -1,0 +1,200 @@
+"""The statistics and preconditioners of the paper as dense matrices on vec(G), in float64.
+
+Gradients are a stack ``[T, m, n]``; vec is row-major, so L acts as L x I and R as I x R. A *preconditioner* X is what
+stands for the root of the full-matrix statistic, X = F^(1/2); an update is X^{-1} vec(G). Statements about all of this
+are checked in :mod:`caspr_cli.theory.order`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Root(Protocol):
+    """A symmetric positive definite matrix on vec(G), by its spectrum."""
+
+    @property
+    def values(self) -> Tensor: ...
+
+    def power(self, exponent: float) -> Root: ...
+
+    def dense(self) -> Tensor: ...
+
+    def apply(self, G: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """V diag(values) V^T: any symmetric matrix; N = mn."""
+
+    values: Tensor  # [N]
+    vectors: Tensor  # [N, N]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Spectral:
+        """Its eigendecomposition; about 10 N^3 FLOPs."""
+        return cls(*torch.linalg.eigh(matrix))
+
+    def power(self, exponent: float) -> Spectral:
+        return replace(self, values=self.values**exponent)
+
+    def dense(self) -> Tensor:
+        return (self.vectors * self.values) @ self.vectors.mT
+
+    def apply(self, G: Tensor) -> Tensor:
+        return (self.vectors @ (self.values * (self.vectors.mT @ G.flatten()))).reshape(G.shape)
+
+
+@dataclass(frozen=True)
+class Separable:
+    """(V x W) diag(values) (V x W)^T: what is made of functions of two axes' statistics, which commute."""
+
+    values: Tensor  # [m, n]
+    left: Tensor  # V, [m, m]
+    right: Tensor  # W, [n, n]
+
+    def power(self, exponent: float) -> Separable:
+        return replace(self, values=self.values**exponent)
+
+    def dense(self) -> Tensor:
+        basis = torch.kron(self.left, self.right)  # [mn, mn]
+        return (basis * self.values.flatten()) @ basis.mT
+
+    def apply(self, G: Tensor) -> Tensor:
+        return self.left @ (self.values * (self.left.mT @ G @ self.right)) @ self.right.mT
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def averaging(steps: int, beta: float) -> Tensor:
+    """Weights ``[T]`` of the bias-corrected moving average: (1 - beta) beta^(T-t) / (1 - beta^T)."""
+    ages = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    return (1 - beta) * beta**ages / (1 - beta**steps)
+
+
+def _weighted(gradients: Tensor, weights: Tensor | None) -> Tensor:
+    """A weight w on G G^T is a factor sqrt(w) on G."""
+    return gradients if weights is None else gradients * weights.sqrt()[:, None, None]
+
+
+def full_statistic(gradients: Tensor, eps: float, rank: int = 1, weights: Tensor | None = None) -> Tensor:
+    """F~ = eps I + (1/r) sum_t w_t vec(G_t) vec(G_t)^T, ``[mn, mn]``; the w_t are 1, or those of an average.
+
+    With r = 1 its root is what full-matrix Adagrad divides by (Duchi, Hazan, Singer, JMLR 2011). The r >= rank(G_t)
+    is that of Gupta, Koren, Singer, ICML 2018, Lemma 8, without which L and R do not bound F.
+    """
+    rows = _weighted(gradients, weights).flatten(1)  # [T, mn]
+    return rows.mT @ rows / rank + eps * torch.eye(rows.shape[1], dtype=rows.dtype)
+
+
+def axis_statistics(gradients: Tensor, eps: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """L~ = eps I + sum_t w_t G_t G_t^T, ``[m, m]``, and R~ = eps I + sum_t w_t G_t^T G_t, ``[n, n]``."""
+    G = _weighted(gradients, weights)
+    L, R = torch.einsum("tij,tkj->ik", G, G), torch.einsum("tji,tjk->ik", G, G)
+    return L + eps * torch.eye(len(L), dtype=L.dtype), R + eps * torch.eye(len(R), dtype=R.dtype)
+
+
+def row_statistic(gradients: Tensor, eps: float) -> Tensor:
+    """The blocks of F~ (r = 1) that belong to a row of G each, ``[mn, mn]``, zero elsewhere.
+
+    A row holds what comes into one neuron: full-matrix Adagrad for each neuron alone.
+    """
+    blocks = torch.einsum("tij,tik->ijk", gradients, gradients)  # [m, n, n]
+    ridge = eps * torch.eye(blocks.shape[-1], dtype=blocks.dtype)
+    assembled: Tensor = torch.block_diag(*(blocks + ridge))
+    return assembled
+
+
+def diagonal(gradients: Tensor, eps: float) -> Separable:
+    """diag(F~) (r = 1): what diagonal Adagrad divides by the root of."""
+    m, n = gradients.shape[1:]
+    identities = (torch.eye(size, dtype=gradients.dtype) for size in (m, n))
+    return Separable(gradients.square().sum(0) + eps, *identities)
+
+
+# ---- preconditioners ---------------------------------------------------------------------------------------------
+
+
+def combined(L: Tensor, R: Tensor, order: float) -> Separable:
+    """X_p = [ (L~^(-1/(2p)) x I + I x R~^(-1/(2p))) / 2 ]^(-p), or for ``math.inf`` X_Shampoo = L~^(1/4) x R~^(1/4).
+
+    CASPR is p = 2 (Duvvuri et al., ICLR 2024, Algorithm 1). The terms commute, so X_p has the eigenvectors of
+    L x R, and there the value ((l^(-1/2p) + r^(-1/2p)) / 2)^(-p), a power mean of l^(1/2) and r^(1/2) with exponent
+    -1/p. Power means grow with their exponent, and tend to the geometric mean (l r)^(1/4) as it goes to 0.
+    """
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return Separable(combined_values(a, b, order), V, W)
+
+
+def combined_values(left: Tensor, right: Tensor, order: float) -> Tensor:
+    """Eigenvalues of X_p ``[..., m, n]`` from those of L~ ``[..., m]`` and R~ ``[..., n]``, see :func:`combined`."""
+    a, b = left.unsqueeze(-1), right.unsqueeze(-2)
+    if math.isinf(order):
+        return (a * b).pow(0.25)
+    return ((a.pow(-0.5 / order) + b.pow(-0.5 / order)) / 2).pow(-order)
+
+
+def one_sided(L: Tensor, R: Tensor, *, left: bool) -> Separable:
+    """L~^(1/2) x I, or I x R~^(1/2).
+
+    Of all L' x I, the nearest to sum_t vec(G_t) vec(G_t)^T in Frobenius norm is L' = L / n (the paper's Lemma 3.1).
+    """
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    values = a[:, None].expand(-1, len(b)) if left else b[None, :].expand(len(a), -1)
+    return Separable(values**0.5, V, W)
+
+
+def shampoo_half(L: Tensor, R: Tensor) -> Separable:
+    """L~^(1/2) x R~^(1/2) / (tr L~ tr R~)^(1/4): Shampoo with exponent 1/2, as large as F^(1/2) is.
+
+    For gradients whose covariance is a Kronecker product, it is F^(1/2) in the limit (Morwani et al.,
+    arXiv:2406.17748); the trace makes it of degree 1 in G, as the other preconditioners are.
+    """
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return Separable((a[:, None] * b[None, :]) ** 0.5 / (a.sum() * b.sum()) ** 0.25, V, W)
+
+
+def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A ``[m, m]`` and B ``[n, n]`` with the least || F - A x B ||_F.
+
+    The entries of F, put in order so that A x B becomes vec(A) vec(B)^T, are a matrix of ``[m^2, n^2]``: its first
+    singular vectors are the answer. If F is symmetric positive definite, so are A and B, up to one sign (Van Loan and
+    Pitsianis, "Approximation with Kronecker products", 1993, Theorems 5.3 and 5.8). The vector is taken from an
+    eigendecomposition of the smaller Gram matrix; about 10 min(m, n)^6 FLOPs.
+    """
+    m, n = shape
+    moved = F.reshape(m, n, m, n).transpose(1, 2).reshape(m * m, n * n)
+    if m > n:
+        b = torch.linalg.eigh(moved.mT @ moved).eigenvectors[:, -1]  # of unit length
+        a = moved @ b
+    else:
+        a = torch.linalg.eigh(moved @ moved.mT).eigenvectors[:, -1]
+        b = moved.mT @ a
+    A, B = a.reshape(m, m), b.reshape(n, n)
+    sign = torch.sign(torch.trace(A))
+    return sign * (A + A.mT) / 2, sign * (B + B.mT) / 2
+
+
+def product(A: Tensor, B: Tensor) -> Separable:
+    """A x B by its spectrum."""
+    (a, V), (b, W) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+    return Separable(a[:, None] * b[None, :], V, W)
+
+
+# ---- how they compare --------------------------------------------------------------------------------------------
+
+
+def loewner_gap(larger: Tensor, smaller: Tensor, scale: float) -> float:
+    """The least eigenvalue of ``larger - smaller`` in units of ``scale``: not negative iff larger >= smaller."""
+    return float(torch.linalg.eigvalsh(larger - smaller)[0]) / scale
+
+
+def cosine(A: Tensor, B: Tensor) -> float:
+    """<A, B> / (||A|| ||B||), of matrices in the Frobenius sense."""
+    return float((A * B).sum() / (A.norm() * B.norm()))

@@ -1,0 +1,143 @@
+"""``caspr-verify``: the command line, its mistakes, its exit codes, and what it writes."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from caspr_cli.commands import verify
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.report.answer import Answer, Column, Sheet
+
+
+def made_up(name, asked, held=True):
+    """A module of theory that remembers what it was asked."""
+
+    def answer(*, quick, seed, say, **options):
+        say("half way")
+        asked.append((name, quick, seed, options))
+        sheet = Sheet("gaps", "Gaps", (Column("a", "a"),), ({"a": 1},))
+        return Answer(name, f"Is {name} so?", ("Yes.",), (sheet,), holds=((f"{name} holds", held),))
+
+    return SimpleNamespace(answer=answer)
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """What the modules of theory were asked; nothing is computed."""
+    found = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verify, "import_module", lambda name: made_up(name.rpartition(".")[2], found))
+    return found
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["caspr-verify", *argv])
+    return verify.main()
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, caspr_cli.commands.verify; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_names_every_question_and_task():
+    text = verify.usage()
+    for name in (*verify.QUESTIONS, "all", "ogbg_molpcba", "--quick", "--parameter"):
+        assert name in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "say what to verify (choices: order, approximation,"),
+        (["ordr"], "ordr: no such question. Did you mean order?"),
+        (["order", "--seeeds", "2"], "--seeeds is no flag of order. Did you mean --seeds?"),
+        (["order", "--seeds", "0"], "--seeds: "),
+        (["order", "--seed", "-1"], "--seed: "),
+        (["regret", "--task", "vit"], "--task is no flag of regret."),
+        (["order", "--optim", "adam"], "--optim adam: no such choice. Did you mean adamw?"),
+        (["order", "extra"], "extra is no flag of order."),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(ConfigError) as error:
+        verify.parse(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_in_the_way_is_said_before_anything_is_computed(asked, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, "order", "--to", "file/below") == 2
+    assert "is no directory" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_one_question(asked, monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "order", "--quick", "--seed", "4", "--task", "vit") == 0
+    options = {"seeds": 3, "task": "vit", "parameter": None, "optim": "caspr"}
+    assert asked == [("order", True, 4, options)]
+    out = capsys.readouterr().out
+    assert "Is order so?" in out
+    assert "wrote    outputs/verify/order: order.md, order.json and gaps.csv" in out
+    record = json.loads((tmp_path / "outputs/verify/order/order.json").read_text(encoding="utf8"))
+    assert record["command"] == "caspr-verify order --quick --seed 4 --task vit"
+    assert record["provenance"]["torch"]
+    assert "host" not in record["provenance"]
+
+
+def test_all_of_them_and_one_page(asked, monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, "all", "--seeds", "2", "--to", "there") == 0
+    assert [name for name, *_ in asked] == list(verify.QUESTIONS)
+    for name in verify.QUESTIONS:
+        assert (tmp_path / "there" / name / f"{name}.md").is_file()
+    page = (tmp_path / "there/index.html").read_text(encoding="utf8")
+    assert all(f"Is {name} so?" in page for name in verify.QUESTIONS)
+    assert "caspr-verify order --seeds 2" in page
+    assert "wrote    there/index.html" in capsys.readouterr().out
+
+
+def test_json_alone_on_standard_output(asked, monkeypatch, capsys):
+    assert call(monkeypatch, "order", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["name"] == "order"
+    assert "wrote" in err
+    assert call(monkeypatch, "all", "--json") == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(verify.QUESTIONS)
+
+
+def test_a_statement_that_failed_is_said_and_the_code_is_one(asked, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "import_module", lambda name: made_up(name.rpartition(".")[2], asked, held=False))
+    assert call(monkeypatch, "order") == 1
+    assert "failed   order: order holds" in capsys.readouterr().err
+
+
+def test_a_mistake_that_only_theory_sees(asked, monkeypatch, capsys):
+    def answer(**options):
+        raise ConfigError("--task vot: no such task. Did you mean vit?")
+
+    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
+    assert call(monkeypatch, "order") == 2
+    assert capsys.readouterr().err.strip() == "error: --task vot: no such task. Did you mean vit?"
+
+
+def test_interrupted(asked, monkeypatch, capsys):
+    def answer(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
+    assert call(monkeypatch, "order") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_question_is_a_module_that_takes_its_flags():
+    import inspect
+    from importlib import import_module
+
+    for name, question in verify.QUESTIONS.items():
+        taken = inspect.signature(import_module(f"caspr_cli.theory.{name}").answer).parameters
+        assert {"quick", "seed", "say", *question.flags} <= taken.keys()

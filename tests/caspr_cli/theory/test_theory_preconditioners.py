@@ -1,0 +1,152 @@
+"""The dense preconditioners against those of tests/references, and what is said of them."""
+
+import math
+
+import pytest
+import torch
+from references.kronecker import damped, inverse_preconditioner, on_axis, preconditioner, spectral_power
+from references.stream import full_matrix, random_stream, statistics
+
+from caspr_cli.theory.gradients import kronecker_stream
+from caspr_cli.theory.preconditioners import (
+    Spectral,
+    averaging,
+    axis_statistics,
+    combined,
+    cosine,
+    diagonal,
+    full_statistic,
+    loewner_gap,
+    nearest_kronecker,
+    one_sided,
+    product,
+    row_statistic,
+    shampoo_half,
+)
+
+EPS = 1e-3
+SHAPES = [(3, 4), (4, 2), (1, 5), (5, 1)]
+ORDERS = [1, 2, 3, 7, math.inf]
+
+
+def stream(shape, seed=0, steps=5):
+    gradients = random_stream(*shape, steps=steps, seed=seed)
+    return gradients, torch.stack(gradients)
+
+
+def close(a, b, tolerance=1e-10):
+    return torch.linalg.matrix_norm(a - b) <= tolerance * torch.linalg.matrix_norm(b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_are_those_of_the_reference(shape):
+    gradients, G = stream(shape)
+    assert close(full_statistic(G, EPS, 3), full_matrix(gradients, EPS, 3))
+    for side, expected in zip(axis_statistics(G, EPS), statistics(gradients, "accumulate", 0.0), strict=True):
+        assert close(side, damped(expected, EPS, "absolute"))
+    for side, expected in zip(
+        axis_statistics(G, EPS, averaging(5, 0.8)), statistics(gradients, "ema", 0.8), strict=True
+    ):
+        assert close(side, damped(expected, EPS, "absolute"))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_family_is_that_of_the_reference(shape, order):
+    _, G = stream(shape)
+    sides = axis_statistics(G, EPS)
+    X = combined(*sides, order)
+    assert close(X.dense(), preconditioner(list(sides), order))
+    assert close(X.power(-1).dense(), inverse_preconditioner(list(sides), order))
+    update = (inverse_preconditioner(list(sides), order) @ G[-1].flatten()).reshape(shape)
+    assert close(X.power(-1).apply(G[-1]), update)
+
+
+def test_spectral_is_the_matrix_itself():
+    _, G = stream((3, 4))
+    F = full_statistic(G, EPS)
+    assert close(Spectral.of(F).dense(), F)
+    assert close(Spectral.of(F).power(-0.5).dense(), spectral_power(F, -0.5))
+    assert close(Spectral.of(F).apply(G[0]).reshape(1, -1), (F @ G[0].flatten()).reshape(1, -1))
+
+
+def test_parts_of_the_full_matrix():
+    _, G = stream((3, 4))
+    F = full_statistic(G, EPS)
+    assert close(diagonal(G, EPS).dense(), torch.diag(F.diagonal()))
+    rows = torch.arange(12) // 4
+    own = rows[:, None] == rows[None, :]
+    assert close(row_statistic(G, EPS), F * own)
+
+
+def test_one_sided_and_half():
+    _, G = stream((3, 4))
+    L, R = axis_statistics(G, EPS)
+    assert close(one_sided(L, R, left=True).dense(), on_axis(spectral_power(L, 0.5), (3, 4), 0))
+    assert close(one_sided(L, R, left=False).dense(), on_axis(spectral_power(R, 0.5), (3, 4), 1))
+    expected = torch.kron(spectral_power(L, 0.5), spectral_power(R, 0.5))
+    assert cosine(shampoo_half(L, R).dense(), expected) == pytest.approx(1, abs=1e-12)
+
+
+def test_all_roots_are_of_degree_one():
+    """Ten times the gradients, ten times X (eps grows with their square)."""
+    _, G = stream((3, 4))
+    for make in (lambda *s: combined(*s, 2), lambda *s: one_sided(*s, left=True), shampoo_half):
+        small, large = make(*axis_statistics(G, EPS)), make(*axis_statistics(10 * G, 100 * EPS))
+        assert close(large.dense(), 10 * small.dense())
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 3)])
+def test_the_nearest_kronecker_product(shape):
+    """Its distance is the rest of the singular values, it is positive definite, and moving it makes it worse."""
+    m, n = shape
+    _, G = stream(shape)
+    F = full_statistic(G, EPS)
+    A, B = nearest_kronecker(F, shape)
+    assert torch.linalg.eigvalsh(A)[0] > 0
+    assert torch.linalg.eigvalsh(B)[0] > 0
+    best = torch.linalg.matrix_norm(F - torch.kron(A, B))
+    moved = F.reshape(m, n, m, n).transpose(1, 2).reshape(m * m, n * n)
+    rest = torch.linalg.svdvals(moved)[1:]
+    assert best == pytest.approx(rest.norm().item(), rel=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = A + 0.1 * A.norm() * torch.randn(m, m, generator=generator, dtype=torch.float64)
+        assert torch.linalg.matrix_norm(F - torch.kron(other, B)) > best
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
+def test_a_kronecker_product_is_found_again(shape):
+    _, G = stream(shape)
+    L, R = axis_statistics(G, EPS)
+    A, B = nearest_kronecker(torch.kron(L, R), shape)
+    assert close(torch.kron(A, B), torch.kron(L, R))
+    assert close(product(A, B).power(0.5).dense(), torch.kron(spectral_power(L, 0.5), spectral_power(R, 0.5)))
+
+
+def test_false_that_the_nearest_to_f_has_the_nearest_root():
+    """The root of the nearest A x B to F is not the nearest product to F^(1/2)."""
+    _, G = stream((3, 4), steps=3)
+    F = full_statistic(G, EPS)
+    root = spectral_power(F, 0.5)
+    of_root = cosine(torch.kron(*nearest_kronecker(root, (3, 4))), root)
+    rooted = cosine(product(*nearest_kronecker(F, (3, 4))).power(0.5).dense(), root)
+    assert rooted < of_root - 1e-3
+
+
+def test_shampoo_half_is_exact_for_kronecker_noise_in_the_limit_and_caspr_is_not():
+    angles = []
+    for steps in (100, 10_000):
+        G = kronecker_stream((3, 4), steps, seed=1)
+        root = spectral_power(full_statistic(G, 1e-9), 0.5)
+        sides = axis_statistics(G, 1e-9)
+        angles.append([1 - cosine(X.dense(), root) for X in (shampoo_half(*sides), combined(*sides, 2))])
+    assert angles[1][0] < angles[0][0] / 10
+    assert angles[1][0] < 1e-3
+    assert angles[1][1] > 1e-2  # biased, however many gradients there are
+
+
+def test_gap():
+    a = torch.diag(torch.tensor([1.0, 2.0]).double())
+    assert loewner_gap(2 * a, a, 4.0) == pytest.approx(0.25)
+    assert loewner_gap(a, 2 * a, 4.0) == pytest.approx(-0.5)

@@ -1,0 +1,217 @@
+"""Online convex problems, the learners on them, every inequality of the regret bound, and where each stops holding."""
+
+import math
+
+import pytest
+import torch
+from references.kronecker import damped, preconditioner, spectral_power
+from references.stream import full_matrix, low_rank_stream, random_stream, statistics
+
+from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.theory import problems, regret
+from caspr_cli.theory.learners import DEPARTURES, METHODS, Diagonal, Full, Kronecker, Method
+from caspr_cli.theory.online import RUNGS, Match, ladder, of_theorem, play, scale_of, traces
+from caspr_cli.theory.problems import (
+    LINEAR,
+    SIGMOID,
+    SOFTMAX,
+    SQUARES,
+    Problem,
+    best_in_hindsight,
+    forgetting,
+    least_squares,
+)
+from caspr_cli.theory.regret import ordered
+
+EPS = torch.tensor(1e-3, dtype=torch.float64)
+ORDERS = [1, 2, 3, math.inf]
+
+
+def targets(loss, m, samples, seed):
+    drawn = random_stream(m, samples, steps=1, seed=seed)[0]
+    if loss is SOFTMAX:
+        return torch.softmax(drawn, 0)
+    if loss is SIGMOID:
+        return torch.where(drawn > 1, torch.nan, torch.sigmoid(drawn))
+    return drawn
+
+
+def problem(rank=2, rounds=30, seeds=(0, 1), condition=1e2):
+    return least_squares(
+        "p", "", shape=(3, 4), samples=rank, spectra=(condition, 1), rounds=rounds, seeds=list(seeds)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [SQUARES, SOFTMAX, SIGMOID, LINEAR], ids=lambda loss: loss.name)
+def test_slopes_and_curvatures_are_the_derivatives_of_the_values(loss):
+    Z, Y = random_stream(3, 4, steps=1, seed=1)[0].requires_grad_(), targets(loss, 3, 4, seed=2)
+    (slope,) = torch.autograd.grad(loss.value(Z, torch.where(torch.isnan(Y), torch.sigmoid(Z.detach()), Y)), Z)
+    assert torch.allclose(loss.slope(Z, Y), slope)  # at its own prediction a target has no slope: as if unobserved
+    assert torch.isfinite(loss.value(Z, Y))
+    one, y = Z.detach()[:, :1], Y[:, :1]
+    hessian = torch.autograd.functional.hessian(lambda z: loss.value(z, y), one).reshape(3, 3)
+    assert torch.allclose(loss.curvature(one.mT, y.mT)[0], hessian, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [SQUARES, SOFTMAX, SIGMOID], ids=lambda loss: loss.name)
+def test_the_best_in_hindsight_has_no_slope_and_the_least_length(loss):
+    X = torch.stack(random_stream(4, 2, steps=30, seed=3))
+    X[:, 3] = X[:, 2]  # of two equal features only the sum of weights matters
+    Y = torch.stack([targets(loss, 3, 2, seed=10 + t) for t in range(30)])
+    best = best_in_hindsight(loss, X, Y)
+    slope = sum(loss.slope(best @ x, y) @ x.mT for x, y in zip(X, Y, strict=True))
+    assert slope.abs().max() < 1e-7
+    assert torch.allclose(best[:, 2], best[:, 3])
+    if loss is SQUARES:
+        x, y = (part.movedim(0, 1).flatten(1) for part in (X, Y))
+        assert torch.allclose(best, y @ torch.linalg.pinv(x))
+    if loss is SOFTMAX:
+        assert best.sum(0).abs().max() < 1e-9  # a number added to all rows changes nothing
+
+
+def test_a_best_that_is_not_reached_is_none(monkeypatch):
+    monkeypatch.setattr(problems, "NEWTON_STEPS", 2)
+    X, Y = torch.tensor([[[1.0, -1.0]]]).double(), torch.tensor([[[0.99, 0.01], [0.01, 0.99]]]).double()
+    with pytest.raises(ValueError, match="no best W"):
+        best_in_hindsight(SOFTMAX, X, Y)
+
+
+def seen(learner, gradients):
+    for G in gradients:
+        learner.see(G)
+    return learner
+
+
+def check(learner, X, G):
+    """All faces of a learner against its preconditioner as the references have it."""
+    size = torch.linalg.matrix_norm(X)
+    assert torch.linalg.matrix_norm(learner.dense() - X) < 1e-9 * size
+    assert torch.allclose(learner.trace(), torch.trace(X))
+    assert torch.allclose(X @ learner.update(G).flatten(), G.flatten(), atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kronecker_learners_are_the_references(order):
+    gradients = low_rank_stream(3, 4, 2, steps=6, seed=4)
+    sides = [damped(side, float(EPS), "absolute") for side in statistics(gradients, "accumulate", 0.0)]
+    learner = seen(Kronecker(torch.Size((3, 4)), EPS, order), gradients)
+    check(learner, preconditioner(sides, order), gradients[-1])
+
+
+def test_full_and_diagonal_learners_are_the_references():
+    gradients = random_stream(3, 4, steps=6, seed=5)
+    F = full_matrix(gradients, float(EPS))
+    check(seen(Full(torch.Size((3, 4)), EPS), gradients), spectral_power(F, 1 / 2), gradients[-1])
+    check(seen(Diagonal(torch.Size((3, 4)), EPS), gradients), torch.diag(F.diagonal().sqrt()), gradients[-1])
+
+
+@pytest.mark.parametrize(("optimizer", "order"), [(CASPR, 2), (Shampoo, math.inf)])
+def test_a_match_is_played_as_the_library_s_optimizer_would(optimizer, order):
+    one = problem(seeds=(3,))
+    W = torch.nn.Parameter(torch.zeros_like(one.best[0]))
+    settings = {"betas": (0.0, 0.9), "statistics": "accumulate", "damping": "absolute", "graft": "none"}
+    eps = 1e-6 * scale_of(one).item()
+    library = optimizer([W], lr=0.3, eps=eps, interval=1, start_step=1, **settings)
+    match = Match(one, Method("", "", order), torch.full((1, 1), 0.3, dtype=torch.float64))
+    for t in range(one.rounds):
+        _, G = one.play(t, W.detach()[None, None])
+        W.grad = G[0, 0]
+        library.step()
+        match.round()
+        assert torch.allclose(match.W[0, 0], W, rtol=1e-6, atol=1e-7)
+
+
+def test_regret_is_counted_as_it_is_defined():
+    one = problem()
+    eta = torch.full((2, 1), 0.2, dtype=torch.float64)
+    match, paid = Match(one, METHODS[2], eta), torch.zeros(2, 1)
+    for t in range(one.rounds):
+        paid = paid + ((match.W @ one.X[:, None, t] - one.Y[:, None, t]) ** 2).sum((-2, -1)) / 2
+        match.round()
+    best = ((one.best[:, None] @ one.X - one.Y) ** 2).sum((1, 2, 3)) / 2
+    assert torch.allclose(play(one, METHODS[2], eta).at_end, paid - best[:, None])
+
+
+@pytest.mark.parametrize("learner", [Full, Kronecker], ids=lambda c: c.__name__)
+def test_projections_are_the_nearest_in_their_norm(learner):
+    shape = torch.Size((3, 4))
+    made = learner(shape, EPS) if learner is Full else learner(shape, EPS, 2)
+    seen(made, random_stream(3, 4, steps=3, seed=6))
+    W, radius = random_stream(3, 4, steps=1, seed=7)[0], torch.tensor(1.0, dtype=torch.float64)
+    V, X = made.projected(W, radius), made.dense()
+    assert torch.linalg.matrix_norm(V).item() == pytest.approx(1, abs=1e-9)
+    pull = (X @ (W - V).flatten()).reshape(shape)  # = nu V with nu >= 0
+    assert torch.allclose(pull, (pull * V).sum() * V, atol=1e-8)
+    assert (pull * V).sum() > 0
+    assert torch.allclose(made.projected(W / 10, radius), W / 10)  # inside, nothing happens
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_every_inequality_of_the_bound(method, rank):
+    one = problem(rank)
+    eta, radius = of_theorem(one, method)
+    for scale, ball in ((1, radius), (0.1, None), (3, None)):
+        found = ladder(one, method, scale * eta, ball)
+        assert ordered([found.rungs[name] for name in RUNGS])
+        assert found.growth.min() > -1e-9
+        assert found.sums.max() <= 1
+    kept = play(one, method, eta, radius)
+    limit = math.sqrt(2 * kept.rank) * 2 * radius[:, 0] * kept.sizes[:, 0, -1]
+    assert (kept.distance <= 2 * radius * (1 + 1e-9)).all()
+    assert (kept.at_end[:, 0] <= limit).all()
+
+
+def test_traces_stand_in_the_order_of_the_chain():
+    assert ordered(list(traces(problem(), [1.0, 2.0, 3.0, math.inf]).unbind(1)))
+
+
+# What does not hold.
+
+
+def test_false_that_the_step_of_the_theorem_keeps_its_distance():
+    """eta = D / sqrt(2 r) with D = 2 ||W*|| takes full-matrix Adagrad further than D where nothing holds it."""
+    one = problem()
+    eta, radius = of_theorem(one, METHODS[0])
+    assert (play(one, METHODS[0], eta).distance > 2 * radius).all()
+
+
+def test_false_that_the_preconditioner_of_an_average_grows():
+    average = next(m for m in DEPARTURES if m.name == "average")
+    found = ladder(problem(), average, *of_theorem(problem(), average))
+    assert (found.growth < -1e-3).any()
+
+
+def test_false_for_averages_that_regret_is_below_the_bound():
+    one = forgetting(600)
+    for method, above in ((Method("", "", 2), False), (Method("", "", 2, beta=0.9), True)):
+        runs = play(one, method, *of_theorem(one, method))
+        assert bool(runs.at_end > math.sqrt(2) * runs.distance * runs.sizes[..., -1]) is above
+
+
+def test_false_for_old_roots_that_the_sum_is_below_its_bound():
+    """A gradient in a direction that the roots have not seen is divided by eps^(1/2) alone."""
+    Y = torch.zeros(1, 4, 2, 1, dtype=torch.float64)
+    Y[0, 0, 0], Y[0, 1:, 1] = 1, 1
+    one = Problem("", "", LINEAR, torch.ones(1, 4, 1, 1).double(), Y, torch.full((1, 2, 1), -1.0).double())
+    eta = torch.ones(1, 1, dtype=torch.float64)
+    assert ladder(one, Method("", "", 2), eta).sums < 1
+    assert ladder(one, Method("", "", 2, interval=10), eta).sums > 10
+
+
+def test_a_run_that_is_lost_has_infinite_regret_and_harms_no_other():
+    one = problem()
+    stale = Method("", "", 1, interval=10)
+    eta = torch.tensor([[1e9, 1e-3]] * 2, dtype=torch.float64)
+    runs = play(one, stale, eta)
+    assert torch.isinf(runs.at_end[:, 0]).all()
+    assert torch.allclose(runs.at_end[:, 1], play(one, stale, eta[:, 1:]).at_end[:, 0])
+
+
+def test_the_answer_holds_and_is_the_same_each_time():
+    first, second = (regret.answer(quick=True, seed=4) for _ in range(2))
+    assert first == second
+    assert all(held for _, held in first.holds)
+    assert len(first.fails) == 3
+    assert "words" in {row["problem"] for row in first.sheets[0].rows}
+    assert all(row["ratio"] >= 1 for row in first.sheets[1].rows)
