@@ -1,4 +1,7 @@
-"""``caspr-report``: what the records say, with error bars. Reads files alone: no torch, no Hydra."""
+"""``caspr-report``: what the records say, with error bars. Reads files alone: no torch, no Hydra.
+
+What takes long to import is imported where it is used: there main() is ready for Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from caspr_cli import __version__
-from caspr_cli.report import formats, packed, records, terminal
 from caspr_cli.report.errors import ReportError, nearest
-from caspr_cli.report.files import write_whole
-from caspr_cli.report.model import Run, Table
-from caspr_cli.report.tables import tables
-from caspr_cli.report.words import count, listed
+
+if TYPE_CHECKING:
+    from caspr_cli.report.model import Run, Table
 
 OK, BAD_USAGE, INTERRUPTED = 0, 2, 130  # as those of caspr-train
 WIDTH = 120  # where no terminal says its own
@@ -63,6 +64,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         match = re.fullmatch(r"argument (--\S+): (.*)", message.replace("'", ""))
+        if match and match[2].startswith("ignored explicit argument"):
+            raise ReportError(f"{match[1]} takes no value")
         raise ReportError(f"{match[1]}: {match[2]}" if match else message)
 
 
@@ -129,6 +132,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ReportError: one line for the user.
     """
+    from caspr_cli.report import records
+    from caspr_cli.report.words import listed
+
     found = records.find(args.paths)
     for line in found.warnings[:SHOWN]:
         print(f"warning  {line}", file=sys.stderr)
@@ -140,22 +146,34 @@ def run(args: argparse.Namespace) -> None:
 
 
 def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    from caspr_cli.report import terminal
+
     print("\n".join(terminal.listing(runs)))
 
 
 def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    from caspr_cli.report import terminal
+    from caspr_cli.report.words import count
+
     if len(runs) > 1:
         raise ReportError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
     print("\n".join(terminal.record_lines(runs[0])))
 
 
 def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    from caspr_cli.report import packed
+    from caspr_cli.report.files import write_whole
+    from caspr_cli.report.words import count
+
     content = packed.pack(runs, args.paths)
     write_whole(args.to[0], content)
     print(f"wrote    {args.to[0]}: {count(len(runs), 'record')}, {len(content) / 1000:,.0f} kB")
 
 
 def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    from caspr_cli.report import packed
+    from caspr_cli.report.words import count
+
     if outside := [path for path in args.paths if not path.is_file()]:
         raise ReportError(f"unpack {outside[0]}: is no packed file")
     written, there = packed.unpack(runs, args.to[0])
@@ -164,6 +182,10 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """What is made of tables: compare, profile, curves."""
+    from caspr_cli.report import formats
+    from caspr_cli.report.files import write_whole
+    from caspr_cli.report.tables import tables
+
     made = tables(runs, baseline=args.baseline, tuned=args.tuned, wanted=dict(args.target))
     quiet = args.what == "compare" and args.json
     out = sys.stderr if quiet else sys.stdout
@@ -180,6 +202,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def _compared(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
+    from caspr_cli.report import terminal
+
     return terminal.compared(made, runs, args.paths, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
@@ -191,7 +215,9 @@ def _profiled(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Tabl
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """The files to write for one name: several for figures of which there is one for each table."""
-    command = shlex.join(["caspr-report", *sys.argv[1:]])
+    from caspr_cli.report import formats, packed
+
+    command = packed.printable(shlex.join(["caspr-report", *sys.argv[1:]]))
     if file.suffix == ".html":
         from caspr_cli.report.page import compared
 
@@ -206,7 +232,8 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
         styles = look.styles(row.label for table in made for row in table.rows)
         for table in made:
-            name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{table.task}-{table.scale}-{table.data}")
+            what = re.sub(r"[^\w.-]", "_", f"{table.task}-{table.scale}-{table.data}")
+            name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
             yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
     else:
         writers: dict[str, Callable[[], str]] = {
@@ -220,24 +247,34 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
 def main() -> int:
     """Console script. Returns the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
     argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        print(HELP.format(version=__version__, suffixes=", ".join(SUFFIXES)), end="")
-        return OK
-    if "--version" in argv:
-        print(f"caspr-report {__version__}")
-        return OK
     try:
-        run(parse(argv))
-        sys.stdout.flush()
+        if "--help" in argv or "-h" in argv:
+            print(HELP.format(version=__version__, suffixes=", ".join(SUFFIXES)), end="")
+        elif "--version" in argv:
+            print(f"caspr-report {__version__}")
+        else:
+            run(parse(argv))
+        print(end="", flush=True)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
     except BrokenPipeError:  # the reader has seen enough; files may not be written yet, as | head asks
-        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
+        _leave_output()
+    except OSError as error:  # as on a full disk
+        _leave_output()
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK
+
+
+def _leave_output() -> None:
+    """What is still to be written would fail once more when Python ends."""
+    sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
 
 
 if __name__ == "__main__":

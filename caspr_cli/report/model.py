@@ -7,6 +7,12 @@ from functools import cached_property
 from typing import Any
 
 DONE = "done"
+LARGEST = 1e50  # of a metric: far beyond float32, and tests square it twice; what is larger counts as not finite
+
+
+def finite(value: float | None) -> float | None:
+    """The value of a metric; None where it is not finite."""
+    return float(value) if value is not None and abs(value) <= LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,14 @@ class Run:
     @cached_property
     def final(self) -> float | None:
         """The metric at the end of a run that is done; None where it is not done, or the value not finite."""
-        value = self.result.get("final", {}).get(self.metric) if self.state == DONE else None
-        return None if value is None else float(value)
+        value = (self.result.get("final") or {}).get(self.metric) if self.state == DONE else None
+        return finite(value)
 
     @cached_property
     def test(self) -> float | None:
-        value = self.result.get("test", {}).get(self.metric.replace("val/", "test/")) if self.state == DONE else None
-        return None if value is None else float(value)
+        name = self.metric.replace("val/", "test/")
+        value = (self.result.get("test") or {}).get(name) if self.state == DONE else None
+        return finite(value)
 
 
 @dataclass(frozen=True)

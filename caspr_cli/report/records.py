@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +13,22 @@ import yaml
 
 from caspr_cli.report import packed
 from caspr_cli.report.errors import ReportError
-from caspr_cli.report.model import DONE, Point, Run
+from caspr_cli.report.model import Point, Run
 
 MARKS = ("config.yaml", "status.json")  # either makes a directory a record
 SKIPPED = {".sweep", "checkpoints"}
-NEEDED = ("task.name", "optim.name", "seed", "task.target.metric")
 HOW = "caspr-train makes records, as: caspr-train -m optim=caspr,adamw seed=0,1,2"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is
+FAST = 16_000  # bytes; libyaml's recursion, with a level a byte at most, ends the process in longer ones
+NO_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)  # PyYAML's own, too
+LONGEST = 1_000_000  # bytes; a recipe has a thousand
 
 
 @dataclass
@@ -82,7 +90,7 @@ def read(path: Path, warnings: list[str]) -> Run:
     config = _config(path / "config.yaml")
     status = _object(path / "status.json")  # before the result, which is written first
     result = _object(path / "result.json")
-    if status.get("state") == DONE and not isinstance(result.get("final"), dict):
+    if packed.lost(status, result):
         raise UnreadableError(f"{path / 'result.json'}: missing or damaged, though the run is done: left out")
     try:
         provenance = _object(path / "provenance.json")
@@ -90,26 +98,33 @@ def read(path: Path, warnings: list[str]) -> Run:
         warnings.append(f"{reason}: where the run came from is not known".replace(": left out", ""))
         provenance = {}
     curve = _curve(path / "metrics.jsonl", config["task.target.metric"], warnings)
-    return Run(str(path), config, status, result, provenance, curve)
+    return Run(packed.encodable(str(path)), config, status, result, provenance, curve)
 
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        plain = yaml.load(file.read_bytes(), Loader=LOADER)
+        content = file.read_bytes()
+        if len(content) > LONGEST:
+            raise UnreadableError(f"{file}: is too long for a recipe: left out")
+        plain = yaml.load(content, Loader=LOADER if len(content) <= FAST else yaml.SafeLoader)
+        config = flat(plain) if isinstance(plain, dict) else {}
     except FileNotFoundError:
         raise UnreadableError(f"{file}: not there (yet): left out") from None
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}:" if where else ""
         raise UnreadableError(f"{file}:{line} is no YAML: left out") from error
-    config = flat(plain) if isinstance(plain, dict) else {}
-    if missing := [key for key in NEEDED if config.get(key) is None]:
-        raise UnreadableError(f"{file}: has no {missing[0]}: left out")
-    if not isinstance(config["seed"], int):
-        raise UnreadableError(f"{file}: seed is no integer: left out")
-    return config
+    return _part(file, config)
+
+
+def _part(file: Path, content: Any) -> dict[str, Any]:
+    """Of a record, with the shape that it should have."""
+    try:
+        return packed.part(file.stem, content)
+    except packed.DamagedError as reason:
+        raise UnreadableError(f"{file}: {reason}: left out") from reason
 
 
 def flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,11 +146,9 @@ def _object(file: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{file}: is no JSON: left out") from error
-    if not isinstance(content, dict):
-        raise UnreadableError(f"{file}: is no JSON object: left out")
-    return content
+    return _part(file, content)
 
 
 def _curve(file: Path, metric: str, warnings: list[str]) -> tuple[Point, ...]:
@@ -153,19 +166,10 @@ def _curve(file: Path, metric: str, warnings: list[str]) -> tuple[Point, ...]:
             continue
         try:
             entry = json.loads(line)
-            point = Point(int(entry["step"]), number_or_none(entry.get("time/seconds")), number_or_none(entry[metric]))
-        except (ValueError, KeyError, TypeError):
+            point = packed.point(entry["step"], entry.get("time/seconds"), entry[metric])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines):  # the last one may be half-written
                 warnings.append(f"{file}: line {number} cannot be read: left out of the curve")
             continue
         points[point.step] = point
     return tuple(points[step] for step in sorted(points))
-
-
-def number_or_none(value: Any) -> float | None:
-    """Not finite is None, as in records.
-
-    Raises:
-        TypeError: it is no number.
-    """
-    return None if value is None or not math.isfinite(value) else float(value)

@@ -175,8 +175,10 @@ def sparkline(curve: Sequence[Point], most: int = 40) -> str:
     finite = [point.value for point in points if point.value is not None]
     if not finite:
         return ""
-    low, span = min(finite), max(finite) - min(finite)
+    unit = max(map(abs, finite)) or 1.0  # their difference can be more than a float holds
+    low, span = min(finite) / unit, (max(finite) / unit - min(finite) / unit)
     top = len(BARS) - 1
     return "".join(
-        "×" if p.value is None else BARS[round(top * (p.value - low) / span)] if span else BARS[0] for p in points
+        "×" if p.value is None else BARS[round(top * (p.value / unit - low) / span)] if span else BARS[0]
+        for p in points
     )

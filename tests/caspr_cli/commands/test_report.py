@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["cmpare"], "cmpare: no such command. Did you mean compare?"),
         (["compare", "--jsn"], "--jsn is no flag of compare. Did you mean --json?"),
         (["list", "--json"], "--json is no flag of list."),
+        (["compare", "--json=1"], "--json takes no value"),
         (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["compare", "--baseline", "adamv"], "--baseline adamv: no row is called so. Did you mean adamw? (rows: "),
@@ -180,6 +182,39 @@ def test_another_target_and_a_profile(
     assert "caspr" in out
 
 
+def test_output_that_is_not_utf_8_has_question_marks_and_files_are_whole(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    assert call(monkeypatch, "compare", "--to", "x.md") == 0
+    assert b" ? 0.0200 " in out.getvalue()
+    assert " ± 0.0200 " in Path("x.md").read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize("to", ["x.md", "x.tex", "x.csv"])
+def test_a_value_of_several_lines_breaks_no_line_of_a_file(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    for k in (1, 2):
+        write(run("caspr", 7, 4.0, optim__note=f"{k}\nEVIL"), Path("outputs/c4_lm/odd", str(k)))
+    assert call(monkeypatch, "compare", "outputs", "--to", to) == 0
+    text = Path(to).read_text(encoding="utf8")
+    assert "note=1 EVIL" in text
+    assert not any(line.startswith("EVIL") for line in text.splitlines())
+
+
+@pytest.mark.slow
+def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run(task__name="../evil/x"), Path("outputs/odd"))
+    assert call(monkeypatch, "curves", "outputs/odd", "outputs/vit", "--to", "c.svg") == 0
+    assert sorted(path.name for path in Path().glob("*.svg")) == [
+        "c-.._evil_x-sample-sample.svg", "c-vit-sample-sample.svg",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "curves", "--over", "seconds", "--to", "c.svg") == 0
@@ -207,6 +242,26 @@ def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
     command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("what", ["compare", "--help"])
+def test_a_full_disk_is_said_in_a_line(study: Path, what: str) -> None:
+    command = [sys.executable, "-m", "caspr_cli.commands.report", what]
+    with open("/dev/full", "w", encoding="utf8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:
+    """Nothing slow comes before main()."""
+    program = (
+        "import sys; from caspr_cli.commands import report; "
+        "print({name.partition('.')[0] for name in sys.modules} & {'numpy', 'scipy', 'yaml', 'matplotlib'})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf
 from caspr_cli.report import packed, records
 from caspr_cli.report.errors import ReportError
-from caspr_cli.report.model import Run
+from caspr_cli.report.formats import as_json
+from caspr_cli.report.model import Point, Run
 from caspr_cli.report.tables import tables
+from caspr_cli.report.terminal import sparkline
 from caspr_cli.runs.launch import plan
 from caspr_cli.runs.record import Record
 
@@ -48,7 +52,13 @@ def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_pa
         ({"config.yaml": "task: {name: c4_lm}"}, False, "config.yaml: has no optim.name: left out"),
         ({"config.yaml": "- 1"}, False, "config.yaml: has no task.name: left out"),
         ({"status.json": '{"sta'}, False, "status.json: is no JSON: left out"),
-        ({"status.json": "[]"}, False, "status.json: is no JSON object: left out"),
+        ({"config.yaml": f"a: {'1' * 5000}"}, False, "config.yaml: is no YAML: left out"),
+        ({"config.yaml": "[" * 100_000}, False, "config.yaml: is no YAML: left out"),
+        ({"config.yaml": "a: !!timestamp x"}, False, "config.yaml: is no YAML: left out"),
+        ({"config.yaml": "#" * 1_000_001}, False, "config.yaml: is too long for a recipe: left out"),
+        ({"status.json": "[]"}, False, "status.json: status is no mapping: left out"),
+        ({"status.json": "[" * 100_000}, False, "status.json: is no JSON: left out"),
+        ({"status.json": f'{{"a": {"[" * 400 + "]" * 400}}}'}, False, "status.json: a is nested too deeply: left out"),
         ({"result.json": None}, False, "result.json: missing or damaged, though the run is done: left out"),
         ({"result.json": "{"}, False, "result.json: is no JSON: left out"),
         ({"provenance.json": "{"}, True, "provenance.json: is no JSON: where the run came from is not known"),
@@ -56,6 +66,21 @@ def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_pa
             {"metrics.jsonl": '{"val/loss": x}\n{"step": 1, "val/loss": 2.0}\n'},
             True,
             "metrics.jsonl: line 1 cannot be read",
+        ),
+        *(
+            (
+                {"metrics.jsonl": f'{line}\n{{"step": 1, "val/loss": 2.0}}\n'},
+                True,
+                "metrics.jsonl: line 1 cannot be read",
+            )
+            for line in (
+                '{"step": 1e999, "val/loss": 2.0}',
+                f'{{"step": {10**400}, "val/loss": 2.0}}',
+                '{"step": 1, "val/loss": "low"}',
+                '["val/loss"]',
+                '"val/loss" ' + "[" * 100_000,
+                "[" * 100_000 + '"val/loss"',
+            )
         ),
     ],
 )
@@ -105,6 +130,113 @@ def test_a_file_that_the_system_will_not_open_is_said(tmp_path: Path, name: str)
 def test_a_path_that_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="nowhere: no such file or directory"):
         records.find([tmp_path / "nowhere"])
+
+
+SHAPELESS: list[tuple[str, str, object, str]] = [  # part, key, what is there, what is said
+    ("config", "optim.lr", 10**400, "optim.lr is neither text, list nor a number in range"),
+    ("config", "task.name", ["c4_lm"], "task.name is no text"),
+    ("config", "task.name", "", "has no task.name"),
+    ("config", "task.target.value", [4.5], "task.target.value is no number"),
+    ("config", "task.target.value", math.inf, "task.target.value is no number"),
+    ("config", "seed", "x", "seed is no integer"),
+    ("config", "search.trials", "many", "search.trials is no integer"),
+    ("config", "optim.lr.first", 1, "optim.lr is a value and a group"),
+    ("status", "host", 7, "host is no text"),
+    ("status", "step", "last", "step is no integer"),
+    ("result", "final", None, ", though the run is done"),
+    ("result", "final", "low", "final is no mapping of numbers"),
+    ("result", "final", [4.0], "final is no mapping of numbers"),
+    ("result", "final", {"val/loss": "low"}, "final is no mapping of numbers"),
+    ("result", "final", {"val/loss": 10**400}, "val/loss is neither text, list nor a number in range"),
+    ("result", "test", {"test/loss": []}, "test is no mapping of numbers"),
+    ("result", "seconds", "long", "seconds is no number"),
+    ("result", "target", [4.5], "target is no mapping"),
+    ("result", "target", {"value": 4.5, "step": 9, "seconds": "x"}, "target.seconds is no number"),
+    ("result", "target", {"value": "x"}, "target.value is no number"),
+]  # fmt: skip
+# Where a run came from is no reason to leave it out.
+ORIGINS: list[tuple[str, object, str]] = [
+    ("code", "abc", "code is no mapping"),
+    ("command", "caspr-train", "command is no list"),
+    ("data", {"hash": ["a"]}, "data.hash is no text"),
+    ("device", {"threads": "two"}, "device.threads is no integer"),
+    ("machine", {"host": 1}, "machine.host is no text"),
+]
+
+
+def damaged(part: str, key: str, value: object) -> Run:
+    made = run(seed=1)
+    content = dict(getattr(made, part)) | {key: value}
+    return replace(made, **{part: content})
+
+
+@pytest.mark.parametrize(("part", "key", "value", "said"), SHAPELESS)
+def test_a_record_of_another_shape_is_left_out_and_the_others_count(
+    tmp_path: Path, part: str, key: str, value: object, said: str
+) -> None:
+    write(run(seed=0), tmp_path / "good/seed0")
+    made = damaged(part, key, value)
+    path = write(run(seed=1), tmp_path / "bad/seed1")
+    if part == "config":  # dotted keys are keys too
+        (path / "config.yaml").write_text(json.dumps(made.config), encoding="utf8")
+    else:
+        (path / f"{part}.json").write_text(json.dumps(getattr(made, part)), encoding="utf8")
+    found = records.find([tmp_path])
+    assert [each.seed for each in found.runs] == [0]
+    (warning,) = found.warnings
+    assert warning.startswith(str(path / part))
+    assert warning.endswith(f"{said}: left out")
+
+
+@pytest.mark.parametrize(("key", "value", "said"), ORIGINS)
+def test_a_record_that_does_not_say_where_it_came_from_counts(
+    tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    path = write(run(provenance={key: value}), tmp_path / "a/seed0")
+    found = records.find([tmp_path])
+    assert [each.provenance for each in found.runs] == [{}]
+    assert found.warnings == [f"{path / 'provenance.json'}: {said}: where the run came from is not known"]
+
+
+def test_a_run_without_test_values_counts(tmp_path: Path) -> None:
+    write(damaged("result", "test", None), tmp_path / "a/seed1")
+    (read,) = records.find([tmp_path]).runs
+    assert (read.final, read.test) == (4.0, None)
+
+
+def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path: Path) -> None:
+    """Its spread would be infinite, and the row's numbers no JSON; a run that ended so is one that diverged."""
+    for seed, value in enumerate((4.0, 4.1, 1e308, -1e51, 1e49)):
+        write(run(seed=seed, final=value), tmp_path / f"a/seed{seed}")
+    runs = records.find([tmp_path]).runs
+    assert [each.final for each in runs] == [4.0, 4.1, None, None, 1e49]
+    assert [each.test for each in runs] == [4.1, 4.1 + 0.1, None, None, 1e49]
+    assert [each.curve[-1].value for each in runs] == [4.0, 4.1, None, None, 1e49]
+    assert json.loads(as_json(tables(runs)))[0]["n"] == 3
+
+
+def test_texts_are_read_as_they_can_be_written(tmp_path: Path) -> None:
+    """On one line, as LaTeX's comments and Markdown's tables need it, and of letters that UTF-8 has."""
+    made = run(state="failed", optim__note="a\n  b\x1b[31m c", provenance={"python": "3\n11"})
+    made.status["error"] = "first \ud800\n    second"
+    path = write(made, tmp_path / "a/seed0")
+    (read,) = records.find([tmp_path]).runs
+    assert read.config["optim.note"] == "a b\ufffd[31m c"
+    assert read.provenance["python"] == "3 11"
+    assert read.provenance["code"]["diff"] == "- a\n+ b\n"
+    assert read.status["error"] == "first \ufffd\n    second"
+    pack = tmp_path / "p.jsonl.gz"
+    pack.write_bytes(packed.pack([read], [tmp_path]))
+    assert records.find([pack]).runs[0].status["error"] == read.status["error"]
+    os.rename(path, os.fsencode(path) + b"\xff")
+    packed.pack(records.find([tmp_path / "a"]).runs, [tmp_path])
+
+
+def test_a_sparkline_has_room_for_the_largest_numbers() -> None:
+    curve = [Point(1, None, 1e308), Point(2, None, 0.0), Point(3, None, -1e308), Point(4, None, None)]
+    assert sparkline(curve) == "█▅▁×"
+    assert sparkline([Point(1, None, 0.0), Point(2, None, 5e-324)]) == "▁█"
+    assert sparkline([Point(1, None, 0.0)]) == "▁"
 
 
 # ---- packed ------------------------------------------------------------------------------------------------------
@@ -165,9 +297,44 @@ def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
     assert entry["curve"][0] == [100, 10.0, 5.0]
 
 
+def spoilt(part: str, key: str, value: object) -> bytes:
+    """A pack of two records, one of them damaged in the file alone."""
+    first, good, bad = gzip.decompress(packed.pack([run(seed=0), run(seed=1)], [])).decode().splitlines()
+    entry = json.loads(bad)
+    entry[part] = entry[part] | {key: value} if key else value
+    return gzip.compress("\n".join([first, good, json.dumps(entry)]).encode())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        *SHAPELESS,
+        *(("provenance", *each) for each in ORIGINS),
+        ("config", "", {}, "has no task.name"),
+        ("config", "", [], "config is no mapping"),
+        ("status", "", None, "status is no mapping"),
+        ("result", "", {}, "has no result, though the run is done"),
+        ("result", "final", {"val/loss": math.nan}, "final is no mapping of numbers"),
+        ("curve", "", [[1, 2.0]], ""),
+        ("curve", "", [["1", None, 2.0]], "a validation has other values than numbers"),
+        ("curve", "", [[1, None, "x"]], "a validation has other values than numbers"),
+        ("path", "", 3, ""),
+    ],
+)
+def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: str, value: object, said: str) -> None:
+    pack = tmp_path / "x.jsonl.gz"
+    pack.write_bytes(spoilt(part, key, value))
+    with pytest.raises(ReportError) as caught:
+        records.find([pack])
+    assert str(caught.value).startswith(f"{pack}: line 3 is no record")
+    assert str(caught.value).endswith(said)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (gzip.compress(b"[" * 100_000), "cannot be read"),
+        (gzip.compress(b'{"caspr-report": "records", "version": 1}\n' + b"[" * 100_000), "line 2 is no record"),
         (b"hello", "cannot be read"),
         (gzip.compress(b'{"a": 1}\n'), "line 1: is not what caspr-report pack of this version writes"),
         (gzip.compress(b'{"caspr-report": "records", "version": 1}\n{"path": "x"}\n'), "line 2 is no record"),
