@@ -15,7 +15,7 @@ from caspr_cli.runs.processes import LAUNCHER, workers
 from caspr_cli.runs.record import RUNNING, Record
 
 # What gloo, NCCL and the store in which ranks meet say; they have no exceptions of their own for it.
-HUNG = re.compile(r"timed out (waiting|after)|wait timeout after|socket timeout", re.IGNORECASE)
+HUNG = re.compile(r"timed out (waiting|after)|wait timeout after|socket timeout|application timeout", re.IGNORECASE)
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused|likely closed)|broken pipe|connectfullmesh|failed to recv|ncclremoteerror"
     r"|remote process exit|could not connect",

@@ -57,7 +57,7 @@ def finish(process: subprocess.Popen[str], expect: int) -> str:
 
 def rows(out: str) -> dict[int, str]:
     """The table's lines by job."""
-    table = out[out.rindex("sweep  ") :].splitlines()[2:]
+    table = out[out.rindex("sweep  ") :].partition("\nnext  ")[0].splitlines()[2:]
     return {int(line.split()[0]): line for line in table}
 
 
