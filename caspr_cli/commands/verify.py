@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,11 @@ from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
 OPTIMIZERS = ("caspr", "adamw")
-DEFAULTS = {"seed": 0, "seeds": 3, "optim": "caspr"}  # of flags that have one
+# What is assumed of large models: see caspr_cli.theory.cost.answer.
+ASSUMED = {
+    "tokens": 4e6, "efficiency": 0.7, "mfu": 0.4, "float32": 67.0, "bfloat16": 989.0, "memory": 3.35, "network": 50.0
+}  # fmt: skip
+DEFAULTS = {"seed": 0, "seeds": 3, "optim": "caspr", "model": "c4_lm", **ASSUMED}  # of flags that have one
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ QUESTIONS = {
     "order": Question("full-matrix Adagrad <= order 1 <= CASPR <= ... <= Shampoo, on recorded gradients", LAYERS),
     "approximation": Question("how near each preconditioner comes to the full-matrix one, over training", LAYERS),
     "regret": Question("online convex problems: regret of all, against the bounds", ("seeds",)),
+    "roots": Question("inverse roots: error, steps, time and memory, predicted and measured", ("seeds",)),
+    "cost": Question(
+        "FLOPs, bytes and time of a step: here, and on paper for large models", ("model", "batch", *ASSUMED)
+    ),
 }
 ALL = "all"
 
@@ -65,6 +73,11 @@ and, for {task},
   --task NAME          gradients of this task alone: {tasks}
   --parameter TEXT     its layers with this in their names, of at most 1,024 numbers
   --optim NAME         gradients along the path of {optims} (default: caspr)
+and, for cost,
+  --model NAME         the task whose model is costed, at its sample scale (default: c4_lm); --batch N samples a step
+  --tokens N           in a step of the large models (default: 4e6), trained at --mfu (0.4) of a GPU's peak
+  --float32, --bfloat16, --memory, --network, --efficiency    of a GPU, in TFLOP/s, TB/s, GB/s and as a share of these
+                       (defaults: an H100's data sheet, and 0.7)
 results
   --to DIR             Markdown, JSON, CSV and SVG (default: {outputs}/<question>)
   --json               the answer, with nothing else on standard output
@@ -89,7 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--to", type=Path, default=OUTPUTS if what == ALL else OUTPUTS / what)
     parser.add_argument("--seed", type=natural, default=DEFAULTS["seed"])
     for flag in flags:
-        parser.add_argument(f"--{flag}", type=positive if flag == "seeds" else str, default=DEFAULTS.get(flag))
+        parser.add_argument(f"--{flag}", type=kind_of(flag), default=DEFAULTS.get(flag))
     known = [flag for action in parser._actions for flag in action.option_strings]
     args, unknown = parser.parse_known_args(argv[1:])
     if unknown:
@@ -100,6 +113,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.what, args.questions = what, tuple(QUESTIONS) if what == ALL else (what,)
     _check_directory(args.to)
     return args
+
+
+def kind_of(flag: str) -> Callable[[str], Any]:
+    return positive if flag in ("seeds", "batch") else float if flag in ASSUMED else str
 
 
 def natural(text: str) -> int:
@@ -150,7 +167,7 @@ def answered(name: str, args: argparse.Namespace) -> Answer:
     """What a question's module computes, with the command that asks for it and where it was asked."""
     progress, start = Progress(sys.stderr), time.monotonic()
     progress.say("importing torch")
-    options: dict[str, Any] = {flag: getattr(args, flag) for flag in QUESTIONS[name].flags}
+    options = {flag: getattr(args, flag) for flag in QUESTIONS[name].flags if hasattr(args, flag)}
     module = import_module(f"caspr_cli.theory.{name}")
     try:
         one: Answer = module.answer(quick=args.quick, seed=args.seed, say=progress.say, **options)
@@ -161,7 +178,7 @@ def answered(name: str, args: argparse.Namespace) -> Answer:
 
 def command(name: str, args: argparse.Namespace) -> str:
     """The line that asks this question alone."""
-    given = {flag: getattr(args, flag) for flag in ("seed", *QUESTIONS[name].flags)}
+    given = {flag: getattr(args, flag) for flag in ("seed", *QUESTIONS[name].flags) if hasattr(args, flag)}
     words = [word for flag, value in given.items() if value != DEFAULTS.get(flag) for word in (f"--{flag}", str(value))]
     return shlex.join(["caspr-verify", name, *(["--quick"] if args.quick else []), *words])
 

@@ -1,0 +1,223 @@
+"""What a step costs by its shapes: the formulas against the engine, and what is assumed of ranks and large models."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from caspr_cli.bench.floor import recorded
+from caspr_cli.commands import verify
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim.cost import state_bytes, step_flops
+from caspr_cli.optim.roots import newton_steps
+from caspr_cli.optim.symmetric import packed_length
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.theory import cost
+from caspr_cli.theory.cost_runs import dealt, layer, model_of, one_thread, run, stand_ins
+from caspr_cli.theory.decoders import DECODERS, NODE, Assumed, scaled
+from caspr_cli.theory.work import (
+    PASSES,
+    Machine,
+    exchanged,
+    gathered,
+    seconds,
+    share_of,
+    work_of,
+    work_of_shapes,
+)
+
+ASSUMED = Assumed(4e6, 0.7, 0.4, 67, 989, 3.35, 50)
+
+
+def meta(*shapes):
+    return stand_ins([torch.empty(shape, device="meta") for shape in shapes])
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 3}, {"block_size": 64}, {"statistics_interval": 2}, {"interval": 3}])
+@pytest.mark.parametrize("shape", [(40, 24), (160, 96), (8, 6, 3, 3)])
+def test_one_matrix_costs_what_the_docstring_says(shape, options):
+    optimizer = CASPR(meta(shape), **options)
+    work = work_of(optimizer)
+    q, b = options.get("order", 2), options.get("block_size", 1024)
+    m, n = shape[0], math.prod(shape[1:])
+    rows, columns = (-(-d // b) for d in (m, n))
+    m, n, blocks = m / rows, n / columns, rows * columns
+    if m == int(m) and n == int(n):
+        m, n = int(m), int(n)
+        packed = packed_length(m) + packed_length(n)
+        every = options.get("statistics_interval", 1)
+        statistics = 2 * m * n * (packed_length(m) / m + packed_length(n) / n) / every
+        assert work.statistics == pytest.approx(blocks * statistics)
+        assert work.apply == blocks * q * 2 * m * n * (m + n)
+        assert work.roots == pytest.approx(blocks * 25 * (m**3 + n**3) / options.get("interval", 10))
+        assert work.traffic == blocks * 4 * (2 * packed / every + q * (m * m + n * n))
+        assert work.entries == blocks * 4 * PASSES * m * n
+        assert work.factors == blocks * 4 * (packed + m * m + n * n)
+        assert work.moments == blocks * 8 * m * n
+    assert (work.statistics, work.apply, work.roots) == tuple(
+        step_flops(optimizer)[k] for k in ("statistics", "apply", "roots")
+    )
+
+
+@pytest.mark.parametrize(("optimizer", "p"), [(CASPR, 4), (Shampoo, 4), (FullAdagrad, 2)])
+def test_newton_s_work_has_the_exponent_of_the_optimizer(optimizer, p):
+    work = work_of(optimizer(meta((12, 12)), interval=5, eps=1e-4))
+    cubes = 2 * 12**3 if optimizer is not FullAdagrad else 144**3
+    products = {2: 3, 4: 4}[p]
+    assert work.newton == pytest.approx(2 * products * newton_steps(1e4 + 1, p) * cubes / 5)
+
+
+@pytest.mark.parametrize("shapes", [[(40, 24)], layer(64), [(300, 500), (8, 6, 3, 3)]])
+def test_state_is_that_of_real_steps(shapes):
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for matrix in matrices:
+        matrix.grad = torch.randn(matrix.shape, generator=generator)
+    optimizer = CASPR(matrices, start_step=1, block_size=128)
+    optimizer.step()
+    counters = sum(24 * len(s.blocks) for s in (optimizer.layout(p, optimizer.param_groups[0]) for p in matrices))
+    assert 0 <= state_bytes(optimizer.state) - work_of(optimizer).state <= 64 * counters
+
+
+def test_products_that_are_called_have_these_flops():
+    optimizer = CASPR(meta(*layer(96), (300, 500)), start_step=1, interval=1000)
+    for _ in range(2):  # roots are made in the first
+        calls = recorded(optimizer)
+    assert sum(call.flops for call in calls) == work_of(optimizer).products
+
+
+def test_as_many_of_the_same_are_as_much_work():
+    one, two = work_of_shapes([(40, 24)]), work_of_shapes([(40, 24)] * 2)
+    for name, value in vars(one.times(2)).items():
+        assert value == pytest.approx(getattr(two, name))
+
+
+def test_seconds_are_work_at_the_rates_of_the_machine():
+    work = work_of_shapes([(64, 64)])
+    cpu = Machine(products=2.0, roots=4.0, memory=8.0, low=16.0, network=32.0)
+    found = seconds(work, cpu, sent=320.0)
+    assert found.statistics == work.statistics / 2
+    assert found.roots == work.roots / 4
+    assert found.apply == work.apply / 2
+    assert found.traffic == (work.traffic + work.entries) / 8
+    assert found.communication == 10
+    assert found.total == pytest.approx(sum(v for v in vars(found).values()))
+    assert seconds(work, cpu, low=True).apply == work.apply / 16
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 50])
+def test_ranks_have_their_part_and_a_block_at_most(ranks):
+    optimizer = CASPR(meta(*layer(128) * 3, (700, 90)), block_size=64)
+    found = dealt(optimizer, ranks)
+    assert found.average <= found.most * (1 + 1e-12)
+    assert found.most <= found.bound * (1 + 1e-12)
+    assert found.speedup <= ranks * (1 + 1e-12)
+    assert found.received == (gathered(work_of(optimizer)) if ranks > 1 else 0)
+
+
+def test_what_a_rank_has_of_a_model():
+    work = work_of_shapes([(64, 64)] * 8)
+    assert share_of(work, 1, divided=True) == work
+    mine = share_of(work, 4, divided=True)
+    total, whole = mine.products + mine.newton, work.products + work.newton
+    assert total == pytest.approx(whole / 4 + 0.75 * work.largest)
+    assert mine.factors == pytest.approx(work.factors / 4 + 0.75 * work.factors / 8)
+    assert (mine.moments, mine.entries) == (work.moments / 4, work.entries / 4)
+    replicated = share_of(work, 4, divided=False)
+    assert (replicated.moments, replicated.entries) == (work.moments, work.entries)
+    assert replicated.factors == mine.factors
+
+
+def test_what_is_sent():
+    work = work_of_shapes([(64, 64)] * 8)
+    assert gathered(work) == 4 * 8 * 64 * 64
+    assert gathered(work, 2) == gathered(work) / 2
+    assert exchanged(work, 4) == 3 * gathered(work) / 4 * 0.75
+    assert exchanged(work, 1) == 0
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1B", 1.1), ("7B", 6.738), ("70B", 68.98)])
+def test_decoders_have_the_parameters_of_the_published_models(name, billions):
+    decoder = next(d for d in DECODERS if d.name == name)
+    assert decoder.parameters / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert decoder.work().parameters == decoder.parameters - 2 * 32000 * decoder.width
+
+
+def test_large_models_by_hand():
+    decoder = DECODERS[1]
+    ddp, divided = scaled(decoder, 64, ASSUMED)[:2]
+    assert ddp.training == pytest.approx(6 * decoder.parameters * 4e6 / (64 * 989e12 * 0.4))
+    work = decoder.work(interval=10)
+    assert ddp.seconds.communication == pytest.approx(4 * work.parameters / NODE / 50e9)
+    assert divided.seconds.communication == pytest.approx(3 * 4 * work.parameters / 64 * (63 / 64) / 50e9)
+    assert ddp.seconds.roots == divided.seconds.roots >= work.newton / 64 / (0.7 * 67e12)
+    assert ddp.share == ddp.seconds.total / (ddp.seconds.total + ddp.training)
+    assert not ddp.fits
+    assert ddp.gigabytes > 16 * decoder.parameters / 1e9  # weights, gradients and two moments
+    assert divided.gigabytes < 16 * decoder.parameters / 1e9 / 64 + work.factors / 1e9 / 64 + 0.1
+
+
+def test_the_cost_of_a_parameter_is_set_by_the_blocks_and_not_by_the_model():
+    def per_parameter(work):
+        return work.products / work.parameters, work.newton / work.parameters
+
+    small, large = (work_of_shapes([(d, d)], block_size=256) for d in (256, 2048))
+    assert per_parameter(small) == pytest.approx(per_parameter(large))
+    wider = work_of_shapes([(2048, 2048)], block_size=512)
+    assert wider.apply / wider.parameters == pytest.approx(2 * large.apply / large.parameters)
+
+
+def test_false_that_flops_tell_the_time_of_small_matrices():
+    """What surrounds the products is not in them: at width 8 it is most of the time."""
+    with one_thread():
+        found = run(8)
+    assert found.ratio < 0.5
+    assert found.state == pytest.approx(found.work.state, rel=0.05)
+    assert set(found.measured) == set(found.predicted) == {"statistics", "roots", "apply", "rest"}
+
+
+def test_a_model_is_costed_as_the_plan_does():
+    """The numbers of ``caspr-train task=vit optim=caspr debug=plan``."""
+    from caspr_cli.recipe.schema import CasprConf, Recipe, ViTConf
+    from caspr_cli.training.plan import plan
+
+    planned = plan(Recipe(task=ViTConf(), optim=CasprConf()))
+    found = model_of("vit", None)
+    rows = [row for row in planned.rows if row.treatment == "caspr"]
+    assert found.parameters == planned.parameters
+    assert found.work.parameters == sum(row.count * math.prod(row.shape) for row in rows)
+    assert found.work.products + found.work.roots == pytest.approx(sum(row.count * row.flops for row in rows))
+    assert found.state == sum(row.count * row.state for row in rows)
+    assert found.training == planned.model_flops
+    assert model_of("vit", 256).training == 2 * found.training
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "c4-lm"}, "--model c4-lm: no such task.*c4_lm"),
+        ({"model": "vit", "batch": 0}, "--batch 0"),
+        ({"mfu": 1.5}, "--mfu 1.5: should be above 0 and at most 1"),
+        ({"tokens": -1.0}, "--tokens -1: should be above 0"),
+        ({"network": math.nan}, "--network nan"),
+    ],
+)
+def test_mistakes_are_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        cost.answer(quick=True, **options)
+
+
+def test_the_command_line_has_the_same_defaults():
+    taken = inspect.signature(cost.answer).parameters
+    assert {name: taken[name].default for name in (*verify.ASSUMED, "model")} == verify.ASSUMED | {"model": "c4_lm"}
+
+
+def test_the_answer_holds():
+    found = cost.answer(quick=True, model="vit")
+    assert all(held for _, held in found.holds)
+    assert [sheet.name for sheet in found.sheets] == [
+        "width", "block_size", "interval", "order", "model", "ranks", "scale", "decoders",
+    ]  # fmt: skip
+    assert all(row["s_communication"] > 0 for row in found.sheets[-2].rows)
