@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean, median, stdev
 from typing import Any
 from zlib import crc32
@@ -23,7 +24,10 @@ ENDS = {
     "sgd": (6.92, 0.120, 0.29),
 }
 PACKAGES = {"torch": "2.14.1", "lightning": "2.6.6", "numpy": "2.4.6"}
-VERDICT = "cannot tell: n = 5 separates 0.9 %, the difference is 0.3 %; about 14 seeds would"
+VERDICT = (
+    "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; if the true difference is the one observed, "
+    "about 14 seeds would find it"
+)
 
 
 def run(
@@ -113,6 +117,7 @@ def row(
         "reached": None if target is None else sum(math.isfinite(t[0]) for t in times),
         "best_of": best_of(list(trials), higher_is_better=higher),
         "budget": dict(Counter("failed" if t is None else "done" for t in trials)) or {"done": 1},
+        "test_n": len(finals),
     }
     return Row(**values | changes)
 
@@ -143,17 +148,20 @@ def table(rows: Iterable[Row], *, baseline: str | None = "adamw", higher: bool =
 
 
 def _against(one: Row, base: Row | None, higher: bool) -> Row:
-    if base is None or one is base:
+    if base is None:
         return one
+    if one is base:
+        return replace(one, is_baseline=True)
     if one.mean is None or base.mean is None or one.n < 2:
-        why = "cannot tell: n = 1 has no spread; the difference is 2.1 %"
-        return Row(**vars(one) | {"difference": Difference(False, one.n, None, None, None, None, None, why)})
+        why = "cannot tell: +2.1 %; n = 1 has no spread"
+        return replace(one, difference=Difference(False, one.n, None, None, None, None, None, why, base.label))
     value = one.mean - base.mean
     tells = abs(value) > 3 * ((one.sd or 0) + (base.sd or 0))
     p = 0.0004 if tells else 0.21
     verdict = ("better" if (value > 0) == higher else "worse") if tells else VERDICT
-    found = Difference(True, one.n, value, value - 0.02, value + 0.02, p, min(4 * p, 1), verdict)
-    return Row(**vars(one) | {"difference": found})
+    ends = value, value - 0.02, value + 0.02
+    found = Difference(True, one.n, *ends, p, min(4 * p, 1), verdict, base.label, 4, base.mean, *ends, base.test_mean)
+    return replace(one, difference=found)
 
 
 def language() -> Table:

@@ -44,7 +44,8 @@ caspr-report {version}: what the records say, with error bars. Reads files alone
 PATHS are directories with records below them, or packed files (default: outputs)
 
 compare
-  --baseline LABEL      a row, as the table names it (default: adamw, where there is one)
+  --baseline LABEL      a row, as the table names it (default: adamw, where there is one); without an
+                        optimizer, as statistics=ema: each optimizer's own row with these settings
   --tuned KEYS          keys that rows are tuned over (default: optim.lr, and those of searches)
   --target TASK=VALUE   another target, as often as there are tasks; times are then read from the curves
   --json                the rows as a list, with nothing else on standard output
@@ -231,8 +232,10 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
         from caspr_cli.report import figures, look
 
         styles = look.styles(row.label for table in made for row in table.rows)
-        for table in made:
-            what = re.sub(r"[^\w.-]", "_", f"{table.task}-{table.scale}-{table.data}")
+        parts = [(table.task, table.scale, table.data) for table in made]
+        for table, own in zip(made, parts, strict=True):
+            more = (table.metric, (table.data_hash or "")[:8]) if parts.count(own) > 1 else ()
+            what = re.sub(r"[^\w.-]", "_", "-".join([*own, *more]))
             name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
             yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
     else:

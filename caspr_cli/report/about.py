@@ -15,20 +15,29 @@ from caspr_cli.report.profile import names
 
 READING = {
     "Mean ± sd, n": "Over the reported seeds that ended with a finite value: n of them. The standard deviation is of "
-    "single runs (n − 1 in the denominator), not of the mean.",
+    "single runs (n − 1 in the denominator), not of the mean. Rows with failed seeds stand behind the others, as their "
+    "mean is of the runs that were lucky.",
     "95 % interval": "Of the mean, by Student's t with n − 1 degrees of freedom. With few seeds it is wide: at n = 3, "
-    "2.5 standard deviations to each side. A run alone has none.",
-    "Verdicts": "A paired t-test where two seeds or more are common to a row and the baseline, as these share data "
-    "order and initial weights; otherwise Welch's. Two-sided at 5 % after Holm's correction for the other rows.",
+    "2.5 standard deviations to each side. A run alone has none, nor have equal values. "
+    f"{words.sentence(words.BOUNDED)}.",
+    "Verdicts": "A paired t-test where all seeds of a row or of the baseline are common to both, as these share data "
+    "order and initial weights; otherwise Welch's. Two-sided at 5 % after Holm's correction for the other rows of the "
+    f"table. {words.sentence(words.NOT_CORRECTED)}. Where seeds failed on one side alone, nothing "
+    "can be told.",
+    "What they are about": f"{words.sentence(words.ABOUT_SETTINGS)}. Tuned again, equally good "
+    "optimizers may come to settings that differ, and the test finds that difference.",
     "Cannot tell": "The seeds that there are do not separate the two. It does not say that they are equal: it says "
-    "what difference they would separate, and how many seeds would find the one observed with 80 % power.",
+    "what difference they would separate, and, from five seeds on, how many would find the one observed with 80 % "
+    "power, if that is the true one.",
+    "Test": "The differences in test are of the same seeds. They choose nothing, and no verdict is about them.",
     "Selection": "Each row is tuned: of its trials, the one with the best validation at the end is reported, at fresh "
     "seeds that selected nothing where there are two of these; otherwise a warning says so. Test values are of the "
     "same runs, and choose nothing.",
     "To target": "The first validation that reaches the target; the median over seeds, where one that does not reach "
     "it counts as never. In brackets, how many did. Times are only comparable on the same hardware.",
     "Best of k trials": "The expected best validation if only k of the trials had been made, drawn without "
-    "replacement: how much a row owes to its tuning. A failed trial counts as the worst.",
+    "replacement: how much a row owes to its tuning. A failed trial counts as the worst. The values are of the seeds "
+    "that choose, so that the end is the winner's, and lucky: the same settings do worse at fresh seeds.",
 }
 
 

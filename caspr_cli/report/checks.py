@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from caspr_cli.report.model import DONE, Row, Run
-from caspr_cli.report.rows import ended, frozen, plain, setting
-from caspr_cli.report.selection import Selection
-from caspr_cli.report.words import count, listed
+from caspr_cli.report import alike
+from caspr_cli.report.model import DONE, Row, Run, Trial
+from caspr_cli.report.rows import Twice, ended, plain, setting
+from caspr_cli.report.selection import FRESH, Selection
+from caspr_cli.report.words import count, listed, number
 
 FEW = 3  # fewer seeds than this are warned of
 EDGE = 3  # so many values make a range
-NO_DIFF = hashlib.sha256(b"").hexdigest()[:16]
+BOUNDED = ("accuracy", "map")  # metrics from 0 to 1
 
 
 @dataclass(frozen=True)
 class Built:
-    """A row, and how it came about."""
+    """A row, and how it came about: ``runs`` are all of it, also those that are there ``twice``."""
 
     row: Row
     selection: Selection
     tuned: tuple[str, ...]
-    twice: int
+    runs: tuple[Run, ...]
+    twice: tuple[Twice, ...]
 
 
 def warnings(built: Sequence[Built]) -> list[str]:
@@ -35,9 +34,11 @@ def warnings(built: Sequence[Built]) -> list[str]:
         *_unfinished(rows),
         *_few_seeds(rows),
         *_selected_by_reported(built),
+        *(line for each in built for line in _chosen_oddly(each)),
         *_unequal_tuning(rows),
         *(line for each in built for line in (*_budget(each), *_edges(each))),
-        *_differences(rows),
+        *_beyond(rows),
+        *alike.differences([(each.row, each.runs) for each in built]),
     ]
 
 
@@ -73,6 +74,31 @@ def _selected_by_reported(built: Sequence[Built]) -> Iterator[str]:
         yield f"seeds that chose the trial are among those reported, which flatters: {listed(labels, 5)}"
 
 
+def _chosen_oddly(each: Built) -> Iterator[str]:
+    """A trial that nothing chose, or one that is not the one that was run at fresh seeds."""
+    row, selection = each.row, each.selection
+    if row.selected is None or not selection.seeds:
+        return
+    chosen, seeds = _values(row.selected), listed([str(seed) for seed in sorted(selection.seeds)])
+    if all(score is None for score in selection.scores):
+        yield f"{row.label}: every trial failed with seed {seeds}, which chooses: nothing chose {chosen}"
+    if not row.fresh:
+        most = max(row.trials, key=lambda trial: _fresh(trial, selection))
+        if (n := _fresh(most, selection)) >= FRESH:
+            yield (
+                f"{row.label}: {_values(most)} has {n} seeds that chose nothing, but seed {seeds} chose {chosen}: "
+                "run that at fresh seeds"
+            )
+
+
+def _fresh(trial: Trial, selection: Selection) -> int:
+    return sum(ended(run) and run.seed not in selection.seeds for run in trial.runs)
+
+
+def _values(trial: Trial) -> str:
+    return " ".join(setting(key, value) for key, value in trial.values.items())
+
+
 def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
     numbers = {row.label: len(row.trials) for row in rows}
     if len(set(numbers.values())) > 1:
@@ -90,7 +116,10 @@ def _budget(each: Built) -> Iterator[str]:
         seeds = listed([str(seed) for seed in sorted(each.selection.seeds)])
         yield f"{row.label}: {count(each.selection.left_out, 'trial')} without seed {seeds}, which chooses, left out"
     if each.twice:
-        yield f"{row.label}: {count(each.twice, 'record')} of a trial and seed that another has too: one of each counts"
+        keys = alike.telling_apart(each.twice)
+        how = f"differing in {listed(keys, 5)}" if keys else "with the same settings"
+        what = f"{count(len(each.twice), 'record')} of a trial and seed that another has too, {how}"
+        yield f"{row.label}: {what}: the one that came further, or later, counts"
 
 
 def _planned(run: Run) -> int:
@@ -124,55 +153,13 @@ def _runs(rows: Sequence[Row]) -> Iterator[Run]:
     return (run for row in rows for trial in row.trials for run in trial.runs)
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[str]:
-    """What should be the same in all runs of a table."""
-    asked: list[tuple[str, Callable[[Run], str | None]]] = [
-        ("trainer.max_steps", lambda run: _config(run, "trainer.max_steps")),
-        ("trainer.val_every", lambda run: _config(run, "trainer.val_every")),  # when a target is noticed
-        ("task.batch_size", lambda run: _config(run, "task.batch_size")),
-        ("data", lambda run: (run.provenance.get("data") or {}).get("hash")),
-        ("code", _code),
-        ("torch", lambda run: (run.provenance.get("packages") or {}).get("torch")),
-        ("hardware", _hardware),
+def _beyond(rows: Sequence[Row]) -> Iterator[str]:
+    """Intervals that contain what the metric cannot be."""
+    over = [
+        f"{row.label} ({number(row.ci_low, row.sd)} to {number(row.ci_high, row.sd)})"
+        for row in rows
+        if row.runs and row.runs[0].metric.rpartition("/")[2] in BOUNDED and row.mean is not None and 0 <= row.mean <= 1
+        if row.ci_low is not None and row.ci_high is not None and (row.ci_low < 0 or row.ci_high > 1)
     ]
-    for what, of in asked:
-        counts: dict[str, Counter[str]] = {}
-        for row in rows:
-            for run in _runs([row]):
-                if ended(run) and (value := of(run)) is not None:
-                    counts.setdefault(value, Counter())[row.label] += 1
-        if len(counts) > 1:
-            yield f"different {what}: {'; '.join(_groups(counts, rows))}"
-
-
-def _config(run: Run, key: str) -> str | None:
-    return None if key not in run.config else frozen(run.config[key])
-
-
-def _groups(counts: dict[str, Counter[str]], rows: Sequence[Row], most: int = 4) -> Iterator[str]:
-    ranked = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    for value, labels in ranked[:most]:
-        where = "all rows" if len(labels) == len(rows) > 1 else listed(list(labels), 3)
-        yield f"{value} ({where}, {count(labels.total(), 'run')})"
-    if len(ranked) > most:
-        yield f"{len(ranked) - most} more"
-
-
-def _code(run: Run) -> str | None:
-    code: dict[str, Any] | None = run.provenance.get("code")
-    if not code:
-        version = run.provenance.get("caspr_cli")
-        return f"version {version}" if version else None
-    commit, diff = str(code.get("commit"))[:8], code.get("diff_sha256")
-    return commit if diff in (None, NO_DIFF) else f"{commit} with changes {str(diff)[:8]}"
-
-
-def _hardware(run: Run) -> str | None:
-    device = run.provenance.get("device") or {}
-    if not device:
-        return None
-    machine = run.provenance.get("machine") or {}
-    name = device.get("name") if device.get("type") != "cpu" else machine.get("processor") or "cpu"
-    processes, threads = (int(device.get(key) or 1) for key in ("processes", "threads"))
-    width = f"{count(processes, 'process', 'es')}, {count(threads, 'thread')}"
-    return f"{name}, {width}, {run.config.get('trainer.precision')}"
+    if over:
+        yield f"intervals beyond what the metric can be, so they cover less than 95 %: {listed(over, 5)}"

@@ -43,17 +43,22 @@ def curve(row: Row) -> Curve | None:
         return None
     values = [[float(point.value or 0.0) for point in column] for column in columns]
     seconds = [[point.seconds for point in column if point.seconds is not None] for column in columns]
-    bands = [interval(each) for each in values]
+    bands = [interval(each) for each in values]  # none where all values are equal
+    means = tuple(map(fmean, values))
     return Curve(
         label=row.label,
         n=len(runs),
         finished=bool(done),
         steps=tuple(column[0].step for column in columns),
         seconds=tuple(map(median, seconds)) if all(len(s) == len(runs) for s in seconds) else None,
-        mean=tuple(map(fmean, values)),
-        low=tuple(low or 0.0 for low, _ in bands) if len(runs) > 1 else None,
-        high=tuple(high or 0.0 for _, high in bands) if len(runs) > 1 else None,
+        mean=means,
+        low=_edges([low for low, _ in bands], means) if len(runs) > 1 else None,
+        high=_edges([high for _, high in bands], means) if len(runs) > 1 else None,
     )
+
+
+def _edges(edges: Sequence[float | None], means: Sequence[float]) -> tuple[float, ...]:
+    return tuple(mean if edge is None else edge for edge, mean in zip(edges, means, strict=True))
 
 
 def _columns(runs: Sequence[Run]) -> list[list[Point]]:

@@ -162,14 +162,14 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
-            if row.label == table.baseline and row.ci_low is not None and row.ci_high is not None:
+            if row.is_baseline and row.ci_low is not None and row.ci_high is not None:
                 axes.axvspan(row.ci_low, row.ci_high, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
         axes.set_yticks(range(len(table.rows)), labels)
         axes.set_ylim(len(table.rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        _note(axes, "baseline, its interval as a strip", [table.baseline] if table.baseline else [])
+        _note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
         return look.to_svg(figure, f"{_name(table)} intervals", _alt_of_intervals(table))
 
 
@@ -283,7 +283,7 @@ def _alt_of_best(table: Table, rows: Sequence[Row]) -> str:
 
 def _alt_of_intervals(table: Table) -> str:
     rows = "; ".join(
-        f"{row.label} {words.number(row.mean)}, {words.between(row.ci_low, row.ci_high)} (n = {row.n})"
+        f"{row.label} {words.number(row.mean)}, {words.between(row.ci_low, row.ci_high, row.sd)} (n = {row.n})"
         for row in table.rows
     )
     return f"Mean and 95 % interval of {table.metric} on {table.task}. {rows}"

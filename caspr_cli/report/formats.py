@@ -19,15 +19,18 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
 }  # fmt: skip
-TABLE_KEYS = ("task", "scale", "data", "metric", "higher_is_better", "target", "baseline")
+TABLE_KEYS = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
 ROW_KEYS = (
-    "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "steps_to_target", "seconds_to_target", "reached",
+    "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target", "seconds_to_target",
+    "reached",
 )  # fmt: skip
 LEGEND = (
     "n: seeds; mean ± sd and its 95 % interval (Student's t) of validation at the end, over seeds that did not choose "
     "the trial where there are two; test: of the same runs; to target: median over seeds, in brackets how many reached "
-    "it. Verdicts: paired t-test on common seeds, else Welch's, at 5 % after Holm's correction; percentages are of the "
-    "baseline's mean; seeds that would: for 80 % power."
+    "it. Verdicts: paired t-test where all seeds of a row or of the baseline are common, else Welch's, at 5 % after "
+    "Holm's correction for the rows of a table; percentages are of the baseline's mean; seeds that would find a "
+    f"difference: for 80 % power. {words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}; "
+    f"{words.BOUNDED}. Rows with failed seeds stand behind the others."
 )
 
 
@@ -46,8 +49,8 @@ def columns(table: Table) -> list[Column]:
         Column("optimizer", lambda row: row.label),
         Column("n", words.seeds),
         Column("mean ± sd", lambda row: words.spread(row.mean, row.sd)),
-        Column("95 % interval", lambda row: words.between(row.ci_low, row.ci_high), 2),
-        Column("test", lambda row: words.spread(row.test_mean, row.test_sd), 3),
+        Column("95 % interval", lambda row: words.between(row.ci_low, row.ci_high, row.sd), 2),
+        Column("test", words.test, 3),
     ]
     if table.target is not None:
         found += [
@@ -60,20 +63,19 @@ def columns(table: Table) -> list[Column]:
 def title(table: Table) -> str:
     way = "higher" if table.higher_is_better else "lower"
     target = "" if table.target is None else f"; target {table.target:g}"
-    return f"{table.task}, {table.scale} scale, {table.data} data: {table.metric} at the end, {way} is better{target}"
+    data = f"{table.data} data{f' {table.data_hash[:8]}' if table.data_hash else ''}"
+    return f"{table.task}, {table.scale} scale, {data}: {table.metric} at the end, {way} is better{target}"
 
 
-def base_mean(table: Table) -> float | None:
-    return next((row.mean for row in table.rows if row.label == table.baseline), None)
+def baseline(table: Table) -> str:
+    """What rows are compared with, in words."""
+    own = sum(row.is_baseline for row in table.rows) > 1
+    return f"each optimizer's own row with {table.baseline}" if own else str(table.baseline)
 
 
-def verdict(row: Row, table: Table) -> str:
+def verdict(row: Row) -> str:
     """Against the baseline, in words; empty where there is nothing to say."""
-    if row.label == table.baseline:
-        return "baseline"
-    if row.difference is None or table.baseline is None:
-        return ""
-    return words.against(row.difference, table.baseline, base_mean(table))
+    return words.against(row.difference) if row.difference else "baseline" if row.is_baseline else ""
 
 
 def selected(row: Row) -> str:
@@ -103,8 +105,11 @@ def _entry(table: Table, row: Row) -> dict[str, Any]:
         "difference": difference.get("value"),
         "difference_low": difference.get("low"),
         "difference_high": difference.get("high"),
+        "test_difference": difference.get("test"),
+        "test_difference_low": difference.get("test_low"),
+        "test_difference_high": difference.get("test_high"),
         "pairs_or_seeds": difference.get("n"),
-        **{name: difference.get(name) for name in ("verdict", "p_value", "p_holm", "paired")},
+        **{name: difference.get(name) for name in ("verdict", "p_value", "p_holm", "paired", "against", "tests")},
         "values": {str(run.seed): run.final for run in row.runs},
         "warnings": list(table.warnings),
     }
@@ -137,8 +142,7 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
     shown = columns(table)
     heads = [column.head for column in shown] + ["selected", "verdict"]
     return heads, [
-        [*(column.cell(row) for column in shown), selected(row) or "-", verdict(row, table) or "-"]
-        for row in table.rows
+        [*(column.cell(row) for column in shown), selected(row) or "-", verdict(row) or "-"] for row in table.rows
     ]
 
 
@@ -171,8 +175,8 @@ def as_latex(tables: Sequence[Table], command: str) -> str:
                     *(f"    {line}" for line in body[1:]),
                     r"    \bottomrule",
                     r"  \end{tabular}",
+                    *(rf"  \par\smallskip\raggedright\footnotesize Note: {_escaped(text)}" for text in table.warnings),
                     r"\end{table}",
-                    *(f"% warning: {warning}" for warning in table.warnings),
                 ]
             )
         )

@@ -93,6 +93,9 @@ class Row:
         reached: how many of ``runs`` reached it; None if there is no target.
         best_of: of k trials drawn from these, k = 1, 2, ...: the expected validation of the best.
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
+        test_n: how many of the ``n`` have a test value.
+        settings: keys by which rows are told apart, whether the label shows them or not.
+        is_baseline: whether others are compared with it.
     """
 
     task: str
@@ -115,6 +118,14 @@ class Row:
     best_of: tuple[float, ...]
     budget: dict[str, int]
     difference: Difference | None = None  # to the baseline; None for the baseline itself or without one
+    test_n: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    is_baseline: bool = False
+
+    @property
+    def failed(self) -> int:
+        """Reported seeds without a finite value."""
+        return len(self.runs) - self.n
 
 
 @dataclass(frozen=True)
@@ -122,12 +133,18 @@ class Difference:
     """A row against the baseline.
 
     Args:
-        paired: over the seeds that both have; otherwise Welch's test over all.
+        paired: where all seeds of the one are seeds of the other; otherwise Welch's test over all.
+        n: pairs, or the smaller of the two numbers of seeds.
         value: row minus baseline, in units of the metric.
-        low, high: 95 % interval of it.
-        p_value: two-sided; ``p_holm`` the same after Holm's correction for the other rows of the table.
-        verdict: "better", "worse", or as "cannot tell: n = 3 separates 0.9 %, the difference is 0.3 %; about 14 seeds
-            would"
+        low, high: 95 % interval of it, not corrected.
+        p_value: two-sided; ``p_holm`` the same after Holm's correction for the other rows of the table; None where
+            seeds failed on one side alone, as those that are left are no fair sample.
+        verdict: "better", "worse", or as "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; if that is
+            the true difference, about 14 seeds would find it"
+        against: label of the baseline.
+        tests: how many p-values the table has.
+        share_of: what percentages are of; None where that is too near 0, and units of the metric are said.
+        test, test_low, test_high: the same difference and interval of the test metric.
     """
 
     paired: bool
@@ -138,11 +155,23 @@ class Difference:
     p_value: float | None
     p_holm: float | None
     verdict: str
+    against: str = ""
+    tests: int = 1
+    share_of: float | None = None
+    test: float | None = None
+    test_low: float | None = None
+    test_high: float | None = None
+    test_share_of: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of one task at one scale, on the same kind of data; the best mean first."""
+    """All rows of one task at one scale, on the same data: the best mean first, rows with failed seeds behind.
+
+    Args:
+        data_hash: of its content; None if no record says it.
+        baseline: label of a row, or settings, as ``statistics=ema``, that each optimizer has a row of its own with.
+    """
 
     task: str
     scale: str
@@ -150,6 +179,7 @@ class Table:
     metric: str
     higher_is_better: bool
     target: float | None
-    baseline: str | None  # label of a row
+    baseline: str | None
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = field(default=())
+    data_hash: str | None = None

@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from xml.etree.ElementTree import Element
 
-from caspr_cli.report import about, figures, formats, look, words
+from caspr_cli.report import about, across, figures, formats, look, words
 from caspr_cli.report.html import Cells, document, el, inline, swatch, table
 from caspr_cli.report.look import Style
 from caspr_cli.report.model import Row, Run, Table
-from caspr_cli.report.profile import SHOWN, Profile, names, rho, times
+from caspr_cli.report.profile import NOT_ALGOPERF, SHOWN, Profile, names, rho, times
 from caspr_cli.report.profile import profile as profile_of
 
 # How a verdict is marked: told apart by form, not by colour alone.
 MARKS = {"better": "▲", "worse": "▼", words.CANNOT_TELL: "≈", "baseline": "●"}
 LEGEND = (
     "▲ better and ▼ worse than the baseline by a test at 5 %, corrected for several rows; ≈ cannot tell: these seeds "
-    "do not separate the two, which does not mean that they are equal."
+    f"do not separate the two, which does not mean that they are equal. {words.sentence(words.ABOUT_SETTINGS)}; "
+    f"{words.NOT_CORRECTED}."
 )
 LONG = 26  # characters of a label that may be broken
 Styles = Mapping[str, Style]
@@ -37,7 +38,8 @@ def page(tables: Sequence[Table], profile: Profile | None, title: str, command: 
         profile: over these tables; left out if it is None or of fewer than two tasks.
         command: what made the page, as one would type it.
     """
-    styles = look.styles(row.label for made in tables for row in made.rows)
+    own = [row.label for made in tables for row in made.rows]
+    styles = look.styles([*own, *(label for labels in across.labels(tables) for label in labels)])
     sections = {name: f"task-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{k}" for k, name in enumerate(names(tables))}
     links = {"results": "Results", **{anchor: name for name, anchor in sections.items()}}
     several = profile is not None and len(profile.tasks) > 1  # of one task it says what the table says
@@ -65,11 +67,11 @@ def page(tables: Sequence[Table], profile: Profile | None, title: str, command: 
 
 def opening(tables: Sequence[Table]) -> list[str]:
     """What was compared, in words."""
-    labels = list(dict.fromkeys(row.label for made in tables for row in made.rows))
+    labels = list(dict.fromkeys(label for labels in across.labels(tables) for label in labels))
     reported = [run for made in tables for row in made.rows for run in row.runs]
     trials = sum(len(row.trials) for made in tables for row in made.rows)
     finite = sum(run.final is not None for run in reported)
-    bases = list(dict.fromkeys(made.baseline for made in tables if made.baseline))
+    bases = list(dict.fromkeys(formats.baseline(made) for made in tables if made.baseline))
     rows = words.listed(labels)
     if len(rows) > 200:
         rows = f"variants of {words.listed(sorted({row.optim for made in tables for row in made.rows}))}"
@@ -96,28 +98,28 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def _results(tables: Sequence[Table], styles: Styles) -> Element:
     """Rows by tasks: what each came to, and whether that is better than the baseline."""
-    labels = _by_place(tables)
+    rows_by_label = [
+        dict(zip(labels, made.rows, strict=True)) for labels, made in zip(across.labels(tables), tables, strict=True)
+    ]
     heads: Cells = ["", *(_with_small(name, _metric(made)) for name, made in zip(names(tables), tables, strict=True))]
     rows: list[Cells] = []
-    for label in labels:
-        found = [next((row for row in made.rows if row.label == label), None) for made in tables]
-        cells = [_cell(row, made) for row, made in zip(found, tables, strict=True)]
-        rows.append([_named(label, styles), *cells])
+    for label in _by_place(rows_by_label):
+        rows.append([_named(label, styles), *(_cell(rows.get(label)) for rows in rows_by_label)])
     return el(
         "section",
         el("h2", "Results"),
-        table("Mean ± standard deviation of validation at the end; bold: the best mean of a task.", heads, rows),
+        table("Mean ± standard deviation of validation at the end, over n seeds; bold: better.", heads, rows),
         el("p", LEGEND, class_="muted") if any(made.baseline for made in tables) else None,
         id="results",
     )
 
 
-def _by_place(tables: Sequence[Table]) -> list[str]:
+def _by_place(tables: Sequence[Mapping[str, Row]]) -> list[str]:
     """All labels, by their mean place in the tables that have them."""
     places: dict[str, list[float]] = {}
-    for made in tables:
-        for k, row in enumerate(made.rows):
-            places.setdefault(row.label, []).append(k / max(len(made.rows) - 1, 1))
+    for rows in tables:
+        for k, label in enumerate(rows):
+            places.setdefault(label, []).append(k / max(len(rows) - 1, 1))
     return sorted(places, key=lambda label: fmean(places[label]))
 
 
@@ -133,26 +135,24 @@ def _with_small(text: str, small: str) -> Element:
     return el("span", text, el("span", small, class_="small"))
 
 
-def _cell(row: Row | None, made: Table) -> Element:
+def _cell(row: Row | None) -> Element:
     if row is None:
         return el("td", "not run", class_="other")
     if row.mean is None:
         return el("td", "no finite run", class_="other")
-    best = made.rows and row is made.rows[0] and len(made.rows) > 1
-    n = "" if row.sd is not None else f" (n = {row.n})"
-    value = f"{words.spread(row.mean, row.sd)}{n}"
-    return el("td", el("span", value, class_="best") if best else value, _mark(row, made))
+    value = f"{words.spread(row.mean, row.sd)} (n = {words.seeds(row)})"
+    return el("td", el("span", value, class_="best") if _kind(row) == "better" else value, _mark(row))
 
 
-def _kind(row: Row, made: Table) -> str | None:
+def _kind(row: Row) -> str | None:
     """The verdict as one of the keys of ``MARKS``."""
-    if row.label == made.baseline:
-        return "baseline"
-    return row.difference.verdict.partition(":")[0] if row.difference else None
+    if row.difference:
+        return row.difference.verdict.partition(":")[0]
+    return "baseline" if row.is_baseline else None
 
 
-def _mark(row: Row, made: Table) -> Element | None:
-    kind = _kind(row, made)
+def _mark(row: Row) -> Element | None:
+    kind = _kind(row)
     if kind is None:
         return None
     colour = kind if kind in ("better", "worse") else "other"
@@ -162,13 +162,14 @@ def _mark(row: Row, made: Table) -> Element | None:
 def _task(made: Table, name: str, anchor: str, styles: Styles) -> Element:
     """The table of a task, what to know before believing it, and its figures."""
     columns = formats.columns(made)
-    against = [el("th", f"against {made.baseline}", class_="verdict", scope="col")] if made.baseline else []
+    own = sum(row.is_baseline for row in made.rows) > 1
+    against = [el("th", f"against {formats.baseline(made)}", class_="verdict", scope="col")] if made.baseline else []
     heads: Cells = [*(column.head for column in columns), *against]
     rows: list[Cells] = [
         [
             _named(row.label, styles),
             *(column.cell(row) for column in columns[1:]),
-            *([_in_words(row, made)] if made.baseline else []),
+            *([_in_words(row, own)] if made.baseline else []),
         ]
         for row in made.rows
     ]
@@ -183,24 +184,46 @@ def _task(made: Table, name: str, anchor: str, styles: Styles) -> Element:
     )
 
 
-def _in_words(row: Row, made: Table) -> Element:
-    kind = _kind(row, made)
-    said = formats.verdict(row, made).removeprefix(f"against {made.baseline}: ")
+def _in_words(row: Row, own: bool) -> Element:
+    """The verdict, with the baseline's name where rows have their own, and the difference in test below."""
+    kind, said, test = _kind(row), formats.verdict(row), ""
+    if row.difference:
+        said = said.removeprefix(f"against {row.difference.against}: ")
+        said += f", against {row.difference.against}" if own else ""
+        test = words.in_test(row.difference)
     colour = kind if kind in ("better", "worse") else "other"
     head, rest = (kind, said.removeprefix(kind)) if kind and said.startswith(kind) else ("", said)
     mark = el("span", f"{MARKS.get(kind or '', '')} {head}".strip(), class_=colour)
-    return el("td", mark, rest, class_="verdict")
+    return el("td", mark, rest, el("span", f"in test {test}", class_="small") if test else None, class_="verdict")
 
 
 def _figures(made: Table, styles: Styles) -> list[Element]:
     """Those that have something to show."""
     drawn: list[tuple[str, Callable[[], str]]] = [
-        ("Mean over training, with its 95 % interval.", lambda: figures.curves(made, "steps", styles)),
+        (f"Mean over training, with its 95 % interval; {_ns(made)}.", lambda: figures.curves(made, "steps", styles)),
         ("The same by time: seconds are medians over seeds.", lambda: figures.curves(made, "seconds", styles)),
-        ("Means with their 95 % intervals; small dots are single seeds.", lambda: figures.intervals(made, styles)),
-        ("The best of so many trials, expected from those that were made.", lambda: figures.best_of(made, styles)),
+        (
+            f"Means with their 95 % intervals; small dots are single seeds; {_ns(made)}.",
+            lambda: figures.intervals(made, styles),
+        ),
+        (
+            "The best of so many trials, expected from those that were made, with the seeds that choose: its end is "
+            "the winner's, which was lucky, so that fresh seeds end worse.",
+            lambda: figures.best_of(made, styles),
+        ),
     ]
     return [_figure(svg, caption) for caption, draw in drawn if (svg := draw())]
+
+
+def _ns(made: Table) -> str:
+    """How many seeds the means are of."""
+    counts: dict[int, list[str]] = {}
+    for row in made.rows:
+        if row.n:
+            counts.setdefault(row.n, []).append(row.label)
+    if len(counts) == 1:
+        return f"n = {next(iter(counts))}"
+    return "; ".join(f"n = {n}: {words.listed(labels)}" for n, labels in sorted(counts.items(), reverse=True))
 
 
 def _figure(svg: str, caption: str) -> Element:
@@ -226,8 +249,9 @@ def _profile(profile: Profile, styles: Styles) -> Element:
         el(
             "p",
             f"ρ(τ) is the share of tasks whose target a row reaches within τ times the {profile.unit} of the fastest "
-            "(Dolan and Moré, 2002); the score is its mean over τ from 1 to 4, as in AlgoPerf: 1 is the fastest "
-            "everywhere, 0 never within four times the fastest. Both depend on who takes part.",
+            "(Dolan and Moré, 2002); the score is its mean over τ from 1 to 4, AlgoPerf's integral: 1 is the fastest "
+            "everywhere, 0 never within four times the fastest. Both depend on who takes part. Scores are not "
+            f"AlgoPerf's: {NOT_ALGOPERF}.",
         ),
         table(caption, heads, rows),
         el("ul", *(el("li", text) for text in profile.left_out)) if profile.left_out else None,

@@ -1,9 +1,10 @@
 """Performance profiles: how often is a row near the fastest, over all tasks?
 
 After E. D. Dolan and J. J. Moré, *Benchmarking optimization software with performance profiles*, Mathematical
-Programming 91 (2002). The score is that of AlgoPerf (G. E. Dahl et al., *Benchmarking Neural Network Training
+Programming 91 (2002). The score is AlgoPerf's integral (G. E. Dahl et al., *Benchmarking Neural Network Training
 Algorithms*, arXiv:2306.07179; in mlcommons/algorithmic-efficiency, ``docs/DOCUMENTATION.md``, "Benchmark score using
-performance profiles"): the integral of the profile over linear tau from 1 to 4, divided by 3.
+performance profiles"): of the profile over linear tau from 1 to 4, divided by 3. It is not AlgoPerf's score: there
+time is that of a clock, and of the trial that is the fastest to the target.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from caspr_cli.report.model import Table
+from caspr_cli.report import across
+from caspr_cli.report.model import Row, Table
 
 LONGEST = 4.0  # times the fastest: later is never
 SHOWN = (1.0, 1.5, 2.0, 4.0)  # in a terminal
+NOT_ALGOPERF = (
+    "AlgoPerf's takes times of a clock, and of the trial that is the fastest; here it is the one that ends best"
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,14 @@ class Profile:
             *table,
             "",
             f"rho(t)   share of tasks that are reached within t times the {self.unit} of the fastest",
-            f"score    mean of rho from 1 to {LONGEST:g}: 1 is the fastest everywhere",
+            f"score    AlgoPerf's integral, the mean of rho from 1 to {LONGEST:g}: 1 is the fastest everywhere",
+            f"         ({NOT_ALGOPERF})",
             *notes,
         ]
 
 
 def profile(tables: Sequence[Table], unit: str) -> Profile:
-    """Compare rows over tasks; rows with the same label are one.
+    """Compare rows over tasks; rows with the same settings are one.
 
     A task without a target is left out. A row that a task does not have counts there as one that did not reach the
     target, as in AlgoPerf, and so do all rows of a task where nobody did.
@@ -80,33 +86,39 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
     Args:
         unit: of time, ``steps`` or ``seconds``.
     """
-    named = dict(zip(names(tables), tables, strict=True))
-    judged = {name: table for name, table in named.items() if table.target is not None}
-    labels = list(dict.fromkeys(row.label for table in judged.values() for row in table.rows))
-    columns = {name: _ratios(table, unit) for name, table in judged.items()}
+    labelled = {
+        name: (table, dict(zip(labels, table.rows, strict=True)))
+        for name, table, labels in zip(names(tables), tables, across.labels(tables), strict=True)
+    }
+    judged = {name: rows for name, (table, rows) in labelled.items() if table.target is not None}
+    labels = list(dict.fromkeys(label for rows in judged.values() for label in rows))
+    columns = {name: _ratios(rows, unit) for name, rows in judged.items()}
     ratios = {label: tuple(column.get(label, math.inf) for column in columns.values()) for label in labels}
-    left_out = [f"{name} has no target and is left out" for name in named if name not in judged]
+    left_out = [f"{name} has no target and is left out" for name in labelled if name not in judged]
     return Profile(unit, tuple(judged), ratios, (*left_out, *_never(judged, columns, labels, unit)))
 
 
 def _never(
-    judged: Mapping[str, Table], columns: Mapping[str, dict[str, float]], labels: Sequence[str], unit: str
+    judged: Mapping[str, Mapping[str, Row]],
+    columns: Mapping[str, Mapping[str, float]],
+    labels: Sequence[str],
+    unit: str,
 ) -> Iterator[str]:
     """What counts as not reached, and why, where the table does not show it."""
     for name, column in columns.items():
         if not any(map(math.isfinite, column.values())):
             yield f"{name}: no row reached the target"
-    for name, table in judged.items():
-        for row in table.rows:
+    for name, rows in judged.items():
+        for label, row in rows.items():
             if unit == "seconds" and row.seconds_to_target is None and row.steps_to_target is not None:
-                yield f"{row.label} reached the target of {name}, but has no times: counts as not reached"
+                yield f"{label} reached the target of {name}, but has no times: counts as not reached"
     for label in labels:
         if missing := [name for name, column in columns.items() if label not in column]:
             yield f"{label} was not run on {', '.join(missing)}, which counts as not reached"
 
 
-def _ratios(table: Table, unit: str) -> dict[str, float]:
-    found = {row.label: row.steps_to_target if unit == "steps" else row.seconds_to_target for row in table.rows}
+def _ratios(rows: Mapping[str, Row], unit: str) -> dict[str, float]:
+    found = {label: row.steps_to_target if unit == "steps" else row.seconds_to_target for label, row in rows.items()}
     taken = {label: math.inf if time is None else time for label, time in found.items()}
     best = min(taken.values(), default=math.inf)
     return {label: _ratio(time, best) for label, time in taken.items()}
@@ -130,10 +142,10 @@ def score(ratios: Sequence[float]) -> float:
 
 def names(tables: Sequence[Table]) -> list[str]:
     """What tells each table from the others: its task, with as much more as it takes; in the end a number."""
-    parts = [(made.task, made.scale, made.data, made.metric) for made in tables]
+    parts = [(made.task, made.scale, made.data, made.metric, (made.data_hash or "-")[:8]) for made in tables]
     found = []
     for k, own in enumerate(parts):
-        more = next((m for m in range(1, 5) if all(own[:m] != p[:m] for i, p in enumerate(parts) if i != k)), 0)
+        more = next((m for m in range(1, 6) if all(own[:m] != p[:m] for i, p in enumerate(parts) if i != k)), 0)
         found.append(" ".join(own[:more]) if more else f"{' '.join(own)} {1 + parts[:k].count(own)}")
     return found
 

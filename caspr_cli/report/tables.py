@@ -6,15 +6,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from caspr_cli.report import checks, stats, targets, words
+from caspr_cli.report.against import compared
 from caspr_cli.report.errors import ReportError, nearest
-from caspr_cli.report.model import DONE, Difference, Row, Run, Table, Trial
-from caspr_cli.report.rows import called, ended, grouped, trials, tuned_keys
+from caspr_cli.report.model import DONE, Row, Run, Table, Trial
+from caspr_cli.report.rows import Group, called, ended, grouped, trials, tuned_keys
 from caspr_cli.report.selection import Selection, reported, select
 
-DEFAULT_BASELINE = "adamw"
+NOT_COMPARED = "debug"  # runs with it are looks at whether everything works
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Question:
     data: str
     metric: str
     higher_is_better: bool
+    data_hash: str | None = None
 
     @classmethod
     def of(cls, run: Run) -> Question:
@@ -45,7 +46,8 @@ def tables(
     """All tables, by task.
 
     Args:
-        baseline: label of a row; by default the row of adamw, where there is one.
+        baseline: label of a row, by default adamw's, where there is one; or settings alone, as ``statistics=ema``,
+            for each optimizer's own row with these.
         tuned: keys that rows are tuned over, in place of the learning rate and those of the searches.
         wanted: targets by task, in place of those of the recipes.
 
@@ -53,18 +55,75 @@ def tables(
         ReportError: no table has such a row, no record such a task, or no record such a key.
     """
     _check(runs, tuned, wanted or {})
-    found: dict[Question, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[Question.of(run)].append(run)
-    questions = sorted(found, key=lambda q: (q.task, q.scale, q.data, q.metric))
+    left_out = [run for run in runs if _not_compared(run)]
+    found = questions([run for run in runs if not _not_compared(run)])
     made = [
-        _table(question, found[question], baseline, tuned, (wanted or {}).get(question.task)) for question in questions
+        _table(question, own, baseline, tuned, (wanted or {}).get(question.task)) for question, own in found.items()
     ]
-    labels = [row.label for table in made for row in table.rows]
-    if baseline is not None and not called(labels, baseline):
-        have = words.listed(list(dict.fromkeys(labels)), 12)
+    if not made:
+        raise ReportError(f"all {words.count(len(runs), 'record')} have {_debug(left_out)}, which is not compared")
+    rows = [row for table in made for row in table.rows]
+    if baseline is not None and not called(rows, baseline):
+        labels = list(dict.fromkeys(row.label for row in rows))
+        have = words.listed(labels, 12)
         raise ReportError(f"--baseline {baseline}: no row is called so.{nearest(baseline, labels)} (rows: {have})")
-    return made
+    return _saying(made, left_out)
+
+
+def questions(runs: Sequence[Run]) -> dict[Question, list[Run]]:
+    """What was asked, by task, and the runs that answer it: on the same data, by the hash of its content.
+
+    Those that do not say their data, as they failed before they had it, are taken to be on that of the most runs.
+    """
+    kinds: dict[Question, list[Run]] = defaultdict(list)
+    for run in runs:
+        kinds[Question.of(run)].append(run)
+    found: dict[Question, list[Run]] = defaultdict(list)
+    for question in sorted(kinds, key=lambda q: (q.task, q.scale, q.data, q.metric)):
+        counts = Counter(known for run in kinds[question] if (known := data_hash(run)))
+        commonest = min(counts, key=lambda known: (-counts[known], known), default=None)
+        for known in sorted(counts):
+            found[replace(question, data_hash=known)] = []
+        for run in kinds[question]:
+            found[replace(question, data_hash=data_hash(run) or commonest)].append(run)
+    return found
+
+
+def data_hash(run: Run) -> str | None:
+    return (run.provenance.get("data") or {}).get("hash")
+
+
+def _saying(made: Sequence[Table], left_out: Sequence[Run]) -> list[Table]:
+    """The same tables, with what can only be said of all of them together."""
+    found = []
+    for k, table in enumerate(made):
+        said = list(table.warnings)
+        alike = [
+            other
+            for other in made
+            if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)
+            and other.data_hash != table.data_hash
+        ]
+        if alike:
+            others = words.listed(list(dict.fromkeys(str(other.data_hash)[:8] for other in alike)), 4)
+            said.append(
+                f"records of {table.task} on different data: these are on {str(table.data_hash)[:8]}, "
+                f"those on {others} have a table of their own"
+            )
+        own = [run for run in left_out if run.config["task.name"] == table.task]
+        homeless = [run for run in left_out if all(run.config["task.name"] != other.task for other in made)]
+        if out := own + (homeless if k == 0 else []):
+            said.append(f"{words.count(len(out), 'record')} with {_debug(out)} left out")
+        found.append(replace(table, warnings=tuple(said)))
+    return found
+
+
+def _not_compared(run: Run) -> bool:
+    return run.config.get(NOT_COMPARED) not in (None, "none")
+
+
+def _debug(runs: Sequence[Run]) -> str:
+    return words.listed(sorted({f"{NOT_COMPARED}={run.config[NOT_COMPARED]}" for run in runs}))
 
 
 def _check(runs: Sequence[Run], tuned: Sequence[str] | None, wanted: Mapping[str, float]) -> None:
@@ -92,47 +151,24 @@ def _table(
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
     built = [
-        _built(name, label, group, keys, higher, target)
+        _built(name, group, keys, higher, target)
         for name, own in sorted(by_optimizer.items())
         for keys in [tuned_keys(own, tuned)]
-        for label, group in grouped(own, keys).items()
+        for group in grouped(own, keys)
     ]
     built.sort(key=lambda each: _place(each.row, higher))
-    rows = [each.row for each in built]
-    base = _baseline(rows, baseline)
+    rows, chosen, said = compared([each.row for each in built], baseline, higher_is_better=higher)
     warnings = checks.warnings(built) + (checks.targets_differ(rows, target) if not given else [])
-    if base is None and len(rows) > 1:
-        warnings.append(_no_baseline(rows, baseline))
-    return Table(
-        **vars(question),
-        target=target,
-        baseline=base.label if base else None,
-        rows=tuple(compared(rows, base, higher_is_better=higher)),
-        warnings=tuple(warnings),
-    )
+    return Table(**vars(question), target=target, baseline=chosen, rows=tuple(rows), warnings=(*warnings, *said))
 
 
-def _place(row: Row, higher: bool) -> tuple[float, str]:
-    return math.inf if row.mean is None else -row.mean if higher else row.mean, row.label
+def _place(row: Row, higher: bool) -> tuple[bool, bool, float, str]:
+    """The best mean first; behind, rows with seeds that failed, as the mean is of those that were lucky."""
+    return row.mean is None, row.failed > 0, 0.0 if row.mean is None else -row.mean if higher else row.mean, row.label
 
 
-def _baseline(rows: Sequence[Row], label: str | None) -> Row | None:
-    """The one row that may be called so; without a label adamw's, if it has one row alone."""
-    meant = called([row.label for row in rows], label or DEFAULT_BASELINE)
-    return next(row for row in rows if row.label == meant[0]) if len(meant) == 1 else None
-
-
-def _no_baseline(rows: Sequence[Row], label: str | None) -> str:
-    wanted = label or DEFAULT_BASELINE
-    several = called([row.label for row in rows], wanted)
-    why = f"{len(several)} rows are {wanted}" if several else f"there is no {wanted}"
-    return f"no baseline: {why}; choose a row with --baseline, as {(several or [rows[0].label])[0]!r}"
-
-
-def _built(
-    optim: str, label: str, runs: Sequence[Run], tuned: Sequence[str], higher: bool, target: float | None
-) -> checks.Built:
-    made, twice = trials(runs, tuned)
+def _built(optim: str, group: Group, tuned: Sequence[str], higher: bool, target: float | None) -> checks.Built:
+    made, twice = trials(group.runs, tuned)
     selection = select(made, higher_is_better=higher)
     shown, fresh = reported(selection)
     finals = [run.final for run in shown if run.final is not None]
@@ -143,9 +179,9 @@ def _built(
     low, high = stats.interval(finals)
     test_mean, test_sd = stats.mean_sd(tests)
     row = Row(
-        task=str(runs[0].config["task.name"]),
+        task=str(group.runs[0].config["task.name"]),
         optim=optim,
-        label=label,
+        label=group.label,
         trials=made,
         selected=selection.trial,
         runs=shown,
@@ -162,8 +198,10 @@ def _built(
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
         best_of=stats.best_of(selection.scores, higher_is_better=higher),
         budget=_budget(made, selection),
+        test_n=len(tests),
+        settings=group.settings,
     )
-    return checks.Built(row, selection, tuple(tuned), twice)
+    return checks.Built(row, selection, tuple(tuned), group.runs, twice)
 
 
 def _budget(made: Sequence[Trial], selection: Selection) -> dict[str, int]:
@@ -183,30 +221,3 @@ def _budget(made: Sequence[Trial], selection: Selection) -> dict[str, int]:
 
 def _all_finite(runs: Sequence[Run], selection: Selection) -> bool:
     return not selection.seeds or all(run.final is not None for run in runs)
-
-
-def compared(rows: Sequence[Row], base: Row | None, *, higher_is_better: bool) -> list[Row]:
-    """The same rows, each but the baseline with its difference to it."""
-    if base is None:
-        return list(rows)
-    others = [row for row in rows if row is not base]
-    found = [stats.compare(_finals(row), _finals(base)) for row in others]
-    corrected = stats.holm([each.p_value for each in found])
-    differences: dict[str, Any] = {
-        row.label: Difference(
-            paired=each.paired,
-            n=each.n,
-            value=each.value,
-            low=each.low,
-            high=each.high,
-            p_value=each.p_value,
-            p_holm=p,
-            verdict=words.verdict(each, p, base.mean, higher_is_better=higher_is_better),
-        )
-        for row, each, p in zip(others, found, corrected, strict=True)
-    }
-    return [replace(row, difference=differences.get(row.label)) for row in rows]
-
-
-def _finals(row: Row) -> dict[int, float]:
-    return {run.seed: run.final for run in row.runs if run.final is not None}

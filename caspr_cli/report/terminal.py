@@ -16,8 +16,11 @@ BARS = "▁▂▃▄▅▆▇█"
 INDENT = "  "
 TOLD = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # in columns of their own, or of no interest
 LEGEND = [
-    "mean     of validation at the end, ± standard deviation, over n seeds; 95 % interval of the mean (Student's t)",
-    "verdict  paired t-test on common seeds, else Welch's; at 5 % after Holm's correction for the rows of a table",
+    "mean     of validation at the end, ± standard deviation, over n seeds; 95 % interval of the mean (Student's t); "
+    f"{words.BOUNDED}; rows with failed seeds stand behind the others",
+    "verdict  paired t-test where all seeds of one side are common, else Welch's; at 5 % after Holm's correction for "
+    f"the rows of a table; {words.NOT_CORRECTED}",
+    f"caution  {words.ABOUT_SETTINGS}",
 ]
 
 
@@ -41,7 +44,7 @@ def table_lines(table: Table, width: int) -> Iterator[str]:
     yield heads
     for row, line in zip(table.rows, lines, strict=True):
         yield line
-        if said := "; ".join(filter(None, [selected(row), verdict(row, table)])):
+        if said := "; ".join(filter(None, [selected(row), verdict(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
     if gone:
         yield from textwrap.wrap(f"(no room for: {', '.join(gone)}; a wider terminal, --json or --to has all)", width)

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from caspr_cli.report import stats
 from caspr_cli.report.model import Difference, Row
-from caspr_cli.report.stats import LEVEL, MOST_SEEDS, Comparison
+from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, Comparison
 
 CANNOT_TELL = "cannot tell"
+NO_PROMISE = 5  # fewer seeds than this know their own spread too badly to say how many would do
+# What every legend says of verdicts and intervals.
+ABOUT_SETTINGS = "verdicts are about the selected settings: tuning was done once, and its luck is in no interval"
+NOT_CORRECTED = "intervals are not corrected, and nothing is for there being several tables"
+BOUNDED = "near the end of a scale, as of accuracy at 1, an interval covers less than it says"
 
 
-def number(value: float | None) -> str:
-    """A metric."""
-    return "-" if value is None else f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+def number(value: float | None, spread: float | None = None) -> str:
+    """A metric, with the decimals of the first two figures of ``spread``, or else four."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1e7:
+        return f"{value:.4g}"
+    if spread is None or spread <= NO_SPREAD * abs(value):
+        if value and abs(value) < 0.01:
+            return f"{value:.3g}"
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    places = 1 - math.floor(math.log10(spread))
+    if value and abs(value) < 1e-3 and places > 6:
+        return f"{value:.{max(places + math.floor(math.log10(abs(value))), 0)}e}"
+    text = f"{value:,.{max(places, 0)}f}"
+    return text if text.strip("-0.") else text.lstrip("-")
 
 
 def spread(mean: float | None, sd: float | None) -> str:
-    return number(mean) if sd is None else f"{number(mean)} ± {number(sd)}"
+    return number(mean) if sd is None else f"{number(mean, sd)} ± {number(sd, sd) if sd else 0}"
 
 
-def between(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{number(low)} to {number(high)}"
+def between(low: float | None, high: float | None, sd: float | None) -> str:
+    return "-" if low is None or high is None else f"{number(low, sd)} to {number(high, sd)}"
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def count(number: int, noun: str, ending: str = "s") -> str:
@@ -44,69 +67,126 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def p(value: float) -> str:
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.4f}" if value < 0.01 else f"p = {value:.2f}"
+def p(value: float, *, corrected: bool = False) -> str:
+    """A p-value, so that what is below 5 % does not read like what is above."""
+    name = "p (Holm)" if corrected else "p"
+    if value < 0.001:
+        return f"{name} < 0.001"
+    digits = 2 if value >= 0.1 else 4 if f"{value:.3f}" == "0.050" else 3
+    return f"{name} = {value:.{digits}f}"
 
 
-def relative(value: float, base: float | None, *, sign: bool = False) -> str:
-    """As a share of the baseline's mean; in units of the metric if there is none or it is 0."""
-    if not base:
-        return f"{value:{'+' if sign else ''}.3g}"
-    share = 100 * value / abs(base)
-    digits = "" if abs(share) < 1e-12 else ".2g" if abs(share) < 1 else ".1f"
-    return f"{share:{'+' if sign else ''}{digits or '.0f'}} %"
+def change(value: float, low: float | None, high: float | None, share_of: float | None) -> str:
+    """A difference and its interval with their signs, as ``-0.38 % (-0.94 to +0.18)``.
+
+    Args:
+        share_of: what it is in per cent of; None: in units of the metric.
+    """
+    factor, unit = (1.0, "") if share_of is None else (100 / abs(share_of), " %")
+    width = abs(value if low is None or high is None else (high - low) / 2) * factor
+    said = f"{_signed(value * factor, width)}{unit}"
+    if low is None or high is None:
+        return said
+    return f"{said} ({_signed(low * factor, width)} to {_signed(high * factor, width)})"
 
 
-def verdict(comparison: Comparison, p_holm: float | None, base: float | None, *, higher_is_better: bool) -> str:
+def _signed(value: float, width: float) -> str:
+    text = number(abs(value), width) if width else "0"
+    return f"{'-' if value < 0 else '+'}{text}" if text.strip("0.") else text
+
+
+def verdict(
+    found: Comparison,
+    p_holm: float | None,
+    tests: int,
+    share_of: float | None,
+    failed: str,
+    *,
+    higher_is_better: bool,
+) -> str:
     """``better``, ``worse``, or why it cannot be told.
 
     Args:
-        base: mean of the baseline.
+        tests: of the table, for which ``p_holm`` is corrected.
+        failed: which seeds failed on one side alone, in words; then it cannot be told.
     """
-    n, value, p_value = comparison.n, comparison.value, comparison.p_value
-    if value is None:
+    if found.value is None:
         return f"{CANNOT_TELL}: no seed is done on one side"
-    difference = relative(abs(value), base)
-    if n < 2:
-        return f"{CANNOT_TELL}: n = {n} has no spread; the difference is {difference}"
-    if p_value is None or comparison.separable is None or p_holm is None:
-        what = "differences of" if comparison.paired else "values of both, over"
-        return (
-            f"{CANNOT_TELL}: the {what} {n} seeds are all equal, no spread to test by; the difference is {difference}"
-        )
+    difference = change(found.value, found.low, found.high, share_of)
+    if failed:
+        return f"{CANNOT_TELL}: {failed}; the others: {difference}"
+    if found.n < 2:
+        return f"{CANNOT_TELL}: {difference}; n = {found.n} has no spread"
+    if found.p_value is None or p_holm is None:
+        if abs(found.value) <= NO_SPREAD * max(map(abs, found.base)):
+            return f"{CANNOT_TELL}: identical with each of {found.n} seeds"
+        what = "differences of" if found.paired else "values of both, over"
+        return f"{CANNOT_TELL}: {difference}; the {what} {found.n} seeds are all equal, no spread to test by"
     if p_holm < LEVEL:
-        return "better" if (value > 0) == higher_is_better else "worse"
-    if p_value < LEVEL:
-        return f"{CANNOT_TELL}: {p(p_value)} alone, but {p(p_holm)} as one of several rows (Holm)"
-    seeds = f"more than {MOST_SEEDS:,}" if comparison.seeds is None else f"about {comparison.seeds}"
-    return (
-        f"{CANNOT_TELL}: n = {n} separates {relative(comparison.separable, base)}, the difference is {difference}; "
-        f"{seeds} seeds would"
-    )
+        return "better" if (found.value > 0) == higher_is_better else "worse"
+    alone = f"{p(found.p_value)} alone, {p(p_holm, corrected=True)}; " if found.p_value < LEVEL else ""
+    return f"{CANNOT_TELL}: {difference}; {alone}{_what_would(found, tests, share_of)}"
 
 
-def against(difference: Difference, baseline: str, base: float | None) -> str:
+def _what_would(found: Comparison, tests: int, share_of: float | None) -> str:
+    """What these seeds separate, and what more of them would."""
+    assert found.spread is not None
+    assert found.value is not None
+    bound = stats.separable(found.spread, tests)
+    factor, unit = (1.0, "") if share_of is None else (100 / abs(share_of), " %")
+    now = f"n = {found.n} separates {number(bound * factor, bound * factor)}{unit}"
+    if found.n < NO_PROMISE:
+        more = _seeds(stats.seeds_to_separate(bound / 2, found.spread, tests))
+        return f"{now}; more seeds would tell: {more} would separate half of that"
+    needed = _seeds(stats.seeds_needed(found.value, found.spread, tests))
+    return f"{now}; if the true difference is the one observed, {needed} would find it"
+
+
+def _seeds(n: int | None) -> str:
+    return f"more than {MOST_SEEDS:,} seeds" if n is None else f"about {n} seeds"
+
+
+def against(difference: Difference) -> str:
     """A row against the baseline, in one line; a verdict that gives the difference itself is not told twice."""
-    if difference.value is None or difference.verdict.startswith(CANNOT_TELL):
-        return f"against {baseline}: {difference.verdict}"
-    how = f"{difference.n} pairs" if difference.paired else "Welch"
-    low, high = (relative(end or 0.0, base, sign=True) for end in (difference.low, difference.high))
-    return (
-        f"against {baseline}: {difference.verdict}, {relative(difference.value, base, sign=True)} ({low} to {high}), "
-        f"{p(difference.p_holm or 0.0)}, {how}"
-    )
+    found = f"against {difference.against}: {difference.verdict}"
+    if difference.value is not None and not difference.verdict.startswith(CANNOT_TELL):
+        how = f"{difference.n} pairs" if difference.paired else "Welch"
+        value = change(difference.value, difference.low, difference.high, difference.share_of)
+        found += f", {value}, {p(difference.p_holm or 0.0, corrected=difference.tests > 1)}, {how}"
+    return f"{found}; test disagrees" if disagrees(difference) else found
+
+
+def disagrees(difference: Difference) -> bool:
+    """Whether test and validation differ in the sign of the difference."""
+    return (difference.value or 0.0) * (difference.test or 0.0) < 0
+
+
+def in_test(difference: Difference) -> str:
+    """The difference of the test metric; empty if it is not known."""
+    if difference.test is None:
+        return ""
+    return change(difference.test, difference.test_low, difference.test_high, difference.test_share_of)
 
 
 def seeds(row: Row) -> str:
     """``5``, or ``4 of 5`` where one failed or is not finite."""
-    return str(row.n) if row.n == len(row.runs) else f"{row.n} of {len(row.runs)}"
+    return f"{row.n} of {len(row.runs)}" if row.failed else str(row.n)
+
+
+def test(row: Row) -> str:
+    """The test metric; with its n where that is another."""
+    n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
+    return f"{spread(row.test_mean, row.test_sd)}{n}"
 
 
 def steps_to_target(row: Row) -> str:
+    """The median, and how many reached it; where the median did not, some may have."""
     if row.reached is None or not row.runs:
         return "-"
-    steps = "not reached" if row.steps_to_target is None else f"{row.steps_to_target:,.0f}"
-    return f"{steps} ({row.reached} of {len(row.runs)})"
+    of = f"{row.reached} of {len(row.runs)}"
+    if row.steps_to_target is None:
+        return f"not reached; {of} did" if row.reached else "not reached"
+    return f"{row.steps_to_target:,.0f} ({of})"
 
 
 def budget(row: Row) -> str:

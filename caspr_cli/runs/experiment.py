@@ -47,7 +47,8 @@ class Experiment:
 
     Args:
         jobs: overrides of ``caspr-train``, without ``trial``; a value may be several, as in ``caspr,adamw``.
-        baseline: label of the row that the others are compared with.
+        baseline: label of the row that the others are compared with; settings alone, as ``statistics=ema``, mean each
+            optimizer's own row with them.
     """
 
     name: str

@@ -111,7 +111,7 @@ def test_compare_prints_a_table_for_each_task(
     out = capsys.readouterr().out
     assert out.startswith(f"caspr-report {__version__}  12 records in outputs\n")
     assert out.count("\ncaspr ") == 2
-    assert out.count("against adamw: cannot tell: the differences of 3 seeds are all equal") == 2
+    assert out.count("against adamw: cannot tell: -11 %; the differences of 3 seeds are all equal") == 2
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -188,8 +188,8 @@ def test_output_that_is_not_utf_8_has_question_marks_and_files_are_whole(
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     assert call(monkeypatch, "compare", "--to", "x.md") == 0
-    assert b" ? 0.0200 " in out.getvalue()
-    assert " ± 0.0200 " in Path("x.md").read_text(encoding="utf8")
+    assert b" ? 0.020 " in out.getvalue()
+    assert " ± 0.020 " in Path("x.md").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("to", ["x.md", "x.tex", "x.csv"])
@@ -224,6 +224,27 @@ def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert sorted(path.name for path in Path.cwd().iterdir() if path.is_file()) == names
     assert all("<svg" in Path(name).read_text(encoding="utf8") for name in names)
     assert "caspr-report compare outputs/vit --to x.html --to x.svg" in Path("x.html").read_text(encoding="utf8")
+
+
+@pytest.mark.slow
+def test_a_figure_for_each_data_set(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(2):
+        other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
+        write(other, Path("outputs/c4_lm/caspr/other", f"seed{seed}"))
+    assert call(monkeypatch, "curves", study / "c4_lm", "--to", "c.svg") == 0
+    names = ["c-c4_lm-sample-sample-val_loss-abcd.svg", "c-c4_lm-sample-sample-val_loss-ffff.svg"]
+    assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
+
+
+def test_settings_alone_as_the_baseline(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        write(run("caspr", seed, 5.0 + seed / 9, optim__weight_decay=0.1), Path(study, "c4_lm/wd", f"seed{seed}"))
+    assert call(monkeypatch, "compare", study / "c4_lm", "--baseline", "weight_decay=0") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "against caspr weight_decay=0: worse, " in out
+    assert call(monkeypatch, "compare", study / "c4_lm", "--baseline", "weight_decay=7") == 2
 
 
 def test_ctrl_c_ends_it_quietly(

@@ -244,6 +244,13 @@ def test_a_baseline_is_a_strip() -> None:
 
     table = synthetic.language()
     assert strips(table) == 1
-    assert strips(replace(table, baseline=None)) == 0
+    assert strips(replace(table, rows=tuple(replace(row, is_baseline=False) for row in table.rows))) == 0
+    assert strips(replace(table, rows=tuple(replace(row, is_baseline=row.optim != "sgd") for row in table.rows))) == 5
     rows: tuple[Row, ...] = tuple(replace(row, ci_low=None, ci_high=None) for row in table.rows)
     assert strips(replace(table, rows=rows)) == 0
+
+
+def test_seeds_that_are_equal_have_a_band_of_no_width() -> None:
+    made = curves.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
+    assert made is not None
+    assert made.low == made.mean == made.high

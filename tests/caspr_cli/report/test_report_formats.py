@@ -3,19 +3,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from recorded import run
 
-from caspr_cli.report import formats, terminal
+from caspr_cli.report import about, formats, page, terminal, words
 from caspr_cli.report.model import Point, Table
 from caspr_cli.report.tables import tables
 
 PROMISED = {
     "task", "scale", "data", "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd",
     "steps_to_target", "seconds_to_target", "reached", "trials", "verdict", "p_value", "p_holm", "difference",
-    "selected", "warnings",
+    "selected", "warnings", "test_n", "test_difference", "test_difference_low", "test_difference_high", "against",
+    "tests", "data_hash",
 }  # fmt: skip
 
 
@@ -43,6 +45,7 @@ def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
     assert caspr["difference"] == pytest.approx(-0.49)
     assert (caspr["verdict"], caspr["reached"], caspr["steps_to_target"]) == ("better", 3, 200)
     assert rows[3]["selected"]["optim.order"] == "inf"
+    assert (caspr["test_difference"], caspr["test_difference_low"]) == pytest.approx((-0.49, caspr["difference_low"]))
     assert (rows[2]["mean"], rows[2]["verdict"]) == (None, "cannot tell: no seed is done on one side")
 
 
@@ -55,12 +58,10 @@ def test_csv_has_the_same_rows(made: list[Table]) -> None:
 
 def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -> None:
     text = lines(made[0])
-    assert text[0] == "c4_lm, sample scale, sample data: val/loss at the end, lower is better; target 4.5"
+    assert text[0] == "c4_lm, sample scale, sample data abcd: val/loss at the end, lower is better; target 4.5"
     assert " ".join(text[1].split()) == "optimizer n mean ± sd 95 % interval test steps to 4.5 time to it trials"
-    assert " ".join(text[2].split()) == (
-        "caspr 3 4.0300 ± 0.0300 3.9555 to 4.1045 4.1300 ± 0.0300 200 (3 of 3) 20.0 s 1"
-    )
-    assert text[3] == "  lr=0.006; against adamw: better, -10.8 % (-11.4 % to -10.3 %), p = 0.0001, 3 pairs"
+    assert " ".join(text[2].split()) == ("caspr 3 4.030 ± 0.030 3.955 to 4.105 4.130 ± 0.030 200 (3 of 3) 20.0 s 1")
+    assert text[3] == "  lr=0.006; against adamw: better, -10.84 % (-11.39 to -10.29), p < 0.001, 3 pairs"
     assert "  lr=0.003; baseline" in text
     assert any(line.startswith("warning  shampoo: no run is done") for line in text)
 
@@ -105,6 +106,106 @@ def test_latex_escapes_and_balances(made: list[Table]) -> None:
     rows = [line for line in body if line.endswith(r"\\")]
     spec = next(line for line in body if r"\begin{tabular}" in line)
     assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[-1].rstrip("}")) - 1}
+
+
+def test_latex_has_warnings_as_notes_under_the_table(made: list[Table]) -> None:
+    text = formats.as_latex(made, "caspr-report compare")
+    notes = [line for line in text.splitlines() if "Note: " in line]
+    assert len(notes) == sum(len(table.warnings) for table in made)
+    assert all(not line.startswith("%") for line in notes)
+    first = text[: text.index(r"\end{table}")]
+    assert first.index(r"\end{tabular}") < first.index("Note: shampoo: no run is done with a finite value")
+
+
+@pytest.mark.parametrize(
+    "legend", [formats.LEGEND, " ".join(terminal.LEGEND), page.LEGEND, " ".join(about.READING.values())]
+)
+def test_every_legend_says_what_verdicts_are_about_and_what_is_not_corrected(legend: str) -> None:
+    said = legend.lower()
+    assert "verdicts are about the selected settings: tuning was done once, and its luck is in no interval" in said
+    assert "intervals are not corrected, and nothing is for there being several tables" in said
+
+
+def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_test_value() -> None:
+    runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [run("caspr", s, 4.0 + s * s / 90) for s in range(3)]
+    assert not any("test disagrees" in line for line in lines(tables(runs)[0]))
+    turned = [
+        replace(each, result=each.result | {"test": {"test/loss": 9 - each.final} if each.seed else {}})
+        for each in runs
+    ]
+    text = " ".join(" ".join(lines(tables(turned)[0], 200)).split())
+    assert "3 pairs; test disagrees adamw" in text
+    assert "4.470 ± 0.014 (n = 2)" in text
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "said"),
+    [
+        (3.9921, 0.0116, "3.992 ± 0.012"),
+        (6.92, 0.12, "6.92 ± 0.12"),
+        (2e-5, 1.4e-7, "2.000e-05 ± 1.4e-07"),
+        (0.0213, 2e-5, "0.021300 ± 0.000020"),
+        (1499.9991, 0.0141, "1,499.999 ± 0.014"),
+        (1500.0, 34.2, "1,500 ± 34"),
+        (-0.0004, 0.014, "0.000 ± 0.014"),
+        (1.25e30, 2e29, "1.25e+30 ± 2e+29"),
+        (4.0, 0.0, "4.0000 ± 0"),
+        (4.0, None, "4.0000"),
+        (2e-5, None, "2e-05"),
+        (None, None, "-"),
+    ],
+)
+def test_digits_are_those_of_the_spread(mean: float | None, sd: float | None, said: str) -> None:
+    assert words.spread(mean, sd) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0004, "p < 0.001"),
+        (0.0012, "p = 0.001"),
+        (0.0123, "p = 0.012"),
+        (0.0496, "p = 0.0496"),
+        (0.0504, "p = 0.0504"),
+        (0.213, "p = 0.21"),
+    ],
+)
+def test_p_values_around_the_level_are_told_apart(value: float, said: str) -> None:
+    assert words.p(value) == said
+    assert words.p(value, corrected=True) == said.replace("p", "p (Holm)", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "share_of", "said"),
+    [
+        (-0.0153, -0.0377, 0.0071, 4.0, "-0.38 % (-0.94 to +0.18)"),
+        (0.056, 0.01, 0.12, -4.0, "+1.4 % (+0.2 to +3.0)"),
+        (0.04, 0.0, 0.08, 4.0, "+1.0 % (0.0 to +2.0)"),
+        (-0.03, -0.063, 0.003, None, "-0.030 (-0.063 to +0.003)"),
+        (-0.5, None, None, 4.5, "-11 %"),
+        (0.0, None, None, 4.5, "0 %"),
+    ],
+)
+def test_differences_have_signs_and_the_digits_of_their_interval(
+    value: float, low: float | None, high: float | None, share_of: float | None, said: str
+) -> None:
+    assert words.change(value, low, high, share_of) == said
+
+
+def test_who_did_not_reach_the_target_is_not_counted_as_who_did() -> None:
+    slow = [(300, 30.0, 4.6)]
+    fast = [(300, 30.0, 4.4)]
+    runs = [run("adamw", s, 4.4 if s < 2 else 4.6, curve=fast if s < 2 else slow) for s in range(5)]
+    runs += [run("caspr", s, 4.4, curve=fast if s < 3 else slow) for s in range(5)]
+    runs += [run("soap", s, 4.6, curve=slow) for s in range(5)]
+    cells = {row.label: words.steps_to_target(row) for row in tables(runs)[0].rows}
+    assert cells == {"caspr": "300 (3 of 5)", "adamw": "not reached; 2 of 5 did", "soap": "not reached"}
+
+
+# ---- records -----------------------------------------------------------------------------------------------------
 
 
 def test_a_sparkline_is_low_to_high_and_marks_what_is_not_finite() -> None:

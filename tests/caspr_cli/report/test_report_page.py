@@ -133,8 +133,54 @@ def test_verdicts_are_words_with_marks() -> None:
     for word in ("better", "worse", "cannot tell", "baseline"):
         assert f" {word}" in cells
     assert {"▲", "▼", "≈", "●"} <= set(cells)
-    assert synthetic.VERDICT.partition(": ")[2] in cells
+    assert synthetic.VERDICT.partition("cannot tell")[2] in cells
     assert "not run" in cells  # soap on resnet
+
+
+def test_every_mean_has_its_n() -> None:
+    html = study()
+    results = html[html.index('id="results"') : html.index("</section>")]
+    means = re.findall(r"\d ± [^<]*", results)
+    assert len(means) == 11
+    assert all(re.search(r"\(n = 5|\(n = 4 of 5", mean) for mean in means)
+    assert "n = 5: shampoo, caspr, soap, adamw and sgd; n = 4: muon." in parsed(html).within("figcaption")
+
+
+def test_bold_is_what_is_better_and_not_the_best_mean_of_what_cannot_be_told() -> None:
+    table = synthetic.language()
+    best = table.rows[0]
+    assert best.difference is not None
+    alike = replace(best, difference=replace(best.difference, verdict=synthetic.VERDICT))
+    html = page([replace(table, rows=(alike, table.rows[-2]))], None, "One", COMMAND)
+    assert 'class="best"' not in html
+    assert page([table], None, "One", COMMAND).count('class="best"') == sum(
+        row.difference is not None and row.difference.verdict == "better" for row in table.rows
+    )
+
+
+def test_the_difference_in_test_stands_below_the_verdict() -> None:
+    assert re.search(r"in test [+-]\d+\.\d+ % \([+-]", parsed(study()).within("span"))
+
+
+def test_rows_with_baselines_of_their_own_name_them() -> None:
+    table = synthetic.language()
+    rows = [replace(row, is_baseline=row.label in ("adamw", "caspr")) for row in table.rows]
+    html = page([replace(table, rows=tuple(rows), baseline="eps=1e-08")], None, "Own", COMMAND)
+    text = parsed(html).within("th", "p", "td")
+    assert "against each optimizer's own row with eps=1e-08" in text
+    assert ", against adamw" in text
+
+
+def test_a_row_of_one_table_is_that_of_another_with_the_same_settings() -> None:
+    one = synthetic.table([synthetic.row("caspr", [synthetic.run("caspr", 1, 4.0)], settings={"optim.eps": 1e-6})])
+    rows = [
+        synthetic.row(f"caspr eps={eps:g}", [synthetic.run("caspr", 1, 4.0)], task="vit", settings={"optim.eps": eps})
+        for eps in (1e-6, 1e-4)
+    ]
+    both = [one, synthetic.table(rows, task="vit")]
+    cells = parsed(page(both, None, "Two", COMMAND)).within("td")
+    assert cells.split("\n").count("not run") == 1
+    assert opening(both)[0] == "2 rows compared on 2 tasks (c4_lm and vit): caspr eps=1e-06 and caspr eps=0.0001."
 
 
 def test_it_opens_with_what_was_compared() -> None:

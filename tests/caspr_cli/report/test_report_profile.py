@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from caspr_cli.report.model import Table
+from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import Profile, names, profile, rho, score, times
 
 
@@ -49,6 +49,26 @@ def test_the_score_is_the_integral_of_rho() -> None:
 @pytest.mark.parametrize(("ratios", "expected"), [((1.0, 1.0), 1.0), ((4.0,), 0.0), ((math.inf,), 0.0), ((), 0.0)])
 def test_ends_of_the_score(ratios: tuple[float, ...], expected: float) -> None:
     assert score(ratios) == expected
+
+
+def test_rows_are_matched_by_settings_where_one_table_has_variants() -> None:
+    """caspr in one table is caspr eps=1e-06 in the other, and not its caspr eps=0.0001, and its layers are its own."""
+
+    def row(label: str, steps: float, **settings: object) -> Row:
+        return replace(synthetic.row(label, [], settings=settings), steps_to_target=steps)
+
+    one, two = timed("one", {}), timed("two", {})
+    one = replace(one, rows=(row("caspr", 100, eps=1e-6, layers=2), row("adamw", 200, eps=1e-8)))
+    variants = (row("caspr eps=0.0001", 100, eps=1e-4, layers=4), row("caspr eps=1e-06", 50, eps=1e-6, layers=4))
+    two = replace(two, rows=(*variants, row("adamw", 100, eps=1e-8)))
+    found = profile([one, two], "steps")
+    assert found.ratios == {
+        "caspr eps=1e-06": (1.0, 1.0), "adamw": (2.0, 2.0), "caspr eps=0.0001": (math.inf, 2.0),
+    }  # fmt: skip
+
+
+def test_it_is_said_that_scores_are_not_algoperfs() -> None:
+    assert any("AlgoPerf's takes times of a clock" in line for line in profile(synthetic.study(), "steps").lines)
 
 
 def test_seconds_are_another_unit() -> None:

@@ -50,7 +50,10 @@ def test_paired_is_scipys() -> None:
     assert (found.paired, found.n) == (True, 5)
     assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
-    assert found.separable == pytest.approx(reference.t.ppf(0.975, 4) * np.std(a - b, ddof=1) / math.sqrt(5))
+    error = np.std(a - b, ddof=1) / math.sqrt(5)
+    assert found.base == pytest.approx(b)
+    assert stats.separable(found.spread) == pytest.approx(reference.t.ppf(0.975, 4) * error)
+    assert stats.separable(found.spread, 5) == pytest.approx(reference.t.ppf(0.995, 4) * error)
 
 
 def test_welch_is_scipys_where_seeds_are_not_common() -> None:
@@ -62,12 +65,23 @@ def test_welch_is_scipys_where_seeds_are_not_common() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
-def test_pairs_are_of_common_seeds_alone_and_one_is_none() -> None:
-    ours, theirs = {0: 1.0, 1: 2.0, 2: 3.5, 7: 50.0}, {2: 1.0, 1: 1.0, 0: 1.0, 9: -50.0}
+def test_pairs_need_all_seeds_of_one_side_and_two_of_them() -> None:
+    ours, theirs = {0: 1.0, 1: 2.0, 2: 3.5}, {2: 1.0, 1: 1.0, 0: 1.0, 9: -50.0}
     found = stats.compare(ours, theirs)
     assert (found.paired, found.n) == (True, 3)
     assert found.value == pytest.approx(np.mean([0.0, 1.0, 2.5]))
+    assert found.base == (1.0, 1.0, 1.0)
     assert not stats.compare({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}).paired
+    assert not stats.compare({0: 1.0}, {0: 1.0, 1: 5.0}).paired
+
+
+def test_a_few_common_seeds_do_not_throw_the_others_away() -> None:
+    """Ten seeds a side, two of them common, two standard deviations apart: pairs of these two find nothing."""
+    ours, theirs = by_seed(random(7, 10)), {8 + k: value + 2 for k, value in by_seed(random(8, 10)).items()}
+    found = stats.compare(ours, theirs)
+    assert (found.paired, found.n) == (False, 10)
+    assert found.p_value == pytest.approx(reference.ttest_ind([*ours.values()], [*theirs.values()], equal_var=False)[1])
+    assert found.value == pytest.approx(stats.mean_sd([*ours.values()])[0] - stats.mean_sd([*theirs.values()])[0])
 
 
 def test_holm_by_hand() -> None:
@@ -76,28 +90,52 @@ def test_holm_by_hand() -> None:
     assert stats.holm([]) == []
 
 
-@pytest.mark.parametrize(("difference", "sd"), [(1.0, 1.0), (0.5, 1.0), (0.15, 1.0), (3.0, 1.0), (9.57 / 2**0.5, 1.0)])
-def test_seeds_needed_have_the_power_and_one_fewer_has_not(difference: float, sd: float) -> None:
-    n = stats.seeds_needed(difference, sd)
+def one_seed(sd: float = 1.0, each: float = 1.0) -> stats.Spread:
+    return stats.Spread(math.nan, math.nan, sd, each)
+
+
+@pytest.mark.parametrize("tests", [1, 5])
+@pytest.mark.parametrize("difference", [0.15, 0.5, 1.0, 3.0, 9.57 / 2**0.5, 40.0])
+def test_seeds_needed_have_the_power_and_one_fewer_has_not(difference: float, tests: int) -> None:
+    n = stats.seeds_needed(difference, one_seed(), tests)
     assert n is not None
 
     def power(n: int) -> float:
-        bound, shift = reference.t.ppf(0.975, n - 1), difference / sd * math.sqrt(n)
-        return float(reference.nct.sf(bound, n - 1, shift))
+        """By the definition of t: a normal variable over the root of a mean of squares."""
+        bound, shift = reference.t.ppf(1 - 0.025 / tests, n - 1), difference * math.sqrt(n)
+        below = np.linspace(0, 1, 20_001)[1:-1]
+        scale = np.sqrt(reference.chi2.ppf(below, n - 1) / (n - 1))
+        return float(np.mean(reference.norm.sf(bound * scale - shift)))
 
     assert power(n) >= 0.8
     assert n == 2 or power(n - 1) < 0.8
 
 
 def test_seeds_needed_by_the_textbook_and_by_simulation() -> None:
-    assert stats.seeds_needed(0.5, 1.0) == 34  # Cohen (1988): d = 0.5, paired, two-sided 5 %, 80 %
-    assert stats.seeds_needed(0.5, math.sqrt(2), each=2.0) == 64  # two groups of equal spread
-    assert stats.seeds_needed(0.01, 1.0) is stats.seeds_needed(0.0, 1.0) is None
-    assert stats.seeds_needed(1000.0, 1.0) == 2
-    n = stats.seeds_needed(1.0, 1.0)
+    assert stats.seeds_needed(0.5, one_seed()) == 34  # Cohen (1988): d = 0.5, paired, two-sided 5 %, 80 %
+    assert stats.seeds_needed(0.5, one_seed(math.sqrt(2), each=2.0)) == 64  # two groups of equal spread
+    assert stats.seeds_needed(0.01, one_seed()) is stats.seeds_needed(0.0, one_seed()) is None
+    assert stats.seeds_needed(1000.0, one_seed()) == 2
+    assert stats.seeds_needed(1000.0, one_seed(), 1000) == 3  # two: a bound of 12,732 at one degree of freedom
+    n = stats.seeds_needed(1.0, one_seed())
     draws = random(3, DRAWS, n) + 1
     t = draws.mean(1) / draws.std(1, ddof=1) * math.sqrt(n)
     assert 0.78 < np.mean(np.abs(t) > special.stdtrit(n - 1, 0.975)) < 0.9
+
+
+@pytest.mark.parametrize("tests", [1, 5])
+def test_seeds_that_separate_half_as_much(tests: int) -> None:
+    of = {n: stats.separable(stats.Spread(1 / math.sqrt(n), n - 1, 1.0), tests) for n in range(2, 20)}
+    for now in (2, 3, 4):
+        n = stats.seeds_to_separate(of[now] / 2, one_seed(), tests)
+        assert of[n] <= of[now] / 2 < of[n - 1]
+
+
+def test_shares_are_of_what_is_not_near_zero() -> None:
+    assert stats.unit_of_shares([4.0, 4.1]) == pytest.approx(4.05)
+    assert stats.unit_of_shares([-4.0, -4.1]) == pytest.approx(-4.05)
+    assert stats.unit_of_shares([4.0]) == 4.0
+    assert stats.unit_of_shares([0.02, 0.03, 0.01]) is stats.unit_of_shares([0.0]) is stats.unit_of_shares([]) is None
 
 
 @pytest.mark.parametrize("higher", [True, False])
@@ -135,10 +173,19 @@ def test_expected_best_of_many_trials_is_exact_and_monotone() -> None:
 def test_no_spread_is_no_test(ours: dict[int, float], theirs: dict[int, float]) -> None:
     found = stats.compare(ours, theirs)
     assert found.value is not None
-    assert found.p_value is found.low is found.separable is None
-    said = words.verdict(found, None, 1.0, higher_is_better=False)
-    assert said.startswith("cannot tell: the ")
-    assert "all equal" in said
+    assert found.p_value is found.low is found.spread is None
+    said = words.verdict(found, None, 0, 1.0, "", higher_is_better=False)
+    if found.value:
+        assert said.startswith("cannot tell: +")
+        assert "all equal" in said
+    else:
+        assert said == "cannot tell: identical with each of 2 seeds"
+
+
+def test_equal_values_have_no_interval() -> None:
+    assert stats.interval([4.0, 4.0]) == stats.interval([0.0, 0.0]) == (None, None)
+    assert stats.interval([0.1 + 0.2, 0.3, 0.3]) == (None, None)  # equal but for rounding
+    assert stats.interval([4.0, 4.0 + 1e-9])[0] is not None
 
 
 # ---- by simulation -----------------------------------------------------------------------------------------------
@@ -163,16 +210,27 @@ def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(
     for table, p in zip(tables[:200], p_values, strict=False):
         theirs = {first + seed: value for seed, value in by_seed(table[0]).items()}
         assert [stats.compare(by_seed(row), theirs).p_value for row in table[1:]] == pytest.approx(p.tolist())
-    seen = stats.Comparison(paired, 3, 1.0, -1.0, 3.0, separable=2.0)
+    seen = stats.Comparison(paired, 3, 1.0, (1.0,), -1.0, 3.0, spread=stats.Spread(1.0, 2.0, 1.0))
     claimed = 0
     for p in p_values.tolist():
         said = [
-            words.verdict(replace(seen, p_value=one), holm, 1.0, higher_is_better=True)
+            words.verdict(replace(seen, p_value=one), holm, len(p), 1.0, "", higher_is_better=True)
             for one, holm in zip(p, stats.holm(p), strict=True)
         ]
         claimed += "better" in said
     assert claimed <= 0.055 * DRAWS  # 0.05 and two standard errors
     assert (p_values < 0.05).any(axis=1).mean() > 0.08  # without the correction it would not hold
+
+
+@pytest.mark.parametrize(("difference", "tests"), [(0.8, 1), (0.8, 5), (1.2, 5)])
+def test_as_many_seeds_as_are_promised_find_the_difference(difference: float, tests: int) -> None:
+    """One row of the table differs, the others do not: how often is it told, after Holm's correction?"""
+    n = stats.seeds_needed(difference, one_seed(), tests)
+    draws = random(9, DRAWS, tests, n)
+    draws[:, 0] += difference
+    t = draws.mean(2) / draws.std(2, ddof=1) * math.sqrt(n)
+    found = [stats.holm(p)[0] < 0.05 for p in (2 * special.stdtr(n - 1, -np.abs(t))).tolist()]
+    assert 0.79 < np.mean(found) < 0.87
 
 
 # ---- properties --------------------------------------------------------------------------------------------------
@@ -204,7 +262,7 @@ def test_shifts_change_nothing_and_scales_the_units_alone(
     after = stats.compare({s: scale * v + shift for s, v in a.items()}, {s: scale * v + shift for s, v in b.items()})
     assert after.p_value == pytest.approx(before.p_value, rel=1e-5, abs=1e-12)
     assert after.value == pytest.approx(scale * before.value, rel=1e-6, abs=1e-8)
-    assert after.separable == pytest.approx(scale * before.separable, rel=1e-6)
+    assert after.spread.error == pytest.approx(scale * before.spread.error, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -214,5 +272,5 @@ def test_swapping_sides_flips_the_verdict(ours: list[float], theirs: list[float]
     one, other = stats.compare(a, b), stats.compare(b, a)
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
     flipped = {"better": "worse", "worse": "better"}
-    first, second = (words.verdict(c, c.p_value, 1.0, higher_is_better=higher) for c in (one, other))
-    assert flipped.get(first, first) == second
+    first, second = (words.verdict(c, c.p_value, 1, 1.0, "", higher_is_better=higher) for c in (one, other))
+    assert flipped.get(first, "cannot tell") == second.partition(":")[0]

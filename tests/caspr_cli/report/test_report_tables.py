@@ -1,34 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from recorded import run
+from tabled import row, searched, seeds, table, warned
 
 from caspr_cli.report.errors import ReportError
-from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.tables import tables
-
-
-def table(runs: Sequence[Run], **how: Any) -> Table:
-    (made,) = tables(runs, **how)
-    return made
-
-
-def row(made: Table, label: str) -> Row:
-    (found,) = [each for each in made.rows if each.label == label]
-    return found
-
-
-def seeds(optim: str, values: Sequence[float | None], first: int = 0, **keys: Any) -> list[Run]:
-    return [run(optim, first + k, value, **keys) for k, value in enumerate(values)]
-
-
-def warned(made: Table, *words: str) -> bool:
-    return any(all(word in line for word in words) for line in made.warnings)
-
 
 # ---- rows and labels ---------------------------------------------------------------------------------------------
 
@@ -47,7 +27,7 @@ def test_one_table_for_each_task_scale_and_kind_of_data() -> None:
 
 
 def test_what_changes_no_number_makes_no_row() -> None:
-    ignored = {"resume": "never", "output_dir": "b", "debug": "fast", "trainer__devices": 2, "task__root": "/x"}
+    ignored = {"resume": "never", "output_dir": "b", "trainer__devices": 2, "task__root": "/x"}
     made = table([run(seed=0), run(seed=1, **ignored), run(seed=2, task__target__value=4.4, search__trials=9)])
     assert [(each.label, each.n) for each in made.rows] == [("adamw", 3)]
 
@@ -62,11 +42,49 @@ def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None
         ]
     )
     assert {each.label for each in made.rows} == {
-        "caspr task.layers=4 eps=1e-06 order=2",
-        "caspr task.layers=4 eps=0.0001 order=2",
-        "caspr task.layers=2 eps=0.0001 order=inf",
+        "caspr eps=1e-06 order=2 task.layers=4",
+        "caspr eps=0.0001 order=2 task.layers=4",
+        "caspr eps=0.0001 order=inf task.layers=2",
         "adamw",
     }
+
+
+def test_no_run_is_lost_where_values_are_written_alike() -> None:
+    number = seeds("adamw", [4.0, 4.1], optim__weight_decay=0.0) + seeds("adamw", [4.2], 2, optim__weight_decay=0)
+    assert [(each.label, each.n) for each in table(number).rows] == [("adamw", 3)]
+    words = seeds("adamw", [4.0, 4.1], optim__root_dtype=None) + seeds("adamw", [4.2], optim__root_dtype="null")
+    words += seeds("adamw", [4.4], optim__root_dtype=False) + seeds("adamw", [4.5], optim__root_dtype=0)
+    made = table(words)
+    assert [(each.label, each.n) for each in made.rows] == [
+        ("adamw root_dtype=null", 2),
+        ("adamw root_dtype=null (2)", 1),
+        ("adamw root_dtype=false", 1),
+        ("adamw root_dtype=0", 1),
+    ]
+    assert table(words, baseline="adamw root_dtype=null (2)").baseline == "adamw root_dtype=null (2)"
+
+
+def test_runs_that_look_whether_all_works_are_left_out_and_said() -> None:
+    look = run(seed=0, final=7.0, debug="fast", trainer__max_steps=20)
+    made = table([*seeds("adamw", [4.0, 4.1, 4.2]), *seeds("caspr", [4.0, 4.1, 4.2]), look])
+    assert (made.baseline, len(made.rows)) == ("adamw", 2)
+    assert made.warnings == ("1 record with debug=fast left out",)
+    other = run(seed=0, debug="fast", task__name="vit")
+    assert warned(table([*seeds("adamw", [4.0]), other]), "1 record with debug=fast left out")
+    with pytest.raises(ReportError, match="all 1 record have debug=fast, which is not compared"):
+        tables([look])
+
+
+def test_a_table_is_on_one_data_set() -> None:
+    other = {"task__root": "/b", "provenance": {"data": {"hash": "ffff"}}}
+    unknown = run("caspr", 3, None, "failed", provenance={"data": None})
+    made = tables([*seeds("caspr", [4.0, 4.1, 4.2]), unknown, *seeds("caspr", [2.0, 2.1], **other)])
+    assert [(each.data_hash, each.rows[0].n, len(each.rows[0].runs)) for each in made] == [
+        ("abcd", 3, 4),
+        ("ffff", 2, 2),
+    ]
+    assert warned(made[0], "records of c4_lm on different data: these are on abcd, those on ffff have")
+    assert warned(made[1], "these are on ffff, those on abcd")
 
 
 def test_a_key_that_older_records_lack_is_that_of_the_others_where_they_agree() -> None:
@@ -107,18 +125,20 @@ def test_a_record_that_is_there_twice_counts_once_and_the_one_that_has_come_furt
         [run(seed=0, final=4.0), run(seed=0, final=None, state="running", output_dir="b"), run(seed=1, final=4.2)]
     )
     assert made.rows[0].mean == pytest.approx(4.1)
-    assert warned(made, "adamw: 1 record of a trial and seed that another has too")
+    assert warned(made, "adamw: 1 record of a trial and seed that another has too, with the same settings")
+
+
+def test_records_that_are_there_twice_are_told_by_what_differs_and_chosen_by_what_is_in_them() -> None:
+    code = {"code": {"commit": "9" * 40}}
+    one, other = run(final=4.0), run(final=4.5, trainer__devices=2, trainer__accumulate=2, provenance=code)
+    moved = replace(one, path=other.path), replace(other, path=one.path)
+    both = [table(records) for records in ([one, other], [other, one], moved)]
+    assert len({made.rows[0].mean for made in both}) == 1
+    assert warned(both[0], "another has too, differing in code, trainer.accumulate and trainer.devices: ")
+    assert warned(both[0], "different code: ", "99999999")  # also of the one that does not count
 
 
 # ---- selection ---------------------------------------------------------------------------------------------------
-
-
-def searched(optim: str, values: Sequence[float | None], seed: int = 0, **keys: Any) -> list[Run]:
-    """A trial for each value, at learning rates that grow; None: failed."""
-    return [
-        run(optim, seed, v, "failed" if v is None else "done", optim__lr=10.0 ** (k - 4), **keys)
-        for k, v in enumerate(values)
-    ]
 
 
 def test_validation_selects_and_fresh_seeds_report() -> None:
@@ -180,6 +200,24 @@ def test_higher_is_better_selects_the_highest_and_sorts_so() -> None:
     assert made.rows[1].selected.values == {"optim.lr": 1e-3}
 
 
+def test_where_every_trial_failed_nothing_chose_the_one_that_is_reported() -> None:
+    runs = searched("caspr", [None, None]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
+    made = table(runs)
+    assert made.rows[0].selected.values == {"optim.lr": 1e-3}
+    assert warned(made, "caspr: every trial failed with seed 0, which chooses: nothing chose lr=0.001")
+    assert not warned(table([*runs, run("caspr", 0, 4.0, optim__lr=1e-2)]), "nothing chose")
+
+
+def test_a_later_seed_of_all_trials_that_moves_the_choice_is_said() -> None:
+    """Seed 0 chose the first, which was run at fresh seeds; with seed 1 the second is chosen, and has none."""
+    runs = searched("caspr", [4.0, 4.1]) + seeds("caspr", [4.0, 4.1, 4.0], 2, optim__lr=1e-4)
+    assert not warned(table(runs), "chose nothing")
+    moved = [*runs, run("caspr", 1, 4.6, optim__lr=1e-4), run("caspr", 1, 4.1, optim__lr=1e-3)]
+    made = table(moved)
+    assert [each.seed for each in made.rows[0].runs] == [0, 1]
+    assert warned(made, "caspr: lr=0.0001 has 3 seeds that chose nothing, but seed 0 and 1 chose lr=0.001: run that")
+
+
 # ---- seeds that failed, or have not finished ---------------------------------------------------------------------
 
 
@@ -191,6 +229,20 @@ def test_failed_seeds_are_counted_and_said() -> None:
     assert found.mean == pytest.approx(4.1)
     assert warned(made, "caspr: 3 of 5 seeds count", "2 (not finite)", "4 (failed: loss is nan)")
     assert warned(made, "caspr: not finished: seed 5 (running)")
+
+
+def test_those_that_are_left_of_a_row_do_not_win() -> None:
+    runs = seeds("adamw", [4.0, 4.02, 3.99, 4.01, 4.0]) + seeds("caspr", [3.7, 3.71, None, None, None])
+    made = table(runs + seeds("soap", [4.6, 4.61, 4.62, 4.6, 4.6]))
+    assert [each.label for each in made.rows] == ["adamw", "soap", "caspr"]
+    difference = row(made, "caspr").difference
+    assert difference.verdict.startswith("cannot tell: 3 of 5 seeds failed; the others: -7.6 % (-9.2 to -6.0)")
+    assert difference.p_value is difference.p_holm is None
+    assert row(made, "soap").difference.tests == 1
+    turned = row(table(runs, baseline="caspr"), "adamw").difference
+    assert turned.verdict.startswith("cannot tell: 3 of 5 seeds of caspr failed; the others: +")
+    both = seeds("adamw", [4.0, 4.02, None]) + seeds("caspr", [3.7, 3.71, None])
+    assert row(table(both), "caspr").difference.verdict == "better"
 
 
 def test_a_row_of_which_nothing_is_done_is_there_without_numbers() -> None:
@@ -239,111 +291,3 @@ def test_where_targets_differ_the_commonest_holds_for_all_and_is_said() -> None:
 def test_without_a_target_nothing_is_reached() -> None:
     found = table([run(task__target__value=None)]).rows[0]
     assert (found.reached, found.steps_to_target, found.seconds_to_target) == (None, None, None)
-
-
-# ---- against the baseline ----------------------------------------------------------------------------------------
-
-
-def test_rows_are_compared_with_adamw_by_default_and_corrected() -> None:
-    runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98]) + seeds("shampoo", [4.49, 4.5, 4.51])
-    made = table(runs)
-    assert (made.baseline, row(made, "adamw").difference) == ("adamw", None)
-    caspr, shampoo = row(made, "caspr").difference, row(made, "shampoo").difference
-    assert (caspr.paired, caspr.n, caspr.verdict) == (True, 3, "better")
-    assert caspr.p_holm == pytest.approx(2 * caspr.p_value)
-    assert shampoo.p_holm == shampoo.p_value
-    assert shampoo.verdict.startswith("cannot tell: n = 3 separates 1.8 %, the difference is 0.074 %; ")
-    other = table(runs, baseline="caspr")
-    assert row(other, "adamw").difference.verdict == "worse"
-
-
-def test_one_seed_has_no_spread() -> None:
-    made = table(seeds("adamw", [4.5]) + seeds("caspr", [4.0]))
-    assert row(made, "caspr").difference.verdict == "cannot tell: n = 1 has no spread; the difference is 11.1 %"
-
-
-def test_a_baseline_that_is_not_there() -> None:
-    with pytest.raises(ReportError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
-        tables([run()], baseline="adamv")
-    made = table([run("caspr"), run("soap")])
-    assert made.baseline is None
-    assert warned(made, "no baseline: there is no adamw; choose a row with --baseline")
-    two = table([run(optim__eps=1e-8), run(optim__eps=1e-7)])
-    assert warned(two, "no baseline: 2 rows are adamw; ", "'adamw eps=1e-07'")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "meant"),
-    [
-        ("caspr order=2 eps=1e-06", "caspr eps=1e-06 order=2"),
-        ("caspr optim.order=2.0 eps=1.0e-6", "caspr eps=1e-06 order=2"),
-        ("caspr order=inf", "caspr eps=1e-06 order=inf"),  # the only one of that order
-        ("caspr order=2", None),
-        ("adamw", "adamw"),
-    ],
-)
-def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted: str, meant: str | None) -> None:
-    runs = [run("caspr", optim__eps=eps, optim__order=2.0) for eps in (1e-6, 1e-4)]
-    runs += [run("caspr", optim__eps=1e-6, optim__order=float("inf")), run("adamw")]
-    assert table(runs, baseline=wanted).baseline == meant
-
-
-def test_keys_and_tasks_that_are_not_there() -> None:
-    with pytest.raises(ReportError, match=r"--tuned optim.rl: no record has this key. Did you mean optim.lr\?"):
-        tables([run()], tuned=["optim.rl"])
-    with pytest.raises(ReportError, match=r"--target c4lm: no record is of this task. Did you mean c4_lm\?"):
-        tables([run()], wanted={"c4lm": 1.0})
-
-
-# ---- warnings ----------------------------------------------------------------------------------------------------
-
-
-def test_a_clean_study_has_no_warnings() -> None:
-    runs = []
-    for optim in ("caspr", "adamw"):
-        runs += searched(optim, [4.2, 4.0, 4.1]) + seeds(optim, [4.0, 4.1, 4.05], 1, optim__lr=1e-3)
-    assert table(runs).warnings == ()
-
-
-def test_a_value_at_the_edge_of_what_was_tried() -> None:
-    made = table(searched("caspr", [4.2, 4.1, 4.0]))
-    assert warned(made, "caspr: lr=0.01 is the largest of 3 tried (0.0001 to 0.01)")
-    assert warned(table(searched("caspr", [4.0, 4.1, 4.2])), "lr=0.0001 is the smallest of 3 tried")
-    assert not warned(table(searched("caspr", [4.2, 4.1])), "tried")
-
-
-def test_budgets_that_are_unequal_or_not_spent() -> None:
-    made = table(searched("caspr", [4.2, 4.0, 4.1]) + searched("adamw", [4.0]))
-    assert warned(made, "unequal tuning", "caspr 3", "adamw 1")
-    search = {"search__name": "s", "search__trials": 5, "search__space__optim__lr__log": [1e-4, 1e-1]}
-    part = [*searched("caspr", [4.2, None], **search), run("caspr", 0, None, "running", optim__lr=9.0, **search)]
-    assert warned(table(part), "caspr: 2 of 5 trials ended, 1 running")
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ({"provenance": {"data": {"hash": "ffff"}}}, ["different data: abcd (caspr, 3 runs); ffff (adamw, 3 runs)"]),
-        (
-            {"provenance": {"code": {"commit": "9" * 40, "diff_sha256": "e3b0c44298fc1c14"}}},
-            ["different code: 01234567 with changes feedfeed (caspr, 3 runs); 99999999 (adamw, 3 runs)"],
-        ),
-        ({"provenance": {"packages": {"torch": "2.8"}}}, ["different torch: 2.8 (adamw, 3 runs); 2.9.0 (caspr"]),
-        (
-            {"provenance": {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 1}}},
-            ["different hardware: A CPU, 1 process, 1 thread, 32-true (caspr, 3 runs); H100, 2 processes"],
-        ),
-        ({"trainer__precision": "bf16-mixed"}, ["different hardware: ", "bf16-mixed (adamw"]),
-        ({"trainer__max_steps": 400}, ["different trainer.max_steps: 300 (caspr, 3 runs); 400 (adamw"]),
-        ({"task__batch_size": 64}, ["different task.batch_size: 32 (caspr, 3 runs); 64 (adamw"]),
-    ],
-)
-def test_what_should_be_the_same_in_all_runs(other: dict[str, Any], said: list[str]) -> None:
-    made = table(seeds("caspr", [4.0, 4.1, 4.2]) + seeds("adamw", [4.5, 4.6, 4.7], **other))
-    assert len(made.warnings) == 1
-    assert warned(made, *said)
-
-
-def test_fewer_than_three_seeds() -> None:
-    made = table(seeds("caspr", [4.0, 4.1]) + seeds("adamw", [4.5, 4.6, 4.7]))
-    assert made.warnings == ("fewer than 3 seeds: caspr (n = 2)",)

@@ -111,6 +111,36 @@ def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
     assert Experiment.read("damping", ["scale=paper"]).output_dir == "outputs/experiments/damping_paper"
 
 
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name: str) -> None:
+    told = Experiment.read(name)
+    assert told.baseline
+    first, *settings = told.baseline.split()
+    optimizers = told.jobs["optim"].split(",")
+    if "=" in first:
+        assert len(optimizers) > 1
+        settings = [first, *settings]
+    else:
+        assert first in optimizers
+        assert len(optimizers) == 1 or not settings
+    swept = {key.removeprefix("optim."): value for key, value in told.jobs.items()}
+    assert all(
+        float_or_word(value) in map(float_or_word, swept[key].split(",")) for key, value in map(halves, settings)
+    )
+
+
+def halves(setting: str) -> tuple[str, str]:
+    key, _, value = setting.partition("=")
+    return key, value
+
+
+def float_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def test_the_command_line_comes_last() -> None:
     told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
     assert told.tuning(2)[-2:] == ["trial=range(2)", "seed=0"]

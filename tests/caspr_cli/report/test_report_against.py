@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from recorded import run
+from tabled import row, seeds, table, warned
+
+from caspr_cli.report import words
+from caspr_cli.report.errors import ReportError
+from caspr_cli.report.model import Run
+from caspr_cli.report.tables import tables
+
+
+def test_rows_are_compared_with_adamw_by_default_and_corrected() -> None:
+    runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98]) + seeds("shampoo", [4.49, 4.5, 4.51])
+    made = table(runs)
+    assert (made.baseline, row(made, "adamw").difference) == ("adamw", None)
+    caspr, shampoo = row(made, "caspr").difference, row(made, "shampoo").difference
+    assert (caspr.paired, caspr.n, caspr.verdict) == (True, 3, "better")
+    assert caspr.p_holm == pytest.approx(2 * caspr.p_value)
+    assert shampoo.p_holm == shampoo.p_value
+    assert shampoo.verdict == (
+        "cannot tell: +0.1 % (-1.7 to +1.8); n = 3 separates 2.6 %; more seeds would tell: "
+        "about 5 seeds would separate half of that"
+    )
+    assert words.against(caspr) == "against adamw: better, -10.97 % (-11.29 to -10.65), p (Holm) < 0.001, 3 pairs"
+    two = row(table([each for each in runs if each.config["optim.name"] != "shampoo"]), "caspr").difference
+    assert ", p < 0.001, 3 pairs" in words.against(two)
+    other = table(runs, baseline="caspr")
+    assert row(other, "adamw").difference.verdict == "worse"
+
+
+def test_one_seed_has_no_spread() -> None:
+    made = table(seeds("adamw", [4.5]) + seeds("caspr", [4.0]))
+    assert row(made, "caspr").difference.verdict == "cannot tell: -11 %; n = 1 has no spread"
+
+
+FIVE = [4.01, 3.98, 4.015, 4.002, 3.99]
+
+
+def test_what_cannot_be_told_is_given_with_its_sign_and_as_many_seeds_as_the_correction_needs() -> None:
+    caspr = seeds("caspr", [v - 0.0153 for v in (4.002, 3.99, 4.01, 3.98, 4.015)])
+    alone = row(table(seeds("adamw", FIVE) + caspr), "caspr").difference.verdict
+    assert alone == (
+        "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; "
+        "if the true difference is the one observed, about 13 seeds would find it"
+    )
+    others = [each for optim in ("muon", "sgd", "soap") for each in seeds(optim, [4.0, 4.03, 3.96, 4.01, 4.0])]
+    several = row(table(seeds("adamw", FIVE) + caspr + others), "caspr").difference
+    assert several.tests == 4
+    assert several.verdict.endswith(
+        "n = 5 separates 0.87 %; if the true difference is the one observed, about 19 seeds would find it"
+    )
+
+
+def test_what_only_the_correction_takes_away_says_what_would_do_too() -> None:
+    runs = seeds("adamw", FIVE)
+    for k, optim in enumerate(("caspr", "muon", "soap")):
+        runs += seeds(optim, [v - 0.0145 + 0.01 * ((s + k) % 3 - 1) for s, v in enumerate(FIVE)])
+    found = row(table(runs), "muon").difference
+    assert found.p_value < 0.05 <= found.p_holm
+    assert "; p = 0.0" in found.verdict
+    assert "alone, p (Holm) = 0.0" in found.verdict
+    assert "n = 5 separates " in found.verdict
+    assert found.verdict.endswith("seeds would find it")
+
+
+def test_differences_from_a_baseline_near_zero_are_in_units_of_the_metric() -> None:
+    found = row(table(seeds("adamw", [0.01, -0.02, 0.015]) + seeds("caspr", [0.02, 0.0, -0.04])), "caspr").difference
+    assert "%" not in found.verdict
+    assert found.verdict.startswith("cannot tell: -0.01 (-0.11 to +0.09); n = 3 separates 0.10; ")
+    assert found.share_of is None
+
+
+def test_seeds_without_a_counterpart_are_left_out_of_pairs_and_said() -> None:
+    adamw = [4.0, 4.02, 3.98, 4.8, 4.8, 4.8]
+    made = table(seeds("adamw", adamw) + seeds("caspr", [4.05, 4.08, 4.02]) + seeds("soap", [4.06, 4.08, 4.03]))
+    difference = row(made, "caspr").difference
+    assert (difference.paired, difference.n) == (True, 3)
+    assert difference.share_of == pytest.approx(4.0)  # of those that are compared
+    assert warned(made, "adamw: seeds 3, 4 and 5 left out of the comparison with caspr and soap, which have no value")
+
+
+def test_the_test_metric_has_its_own_difference() -> None:
+    runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98])
+    found = row(table(runs), "caspr").difference
+    assert (found.test, found.test_low, found.test_high) == pytest.approx((found.value, found.low, found.high))
+    for each in runs:
+        each.result["test"]["test/loss"] = 9 - each.final
+    turned = row(table(runs_again(runs)), "caspr").difference
+    assert turned.test == pytest.approx(-turned.value)
+    assert turned.verdict == "better"
+    runs[0].result["test"] = {}
+    one_less = row(table(runs_again(runs)), "adamw")
+    assert (one_less.n, one_less.test_n) == (3, 2)
+
+
+def runs_again(runs: Sequence[Run]) -> list[Run]:
+    """Without what they remember."""
+    return [replace(each) for each in runs]
+
+
+OWN = {"optim__statistics": "ema"}
+
+
+def test_settings_alone_mean_each_optimizers_own_row() -> None:
+    runs = []
+    for optim, value in (("caspr", 4.0), ("shampoo", 5.0)):
+        runs += seeds(optim, [value, value + 0.01, value - 0.01], **OWN)
+        runs += seeds(optim, [value + 0.5, value + 0.52, value + 0.49], optim__statistics="accumulate")
+    made = table(runs, baseline="statistics=ema")
+    assert made.baseline == "statistics=ema"
+    against = {each.label: each.difference and (each.difference.against, each.difference.verdict) for each in made.rows}
+    assert against == {
+        "caspr statistics=ema": None,
+        "caspr statistics=accumulate": ("caspr statistics=ema", "worse"),
+        "shampoo statistics=ema": None,
+        "shampoo statistics=accumulate": ("shampoo statistics=ema", "worse"),
+    }
+    assert [each.label for each in made.rows if each.is_baseline] == ["caspr statistics=ema", "shampoo statistics=ema"]
+    assert row(made, "caspr statistics=accumulate").difference.tests == 2
+    lonely = table([*runs, *seeds("adamw", [4.0, 4.1, 4.2])], baseline="optim.statistics=ema")
+    assert warned(lonely, "no baseline for adamw: no row with optim.statistics=ema")
+    assert row(lonely, "shampoo statistics=accumulate").difference.verdict == "worse"
+
+
+def test_a_baseline_that_is_not_there() -> None:
+    with pytest.raises(ReportError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
+        tables([run()], baseline="adamv")
+    made = table([run("caspr"), run("soap")])
+    assert made.baseline is None
+    assert warned(made, "no baseline: there is no adamw; choose a row with --baseline")
+    two = table([run(optim__eps=1e-8), run(optim__eps=1e-7)])
+    assert warned(two, "no baseline: 2 rows are adamw; ", "'adamw eps=1e-07'")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "meant"),
+    [
+        ("caspr order=2 eps=1e-06", "caspr eps=1e-06 order=2"),
+        ("caspr optim.order=2.0 eps=1.0e-6", "caspr eps=1e-06 order=2"),
+        ("caspr order=inf", "caspr eps=1e-06 order=inf"),  # the only one of that order
+        ("caspr order=2", None),
+        ("adamw", "adamw"),
+        ("adamw task.layers=4", "adamw"),  # which the label has no need to show
+    ],
+)
+def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted: str, meant: str | None) -> None:
+    runs = [run("caspr", optim__eps=eps, optim__order=2.0) for eps in (1e-6, 1e-4)]
+    runs += [run("caspr", optim__eps=1e-6, optim__order=float("inf")), run("adamw")]
+    assert table(runs, baseline=wanted).baseline == meant
+
+
+def test_keys_and_tasks_that_are_not_there() -> None:
+    with pytest.raises(ReportError, match=r"--tuned optim.rl: no record has this key. Did you mean optim.lr\?"):
+        tables([run()], tuned=["optim.rl"])
+    with pytest.raises(ReportError, match=r"--target c4lm: no record is of this task. Did you mean c4_lm\?"):
+        tables([run()], wanted={"c4lm": 1.0})
