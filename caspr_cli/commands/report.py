@@ -36,7 +36,7 @@ caspr-report {version}: what the records say, with error bars. Reads files alone
   caspr-report profile                                   over all tasks: how often is a row near the fastest?
   caspr-report curves outputs/c4_lm --to curves.svg      validation by step, mean and 95 % band over seeds
   caspr-report list                                      one line a record, the newest last
-  caspr-report show outputs/c4_lm/caspr/88ce6d57/seed0   one record in words
+  caspr-report show outputs/c4_lm/caspr/4e9d1440/seed0   one record in words
   caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
 
   caspr-report unpack study.jsonl.gz --to outputs         directories again: caspr-train goes on from them

@@ -123,6 +123,13 @@ def test_seeds_needed_by_the_textbook_and_by_simulation() -> None:
     assert 0.78 < np.mean(np.abs(t) > special.stdtrit(n - 1, 0.975)) < 0.9
 
 
+def test_seeds_needed_where_scipy_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions have none for a large shift of t."""
+    expected = [stats.seeds_needed(40.0, one_seed(), tests) for tests in (1, 5, 100)]
+    monkeypatch.setattr(special, "nctdtr", lambda *_: math.nan)
+    assert [stats.seeds_needed(40.0, one_seed(), tests) for tests in (1, 5, 100)] == expected == [2, 3, 3]
+
+
 @pytest.mark.parametrize("tests", [1, 5])
 def test_seeds_that_separate_half_as_much(tests: int) -> None:
     of = {n: stats.separable(stats.Spread(1 / math.sqrt(n), n - 1, 1.0), tests) for n in range(2, 20)}
