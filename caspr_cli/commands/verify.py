@@ -234,6 +234,8 @@ def usage() -> str:
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
         return OK

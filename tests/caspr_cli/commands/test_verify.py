@@ -1,6 +1,7 @@
 """``caspr-verify``: the command line, its mistakes, its exit codes, and what it writes."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -141,3 +142,19 @@ def test_every_question_is_a_module_that_takes_its_flags():
     for name, question in verify.QUESTIONS.items():
         taken = inspect.signature(import_module(f"caspr_cli.theory.{name}").answer).parameters
         assert {"quick", "seed", "say", *question.flags} <= taken.keys()
+
+
+def test_a_terminal_without_utf8_gets_what_it_can_show(tmp_path):
+    code = """
+import sys
+from types import SimpleNamespace
+from caspr_cli.commands import verify
+from caspr_cli.report.answer import Answer
+verify.import_module = lambda name: SimpleNamespace(answer=lambda **_: Answer("order", "X₁ ⪯ X₂?", ("X₁ ⪯ X₂.",)))
+sys.argv = ["caspr-verify", "order"]
+sys.exit(verify.main())
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "X₁ ⪯ X₂" in (tmp_path / "outputs/verify/order/order.md").read_text(encoding="utf8")
