@@ -48,7 +48,7 @@ from caspr_cli.runs.launch import (
     run,
 )
 from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError
-from caspr_cli.runs.sweep import ENDED, EXTRAS, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
+from caspr_cli.runs.sweep import ENDED, EXTRAS, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, new_folder, watching
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -344,7 +344,7 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         complain(not_installed(error) or explain(error, keys_of(argv), argv))
         return BAD_USAGE
-    except ConfigError as error:
+    except (ConfigError, RecordDamagedError, OSError) as error:
         complain(str(error))
         return BAD_USAGE
     except StoppedError as stopped:
@@ -376,13 +376,16 @@ def tables(told: Experiment, argv: list[str]) -> int:
     plans = [word for word in argv if word.startswith("plan=")]
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
+    planned_only = plans[-1:] == ["plan=true"]
     table, took = rows(told), []
+    if not planned_only:
+        new_folder(Path(told.output_dir), told.output_dir).rmdir()  # better to know now than after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
         took.append(seconds(row, command))
     for line in plan_of(told, table, took):
         say(line)
-    if plans[-1:] == ["plan=true"]:
+    if planned_only:
         say(f"next     {shlex.join(command)}")
         return OK
     sweeps = [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]

@@ -82,7 +82,7 @@ class Record:
         """
         try:
             content = json.loads((self.path / name).read_text(encoding="utf8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError as error:
             raise RecordDamagedError(self.path / name) from error

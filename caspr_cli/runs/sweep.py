@@ -62,6 +62,19 @@ class Job:
     process: int = 0
 
 
+def new_folder(above: Path, output_dir: str) -> Path:
+    """An empty folder, named by the time.
+
+    Raises:
+        ConfigError: ``output_dir`` cannot be written.
+    """
+    try:
+        above.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
+    except OSError as error:
+        raise ConfigError(f"output_dir={output_dir}: cannot write there: {error}") from error
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What every job of a command line is given. It goes through pickle to wherever they run."""
@@ -78,12 +91,7 @@ class Sweep:
     def begin(cls, config: DictConfig) -> Sweep:
         """Make the folder, with a file for each job that is planned."""
         jobs = planned(config)
-        above = Path(config.hydra.sweep.dir).absolute()
-        try:
-            above.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
-        except OSError as error:
-            raise ConfigError(f"output_dir={config.output_dir}: cannot write there: {error}") from error
+        folder = new_folder(Path(config.hydra.sweep.dir).absolute(), config.output_dir)
         launcher = config.hydra.launcher
         made = cls(
             folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 from running import Runner
 
+from caspr_cli.commands import train
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
 from caspr_cli.runs import experiment, trials
 from caspr_cli.runs.experiment import Experiment, Row
+from caspr_cli.runs.launch import BAD_USAGE
 from caspr_cli.runs.record import Record
 
 compose.register_schemas()
@@ -181,6 +184,22 @@ def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
     assert isinstance(row, Row)
     assert "/nowhere" in str(experiment.seconds(row, ["caspr-train"]))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, damaged: bool, monkeypatch, capsys) -> None:
+    folder = tmp_path / "folder"
+    if damaged:
+        (recipe, *_) = experiment.rows(Experiment.read("molpcba", ["optim=sgd", f"output_dir={folder}"]))[0].tuning
+        Record.of(recipe).path.mkdir(parents=True)
+        (Record.of(recipe).path / "status.json").write_text("{")
+    else:
+        folder.touch()
+    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", "optim=sgd", f"output_dir={folder}"])
+    assert train.main() == BAD_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert ("status.json" if damaged else f"output_dir={folder}: cannot write there: ") in line
 
 
 # ---- as a user runs it -------------------------------------------------------------------------------------------
