@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.recipe.flags import Parser, one_of, positive
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
+from caspr_cli.report.progress import Progress
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite, write_whole
 
@@ -72,24 +73,6 @@ B/param     bytes of optimizer state for each parameter
 share       of a training step, predicted: mean / (mean + {train} of forward and backward for {batch})"""
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.fullmatch(r"argument (--\S+): (.*)", message.replace("'", ""))
-        raise ConfigError(f"{match[1]}: {match[2]}" if match else message)
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive integer but is {text}")
-    return value
-
-
 def ranks(text: str) -> list[int]:
     counts = [positive(part.strip()) for part in text.split(",")]
     return sorted(set(counts))
@@ -138,12 +121,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.batch and args.task:
         raise ConfigError("--batch: a task has a batch of its own")
     return args
-
-
-def one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ConfigError(f"{flag} {value}: no such choice.{nearest(value, choices)} (choices: {', '.join(choices)})")
-    return value
 
 
 def recipe_of(task: str, scale: str) -> Recipe:
@@ -316,20 +293,6 @@ def measured(args: argparse.Namespace, what: ShapeSet | Recipe) -> list[Row]:
         )
     finally:
         progress.clear()
-
-
-class Progress:
-    """One line that is written over, where someone can see it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._shown = stream, stream.isatty()
-
-    def say(self, text: str) -> None:
-        if self._shown:
-            print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
-
-    def clear(self) -> None:
-        self.say("")
 
 
 def report(rows: list[Row], batch: str) -> Iterator[str]:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.commands.bench import Parser, Progress, one_of, positive
 from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.recipe.flags import Parser, one_of, positive
 from caspr_cli.report import answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.report.errors import ReportError
 from caspr_cli.report.files import write_whole
+from caspr_cli.report.progress import Progress
 from caspr_cli.report.words import duration, listed
 from caspr_cli.runs import provenance
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK

@@ -12,6 +12,7 @@ from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.report.progress import Progress
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [
@@ -159,7 +160,7 @@ def test_progress_is_shown_on_a_terminal_alone() -> None:
 
     for terminal in (True, False):
         stream = Stream(terminal)
-        progress = bench.Progress(stream)  # type: ignore[arg-type]
+        progress = Progress(stream)  # type: ignore[arg-type]
         progress.say("round 3/20")
         progress.clear()
         assert ("round 3/20" in stream.text) == terminal
