@@ -100,7 +100,7 @@ def verdict(
     p_holm: float | None,
     tests: int,
     share_of: float | None,
-    failed: str,
+    unfair: str,
     *,
     higher_is_better: bool,
 ) -> str:
@@ -108,13 +108,13 @@ def verdict(
 
     Args:
         tests: of the table, for which ``p_holm`` is corrected.
-        failed: which seeds failed on one side alone, in words; then it cannot be told.
+        unfair: what makes the seeds of one side the luckier ones, in words; then it cannot be told.
     """
     if found.value is None:
         return f"{CANNOT_TELL}: no seed is done on one side"
     difference = change(found.value, found.low, found.high, share_of)
-    if failed:
-        return f"{CANNOT_TELL}: {failed}; the others: {difference}"
+    if unfair:
+        return f"{CANNOT_TELL}: {unfair}: {difference}"
     if found.n < 2:
         return f"{CANNOT_TELL}: {difference}; n = {found.n} has no spread"
     if found.p_value is None or p_holm is None:
