@@ -28,8 +28,8 @@ LEGEND = (
     "n: seeds; mean ± sd and its 95 % interval (Student's t) of validation at the end, over seeds that did not choose "
     "the trial where there are two; test: of the same runs; to target: median over seeds, in brackets how many reached "
     "it. Verdicts: paired t-test where all seeds of a row or of the baseline are common, else Welch's, at 5 % after "
-    "Holm's correction for the rows of a table; percentages are of the baseline's mean; seeds that would find a "
-    f"difference: for 80 % power. {words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}; "
+    f"Holm's correction for the rows of a table; {words.DIFFERENCES}; {words.POWERED}. "
+    f"{words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}; "
     f"{words.BOUNDED}. Rows with failed seeds stand behind the others."
 )
 

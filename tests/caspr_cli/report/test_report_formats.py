@@ -126,6 +126,12 @@ def test_every_legend_says_what_verdicts_are_about_and_what_is_not_corrected(leg
     assert "intervals are not corrected, and nothing is for there being several tables" in said
 
 
+@pytest.mark.parametrize("legend", [formats.LEGEND, " ".join(terminal.LEGEND), " ".join(about.READING.values())])
+def test_every_legend_says_what_per_cent_are_of(legend: str) -> None:
+    assert "ifferences are row minus baseline, in per cent of the baseline's mean" in legend
+    assert "80 % power" in legend
+
+
 def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_test_value() -> None:
     runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [run("caspr", s, 4.0 + s * s / 90) for s in range(3)]
     assert not any("test disagrees" in line for line in lines(tables(runs)[0]))
@@ -136,6 +142,17 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     text = " ".join(" ".join(lines(tables(turned)[0], 200)).split())
     assert "3 pairs; test disagrees adamw" in text
     assert "4.470 ± 0.014 (n = 2)" in text
+
+
+def test_where_nothing_is_told_a_test_of_the_other_sign_does_not_disagree() -> None:
+    runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [
+        run("caspr", s, v) for s, v in enumerate((4.5, 4.53, 4.5))
+    ]
+    turned = [replace(each, result=each.result | {"test": {"test/loss": 9 - each.final}}) for each in runs]
+    difference = next(each.difference for each in tables(turned)[0].rows if each.difference)
+    assert difference.value * difference.test < 0
+    assert words.against(difference).startswith("against adamw: cannot tell: -0.2")
+    assert "disagrees" not in words.against(difference)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -153,6 +170,7 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
         (-0.0004, 0.014, "0.000 ± 0.014"),
         (1.25e30, 2e29, "1.25e+30 ± 2e+29"),
         (4.0, 0.0, "4.0000 ± 0"),
+        (0.1, 1.7e-17, "0.1000 ± 0"),  # of equal values, by rounding
         (4.0, None, "4.0000"),
         (2e-5, None, "2e-05"),
         (None, None, "-"),
