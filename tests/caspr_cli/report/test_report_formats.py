@@ -96,6 +96,22 @@ def test_markdown_escapes_and_has_every_row() -> None:
     assert len(widths) == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("<b>x</b>", r"\<b>x\</b>"),
+        ("a\\|b", r"a\\\|b"),
+        ("*a* `b` _c_ d_e", r"\*a\* \`b\` \_c\_ d_e"),
+        ("[x](y)", r"\[x](y)"),
+        ("p < 0.001", "p < 0.001"),
+    ],
+)
+def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
+    text = formats.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    assert f"| adamw graft={said} | 1 |" in text
+    assert f"adamw graft={said} (n = 1)" in text
+
+
 def test_latex_escapes_and_balances(made: list[Table]) -> None:
     text = formats.as_latex(made, "caspr-report compare 100%")
     body = [line for line in text.splitlines() if not line.startswith("%")]
@@ -105,7 +121,8 @@ def test_latex_escapes_and_balances(made: list[Table]) -> None:
     assert not any("±" in line for line in body)
     rows = [line for line in body if line.endswith(r"\\")]
     spec = next(line for line in body if r"\begin{tabular}" in line)
-    assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[-1].rstrip("}")) - 1}
+    assert spec.endswith(r"lp{0.3\linewidth}}")  # a verdict of one line would run off the page
+    assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[2]) - 1}
 
 
 def test_latex_has_warnings_as_notes_under_the_table(made: list[Table]) -> None:
