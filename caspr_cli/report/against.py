@@ -90,7 +90,8 @@ def _unfair(row: Row, base: Row) -> str:
         worse, whose = (row, "") if ours > theirs else (base, f" of {base.label}")
         return f"{worse.failed} of {words.count(len(worse.runs), 'seed')}{whose} failed; the others"
     if row.n and base.n and row.fresh != base.fresh:
-        return f"{'seeds of ' + base.label if row.fresh else 'its seeds'} chose the trial, which flatters"
+        whose = f"seeds of {base.label}" if row.fresh else "its seeds"
+        return f"{whose} chose its trial, which flatters it; the difference"
     return ""
 
 

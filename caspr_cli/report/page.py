@@ -19,8 +19,8 @@ from caspr_cli.report.rows import ended
 MARKS = {"better": "▲", "worse": "▼", words.CANNOT_TELL: "≈", "baseline": "●"}
 LEGEND = (
     "▲ better and ▼ worse than the baseline by a test at 5 %, corrected for several rows; ≈ cannot tell: these seeds "
-    f"do not separate the two, which does not mean that they are equal. {words.sentence(words.ABOUT_SETTINGS)}; "
-    f"{words.NOT_CORRECTED}."
+    "do not separate the two, which does not mean that they are equal, or one side has the luckier ones. "
+    f"{words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}."
 )
 LONG = 26  # characters of a label that may be broken
 Styles = Mapping[str, Style]

@@ -14,7 +14,9 @@ NO_PROMISE = 5  # fewer seeds than this know their own spread too badly to say h
 # What every legend says of verdicts and intervals.
 ABOUT_SETTINGS = "verdicts are about the selected settings: tuning was done once, and its luck is in no interval"
 NOT_CORRECTED = "intervals are not corrected, and nothing is for there being several tables"
-DIFFERENCES = "differences are row minus baseline, in per cent of the baseline's mean (of an accuracy too: no points)"
+DIFFERENCES = (
+    "differences are row minus baseline, in per cent of the baseline's mean (of accuracies too: not percentage points)"
+)
 POWERED = f"seeds that would find a difference: with {100 * POWER:.0f} % power"
 BOUNDED = "near the end of a scale, as of accuracy at 1, an interval covers less than it says"
 
