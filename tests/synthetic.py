@@ -153,7 +153,7 @@ def _against(one: Row, base: Row | None, higher: bool) -> Row:
     if one is base:
         return replace(one, is_baseline=True)
     if one.mean is None or base.mean is None or one.n < 2:
-        why = "cannot tell: +2.1 %; n = 1 has no spread"
+        why = "cannot tell: +2.1 %; with one seed on a side there is no spread to test by"
         return replace(one, difference=Difference(False, one.n, None, None, None, None, None, why, base.label))
     value = one.mean - base.mean
     tells = abs(value) > 3 * ((one.sd or 0) + (base.sd or 0))

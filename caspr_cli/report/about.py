@@ -22,8 +22,8 @@ READING = {
     f"{words.sentence(words.BOUNDED)}.",
     "Verdicts": "A paired t-test where all seeds of a row or of the baseline are common to both, as these share data "
     "order and initial weights; otherwise Welch's. Two-sided at 5 % after Holm's correction for the other rows of the "
-    f"table. {words.sentence(words.NOT_CORRECTED)}. Where seeds failed on one side alone, nothing "
-    "can be told.",
+    f"table. {words.sentence(words.DIFFERENCES)}. {words.sentence(words.NOT_CORRECTED)}. Where a larger share of seeds "
+    "failed on one side, or seeds chose the trial on one side alone, nothing can be told: these are the luckier ones.",
     "What they are about": f"{words.sentence(words.ABOUT_SETTINGS)}. Tuned again, equally good "
     "optimizers may come to settings that differ, and the test finds that difference.",
     "Cannot tell": "The seeds that there are do not separate the two. It does not say that they are equal: it says "

@@ -29,8 +29,8 @@ def compared(
         for row in rows
         if (base := baselines.get(row.label)) is not None and base is not row
     }
-    failed = {row.label: _failed(row, baselines[row.label]) for row in rows if row.label in found}
-    ps = {label: None if failed[label] else each.p_value for label, each in found.items()}
+    unfair = {row.label: _unfair(row, baselines[row.label]) for row in rows if row.label in found}
+    ps = {label: None if unfair[label] else each.p_value for label, each in found.items()}
     corrected = dict(zip(ps, stats.holm(list(ps.values())), strict=True))
     tests = sum(p is not None for p in ps.values())
     chosen = {base.label for base in baselines.values()}
@@ -40,7 +40,7 @@ def compared(
         if row.label in found:
             each, base, p = found[row.label], baselines[row.label], corrected[row.label]
             share_of = stats.unit_of_shares(each.base)
-            said = words.verdict(each, p, tests, share_of, failed[row.label], higher_is_better=higher_is_better)
+            said = words.verdict(each, p, tests, share_of, unfair[row.label], higher_is_better=higher_is_better)
             difference = Difference(
                 each.paired, each.n, each.value, each.low, each.high, ps[row.label], p, said,
                 base.label, tests, share_of, *_in_test(row, base),
@@ -79,12 +79,20 @@ def _none(group: Sequence[Row], label: str, optim: str, meant: Sequence[Row]) ->
     return f"no baseline: {why}; choose a row with --baseline, as {(meant or group)[0].label!r}"
 
 
-def _failed(row: Row, base: Row) -> str:
-    """Seeds that failed on one side alone, or more than on the other: what is left of them is no fair sample."""
-    if row.failed == base.failed:
-        return ""
-    worse, whose = (row, "") if row.failed > base.failed else (base, f" of {base.label}")
-    return f"{worse.failed} of {words.count(len(worse.runs), 'seed')}{whose} failed"
+def _unfair(row: Row, base: Row) -> str:
+    """What leaves one side with the luckier seeds; empty if nothing does, or the same does on both.
+
+    A larger share of them failed there, so that those that did well are left; or they chose the trial, so that the
+    luckiest of several was taken: "better" would then be said of equal rows three to five times as often as it should.
+    """
+    ours, theirs = row.failed * len(base.runs), base.failed * len(row.runs)
+    if ours != theirs:
+        worse, whose = (row, "") if ours > theirs else (base, f" of {base.label}")
+        return f"{worse.failed} of {words.count(len(worse.runs), 'seed')}{whose} failed; the others"
+    if row.n and base.n and row.fresh != base.fresh:
+        whose = f"seeds of {base.label}" if row.fresh else "its seeds"
+        return f"{whose} chose its trial, which flatters it; the difference"
+    return ""
 
 
 def _in_test(row: Row, base: Row) -> tuple[float | None, float | None, float | None, float | None]:

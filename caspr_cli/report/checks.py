@@ -35,7 +35,7 @@ def warnings(built: Sequence[Built]) -> list[str]:
         *_few_seeds(rows),
         *_selected_by_reported(built),
         *(line for each in built for line in _chosen_oddly(each)),
-        *_unequal_tuning(rows),
+        *_unequal_tuning(built),
         *(line for each in built for line in (*_budget(each), *_edges(each))),
         *_beyond(rows),
         *alike.differences([(each.row, each.runs) for each in built]),
@@ -99,10 +99,13 @@ def _values(trial: Trial) -> str:
     return " ".join(setting(key, value) for key, value in trial.values.items())
 
 
-def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
-    numbers = {row.label: len(row.trials) for row in rows}
-    if len(set(numbers.values())) > 1:
-        yield f"unequal tuning, trials: {listed([f'{label} {n}' for label, n in numbers.items()], 6)}"
+def _unequal_tuning(built: Sequence[Built]) -> Iterator[str]:
+    """Other numbers of trials, or of seeds by which they were chosen."""
+    trials = {each.row.label: len(each.row.trials) for each in built}
+    choosing = {each.row.label: len(each.selection.seeds) for each in built if each.selection.seeds}
+    for what, numbers in (("trials", trials), ("seeds that choose", choosing)):
+        if len(set(numbers.values())) > 1:
+            yield f"unequal tuning, {what}: {listed([f'{label} {n}' for label, n in numbers.items()], 6)}"
 
 
 def _budget(each: Built) -> Iterator[str]:

@@ -17,8 +17,10 @@ from caspr_cli.report.rows import setting
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
 }  # fmt: skip
+# What Markdown would take for more than text; an underscore within a word is none of it.
+MARKDOWN = re.compile(r"[\\`*|\[]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
 TABLE_KEYS = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
 ROW_KEYS = (
     "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target", "seconds_to_target",
@@ -28,8 +30,8 @@ LEGEND = (
     "n: seeds; mean ± sd and its 95 % interval (Student's t) of validation at the end, over seeds that did not choose "
     "the trial where there are two; test: of the same runs; to target: median over seeds, in brackets how many reached "
     "it. Verdicts: paired t-test where all seeds of a row or of the baseline are common, else Welch's, at 5 % after "
-    "Holm's correction for the rows of a table; percentages are of the baseline's mean; seeds that would find a "
-    f"difference: for 80 % power. {words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}; "
+    f"Holm's correction for the rows of a table; {words.DIFFERENCES}; {words.POWERED}. "
+    f"{words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}; "
     f"{words.BOUNDED}. Rows with failed seeds stand behind the others."
 )
 
@@ -150,11 +152,16 @@ def as_markdown(tables: Sequence[Table], command: str) -> str:
     parts = []
     for table in tables:
         heads, rows = _cells(table)
-        lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-        parts.append(f"## {title(table)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        lines = [heads, ["---"] * len(heads), *(map(_plain, row) for row in rows)]
+        parts.append(f"## {_plain(title(table))}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
         if table.warnings:
-            parts.append("\n".join(f"- {warning}" for warning in table.warnings))
+            parts.append("\n".join(f"- {_plain(warning)}" for warning in table.warnings))
     return "\n\n".join([*parts, f"{LEGEND}\n\n    {command}\n"])
+
+
+def _plain(text: str) -> str:
+    """As Markdown that is shown as this text, also in a table."""
+    return MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def as_latex(tables: Sequence[Table], command: str) -> str:
@@ -168,7 +175,7 @@ def as_latex(tables: Sequence[Table], command: str) -> str:
                 [
                     r"\begin{table}",
                     rf"  \caption{{{_escaped(title(table))}. {_escaped(LEGEND)}}}",
-                    r"  \begin{tabular}{l" + "r" * (len(heads) - 3) + "ll}",
+                    r"  \begin{tabular}{l" + "r" * (len(heads) - 3) + r"lp{0.3\linewidth}}",  # verdicts are sentences
                     r"    \toprule",
                     f"    {body[0]}",
                     r"    \midrule",

@@ -138,7 +138,7 @@ class Difference:
         value: row minus baseline, in units of the metric.
         low, high: 95 % interval of it, not corrected.
         p_value: two-sided; ``p_holm`` the same after Holm's correction for the other rows of the table; None where
-            seeds failed on one side alone, as those that are left are no fair sample.
+            more seeds failed, or chose the trial, on one side than on the other: they are no fair sample.
         verdict: "better", "worse", or as "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; if that is
             the true difference, about 14 seeds would find it"
         against: label of the baseline.

@@ -13,13 +13,14 @@ from caspr_cli.report.look import Style
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import NOT_ALGOPERF, SHOWN, Profile, names, rho, times
 from caspr_cli.report.profile import profile as profile_of
+from caspr_cli.report.rows import ended
 
 # How a verdict is marked: told apart by form, not by colour alone.
 MARKS = {"better": "▲", "worse": "▼", words.CANNOT_TELL: "≈", "baseline": "●"}
 LEGEND = (
     "▲ better and ▼ worse than the baseline by a test at 5 %, corrected for several rows; ≈ cannot tell: these seeds "
-    f"do not separate the two, which does not mean that they are equal. {words.sentence(words.ABOUT_SETTINGS)}; "
-    f"{words.NOT_CORRECTED}."
+    "do not separate the two, which does not mean that they are equal, or one side has the luckier ones. "
+    f"{words.sentence(words.ABOUT_SETTINGS)}; {words.NOT_CORRECTED}."
 )
 LONG = 26  # characters of a label that may be broken
 Styles = Mapping[str, Style]
@@ -71,16 +72,19 @@ def opening(tables: Sequence[Table]) -> list[str]:
     reported = [run for made in tables for row in made.rows for run in row.runs]
     trials = sum(len(row.trials) for made in tables for row in made.rows)
     finite = sum(run.final is not None for run in reported)
+    selected = [row.selected for made in tables for row in made.rows if row.selected]
+    going = sum(not ended(run) for trial in selected for run in trial.runs)
     bases = list(dict.fromkeys(formats.baseline(made) for made in tables if made.baseline))
     rows = words.listed(labels)
     if len(rows) > 200:
         rows = f"variants of {words.listed(sorted({row.optim for made in tables for row in made.rows}))}"
     where = f"on {words.count(len(tables), 'task')} ({words.listed(names(tables))})"
     runs = f"{words.count(len(reported), 'reported run')}{_seeds(reported)}"
-    ended = "all ended" if finite == len(reported) else f"{finite} of them ended"
+    how = "all ended" if finite == len(reported) else f"{finite} of them ended"
+    more = f", and {going} more of the selected settings {'is' if going == 1 else 'are'} not finished" if going else ""
     return [
         f"{words.count(len(labels), 'row')} compared {where}: {rows}.",
-        f"{runs}; {ended} with a finite value. Settings were chosen from {words.count(trials, 'trial')} in all.",
+        f"{runs}; {how} with a finite value{more}. Settings were chosen from {words.count(trials, 'trial')} in all.",
         f"Against {words.listed(bases)}: verdicts are tests of the difference to it."
         if bases
         else "There is no baseline, so no row is tested against another.",
@@ -141,7 +145,8 @@ def _cell(row: Row | None) -> Element:
     if row.mean is None:
         return el("td", "no finite run", class_="other")
     value = f"{words.spread(row.mean, row.sd)} (n = {words.seeds(row)})"
-    return el("td", el("span", value, class_="best") if _kind(row) == "better" else value, _mark(row))
+    lucky = None if row.fresh else el("span", "its seeds chose the trial", class_="small")
+    return el("td", el("span", value, class_="best") if _kind(row) == "better" else value, lucky, _mark(row))
 
 
 def _kind(row: Row) -> str | None:
@@ -163,7 +168,10 @@ def _task(made: Table, name: str, anchor: str, styles: Styles) -> Element:
     """The table of a task, what to know before believing it, and its figures."""
     columns = formats.columns(made)
     own = sum(row.is_baseline for row in made.rows) > 1
-    against = [el("th", f"against {formats.baseline(made)}", class_="verdict", scope="col")] if made.baseline else []
+    shares = any(row.difference and row.difference.share_of is not None for row in made.rows)
+    unit = el("span", "row minus baseline, in per cent of the baseline's mean", class_="small") if shares else None
+    head = el("th", f"against {formats.baseline(made)}", unit, class_="verdict", scope="col")
+    against = [head] if made.baseline else []
     heads: Cells = [*(column.head for column in columns), *against]
     rows: list[Cells] = [
         [

@@ -19,7 +19,7 @@ LEGEND = [
     "mean     of validation at the end, ± standard deviation, over n seeds; 95 % interval of the mean (Student's t); "
     f"{words.BOUNDED}; rows with failed seeds stand behind the others",
     "verdict  paired t-test where all seeds of one side are common, else Welch's; at 5 % after Holm's correction for "
-    f"the rows of a table; {words.NOT_CORRECTED}",
+    f"the rows of a table; {words.DIFFERENCES}; {words.POWERED}; {words.NOT_CORRECTED}",
     f"caution  {words.ABOUT_SETTINGS}",
 ]
 

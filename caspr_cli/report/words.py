@@ -7,13 +7,17 @@ from collections.abc import Sequence
 
 from caspr_cli.report import stats
 from caspr_cli.report.model import Difference, Row
-from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, Comparison
+from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
 
 CANNOT_TELL = "cannot tell"
 NO_PROMISE = 5  # fewer seeds than this know their own spread too badly to say how many would do
 # What every legend says of verdicts and intervals.
 ABOUT_SETTINGS = "verdicts are about the selected settings: tuning was done once, and its luck is in no interval"
 NOT_CORRECTED = "intervals are not corrected, and nothing is for there being several tables"
+DIFFERENCES = (
+    "differences are row minus baseline, in per cent of the baseline's mean (of accuracies too: not percentage points)"
+)
+POWERED = f"seeds that would find a difference: with {100 * POWER:.0f} % power"
 BOUNDED = "near the end of a scale, as of accuracy at 1, an interval covers less than it says"
 
 
@@ -35,7 +39,9 @@ def number(value: float | None, spread: float | None = None) -> str:
 
 
 def spread(mean: float | None, sd: float | None) -> str:
-    return number(mean) if sd is None else f"{number(mean, sd)} ± {number(sd, sd) if sd else 0}"
+    if mean is None or sd is None:
+        return number(mean)
+    return f"{number(mean, sd)} ± {number(sd, sd) if sd > NO_SPREAD * abs(mean) else 0}"
 
 
 def between(low: float | None, high: float | None, sd: float | None) -> str:
@@ -100,7 +106,7 @@ def verdict(
     p_holm: float | None,
     tests: int,
     share_of: float | None,
-    failed: str,
+    unfair: str,
     *,
     higher_is_better: bool,
 ) -> str:
@@ -108,15 +114,15 @@ def verdict(
 
     Args:
         tests: of the table, for which ``p_holm`` is corrected.
-        failed: which seeds failed on one side alone, in words; then it cannot be told.
+        unfair: what makes the seeds of one side the luckier ones, in words; then it cannot be told.
     """
     if found.value is None:
         return f"{CANNOT_TELL}: no seed is done on one side"
     difference = change(found.value, found.low, found.high, share_of)
-    if failed:
-        return f"{CANNOT_TELL}: {failed}; the others: {difference}"
+    if unfair:
+        return f"{CANNOT_TELL}: {unfair}: {difference}"
     if found.n < 2:
-        return f"{CANNOT_TELL}: {difference}; n = {found.n} has no spread"
+        return f"{CANNOT_TELL}: {difference}; with one seed on a side there is no spread to test by"
     if found.p_value is None or p_holm is None:
         if abs(found.value) <= NO_SPREAD * max(map(abs, found.base)):
             return f"{CANNOT_TELL}: identical with each of {found.n} seeds"
@@ -149,16 +155,13 @@ def _seeds(n: int | None) -> str:
 def against(difference: Difference) -> str:
     """A row against the baseline, in one line; a verdict that gives the difference itself is not told twice."""
     found = f"against {difference.against}: {difference.verdict}"
-    if difference.value is not None and not difference.verdict.startswith(CANNOT_TELL):
-        how = f"{difference.n} pairs" if difference.paired else "Welch"
-        value = change(difference.value, difference.low, difference.high, difference.share_of)
-        found += f", {value}, {p(difference.p_holm or 0.0, corrected=difference.tests > 1)}, {how}"
-    return f"{found}; test disagrees" if disagrees(difference) else found
-
-
-def disagrees(difference: Difference) -> bool:
-    """Whether test and validation differ in the sign of the difference."""
-    return (difference.value or 0.0) * (difference.test or 0.0) < 0
+    if difference.value is None or difference.verdict.startswith(CANNOT_TELL):
+        return found
+    how = f"{difference.n} pairs" if difference.paired else "Welch"
+    value = change(difference.value, difference.low, difference.high, difference.share_of)
+    found += f", {value}, {p(difference.p_holm or 0.0, corrected=difference.tests > 1)}, {how}"
+    other_sign = difference.value * (difference.test or 0.0) < 0  # of chance alone half would have it
+    return f"{found}; test disagrees" if other_sign else found
 
 
 def in_test(difference: Difference) -> str:

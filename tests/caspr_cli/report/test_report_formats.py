@@ -96,6 +96,22 @@ def test_markdown_escapes_and_has_every_row() -> None:
     assert len(widths) == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("<b>x</b>", r"\<b>x\</b>"),
+        ("a\\|b", r"a\\\|b"),
+        ("*a* `b` _c_ d_e", r"\*a\* \`b\` \_c\_ d_e"),
+        ("[x](y)", r"\[x](y)"),
+        ("p < 0.001", "p < 0.001"),
+    ],
+)
+def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
+    text = formats.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    assert f"| adamw graft={said} | 1 |" in text
+    assert f"adamw graft={said} (n = 1)" in text
+
+
 def test_latex_escapes_and_balances(made: list[Table]) -> None:
     text = formats.as_latex(made, "caspr-report compare 100%")
     body = [line for line in text.splitlines() if not line.startswith("%")]
@@ -105,7 +121,8 @@ def test_latex_escapes_and_balances(made: list[Table]) -> None:
     assert not any("±" in line for line in body)
     rows = [line for line in body if line.endswith(r"\\")]
     spec = next(line for line in body if r"\begin{tabular}" in line)
-    assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[-1].rstrip("}")) - 1}
+    assert spec.endswith(r"lp{0.3\linewidth}}")  # a verdict of one line would run off the page
+    assert {line.count("&") for line in rows[:4]} == {len(spec.split("{")[2]) - 1}
 
 
 def test_latex_has_warnings_as_notes_under_the_table(made: list[Table]) -> None:
@@ -126,6 +143,12 @@ def test_every_legend_says_what_verdicts_are_about_and_what_is_not_corrected(leg
     assert "intervals are not corrected, and nothing is for there being several tables" in said
 
 
+@pytest.mark.parametrize("legend", [formats.LEGEND, " ".join(terminal.LEGEND), " ".join(about.READING.values())])
+def test_every_legend_says_what_per_cent_are_of(legend: str) -> None:
+    assert "ifferences are row minus baseline, in per cent of the baseline's mean" in legend
+    assert "80 % power" in legend
+
+
 def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_test_value() -> None:
     runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [run("caspr", s, 4.0 + s * s / 90) for s in range(3)]
     assert not any("test disagrees" in line for line in lines(tables(runs)[0]))
@@ -136,6 +159,17 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     text = " ".join(" ".join(lines(tables(turned)[0], 200)).split())
     assert "3 pairs; test disagrees adamw" in text
     assert "4.470 ± 0.014 (n = 2)" in text
+
+
+def test_where_nothing_is_told_a_test_of_the_other_sign_does_not_disagree() -> None:
+    runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [
+        run("caspr", s, v) for s, v in enumerate((4.5, 4.53, 4.5))
+    ]
+    turned = [replace(each, result=each.result | {"test": {"test/loss": 9 - each.final}}) for each in runs]
+    difference = next(each.difference for each in tables(turned)[0].rows if each.difference)
+    assert difference.value * difference.test < 0
+    assert words.against(difference).startswith("against adamw: cannot tell: -0.2")
+    assert "disagrees" not in words.against(difference)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -153,6 +187,7 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
         (-0.0004, 0.014, "0.000 ± 0.014"),
         (1.25e30, 2e29, "1.25e+30 ± 2e+29"),
         (4.0, 0.0, "4.0000 ± 0"),
+        (0.1, 1.7e-17, "0.1000 ± 0"),  # of equal values, by rounding
         (4.0, None, "4.0000"),
         (2e-5, None, "2e-05"),
         (None, None, "-"),

@@ -9,12 +9,15 @@ from itertools import pairwise
 
 import pytest
 import synthetic
+from recorded import run
+from tabled import searched, seeds
 
 from caspr_cli.report import look
 from caspr_cli.report.html import el, inline
 from caspr_cli.report.model import Table
 from caspr_cli.report.page import opening, page
 from caspr_cli.report.profile import profile
+from caspr_cli.report.tables import tables
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
@@ -168,6 +171,7 @@ def test_rows_with_baselines_of_their_own_name_them() -> None:
     html = page([replace(table, rows=tuple(rows), baseline="eps=1e-08")], None, "Own", COMMAND)
     text = parsed(html).within("th", "p", "td")
     assert "against each optimizer's own row with eps=1e-08" in text
+    assert re.search(r"th\.verdict \{[^}]*white-space: normal", html)  # its head is long, and would widen the table
     assert ", against adamw" in text
 
 
@@ -192,6 +196,16 @@ def test_it_opens_with_what_was_compared() -> None:
     assert opening([synthetic.ablation()])[0].endswith("caspr graft=sgd and 7 more.")
     long = [replace(row, label=f"{row.label} {'x' * 40}") for row in synthetic.ablation().rows]
     assert opening([replace(synthetic.ablation(), rows=tuple(long))])[0].endswith("variants of caspr.")
+
+
+def test_it_says_at_once_what_is_not_finished_and_whose_seeds_chose_the_trial() -> None:
+    going = [run("caspr", 3, None, "running", optim__lr=1e-3), run("caspr", 4, None, "preempted", optim__lr=1e-3)]
+    caspr = searched("caspr", [4.2, 4.0, 4.1]) + seeds("caspr", [4.0, 4.1], 1, optim__lr=1e-3)
+    made = tables(caspr + going + searched("adamw", [4.5, 4.4, 4.6]))
+    said = "all ended with a finite value, and 2 more of the selected settings are not finished"
+    assert f"3 reported runs with seeds 0 to 2; {said}" in opening(made)[1]
+    found = parsed(page(made, None, "Part", COMMAND)).within("td", "span")
+    assert found.count("its seeds chose the trial") == 1
 
 
 def test_numbers_settings_and_provenance_are_there() -> None:
