@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caspr_cli.optim.cost import blocks_of
+from caspr_cli.optim.blocks import Shape
+from caspr_cli.optim.cost import blocks_of, passes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
 
@@ -113,21 +114,20 @@ def recorded(optimizer: Optimizer) -> list[Call]:
 
 
 def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
-    """For every preconditioned block and axis of size d, with r numbers to each of its rows: the statistics (d x r
-    times r x d) and, in each pass, the application (d x d times d x r).
+    """For every preconditioned block and axis of size d that has statistics, with r numbers to each of its rows: the
+    statistics (d x r times r x d) and, in each pass, the application (d x d times d x r).
 
     For m x n blocks that is six products for CASPR (two passes) and four for Shampoo (one).
     """
-    blocks: Counter[tuple[tuple[int, ...], int, torch.dtype]] = Counter()
-    for group, p, shape, count in blocks_of(optimizer):
-        passes = 1 if math.isinf(group["order"]) or len(shape) == 1 else int(group["order"])
-        blocks[shape, passes, factor_dtype(p, group)] += count
+    blocks: Counter[tuple[Shape, Shape, int, torch.dtype]] = Counter()
+    for group, p, sizes, shape, count in blocks_of(optimizer):
+        blocks[sizes, shape, passes(group["order"], len(sizes)), factor_dtype(p, group)] += count
     found = []
-    for (shape, passes, dtype), count in blocks.items():
-        for d in shape:
+    for (sizes, shape, times, dtype), count in blocks.items():
+        for d in sizes:
             rest = math.prod(shape) // d
             found.append(Product(count, d, rest, d, dtype, gram=True, count=1))
-            found.append(Product(count, d, d, rest, dtype, gram=False, count=passes))
+            found.append(Product(count, d, d, rest, dtype, gram=False, count=times))
     return found
 
 

@@ -384,8 +384,8 @@ def _step_with_new_gradients(optimizer: KroneckerOptimizer) -> None:
 def eigendecompositions(optimizer: KroneckerOptimizer) -> Callable[[], None]:
     """``torch.linalg.eigh`` of as many matrices, of the same sizes, as the optimizer keeps statistics of."""
     counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
-    for group, p, shape, count in blocks_of(optimizer):
-        for d in shape:
+    for group, p, sizes, _, count in blocks_of(optimizer):
+        for d in sizes:
             counts[d, factor_dtype(p, group), p.device] += count
     stacks = [_positive_definite(count, *key) for key, count in counts.items()]
 

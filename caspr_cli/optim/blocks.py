@@ -1,7 +1,8 @@
 """From a parameter's shape to the blocks that are preconditioned.
 
 A parameter is first seen with fewer axes (:func:`merge_axes`), then cut along each axis into parts of nearly
-equal size (:class:`Layout`). Nothing here touches data: a layout is a pure function of shape and options.
+equal size, of which all axes or one have statistics (:class:`Layout`). Nothing here touches data: a layout is a pure
+function of shape and options.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 MERGES = ("matrix", "square", "none")
+AXES = ("all", "first", "last", "row")
 
 
 def merge_axes(shape: Shape, merge: str) -> Shape:
@@ -59,22 +61,40 @@ class Layout:
     """How one parameter is cut: its merged shape, and for each distinct block shape the blocks that have it."""
 
     shape: Shape
+    axes: tuple[int, ...]  # of each block, those that have statistics
     blocks: dict[Shape, list[tuple[slice, ...]]]
     numbers: dict[Shape, list[int]]  # of these blocks, among all of their shape that the parameter has
     parts: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
 
     @classmethod
-    def of(cls, shape: Shape, merge: str, block_size: int) -> Layout:
+    def of(cls, shape: Shape, merge: str, block_size: int, axes: str = "all") -> Layout:
+        """
+        Args:
+            axes: which of them have statistics. Where there is one axis it has, whatever this says. ``row``: the
+                second, of a matrix (more axes become two) whose first is cut into parts of size one.
+        """
         merged = merge_axes(shape, merge)
+        by_row = axes == "row" and len(merged) > 1
+        if by_row:
+            merged = merged[0], math.prod(merged[1:])
+        parts = [split_axis(merged[0], 1 if by_row else block_size), *(split_axis(d, block_size) for d in merged[1:])]
+        last = slice(len(merged) - 1, None)
+        chosen = {"all": slice(None), "first": slice(1), "last": last, "row": last}[axes]
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
-        for cut in itertools.product(*(split_axis(d, block_size) for d in merged)):
+        for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)
-        return cls(merged, dict(blocks), {s: list(range(len(cuts))) for s, cuts in blocks.items()}, tuple(blocks))
+        numbers = {s: list(range(len(cuts))) for s, cuts in blocks.items()}
+        return cls(merged, tuple(range(len(merged)))[chosen], dict(blocks), numbers, tuple(blocks))
 
     def only(self, chosen: dict[Shape, list[int]]) -> Layout:
         """Some of the blocks of a whole layout: of each shape those with these numbers."""
         numbers = {shape: n for shape, n in chosen.items() if n}
-        return Layout(self.shape, {s: [self.blocks[s][i] for i in n] for s, n in numbers.items()}, numbers, self.parts)
+        blocks = {s: [self.blocks[s][i] for i in n] for s, n in numbers.items()}
+        return Layout(self.shape, self.axes, blocks, numbers, self.parts)
+
+    def sizes(self, shape: Shape) -> Shape:
+        """Of the statistics of a block of this shape: the lengths of the axes that have them."""
+        return tuple(shape[axis] for axis in self.axes)
 
     def views(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
         """The blocks of ``shape`` in ``tensor`` (of the parameter's shape, contiguous or not)."""

@@ -14,6 +14,7 @@ from caspr_cli.optim.options import OPTIONS
 Statistics = Literal["ema", "accumulate"]
 Damping = Literal["relative", "absolute"]
 Merge = Literal["matrix", "square", "none"]
+Axes = Literal["all", "first", "last", "row"]
 Graft = Literal["adam", "rmsprop", "sgd", "none"]
 Precondition = Literal["momentum", "gradient", False]
 Solver = Literal["auto", "eigh", "newton", "warm"]
@@ -36,6 +37,7 @@ class CASPR(KroneckerOptimizer):
         start_step: int = 10,
         block_size: int = 1024,
         merge: Merge = "matrix",
+        axes: Axes = "all",
         precondition_1d: bool = False,
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
@@ -70,6 +72,7 @@ class Shampoo(KroneckerOptimizer):
         start_step: int = 10,
         block_size: int = 1024,
         merge: Merge = "matrix",
+        axes: Axes = "all",
         precondition_1d: bool = False,
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
@@ -118,7 +121,7 @@ class FullAdagrad(KroneckerOptimizer):
         maximize: bool = False,
     ) -> None:
         # One axis: every order is the same, and there is nothing to merge.
-        options = dict(locals()) | {"order": 1, "merge": "flatten", "precondition_1d": True}
+        options = dict(locals()) | {"order": 1, "merge": "flatten", "axes": "all", "precondition_1d": True}
         super().__init__(params, {name: options[name] for name in OPTIONS})
 
 
@@ -190,7 +193,7 @@ _ARGS = """
 
     ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
-    under ``weights_only=True``. ``block_size`` and ``merge`` of a group are fixed with its first step.
+    under ``weights_only=True``. ``block_size``, ``merge`` and ``axes`` of a group are fixed with its first step.
 
     Nothing that a gradient holds stops the training. A tensor whose gradient is not finite (or whose square is not,
     where a second moment is kept) is left out of the step as if it had none, and ``state["skipped"]`` counts it. A new
@@ -203,6 +206,12 @@ _MERGE = """\
         merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), the paper's rule,
             without axes of size one; ``"square"``: the split into two groups of neighbouring axes that is nearest to
             a square; ``"none"``: all k axes are preconditioned.
+        axes: which of these axes have statistics and roots. ``"all"``. One-sided (as SOAP may be, arXiv:2409.11321):
+            ``"first"``, U = L^(-1/2) G, or ``"last"``, U = G R^(-1/2). Or ``"row"``: each row g_i of the matrix, a
+            neuron's incoming weights, has statistics of its own, R_i = sum g_i g_i^T, and u_i = R_i^(-1/2) g_i. That is
+            block-diagonal full-matrix Adagrad (its blocks are *unit-wise* in arXiv:2305.04684), with 2 m n^2 numbers
+            of state for m rows of n (``block_size`` cuts n); of more than two axes all but the first are flattened.
+            Where one axis has statistics all orders are the same, and for a vector all four choices are.
         precondition_1d: precondition vectors with full-matrix Adagrad; otherwise the graft method takes them.
 """
 

@@ -3,7 +3,8 @@
 Kronecker sum of order q   U = [ (1/k) sum_i A_i on axis i ]^q G,   A_i = S~_i^(-1/(2q))   (CASPR: q = 2)
 Kronecker product          U = (A_1 x ... x A_k) G,                 A_i = S~_i^(-1/(2k))   (Shampoo: q = inf)
 
-For one axis both are S~^(-1/2) G, full-matrix Adagrad.
+Only axes that have statistics count: k is their number, and others are left as they are. For one axis both are
+S~^(-1/2) on it: full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix.
 """
 
 from __future__ import annotations
@@ -27,27 +28,30 @@ def root_exponent(order: float, axes: int) -> int:
 def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
     """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``spare`` are overwritten."""
     dtype = group["apply_dtype"] or X.dtype
-    A = [stack.root(axis, rows, dtype) for axis in range(len(stack.shape))]
+    A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     if dtype == X.dtype:
-        return apply_roots(X, A, group["order"], spare)
+        return apply_roots(X, A, stack.axes, group["order"], spare)
     low = X.to(dtype)
-    return X.copy_(apply_roots(low, A, group["order"], torch.empty_like(low)))
+    return X.copy_(apply_roots(low, A, stack.axes, group["order"], torch.empty_like(low)))
 
 
-def apply_roots(G: Tensor, A: list[Tensor], order: float, spare: Tensor) -> Tensor:
+def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, spare: Tensor) -> Tensor:
     """U for K blocks.
 
     Args:
         G: ``[K, d_1, ..., d_k]``, overwritten.
-        A: for each axis ``[K, d_i, d_i]``, symmetric, of the type of G.
+        A: for each of ``axes`` ``[K, d_i, d_i]``, symmetric, of the type of G.
+        axes: one of G's, or all of them.
         order: q, or ``math.inf`` for the product.
         spare: room of the size of G. For matrices the result is in G or here, and nothing is allocated.
 
-    Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product).
+    Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product); 2 m n d for one axis of size d.
     """
     k = len(A)
     if k == 1:
-        return on_axis(G, A[0], 0)
+        if G.ndim != 3:
+            return on_axis(G, A[0], axes[0])
+        return torch.bmm(A[0], G, out=spare) if axes[0] == 0 else torch.bmm(G, A[0], out=spare)
     if math.isinf(order):
         if k == 2:
             return torch.bmm(torch.bmm(A[0], G, out=spare), A[1], out=G)

@@ -7,36 +7,44 @@ from typing import Any
 
 from torch import Tensor
 
+from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.symmetric import packed_length
 
 
-def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, tuple[int, ...], int]]:
-    """(group, parameter, block shape, number of such blocks) for all that is preconditioned."""
+def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, Shape, Shape, int]]:
+    """For all that is preconditioned: group, parameter, lengths of a block's axes that have statistics, shape of the
+    block, number of such blocks."""
     return [
-        (group, p, shape, len(blocks))
+        (group, p, layout.sizes(shape), shape, len(blocks))
         for group in optimizer.param_groups
         for p in group["params"]
         if optimizer.preconditions(p, group)
-        for shape, blocks in optimizer.layout(p, group).blocks.items()
+        for layout in [optimizer.layout(p, group)]
+        for shape, blocks in layout.blocks.items()
     ]
+
+
+def passes(order: float, axes: int) -> int:
+    """How often all roots are applied: q times for the Kronecker sum; once for the product, and where there is one."""
+    return 1 if math.isinf(order) or axes == 1 else int(order)
 
 
 def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
     """FLOPs of an average step (2 per multiply-add): ``statistics``, ``roots``, ``apply``.
 
     For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
-    q for the application (once for a product); and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots.
+    q for the application (once for a product); and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots. An axis without
+    statistics adds nothing to the sums.
     """
     flops = {"statistics": 0.0, "roots": 0.0, "apply": 0.0}
-    for group, _, shape, count in blocks_of(optimizer):
+    for group, _, sizes, shape, count in blocks_of(optimizer):
         size = 2.0 * count * math.prod(shape)
-        passes = 1 if math.isinf(group["order"]) or len(shape) == 1 else group["order"]
-        flops["statistics"] += size * sum(packed_length(d) / d for d in shape) / group["statistics_interval"]
-        flops["apply"] += passes * size * sum(shape)
-        flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in shape) / group["interval"]
+        flops["statistics"] += size * sum(packed_length(d) / d for d in sizes) / group["statistics_interval"]
+        flops["apply"] += passes(group["order"], len(sizes)) * size * sum(sizes)
+        flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in sizes) / group["interval"]
     return flops
 
 

@@ -38,7 +38,7 @@ from caspr_cli.optim.rooms import Rooms
 from caspr_cli.optim.rows import Route, check_placements, distribute, is_counted, is_sharded, local
 from caspr_cli.optim.schedule import phases
 from caspr_cli.optim.shard import Exchange, Loads, Meeting, Post, agree, collect, summed, world_size
-from caspr_cli.optim.stacks import Stack, Storage, build_stacks, is_factor, other_blocks, sent
+from caspr_cli.optim.stacks import Stack, Storage, build_stacks, check_axes, is_factor, other_blocks, sent
 from caspr_cli.optim.statistics import accumulate, per_block
 from caspr_cli.optim.work import Updates, Work
 
@@ -63,7 +63,7 @@ class KroneckerOptimizer(Optimizer):
     def _forget(self) -> None:
         """What is derived from the state, and never saved."""
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
-        self._layouts: dict[tuple[Shape, str, int], Layout] = {}
+        self._layouts: dict[tuple[Shape, str, int, str], Layout] = {}
         self._rooms = Rooms()
         self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
         self._posts: dict[torch.device, Post] = {}
@@ -252,7 +252,7 @@ class KroneckerOptimizer(Optimizer):
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """How p is merged and cut."""
-        key = tuple(p.shape), group["merge"], group["block_size"]
+        key = tuple(p.shape), group["merge"], group["block_size"], group["axes"]
         if key not in self._layouts:
             self._layouts[key] = Layout.of(*key)
         return self._layouts[key]
@@ -316,20 +316,22 @@ class KroneckerOptimizer(Optimizer):
             return
         agree([p for *_, p in new])
         loads = Loads(world_size())
-        blocks: list[tuple[Tensor, Shape, tuple[int, int]]] = []
+        blocks: list[tuple[Tensor, Shape, Shape, tuple[int, int]]] = []
         for index, group in enumerate(self.param_groups):
             for (p, shape), turns in self._turns(group).items():
+                sizes = self.layout(p, group).sizes(shape)
                 for number, phase in enumerate(turns):
                     if p in self._owners:
-                        loads.add(shape, (index, phase), self._owners[p][shape][number])
+                        loads.add(shape, sizes, (index, phase), self._owners[p][shape][number])
                     elif self._is_shared(group):
-                        blocks.append((p, shape, (index, phase)))
-        for (p, shape, _), owner in zip(blocks, loads.assign([block[1:] for block in blocks]), strict=True):
+                        blocks.append((p, shape, sizes, (index, phase)))
+        for (p, shape, *_), owner in zip(blocks, loads.assign([block[1:] for block in blocks]), strict=True):
             self._owners.setdefault(p, {}).setdefault(shape, []).append(owner)
 
     def _keep_own(self, p: Tensor, layout: Layout) -> None:
         """Of p's factors, which are those of all its blocks."""
         state = self.state.get(p, {})
+        check_axes(state, p, layout)
         for name in [name for name in state if is_factor(name)]:
             part, value = int(name.rpartition(".")[2]), state.pop(name)
             shape = layout.parts[part] if part < len(layout.parts) else None
@@ -342,10 +344,10 @@ class KroneckerOptimizer(Optimizer):
         """The step of the interval at which each block is refreshed, from the shapes of all that the group may ever
         precondition: a parameter that is frozen for a while, a run that was cut off, or the number of ranks changes
         nobody's turn."""
-        members = [p for p in group["params"] if self.preconditions(p, group)]
-        blocks = [(p, s) for p in members for s, cuts in self.layout(p, group).blocks.items() for _ in cuts]
+        layouts = {p: self.layout(p, group) for p in group["params"] if self.preconditions(p, group)}
+        blocks = [(p, s) for p, layout in layouts.items() for s, cuts in layout.blocks.items() for _ in cuts]
         turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
-        costs = [float(sum(d**3 for d in shape)) for _, shape in blocks]
+        costs = [float(sum(d**3 for d in layouts[p].sizes(shape))) for p, shape in blocks]
         for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
             turns[block].append(phase)
         return turns
@@ -362,6 +364,7 @@ class KroneckerOptimizer(Optimizer):
         intact = all(
             p in layouts
             and stack.shape in layouts[p].blocks
+            and stack.axes == layouts[p].axes
             and stack.storage == storages[p]
             and stack.interval == group["interval"]
             and stack.is_in(self.state, p, layouts[p])
@@ -480,7 +483,8 @@ class KroneckerOptimizer(Optimizer):
                     if len(X) > len(members):
                         size = torch.cat([s.expand(n) for s, n in zip(size, counts, strict=True)])
                     S = [S_i[rows] for S_i in stack.S]
-                    accumulate(S, stack.scale[rows], stack.total[rows], X, size, beta=beta, weight=weight)
+                    scale, total = stack.scale[rows], stack.total[rows]
+                    accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
 
     def _refresh(self, work: Work) -> None:
         """Roots of the blocks whose turn it is."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.blocks import MERGES
+from caspr_cli.optim.blocks import AXES, MERGES
 from caspr_cli.optim.graft import GRAFTS
 from caspr_cli.optim.shard import SHARDS
 
@@ -18,8 +18,8 @@ Group = dict[str, Any]
 # The keys of a param group, beside "params".
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
-    "merge", "precondition_1d", "graft", "graft_eps", "precondition", "solver", "statistics_interval", "refresh_above",
-    "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard", "gather_dtype", "maximize",
+    "merge", "axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver", "statistics_interval",
+    "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard", "gather_dtype", "maximize",
 )  # fmt: skip
 
 SOLVERS = ("auto", "eigh", "newton", "warm")
@@ -65,6 +65,7 @@ def validate(options: Group) -> None:
     _one_of("damping", options["damping"], ("relative", "absolute"))
     if options["merge"] != "flatten":  # which FullAdagrad alone asks for
         _one_of("merge", options["merge"], MERGES)
+    _one_of("axes", options["axes"], AXES)
     _one_of("graft", options["graft"], GRAFTS)
     _one_of("precondition", options["precondition"], ("momentum", "gradient", False))
     _one_of("solver", options["solver"], SOLVERS)

@@ -26,7 +26,7 @@ LOWEST = -16.0  # decades: about the rounding of float64
 def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
     """What the statistics and roots look like now.
 
-    Returns, for all stacked blocks and axes (1-D, float64):
+    Returns, for all stacked blocks and their axes with statistics (1-D, float64):
         ``condition``: of the damped statistics, lambda_max / lambda_min.
         ``damping_share``: part of the trace of the damped statistics that is damping.
         ``residual``: ``||A^p S~ - I||_F / sqrt(d)`` recomputed from the root in use and the statistics of now: the
@@ -71,10 +71,10 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     """Of all blocks that have had a gradient before their last roots."""
     seen = (stack.scale > 0) & (stack.root_scale > 0)
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
-    p = root_exponent(group["order"], len(stack.shape))
+    p = root_exponent(group["order"], len(stack.axes))
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": [], "spectrum": []}
-    for axis, d in enumerate(stack.shape):
-        S, A = unpack(stack.S[axis][seen], d), stack.root(axis, seen, torch.float64)
+    for place, d in enumerate(stack.sizes):
+        S, A = unpack(stack.S[place][seen], d), stack.root(place, seen, torch.float64)
         eigenvalues, _ = eigendecomposition(S)
         lam = eigenvalues.double().clamp(min=0)
         shift = damping_shift(lam[:, -1], unit, eps, group["damping"])

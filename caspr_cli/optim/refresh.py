@@ -30,7 +30,7 @@ def refresh(due: Due, group: Group) -> None:
     room = most = torch.get_num_threads() * BATCH
     batch: Due = []
     for stack, rows in due:
-        size = sum(d * d for d in stack.shape)
+        size = sum(d * d for d in stack.sizes)
         while rows:
             count = min(len(rows), max(1, room // size))
             batch.append((stack, rows[:count]))
@@ -55,8 +55,8 @@ def _take(stack: Stack, at: Rows, unit: Tensor, solutions: list[Solution], group
     accepted = torch.stack(
         [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
     ).all(0)
-    for axis, solution in enumerate(solutions):
-        stack.store(axis, at, solution.root, accepted)
+    for place, solution in enumerate(solutions):
+        stack.store(place, at, solution.root, accepted)
     # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
     scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
     stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])
@@ -67,15 +67,15 @@ def _take(stack: Stack, at: Rows, unit: Tensor, solutions: list[Solution], group
 
 def _problems(stack: Stack, rows: list[int], group: Group) -> tuple[list[int], list[Problem]]:
     """The rows that need new roots, and of them a problem for each axis."""
-    at, p = stack.index(rows), root_exponent(group["order"], len(stack.shape))
+    at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes))
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
     problems, wear = [], []
-    for axis, d in enumerate(stack.shape):
-        S = unpack(stack.S[axis][at], d)
-        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(axis, at), condition=condition)
+    for place, d in enumerate(stack.sizes):
+        S = unpack(stack.S[place][at], d)
+        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(place, at), condition=condition)
         if group["refresh_above"] > 0 or group["solver"] == "warm":
-            problem.wear = wear_of(problem, stack.root(axis, at, S.dtype), stack.root_scale[at])
+            problem.wear = wear_of(problem, stack.root(place, at, S.dtype), stack.root_scale[at])
             wear.append(problem.wear)
         problems.append(problem)
     if group["refresh_above"] > 0:

@@ -113,7 +113,7 @@ class Route:
         pieces = [x for x in all_pieces(layout, owners, holders) if rank in (x.holder, x.owner)]
         mine = holders.rows[rank]
         held = (mine.stop - mine.start, *layout.shape[1:])
-        here = Layout(held, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
+        here = Layout(held, layout.axes, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
         return cls(here, [x for x in pieces if x.holder == rank], [x for x in pieces if x.owner == rank])
 
 

@@ -46,29 +46,30 @@ class Loads:
     def __post_init__(self) -> None:
         self.always = [0.0] * self.ranks
 
-    def add(self, shape: Shape, turn: tuple[int, int], owner: int) -> None:
-        self.always[owner] += _step_flops(shape)
-        self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in shape)
+    def add(self, shape: Shape, sizes: Shape, turn: tuple[int, int], owner: int) -> None:
+        self.always[owner] += _step_flops(shape, sizes)
+        self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in sizes)
 
-    def assign(self, blocks: list[tuple[Shape, tuple[int, int]]]) -> list[int]:
-        """The owner of each block, given as its shape and the (param group, phase) of its refresh.
+    def assign(self, blocks: list[tuple[Shape, Shape, tuple[int, int]]]) -> list[int]:
+        """The owner of each block, given as its shape, those of its axes that have statistics, and the (param group,
+        phase) of its refresh.
 
         The most expensive first, each to the rank whose step, refresh included, is then the shortest: products cost
         6 m n (m + n) FLOPs in every step, roots ``EIGH_FLOPS`` (m^3 + n^3) in one of an interval. Blocks that were
         assigned before stay where they are. A pure function of the calls so far: all ranks come to the same.
         """
         owners = [0] * len(blocks)
-        for i in sorted(range(len(blocks)), key=lambda i: -_step_flops(blocks[i][0])):
-            shape, turn = blocks[i]
+        for i in sorted(range(len(blocks)), key=lambda i: -_step_flops(*blocks[i][:2])):
+            shape, sizes, turn = blocks[i]
             roots = self.roots.get(turn, [0.0] * self.ranks)
             owners[i] = min(range(self.ranks), key=lambda r: (self.always[r] + roots[r], self.always[r]))
-            self.add(shape, turn, owners[i])
+            self.add(shape, sizes, turn, owners[i])
         return owners
 
 
-def _step_flops(shape: Shape) -> float:
+def _step_flops(shape: Shape, sizes: Shape) -> float:
     """Of statistics and application, without roots."""
-    return 6.0 * math.prod(shape) * sum(shape)
+    return 6.0 * math.prod(shape) * sum(sizes)
 
 
 class Post:

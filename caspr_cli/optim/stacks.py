@@ -44,6 +44,7 @@ class Stack:
     """K blocks of one shape. ``rows[p]`` are the blocks of parameter p, in the order of its layout."""
 
     shape: Shape
+    axes: tuple[int, ...]  # those that have statistics; S, A and Q follow it
     storage: Storage
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
@@ -59,17 +60,19 @@ class Stack:
     phase: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
 
     @classmethod
-    def empty(cls, shape: Shape, K: int, storage: Storage, device: torch.device) -> Stack:
+    def empty(cls, shape: Shape, axes: tuple[int, ...], K: int, storage: Storage, device: torch.device) -> Stack:
         def new(*size: int, dtype: torch.dtype = storage.dtype) -> Tensor:
             return torch.zeros(K, *size, dtype=dtype, device=device)
 
-        roots = [(packed_length(d),) if storage.packed else (d, d) for d in shape]
+        sizes = [shape[axis] for axis in axes]
+        roots = [(packed_length(d),) if storage.packed else (d, d) for d in sizes]
         return cls(
             shape,
+            axes,
             storage,
-            [new(packed_length(d)) for d in shape],
+            [new(packed_length(d)) for d in sizes],
             [new(*size, dtype=storage.root_dtype) for size in roots],
-            [new(d, d) for d in shape] if storage.basis else [],
+            [new(d, d) for d in sizes] if storage.basis else [],
             scale=new(),
             root_scale=new(),
             total=new(),
@@ -77,12 +80,17 @@ class Stack:
             rejected=new(),
         )
 
+    @property
+    def sizes(self) -> Shape:
+        """Of the statistics: the lengths of the axes that have them."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
         for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q)):
-            named |= {f"{name}_{axis}": tensor for axis, tensor in enumerate(tensors)}
+            named |= {f"{name}_{axis}": tensor for axis, tensor in zip(self.axes, tensors, strict=False)}
         return {f"{name}.{part}": tensor[rows] for name, tensor in named.items()}
 
     def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
@@ -123,27 +131,27 @@ class Stack:
         """
         return torch.where(self.root_scale > 0, self.root_scale, self.unit(group))
 
-    def root(self, axis: int, at: Rows, dtype: torch.dtype) -> Tensor:
-        """``[k, d, d]`` of these rows."""
-        A = self.A[axis][at]
-        return unpack(A, self.shape[axis], dtype) if self.storage.packed else A.to(dtype)
+    def root(self, place: int, at: Rows, dtype: torch.dtype) -> Tensor:
+        """``[k, d, d]`` of these rows, of the axis at this place of ``axes``."""
+        A = self.A[place][at]
+        return unpack(A, self.sizes[place], dtype) if self.storage.packed else A.to(dtype)
 
-    def basis(self, axis: int, at: Rows) -> Tensor | None:
-        return self.Q[axis][at] if self.Q else None
+    def basis(self, place: int, at: Rows) -> Tensor | None:
+        return self.Q[place][at] if self.Q else None
 
-    def store(self, axis: int, at: Rows, root: Root, accepted: Tensor) -> None:
+    def store(self, place: int, at: Rows, root: Root, accepted: Tensor) -> None:
         """Keep these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
         A, Q = root.A, root.basis
         if A.device.type != "cpu" or not bool(accepted.all()):
-            old = self.root(axis, at, A.dtype)
+            old = self.root(place, at, A.dtype)
             blank = (old.diagonal(dim1=-2, dim2=-1) == 0).all(-1).view(-1, 1, 1)
-            old = torch.where(blank, torch.eye(self.shape[axis], dtype=A.dtype, device=A.device), old)
+            old = torch.where(blank, torch.eye(self.sizes[place], dtype=A.dtype, device=A.device), old)
             A = torch.where(accepted.view(-1, 1, 1), A, old)
             if self.Q and Q is not None:
-                Q = torch.where(accepted.view(-1, 1, 1), Q, self.Q[axis][at])
-        self.A[axis][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
+                Q = torch.where(accepted.view(-1, 1, 1), Q, self.Q[place][at])
+        self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
         if self.Q and Q is not None:
-            self.Q[axis][at] = Q
+            self.Q[place][at] = Q
 
     def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
@@ -163,16 +171,18 @@ def build_stacks(
     What was stored otherwise (packed or not, of another type) is converted.
 
     Raises:
-        ValueError: a factor in ``state`` has another shape than the options call for.
+        ValueError: a factor in ``state`` is of another axis or has another shape than the options call for.
     """
     counts: dict[tuple[Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
+        check_axes(state[p], p, layouts[p])
         for shape, blocks in layouts[p].blocks.items():
             part = layouts[p].parts.index(shape)
             counts.setdefault((shape, storages[p], p.device), []).append((p, part, len(blocks)))
     stacks = []
     for (shape, storage, device), members in counts.items():
-        stack = Stack.empty(shape, sum(n for *_, n in members), storage, device)
+        axes = layouts[members[0][0]].axes
+        stack = Stack.empty(shape, axes, sum(n for *_, n in members), storage, device)
         start = 0
         for p, part, n in members:
             stack.rows[p] = slice(start, start + n)
@@ -181,11 +191,11 @@ def build_stacks(
                 old = state[p].get(name)
                 if old is not None:
                     view.copy_(_converted(old, view, p, name, shape))
-                    if name.startswith("root_0") and bool(view.any()):  # waits for the device, once a rebuild
+                    if name == f"root_{axes[0]}.{part}" and bool(view.any()):  # waits for the device, once a rebuild
                         stack.rooted.add(p)
                 state[p][name] = view
             if not stack.Q:  # of a solver that is no longer chosen
-                for axis in range(len(shape)):
+                for axis in axes:
                     state[p].pop(f"basis_{axis}.{part}", None)
         stacks.append(stack)
     return stacks
@@ -205,6 +215,19 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
     raise ValueError(f"{other_blocks(name, p)} ({tuple(old.shape)} was saved, {tuple(view.shape)} is wanted)")
 
 
+def check_axes(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
+    """Refuse statistics of other axes: their roots would have another exponent, and pass for these.
+
+    Raises:
+        ValueError: the same on all ranks, of a state that is whole.
+    """
+    for part in range(len(layout.parts)):
+        found = {name for name in state if name.startswith("statistics_") and name.endswith(f".{part}")}
+        wanted = {f"statistics_{axis}.{part}" for axis in layout.axes}
+        if found and (different := sorted(found ^ wanted)):
+            raise ValueError(other_blocks(different[0], p))
+
+
 def is_factor(name: str) -> bool:
     """Whether an entry of the state is a view into a stack, of a type of its own."""
     own = ("scale", "root_scale", "total", "retries", "rejected")
@@ -212,4 +235,4 @@ def is_factor(name: str) -> bool:
 
 
 def other_blocks(name: str, p: Tensor) -> str:
-    return f"{name} of a parameter of shape {tuple(p.shape)}: block_size or merge were others when it was made"
+    return f"{name} of a parameter of shape {tuple(p.shape)}: block_size, merge or axes were others when it was made"

@@ -1,6 +1,6 @@
 """Statistics of the gradient along each axis, kept relative to a scale of their own.
 
-For a block G with k axes, S_i = sum over steps of unfold_i(G) unfold_i(G)^T, or its moving average. Squares of
+For a block G and an axis i, S_i = sum over steps of unfold_i(G) unfold_i(G)^T, or its moving average. Squares of
 float32 gradients leave the range of the type outside of 1e-19 to 1e+19, so what is stored is S_i / c^2, where c
 follows the size of the gradient. Then U(cG) = U(G) holds from 1e-20 to 1e+20 with no loss.
 """
@@ -32,12 +32,21 @@ def per_block(x: Tensor, like: Tensor) -> Tensor:
 
 
 def accumulate(
-    S: list[Tensor], scale: Tensor, total: Tensor, G: Tensor, size: Tensor, *, beta: float, weight: float
+    S: list[Tensor],
+    axes: tuple[int, ...],
+    scale: Tensor,
+    total: Tensor,
+    G: Tensor,
+    size: Tensor,
+    *,
+    beta: float,
+    weight: float,
 ) -> None:
     """In place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
 
     Args:
-        S: for each axis the statistics divided by ``scale**2``, packed ``[K, packed_length(d_i)]``.
+        S: for each of ``axes`` the statistics divided by ``scale**2``, packed ``[K, packed_length(d_i)]``.
+        axes: those of a block that have statistics.
         scale: ``[K]``, 0 before the first gradient.
         total: ``[K]``, the weights of all gradients so far, 1 - betas[1]^t after t of a moving average: what it is
             divided by to correct its bias.
@@ -65,7 +74,7 @@ def accumulate(
     torch.nan_to_num_(G.mul_(per_block(torch.where(finite, inverse, 0), G)), nan=0.0)
     # Elsewhere the question would wait for the device, which takes longer than the pass.
     unchanged = keep.device.type == "cpu" and bool((keep == 1).all())
-    for axis, S_i in enumerate(S):
+    for axis, S_i in zip(axes, S, strict=True):
         if not unchanged:
             S_i.mul_(keep.unsqueeze(1))
         add_gram(S_i, unfold(G, axis), weight)

@@ -166,6 +166,15 @@ class Merge(Enum):
     none = "none"  # every axis
 
 
+class Axes(Enum):
+    """Which axes of a matrix have statistics."""
+
+    all = "all"
+    first = "first"  # one-sided: rows alone
+    last = "last"  # one-sided: columns alone
+    row = "row"  # each row by itself: block-diagonal full-matrix Adagrad
+
+
 class Graft(Enum):
     adam = "adam"
     rmsprop = "rmsprop"
@@ -237,6 +246,7 @@ class KroneckerConf(OptimConf):
 class ShampooConf(KroneckerConf):
     name: str = "shampoo"
     merge: Merge = Merge.matrix
+    axes: Axes = Axes.all
     precondition_1d: bool = False
 
 

@@ -138,8 +138,8 @@ def setting(key: str, value: Any) -> str:
 def called(rows: Iterable[Row], wanted: str) -> list[Row]:
     """The rows that someone may mean: those with exactly these settings, else those that have them among others.
 
-    Settings may come in any order, with or without ``optim.``, and numbers in any notation. Without the name of an
-    optimizer they mean rows of any.
+    Settings may come in any order, with or without ``optim.``, numbers in any notation, and lists in brackets, as on
+    the command line, or without. Without the name of an optimizer they mean rows of any.
     """
     name, settings = _parts(wanted)
     fitting = [row for row in rows if name in ("", _parts(row.label)[0]) and settings <= _all_settings(row)]
@@ -166,7 +166,7 @@ def _normal(word: str) -> str:
     try:
         return setting(key, float(value))
     except ValueError:
-        return setting(key, value)
+        return setting(key, value.removeprefix("[").removesuffix("]"))
 
 
 def plain(value: Any) -> str:

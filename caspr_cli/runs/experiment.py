@@ -109,9 +109,9 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """As Hydra reads it."""
+    """As Hydra reads it: a list is several values, and one in it is a value that is a list."""
     if isinstance(value, list):
-        return ",".join(map(_text, value))
+        return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value)
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)

@@ -193,15 +193,16 @@ def dealt(optimizer: KroneckerOptimizer, ranks: int) -> Dealt:
     The bound: a block goes to the rank whose step, with the roots of its turn, is then the shortest, so that no rank is
     above the average by more than one block and its roots, of those dealt out till then.
     """
-    blocks = [(shape, group["interval"]) for group, _, shape, count in blocks_of(optimizer) for _ in range(count)]
-    turns = phases([float(sum(d**3 for d in shape)) for shape, _ in blocks], blocks[0][1])
-    entries = [(shape, (0, turn)) for (shape, _), turn in zip(blocks, turns, strict=True)]
+    blocks = [(shape, sizes) for *_, sizes, shape, count in blocks_of(optimizer) for _ in range(count)]
+    interval = optimizer.param_groups[0]["interval"]
+    turns = phases([float(sum(d**3 for d in sizes)) for _, sizes in blocks], interval)
+    entries = [(*block, (0, turn)) for block, turn in zip(blocks, turns, strict=True)]
     alone, loads, work = Loads(1), Loads(ranks), work_of(optimizer)
     alone.assign(entries)
     loads.assign(entries)
     longest = [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
     average = max(sum(step) for step in longest) / ranks
-    block = max(6.0 * math.prod(shape) * sum(shape) + EIGH_FLOPS * sum(d**3 for d in shape) for shape, _ in blocks)
+    block = max(6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes in blocks)
     return Dealt(
         ranks,
         len(blocks),

@@ -26,7 +26,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from caspr_cli.optim.caspr import CASPR
-from caspr_cli.optim.cost import blocks_of, step_flops
+from caspr_cli.optim.combine import root_exponent
+from caspr_cli.optim.cost import blocks_of, passes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.roots import newton_steps
 from caspr_cli.optim.symmetric import packed_length
@@ -72,17 +73,17 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
     """Of an optimizer, on any device ("meta" holds no numbers), with factors and moments in float32."""
     flops = step_flops(optimizer)
     parameters = newton = traffic = factors = largest = largest_factors = 0.0
-    for group, _, shape, count in blocks_of(optimizer):
-        m_n, q = math.prod(shape), 1 if math.isinf(group["order"]) or len(shape) == 1 else group["order"]
-        packed, full = sum(map(packed_length, shape)), sum(d * d for d in shape)
-        p = 2 * q if not math.isinf(group["order"]) else 2 * len(shape)
+    for group, _, sizes, shape, count in blocks_of(optimizer):
+        m_n, q = math.prod(shape), passes(group["order"], len(sizes))
+        packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
+        p = root_exponent(group["order"], len(sizes))
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-        own = 2.0 * newton_steps(condition, int(p)) * newton_products(int(p)) * sum(d**3 for d in shape)
+        own = 2.0 * newton_steps(condition, p) * newton_products(p) * sum(d**3 for d in sizes)
         parameters += count * m_n
         newton += count * own / group["interval"]
         traffic += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
         factors += FLOAT * count * (packed + full)
-        largest = max(largest, own + 2.0 * m_n * (1 + q) * sum(shape))
+        largest = max(largest, own + 2.0 * m_n * (1 + q) * sum(sizes))
         largest_factors = max(largest_factors, FLOAT * float(packed + full))
     return Work(
         parameters=parameters,

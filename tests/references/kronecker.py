@@ -74,6 +74,20 @@ def precondition(gradient: Tensor, statistics: list[Tensor], eps: float, damping
     return (operator @ gradient.flatten()).reshape(gradient.shape)
 
 
+def one_sided(gradient: Tensor, statistic: Tensor, axis: int, eps: float, damping: str) -> Tensor:
+    """S^(-1/2) along one axis of G, of its undamped statistic: L^(-1/2) G or G R^(-1/2) of a matrix."""
+    if damping == "relative" and not statistic.any():
+        return torch.zeros_like(gradient)
+    operator = on_axis(spectral_power(damped(statistic, eps, damping), -1 / 2), tuple(gradient.shape), axis)
+    return (operator @ gradient.flatten()).reshape(gradient.shape)
+
+
+def row_by_row(gradient: Tensor, statistics: list[Tensor], eps: float, damping: str) -> Tensor:
+    """u_i = R_i^(-1/2) g_i for each row of a matrix, of R_i = sum g_i g_i^T, undamped."""
+    rows = [one_sided(g, R, 0, eps, damping) for g, R in zip(gradient, statistics, strict=True)]
+    return torch.stack(rows)
+
+
 def polar_factor(matrix: Tensor) -> Tensor:
     """The orthogonal polar factor Q K^T of G = Q diag(s) K^T."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)

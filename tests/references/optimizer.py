@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from references.kronecker import one_sided, row_by_row
 from references.kronecker import precondition as preconditioned
 from references.stream import average, statistics, uncorrected_average
 
@@ -31,13 +32,13 @@ def axis_parts(size: int, block_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def blockwise(gradient: Tensor, history: list[Tensor], age: int, turns, interval: int, block_size: int, **options):
-    """U of every block from the statistics of that block alone; ``options`` of ``_block``.
+def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, sizes: list[int], **options):
+    """U of every block from the statistics of that block alone; ``sizes`` of blocks, ``options`` of ``_block``.
 
     ``age`` steps ago all blocks had their first roots; each got new ones whenever it was its turn of the interval.
     """
     result = torch.zeros_like(gradient)
-    for block in itertools.product(*(axis_parts(size, block_size) for size in gradient.shape)):
+    for block in itertools.product(*map(axis_parts, gradient.shape, sizes)):
         turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
         stale = (age - turn) % interval if age >= turn else age
         known = history[: len(history) - stale]
@@ -45,8 +46,14 @@ def blockwise(gradient: Tensor, history: list[Tensor], age: int, turns, interval
     return result
 
 
-def _block(gradient, history, *, kind, beta, eps, damping, order):
-    return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order)
+def _block(gradient, history, *, kind, beta, eps, damping, order, axes):
+    if gradient.ndim == 1 or axes == "all":
+        return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order)
+    if axes == "row":
+        rows = zip(*history, strict=True)  # of each row all that was seen
+        return row_by_row(gradient, [statistics(row, kind, beta)[0] for row in rows], eps, damping)
+    axis = 0 if axes == "first" else gradient.ndim - 1
+    return one_sided(gradient, statistics(history, kind, beta)[axis], axis, eps, damping)
 
 
 def graft_direction(direction: Tensor, history: list[Tensor], graft: str, beta: float, eps: float) -> Tensor:
@@ -83,6 +90,7 @@ def reference_weights(
     start_step: int = 10,
     block_size: int = 1024,
     merge: str = "matrix",
+    axes: str = "all",  # "first", "last", "row"
     precondition_1d: bool = False,
     graft: str = "adam",
     graft_eps: float = 1e-8,
@@ -92,15 +100,18 @@ def reference_weights(
     turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
 ) -> list[Tensor]:
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
-    axes = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
-    active = use_preconditioner and (method == "full" or len(axes) > 1 or precondition_1d)
+    shape = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
+    active = use_preconditioner and (method == "full" or len(shape) > 1 or precondition_1d)
+    if axes == "row" and len(shape) > 2:
+        shape = (shape[0], math.prod(shape[1:]))
     block_options = {
-        "block_size": block_size,
+        "sizes": [1, block_size] if axes == "row" and len(shape) > 1 else [block_size] * len(shape),
         "kind": statistics,
         "beta": betas[1],
         "eps": eps,
         "damping": damping,
         "order": math.inf if method == "shampoo" else order,
+        "axes": axes,
     }
     history: list[Tensor] = []  # every gradient so far, on the merged axes
 
@@ -126,7 +137,7 @@ def reference_weights(
     weights = []
     for rate, gradient in zip(rates, gradients, strict=True):
         if gradient is not None:
-            gradient = gradient.double().reshape(axes)
+            gradient = gradient.double().reshape(shape)
             history.append(-gradient if maximize else gradient)
             weight = weight - rate * weight_decay * weight - rate * update().reshape(weight.shape)
         weights.append(weight.clone())

@@ -40,13 +40,24 @@ def sampled(count):
 
 
 def library(method, options):
-    """The class, and the options it knows: FullAdagrad has neither order nor merge, Shampoo no order."""
-    unknown = {"caspr": (), "shampoo": ("order",), "full": ("order", "merge", "precondition_1d")}[method]
+    """The class, and the options it knows: FullAdagrad has neither order nor merge nor axes, Shampoo no order."""
+    unknown = {"caspr": (), "shampoo": ("order",), "full": ("order", "merge", "axes", "precondition_1d")}[method]
     known = {name: value for name, value in options.items() if name not in unknown}
     return {"caspr": CASPR, "shampoo": Shampoo, "full": FullAdagrad}[method], known
 
 
-@pytest.mark.parametrize("options", sampled(250), ids=itertools.count())
+def chosen(axes, count):
+    """For other axes: with a choice of their own, not to move that of the others."""
+    choose = random.Random(axes)
+    shapes = [(3, 4), (4, 2), (5, 5), (1, 3), (3, 1), (3, 2, 2, 2), (2, 3, 2), (5,)]
+    methods = {"shape": shapes, "method": ["caspr", "shampoo"], "axes": [axes]}
+    return [{name: choose.choice(values) for name, values in (GRID | methods).items()} for _ in range(count)]
+
+
+OTHERS = [options for axes in ("first", "last", "row") for options in chosen(axes, 50)]
+
+
+@pytest.mark.parametrize("options", [*sampled(250), *OTHERS], ids=itertools.count())
 def test_a_run_of_eight_steps(options):
     method, shape = options["method"], options["shape"]
     rest = {name: value for name, value in options.items() if name not in ("method", "shape")}

@@ -130,6 +130,8 @@ CASES: dict[str, dict[str, Any]] = {
     "late": {"start_step": 6, "weight_decay": 0.0},
     "never": {"start_step": 100, "graft": "rmsprop"},
     "flatten": {"cls": FullAdagrad, "block_size": 100},
+    "one side": {"axes": "first", "merge": "none"},
+    "each row": {"axes": "row", "block_size": 16, "precondition_1d": True},
     "unused": {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: set(range(9)), 6: set(range(10))}},
     "broken": {"broken": {0: {1}, 3: {0, 4, 8}, 5: {7}}},
     "lower": {"root_dtype": torch.bfloat16, "pack_roots": True, "solver": "warm", "maximize": True},
@@ -433,9 +435,10 @@ def test_other_placements_are_refused(two: Ranks, how: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("merge", ["matrix", "square", "none", "flatten"])
-def test_pieces_cover_each_block_once(shape: tuple[int, ...], merge: str) -> None:
+@pytest.mark.parametrize("axes", ["all", "row"])
+def test_pieces_cover_each_block_once(shape: tuple[int, ...], merge: str, axes: str) -> None:
     """In a count of every number of a tensor, by its place in the shards of five ranks."""
-    layout = Layout.of(shape, merge, 32)
+    layout = Layout.of(shape, merge, 32, axes)
     numbers = torch.arange(torch.Size(shape).numel()).view(layout.shape)
     per_row = layout.shape[0] // shape[0]
     rows = [slice(x.start * per_row, x.stop * per_row) for x in shard_rows(shape[0], 5)]

@@ -64,6 +64,13 @@ def test_merge_is_one_of_three(optimizer):
         optimizer([parameter(2, 3)], merge="x")
 
 
+@pytest.mark.parametrize("axes", ["x", "rows", 0, None])
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+def test_axes_are_one_of_four(optimizer, axes):
+    with pytest.raises(ValueError, match=f"axes should be one of all, first, last, row but is: {axes!r}"):
+        optimizer([parameter(2, 3)], axes=axes)
+
+
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_a_group_is_checked_like_the_defaults(options, message):
     """At construction and when it is added later; a refused group leaves the optimizer as it was."""
@@ -75,7 +82,7 @@ def test_a_group_is_checked_like_the_defaults(options, message):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("known", [("order", Shampoo), ("order", FullAdagrad), ("merge", FullAdagrad)])
+@pytest.mark.parametrize("known", [("order", Shampoo), *((name, FullAdagrad) for name in ("order", "merge", "axes"))])
 def test_options_that_would_mean_nothing_do_not_exist(known):
     name, optimizer = known
     with pytest.raises(TypeError, match=name):
@@ -121,6 +128,9 @@ GROUPS = [
     {"block_size": 2, "maximize": True, "graft": "rmsprop", "graft_eps": 1e-3},
     {"graft": "none", "start_step": 4},
     {"merge": "none", "precondition_1d": True, "betas": (0.0, 0.9)},
+    {"axes": "first", "order": 1},
+    {"axes": "last", "order": math.inf, "merge": "none"},
+    {"axes": "row", "block_size": 3},
 ]
 DEFAULTS = {"lr": 0.1, "betas": (0.9, 0.95), "start_step": 2, "interval": 2, "eps": 1e-4}
 

@@ -148,7 +148,7 @@ def test_a_changed_block_size_says_so_at_once() -> None:
     optimizer = CASPR(params, start_step=1)
     run(params, optimizer, range(2))
     optimizer.param_groups[0]["block_size"] = 4
-    with pytest.raises(ValueError, match="block_size or merge were others when it was made"):
+    with pytest.raises(ValueError, match="block_size, merge or axes were others when it was made"):
         run(params, optimizer, range(2, 3))
 
 

@@ -79,6 +79,8 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "newton": (torch.float32, {"solver": "newton"}),
     "warm": (torch.float32, {"solver": "warm", "refresh_above": 0.01}),
     "all axes": (torch.float32, {"merge": "none"}),
+    "one side": (torch.float32, {"axes": "last", "solver": "warm"}),
+    "each row": (torch.float32, {"axes": "row", "block_size": 32}),
     "bfloat16": (torch.bfloat16, {"root_dtype": torch.bfloat16, "pack_roots": True}),
     "float64": (torch.float64, {"order": 3}),
     "bare": (torch.float32, {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "start_step": 1}),
@@ -141,10 +143,10 @@ def test_each_rank_keeps_its_part_of_the_factors(ranks: Ranks) -> None:
     assert sorted(ranks(bytes_of_a_rank, 1)) == [0] * (ranks.world - 1) + [alone(bytes_of_a_rank, 1)]
 
 
-def save(rank: int, steps: int, path: str) -> list[Tensor]:
+def save(rank: int, steps: int, path: str, axes: str = "all") -> list[Tensor]:
     """Train, and save on rank 0 alone what all have gathered."""
     params = weights()
-    optimizer = train(params, range(steps))
+    optimizer = train(params, range(steps), axes=axes)
     content = optimizer.state_dict()
     if rank == 0:
         torch.save({"optimizer": content, "weights": values(params)}, path)
@@ -163,10 +165,13 @@ def resume(rank: int, start: int, stop: int, path: str) -> list[Tensor]:
     return values(params)
 
 
-def test_a_checkpoint_is_whole_and_loads_at_any_number_of_ranks(ranks: Ranks, two: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("axes", ["all", "last", "row"])
+def test_a_checkpoint_is_whole_and_loads_at_any_number_of_ranks(
+    ranks: Ranks, two: Ranks, tmp_path: Path, axes: str
+) -> None:
     path, single = str(tmp_path / "ranks.pt"), str(tmp_path / "one.pt")
-    ranks(save, 5, path)
-    alone(save, 5, single)
+    ranks(save, 5, path, axes)
+    alone(save, 5, single, axes)
     saved, expected = (torch.load(p, weights_only=True)["optimizer"] for p in (path, single))
     assert saved["param_groups"] == expected["param_groups"]
     for i, state in expected["state"].items():
@@ -174,7 +179,7 @@ def test_a_checkpoint_is_whole_and_loads_at_any_number_of_ranks(ranks: Ranks, tw
         for name, value in state.items():
             assert torch.equal(saved["state"][i][name], value), (i, name)
             assert saved["state"][i][name].dtype == value.dtype
-    uncut = alone(weights_after, 9, torch.float32, {})
+    uncut = alone(weights_after, 9, torch.float32, {"axes": axes})
     for found in [alone(resume, 5, 9, path), *ranks(resume, 5, 9, path), *two(resume, 5, 9, path)]:
         for a, b in zip(found, uncut, strict=True):
             assert torch.equal(a, b)
@@ -354,8 +359,9 @@ def test_no_rank_has_much_more_to_do(shapes: list[tuple[int, int]], ranks: int, 
     """In no step, refresh included, more than the mean and the largest block together."""
     loads = Loads(ranks)
     turns = [(0, i % interval) for i in range(len(shapes))]
-    owners = loads.assign(list(zip(shapes, turns, strict=True)))
-    assert Loads(ranks).assign(list(zip(shapes, turns, strict=True))) == owners
+    blocks = list(zip(shapes, shapes, turns, strict=True))
+    owners = loads.assign(blocks)
+    assert Loads(ranks).assign(blocks) == owners
     assert set(owners) <= set(range(ranks))
     always = [0.0] * ranks
     for (m, n), owner in zip(shapes, owners, strict=True):

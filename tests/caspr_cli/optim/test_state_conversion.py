@@ -97,6 +97,8 @@ STORED: dict[str, dict[str, Any]] = {
     "statistics_interval": {"statistics_interval": 3},
     "pack_roots": {"pack_roots": True},
     "root_dtype": {"root_dtype": torch.bfloat16},
+    "one side": {"axes": "first"},
+    "each row": {"axes": "row", "pack_roots": True, "block_size": 4},
     "all": {
         "refresh_above": 0.05,
         "statistics_interval": 3,

@@ -155,6 +155,18 @@ def test_settings_alone_mean_each_optimizers_own_row() -> None:
     assert row(lonely, "shampoo statistics=accumulate").difference.verdict == "worse"
 
 
+@pytest.mark.parametrize("baseline", ["betas=[0.9,0.999]", "betas=0.9,0.999", "optim.betas=[0.9,0.999]"])
+def test_a_setting_that_is_a_list(baseline: str) -> None:
+    """As an experiment's file has it, as the table shows it, as the command line has it."""
+    runs = [*seeds("caspr", [4.0, 4.01, 3.99], optim__betas=[0.9, 0.999])]
+    runs += seeds("caspr", [4.5, 4.52, 4.49], optim__betas=[0, 0.999])
+    made = table(runs, baseline=baseline)
+    assert {each.label: each.is_baseline for each in made.rows} == {
+        "caspr betas=0.9,0.999": True,
+        "caspr betas=0,0.999": False,
+    }
+
+
 def test_a_baseline_that_is_not_there() -> None:
     with pytest.raises(ReportError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
         tables([run()], baseline="adamv")
