@@ -56,7 +56,7 @@ scales
 {scales}
 tables   experiment={experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
-         search ({searches}) trial trainer.max_steps trainer.devices optim.lr seed resume output_dir
+         search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted

@@ -31,6 +31,7 @@ class CASPR(KroneckerOptimizer):
         weight_decay: float = 0.0,
         *,
         order: float = 2,
+        exponent: float = 0.5,
         statistics: Statistics = "ema",
         damping: Damping = "relative",
         interval: int = 10,
@@ -66,6 +67,7 @@ class Shampoo(KroneckerOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
+        exponent: float = 0.5,
         statistics: Statistics = "ema",
         damping: Damping = "relative",
         interval: int = 10,
@@ -121,7 +123,13 @@ class FullAdagrad(KroneckerOptimizer):
         maximize: bool = False,
     ) -> None:
         # One axis: every order is the same, and there is nothing to merge.
-        options = dict(locals()) | {"order": 1, "merge": "flatten", "axes": "all", "precondition_1d": True}
+        options = dict(locals()) | {
+            "order": 1,
+            "exponent": 0.5,
+            "merge": "flatten",
+            "axes": "all",
+            "precondition_1d": True,
+        }
         super().__init__(params, {name: options[name] for name in OPTIONS})
 
 
@@ -218,6 +226,12 @@ _MERGE = """\
 _ORDER = """        order: q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.
 """
 
+_EXPONENT = """\
+        exponent: e, of the statistics in the preconditioner: 1/2, as published, or 1, twice as much in every root: for
+            Shampoo U = tr(L)^(1/2) L^(-1/2) G R^(-1/2), which takes L x R / tr(L) for the statistic of Adagrad (Morwani
+            et al., arXiv:2406.17748); for order q A_i = S_i^(-1/q), and U times tr(S)^(1/2), undamped.
+"""
+
 CASPR.__doc__ = (
     r"""Combined Axis Preconditioner: the axes' preconditioners combined by a Kronecker *sum*.
 
@@ -226,7 +240,7 @@ CASPR.__doc__ = (
     .. math:: U = \tfrac14 (L^{-1/2} G + 2 L^{-1/4} G R^{-1/4} + G R^{-1/2})
 """
     + _ALGORITHM % {"p": "2q", "combination": r"[\tfrac1k \textstyle\sum_i A_i \text{ on axis } i\,]^q\, \hat{M}"}
-    + _ARGS % {"order": _ORDER, "merge": _MERGE}
+    + _ARGS % {"order": _ORDER + _EXPONENT, "merge": _MERGE}
     + """
     Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), less what is not computed of
     the statistics' upper triangles (up to an eighth of the whole), and two eigendecompositions every ``interval``
@@ -245,7 +259,7 @@ Shampoo.__doc__ = (
     the two compares the combination alone.
 """
     + _ALGORITHM % {"p": "2k", "combination": r"(A_1 \otimes \cdots \otimes A_k)\, \hat{M}"}
-    + _ARGS % {"order": "", "merge": _MERGE}
+    + _ARGS % {"order": _EXPONENT, "merge": _MERGE}
     + """
     Source: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018; grafting,
     relative damping and stale roots as in Anil et al., arXiv:2002.09018.

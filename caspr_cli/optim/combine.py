@@ -1,10 +1,13 @@
 """The one thing in which the family differs: how the axes' roots are combined.
 
-Kronecker sum of order q   U = [ (1/k) sum_i A_i on axis i ]^q G,   A_i = S~_i^(-1/(2q))   (CASPR: q = 2)
-Kronecker product          U = (A_1 x ... x A_k) G,                 A_i = S~_i^(-1/(2k))   (Shampoo: q = inf)
+Kronecker sum of order q   U = [ (1/k) sum_i A_i on axis i ]^q G,   A_i = S~_i^(-e/q)   (CASPR: q = 2)
+Kronecker product          U = (A_1 x ... x A_k) G,                 A_i = S~_i^(-e/k)   (Shampoo: q = inf)
+
+with the exponent e = 1/2 of Adagrad. Or e = 1, the product's as a Kronecker approximation of Adagrad's statistic
+(arXiv:2406.17748), of statistics in units in which their trace is 1 (see Stack.unit): U is then still of degree 0.
 
 Only axes that have statistics count: k is their number, and others are left as they are. For one axis both are
-S~^(-1/2) on it: full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix.
+S~^(-e) on it: with e = 1/2 full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix.
 """
 
 from __future__ import annotations
@@ -18,11 +21,10 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.stacks import Stack
 
 
-def root_exponent(order: float, axes: int) -> int:
-    """p in A = S~^(-1/p): 2q for the sum, 2k for the product; any of them is scale-free of degree 0."""
-    if axes == 1:
-        return 2
-    return 2 * axes if math.isinf(order) else 2 * int(order)
+def root_exponent(order: float, axes: int, exponent: float) -> int:
+    """p in A = S~^(-1/p): q / exponent for the sum, k / exponent for the product."""
+    roots = 1 if axes == 1 else axes if math.isinf(order) else int(order)
+    return round(roots / exponent)
 
 
 def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:

@@ -17,11 +17,13 @@ Group = dict[str, Any]
 
 # The keys of a param group, beside "params".
 OPTIONS = (
-    "lr", "betas", "eps", "weight_decay", "order", "statistics", "damping", "interval", "start_step", "block_size",
-    "merge", "axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver", "statistics_interval",
-    "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard", "gather_dtype", "maximize",
+    "lr", "betas", "eps", "weight_decay", "order", "exponent", "statistics", "damping", "interval", "start_step",
+    "block_size", "merge", "axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
+    "statistics_interval", "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard",
+    "gather_dtype", "maximize",
 )  # fmt: skip
 
+EXPONENTS = (0.5, 1.0)
 SOLVERS = ("auto", "eigh", "newton", "warm")
 
 # Below this, the damping is lost in the rounding of float32 statistics.
@@ -60,6 +62,8 @@ def validate(options: Group) -> None:
             raise ValueError(f"betas[{i}] should be in [0, 1) but is: {beta}")
     if options["order"] != math.inf:
         _positive_integer("order", options["order"], also=" or inf")
+    if options["exponent"] not in EXPONENTS:
+        raise ValueError(f"exponent should be {' or '.join(map(str, EXPONENTS))} but is: {options['exponent']}")
     for name in ("interval", "start_step", "block_size", "statistics_interval"):
         _positive_integer(name, options[name])
     _one_of("damping", options["damping"], ("relative", "absolute"))

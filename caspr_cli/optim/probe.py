@@ -17,7 +17,6 @@ from caspr_cli.optim.roots import damping_shift, eigendecomposition
 from caspr_cli.optim.rows import is_sharded
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
-from caspr_cli.optim.symmetric import unpack
 
 LOWEST = -16.0  # decades: about the rounding of float64
 
@@ -71,10 +70,10 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     """Of all blocks that have had a gradient before their last roots."""
     seen = (stack.scale > 0) & (stack.root_scale > 0)
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
-    p = root_exponent(group["order"], len(stack.axes))
+    p = root_exponent(group["order"], len(stack.axes), group["exponent"])
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": [], "spectrum": []}
     for place, d in enumerate(stack.sizes):
-        S, A = unpack(stack.S[place][seen], d), stack.root(place, seen, torch.float64)
+        S, A = stack.statistics(place, seen, group), stack.root(place, seen, torch.float64)
         eigenvalues, _ = eigendecomposition(S)
         lam = eigenvalues.double().clamp(min=0)
         shift = damping_shift(lam[:, -1], unit, eps, group["damping"])

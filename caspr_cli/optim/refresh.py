@@ -16,7 +16,6 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import bound
 from caspr_cli.optim.solve import Problem, Solution, solve_all, wear_of
 from caspr_cli.optim.stacks import Rows, Stack
-from caspr_cli.optim.symmetric import unpack
 
 ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
 MOST_RETRIES = 24  # times that damping is raised
@@ -67,12 +66,12 @@ def _take(stack: Stack, at: Rows, unit: Tensor, solutions: list[Solution], group
 
 def _problems(stack: Stack, rows: list[int], group: Group) -> tuple[list[int], list[Problem]]:
     """The rows that need new roots, and of them a problem for each axis."""
-    at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes))
+    at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes), group["exponent"])
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
     problems, wear = [], []
-    for place, d in enumerate(stack.sizes):
-        S = unpack(stack.S[place][at], d)
+    for place in range(len(stack.axes)):
+        S = stack.statistics(place, at, group)
         problem = Problem(S, unit, eps, group["damping"], p, stack.basis(place, at), condition=condition)
         if group["refresh_above"] > 0 or group["solver"] == "warm":
             problem.wear = wear_of(problem, stack.root(place, at, S.dtype), stack.root_scale[at])

@@ -216,7 +216,8 @@ def probe_vectors(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def residual(S: Tensor, root: Root, p: int) -> Tensor:
-    """``[K]``: an estimate of ||A^(p/2) S~ A^(p/2) - I||_F / sqrt(d), recomputed from A.
+    """``[K]``: an estimate of ||A^(p/2) S~ A^(p/2) - I||_F / sqrt(d), recomputed from A (one A
+    more on one side for an odd p).
 
     With V of random signs, E ||R V||_F^2 = PROBES ||R||_F^2 for any R. Anything in A that is not finite makes it so.
     Of a matrix of zeros, which has no root, it is 0. In the precision of S: roundings of it times the condition.
@@ -228,7 +229,7 @@ def residual(S: Tensor, root: Root, p: int) -> Tensor:
         Y = torch.bmm(Y, root.A) * factor  # from the right, where a product with few rows is quick
     shift = (root.shift / size).to(S.dtype).view(-1, 1, 1)
     Y = torch.bmm(Y, S) * size.reciprocal().to(S.dtype).view(-1, 1, 1) + shift * Y
-    for _ in range(p // 2):
+    for _ in range(p - p // 2):
         Y = torch.bmm(Y, root.A) * factor
     distance = torch.linalg.vector_norm(Y - V, dim=(1, 2)) / math.sqrt(V[0].numel())
     return torch.where(root.largest > 0, distance, torch.where(torch.isfinite(distance), 0, distance))

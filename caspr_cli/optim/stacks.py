@@ -11,7 +11,7 @@ from torch import Tensor
 from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import Root
-from caspr_cli.optim.symmetric import pack, packed_length, unpack
+from caspr_cli.optim.symmetric import pack, packed_length, trace, unpack
 
 Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 
@@ -118,11 +118,26 @@ class Stack:
         return (age - self.phase[row]) % self.interval == 0
 
     def unit(self, group: Group) -> Tensor:
-        """``[K]``: c, where S is the statistic over c^2 with the bias of a moving average corrected; 1 without one."""
+        """``[K]``: c, where S is the statistic over c^2 with the bias of a moving average corrected; 1 without one.
+
+        With an exponent of 1 what is meant by S has a trace of 1, see statistics().
+        """
         corrected = self.scale
         if group["statistics"] == "ema":
             corrected = self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
+        if group["exponent"] == 1:
+            corrected = corrected * self._trace().sqrt()
         return torch.where(self.scale > 0, corrected, 1)
+
+    def statistics(self, place: int, at: Rows, group: Group) -> Tensor:
+        """``[k, d, d]`` of these rows, in the units of unit()."""
+        S = unpack(self.S[place][at], self.sizes[place])
+        return S / self._trace()[at].view(-1, 1, 1) if group["exponent"] == 1 else S
+
+    def _trace(self) -> Tensor:
+        """``[K]``: the sum of squares that is in S, the same along each axis; 1 without one."""
+        sums = trace(self.S[0], self.sizes[0])
+        return torch.where(sums > 0, sums, 1)
 
     def input_scale(self, group: Group) -> Tensor:
         """``[K]``: what an input of the roots is divided by.

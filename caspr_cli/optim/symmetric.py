@@ -59,6 +59,15 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     return full
 
 
+def trace(packed: Tensor, d: int) -> Tensor:
+    """``[K]``, of packed matrices ``[K, packed_length(d)]``."""
+    diagonals = (
+        view[:, :, rows.start :].diagonal(dim1=1, dim2=2).sum(1)
+        for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
+    )
+    return sum(diagonals, start=packed.new_zeros(len(packed)))
+
+
 def pack(full: Tensor) -> Tensor:
     """``[K, d, d]`` to ``[K, packed_length(d)]``; what is above the panels is not looked at."""
     return torch.cat([full[:, rows, : rows.stop].flatten(1) for rows in panels(full.shape[-1])], dim=1)

@@ -247,6 +247,7 @@ class ShampooConf(KroneckerConf):
     name: str = "shampoo"
     merge: Merge = Merge.matrix
     axes: Axes = Axes.all
+    exponent: float = 0.5  # of the statistics in the preconditioner; 1: twice as much in every root
     precondition_1d: bool = False
 
 

@@ -76,7 +76,7 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
     for group, _, sizes, shape, count in blocks_of(optimizer):
         m_n, q = math.prod(shape), passes(group["order"], len(sizes))
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
-        p = root_exponent(group["order"], len(sizes))
+        p = root_exponent(group["order"], len(sizes), group["exponent"])
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
         own = 2.0 * newton_steps(condition, p) * newton_products(p) * sum(d**3 for d in sizes)
         parameters += count * m_n

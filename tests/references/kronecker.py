@@ -39,25 +39,27 @@ def on_axis(matrix: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     return torch.kron(torch.kron(before, matrix), after)
 
 
-def kronecker_sum(statistics: list[Tensor], order: int) -> Tensor:
-    """P_q = [ (1/k) sum_i S_i^(-1/(2q)) on axis i ]^q, [n, n]; q = 2 is Algorithm 1 of the paper."""
+def kronecker_sum(statistics: list[Tensor], order: int, exponent: float = 0.5) -> Tensor:
+    """P_q = [ (1/k) sum_i S_i^(-e/q) on axis i ]^q, [n, n]; e = 1/2 and q = 2 is Algorithm 1 of the paper."""
     shape = tuple(len(statistic) for statistic in statistics)
-    roots = [spectral_power(statistic, -1 / (2 * order)) for statistic in statistics]
+    roots = [spectral_power(statistic, -exponent / order) for statistic in statistics]
     mean = sum(on_axis(root, shape, axis) for axis, root in enumerate(roots)) / len(roots)
     return torch.linalg.matrix_power(mean, order)
 
 
-def kronecker_product(statistics: list[Tensor]) -> Tensor:
-    """S_1^(-1/(2k)) x ... x S_k^(-1/(2k)), [n, n]: Shampoo."""
+def kronecker_product(statistics: list[Tensor], exponent: float = 0.5) -> Tensor:
+    """S_1^(-e/k) x ... x S_k^(-e/k), [n, n]: Shampoo for e = 1/2."""
     operator = torch.ones(1, 1, dtype=statistics[0].dtype)
     for statistic in statistics:
-        operator = torch.kron(operator, spectral_power(statistic, -1 / (2 * len(statistics))))
+        operator = torch.kron(operator, spectral_power(statistic, -exponent / len(statistics)))
     return operator
 
 
-def inverse_preconditioner(statistics: list[Tensor], order: float) -> Tensor:
+def inverse_preconditioner(statistics: list[Tensor], order: float, exponent: float = 0.5) -> Tensor:
     """X_q^{-1} of damped statistics; ``order=math.inf`` is the product."""
-    return kronecker_product(statistics) if order == math.inf else kronecker_sum(statistics, int(order))
+    if order == math.inf:
+        return kronecker_product(statistics, exponent)
+    return kronecker_sum(statistics, int(order), exponent)
 
 
 def preconditioner(statistics: list[Tensor], order: float) -> Tensor:
@@ -66,25 +68,30 @@ def preconditioner(statistics: list[Tensor], order: float) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def precondition(gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, order: float) -> Tensor:
-    """U = P vec(G) in the shape of G, of undamped statistics. Zero where nothing but zero was seen."""
+def precondition(
+    gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, order: float, exponent: float = 0.5
+) -> Tensor:
+    """U = tr(S)^(e - 1/2) P vec(G) in the shape of G, of undamped statistics. Zero where nothing but zero was seen."""
     if damping == "relative" and not any(statistic.any() for statistic in statistics):
         return torch.zeros_like(gradient)
-    operator = inverse_preconditioner([damped(s, eps, damping) for s in statistics], order)
-    return (operator @ gradient.flatten()).reshape(gradient.shape)
+    operator = inverse_preconditioner([damped(s, eps, damping) for s in statistics], order, exponent)
+    length = statistics[0].trace() ** (exponent - 0.5)
+    return length * (operator @ gradient.flatten()).reshape(gradient.shape)
 
 
-def one_sided(gradient: Tensor, statistic: Tensor, axis: int, eps: float, damping: str) -> Tensor:
-    """S^(-1/2) along one axis of G, of its undamped statistic: L^(-1/2) G or G R^(-1/2) of a matrix."""
+def one_sided(
+    gradient: Tensor, statistic: Tensor, axis: int, eps: float, damping: str, exponent: float = 0.5
+) -> Tensor:
+    """S^(-e) tr(S)^(e - 1/2) along one axis of G, of its undamped statistic: L^(-1/2) G or G R^(-1/2) of a matrix."""
     if damping == "relative" and not statistic.any():
         return torch.zeros_like(gradient)
-    operator = on_axis(spectral_power(damped(statistic, eps, damping), -1 / 2), tuple(gradient.shape), axis)
-    return (operator @ gradient.flatten()).reshape(gradient.shape)
+    operator = on_axis(spectral_power(damped(statistic, eps, damping), -exponent), tuple(gradient.shape), axis)
+    return statistic.trace() ** (exponent - 0.5) * (operator @ gradient.flatten()).reshape(gradient.shape)
 
 
-def row_by_row(gradient: Tensor, statistics: list[Tensor], eps: float, damping: str) -> Tensor:
+def row_by_row(gradient: Tensor, statistics: list[Tensor], eps: float, damping: str, exponent: float = 0.5) -> Tensor:
     """u_i = R_i^(-1/2) g_i for each row of a matrix, of R_i = sum g_i g_i^T, undamped."""
-    rows = [one_sided(g, R, 0, eps, damping) for g, R in zip(gradient, statistics, strict=True)]
+    rows = [one_sided(g, R, 0, eps, damping, exponent) for g, R in zip(gradient, statistics, strict=True)]
     return torch.stack(rows)
 
 

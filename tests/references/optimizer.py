@@ -46,14 +46,14 @@ def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, s
     return result
 
 
-def _block(gradient, history, *, kind, beta, eps, damping, order, axes):
+def _block(gradient, history, *, kind, beta, eps, damping, order, exponent, axes):
     if gradient.ndim == 1 or axes == "all":
-        return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order)
+        return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order, exponent)
     if axes == "row":
         rows = zip(*history, strict=True)  # of each row all that was seen
-        return row_by_row(gradient, [statistics(row, kind, beta)[0] for row in rows], eps, damping)
+        return row_by_row(gradient, [statistics(row, kind, beta)[0] for row in rows], eps, damping, exponent)
     axis = 0 if axes == "first" else gradient.ndim - 1
-    return one_sided(gradient, statistics(history, kind, beta)[axis], axis, eps, damping)
+    return one_sided(gradient, statistics(history, kind, beta)[axis], axis, eps, damping, exponent)
 
 
 def graft_direction(direction: Tensor, history: list[Tensor], graft: str, beta: float, eps: float) -> Tensor:
@@ -84,6 +84,7 @@ def reference_weights(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     order: float = 2,
+    exponent: float = 0.5,
     statistics: str = "ema",
     damping: str = "relative",
     interval: int = 10,
@@ -111,6 +112,7 @@ def reference_weights(
         "eps": eps,
         "damping": damping,
         "order": math.inf if method == "shampoo" else order,
+        "exponent": exponent,
         "axes": axes,
     }
     history: list[Tensor] = []  # every gradient so far, on the merged axes

@@ -40,21 +40,22 @@ def sampled(count):
 
 
 def library(method, options):
-    """The class, and the options it knows: FullAdagrad has neither order nor merge nor axes, Shampoo no order."""
+    """The class, and the options it knows: FullAdagrad has no order, merge or axes, Shampoo no order."""
     unknown = {"caspr": (), "shampoo": ("order",), "full": ("order", "merge", "axes", "precondition_1d")}[method]
     known = {name: value for name, value in options.items() if name not in unknown}
     return {"caspr": CASPR, "shampoo": Shampoo, "full": FullAdagrad}[method], known
 
 
-def chosen(axes, count):
-    """For other axes: with a choice of their own, not to move that of the others."""
-    choose = random.Random(axes)
+def chosen(count, **option):
+    """For one other option: with a choice of their own, not to move that of the others."""
+    choose = random.Random(str(option))
     shapes = [(3, 4), (4, 2), (5, 5), (1, 3), (3, 1), (3, 2, 2, 2), (2, 3, 2), (5,)]
-    methods = {"shape": shapes, "method": ["caspr", "shampoo"], "axes": [axes]}
+    methods = {"shape": shapes, "method": ["caspr", "shampoo"]} | {name: [value] for name, value in option.items()}
     return [{name: choose.choice(values) for name, values in (GRID | methods).items()} for _ in range(count)]
 
 
-OTHERS = [options for axes in ("first", "last", "row") for options in chosen(axes, 50)]
+OTHERS = [options for axes in ("first", "last", "row") for options in chosen(50, axes=axes)]
+OTHERS += [*chosen(60, exponent=1.0), *chosen(10, exponent=1.0, axes="row"), *chosen(10, exponent=1.0, axes="first")]
 
 
 @pytest.mark.parametrize("options", [*sampled(250), *OTHERS], ids=itertools.count())
