@@ -19,6 +19,7 @@ STYLES = {
     "order 3": look.Style("blue", look.DASHDOT),
     "shampoo 1/4": look.KNOWN["shampoo"],
     "shampoo 1/2": look.Style("vermilion", look.DASHED),
+    "caspr, e = 1": look.Style("blue", look.DASHED),
     "left": look.Style("purple", look.SOLID),
     "right": look.Style("purple", look.DASHED),
     "row-wise": look.Style("amber", look.SOLID),

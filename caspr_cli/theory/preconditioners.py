@@ -160,6 +160,13 @@ def shampoo_half(L: Tensor, R: Tensor) -> Separable:
     return Separable((a[:, None] * b[None, :]) ** 0.5 / (a.sum() * b.sum()) ** 0.25, V, W)
 
 
+def caspr_one(L: Tensor, R: Tensor) -> Separable:
+    """[ (L~^(-1/2) x I + I x R~^(-1/2)) / 2 ]^(-2) / (tr L~ tr R~)^(1/4): CASPR with the exponent 1 that Shampoo has in
+    :func:`shampoo_half`, as the optimizer's option has it."""
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return Separable(combined_values(a**2, b**2, 2) / (a.sum() * b.sum()) ** 0.25, V, W)
+
+
 def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A ``[m, m]`` and B ``[n, n]`` with the least || F - A x B ||_F.
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import approximation, approximation_shown
 from caspr_cli.theory.approximation import NOISE
 from caspr_cli.theory.approximation_shown import STYLES
@@ -77,6 +78,20 @@ def test_false_that_caspr_is_the_best_approximation():
     assert cosines == sorted(cosines, reverse=True)
     assert cosines[0] > 0.99
     assert cosines[2] < 0.97
+
+
+def test_the_exponent_one_is_what_the_optimizer_does():
+    """X^{-1} G of the dense matrices against steps of CASPR and Shampoo."""
+    G = kronecker_stream((3, 4), 6, 1)
+    found = approximations(G, 1e-9)
+    for name, optimizer in (("caspr, e = 1", CASPR), ("shampoo 1/2", Shampoo)):
+        p = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+        options = {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "start_step": 1, "eps": 1e-9}
+        steps = optimizer([p], lr=1.0, statistics="accumulate", damping="absolute", exponent=1.0, **options)
+        for gradient in G:
+            before, p.grad = p.detach().clone(), gradient
+            steps.step()
+        torch.testing.assert_close(before - p.detach(), found[name].power(-1).apply(G[-1]), rtol=1e-6, atol=1e-9)
 
 
 def test_false_that_cosines_fall_with_the_order():
