@@ -1,0 +1,50 @@
+"""What is published can be made again from the records beside it, and gone on with."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from caspr_cli.recipe import compose
+
+compose.register_schemas()
+
+PUBLISHED = Path(__file__).parents[1] / "outputs" / "published"
+PACKS = sorted((PUBLISHED / "records").glob("*.jsonl.gz"))
+TABLES = sorted(PUBLISHED.glob("tables/*.md"))
+
+
+def report(*words: str, where: Path = PUBLISHED) -> str:
+    command = [sys.executable, "-m", "caspr_cli.commands.report", *words]
+    return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
+def test_caspr_train_finds_the_records_again(pack: Path, tmp_path: Path) -> None:
+    """By their names, which come from their recipes: what is done is not run twice."""
+    report("unpack", str(pack), "--to", str(tmp_path / "records"))
+    configs = sorted((tmp_path / "records").rglob("config.yaml"))
+    assert configs
+    for config in configs:
+        assert compose.identity(compose.load(config)) == config.parent.parent.name
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
+    """The command in the table's last line gives the table, but for the file it writes."""
+    text = table.read_text(encoding="utf8")
+    command = shlex.split(text.strip().splitlines()[-1])
+    assert command[:2] == ["caspr-report", "compare"]
+    assert command[-2:] == ["--to", f"tables/{table.name}"]
+    made = tmp_path / "made.md"
+    report(*command[1:-1], str(made))
+    assert made.read_text(encoding="utf8").replace(str(made), f"tables/{table.name}") == text
+
+
+def test_there_is_something() -> None:
+    assert PACKS
+    assert TABLES
