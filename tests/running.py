@@ -66,7 +66,7 @@ def losses(record: Path) -> dict[tuple[int, str], float]:
 
 def wait_for(runner: Runner, output_dir: str, lines: int, file: str = "metrics.jsonl") -> Path:
     """Until so many lines of metrics were written."""
-    for _ in range(3000):
+    for _ in range(9000):
         found = list((runner.home / output_dir).glob(f"*/*/*/seed0/{file}"))
         if found and len(found[0].read_text().splitlines()) >= lines:
             return found[0].parent

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -37,16 +38,17 @@ class Recorder:
             raise RecordDamagedError(record.metrics)
         write_whole(record.metrics, b"".join(kept).decode())
         _number(record.path)
+        self._step, self._shown = step, shown(record.path, step) if step else set()
         self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
             file.write(json.dumps(finite({"step": step, **values})) + "\n")
         self.lines += 1
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-            if tag in self._compared:
-                self._writer.add_scalar(f"{FIRST}/{tag}", value, step)
+        scalars = dict(values) | {f"{FIRST}/{tag}": values[tag] for tag in self._compared if tag in values}
+        for tag, value in scalars.items():
+            if step != self._step or tag not in self._shown:
+                self._writer.add_scalar(tag, value, step)
 
     def spectrum(self, step: int, logarithms: Tensor) -> None:
         """One histogram of all eigenvalues, in bins of an eighth of a decade that are the same at each step and run.
@@ -75,6 +77,23 @@ class Recorder:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def shown(directory: Path, step: int) -> set[str]:
+    """The tags of which TensorBoard has a value at this step: purging what comes after it would leave them.
+
+    A run that was killed after its test part has written that, at the step of its last checkpoint.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # slow, and seldom needed
+
+    tags: set[str] = set()
+    for path in sorted(directory.glob(EVENTS)):
+        for event in EventFileLoader(str(path)).Load():
+            if event.session_log.status == SessionLog.START and event.step <= step:
+                tags.clear()  # a later attempt began before it
+            if event.step == step:
+                tags |= {value.tag for value in event.summary.value}
+    return tags
 
 
 def _number(directory: Path) -> None:

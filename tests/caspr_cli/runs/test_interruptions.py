@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from faults import Fault, can_mount, suite
-from running import Runner, losses
+from running import Runner, losses, wait_for
 
 from caspr_cli.runs.processes import workers
 
@@ -25,15 +25,6 @@ def whole(runner: Runner) -> Path:
     """A run that nothing befell."""
     runner("output_dir=untouched")
     return runner.record("untouched")
-
-
-def wait_for(runner: Runner, output_dir: str, lines: int) -> Path:
-    for _ in range(6000):
-        found = list((runner.home / output_dir).glob("*/*/*/seed0/metrics.jsonl"))
-        if found and len(found[0].read_text().splitlines()) >= lines:
-            return found[0].parent
-        time.sleep(0.01)
-    raise AssertionError("the run does not get there")
 
 
 def cut_off(runner: Runner, whole: Path, output_dir: str) -> Path:

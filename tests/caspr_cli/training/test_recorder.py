@@ -143,3 +143,23 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
     assert list(histograms(kept)) == ["optim/spectrum"]
     assert "optim/condition/p50" in values
     assert not [tag for tag in values if "spectrum" in tag]
+
+
+@pytest.mark.parametrize("purged", [False, True])
+def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path: Path, purged: bool) -> None:
+    """As the test part is, of a run that is killed before it has said its result."""
+    kept = record(tmp_path)
+    first = Recorder(kept, recipe())
+    for step in range(1, 4):
+        first.scalars(step, {"val/loss": step / 10})
+    first.scalars(3, {"test/loss": 0.5})  # after the checkpoint of step 3, and no checkpoint follows
+    first.close()
+    if purged:  # the last checkpoint was damaged, and the one of step 2 used
+        second = Recorder(kept, recipe(), 2, 2)
+        second.scalars(3, {"val/loss": 0.3})
+        second.close()
+    third = Recorder(kept, recipe(), 3, 3)
+    third.scalars(3, {"test/loss": 0.5})
+    third.close()
+    assert events(kept, "test/loss") == [(3, 0.5)]
+    assert [step for step, _ in events(kept, "val/loss")] == [1, 2, 3]
