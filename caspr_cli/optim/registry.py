@@ -50,38 +50,52 @@ def _sgd(groups: list[Group], **options: Any) -> Optimizer:
     return torch.optim.SGD(groups, nesterov=True, **options)
 
 
-# Which tensors of a preconditioned group each of these takes; AdamW gets the others. (torch's Muon refuses what is
-# no matrix, and a convolution is none.)
-TAKES: dict[str, Callable[[Tensor], bool]] = {"muon": lambda p: p.ndim == 2, "soap": lambda p: p.ndim >= 2}
+# Which tensors of a preconditioned group each of these takes; AdamW gets the others.
+TAKES: dict[str, Callable[[Tensor], bool]] = {"muon": lambda p: p.ndim >= 2, "soap": lambda p: p.ndim >= 2}
+
+
+def _only(groups: list[Group], takes: Callable[[Group, Tensor], bool]) -> list[Group]:
+    """The groups with those of their parameters alone that are taken, without what is then empty."""
+    kept = [[p for p in group["params"] if takes(group, p)] for group in groups]
+    return [group | {"params": params} for group, params in zip(groups, kept, strict=True) if params]
 
 
 def _matrices_and_rest(
     name: str,
     groups: list[Group],
-    matrix: Builder,
+    matrix: Callable[..., list[Optimizer]],
     *,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> Optimizer:
-    def share(mine: bool) -> list[Group]:
-        kept = [[p for p in g["params"] if (g["precondition"] and TAKES[name](p)) == mine] for g in groups]
-        return [g | {"params": params} for g, params in zip(groups, kept, strict=True) if params]
+    def taken(group: Group, p: Tensor) -> bool:
+        return group["precondition"] and TAKES[name](p)
 
-    matrices, rest = share(True), share(False)
-    parts = [matrix(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+    matrices, rest = _only(groups, taken), _only(groups, lambda group, p: not taken(group, p))
+    parts = matrix(matrices, lr=lr, weight_decay=weight_decay) if matrices else []
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
     return MixedOptimizer(parts)
 
 
 def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any) -> Optimizer:
-    def matrix(groups: list[Group], **shared: Any) -> Optimizer:
-        # "match_rms_adamw" gives an orthogonalised update the size of AdamW's, so that one lr serves both parts.
-        return torch.optim.Muon(
-            groups, momentum=momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw", **shared
-        )
+    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+        # An orthogonalised update of the size of AdamW's ("match_rms_adamw"), so that one lr serves all parts.
+        parts: list[Optimizer] = []
+        if flat := _only(groups, lambda _, p: p.ndim == 2):
+            parts.append(
+                torch.optim.Muon(
+                    flat, momentum=momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw", **shared
+                )
+            )
+        if filters := _only(groups, lambda _, p: p.ndim > 2):
+            from pytorch_optimizer import Muon  # torch's refuses them; this one sees one filter a row, [out, rest]
+
+            filters = [group | {"use_muon": True} for group in filters]
+            parts.append(Muon(filters, momentum=momentum, ns_steps=ns_steps, use_adjusted_lr=True, **shared))
+        return parts
 
     return _matrices_and_rest("muon", groups, matrix, **options)
 
@@ -89,11 +103,8 @@ def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any
 def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
     from pytorch_optimizer import SOAP  # here, because importing it takes a second
 
-    def matrix(groups: list[Group], **shared: Any) -> Optimizer:
-        soap: Optimizer = SOAP(
-            groups, betas=options["betas"], eps=options["eps"], precondition_frequency=interval, **shared
-        )
-        return soap
+    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+        return [SOAP(groups, betas=options["betas"], eps=options["eps"], precondition_frequency=interval, **shared)]
 
     return _matrices_and_rest("soap", groups, matrix, **options)
 

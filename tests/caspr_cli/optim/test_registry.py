@@ -113,3 +113,51 @@ def test_a_mixed_optimizer_is_one_optimizer() -> None:
     calls = []
     optimizer.step(lambda: calls.append(1) or 0.0)
     assert calls == [1]
+
+
+def test_muon_sees_a_convolution_as_one_filter_a_row() -> None:
+    """As torch's Muon would see it flattened, which itself refuses what is no matrix."""
+    torch.manual_seed(0)
+    flat, convolution, matrix = (
+        nn.Parameter(torch.randn(8, 12)),
+        nn.Parameter(torch.empty(8, 3, 2, 2)),
+        torch.randn(4, 5),
+    )
+    convolution.data = flat.detach().clone().view_as(convolution)
+    beside = nn.Parameter(matrix.clone())
+    conf = settings("muon", lr=0.01, weight_decay=0.1)
+    ours = build("muon", [{"params": [convolution, beside], "precondition": True}], conf)
+    theirs = torch.optim.Muon([flat], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        flat.grad, beside.grad = torch.randn(8, 12), torch.randn(4, 5)
+        convolution.grad = flat.grad.clone().view_as(convolution)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(convolution.detach().flatten(1), flat.detach(), rtol=0, atol=0)
+    assert (beside - matrix).abs().max() > 0.01
+
+
+def test_muon_of_a_convolution_continues_from_its_own_state() -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 4, 3, 2, 2)
+    start = torch.randn(4, 3, 2, 2)
+
+    def moved(p: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> torch.Tensor:
+        for step in steps:
+            p.grad = gradients[step].clone()
+            optimizer.step()
+        return p.detach().clone()
+
+    def new(value: torch.Tensor) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        p = nn.Parameter(value.clone())
+        return p, build("muon", [{"params": [p], "precondition": True}], settings("muon"))
+
+    whole = moved(*new(start), range(6))
+    first = new(start)
+    half = moved(*first, range(3))
+    file = io.BytesIO()
+    torch.save(first[1].state_dict(), file)
+    file.seek(0)
+    second = new(half)
+    second[1].load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(moved(*second, range(3, 6)), whole, rtol=0, atol=0)
