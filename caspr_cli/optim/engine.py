@@ -109,7 +109,7 @@ class KroneckerOptimizer(Optimizer):
         given: list[dict[str, Any]] = []
 
         def take(_: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
-            given.append(self._with_own_rows(content))
+            given.append(self._with_own_rows(self._with_own_options(content)))
             return given[-1]
 
         def restore(_: Optimizer) -> None:
@@ -132,6 +132,13 @@ class KroneckerOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
         self._owners, self._shares, self._routes, self._divided = {}, {}, {}, 0
+
+    def _with_own_options(self, content: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict, with what its groups do not say, as that of AdamW does not, from the groups of now."""
+        groups = list(content["param_groups"])
+        for i, (saved, mine) in enumerate(zip(groups, self.param_groups, strict=False)):
+            groups[i] = {name: mine[name] for name in OPTIONS if name not in saved} | saved
+        return content | {"param_groups": groups}
 
     def _with_own_rows(self, content: dict[str, Any]) -> dict[str, Any]:
         """A state_dict, with this rank's rows of moments that were saved whole; torch compares the groups later."""

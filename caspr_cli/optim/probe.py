@@ -32,7 +32,7 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
             solver's error and the root's age together.
         ``spectrum``: log10 of each eigenvalue of the damped statistics over the largest of its block and axis, at
             least ``LOWEST``.
-    and for all preconditioned tensors:
+    and for all tensors that have roots:
         ``graft_ratio``: the length of the graft's step over that of U.
         ``adam_cosine``: between U and the step of Adam (where the graft keeps a second moment).
 
@@ -100,7 +100,8 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     if group["graft"] == "none":
         return {}
     beta1, beta2 = group["betas"]
-    layouts = {p: optimizer.layout(p, group) for stack in stacks for p in stack.rows}
+    seen = {p for s in stacks for p, rows in s.rows.items() if bool(((s.scale > 0) & (s.root_scale > 0))[rows].any())}
+    layouts = {p: optimizer.layout(p, group) for stack in stacks for p in stack.rows if p in seen}
     params = [p for p, layout in layouts.items() if len(layout.blocks) == 1 and optimizer.share(p, group) == layout]
     params = [p for p in params if (group["precondition"] == "momentum" or p.grad is not None) and not is_sharded(p)]
     if not params:

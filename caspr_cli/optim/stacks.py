@@ -19,6 +19,9 @@ Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 # the memory that a step takes beside the state.
 CHUNK_CPU, CHUNK = 2**20, 2**24
 
+# Of the scale of now, what an input is divided by at least: what comes out is then far from the end of float32.
+LEAST_SCALE = 1e-20
+
 
 def sent(small: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for what it is at."""
@@ -143,8 +146,10 @@ class Stack:
         """``[K]``: what an input of the roots is divided by.
 
         A block whose gradient has been zero until after its last refresh has identity roots and takes today's scale.
+        One that has outgrown its roots by more than any type holds is divided by as much as keeps it finite.
         """
-        return torch.where(self.root_scale > 0, self.root_scale, self.unit(group))
+        known = torch.where(self.root_scale > 0, self.root_scale, self.unit(group))
+        return torch.maximum(known, self.scale * LEAST_SCALE)
 
     def root(self, place: int, at: Rows, dtype: torch.dtype) -> Tensor:
         """``[k, d, d]`` of these rows, of the axis at this place of ``axes``."""

@@ -976,3 +976,19 @@ def test_while_preconditioning_is_off_it_is_adamw(meanwhile: Callable[[CASPR], N
     drive(others, adamw, range(8, 14))
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("precondition", ["momentum", "gradient"])
+@pytest.mark.parametrize("graft", ["adam", "sgd", "none"])
+@pytest.mark.parametrize(("small", "large"), [(1e-20, 1e18), (1e-36, 1e10)])
+def test_a_gradient_that_outgrows_old_roots_beyond_float32(
+    precondition: Any, graft: Any, small: float, large: float
+) -> None:
+    """Roots are of the small gradients until their next turn; momentum over their scale would be infinite."""
+    p = nn.Parameter(torch.zeros(6, 4))
+    optimizer = CASPR([p], lr=1e-3, start_step=2, precondition=precondition, graft=graft)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        p.grad = torch.randn(6, 4, generator=generator) * (small if step < 4 else large)
+        optimizer.step()
+    assert bool(p.isfinite().all())

@@ -242,3 +242,17 @@ def test_a_mixed_optimizer_is_copied_with_its_parts(copied: Any) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=0)
     with pytest.raises(ValueError, match="takes no further param groups"):
         optimizer.add_param_group({"params": parameters((2, 2))})
+
+
+def test_options_that_a_state_does_not_have_are_those_of_its_group() -> None:
+    params = parameters((4, 4), (4, 4))
+    groups = [{"params": [p]} for p in params]
+    adamw = torch.optim.AdamW(groups, lr=0.1)
+    run(params, adamw, range(2))
+    optimizer = CASPR([{"params": params[:1], "interval": 3}, {"params": params[1:], "precondition": False}])
+    saved = adamw.state_dict()
+    optimizer.load_state_dict(saved)
+    assert [group["precondition"] for group in optimizer.param_groups] == ["momentum", False]
+    assert [group["interval"] for group in optimizer.param_groups] == [3, 10]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert "precondition" not in saved["param_groups"][1]

@@ -135,3 +135,16 @@ def test_what_was_refused_is_counted() -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert counters(optimizer) == {"rejected_roots": 1, "skipped_gradients": 1}
+
+
+def test_a_tensor_that_has_no_roots_yet_is_left_out() -> None:
+    early, late = (torch.ones(3, 4, requires_grad=True) for _ in range(2))
+    optimizer = CASPR([early, late], start_step=3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        early.grad = torch.randn(3, 4, generator=generator)
+        late.grad = torch.randn(3, 4, generator=generator) if step > 3 else None
+        optimizer.step()
+    found = diagnose(optimizer)
+    assert len(found["graft_ratio"]) == len(found["adam_cosine"]) == 1
+    assert math.isfinite(found["graft_ratio"].item())
