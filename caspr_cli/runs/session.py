@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caspr_cli import __version__
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError, explain
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import summary, trials
 from caspr_cli.runs.launch import (
     BAD_USAGE,
@@ -129,7 +129,7 @@ class Session:
                     raise
                 time.sleep(LOOK)
         if self.here:
-            for line in summary.footer(outcome):
+            for line in summary.footer(outcome, anew=recipe.resume == Resume.never):
                 say(line)
             if outcome.exit_code == OK and self.sweep is None:
                 for line in summary.next_commands(recipe, self.command):

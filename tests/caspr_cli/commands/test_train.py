@@ -72,6 +72,7 @@ def test_help_fits_a_screen_and_lists_everything(
         (["experiment=damping", "search.trials=0"], "search.trials should be at least 1 but is 0"),
         (["experiment=damping", "seed=x"], "seed should be integers, as in seed=1,2,3, but is 'x'"),
         (["experiment=damping", "seed=0,1"], "seed 0 chooses among the trials, and what chose is not to be reported"),
+        (["experiment=damping", "output_dir=a,b"], "output_dir=a,b: a table has one (quote a name with commas)"),
         (["experiment=damping,typo"], "experiment=typo: no such choice."),
         (["experiment=damping", "optim.lr=0.1"], "search=lr draws nothing: optim.lr is given; add search=none"),
         (["search=lr", "trial=1.5"], "trial should be an integer, or best, but is '1.5'"),
