@@ -208,6 +208,8 @@ class Session:
         if asked:
             return INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED
         if not began:
+            if not problem:
+                complain("a sweep over no value: there is nothing to run")
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK

@@ -80,6 +80,7 @@ def test_help_fits_a_screen_and_lists_everything(
         (["experiment=damping", "optim.lrr=3", "plan=true"], "optim.lrr is not a key of optim=caspr."),
         (["+hydra.callbacks.x={_target_: torch.hub.load}"], "hydra.callbacks would run code that a config chooses"),
         (["hydra.sweeper._target_=os.system", "-m", "seed=1,2"], "hydra.sweeper._target_=os.system is none of Hydra's"),
+        (["-m", "seed=range(0)"], "a sweep over no value: there is nothing to run"),
         (["-m", "optim=caspr,foo"], "optim=foo: no such choice."),
         (["trainer.max_steps=0"], "trainer.max_steps should be at least 1 but is 0"),
     ],
