@@ -162,12 +162,13 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
 def tables(told: Experiment, argv: list[str]) -> int:
     """Run one experiment: say what it will do and for how long, tune, run the seeds, report. Returns the exit code."""
     plans = [word for word in argv if word.startswith("plan=")]
+    folder = Path(told.output_dir)
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]
     table, took = rows(told), []
     if not planned_only:
-        new_folder(Path(told.output_dir), told.output_dir).rmdir()  # better to know now than after the timing
+        new_folder(folder, told.output_dir).rmdir()  # better to know now than after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
         took.append(seconds(row, command))

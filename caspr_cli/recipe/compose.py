@@ -19,7 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 from caspr_cli.recipe import search
 from caspr_cli.recipe.configs import CONF, PACKAGE, choices
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, OptimConf, Recipe, TaskConf
+from caspr_cli.recipe.schema import (
+    OPTIMIZERS,
+    TASKS,
+    AdamWConf,
+    KroneckerConf,
+    MuonConf,
+    OptimConf,
+    Recipe,
+    SGDConf,
+    SoapConf,
+    Source,
+    TaskConf,
+)
 
 __all__ = [
     "CONF",
@@ -42,6 +54,8 @@ NOT_IN_THE_NAME = (
 # Keys that came when there were records, with the value at which a run is what it was without them: that is not in the
 # name, so that those records are found again.
 CAME_LATER = {"optim.axes": "all", "optim.exponent": 0.5}
+
+LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
 
 def register_schemas() -> None:
@@ -114,6 +128,8 @@ def _check(recipe: Recipe) -> None:
     for name in ("devices", "nodes", "max_steps", "val_every", "log_every", "accumulate"):
         if getattr(trainer, name) < 1:
             raise ConfigError(f"trainer.{name} should be at least 1 but is {getattr(trainer, name)}")
+    if recipe.task.batch_size < 1:
+        raise ConfigError(f"task.batch_size should be at least 1 but is {recipe.task.batch_size}")
     if not trainer.timeout > 0:
         raise ConfigError(f"trainer.timeout should be > 0 but is {trainer.timeout}")
     if trainer.workers < 0:
@@ -128,7 +144,7 @@ def _check(recipe: Recipe) -> None:
             f"schedule.warmup + schedule.decay should be at most 1 but is {schedule.warmup + schedule.decay:g}"
         )
     parts = trainer.devices * trainer.nodes * trainer.accumulate
-    if recipe.task.batch_size < 1 or recipe.task.batch_size % parts:
+    if recipe.task.batch_size % parts:
         nodes = " x trainer.nodes" if trainer.nodes > 1 else ""
         raise ConfigError(
             f"task.batch_size should be a multiple of trainer.devices{nodes} x trainer.accumulate = {parts} "
@@ -136,8 +152,8 @@ def _check(recipe: Recipe) -> None:
         )
     if trainer.rendezvous is not None and not re.fullmatch(r"[^\s:]+:\d+|\[[0-9a-fA-F:]+\]:\d+", trainer.rendezvous):
         raise ConfigError(f"trainer.rendezvous should be HOST:PORT but is '{trainer.rendezvous}'")
-    if not recipe.optim.lr >= 0:
-        raise ConfigError(f"optim.lr should be >= 0 but is {recipe.optim.lr}")
+    _check_task(recipe.task)
+    _check_optim(recipe.optim)
     if not -(2**63) <= recipe.seed < 2**63:
         raise ConfigError(f"seed should fit into 64 bits but is {recipe.seed}")
     if recipe.search.trials < 1:
@@ -147,6 +163,42 @@ def _check(recipe: Recipe) -> None:
     for key, value in _floats(to_plain(recipe)):
         if not math.isfinite(value) and key != "optim.order":
             raise ConfigError(f"{key} should be a finite number but is {value}")
+
+
+def _check_task(task: TaskConf) -> None:
+    """Keys that would be passed over, or turned round, without a word."""
+    if task.root is not None and task.data != Source.files:
+        raise ConfigError(f"task.root={task.root} is read with task.data=files alone, but task.data={task.data.name}")
+    if task.target.metric in LOWER_IS_BETTER and task.target.higher_is_better:
+        raise ConfigError(
+            f"task.target.metric={task.target.metric}: less is better; add task.target.higher_is_better=false, and "
+            "task.target.value, or null for none"
+        )
+
+
+def _check_optim(optim: OptimConf) -> None:
+    """What optimizers of others refuse in words that name no key, or late; CASPR's kin answer for themselves."""
+    for name in ("lr", "weight_decay"):
+        if not getattr(optim, name) >= 0:
+            raise ConfigError(f"optim.{name} should be >= 0 but is {getattr(optim, name)}")
+    betas = getattr(optim, "betas", (0.0, 0.0))
+    if len(betas) != 2:
+        raise ConfigError(f"optim.betas should be two numbers, as in optim.betas=[0.9,0.95], but is {list(betas)}")
+    if isinstance(optim, KroneckerConf):
+        return
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optim.betas[{i}] should be in [0, 1) but is {beta}")
+    if isinstance(optim, SGDConf) and not 0 < optim.momentum < 1:
+        raise ConfigError(f"optim.momentum should be above 0 (it is Nesterov's) and below 1 but is {optim.momentum}")
+    if isinstance(optim, MuonConf) and not 0 <= optim.momentum < 1:
+        raise ConfigError(f"optim.momentum should be in [0, 1) but is {optim.momentum}")
+    if isinstance(optim, MuonConf) and not 1 <= optim.ns_steps < 100:
+        raise ConfigError(f"optim.ns_steps should be from 1 to 99 but is {optim.ns_steps}")
+    if isinstance(optim, SoapConf) and optim.interval < 1:
+        raise ConfigError(f"optim.interval should be at least 1 but is {optim.interval}")
+    if isinstance(optim, AdamWConf) and not optim.eps >= 0:
+        raise ConfigError(f"optim.eps should be >= 0 but is {optim.eps}")
 
 
 def _floats(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

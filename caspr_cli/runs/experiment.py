@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError, nearest
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
 from caspr_cli.runs.launch import Place, run
 from caspr_cli.runs.record import DONE, FAILED, Record
@@ -73,7 +73,15 @@ class Experiment:
 
     @property
     def output_dir(self) -> str:
-        return self.jobs["output_dir"]
+        """Without the quotes in which Hydra wants blanks, commas and accents.
+
+        Raises:
+            ConfigError: it is several.
+        """
+        parsed = OverridesParser.create().parse_override(f"output_dir={self.jobs['output_dir']}")
+        if parsed.is_sweep_override():
+            raise ConfigError(f"output_dir={self.jobs['output_dir']}: a table has one (quote a name with commas)")
+        return str(parsed.value())
 
     @property
     def searches(self) -> bool:
@@ -140,7 +148,9 @@ class Row:
 
 
 def _ended(recipe: Recipe) -> bool:
-    return Record.of(recipe).status.get("state") in (DONE, FAILED)
+    """And is left alone, as ``resume`` says."""
+    state = Record.of(recipe).status.get("state")
+    return recipe.resume != Resume.never and (state == DONE or (state == FAILED and recipe.resume != Resume.retry))
 
 
 def rows(experiment: Experiment) -> list[Row]:

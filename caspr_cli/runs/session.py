@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caspr_cli import __version__
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError, explain
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import summary, trials
 from caspr_cli.runs.launch import (
     BAD_USAGE,
@@ -129,7 +129,7 @@ class Session:
                     raise
                 time.sleep(LOOK)
         if self.here:
-            for line in summary.footer(outcome):
+            for line in summary.footer(outcome, anew=recipe.resume == Resume.never):
                 say(line)
             if outcome.exit_code == OK and self.sweep is None:
                 for line in summary.next_commands(recipe, self.command):
@@ -208,6 +208,8 @@ class Session:
         if asked:
             return INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED
         if not began:
+            if not problem:
+                complain("a sweep over no value: there is nothing to run")
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK

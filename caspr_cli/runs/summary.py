@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
 from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
 # Where TensorBoard gives one colour to all seeds of a recipe.
 COMPARISON = "http://localhost:6006/?runColorGroup=regex:(.*)/&smoothing=0"
+COMPARED = ("caspr", "shampoo", "adamw")  # where a run's own keys allow it
 
 
-def footer(outcome: Outcome) -> list[str]:
-    """What came of it and where it is."""
+def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
+    """What came of it and where it is.
+
+    Args:
+        anew: the command says resume=never, and would delete what there is.
+    """
     record, status = outcome.record, outcome.record.status
     state = status.get("state")
     if state == DONE:
@@ -28,7 +34,8 @@ def footer(outcome: Outcome) -> list[str]:
     if state == PREEMPTED:
         saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
         why = status.get("error") or "stopped on a signal"
-        return [f"cut off  {why}", f"         {saved}; the same command continues", f"record   {record.path}"]
+        again = "the same command, without resume=never," if anew else "the same command"
+        return [f"cut off  {why}", f"         {saved}; {again} continues", f"record   {record.path}"]
     return [f"record   {record.path}"]
 
 
@@ -58,9 +65,12 @@ def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
 def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
     """How to see the curves, and how to compare: the command as given, over optimizers and seeds."""
     kept = [word for word in command[1:] if word.partition("=")[0] not in ("optim", "seed", "resume")]
+    keys = {word.split(".")[1].partition("=")[0] for word in kept if word.startswith("optim.")}
+    others = [name for name in COMPARED if keys <= {f.name for f in fields(OPTIMIZERS[name])}]
+    own = [] if recipe.optim.name in others else [recipe.optim.name]
     return [
-        f"next     tensorboard --logdir {recipe.output_dir}",
-        f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=caspr,shampoo,adamw', 'seed=0,1,2'])}",
+        f"next     tensorboard --logdir {shlex.quote(recipe.output_dir)}",
+        f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=' + ','.join(own + others), 'seed=0,1,2'])}",
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import DONE, FAILED, Record
+from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
 TUNING_SEED = 0  # that of the runs which choose; other seeds of the chosen trial are fresh
 
@@ -32,8 +32,11 @@ def best(trial: Callable[[int], Recipe]) -> int:
         state = record.status.get("state")
         if state not in (DONE, FAILED):
             missing.append(index)
-        elif state == DONE and (value := record.result["final"].get(target.metric)) is not None:
-            values[index] = value
+        elif state == DONE:
+            if "final" not in (result := record.result):
+                raise RecordDamagedError(record.path / "result.json")
+            if (value := result["final"].get(target.metric)) is not None:
+                values[index] = value
     if missing:
         raise ConfigError(
             f"trial=best of search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "

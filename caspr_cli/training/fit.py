@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import resource
 import warnings
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 import tasks
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record
@@ -24,7 +26,7 @@ from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import WholeFile, find
 from caspr_cli.training.data import TaskData
-from caspr_cli.training.module import TrainingModule
+from caspr_cli.training.module import TrainingModule, build_options
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
@@ -42,6 +44,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
     if progress:
         _show_log(progress)
+    _refuse_options(recipe)  # now: data may take hours
     task.prepare()  # safe on all ranks at once
     start = find(record)
     torch.manual_seed(recipe.seed)
@@ -75,12 +78,26 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         return _result(recipe, module, trainer, curves)
 
 
-def _optimizer(module: TrainingModule) -> Any:
-    """One to look at; refuses options before anything is written or trained."""
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    """What an optimizer says of its options begins with the name of one."""
     try:
-        return module.configure_optimizers()["optimizer"]
+        yield
     except ValueError as error:
         raise ConfigError(f"optim.{error}") from error
+
+
+def _refuse_options(recipe: Recipe) -> None:
+    """Those that no model could be trained with."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
+    with _naming_the_key():
+        build(recipe.optim.name, [group], build_options(recipe.optim))
+
+
+def _optimizer(module: TrainingModule) -> Any:
+    """One to look at; refuses what this model cannot have before anything is written or trained."""
+    with _naming_the_key():
+        return module.configure_optimizers()["optimizer"]
 
 
 def _check_target(recipe: Recipe, task: Task) -> None:
@@ -101,7 +118,7 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     if world > 1:
         strategy = DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=conf.timeout))
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=conf.accelerator.name,
             devices=conf.devices,
             num_nodes=conf.nodes,
@@ -124,6 +141,9 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
         )
     except MisconfigurationException as error:
         raise ConfigError(f"trainer.accelerator={conf.accelerator.name}: {error}") from error
+    if trainer.precision != conf.precision.name:  # Lightning would take another without a word
+        raise ConfigError(f"trainer.precision={conf.precision.name} is not for this device; {trainer.precision} is")
+    return trainer
 
 
 def _silence() -> None:

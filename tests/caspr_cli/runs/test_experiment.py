@@ -19,7 +19,7 @@ from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Tar
 from caspr_cli.runs import experiment, trials
 from caspr_cli.runs.experiment import Experiment, Row
 from caspr_cli.runs.launch import BAD_USAGE
-from caspr_cli.runs.record import Record
+from caspr_cli.runs.record import Record, RecordDamagedError
 
 compose.register_schemas()
 
@@ -67,6 +67,15 @@ def test_of_equals_the_first(tmp_path: Path) -> None:
     for index in range(3):
         ended(trial(index), 0.25)
     assert trials.best(trial) == 0
+
+
+def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    for index in range(3):
+        ended(trial(index), 0.5)
+    (Record.of(trial(1)).path / "result.json").unlink()
+    with pytest.raises(RecordDamagedError, match=r"result\.json is missing or damaged"):
+        trials.best(trial)
 
 
 def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
@@ -190,6 +199,24 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     assert lines[-2].endswith("5 runs to do, time: the training loss is nan")
     assert lines[-1] == "total    about 2 min, one run after the other; without 1 row not timed"
     assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
+
+
+@pytest.mark.parametrize(("resume", "left"), [("auto", 3), ("retry", 4), ("never", 5)])
+def test_what_is_run_again_is_not_counted_as_done(tmp_path: Path, resume: str, left: int) -> None:
+    words = ["optim=adamw", "search.trials=2", "seed=1,2,3", f"output_dir={tmp_path}", f"resume={resume}"]
+    told = Experiment.read("molpcba", words)
+    (row,) = experiment.rows(told)
+    for recipe, state in zip(row.tuning, ("done", "failed"), strict=True):
+        Record.of(recipe).path.mkdir(parents=True)
+        Record.of(recipe).write("status.json", {"state": state})
+        Record.of(recipe).write("result.json", {"final": {"val/map": 0.5}})
+    assert experiment.rows(told)[0].left == left
+
+
+def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
+    told = Experiment.read("molpcba", ["optim=adamw", "search.trials=1", f"output_dir='{tmp_path}/a, b=c'"])
+    assert told.output_dir == f"{tmp_path}/a, b=c"
+    assert experiment.rows(told)[0].tuning[0].output_dir == told.output_dir
 
 
 def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:

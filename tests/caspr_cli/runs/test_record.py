@@ -14,8 +14,8 @@ from typing import cast
 
 import pytest
 
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe, Resume
-from caspr_cli.runs import launch
+from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.runs import launch, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import birth, lives
 from caspr_cli.runs.record import Holder, Record, RecordBusyError, RecordDamagedError, disk_error, write_whole
@@ -44,6 +44,32 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     record.write("result.json", {"final": {"val/loss": 0.5, "val/map": math.nan}, "list": [math.inf, 1]})
     assert "NaN" not in (tmp_path / "result.json").read_text()
     assert record.result == {"final": {"val/loss": 0.5, "val/map": None}, "list": [None, 1]}
+
+
+def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.write("status.json", {"state": "preempted", "step": 5})
+    outcome = launch.Outcome(record, 143, ran=True)
+    assert any(line.endswith("; the same command continues") for line in summary.footer(outcome))
+    assert any("the same command, without resume=never, continues" in x for x in summary.footer(outcome, anew=True))
+
+
+def test_what_comes_next_can_be_run() -> None:
+    """Of the usual optimizers, those that have the keys that were given; and the one that was run."""
+    logs, sweep = summary.next_commands(
+        Recipe(task=C4LMConf(), optim=CasprConf(), output_dir="my runs"),
+        ["caspr-train", "optim.order=3", "resume=never"],
+    )
+    assert logs.endswith("tensorboard --logdir 'my runs'")
+    assert sweep.split() == ["caspr-train", "-m", "optim.order=3", "optim=caspr", "seed=0,1,2"]
+    for command, optim in (
+        (["optim.eps=1e-7"], "caspr,shampoo,adamw"),
+        (["optim=caspr", "optim.merge=none"], "caspr,shampoo"),
+    ):
+        made = summary.next_commands(Recipe(task=C4LMConf(), optim=CasprConf()), ["caspr-train", *command])
+        assert f" optim={optim} " in made[1]
+    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
+    assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
 
 def test_the_path_says_what_it_is(tmp_path: Path) -> None:

@@ -233,6 +233,18 @@ def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:
         assert four[key] == pytest.approx(value, rel=2e-4), key
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.exponent=2", "task.root=/nowhere"], "optim.exponent should be 0.5 or 1.0 but is: 2.0"),
+        (["trainer.precision=16-mixed"], "trainer.precision=16-mixed is not for this device; bf16-mixed is"),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused(runner: Runner, words: list[str], message: str) -> None:
+    """Options before data are read; a precision rather than another in its place."""
+    assert f"failed   {message}" in runner("output_dir=cannot_be", *words, expect=2)
+
+
 def test_a_held_record_is_refused(runner: Runner) -> None:
     first = runner.start("output_dir=held", "trainer.max_steps=2000")
     try:
