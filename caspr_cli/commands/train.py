@@ -162,7 +162,7 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
 def tables(told: Experiment, argv: list[str]) -> int:
     """Run one experiment: say what it will do and for how long, tune, run the seeds, report. Returns the exit code."""
     plans = [word for word in argv if word.startswith("plan=")]
-    folder = Path(told.output_dir)
+    folder = Path(told.output_dir)  # refuses several, before anything is said
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]

@@ -67,8 +67,8 @@ def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
 
 
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
-    """Of all blocks that have had a gradient before their last roots."""
-    seen = (stack.scale > 0) & (stack.root_scale > 0)
+    """Of all blocks whose roots are of a gradient."""
+    seen = stack.known
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
     p = root_exponent(group["order"], len(stack.axes), group["exponent"])
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": [], "spectrum": []}
@@ -100,8 +100,9 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     if group["graft"] == "none":
         return {}
     beta1, beta2 = group["betas"]
-    seen = {p for s in stacks for p, rows in s.rows.items() if bool(((s.scale > 0) & (s.root_scale > 0))[rows].any())}
-    layouts = {p: optimizer.layout(p, group) for stack in stacks for p in stack.rows if p in seen}
+    known = [(stack, stack.known.tolist()) for stack in stacks]  # waits for the device once a stack
+    seen = [p for stack, rooted in known for p, rows in stack.rows.items() if any(rooted[rows])]
+    layouts = {p: optimizer.layout(p, group) for p in seen}
     params = [p for p, layout in layouts.items() if len(layout.blocks) == 1 and optimizer.share(p, group) == layout]
     params = [p for p in params if (group["precondition"] == "momentum" or p.grad is not None) and not is_sharded(p)]
     if not params:

@@ -88,6 +88,11 @@ class Stack:
         """Of the statistics: the lengths of the axes that have them."""
         return tuple(self.shape[axis] for axis in self.axes)
 
+    @property
+    def known(self) -> Tensor:
+        """``[K]``: the blocks that had a gradient before their last roots."""
+        return (self.scale > 0) & (self.root_scale > 0)
+
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
         rows = self.rows[p]
