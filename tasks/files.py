@@ -27,7 +27,7 @@ RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an er
 
 @contextmanager
 def reading(what: str | Callable[[], str], problem: str = "cannot be read") -> Iterator[None]:
-    """Around whatever reads a user's data: any error comes out as one line, "``what``: ``problem`` (its reason)".
+    """Around whatever reads a user's data: any error comes out as one line, "``what`` ``problem`` (its reason)".
 
     Args:
         what: the file and perhaps the line, or else the key that names the data; or a function that gives it.
@@ -45,7 +45,7 @@ def reading(what: str | Callable[[], str], problem: str = "cannot be read") -> I
         name = what if isinstance(what, str) else what()
         if disk := disk_error(error):
             raise OSError(disk.errno, disk.strerror, disk.filename or name) from error
-        raise DataError(f"{name}: {problem} ({reason(error)})") from error
+        raise DataError(f"{name} {problem} ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
@@ -56,7 +56,10 @@ def reason(error: Exception) -> str:
         return "out of memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    words = " ".join(str(error).split())[:300]
+    if not words or isinstance(error, (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)):
+        words = f"{type(error).__name__}: {words}".removesuffix(": ")  # they are meant for programmers
+    return words
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
@@ -188,7 +191,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     regular(path)
     with (
-        reading(lambda: f"{path.name}:{number + 1}", "cannot be read from here on"),
+        reading(lambda: f"{path.name}:{number + 1}:", "cannot be read from here on"),
         gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,
     ):
         for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):

@@ -143,7 +143,8 @@ def test_malformed_line_names_file_and_line(conf, shards, line, cache):
     with pytest.raises(DataError) as caught:
         Corpus(conf()).check()
     assert str(caught.value) == f"{name}:17: not a JSON object with a 'text' field"
-    assert list(cache.iterdir()) == [cache / "sources"]  # nothing half built is left
+    assert not list(cache.glob("[!.]*"))  # nothing half built is left
+    assert not list(cache.glob(".building-*"))
 
 
 def test_what_is_no_text_names_file_and_line(conf, shards):
@@ -297,13 +298,13 @@ def test_directory_follows_content_and_vocabulary(conf, shards):
     assert len(set(directories)) == 4
 
 
-def test_what_a_killed_build_leaves_is_not_read(conf, cache):
+def test_what_a_killed_build_leaves_is_not_read_and_goes(conf, cache):
     left = cache / ".building-left"
     (left / "whole").mkdir(parents=True)
     (left / "whole" / "meta.json").write_text("{")
     corpus = Corpus(conf())
     corpus.check()
-    assert {path.name for path in cache.iterdir()} == {".building-left", "sources", corpus.directory.name}
+    assert {path.name for path in cache.iterdir()} == {".lock", "sources", corpus.directory.name}
 
 
 def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch):
@@ -311,7 +312,7 @@ def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch)
         patch.setattr(tokens, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Corpus(conf()).check()
-    assert [path.name for path in cache.iterdir()] == ["sources"]
+    assert [path.name for path in cache.iterdir()] == [".lock"]
     Corpus(conf()).check()
 
 
@@ -330,7 +331,7 @@ def test_two_processes_build_at_once(conf, cache):
         arguments = documents(conf()), 300
         one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
     assert one == other == Corpus(conf()).directory
-    assert {path.name for path in cache.iterdir()} == {"sources", one.name}
+    assert {path.name for path in cache.iterdir()} == {".lock", "sources", one.name}
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):
@@ -341,7 +342,7 @@ def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkey
 
     monkeypatch.setattr(tokens, "_encode", encode_while_another_finishes)
     Corpus(conf()).check()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("[!.]*"))) == 2
 
 
 def test_damaged_file_is_named(conf):
@@ -365,7 +366,7 @@ def test_cache_root_follows_the_environment(monkeypatch):
 def test_cache_that_cannot_be_written(conf, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build token files in "):
+    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build in "):
         Corpus(conf()).check()
 
 
