@@ -99,10 +99,10 @@ def _members(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
         name = member_name(info)
         parts = [part for part in name.split("/") if part not in ("", ".")]
         folder = name.endswith("/")
-        if not parts or any(is_dropping(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
-            continue
         if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
             raise DataError(f"{where}: {name} is a path that leads out of the zip")
+        if not parts or any(is_dropping(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
+            continue
         path = "/".join(parts)
         if folder:
             found.setdefault(f"{path}/", info)
