@@ -398,3 +398,54 @@ def test_windows_are_pickled_by_path(tmp_path):
 def test_split_shorter_than_a_window_names_the_keys(conf, split, key):
     with pytest.raises(DataError, match=rf"^task\.sequence: .*the {split} split.*task\.{key}$"):
         Corpus(conf(**{key: 1}, sequence=500)).check()
+
+
+# ---- long words --------------------------------------------------------------------------------------------------
+
+
+def long_words():
+    """Texts with a word of 2,500 characters, of each kind of character, between others."""
+    for word in ("abcdefghij" * 250, "0123456789" * 250, " " * 2500, "=-" * 1250, "é" * 2500):
+        yield f"It's here: {word}, and 12 more  of  it."
+
+
+@pytest.mark.parametrize("text", [*long_words(), "", "a", "ab " * 5000, "x" * tokens.LONGEST_WORD])
+def test_a_long_word_is_cut_and_nothing_else(text):
+    pieces = tokens.pieces(text)
+    assert "".join(pieces) == text
+    assert len(pieces) == 1 + 2 * (max(map(len, tokens._words(text)), default=0) > tokens.LONGEST_WORD)
+    left_out = len(text) - len(tokens.shortened(text))
+    assert left_out in ((0,) if len(pieces) == 1 else (1500, 1501))  # with the space or the comma beside it
+
+
+def test_cutting_at_the_ends_of_words_changes_no_token(monkeypatch):
+    """What is cut only where a byte-level BPE joins nothing is encoded as the whole."""
+    texts = prose_of_all_kinds()
+    tokenizer = train_tokenizer(texts, 400)
+    for text in texts:
+        words = list(tokens._words(text))
+        whole = tokenizer.encode(text).ids
+        for at in range(1, len(words)):
+            if words[at - 1].isspace():
+                continue  # a space goes with what follows it
+            parts = ["".join(words[:at]), "".join(words[at:])]
+            assert [i for part in parts for i in tokenizer.encode(part).ids] == whole
+
+
+def prose_of_all_kinds():
+    return [
+        "the cat sat on 12 mats, 3½ times — größer!",
+        "naïve  spaces\n\n and tabs\t(end)",
+        "x²+y²=z² 北京 2024年",
+    ] * 3
+
+
+def test_a_word_without_end_ends(conf, shards):
+    """BPE alone would take hours over these: its time goes with the square of a word's length."""
+    with gzip.open(shards / "c4-train.00001-of-00002.json.gz", "wt", compresslevel=1) as file:
+        for text in ("a" * 300_000, "".join(np.random.default_rng(0).choice(list("abcdefgh"), 200_000))):
+            file.write(json.dumps({"text": text}) + "\n")
+    corpus = Corpus(conf())
+    corpus.check()
+    text = corpus.tokenizer.decode(ids_of(corpus, "train"), skip_special_tokens=True)
+    assert "a" * 300_000 in text
