@@ -56,6 +56,12 @@ def split_named(name: str) -> Split | None:
     return SPLIT_NAMES.get(name.lower())
 
 
+def call_split(names: dict[Split, str], split: Split, name: str, where: str) -> None:
+    """Enter the name that a split goes by. Raises :class:`DataError` where it goes by another one already."""
+    if names.setdefault(split, name) != name:
+        raise DataError(f"{where}: {names[split]} and {name} both name the {split} split; rename or remove one")
+
+
 def resembles_split(name: str) -> bool:
     """Whether a name is no split, but so near to one that somebody may mean it: "testing", "val2", "Train set"."""
     if split_named(name):

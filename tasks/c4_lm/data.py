@@ -17,7 +17,7 @@ from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import SPLITS, DataError, Split
 from tasks.c4_lm.sources import documents
 from tasks.c4_lm.tokens import byte_lengths, token_files
-from tasks.cache import damaged, read_meta, whole
+from tasks.cache import META, damaged, read_meta, whole
 from tasks.files import reading
 
 
@@ -80,10 +80,11 @@ class Corpus:
 
     def check(self) -> None:
         """Raise :class:`DataError` unless each split has a window, and its file the size it was written with."""
-        width = np.dtype(self.meta["dtype"]).itemsize
-        for split in SPLITS:
+        with whole(self.directory / META):
+            width = np.dtype(self.meta["dtype"]).itemsize
+            sizes = {split: self.meta["splits"][split]["tokens"] for split in SPLITS}
+        for split, tokens in sizes.items():
             path = self.directory / f"{split}.bin"
-            tokens = self.meta["splits"][split]["tokens"]
             if not path.is_file() or path.stat().st_size != tokens * width:
                 raise damaged(path)
             if tokens < self._conf.sequence + 1:

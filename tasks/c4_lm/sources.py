@@ -24,7 +24,7 @@ from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import DataError, Split, place_of
 from tasks.files import entries_below, lines, reading, regular, root_of, stamps
 from tasks.hub import reaching
-from tasks.names import split_named
+from tasks.names import call_split, split_named
 
 log = logging.getLogger("caspr")
 
@@ -182,10 +182,12 @@ class Shards:
         self._conf = conf
         self._root = root_of(conf, "c4-train.*.json.gz and c4-validation.*.json.gz")
         self._shards: dict[Split, list[Path]] = {"train": [], "validation": []}
+        called: dict[Split, str] = {}
         for name in entries_below(self._root, deep=False):
             match = SHARD.fullmatch(name.removesuffix("/"))
             split = split_named(match[1]) if match else None
-            if split in self._shards:
+            if match and split in self._shards:
+                call_split(called, split, match[1], f"task.root: {conf.root}")
                 self._shards[split].append(regular(self._root / name))
             elif LIKE_SHARD.match(name):
                 raise DataError(

@@ -28,6 +28,7 @@ from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
 from tasks.archives import files_of
 from tasks.base import SPLITS, Split
 from tasks.cache import (
+    META,
     array_file,
     build_once,
     cache_root,
@@ -168,8 +169,9 @@ class Gallery:
 
     def check(self) -> None:
         """Raise :class:`DataError` unless all files are there, with the sizes they were written with."""
-        for split in SPLITS:
-            count = self.meta["splits"][split]["images"]
+        with whole(self.directory / META):
+            counts = {split: self.meta["splits"][split]["images"] for split in SPLITS}
+        for split, count in counts.items():
             labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
             if read_array(labels).shape != (count,):
                 raise damaged(labels)
@@ -190,6 +192,8 @@ class Gallery:
             return Opened(ArrayAlbum(read_array(pixels), read_array(labels)), change)
         with whole(self._names(split)):
             names = json.loads(self._names(split).read_text(encoding="utf8"))
+            if len(names) != len(read_array(labels)):
+                raise damaged(self._names(split))
         album = FileAlbum(files_of(Path(str(self._conf.root)).expanduser()), names, read_array(labels))
         return Opened(album, change or Centred(self._conf.size))
 

@@ -27,7 +27,7 @@ from tasks.files import data_files, entries_below, reading, root_of, stamps
 from tasks.hub import reaching
 from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
 from tasks.images.shapes import SHAPES, draw
-from tasks.names import SPLIT_NAMES, resembles_split, split_named
+from tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
 
 log = logging.getLogger("caspr")
 
@@ -172,16 +172,14 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
     others: Counter[str] = Counter()  # images in folders beside the splits
     for parts in paths:
         inner = parts[depth:]
-        if len(inner) < 2:
-            continue  # a README beside the splits
-        top, group, *rest = inner
         name = "/".join(parts)
         is_image = name.lower().endswith(IMG_EXTENSIONS)
-        if not (split := split_named(top)):
-            others[top] += is_image
+        split = split_named(inner[0]) if len(inner) > 1 else None
+        if not split:  # or a README beside the splits
+            others["/".join(parts[: depth + 1][: len(parts) - 1])] += is_image
             continue
-        if folders.setdefault(split, top) != top:
-            raise DataError(f"{where}: {folders[split]} and {top} are both folders of the {split} split; remove one")
+        top, group, *rest = inner
+        call_split(folders, split, top, where)
         groups = splits.setdefault(split, {})
         if not rest and group:
             raise DataError(f"{where}: {name} lies in no folder of a class; the layout is {LAYOUT}")
@@ -191,12 +189,12 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
                 raise DataError(f"{where}: {name} is not an image ({', '.join(IMG_EXTENSIONS)})")
             files.append(name)
     for top, count in others.items():
-        if count and resembles_split(top):
+        if count and resembles_split(top.rpartition("/")[2]):
             raise DataError(
                 f"{where}: {top} is no name of a split (they are {', '.join(SPLIT_NAMES)}); rename or remove it"
             )
         if count and splits:
-            log.info("left out: %d images in the folder %s, which is no split", count, top)
+            log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
     if "train" not in splits:
         raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
     if "test" not in splits:

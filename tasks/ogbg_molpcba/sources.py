@@ -20,7 +20,7 @@ from tasks.archives import Folder, Zip, files_of
 from tasks.base import SPLITS, DataError, Split
 from tasks.files import entries_below, root_of, stamps
 from tasks.hub import reaching
-from tasks.names import resembles_split, split_named
+from tasks.names import call_split, resembles_split, split_named
 from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from tasks.ogbg_molpcba.measured import Measured
 from tasks.ogbg_molpcba.tables import read_table
@@ -133,8 +133,8 @@ def _split_files(names: set[str], top: Path) -> dict[Split, str]:
         stem = name.removeprefix(SPLIT_FOLDER).removesuffix(".csv.gz")
         if name != f"{SPLIT_FOLDER}{stem}.csv.gz":
             continue
-        if (split := split_named(stem)) and found.setdefault(split, name) != name:
-            raise DataError(f"task.root: both {found[split]} and {name} in {top}; remove one of them")
+        if split := split_named(stem):
+            call_split(found, split, name, f"task.root: {top}")
         if resembles_split(stem):
             raise DataError(f"task.root: {name} in {top} is no name of a split (they are train, valid, test)")
     ogb: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "valid"), ("test", "test"))

@@ -13,7 +13,7 @@ from caspr_cli.recipe.schema import Source, TaggingConf, Tags
 from tasks.base import DataError, Split, place_of
 from tasks.files import entries_below, regular, root_of
 from tasks.hub import reaching
-from tasks.names import split_named
+from tasks.names import call_split, split_named
 from tasks.ud_pos.conllu import MISSING, Sentence, read
 
 
@@ -101,12 +101,14 @@ class Files:
         self._tags = conf.tags
         self._files: dict[Split, list[Path]] = {split: [] for split in PARTS}
         codes: set[str] = set()
+        called: dict[Split, str] = {}
         names = entries_below(root, deep=False)
         for name in names:
             match = FILE.fullmatch(name.removesuffix("/"))
             split = split_named(match["split"]) if match else None
             if match and split:
                 codes.add(match["code"])
+                call_split(called, split, match["split"], f"task.root: {conf.root}")
                 self._files[split].append(regular(root / name))
             elif re.search(r"\.conllu\b", name, re.IGNORECASE):
                 raise DataError(

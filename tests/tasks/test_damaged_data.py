@@ -266,6 +266,7 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("unfinished", rename(SECOND, f"{SECOND}.part"), rf"{SECOND}\.part: is a download that was not finished"),
         ("not-packed", rename(SECOND, SECOND[:-3]), rf"^task\.root: {SECOND[:-3]} in .* is no name of a shard of C4"),
         ("other-split", rename(SECOND, "c4-test.0.json.gz"), r"^task\.root: c4-test\.0\.json\.gz in .* is no name"),
+        ("both", put("c4-val.0.json.gz", b""), r"^task\.root: .*: val and validation both name the validation split"),
         ("second-copy", rename(SECOND, f"{SECOND} (1)"), r"^task\.root: .* \(1\) in .* is no name of a shard of C4"),
     ],
     "ud": [
@@ -279,13 +280,14 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("nowhere", instead("xx_a-ud-dev.conllu", nowhere), r"xx_a-ud-dev\.conllu: is a link to nowhere"),
         ("other-split", rename("xx_a-ud-dev.conllu", "xx_a-ud-testing.conllu"), r"xx_a-ud-testing\.conllu in .* is no"),
         ("text-at-end", rename("xx_a-ud-dev.conllu", "xx_a-ud-dev.conllu.txt"), r"ud-dev\.conllu\.txt in .* is no"),
+        ("both", put("xx_a-ud-valid.conllu", b""), r"^task\.root: .*: dev and valid both name the validation split"),
         ("unfinished", put("a.crdownload", b""), r"^a\.crdownload: is a download"),
     ],
     "images": [
         ("testing", copy("test", "testing"), r"^data: testing is no name of a split \(they are train, val, "),
         ("val2017", copy("test", "val2017"), r"^data: val2017 is no name of a split"),
         ("both", lambda root: [copy("test", n)(root) for n in ("val", "valid")],
-         r"^data: val and valid are both folders of the validation split"),
+         r"^data: val and valid both name the validation split"),
         ("empty", put("train/cat/0.png", b""), r"^data: train/cat/0\.png is empty$"),
         ("text", put("train/cat/0.png", b"no image"), r"^data: train/cat/0\.png is not an image$"),
         ("cut", cut("train/cat/0.png"), r"^data: train/cat/0\.png cannot be decoded \("),
@@ -333,7 +335,7 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("folder", instead("raw/edge.csv.gz", Path.mkdir), r"^task\.root: no raw/edge\.csv\.gz in "),
         ("nowhere", instead("raw/edge.csv.gz", nowhere), r"raw/edge\.csv\.gz: is a link to nowhere"),
         ("both", lambda root: shutil.copy(root / "split/scaffold/valid.csv.gz", root / "split/scaffold/dev.csv.gz"),
-         r"^task\.root: both split/scaffold/dev\.csv\.gz and split/scaffold/valid\.csv\.gz in "),
+         r"^task\.root: .*: split/scaffold/dev\.csv\.gz and split/scaffold/valid\.csv\.gz both name the validation"),
     ],
     "ogb_zip": [
         ("encrypted", encrypted, r"^data\.zip: pcba/.* is encrypted"),
@@ -457,9 +459,11 @@ def test_folders_beside_the_splits_are_said_to_be_left_out(tmp_path: Path, caplo
     root = written("images", tmp_path)
     copy("test", "extra")(root)
     (root / "README.md").write_text("about it")
+    (root / "logo.png").write_bytes(image())
     with caplog.at_level("INFO", "caspr"):
         assert sizes("images", root) == {"train": 6, "validation": 2, "test": 4}
-    assert "left out: 4 images in the folder extra" in caplog.text
+    assert "left out: 4 images in the folder extra, which" in caplog.text
+    assert "left out: 1 images in data, which" in caplog.text
 
 
 @pytest.mark.parametrize("packer", ["windows", "dots", "mac", "unflagged", "top-folder"])
