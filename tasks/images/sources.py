@@ -169,14 +169,14 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
     depth = 1 if len(tops) == 1 and not any(map(split_named, tops)) else 0  # the folder that was zipped
     folders: dict[Split, str] = {}  # of each split
     splits: dict[Split, dict[str, list[str]]] = {}
-    others: Counter[str] = Counter()  # images in folders beside the splits
+    others: Counter[str] = Counter()  # images in each folder beside the splits, and in none
     for parts in paths:
         inner = parts[depth:]
         name = "/".join(parts)
         is_image = name.lower().endswith(IMG_EXTENSIONS)
         split = split_named(inner[0]) if len(inner) > 1 else None
         if not split:  # or a README beside the splits
-            others["/".join(parts[: depth + 1][: len(parts) - 1])] += is_image
+            others["/".join(parts[: depth + 1]) if len(inner) > 1 else ""] += is_image
             continue
         top, group, *rest = inner
         call_split(folders, split, top, where)

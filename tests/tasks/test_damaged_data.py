@@ -295,7 +295,7 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("folder", instead("train/cat/0.png", lambda p: [p.mkdir(), put("a.txt", b"")(p)]), r"a\.txt is not an im"),
         ("nowhere", instead("train/cat/0.png", nowhere), r"/train/cat/0\.png: is a link to nowhere"),
         ("circle", lambda root: (root / "train" / "cat" / "up").symlink_to(root / "train"),
-         r"/train/cat/up/cat/up|/train/cat/up: is a link to a folder that it lies in$"),
+         r"/train/cat/up: is a link to a folder that it lies in$"),
         ("unfinished", put("train/cat/9.png.crdownload", b""), r"^train/cat/9\.png\.crdownload: is a download"),
         ("strip", lambda root: Image.new("RGB", (5000, 1)).save(root / "train/cat/0.png"), r"5000 x 1 pixels"),
     ],
@@ -481,10 +481,12 @@ def test_names_in_a_zip_whoever_packed_it(tmp_path: Path, packer: str) -> None:
             "windows": lambda name: name.replace("/", "\\"),
             "dots": lambda name: f"./{name}",
             "mac": str,
-            "top-folder": lambda name: f"pets/{name}",
+            "top-folder": lambda name: f"test_set/{name}",
         }[packer]
-        junk = {"__MACOSX/._train": b"", "train/.DS_Store": b""} if packer == "mac" else {}
-        pack(root, {change_name(name): data for name, data in content.items()} | junk)
+        junk = {"mac": {"__MACOSX/._train": b"", "train/.DS_Store": b""}, "top-folder": {"logo.png": image()}}.get(
+            packer, {}
+        )
+        pack(root, {change_name(name): data for name, data in (content | junk).items()})
     assert read("zip", root)[0].describe_data() == expected
 
 
