@@ -18,9 +18,8 @@ import json
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ FORMAT = 1  # of the files; raised when they change
 COUNTED = 1_000_000  # documents the tokenizer is trained on, at most: more cost memory and move no merge that matters
 KIND = "c4_lm"  # folder of the cache
 LONGEST_WORD = 1000  # characters: BPE takes time with the square of a word's length
+RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
 
@@ -173,17 +173,9 @@ def _has_long_word(text: str) -> bool:
     return max(map(len, text.split()), default=0) > LONGEST_WORD or LONG_SPACE.search(text) is not None
 
 
-def _words(text: str) -> Iterator[str]:
-    """Runs of letters, of numbers, of spaces, and of the rest: a byte-level BPE joins nothing beyond these."""
-    return ("".join(run) for _, run in groupby(text, _kind))
-
-
-def _kind(character: str) -> str:
-    if character.isalpha():
-        return "letter"
-    if character.isspace():
-        return "space"
-    return "number" if unicodedata.category(character)[0] == "N" else "other"
+def _words(text: str) -> list[str]:
+    """Runs of letters, of digits, of spaces, and of the rest: a byte-level BPE joins nothing beyond these."""
+    return RUN.findall(text)
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
