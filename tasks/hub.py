@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tasks.base import DataError
+from tasks.errors import DataError
+from tasks.files import disk_error
 
 
 @contextmanager
@@ -18,9 +19,12 @@ def reaching(what: str, instead: str) -> Iterator[None]:
 
     Raises:
         DataError: it cannot be reached.
+        OSError: the disk is full that it is fetched to.
     """
     try:
         yield
     except OSError as error:  # ConnectionError, and every error of huggingface_hub
+        if disk_error(error):
+            raise
         first = str(error).partition("\n")[0]
         raise DataError(f"{what} cannot be reached ({first})\n{instead}") from error

@@ -61,5 +61,5 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
 
     try:
         return workload_of_task(what, dtype, device)
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(f"--task {what.task.name}: {str(error).splitlines()[0]}") from error

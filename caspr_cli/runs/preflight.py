@@ -20,7 +20,7 @@ def main() -> int:
     try:
         for line in table(plan(recipe)):
             print(line)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:  # OSError: the disk of the cache is full
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -52,11 +52,12 @@ def _end(record: Record, error: Exception, rank: int, world: int) -> int:
 
     if isinstance(error, LostError):
         return CUT_OFF  # whoever ended first knows why
-    message, code = str(error) or type(error).__name__, 1
+    # A loader's process hands an error on as the text of its traceback, which ends in what it said.
+    message, code = str(error).rpartition(f"{DataError.__qualname__}: ")[2].strip() or type(error).__name__, 1
     user_error = isinstance(error, (DataError, ConfigError, RecordDamagedError))
     if isinstance(error, HungError):
         code = CUT_OFF
-    elif disk := disk_error(error):
+    elif not isinstance(error, DataError) and (disk := disk_error(error)):  # data that may not be read are no disk
         message, code = f"{disk.filename or record.path}: {disk.strerror}", CUT_OFF
     elif not user_error:
         message = f"{type(error).__name__}: {message}"

@@ -108,7 +108,7 @@ def recordings(choice: Choice, say: Say) -> list[Recording]:
             for seed in choice.all_seeds:
                 say(f"{name}: training for {choice.steps[-1]} steps, seed {seed}")
                 found += record(name, seed, choice.steps[-1], _wanted(choice, name), choice.optim)
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(str(error)) from error
     return found
 

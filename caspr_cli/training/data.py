@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from caspr_cli.recipe.schema import Recipe
-from tasks.base import DataError, Task
+from tasks.base import SPLITS, DataError, Split, Task
 
 Draw = tuple[int, int]  # index of a sample, and the seed of what it draws when it is read
 
@@ -78,36 +78,49 @@ class Seeded(Dataset[Any]):
 
 
 class TaskData(LightningDataModule):
-    """The splits of a task as loaders for this rank."""
+    """The splits of a task as loaders for this rank.
+
+    Raises:
+        DataError: a split has not enough samples, for a batch or for each rank to have one.
+    """
 
     def __init__(self, task: Task, recipe: Recipe, *, start: int, rank: int, world: int) -> None:
         super().__init__()
         self.task, self.recipe, self.start, self.rank, self.world = task, recipe, start, rank, world
+        self._datasets = {split: task.dataset(split) for split in SPLITS}
+        self._sampler = StepSampler(
+            self._size("train"),
+            recipe.task.batch_size,
+            seed=recipe.seed,
+            start=start,
+            rank=rank,
+            world=world,
+            accumulate=recipe.trainer.accumulate,
+        )
+        for split in SPLITS:
+            if (size := self._size(split)) < world:
+                raise DataError(
+                    f"trainer.devices: the {split} split has {size} sample{'s' if size > 1 else ''}, and each of the "
+                    f"{world} processes needs one; take trainer.devices={max(size, 1)}, or a larger split"
+                )
+
+    def _size(self, split: Split) -> int:
+        return len(cast(Any, self._datasets[split]))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = self.task.dataset("train")
-        sampler = StepSampler(
-            len(cast(Any, dataset)),
-            self.recipe.task.batch_size,
-            seed=self.recipe.seed,
-            start=self.start,
-            rank=self.rank,
-            world=self.world,
-            accumulate=self.recipe.trainer.accumulate,
-        )
-        return DataLoader(Seeded(dataset), batch_sampler=cast(Any, sampler), **self._loading())
+        return DataLoader(Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._in_order(self.task.dataset("validation"))
+        return self._in_order("validation")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._in_order(self.task.dataset("test"))
+        return self._in_order("test")
 
-    def _in_order(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+    def _in_order(self, split: Split) -> DataLoader[Any]:
         """This rank's share, each sample once: ranks may have one more or less, nothing is repeated to fill up."""
-        share = list(range(self.rank, len(cast(Any, dataset)), self.world))
+        share = list(range(self.rank, self._size(split), self.world))
         return DataLoader(
-            torch.utils.data.Subset(dataset, share),
+            torch.utils.data.Subset(self._datasets[split], share),
             batch_size=self.recipe.task.batch_size,
             **self._loading(),
         )

@@ -17,7 +17,8 @@ from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import SPLITS, DataError, Split
 from tasks.c4_lm.sources import documents
 from tasks.c4_lm.tokens import byte_lengths, token_files
-from tasks.cache import damaged, read_meta
+from tasks.cache import META, damaged, read_meta, whole
+from tasks.files import reading
 
 
 class Windows(Dataset[Tensor]):
@@ -60,6 +61,7 @@ class Corpus:
         self._conf = conf
 
     @cached_property
+    @reading("task.data: the documents")
     def directory(self) -> Path:
         """Where the token files are; builds them if need be, see :mod:`tasks.c4_lm.tokens`."""
         return token_files(documents(self._conf), self._conf.vocab_size)
@@ -72,14 +74,17 @@ class Corpus:
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of these files."""
-        return Tokenizer.from_file(str(self.directory / "tokenizer.json"))
+        path = self.directory / "tokenizer.json"
+        with whole(path):
+            return Tokenizer.from_file(str(path))
 
     def check(self) -> None:
         """Raise :class:`DataError` unless each split has a window, and its file the size it was written with."""
-        width = np.dtype(self.meta["dtype"]).itemsize
-        for split in SPLITS:
+        with whole(self.directory / META):
+            width = np.dtype(self.meta["dtype"]).itemsize
+            sizes = {split: self.meta["splits"][split]["tokens"] for split in SPLITS}
+        for split, tokens in sizes.items():
             path = self.directory / f"{split}.bin"
-            tokens = self.meta["splits"][split]["tokens"]
             if not path.is_file() or path.stat().st_size != tokens * width:
                 raise damaged(path)
             if tokens < self._conf.sequence + 1:

@@ -10,6 +10,7 @@ import ast
 import json
 import logging
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,9 @@ from typing import Protocol
 
 from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import DataError, Split, place_of
-from tasks.files import lines, root_of, stamps
+from tasks.files import entries_below, lines, reading, regular, root_of, stamps
 from tasks.hub import reaching
+from tasks.names import call_split, split_named
 
 log = logging.getLogger("caspr")
 
@@ -99,7 +101,8 @@ class StandardLibrary:
         found = {f"topic:{name}": text for name, text in sorted(stdlib_topics().items())}
         for path in _python_files(root):
             module = ".".join(path.relative_to(root).with_suffix("").parts)
-            found[f"module:{module}"] = docstrings(path.read_bytes())
+            with reading(str(path)):
+                found[f"module:{module}"] = docstrings(path.read_bytes())
         return {name: text for name, text in _without_repeats(found) if text}
 
 
@@ -166,6 +169,10 @@ def _without_repeats(documents: dict[str, str]) -> Iterator[tuple[str, str]]:
 # ---- files: C4's shards -----------------------------------------------------------------------------------------
 
 
+SHARD = re.compile(r"c4-([a-z]+)\..*\.json\.gz", re.IGNORECASE)
+LIKE_SHARD = re.compile(r"c4-.*\.jsonl?\b", re.IGNORECASE)
+
+
 class Shards:
     """C4 as it is published: gzipped files of one JSON object a line, its document in the field ``text``."""
 
@@ -174,26 +181,34 @@ class Shards:
     def __init__(self, conf: C4LMConf) -> None:
         self._conf = conf
         self._root = root_of(conf, "c4-train.*.json.gz and c4-validation.*.json.gz")
-        self._train = self._shards("c4-train.*.json.gz")
-        self._held_out = self._shards("c4-validation.*.json.gz")
-
-    def _shards(self, pattern: str) -> list[Path]:
-        shards = sorted(self._root.glob(pattern))
-        if not shards:
-            raise DataError(f"task.root: no {pattern} in {self._conf.root}")
-        return shards
+        self._shards: dict[Split, list[Path]] = {"train": [], "validation": []}
+        called: dict[Split, str] = {}
+        for name in entries_below(self._root, deep=False):
+            match = SHARD.fullmatch(name.removesuffix("/"))
+            split = split_named(match[1]) if match else None
+            if match and split in self._shards:
+                call_split(called, split, match[1], f"task.root: {conf.root}")
+                self._shards[split].append(regular(self._root / name))
+            elif LIKE_SHARD.match(name):
+                raise DataError(
+                    f"task.root: {name} in {conf.root} is no name of a shard of C4; rename or remove it "
+                    "(c4-train.*.json.gz, c4-validation.*.json.gz)"
+                )
+        for split, shards in self._shards.items():
+            if not shards:
+                raise DataError(f"task.root: no c4-{split}.*.json.gz in {conf.root}")
 
     def identity(self) -> list[str]:
         """Path, size and time of change of each shard, and how many documents are read."""
         limits = f"{self._conf.train_documents} {self._conf.eval_documents}"
-        return [self.name, limits, *stamps([*self._train, *self._held_out])]
+        return [self.name, limits, *stamps([*self._shards["train"], *self._shards["validation"]])]
 
     def split(self, split: Split) -> Iterator[str]:
         """See :class:`Documents`."""
         log.info("reading the %s documents in %s", split, self._root)
         if split == "train":
-            return islice(_read_shards(self._train), self._conf.train_documents)
-        return _halve(_read_shards(self._held_out), self._conf, split)
+            return islice(_read_shards(self._shards["train"]), self._conf.train_documents)
+        return _halve(_read_shards(self._shards["validation"]), self._conf, split)
 
 
 def _read_shards(shards: list[Path]) -> Iterator[str]:
@@ -206,6 +221,8 @@ def _text_of(line: str, where: str) -> str:
     try:
         text = json.loads(line)["text"]
         text.encode()  # a lone surrogate is valid JSON but no text
+    except RecursionError:
+        raise DataError(f"{where}: brackets nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{where}: not a JSON object with a 'text' field") from None
     return str(text)

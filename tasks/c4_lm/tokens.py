@@ -17,19 +17,19 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tasks.base import SPLITS, DataError
+from tasks.base import SPLITS
 from tasks.c4_lm.sources import Documents
-from tasks.cache import META, cache_root, digest, move_into_place
+from tasks.cache import META, building, cache_root, digest, move_into_place
 
 log = logging.getLogger("caspr")
 
@@ -38,13 +38,16 @@ SMALLEST_VOCABULARY = 257  # every byte, and END
 FORMAT = 1  # of the files; raised when they change
 COUNTED = 1_000_000  # documents the tokenizer is trained on, at most: more cost memory and move no merge that matters
 KIND = "c4_lm"  # folder of the cache
+LONGEST_WORD = 1000  # characters: BPE takes time with the square of a word's length
+RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
+LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
 
 
 def token_files(documents: Documents, vocab_size: int) -> Path:
     """The directory of the token files of ``documents``, built now if it is not there.
 
-    Raises :class:`DataError` where the source does, and where the cache cannot be written or a file cannot be read.
+    Raises as :func:`tasks.cache.building`, and :class:`DataError` where the source does.
     """
     root = cache_root(KIND)
     pointer = root / "sources" / digest([*documents.identity(), *_settings(vocab_size)])
@@ -52,15 +55,11 @@ def token_files(documents: Documents, vocab_size: int) -> Path:
         built = root / pointer.read_text()
         if (built / META).is_file():
             return built
-    try:
-        pointer.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".building-", dir=root) as name:
-            aside = Path(name)
-            built = _build(documents, vocab_size, aside, root)
-            (aside / "pointer").write_text(built.name)
-            os.replace(aside / "pointer", pointer)
-    except OSError as error:
-        raise DataError(f"CASPR_CACHE: cannot build token files in {root}: {error}") from error
+    with building(root) as aside:
+        built = _build(documents, vocab_size, aside, root)
+        (aside / "pointer").write_text(built.name)
+        pointer.parent.mkdir(exist_ok=True)
+        os.replace(aside / "pointer", pointer)
     return built
 
 
@@ -76,7 +75,7 @@ def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Pa
     # A process that forks later (a DataLoader's workers) draws a warning from `tokenizers` unless this is set.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     log.info("training the tokenizer (%d types)", vocab_size)
-    tokenizer = train_tokenizer(islice(_spooled(aside / "train.jsonl"), COUNTED), vocab_size)
+    tokenizer = train_tokenizer(map(shortened, islice(_spooled(aside / "train.jsonl"), COUNTED)), vocab_size)
     tokenizer.save(str(whole / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
     for split in SPLITS:
@@ -140,11 +139,43 @@ def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: np.dt
     count = 0
     with path.open("wb") as file:
         while batch := list(islice(texts, BATCH)):
-            for encoding in tokenizer.encode_batch_fast(batch):
-                ids = np.array([*encoding.ids, end], dtype)
+            cut = [pieces(text) for text in batch]
+            encodings = iter(tokenizer.encode_batch_fast([piece for text in cut for piece in text]))
+            for text in cut:
+                ids = np.array([*chain.from_iterable(next(encodings).ids for _ in text), end], dtype)
                 file.write(ids.tobytes())
                 count += len(ids)
     return count
+
+
+def pieces(text: str) -> list[str]:
+    """The text, cut within each word of more than LONGEST_WORD characters; in one piece where there is none."""
+    if not _has_long_word(text):
+        return [text]
+    found = [""]
+    for word in _words(text):
+        for start in range(0, len(word), LONGEST_WORD):
+            if start:
+                found.append("")
+            found[-1] += word[start : start + LONGEST_WORD]
+    return found
+
+
+def shortened(text: str) -> str:
+    """The text with the first LONGEST_WORD characters of each word."""
+    return "".join(word[:LONGEST_WORD] for word in _words(text)) if _has_long_word(text) else text
+
+
+def _has_long_word(text: str) -> bool:
+    """Whether there may be one: quick, as it is asked of every document."""
+    if len(text) <= LONGEST_WORD:
+        return False
+    return max(map(len, text.split()), default=0) > LONGEST_WORD or LONG_SPACE.search(text) is not None
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters, of digits, of spaces, and of the rest: a byte-level BPE joins nothing beyond these."""
+    return RUN.findall(text)
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

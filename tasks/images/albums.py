@@ -1,21 +1,20 @@
-"""The images of one split, one at a time: from arrays, from files, or from the members of a zip."""
+"""The images of one split, one at a time: from arrays, or from files."""
 
 from __future__ import annotations
 
 import io
-import os
-import zipfile
-import zlib
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tasks.base import DataError
+from tasks.archives import Files
+from tasks.errors import DataError
+from tasks.files import reading
 
 Array = np.ndarray[Any, Any]
 
+LONGEST = 1000  # times an image may be as long as it is wide: a strip of a million pixels would fill the memory
 SMALL = 64  # pixels a side, up to which whole images are not worth keeping, and larger crops neither
 
 
@@ -41,56 +40,42 @@ class ArrayAlbum:
 
 
 class FileAlbum:
-    """Image files, opened when they are asked for.
+    """Image files, opened when they are asked for: those of ``files`` that have the names ``names``."""
 
-    Args:
-        root: a directory, or a zip.
-        names: paths below ``root``, or names of members.
-    """
-
-    def __init__(self, root: Path, names: list[str], labels: Array) -> None:
+    def __init__(self, files: Files, names: list[str], labels: Array) -> None:
         self.names = names
         self.labels = np.asarray(labels, np.int64)
-        self._root = root
-        self._zips: dict[int, zipfile.ZipFile] = {}
+        self.files = files
 
     def image(self, index: int) -> Image.Image:
         """See :class:`Album`."""
         name = self.names[index]
-        try:
-            content = self._zip().read(name) if self._root.is_file() else (self._root / name).read_bytes()
-        # RuntimeError: a member with a password; NotImplementedError: an odd compression
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise DataError(f"{self._root.name}: {name} cannot be read ({error})") from error
-        return decode(content, f"{self._root.name}: {name}")
+        where = f"{self.files.root.name}: {name}"
+        with reading(where), self.files.open(name) as file:
+            content = file.read()
+        return decode(content, where)
 
     def size(self, index: int) -> int:
         """Bytes of the file."""
-        name = self.names[index]
-        return self._zip().getinfo(name).file_size if self._root.is_file() else (self._root / name).stat().st_size
-
-    def _zip(self) -> zipfile.ZipFile:
-        # One handle a process: a forked one would move its parent's place in the file.
-        pid = os.getpid()
-        if pid not in self._zips:
-            self._zips = {pid: zipfile.ZipFile(self._root)}
-        return self._zips[pid]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zips": {}}  # an open file has no pickle
+        return self.files.size(self.names[index])
 
 
 def decode(content: bytes, name: str) -> Image.Image:
     """An image file as RGB. Raises :class:`DataError`, which begins with ``name``, where it is none."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
+    # Pillow raises OSError for most, SyntaxError for a broken PNG, ValueError and others from inside its readers.
+    with reading(name, "cannot be decoded"):
+        try:
+            image = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError as error:
+            raise DataError(f"{name} {'is not an image' if content else 'is empty'}") from error
+        with image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
                 raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode})")
+            if max(image.size) > LONGEST * min(image.size):
+                raise DataError(
+                    f"{name}: {image.width} x {image.height} pixels, a side more than {LONGEST} of the other"
+                )
             return image.convert("RGB")
-    # Pillow raises OSError for most, SyntaxError for a broken PNG, ValueError and others from inside its readers.
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"{name} cannot be decoded ({reason})") from error
 
 
 def centred(image: Image.Image, size: int) -> Image.Image:

@@ -25,8 +25,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
-from tasks.base import SPLITS, DataError, Split
-from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
+from tasks.archives import files_of
+from tasks.base import SPLITS, Split
+from tasks.cache import (
+    META,
+    array_file,
+    build_once,
+    cache_root,
+    damaged,
+    digest,
+    read_array,
+    read_meta,
+    whole,
+    write_array,
+)
+from tasks.files import reading
 from tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from tasks.images.augment import image_augmentation
 from tasks.images.sources import Found, pictures
@@ -91,19 +104,16 @@ class Gallery:
         self._whole = conf.augment in (Augment.imagenet, Augment.rand_augment) and conf.size > SMALL
 
     @cached_property
+    @reading("task.data: the images")
     def directory(self) -> Path:
         """Where the arrays or lists are; builds them if need be."""
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
-        try:
-            identity = source.identity()
-        except OSError as error:  # a link to nowhere, or a folder that may not be read
-            raise DataError(f"task.root: {error}") from error
 
         def build(aside: Path) -> dict[str, Any]:
             return {"data": source.name} | self._build(source.load(aside), aside)
 
-        return build_once(cache_root("images") / digest([*identity, *settings]), build)
+        return build_once(cache_root("images") / digest([*source.identity(), *settings]), build)
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -131,7 +141,7 @@ class Gallery:
         content = hashlib.sha256(json.dumps(found.classes).encode())
         for split in SPLITS:
             labels = found.albums[split].labels
-            np.save(aside / f"{split}_labels.npy", labels)
+            write_array(aside / f"{split}_labels.npy", labels)
             content.update(labels.astype("<i8").tobytes())
         meta: dict[str, Any] = {
             "classes": found.classes,
@@ -153,13 +163,15 @@ class Gallery:
                 album = found.albums[split]
                 assert isinstance(album, FileAlbum)
                 (aside / f"{split}.json").write_text(json.dumps(album.names), encoding="utf8")
-                content.update("\n".join(f"{name} {album.size(i)}" for i, name in enumerate(album.names)).encode())
+                listed = "\n".join(f"{name} {album.size(i)}" for i, name in enumerate(album.names))
+                content.update(listed.encode("utf8", "surrogateescape"))  # names are bytes, in whatever encoding
         return meta | {"hash": content.hexdigest()[:16]}
 
     def check(self) -> None:
         """Raise :class:`DataError` unless all files are there, with the sizes they were written with."""
-        for split in SPLITS:
-            count = self.meta["splits"][split]["images"]
+        with whole(self.directory / META):
+            counts = {split: self.meta["splits"][split]["images"] for split in SPLITS}
+        for split, count in counts.items():
             labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
             if read_array(labels).shape != (count,):
                 raise damaged(labels)
@@ -178,11 +190,11 @@ class Gallery:
             if change is None:
                 return Decoded(pixels, labels)
             return Opened(ArrayAlbum(read_array(pixels), read_array(labels)), change)
-        try:
+        with whole(self._names(split)):
             names = json.loads(self._names(split).read_text(encoding="utf8"))
-        except ValueError as error:
-            raise damaged(self._names(split)) from error
-        album = FileAlbum(Path(str(self._conf.root)).expanduser(), names, read_array(labels))
+            if len(names) != len(read_array(labels)):
+                raise damaged(self._names(split))
+        album = FileAlbum(files_of(Path(str(self._conf.root)).expanduser()), names, read_array(labels))
         return Opened(album, change or Centred(self._conf.size))
 
     def describe(self) -> dict[str, Any]:
@@ -197,12 +209,11 @@ class Gallery:
 
 
 def _decode(album: Album, size: int, path: Path) -> Array:
-    """Write all images of an album as one array ``[N, size, size, 3]``, and give it back."""
-    shape = (len(album.labels), size, size, 3)
-    pixels: Array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    for i in range(len(pixels)):
-        pixels[i] = np.asarray(centred(album.image(i), size))
-    return pixels
+    """Write all images of an album as one array ``[N, size, size, 3]``, and give it back, memory-mapped."""
+    with array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
+        for i in range(len(album.labels)):
+            file.write(np.asarray(centred(album.image(i), size)).tobytes())
+    return read_array(path)
 
 
 def _moments(pixels: Array) -> tuple[list[float], list[float]]:

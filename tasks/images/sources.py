@@ -8,7 +8,7 @@ becomes one; where there is no test split (ImageNet publishes no labels of it), 
 from __future__ import annotations
 
 import logging
-import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
 from caspr_cli.recipe.schema import Images, ImagesConf, Source
-from tasks.base import DataError, Split
-from tasks.files import root_of, stamps
+from tasks.archives import files_of
+from tasks.base import SPLITS, DataError, Split
+from tasks.files import data_files, entries_below, reading, root_of, stamps
 from tasks.hub import reaching
 from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
 from tasks.images.shapes import SHAPES, draw
+from tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
 
 log = logging.getLogger("caspr")
 
@@ -126,18 +128,17 @@ class Folder:
 
     def identity(self) -> list[str]:
         """Path, size and time of change of every file, or of the zip."""
-        if self._root.is_file():
-            return [self.name, *stamps([self._root])]
-        return [self.name, *stamps(sorted(self._root.rglob("*")))]
+        return [self.name, *stamps(data_files(self._root))]
 
     def load(self, aside: Path) -> Found:
         """See :class:`Pictures`."""
         log.info("listing the images in %s", self._root)
-        found = sort_out(_entries(self._root), self._root.name)
+        files = files_of(self._root)
+        found = sort_out(files.names(), self._root.name)
         labels = {name: label for label, name in enumerate(sorted(found["train"]))}
         albums: dict[Split, FileAlbum] = {
             split: FileAlbum(
-                self._root,
+                files,
                 [name for group in sorted(groups) for name in groups[group]],
                 np.array([labels[group] for group in sorted(groups) for _ in groups[group]]),
             )
@@ -146,53 +147,54 @@ class Folder:
         if "validation" not in albums:
             train = albums["train"]
             kept, held = (
-                FileAlbum(self._root, [train.names[i] for i in chosen], train.labels[chosen])
+                FileAlbum(files, [train.names[i] for i in chosen], train.labels[chosen])
                 for chosen in hold_out(train.labels)
             )
             albums |= {"train": kept, "validation": held}
         return Found(list(labels), dict(albums))
 
 
-def _entries(root: Path) -> list[str]:
-    """Paths of all files and folders below ``root``, or in it where it is a zip; a folder's ends in a slash."""
-    if root.is_dir():
-        return sorted(path.relative_to(root).as_posix() + "/" * path.is_dir() for path in root.rglob("*"))
-    try:
-        with zipfile.ZipFile(root) as file:
-            return sorted(file.namelist())
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"task.root: {root.name} is neither a directory nor a zip that can be read ({error})") from None
-
-
 def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]]:
     """The image files of each split and class, where "validation" may be missing.
 
     Args:
-        entries: paths; a folder's ends in a slash. Hidden files are passed over.
+        entries: paths; a folder's ends in a slash.
         where: name of what they lie in, for messages.
 
     Raises:
         DataError: they lie in no such layout; the message names the file or folder.
     """
     paths = [entry.split("/") for entry in entries]
-    paths = [parts for parts in paths if not any(part.startswith((".", "__MACOSX")) for part in parts)]
     tops = {parts[0] for parts in paths if len(parts) > 1}
-    depth = 1 if "train" not in tops and len(tops) == 1 else 0  # the folder that was zipped
-    splits: dict[str, dict[str, list[str]]] = {}
+    depth = 1 if len(tops) == 1 and not any(map(split_named, tops)) else 0  # the folder that was zipped
+    folders: dict[Split, str] = {}  # of each split
+    splits: dict[Split, dict[str, list[str]]] = {}
+    others: Counter[str] = Counter()  # images in each folder beside the splits, and in none
     for parts in paths:
         inner = parts[depth:]
-        if len(inner) < 2 or inner[0] not in ("train", "validation", "val", "test"):
-            continue  # a README beside the splits
-        split, group, *rest = inner
-        groups = splits.setdefault("validation" if split == "val" else split, {})
         name = "/".join(parts)
+        is_image = name.lower().endswith(IMG_EXTENSIONS)
+        split = split_named(inner[0]) if len(inner) > 1 else None
+        if not split:  # or a README beside the splits
+            others["/".join(parts[: depth + 1]) if len(inner) > 1 else ""] += is_image
+            continue
+        top, group, *rest = inner
+        call_split(folders, split, top, where)
+        groups = splits.setdefault(split, {})
         if not rest and group:
             raise DataError(f"{where}: {name} lies in no folder of a class; the layout is {LAYOUT}")
         files = groups.setdefault(group, []) if group else []
         if rest and rest[-1]:
-            if not name.lower().endswith(IMG_EXTENSIONS):
+            if not is_image:
                 raise DataError(f"{where}: {name} is not an image ({', '.join(IMG_EXTENSIONS)})")
             files.append(name)
+    for top, count in others.items():
+        if count and resembles_split(top.rpartition("/")[2]):
+            raise DataError(
+                f"{where}: {top} is no name of a split (they are {', '.join(SPLIT_NAMES)}); rename or remove it"
+            )
+        if count and splits:
+            log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
     if "train" not in splits:
         raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
     if "test" not in splits:
@@ -201,7 +203,7 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
         splits["test"] = splits.pop("validation")
     for split, groups in splits.items():
         _check_classes(split, groups, set(splits["train"]), where)
-    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
+    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def _check_classes(split: str, groups: dict[str, list[str]], classes: set[str], where: str) -> None:
@@ -229,13 +231,17 @@ class ImageNet(Folder):
 
     def __init__(self, conf: ImagesConf) -> None:
         self._root = root_of(conf, self.holds)
-        for split in ("train", "val"):
-            if not (self._root / split).is_dir():
-                raise DataError(f"task.root: no folder {split} in {conf.root}\n{EXTRACT}")
+        entries = entries_below(self._root, deep=False)
+        named = {split_named(entry[:-1]): entry for entry in entries if entry.endswith("/")}
+        for split, name in (("train", "train"), ("validation", "val")):
+            if split not in named:
+                raise DataError(f"task.root: no folder {name} in {conf.root}\n{EXTRACT}")
+        self._folders = [self._root / named["train"], self._root / named["validation"]]
 
     def identity(self) -> list[str]:
         """Path and time of change of every folder: there are a thousand of them, and a million files."""
-        return [self.name, *stamps(sorted([*self._root.glob("train/*"), *self._root.glob("val/*")]))]
+        classes = [folder / name for folder in self._folders for name in entries_below(folder, deep=False)]
+        return [self.name, *stamps(classes)]
 
 
 # ---- torchvision's data sets -------------------------------------------------------------------------------------
@@ -304,22 +310,29 @@ class Published:
         for path, md5 in self._files(root):
             if md5 and not check_integrity(path, md5):
                 raise DataError(f"{path.name}: has another md5 than it should; fetch {self.name} again")
-        try:
-            parts = [self._class(str(root), train=train, download=False) for train in (True, False)]
-        except Exception as error:  # whatever its readers make of bytes of another kind
-            raise DataError(f"{root}: these are not the files of {self.name} ({error})") from error
-        (images, labels), (test_images, test_labels) = (
-            (np.asarray(part.data), np.asarray(part.targets, np.int64)) for part in parts
-        )
-        for name, pixels, targets in (("training", images, labels), ("test", test_images, test_labels)):
-            if len(pixels) != len(targets) or not len(targets):
-                raise DataError(f"{root}: {len(pixels)} images and {len(targets)} labels in the {name} split")
+        images, labels, classes = self._part(root, train=True)
+        test_images, test_labels, _ = self._part(root, train=False)
         train, validation = hold_out(labels)
         return Found(
-            list(parts[0].classes),
+            classes,
             {
                 "train": ArrayAlbum(images[train], labels[train]),
                 "validation": ArrayAlbum(images[validation], labels[validation]),
                 "test": ArrayAlbum(test_images, test_labels),
             },
         )
+
+    def _part(self, root: Path, *, train: bool) -> tuple[Array, Array, list[str]]:
+        """Images, labels ``[N]`` and the names of the classes of a split."""
+        of_it = ("train", "data_batch") if train else ("t10k", "test")
+        where = ", ".join(path.name for path, _ in self._files(root) if path.name.startswith(of_it))
+        with reading(
+            f"{where}:", f"these are not the files of {self.name}"
+        ):  # whatever its readers make of other bytes
+            part = self._class(str(root), train=train, download=False)
+            images, labels, classes = np.asarray(part.data), np.asarray(part.targets, np.int64), list(part.classes)
+        if len(images) != len(labels) or not images.size:
+            raise DataError(f"{where}: {len(images)} images and {len(labels)} labels")
+        if labels.max() >= len(classes):
+            raise DataError(f"{where}: label {labels.max()}, but {self.name} has {len(classes)} classes, from 0 on")
+        return images, labels, classes

@@ -16,7 +16,8 @@ from torch_geometric.data import Batch
 
 from caspr_cli.recipe.schema import MolPCBAConf
 from tasks.base import SPLITS, DataError, Split
-from tasks.cache import build_once, cache_root, damaged, digest, read_array, read_meta
+from tasks.cache import META, build_once, cache_root, damaged, digest, read_array, read_meta, whole, write_array
+from tasks.files import reading
 from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from tasks.ogbg_molpcba.sources import Molecules, molecules
 
@@ -95,6 +96,7 @@ class Library:
         self._conf = conf
 
     @cached_property
+    @reading("task.data: the graphs")
     def directory(self) -> Path:
         """Where the arrays are; builds them if need be."""
         source = molecules(self._conf)
@@ -113,7 +115,9 @@ class Library:
 
     def check(self) -> None:
         """Raise :class:`DataError` unless the files have the sizes that they were written with."""
-        for name, shape in self.meta["shapes"].items():
+        with whole(self.directory / META):
+            shapes = {name: self.meta["shapes"][name] for name in (*ARRAYS, *SPLITS)}
+        for name, shape in shapes.items():
             path = self.directory / f"{name}.npy"
             if list(read_array(path).shape) != shape:
                 raise damaged(path)
@@ -146,7 +150,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
     arrays = {name: getattr(graphs, name) for name in ARRAYS} | splits
     content = hashlib.sha256()
     for name, array in arrays.items():
-        np.save(whole / f"{name}.npy", array)
+        write_array(whole / f"{name}.npy", array)
         content.update(f"{name} {array.dtype} {array.shape}".encode())
         content.update(np.ascontiguousarray(array).data)
     return {

@@ -7,7 +7,7 @@ graphs may have changed, so that a second start need not read them.
 from __future__ import annotations
 
 import logging
-import zipfile
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from caspr_cli.recipe.schema import MolPCBAConf, Source
+from tasks.archives import Files as Archive
+from tasks.archives import Folder, Zip, files_of
 from tasks.base import SPLITS, DataError, Split
-from tasks.files import root_of, stamps
+from tasks.files import entries_below, root_of, stamps
 from tasks.hub import reaching
+from tasks.names import call_split, resembles_split, split_named
 from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from tasks.ogbg_molpcba.measured import Measured
 from tasks.ogbg_molpcba.tables import read_table
@@ -50,8 +53,7 @@ def molecules(conf: MolPCBAConf) -> Molecules:
 
 HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"
 RAW = ("num-node-list", "num-edge-list", "node-feat", "edge", "edge-feat", "graph-label")
-# OGB's name of each split
-FILES: dict[Split, str] = {"train": "train", "validation": "valid", "test": "test"}
+SPLIT_FOLDER = "split/scaffold/"
 
 
 class Files:
@@ -62,22 +64,25 @@ class Files:
     """
 
     def __init__(self, conf: MolPCBAConf) -> None:
-        self._root, self._on_disk = _data_set(conf)
-        self.name = self._root.name
-        names = [f"raw/{name}.csv.gz" for name in RAW] + [f"split/scaffold/{name}.csv.gz" for name in FILES.values()]
-        for name in names:
-            if not self._root.joinpath(name).is_file():
-                raise DataError(f"task.root: no {name} in {self._root}")
+        self._files, self._prefix = _data_set(conf)
+        top = self._files.root / self._prefix
+        self.name = top.name
+        names = {name.removeprefix(self._prefix) for name in self._files.names() if name.startswith(self._prefix)}
+        self._splits = _split_files(names, top)
+        for name in (*(f"raw/{name}.csv.gz" for name in RAW), *self._splits.values()):
+            if name not in names:
+                raise DataError(f"task.root: no {name} in {top}")
 
     def identity(self) -> list[str]:
         """Path, size and time of change of each file, or of the zip."""
-        if self._on_disk.is_file():
-            return [self.name, *stamps([self._on_disk])]
-        return [self.name, *stamps(sorted(self._on_disk.glob("raw/*.gz")) + sorted(self._on_disk.glob("split/*/*.gz")))]
+        if self._files.root.is_file():
+            return [self.name, *stamps([self._files.root])]
+        names = [*(f"raw/{name}.csv.gz" for name in RAW), *self._splits.values()]
+        return [self.name, *stamps(self._files.root / name for name in names)]
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
         """See :class:`Molecules`. Adds the edge back to each that is in the files, where a bond is one edge."""
-        log.info("reading the graphs in %s", self._root)
+        log.info("reading the graphs in %s", self._files.root)
         node_counts = self._raw("num-node-list", np.int64, [MOST_NODES + 1])[:, 0]
         edge_counts = self._raw("num-edge-list", np.int64, [2**32])[:, 0]
         nodes = self._raw("node-feat", np.uint8, ATOM_SIZES)
@@ -97,51 +102,65 @@ class Files:
         if lone is not None:
             edge, end, count = lone
             raise DataError(f"edge.csv.gz:{edge + 1}: node {end} in a graph of {count} (they are numbered from 0)")
-        splits = self._splits(len(node_counts))
+        splits = self._read_splits(len(node_counts))
         return Graphs(node_counts, 2 * edge_counts, nodes, *both_ways(ends, bonds), labels), splits
 
     def _raw(self, name: str, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False) -> Array:
-        return read_table(self._root.joinpath(f"raw/{name}.csv.gz"), dtype, sizes, missing=missing)
+        return read_table(self._files, f"{self._prefix}raw/{name}.csv.gz", dtype, sizes, missing=missing)
 
-    def _splits(self, graphs: int) -> dict[Split, Array]:
+    def _read_splits(self, graphs: int) -> dict[Split, Array]:
         owner = np.full(graphs, -1)  # which split each graph is in
+        names = [name.removeprefix(SPLIT_FOLDER) for name in self._splits.values()]
         splits = {}
-        for number, (split, name) in enumerate(FILES.items()):
-            found = read_table(self._root.joinpath(f"split/scaffold/{name}.csv.gz"), np.int64, [graphs])[:, 0]
+        for number, split in enumerate(self._splits):
+            found = read_table(self._files, self._prefix + self._splits[split], np.int64, [graphs])[:, 0]
             first = np.zeros(len(found), bool)
             first[np.unique(found, return_index=True)[1]] = True
             again = np.flatnonzero(~first | (owner[found] >= 0))
             if len(again):
                 row = again[0]
-                other = list(FILES.values())[owner[found[row]]] if owner[found[row]] >= 0 else name
-                raise DataError(f"{name}.csv.gz:{row + 1}: graph {found[row]} is in {other}.csv.gz already")
+                other = names[owner[found[row]]] if owner[found[row]] >= 0 else names[number]
+                raise DataError(f"{names[number]}:{row + 1}: graph {found[row]} is in {other} already")
             owner[found] = number
             splits[split] = found
         return splits
 
 
-def _data_set(conf: MolPCBAConf) -> tuple[Path | zipfile.Path, Path]:
-    """The directory with raw/ (in a zip, perhaps), and what it is on disk."""
+def _split_files(names: set[str], top: Path) -> dict[Split, str]:
+    """The file of each split, named as OGB does where there is none."""
+    found: dict[Split, str] = {}
+    for name in sorted(names):
+        stem = name.removeprefix(SPLIT_FOLDER).removesuffix(".csv.gz")
+        if name != f"{SPLIT_FOLDER}{stem}.csv.gz":
+            continue
+        if split := split_named(stem):
+            call_split(found, split, name, f"task.root: {top}")
+        if resembles_split(stem):
+            raise DataError(f"task.root: {name} in {top} is no name of a split (they are train, valid, test)")
+    ogb: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "valid"), ("test", "test"))
+    return {split: found.get(split, f"{SPLIT_FOLDER}{name}.csv.gz") for split, name in ogb}
+
+
+def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
+    """A directory or a zip, and the path in it to the folder with raw/: empty, or with a slash at its end."""
     given = Path(conf.root or "").expanduser()
-    disk = given if given.suffix == ".zip" and given.is_file() else root_of(conf, HOLDS)
-    try:
-        if disk.is_dir() and not _folders(disk) and len(zips := list(disk.glob("*.zip"))) == 1:
-            disk = zips[0]
-        found = _folders(zipfile.Path(disk) if disk.is_file() else disk)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"task.root: cannot read {disk}: {error}") from error
-    if not found:
+    disk = given if given.suffix.lower() == ".zip" and given.is_file() else root_of(conf, HOLDS)
+    if disk.is_dir():
+        tops = entries_below(disk, deep=False)
+        zips = [name for name in tops if name.lower().endswith(".zip")]
+        folders = [top for top in ("", *tops) if (not top or top.endswith("/")) and (disk / top / "raw").is_dir()]
+        if not folders and len(zips) == 1:
+            disk = disk / zips[0]
+    if disk.is_file():
+        names = Zip(disk).names()
+        folders = sorted({name[: name.index("raw/")] for name in names if re.match("([^/]+/)?raw/", name)})
+    if "" in folders:
+        return files_of(disk), ""
+    if not folders:
         raise DataError(f"task.root: no raw/ in {conf.root}, nor in a folder of it (it should hold {HOLDS})")
-    if len(found) > 1:
-        raise DataError(f"task.root: {' and '.join(f.name for f in found)} are in {conf.root}; name one of them")
-    return found[0], disk if disk.is_file() else Path(str(found[0]))
-
-
-def _folders(root: Path | zipfile.Path) -> list[Path | zipfile.Path]:
-    """``root``, or those of its folders, that have a folder ``raw``."""
-    if root.joinpath("raw").is_dir():
-        return [root]
-    return sorted((f for f in root.iterdir() if f.joinpath("raw").is_dir()), key=lambda f: f.name)
+    if len(folders) > 1:
+        raise DataError(f"task.root: {' and '.join(f[:-1] for f in folders)} are in {conf.root}; name one of them")
+    return (Zip(disk), folders[0]) if disk.is_file() else (Folder(disk / folders[0]), "")
 
 
 def _agree(name: str, what: str, count: int, other: str, others: str, expected: int) -> None:

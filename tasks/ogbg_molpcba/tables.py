@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pandas
 
-from tasks.base import DataError
+from tasks.archives import Files
+from tasks.errors import DataError
+from tasks.files import LONGEST_LINE, reading
 from tasks.ogbg_molpcba.graphs import MISSING, Array
 
 BLOCK = 1 << 23  # bytes of text parsed at once
@@ -21,9 +20,9 @@ NEWLINE, COMMA = b"\n,"
 
 
 def read_table(
-    path: Path | zipfile.Path, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False
+    files: Files, name: str, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False
 ) -> Array:
-    """All cells, ``[rows, columns]``.
+    """All cells of the file ``name``, ``[rows, columns]``.
 
     Args:
         sizes: for each column, how many values it can take, 0 the first; or one number for as many columns as the
@@ -34,31 +33,37 @@ def read_table(
         DataError: the file cannot be read to its end, or a line has other columns or a cell another value than
             this; the message names file and line.
     """
+    short = name.rpartition("/")[2]
     parts: list[Array] = []
-    for line, block in _blocks(path):
+    for line, block in _blocks(files, name):
         if isinstance(sizes, int):
             sizes = (sizes,) * (block[: block.index(b"\n")].count(b",") + 1)
-        parts.append(_parse(block, sizes, missing, path.name, line).astype(dtype))
+        with reading(f"{short}:{line}:", "cannot be read from here on"):
+            parts.append(_parse(block, sizes, missing, short, line).astype(dtype))
     if not parts:
-        raise DataError(f"{path.name}: empty")
+        raise DataError(f"{short}: empty")
     return np.concatenate(parts)
 
 
-def _blocks(path: Path | zipfile.Path) -> Iterator[tuple[int, bytes]]:
+def _blocks(files: Files, name: str) -> Iterator[tuple[int, bytes]]:
     """Whole lines, some BLOCK bytes at a time, each closed by a newline, with the number of the first."""
-    line, rest, size = 1, [], 0
-    try:
-        with path.open("rb") as raw, gzip.open(raw) as file:
-            while piece := file.read1(1 << 20):
-                rest.append(piece)
-                size += len(piece)
-                if size >= BLOCK and b"\n" in piece:
-                    whole, _, tail = b"".join(rest).rpartition(b"\n")
-                    yield line, whole + b"\n"
-                    line, rest, size = line + whole.count(b"\n") + 1, [tail], len(tail)
-    except (EOFError, zlib.error, zipfile.BadZipFile, OSError) as error:
-        line += sum(piece.count(b"\n") for piece in rest)
-        raise DataError(f"{path.name}:{line}: cannot be read from here on ({error})") from error
+    short = name.rpartition("/")[2]
+    line, size = 1, 0
+    rest: list[bytes] = []
+    with (
+        reading(lambda: f"{short}:{line + b''.join(rest).count(NEWLINE)}:", "cannot be read from here on"),
+        files.open(name) as raw,
+        gzip.open(raw) as file,
+    ):
+        while piece := file.read1(1 << 20):
+            rest.append(piece)
+            size += len(piece)
+            if size >= BLOCK and b"\n" in piece:
+                whole, _, tail = b"".join(rest).rpartition(b"\n")
+                yield line, whole + b"\n"
+                line, rest, size = line + whole.count(b"\n") + 1, [tail], len(tail)
+            if size > LONGEST_LINE:
+                raise DataError(f"{short}:{line}: a line of more than {LONGEST_LINE >> 20} MB")
     if last := b"".join(rest):
         yield line, last if last.endswith(b"\n") else last + b"\n"
 
@@ -89,6 +94,8 @@ def _parse(block: bytes, sizes: Sequence[int], missing: bool, name: str, first: 
 
 def _numbers(block: bytes) -> Array:
     """Cells as numbers: NaN where they are empty, infinite where they are no numbers."""
+    if not block.strip(b"\r\n"):  # pandas finds no columns in empty lines alone
+        return np.full((block.count(b"\n"), 1), np.nan)
     how = {"header": None, "keep_default_na": False, "skip_blank_lines": False, "quoting": 3}  # 3: quotes are text
     try:
         numbers: Array = pandas.read_csv(BytesIO(block), dtype=np.float64, na_values=EMPTY, **how).to_numpy()

@@ -31,17 +31,16 @@ def read(path: Path, tags: Tags) -> Iterator[Sentence]:
     empty nodes are not. Every word must have a UPOS, as the format demands; an XPOS is optional, and ``_`` is kept.
 
     Raises:
-        DataError: the file is not CoNLL-U; the message names file and line.
+        DataError: the file is not CoNLL-U, or has no sentence; the message names file and line.
     """
     words: list[str] = []
     found: list[str] = []
+    empty = True
     for number, line in lines(path):
-        if number == 1:
-            line = line.removeprefix("\ufeff")  # some editors begin a file with a byte order mark
         if not line:
             if words:
                 yield Sentence(words, found)
-                words, found = [], []
+                words, found, empty = [], [], False
         elif line[0] != "#":
             columns = line.split("\t")
             where = f"{path.name}:{number}"
@@ -60,3 +59,5 @@ def read(path: Path, tags: Tags) -> Iterator[Sentence]:
             found.append(tag)
     if words:
         yield Sentence(words, found)
+    elif empty:
+        raise DataError(f"{path.name}: has no sentence")

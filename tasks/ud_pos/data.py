@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import TaggingConf
 from tasks.base import SPLITS, DataError, Split
+from tasks.files import reading
 from tasks.ud_pos.conllu import MISSING, Sentence
 from tasks.ud_pos.sources import treebank
 
@@ -146,6 +147,7 @@ class Corpus:
         return treebank(self._conf)
 
     @cached_property
+    @reading("task.data: the sentences")
     def sentences(self) -> dict[Split, list[Sentence]]:
         """All sentences. Raises :class:`DataError` where they cannot be read, or are nothing to train on."""
         found = {split: list(self._source.split(split)) for split in SPLITS}

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from caspr_cli.recipe.schema import Source, TaggingConf, Tags
 from tasks.base import DataError, Split, place_of
-from tasks.files import root_of
+from tasks.files import entries_below, regular, root_of
 from tasks.hub import reaching
+from tasks.names import call_split, split_named
 from tasks.ud_pos.conllu import MISSING, Sentence, read
 
 
@@ -84,7 +85,9 @@ def split_of(text: str) -> Split:
 # ---- files: a treebank of Universal Dependencies --------------------------------------------------------------------
 
 # Large treebanks have several files a split: de_hdt-ud-train-a-1.conllu
-FILE = re.compile(r"(?P<code>.+)-ud-(?P<split>train|dev|test)(-.+)?\.conllu(\.gz)?")
+FILE = re.compile(r"(?P<code>.+)-ud-(?P<split>[^-.]+)(-.+)?\.conllu(\.gz)?", re.IGNORECASE)
+# UD's name of each split
+PARTS: dict[Split, str] = {"train": "train", "validation": "dev", "test": "test"}
 
 
 class Files:
@@ -96,23 +99,33 @@ class Files:
     def __init__(self, conf: TaggingConf) -> None:
         root = root_of(conf, "a UD treebank, CODE-ud-{train,dev,test}.conllu or .conllu.gz")
         self._tags = conf.tags
-        found = [(match, path) for path in sorted(root.iterdir()) if (match := FILE.fullmatch(path.name))]
-        codes = sorted({match["code"] for match, _ in found})
+        self._files: dict[Split, list[Path]] = {split: [] for split in PARTS}
+        codes: set[str] = set()
+        called: dict[Split, str] = {}
+        names = entries_below(root, deep=False)
+        for name in names:
+            match = FILE.fullmatch(name.removesuffix("/"))
+            split = split_named(match["split"]) if match else None
+            if match and split:
+                codes.add(match["code"])
+                call_split(called, split, match["split"], f"task.root: {conf.root}")
+                self._files[split].append(regular(root / name))
+            elif re.search(r"\.conllu\b", name, re.IGNORECASE):
+                raise DataError(
+                    f"task.root: {name} in {conf.root} is no name of a part of a treebank; rename or remove it "
+                    "(CODE-ud-{train,dev,test}.conllu or .conllu.gz)"
+                )
+            if f"{name}.gz" in names:
+                raise DataError(f"task.root: both {name} and {name}.gz in {conf.root}; remove one of them")
         if not codes:
             raise DataError(f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}")
         if len(codes) > 1:
-            some = ", ".join(codes[:4]) + (", ..." if len(codes) > 4 else "")
+            some = ", ".join(sorted(codes)[:4]) + (", ..." if len(codes) > 4 else "")
             raise DataError(f"task.root: {len(codes)} treebanks in {conf.root} ({some}); give each its own directory")
-        self.name = codes[0]
-        self._files: dict[Split, list[Path]] = {}
-        names: tuple[tuple[Split, str], ...] = (("train", "train"), ("validation", "dev"), ("test", "test"))
-        for split, part in names:
-            self._files[split] = [path for match, path in found if match["split"] == part]
+        (self.name,) = codes
+        for split, part in PARTS.items():
             if not self._files[split]:
                 raise DataError(f"task.root: no {self.name}-ud-{part}.conllu (or .conllu.gz) in {conf.root}")
-        for _, path in found:
-            if path.with_name(f"{path.name}.gz").exists():
-                raise DataError(f"task.root: both {path.name} and {path.name}.gz in {conf.root}; remove one of them")
 
     def split(self, split: Split) -> Iterator[Sentence]:
         """See :class:`Treebank`."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from caspr_cli.training.data import Seeded, StepSampler, mix
+from caspr_cli.training.data import Seeded, StepSampler, TaskData, mix
 from tasks.base import DataError
 
 shapes = st.tuples(
@@ -88,3 +90,27 @@ def test_mixed_seeds_do_not_collide() -> None:
     seeds = {mix(a, b, c) for a in range(12) for b in range(12) for c in range(12)}
     assert len(seeds) == 12**3
     assert all(0 <= s < 1 << 63 for s in seeds)
+
+
+def data_of(world: int, rank: int, **sizes: int) -> TaskData:
+    """The loaders of a task whose splits have these numbers of samples."""
+    task = SimpleNamespace(dataset=lambda split: range(sizes[split]), collate=None)
+    trainer = SimpleNamespace(accumulate=1, workers=0)
+    recipe = SimpleNamespace(task=SimpleNamespace(batch_size=4), seed=0, trainer=trainer)
+    return TaskData(cast(Any, task), cast(Any, recipe), start=0, rank=rank, world=world)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("size", "world"), [(1, 2), (3, 4), (0, 1)])
+def test_a_split_that_leaves_a_rank_idle_is_refused_before_training(split: str, size: int, world: int) -> None:
+    """By every rank alike, as none may wait for the others."""
+    sizes = {"train": 8, "validation": 9, "test": 9, split: size}
+    for rank in range(world):
+        with pytest.raises(DataError, match=rf"^trainer\.devices: the {split} split has {size} sample"):
+            data_of(world, rank, **sizes)
+
+
+def test_every_rank_has_a_sample_where_there_are_as_many_as_ranks() -> None:
+    for rank in range(4):
+        data = data_of(4, rank, train=4, validation=4, test=4)
+        assert [len(loader) for loader in (data.val_dataloader(), data.test_dataloader())] == [1, 1]

@@ -143,7 +143,8 @@ def test_malformed_line_names_file_and_line(conf, shards, line, cache):
     with pytest.raises(DataError) as caught:
         Corpus(conf()).check()
     assert str(caught.value) == f"{name}:17: not a JSON object with a 'text' field"
-    assert list(cache.iterdir()) == [cache / "sources"]  # nothing half built is left
+    assert not list(cache.glob("[!.]*"))  # nothing half built is left
+    assert not list(cache.glob(".building-*"))
 
 
 def test_what_is_no_text_names_file_and_line(conf, shards):
@@ -297,13 +298,13 @@ def test_directory_follows_content_and_vocabulary(conf, shards):
     assert len(set(directories)) == 4
 
 
-def test_what_a_killed_build_leaves_is_not_read(conf, cache):
+def test_what_a_killed_build_leaves_is_not_read_and_goes(conf, cache):
     left = cache / ".building-left"
     (left / "whole").mkdir(parents=True)
     (left / "whole" / "meta.json").write_text("{")
     corpus = Corpus(conf())
     corpus.check()
-    assert {path.name for path in cache.iterdir()} == {".building-left", "sources", corpus.directory.name}
+    assert {path.name for path in cache.iterdir()} == {".lock", "sources", corpus.directory.name}
 
 
 def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch):
@@ -311,7 +312,7 @@ def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch)
         patch.setattr(tokens, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Corpus(conf()).check()
-    assert [path.name for path in cache.iterdir()] == ["sources"]
+    assert [path.name for path in cache.iterdir()] == [".lock"]
     Corpus(conf()).check()
 
 
@@ -330,7 +331,7 @@ def test_two_processes_build_at_once(conf, cache):
         arguments = documents(conf()), 300
         one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
     assert one == other == Corpus(conf()).directory
-    assert {path.name for path in cache.iterdir()} == {"sources", one.name}
+    assert {path.name for path in cache.iterdir()} == {".lock", "sources", one.name}
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):
@@ -341,7 +342,7 @@ def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkey
 
     monkeypatch.setattr(tokens, "_encode", encode_while_another_finishes)
     Corpus(conf()).check()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("[!.]*"))) == 2
 
 
 def test_damaged_file_is_named(conf):
@@ -365,7 +366,7 @@ def test_cache_root_follows_the_environment(monkeypatch):
 def test_cache_that_cannot_be_written(conf, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build token files in "):
+    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build in "):
         Corpus(conf()).check()
 
 
@@ -397,3 +398,54 @@ def test_windows_are_pickled_by_path(tmp_path):
 def test_split_shorter_than_a_window_names_the_keys(conf, split, key):
     with pytest.raises(DataError, match=rf"^task\.sequence: .*the {split} split.*task\.{key}$"):
         Corpus(conf(**{key: 1}, sequence=500)).check()
+
+
+# ---- long words --------------------------------------------------------------------------------------------------
+
+
+def long_words():
+    """Texts with a word of 2,500 characters, of each kind of character, between others."""
+    for word in ("abcdefghij" * 250, "0123456789" * 250, " " * 2500, "=-" * 1250, "é" * 2500):
+        yield f"It's here: {word}, and 12 more  of  it."
+
+
+@pytest.mark.parametrize("text", [*long_words(), "", "a", "ab " * 5000, "x" * tokens.LONGEST_WORD])
+def test_a_long_word_is_cut_and_nothing_else(text):
+    pieces = tokens.pieces(text)
+    assert "".join(pieces) == text
+    assert len(pieces) == 1 + 2 * (max(map(len, tokens._words(text)), default=0) > tokens.LONGEST_WORD)
+    left_out = len(text) - len(tokens.shortened(text))
+    assert left_out in ((0,) if len(pieces) == 1 else (1500, 1501))  # with the space or the comma beside it
+
+
+def test_cutting_at_the_ends_of_words_changes_no_token(monkeypatch):
+    """What is cut only where a byte-level BPE joins nothing is encoded as the whole."""
+    texts = prose_of_all_kinds()
+    tokenizer = train_tokenizer(texts, 400)
+    for text in texts:
+        words = list(tokens._words(text))
+        whole = tokenizer.encode(text).ids
+        for at in range(1, len(words)):
+            if words[at - 1].isspace():
+                continue  # a space goes with what follows it
+            parts = ["".join(words[:at]), "".join(words[at:])]
+            assert [i for part in parts for i in tokenizer.encode(part).ids] == whole
+
+
+def prose_of_all_kinds():
+    return [
+        "the cat sat on 12 mats, 3 times — größer!",
+        "naïve  spaces\n\n and tabs\t(end)",
+        "x²+y²=z² 北京 2024年",
+    ] * 3
+
+
+def test_a_word_without_end_ends(conf, shards):
+    """BPE alone would take hours over these: its time goes with the square of a word's length."""
+    with gzip.open(shards / "c4-train.00001-of-00002.json.gz", "wt", compresslevel=1) as file:
+        for text in ("a" * 300_000, "".join(np.random.default_rng(0).choice(list("abcdefgh"), 200_000))):
+            file.write(json.dumps({"text": text}) + "\n")
+    corpus = Corpus(conf())
+    corpus.check()
+    text = corpus.tokenizer.decode(ids_of(corpus, "train"), skip_special_tokens=True)
+    assert "a" * 300_000 in text

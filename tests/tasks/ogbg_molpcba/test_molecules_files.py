@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from caspr_cli.recipe.schema import MolPCBAConf, Source
+from tasks.archives import Folder
 from tasks.base import DataError
 from tasks.ogbg_molpcba import tables as tables_module
 from tasks.ogbg_molpcba.data import Library
@@ -66,7 +67,7 @@ def test_blocks_are_whole_lines_with_their_numbers(tmp_path, monkeypatch):
     path = tmp_path / "x.csv.gz"
     text = b"".join(b"%d,1\n" % i for i in range(300_000))  # more than two pieces
     path.write_bytes(gzip.compress(text[:-1], 1))
-    blocks = list(tables_module._blocks(path))
+    blocks = list(tables_module._blocks(Folder(tmp_path), path.name))
     assert len(blocks) > 2
     assert b"".join(block for _, block in blocks) == text
     assert all(block.endswith(b"\n") and block.startswith(b"%d," % (line - 1)) for line, block in blocks)
@@ -121,7 +122,9 @@ def test_errors_of_the_root(tmp_path, tables, write):
     (root / "raw").write_text("a file")
     assert message(root).startswith(f"task.root: no raw/ in {root}")
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
-    assert message(tmp_path / "broken.zip").startswith(f"task.root: cannot read {tmp_path}/broken.zip: ")
+    assert message(tmp_path / "broken.zip").startswith(
+        "task.root: broken.zip is neither a directory nor a zip that can "
+    )
 
 
 # ---- what is wrong with a file ------------------------------------------------------------------------------------
