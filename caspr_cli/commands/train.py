@@ -28,8 +28,9 @@ from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import RecordDamagedError
-from caspr_cli.runs.session import Session, complain, keys_of, say
+from caspr_cli.runs.session import Session, keys_of
 from caspr_cli.runs.sweep import EXTRAS, new_folder
+from caspr_cli.streams import complain, console_script, say
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -111,6 +112,7 @@ def wrapped(names: Iterable[str]) -> str:
     return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
 
 
+@console_script
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
@@ -120,8 +122,6 @@ def main() -> int:
     if "--version" in argv:
         print(f"caspr-train {__version__}")
         return OK
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
     compose.register_schemas()
     try:

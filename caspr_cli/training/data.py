@@ -83,8 +83,10 @@ class TaskData(LightningDataModule):
     def __init__(self, task: Task, recipe: Recipe, *, start: int, rank: int, world: int) -> None:
         super().__init__()
         self.task, self.recipe, self.start, self.rank, self.world = task, recipe, start, rank, world
+        self.begun = False  # training samples were asked for: whatever a checkpoint holds is restored by then
 
     def train_dataloader(self) -> DataLoader[Any]:
+        self.begun = True
         dataset = self.task.dataset("train")
         sampler = StepSampler(
             len(cast(Any, dataset)),

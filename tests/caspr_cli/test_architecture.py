@@ -13,8 +13,9 @@ TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "ou
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
 TORCH_FREE = ["commands", "recipe", "runs"]
+SHAPE = "caspr_cli.runs.shape"  # of a record: what caspr-train and caspr-report read by
 THEORY_USES = ["optim", "recipe", "bench", "theory"]
-OTHER_SIDE = {"worker.py", "preflight.py"}  # in runs, but run by the process that is launched
+OTHER_SIDE = {"worker.py", "preflight.py", "describe.py"}  # in runs, but run by the process that is launched
 
 
 def imports(file: Path) -> set[str]:
@@ -118,9 +119,9 @@ def test_nothing_but_commands_imports_theory(file: Path) -> None:
 
 @pytest.mark.parametrize("file", files("caspr_cli/report"), ids=name)
 def test_report_reads_files_with_small_libraries(file: Path) -> None:
-    allowed = ("numpy", "scipy", "pandas", "matplotlib", "rich", "yaml", "caspr_cli.report")
+    allowed = ("numpy", "scipy", "pandas", "matplotlib", "rich", "yaml", "caspr_cli.report", SHAPE)
     outside = [i for i in imports(file) if i.partition(".")[0] not in sys.stdlib_module_names]
-    version = {"caspr_cli", "caspr_cli.__version__"}
+    version = {"caspr_cli", "caspr_cli.__version__", "caspr_cli.runs"}  # "from caspr_cli.runs import shape" names both
     assert [i for i in outside if i not in version.union(uses(file, *allowed))] == []
 
 
@@ -129,4 +130,10 @@ def test_nothing_but_commands_and_theory_import_report(file: Path) -> None:
     if file.parent.name not in ("report", "commands", "theory"):
         assert uses(file, "caspr_cli.report") == []
     if file.name == "report.py" and file.parent.name == "commands":  # where there is no Hydra, too
-        assert uses(file, "hydra", "omegaconf", *(f"caspr_cli.{room}" for room in ("recipe", "runs", "bench"))) == []
+        used = uses(file, "hydra", "omegaconf", *(f"caspr_cli.{room}" for room in ("recipe", "runs", "bench")))
+        assert [i for i in used if i != SHAPE and not i.startswith(f"{SHAPE}.")] == []
+
+
+def test_the_shape_of_records_is_read_without_hydra() -> None:
+    shape = ROOT / "caspr_cli" / "runs" / "shape.py"
+    assert {i.partition(".")[0] for i in imports(shape)} <= sys.stdlib_module_names
