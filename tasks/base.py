@@ -11,12 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
+from tasks.errors import DataError
+
+__all__ = ["SPLITS", "DataError", "Split", "Task", "place_of"]
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-class DataError(Exception):
-    """What a user can mend: one to three lines that name the key, or the file and line."""
 
 
 def place_of(name: str) -> float:

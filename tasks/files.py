@@ -1,14 +1,78 @@
-"""Reading a user's files: one clear line, with file and line, for whatever is wrong with them."""
+"""Reading a user's files: which there are, and one clear line, with file and line, for whatever is wrong with them."""
 
 from __future__ import annotations
 
+import errno
 import gzip
-import zlib
-from collections.abc import Iterable, Iterator
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from caspr_cli.recipe.schema import TaskConf
-from tasks.base import DataError
+from tasks.errors import DataError
+from tasks.names import is_dropping, refuse_unfinished
+
+LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
+# What a disk does, and no file is to blame for: it is full, or does not answer.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
+RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an errno so, in exceptions of any type
+
+
+# ---- one boundary around every reader ------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(what: str | Callable[[], str], problem: str = "cannot be read") -> Iterator[None]:
+    """Around whatever reads a user's data: any error comes out as one line, "``what``: ``problem`` (its reason)".
+
+    Args:
+        what: the file and perhaps the line, or else the key that names the data; or a function that gives it.
+
+    Raises:
+        DataError: for every error but the disk's, which it has as its cause: a mistake of this program's own is found
+            by it in the log.
+        OSError: the disk is full, or does not answer: the same command goes on when that is over.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        name = what if isinstance(what, str) else what()
+        if disk := disk_error(error):
+            raise OSError(disk.errno, disk.strerror, disk.filename or name) from error
+        raise DataError(f"{name}: {problem} ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words on one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk did behind an error, if it did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK:
+            return error
+        if (found := RUST.search(str(error))) and int(found[1]) in DISK:
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        if isinstance(error, OSError) and "Not enough disk space" in str(error):  # of `datasets`, before it downloads
+            return OSError(errno.ENOSPC, str(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+# ---- which files there are -----------------------------------------------------------------------------------------
 
 
 def root_of(conf: TaskConf, holds: str) -> Path:
@@ -25,23 +89,115 @@ def root_of(conf: TaskConf, holds: str) -> Path:
     return root
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file in UTF-8, gzipped where its name ends in ``.gz``, without their ends, from number 1.
+def data_files(root: Path) -> list[Path]:
+    """The files that the data at ``root`` consist of, in order of their paths: ``root`` itself where it is a file.
+
+    See :func:`entries_below` for what is passed over, followed and refused.
+    """
+    if not root.is_dir():
+        return [regular(root)]
+    return [root / name for name in entries_below(root) if not name.endswith("/")]
+
+
+def entries_below(root: Path, *, deep: bool = True) -> list[str]:
+    """Paths of all files and folders below a directory, relative to it and sorted; a folder's ends in a slash.
+
+    Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`tasks.names`).
+
+    Args:
+        deep: whether to go into its folders.
 
     Raises:
-        DataError: the file is truncated, damaged or no text; the message names the file and the line.
+        DataError: something is no file and no folder, a link leads nowhere or in a circle, a file was not fetched to
+            its end, a folder cannot be listed.
     """
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.rstrip(b"\r\n").decode("utf8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}:{number}: not UTF-8 ({error.reason})") from error
-    except (EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path.name}:{number + 1}: cannot be read from here on ({error})") from error
+    found: list[str] = []
+
+    def walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        with reading(str(folder)):
+            here = (status := folder.stat()).st_dev, status.st_ino
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if here in above:
+            raise DataError(f"{folder}: is a link to a folder that it lies in")
+        for entry in entries:
+            if is_dropping(entry.name, folder=True):
+                continue
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and stat.S_ISDIR(mode_of(path))):
+                found.append(f"{prefix}{entry.name}/")
+                if deep:
+                    walk(path, found[-1], above | {here})
+            elif not is_dropping(entry.name):
+                if not entry.is_file(follow_symlinks=False):
+                    regular(path)
+                refuse_unfinished(f"{prefix}{entry.name}")
+                found.append(f"{prefix}{entry.name}")
+
+    walk(root, "", frozenset())
+    return sorted(found)
+
+
+KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def mode_of(path: Path) -> int:
+    """What kind of file this is, behind all links. Raises :class:`DataError` where a link leads nowhere."""
+    with reading(str(path)):
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, RuntimeError) as error:
+            if path.is_symlink():
+                raise DataError(f"{path}: is a link to nowhere ({os.readlink(path)})") from error
+            raise
+
+
+def regular(path: Path) -> Path:
+    """``path``, if it is a file: whoever opens a pipe may wait for ever. Raises :class:`DataError`."""
+    if not stat.S_ISREG(mode := mode_of(path)):
+        raise DataError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file")
+    return path
 
 
 def stamps(paths: Iterable[Path]) -> list[str]:
     """Path, size and time of change of each file: strings that change when a file may have changed."""
-    return [f"{path.resolve()} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in paths]
+    found = []
+    for path in paths:
+        with reading(str(path)):
+            status = path.stat()
+            found.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+    return found
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file in UTF-8, gzipped where its name ends in ``.gz``, without their ends, from number 1.
+
+    A byte order mark at its beginning is left out.
+
+    Raises:
+        DataError: the file is empty, truncated, damaged or no text; the message names the file and the line.
+    """
+    number = 0
+    regular(path)
+    with (
+        reading(lambda: f"{path.name}:{number + 1}", "cannot be read from here on"),
+        gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file,
+    ):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), start=1):
+            if len(line) == LONGEST_LINE:
+                raise DataError(f"{path.name}:{number}: a line of more than {LONGEST_LINE >> 20} MB")
+            try:
+                text = line.rstrip(b"\r\n").decode("utf8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path.name}:{number}: not UTF-8 ({error.reason})") from error
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+    if not number:
+        raise DataError(f"{path.name}: is empty")

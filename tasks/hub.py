@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tasks.base import DataError
+from tasks.errors import DataError
 
 
 @contextmanager

@@ -36,8 +36,6 @@ def read(path: Path, tags: Tags) -> Iterator[Sentence]:
     words: list[str] = []
     found: list[str] = []
     for number, line in lines(path):
-        if number == 1:
-            line = line.removeprefix("\ufeff")  # some editors begin a file with a byte order mark
         if not line:
             if words:
                 yield Sentence(words, found)

@@ -1,0 +1,69 @@
+"""What names of files and folders mean: which are no data, which are unfinished, which name a split.
+
+Every reader asks here, whether its files lie in a directory or in an archive.
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from tasks.errors import DataError
+
+if TYPE_CHECKING:
+    from tasks.base import Split
+
+# What systems, editors and file servers leave in folders, beside all that begins with a dot; in small letters.
+DROPPINGS = {
+    "__macosx", "icon\r", "network trash folder", "temporary items",  # macOS
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",  # Windows
+    "@eadir", "#recycle", "@recycle", "@recently-snapshot", "lost+found",  # file servers, Linux
+    "__pycache__",
+}  # fmt: skip
+# Ends of names that browsers and other programs give to a file while they fetch it.
+UNFINISHED = (".crdownload", ".part", ".partial", ".download", ".opdownload", ".filepart", ".aria2", ".!ut", ".!qb")
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+def is_dropping(name: str, *, folder: bool = False) -> bool:
+    """Whether a file or folder of this name is no data, and is passed over: hidden files, traces of programs, backups.
+
+    Args:
+        folder: it is one; a ``~`` at its end means nothing then.
+    """
+    if name.startswith(".") or name.lower() in DROPPINGS:
+        return True
+    return not folder and (name.endswith("~") or (len(name) > 2 and name[0] == name[-1] == "#"))
+
+
+def refuse_unfinished(name: str) -> None:
+    """Raise :class:`DataError` for a file whose name says that it is still being fetched."""
+    if name.lower().endswith(UNFINISHED):
+        raise DataError(f"{name}: is a download that was not finished; finish it, or delete the file")
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a folder or a part of a file name stands for, in any case; None where it is no split."""
+    return SPLIT_NAMES.get(name.lower())
+
+
+def resembles_split(name: str) -> bool:
+    """Whether a name is no split, but so near to one that somebody may mean it: "testing", "val2", "Train set"."""
+    if split_named(name):
+        return False
+    words = re.findall(r"[a-z]+", name.lower())
+    return any(
+        word in SPLIT_NAMES
+        or word.startswith(("train", "valid", "test", "eval", "holdout", "heldout"))
+        or get_close_matches(word, SPLIT_NAMES, n=1, cutoff=0.8)
+        for word in words
+    )
