@@ -24,14 +24,14 @@ def console_script(main: Callable[[], int]) -> Callable[[], int]:
         except OSError as error:
             complain(f"the working directory cannot be used, and may have been deleted ({error.strerror}): change it")
             return BAD_USAGE
+        code = 0
         try:
             code = main()
+            sys.stdout.flush()
         except MemoryError:
             complain("too little memory")
             return RUN_FAILED
-        try:
-            sys.stdout.flush()
-        except OSError as error:
+        except OSError as error:  # a reader that has seen enough, as | head, is no error
             silence(error)
             return code or (0 if isinstance(error, BrokenPipeError) else BAD_USAGE)
         return code
@@ -74,4 +74,9 @@ def silence(error: OSError) -> None:
     """Leave standard output and say why: what it still holds would fail once more when Python ends."""
     sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     if not isinstance(error, BrokenPipeError):
-        complain(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        complain(cause(error))
+
+
+def cause(error: OSError) -> str:
+    """What went wrong with which file; what has no name is standard output."""
+    return f"{error.filename or 'standard output'}: {error.strerror or error}"

@@ -20,7 +20,7 @@ from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
 from caspr_cli.report.progress import Progress
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite, write_whole
-from caspr_cli.streams import console_script, silence
+from caspr_cli.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row
@@ -399,9 +399,6 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
-    except OSError as error:  # a reader that has seen enough, as | head, is no error: files were written before
-        silence(error)
-        return OK if isinstance(error, BrokenPipeError) else BAD_USAGE
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED

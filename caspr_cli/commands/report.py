@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from caspr_cli import __version__
 from caspr_cli.report.errors import ReportError, nearest
-from caspr_cli.streams import console_script, silence
+from caspr_cli.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.model import Run, Table
@@ -263,9 +263,6 @@ def main() -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
-    except OSError as error:  # as on a full disk; a reader that has seen enough, as | head, is no error
-        silence(error)
-        return OK if isinstance(error, BrokenPipeError) else BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK

@@ -30,7 +30,7 @@ from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_F
 from caspr_cli.runs.record import RecordDamagedError
 from caspr_cli.runs.session import Session, keys_of
 from caspr_cli.runs.sweep import EXTRAS, new_folder
-from caspr_cli.streams import complain, console_script, say
+from caspr_cli.streams import cause, complain, console_script, say
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -132,7 +132,10 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         complain(not_installed(error) or explain(error, keys_of(argv), argv))
         return BAD_USAGE
-    except (ConfigError, RecordDamagedError, OSError) as error:
+    except OSError as error:
+        complain(cause(error))
+        return BAD_USAGE
+    except (ConfigError, RecordDamagedError) as error:
         complain(str(error))
         return BAD_USAGE
     except StoppedError as stopped:
@@ -233,7 +236,9 @@ def compose_and_run(argv: list[str]) -> int:
             decorated(session.job)()
     except (HydraException, OmegaConfBaseException) as error:
         return session.end(not_installed(error) or explain(error, keys_of(argv), argv))
-    except (ConfigError, ValueError, OSError) as error:
+    except OSError as error:
+        return session.end(cause(error))
+    except (ConfigError, ValueError) as error:
         return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
         if session.sweep is None:

@@ -25,7 +25,7 @@ from caspr_cli.report.progress import Progress
 from caspr_cli.report.words import duration, listed
 from caspr_cli.runs import provenance
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
-from caspr_cli.streams import console_script, silence
+from caspr_cli.streams import console_script
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
@@ -248,9 +248,6 @@ def main() -> int:
     except (ConfigError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
-    except OSError as error:  # a reader that has seen enough, as | head, is no error
-        silence(error)
-        return OK if isinstance(error, BrokenPipeError) else BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
 

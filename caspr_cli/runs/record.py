@@ -196,8 +196,8 @@ class Holder:
             if holder.pid is not None and holder.lives:
                 break
             with suppress(ValueError, TypeError):
-                holder = cls(*json.loads(os.pread(lock, 4096, 0)), started=None)
-                break
+                host, pid, born = json.loads(os.pread(lock, 4096, 0))
+                return cls(host, pid, born, None)
             time.sleep(0.05)
         return holder
 
@@ -281,7 +281,11 @@ def clear_left(above: Path, pattern: str) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: with the file's name.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf8") as file:
@@ -290,8 +294,10 @@ def write_whole(path: Path, content: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
