@@ -77,7 +77,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
     from caspr_cli.training.ranks import HungError, LostError
-    from tasks.base import DataError
+    from tasks import files
+    from tasks.errors import DataError
 
     message = str(error) or type(error).__name__
     if isinstance(error, LostError):
@@ -85,9 +86,9 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     if isinstance(error, HungError):
         return PREEMPTED, message
     refused = isinstance(error, (DataError, ConfigError, RecordDamagedError))
-    disk = disk_error(error)
+    disk = disk_error(error) or files.disk_error(error)
     if disk and (not refused or disk.errno in FULL):  # else what a user has to mend
-        return PREEMPTED, f"{disk.filename or record.path}: {disk.strerror}"
+        return PREEMPTED, f"{disk.filename or f'{record.path}, or the cache'}: {disk.strerror}"
     return (REFUSED, message) if refused else (FAILED, f"{type(error).__name__}: {message}")
 
 

@@ -15,10 +15,20 @@ from typing import cast
 import pytest
 
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
-from caspr_cli.runs import launch, provenance, summary
+from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
-from caspr_cli.runs.processes import birth, lives
-from caspr_cli.runs.record import Holder, Record, RecordBusyError, RecordDamagedError, disk_error, write_whole
+from caspr_cli.runs.processes import LAUNCHER, birth, lives
+from caspr_cli.runs.record import (
+    Holder,
+    Record,
+    RecordBusyError,
+    RecordDamagedError,
+    clear_left,
+    disk_error,
+    memory_error,
+    own,
+    write_whole,
+)
 from caspr_cli.runs.sweep import ENDED, Job
 
 
@@ -203,6 +213,83 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
     assert found.filename == "file"
     assert disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
     assert disk_error(ValueError()) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "it cannot be had"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"),
+            "DefaultCPUAllocator: can't allocate",
+        ),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "libtorch_cpu.so: failed to map"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory"),
+        (ValueError("out of memory"), None),
+        (RuntimeError("size mismatch"), None),
+    ],
+)
+def test_too_little_memory_is_known_by_many_names(error: Exception, expected: str | None) -> None:
+    found = memory_error(error)
+    assert found is None if expected is None else found is not None and found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "kills", "log", "expected"),
+    [
+        (-9, True, "", "too little memory: the system ended a worker with SIGKILL; a smaller task.batch_size"),
+        (-9, False, "", "a worker ended with SIGKILL; see "),
+        (-7, False, "", "a worker ended with SIGBUS: a full disk, or a file that was cut short"),
+        (
+            -6,
+            False,
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+            "too little memory: std::bad_alloc",
+        ),
+        (1, False, "before: MemoryError", "a worker ended with exit status 1; see "),
+    ],
+)
+def test_why_a_worker_ended_that_could_not_say_it(
+    tmp_path: Path, returned: int, kills: bool, log: str, expected: str
+) -> None:
+    file = tmp_path / "log.txt"
+    file.write_text(log)
+    since = len(log) if log.startswith("before") else 0
+    assert launch._why(file, since, returned, kills).startswith(expected)
+
+
+def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp_path: Path) -> None:
+    for name in ("mine", "left", "elsewhere", "nobodys", "damaged"):
+        (tmp_path / name).mkdir()
+    own(tmp_path / "mine")
+    gone = dead()
+    (tmp_path / "left" / ".owner").write_text(json.dumps([gone["host"], gone["pid"], None]))
+    (tmp_path / "elsewhere" / ".owner").write_text(json.dumps(["another host", gone["pid"], None]))
+    (tmp_path / "damaged" / ".owner").write_text("[")
+    clear_left(tmp_path, "*")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "elsewhere", "nobodys", "damaged"}
+
+
+def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
+    """Idle processes at once; one with a job and its worker when they have saved."""
+    environment = os.environ | {guardian.SWEEP: str(tmp_path)}
+    idle, busy = (subprocess.Popen(["sleep", "60"], env=environment) for _ in range(2))
+    worker = subprocess.Popen(["sleep", "60"], env=environment | {LAUNCHER: str(busy.pid)})
+    job = {"state": "started", "process": busy.pid}
+    (tmp_path / "job1.json").write_text(json.dumps(job))
+    thread = threading.Thread(target=guardian.end, args=(tmp_path, 30))
+    thread.start()
+    assert idle.wait(10) == -9
+    time.sleep(0.5)
+    assert (busy.poll(), worker.poll()) == (None, None)
+    assert (tmp_path / "stop").read_text() == "15\n"
+    worker.kill()
+    worker.wait()
+    (tmp_path / "job1.json").write_text(json.dumps(job | {"state": "ended"}))
+    assert busy.wait(10) == -9
+    thread.join(10)
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize(
