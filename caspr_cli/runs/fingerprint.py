@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,11 @@ def moved(record: Record, root: Path) -> list[str] | None:
     return [name for name, stamp in before.items() if now.get(name) != stamp]
 
 
-def refuse_changed(record: Record, data: Mapping[str, Any], where: list[str] | None) -> None:
+def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> None:
     """Refuse data of another content than those that the run began with.
 
     Args:
         data: what the task says of them now.
-        where: what has moved, for the message.
 
     Raises:
         ConfigError: their hash is another.
@@ -84,7 +84,8 @@ def refuse_changed(record: Record, data: Mapping[str, Any], where: list[str] | N
     old, new = before.get("hash"), data.get("hash")
     if old is None or old == new:
         return
-    files = [name for name in where or () if name != "."]
+    root = root_of(recipe)
+    files = [name for name in (moved(record, root) if root else None) or () if name != "."]
     shown = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
     other = [
         f"{key} {before[key]}, now {data[key]}"
@@ -92,8 +93,9 @@ def refuse_changed(record: Record, data: Mapping[str, Any], where: list[str] | N
         if key in before and key in data and before[key] != data[key]
     ]
     why = "; ".join([*([f"changed: {shown}"] if shown else []), *other])
+    where = f"task.root={recipe.task.root}: " if root else ""
     raise ConfigError(
-        f"the data have changed since this run began: hash {old} then, {new} now{f' ({why})' if why else ''}; "
+        f"{where}the data have changed since this run began: hash {old} then, {new} now{f' ({why})' if why else ''}; "
         "put them back, or add resume=never to run it anew"
     )
 
@@ -105,7 +107,7 @@ def check_done(recipe: Recipe, record: Record) -> None:
         ConfigError: they are, or cannot be read.
     """
     root = root_of(recipe)
-    if root is None or not (where := moved(record, root)):
+    if root is None or not moved(record, root):
         return
     command = [sys.executable, "-m", "caspr_cli.runs.describe"]
     done = subprocess.run(command, input=compose.save(recipe), capture_output=True, text=True, check=False)
@@ -113,5 +115,6 @@ def check_done(recipe: Recipe, record: Record) -> None:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ConfigError(f"the data of this run have changed, and cannot be read: {said[-1].removeprefix('error: ')}")
     described = json.loads(done.stdout.splitlines()[-1])
-    refuse_changed(record, described["data"], where)
-    keep(record, described["files"])
+    refuse_changed(recipe, record, described["data"])
+    with suppress(OSError):  # a full disk: the content is read again the next time
+        keep(record, described["files"])

@@ -1,7 +1,8 @@
 """The record of a run: one directory, complete and readable without this program.
 
 ``config.yaml`` the frozen recipe, ``status.json``, ``provenance.json``, ``metrics.jsonl``, TensorBoard's event files,
-``log.txt``, ``checkpoints/``, ``result.json``. Files are replaced whole, never half-written. No torch here.
+``log.txt``, ``checkpoints/``, ``result.json``; where the data are the user's own files, also ``data_files.json``. Files
+are replaced whole, never half-written. No torch here.
 """
 
 from __future__ import annotations

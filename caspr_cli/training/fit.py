@@ -48,7 +48,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         _show_log(progress)
     _refuse_options(recipe)  # now: data may take hours
     files, described = prepared(recipe, task)  # safe on all ranks at once
-    fingerprint.refuse_changed(record, described, _moved(recipe, record))
+    fingerprint.refuse_changed(recipe, record, described)
     owner = Owner.of(recipe, described)
     start = find(record, owner, recipe.trainer.max_steps)
     torch.manual_seed(recipe.seed)
@@ -87,11 +87,6 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
             return None
         recorder.scalars(trainer.global_step, module.scores["test"])
         return _result(recipe, module, trainer, curves)
-
-
-def _moved(recipe: Recipe, record: Record) -> list[str] | None:
-    root = fingerprint.root_of(recipe)
-    return fingerprint.moved(record, root) if root is not None else None
 
 
 @contextmanager

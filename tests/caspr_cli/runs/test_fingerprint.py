@@ -85,16 +85,24 @@ def test_data_that_are_away_are_no_other_data(record: Record, data: Path) -> Non
     fingerprint.check_done(recipe(data), record)
 
 
-def test_the_content_counts(record: Record) -> None:
-    fingerprint.refuse_changed(record, {"name": "moved", "hash": "f00d"}, ["a", "b"])
+def test_the_content_counts(record: Record, data: Path) -> None:
+    made = recipe(data)
+    for path in files(data):
+        os.utime(path, (1, 1))
+    fingerprint.refuse_changed(made, record, {"name": "moved", "hash": "f00d"})
     with pytest.raises(ConfigError) as refused:
-        fingerprint.refuse_changed(record, {"name": "moved", "hash": "beef"}, [".", "a", "b", "c", "d", "e"])
+        fingerprint.refuse_changed(made, record, {"name": "moved", "hash": "beef"})
     assert str(refused.value) == (
-        "the data have changed since this run began: hash f00d then, beef now (changed: a, b, c and 2 more; "
-        "name words, now moved); put them back, or add resume=never to run it anew"
+        f"task.root={data}: the data have changed since this run began: hash f00d then, beef now "
+        "(changed: d.txt, test/c.txt, train/a.txt and 1 more; name words, now moved); "
+        "put them back, or add resume=never to run it anew"
     )
+    with pytest.raises(
+        ConfigError, match=r"^the data have changed since this run began: hash f00d then, beef now; put"
+    ):
+        fingerprint.refuse_changed(Recipe(task=C4LMConf(), optim=AdamWConf()), record, {"hash": "beef"})
     record.write("provenance.json", {"command": []})  # of before, or of an attempt that did not get so far
-    fingerprint.refuse_changed(record, {"hash": "beef"}, None)
+    fingerprint.refuse_changed(made, record, {"hash": "beef"})
 
 
 @pytest.mark.parametrize("hashed", ["f00d", "beef"])
