@@ -27,7 +27,7 @@ from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
-from caspr_cli.runs.record import RecordDamagedError
+from caspr_cli.runs.record import FULL, RecordDamagedError
 from caspr_cli.runs.session import Session, keys_of
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 from caspr_cli.streams import cause, complain, console_script, say
@@ -134,7 +134,7 @@ def main() -> int:
         return BAD_USAGE
     except OSError as error:
         complain(cause(error))
-        return BAD_USAGE
+        return TERMINATED if full(error) else BAD_USAGE
     except (ConfigError, RecordDamagedError) as error:
         complain(str(error))
         return BAD_USAGE
@@ -237,7 +237,8 @@ def compose_and_run(argv: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return session.end(not_installed(error) or explain(error, keys_of(argv), argv))
     except OSError as error:
-        return session.end(cause(error))
+        code = session.end(cause(error))
+        return TERMINATED if full(error) else code
     except (ConfigError, ValueError) as error:
         return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
@@ -250,6 +251,11 @@ def compose_and_run(argv: list[str]) -> int:
         chosen = session.sweep.launcher if session.sweep else ""
         return session.end(f"hydra/launcher={chosen}: {type(error).__name__}: {error}".splitlines()[0])
     return session.end()
+
+
+def full(error: OSError) -> bool:
+    """Whether a disk has no room for a file: the same command goes on when it has. (Standard output has no name.)"""
+    return error.errno in FULL and error.filename is not None
 
 
 def not_installed(error: BaseException) -> str | None:

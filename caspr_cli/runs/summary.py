@@ -10,7 +10,7 @@ from typing import Any
 
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
 from caspr_cli.runs import record as records
-from caspr_cli.runs.launch import Outcome
+from caspr_cli.runs.launch import OK, TERMINATED, Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
@@ -97,7 +97,8 @@ def result_of(job: Job) -> tuple[str, str, str]:
     if job.state == WAITING:
         return "not started", "", ""
     if job.state == REFUSED or job.record is None:
-        return ("planned" if job.exit_code == 0 else "refused"), (job.why or "").partition("\n")[0], ""
+        states: dict[int | None, str] = {OK: "planned", TERMINATED: "cut off"}
+        return states.get(job.exit_code, "refused"), (job.why or "").partition("\n")[0], ""
     if job.state != ENDED:
         why = "its process is gone; the same command continues" if job.state == LOST else ""
         return ("lost" if job.state == LOST else "running"), why, job.record

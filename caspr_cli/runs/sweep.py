@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
 from caspr_cli.runs.launch import STOP, Place, cores
-from caspr_cli.runs.record import clear_left, own, write_whole
+from caspr_cli.runs.record import FULL, clear_left, own, write_whole
 
 WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"
 
@@ -67,11 +67,14 @@ def new_folder(above: Path, output_dir: str) -> Path:
 
     Raises:
         ConfigError: ``output_dir`` cannot be written.
+        OSError: its disk is full.
     """
     try:
         above.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ConfigError(f"output_dir={output_dir}: cannot write there: {error}") from error
 
 

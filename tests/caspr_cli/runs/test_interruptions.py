@@ -203,21 +203,32 @@ def test_a_rank_that_hangs_is_named_and_ended(runner: Runner) -> None:
     assert (status["state"], status["error"]) == ("preempted", "rank 1 did not answer for 4 s (trainer.timeout)")
 
 
-@pytest.fixture
-def read_only(runner: Runner) -> Iterator[Path]:
-    directory = runner.home / "read_only"
-    directory.mkdir()
+@contextmanager
+def mounted(directory: Path, options: str) -> Iterator[Path]:
     if not can_mount():
         pytest.skip("nothing can be mounted here")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(directory)], check=True)
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner, read_only: Path) -> None:
-    (line,) = runner(f"output_dir={read_only}", expect=2).splitlines()[-1:]
-    assert line.startswith(f"error: output_dir={read_only}: cannot write there: ")
+def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> None:
+    with mounted(runner.home / "read_only", "ro") as directory:
+        (line,) = runner(f"output_dir={directory}", expect=2).splitlines()[-1:]
+    assert line.startswith(f"error: output_dir={directory}: cannot write there: ")
     assert "Read-only file system" in line
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner: Runner, sweep: list[str]) -> None:
+    with mounted(runner.home / f"no_room{len(sweep)}", "nr_inodes=2") as directory:
+        out = runner(f"output_dir={directory}", *sweep, expect=143)
+    assert "No space left on device" in out.splitlines()[-1]
+    assert str(directory) in out.splitlines()[-1]
+    assert "Traceback" not in out
 
 
 def test_a_sample_of_the_faults(runner: Runner) -> None:
