@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gzip
 import json
 import math
 import os
@@ -184,11 +185,21 @@ class Run:
         self.least = 0  # the step that the next attempt must not fall behind
         self.damaged = False  # it may fall behind this once
         self.kept: int | None = None  # lines of the metrics that this attempt began with
+        self.cache = self.runner.home / f"cache-{self.name}"  # of an attempt that finds it full
         self.process: subprocess.Popen[str]
 
-    def start(self, **environment: str) -> None:
+    @property
+    def data(self) -> Path:
+        """A corpus of its own, the same as that of all."""
+        corpus = self.runner.home / f"corpus-{self.name}"
+        if not corpus.exists():
+            shutil.copytree(self.runner.home / "corpus", corpus)
+        return corpus
+
+    def start(self, *more: str, **environment: str) -> None:
         self.watched.begin()
-        words = self.runner.command(f"output_dir={self.name}", f"trainer.devices={self.ranks}", *SETTINGS)
+        own = [f"output_dir={self.name}", f"trainer.devices={self.ranks}", f"task.root={self.data}", *SETTINGS]
+        words = [*self.runner.command(*own), *more]
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             words,
@@ -223,7 +234,12 @@ class Run:
     def suffer(self, fault: Fault) -> bool:
         """One attempt and its fault; False if the run was done before it could hit."""
         draw = random.Random(fault.seed)
-        self.start(**clock(self.runner.home, draw) if fault.kind == "clock" else {})
+        if fault.kind == "cache disk":
+            small_cache(self, draw)
+        more = JOBLIB if fault.kind == "joblib launcher" else []
+        environment = {"CASPR_CACHE": str(self.cache)} if fault.kind == "cache disk" else {}
+        environment |= clock(self.runner.home, draw) if fault.kind == "clock" else {}
+        self.start(*more, **environment)
         self.least = 0 if self.damaged else self.watched.status.get("step") or 0
         self.damaged = False
         if not self.wait_for(fault):
@@ -240,7 +256,7 @@ class Run:
         self.faults.append(fault)
         last = self.text().strip().splitlines()[-3:]
         why = next((line for line in last if line.startswith(("cut off", "failed", "error", "done"))), "")
-        self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {fault.kind:<14} {fault.done:<24} "
+        self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {fault.kind:<15} {fault.done:<24} "
                  f"exit {self.process.returncode:>4}  {why[:90]}")  # fmt: skip
         return True
 
@@ -262,7 +278,7 @@ class Run:
             code = self.process.wait()
         if code not in expected:
             lost.append(f"exit {code}: {self.text()[-600:]}")
-        if code != -signal.SIGKILL:
+        if code != -signal.SIGKILL or (fault and fault.kind == "joblib launcher"):
             self.check_nothing_left(lost)
 
     def text(self) -> str:
@@ -270,8 +286,8 @@ class Run:
         return self.output.read()
 
     def check_nothing_left(self, lost: list[str]) -> None:
-        """A process that ends lets go of its memory first and of its ports last."""
-        deadline = time.monotonic() + 5
+        """A process that ends lets go of its memory first and of its ports last; jobs of a killed launcher save."""
+        deadline = time.monotonic() + (30 if self.process.returncode == -signal.SIGKILL else 5)
         while (left := processes(self.mark)) or self.ports & listening():
             if time.monotonic() > deadline:
                 lost.append(f"left: {[(p.pid, p.part, p.rank) for p in left]}" if left else "a port is left")
@@ -314,7 +330,7 @@ def differences(record: Path, whole: Path) -> list[str]:
     if (status["state"], status["error"], status["step"]) != ("done", None, STEPS):
         found.append(f"status {status}")
     known = {"config.yaml", "status.json", "result.json", "provenance.json", "metrics.jsonl", "log.txt", ".lock",
-             ".ranks.lock", "checkpoints"}  # fmt: skip
+             ".ranks.lock", "checkpoints", "data_files.json"}  # fmt: skip
     found += [f"left: {p.name}" for p in record.iterdir() if p.name not in known and "tfevents" not in p.name]
     left = {p.name for p in (record / "checkpoints").iterdir()} - {"last.ckpt", "previous.ckpt", "best.ckpt"}
     found += [f"left: {name}" for name in left]
@@ -397,7 +413,7 @@ def full(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
             file.write(b"\0" * draw.choice((1 << 20, 4096)))
     with mended(run, filler.unlink):
         send(signal.SIGCONT, found)
-    return {143, 0} | ({2} if fault.done == "start" else set())  # 2: before anything was run
+    return {143, 0}
 
 
 def read_only(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
@@ -431,6 +447,67 @@ def damage(how: str) -> Callable[[Run, Fault, random.Random], set[int] | None]:
     return hit
 
 
+def snapshot(record: Path) -> dict[str, bytes]:
+    names = ["metrics.jsonl", "result.json", "data_files.json", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"]
+    return {name: (record / name).read_bytes() for name in names if (record / name).exists()}
+
+
+def changed_data(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    """Killed, and started again on other data of the same sizes: refused, and nothing is written over."""
+    found, record = run.freeze(fault), run.watched.record
+    if not record or "data" not in json.loads((record / "provenance.json").read_text()):
+        return None
+    send(signal.SIGKILL, found)
+    run.process.wait()
+    file = draw.choice(sorted(run.data.iterdir()))
+    whole, before = file.read_bytes(), snapshot(record)
+    text = bytearray(gzip.decompress(whole))
+    places = [at for at in range(10, len(text)) if 97 <= text[at] <= 103 and text[at - 1 : at] == b" "]
+    text[draw.choice(places)] ^= 8  # a word is another one
+    file.write_bytes(gzip.compress(bytes(text)))
+    run.start()
+    run.process.wait(timeout=100)
+    if "the data have changed since this run began" not in run.text():
+        fault.lost.append(f"other data are not refused: {run.text()[-300:]}")
+    if snapshot(record) != before:
+        fault.lost.append("other data were written over what there was")
+    file.write_bytes(whole)
+    return {2}
+
+
+def kill_joblib(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    """The command line of a sweep alone: what joblib has started ends, too, and the sweep's folder goes."""
+    found = run.freeze(fault)
+    chosen = [p for p in found if p.part == "launcher"]
+    if not any(p.part == "rank" for p in found):
+        return None
+    send(signal.SIGKILL, chosen)
+    send(signal.SIGCONT, found)
+    deadline = time.monotonic() + 60
+    while processes(run.mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left := list((run.watched.home / ".sweep").glob("[0-9]*")):
+        fault.lost.append(f"left: {[path.name for path in left]}")
+    return {-signal.SIGKILL}
+
+
+def small_cache(run: Run, draw: random.Random) -> None:
+    """A cache of its own, on a disk with less room than the run's token files need."""
+    run.cache = run.runner.home / f"cache-{run.name}"
+    run.cache.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(run.cache)], check=True)
+    with (run.cache / "filler").open("wb", buffering=0) as file:
+        file.write(b"\0" * 4096 * draw.randrange(24, 32))
+
+
+def full_cache(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
+    fault.done = "start"
+    with mended(run, lambda: subprocess.run(["umount", "-l", str(run.cache)], check=True) and None):
+        pass
+    return {143}
+
+
+JOBLIB = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 CLOCK = """
 import datetime, os, time
 _shift, _jump, _after = map(float, os.environ["FAULTS_CLOCK"].split())
@@ -472,13 +549,16 @@ KINDS: dict[str, Callable[[Run, Fault, random.Random], set[int] | None]] = {
     "truncated": damage("truncated"),
     "flipped": damage("flipped"),
     "clock": kill("all"),
+    "changed data": changed_data,
+    "joblib launcher": kill_joblib,
+    "cache disk": full_cache,
     # of several ranks
     "kill ranks": kill("ranks"),
     "kill agent": kill("agent"),
     "stop rank": stop_one,
 }
 OF_RANKS = ("kill ranks", "kill agent", "stop rank")
-MOUNTED = ("full disk", "read-only")
+MOUNTED = ("full disk", "read-only", "cache disk")
 
 
 # ---- the suite ----------------------------------------------------------------------------------------------------
@@ -493,6 +573,8 @@ def drawn(number: int, ranks: int, draw: random.Random, kinds: list[str]) -> lis
         phase = draw.choice(["train"] * 5 + list(PHASES[1:]))
         if kind in ("truncated", "flipped") and phase in ("start", "exit"):
             phase = "train"
+        if kind == "cache disk":
+            phase = "start"
         at = {"train": draw.uniform(1, STEPS), "start": draw.uniform(0.5, 9)}.get(phase, draw.uniform(0, 0.02))
         faults.append(Fault(kind, phase, at, draw.randrange(1 << 30)))
     return faults
@@ -562,12 +644,12 @@ def live(run: Run, faults: list[Fault], whole: Path, mounts: bool) -> list[Fault
 def table(counted: list[tuple[int, Fault]]) -> list[str]:
     kinds = list(dict.fromkeys(fault.kind for _, fault in counted))
     phases = {phase: Counter(f.kind for _, f in counted if f.done.split()[0] == phase) for phase in PHASES}
-    lines = [f"{'kind':<14} {'faults':>6} {'lost':>5}  " + " ".join(f"{phase:>10}" for phase in PHASES)]
+    lines = [f"{'kind':<15} {'faults':>6} {'lost':>5}  " + " ".join(f"{phase:>10}" for phase in PHASES)]
     for kind in [*kinds, "all"]:
         of = [f for _, f in counted if kind in ("all", f.kind)]
         cells = [sum(n for k, n in phases[p].items() if kind in ("all", k)) for p in PHASES]
         lost = sum(bool(f.lost) for f in of)
-        lines.append(f"{kind:<14} {len(of):>6} {lost:>5}  " + " ".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"{kind:<15} {len(of):>6} {lost:>5}  " + " ".join(f"{cell:>10}" for cell in cells))
     return lines
 
 

@@ -20,6 +20,7 @@ from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
 from caspr_cli.report.progress import Progress
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite, write_whole
+from caspr_cli.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row
@@ -383,6 +384,7 @@ def usage() -> str:
     )
 
 
+@console_script
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
@@ -396,11 +398,6 @@ def main() -> int:
         run(parse(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_USAGE
-    except BrokenPipeError:  # the reader has seen enough; files were written before
-        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
-    except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return BAD_USAGE
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from caspr_cli import __version__
 from caspr_cli.report.errors import ReportError, nearest
+from caspr_cli.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.model import Run, Table
@@ -216,9 +216,10 @@ def _profiled(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Tabl
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """The files to write for one name: several for figures of which there is one for each table."""
-    from caspr_cli.report import formats, packed
+    from caspr_cli.report import formats
+    from caspr_cli.runs.shape import printable
 
-    command = packed.printable(shlex.join(["caspr-report", *sys.argv[1:]]))
+    command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
     if file.suffix == ".html":
         from caspr_cli.report.page import compared
 
@@ -248,10 +249,9 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
         yield file, writers[file.suffix]()
 
 
+@console_script
 def main() -> int:
     """Console script. Returns the exit code."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")
     argv = sys.argv[1:]
     try:
         if "--help" in argv or "-h" in argv:
@@ -260,24 +260,12 @@ def main() -> int:
             print(f"caspr-report {__version__}")
         else:
             run(parse(argv))
-        print(end="", flush=True)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_USAGE
-    except BrokenPipeError:  # the reader has seen enough; files may not be written yet, as | head asks
-        _leave_output()
-    except OSError as error:  # as on a full disk
-        _leave_output()
-        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     return OK
-
-
-def _leave_output() -> None:
-    """What is still to be written would fail once more when Python ends."""
-    sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
 
 
 if __name__ == "__main__":

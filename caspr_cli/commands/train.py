@@ -27,9 +27,10 @@ from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
-from caspr_cli.runs.record import RecordDamagedError
-from caspr_cli.runs.session import Session, complain, keys_of, say
+from caspr_cli.runs.record import FULL, RecordDamagedError
+from caspr_cli.runs.session import Session, keys_of
 from caspr_cli.runs.sweep import EXTRAS, new_folder
+from caspr_cli.streams import cause, complain, console_script, say
 
 # Hydra's own flags; those with a value take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -111,6 +112,7 @@ def wrapped(names: Iterable[str]) -> str:
     return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
 
 
+@console_script
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
@@ -120,8 +122,6 @@ def main() -> int:
     if "--version" in argv:
         print(f"caspr-train {__version__}")
         return OK
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
     compose.register_schemas()
     try:
@@ -132,7 +132,10 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         complain(not_installed(error) or explain(error, keys_of(argv), argv))
         return BAD_USAGE
-    except (ConfigError, RecordDamagedError, OSError) as error:
+    except OSError as error:
+        complain(cause(error))
+        return TERMINATED if full(error) else BAD_USAGE
+    except (ConfigError, RecordDamagedError) as error:
         complain(str(error))
         return BAD_USAGE
     except StoppedError as stopped:
@@ -233,7 +236,10 @@ def compose_and_run(argv: list[str]) -> int:
             decorated(session.job)()
     except (HydraException, OmegaConfBaseException) as error:
         return session.end(not_installed(error) or explain(error, keys_of(argv), argv))
-    except (ConfigError, ValueError, OSError) as error:
+    except OSError as error:
+        code = session.end(cause(error))
+        return TERMINATED if full(error) else code
+    except (ConfigError, ValueError) as error:
         return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
         if session.sweep is None:
@@ -245,6 +251,11 @@ def compose_and_run(argv: list[str]) -> int:
         chosen = session.sweep.launcher if session.sweep else ""
         return session.end(f"hydra/launcher={chosen}: {type(error).__name__}: {error}".splitlines()[0])
     return session.end()
+
+
+def full(error: OSError) -> bool:
+    """Whether a disk has no room for a file: the same command goes on when it has. (Standard output has no name.)"""
+    return error.errno in FULL and error.filename is not None
 
 
 def not_installed(error: BaseException) -> str | None:

@@ -25,6 +25,7 @@ from caspr_cli.report.progress import Progress
 from caspr_cli.report.words import duration, listed
 from caspr_cli.runs import provenance
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
+from caspr_cli.streams import console_script
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
@@ -232,11 +233,10 @@ def usage() -> str:
     )
 
 
+@console_script
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
         return OK
@@ -244,17 +244,12 @@ def main() -> int:
         print(f"caspr-verify {__version__}")
         return OK
     try:
-        code = run(parse(argv))
-        sys.stdout.flush()
-        return code
+        return run(parse(argv))
     except (ConfigError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
-    except BrokenPipeError:  # the reader has seen enough; files may not be written yet, as | head asks
-        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     except KeyboardInterrupt:
         return INTERRUPTED
-    return OK
 
 
 if __name__ == "__main__":

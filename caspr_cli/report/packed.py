@@ -2,8 +2,7 @@
 
 The first line says what the file is. Each other line is a record: its path, config (dotted keys), status, result,
 provenance and validations (step, seconds, value). Host, process id, uncommitted diff (its hash stays) and absolute
-paths are left out. The same records give the same bytes. What those parts have to look like is said here, for records
-in directories too.
+paths are left out. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import io
 import json
 import os
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -24,109 +22,14 @@ import yaml
 
 from caspr_cli.report.errors import ReportError
 from caspr_cli.report.files import write_whole
-from caspr_cli.report.model import DONE, Point, Run, finite
+from caspr_cli.report.model import Point, Run, finite
 from caspr_cli.report.rows import SPACE
+from caspr_cli.runs.shape import KINDS, SHAPE, DamagedError, lost, part, printable
 
 FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
 ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
 GONE = "<path>"
-
-NEEDED = ("task.name", "optim.name", "seed", "task.target.metric")
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
-    "integer": lambda value: type(value) is int and abs(value) < 2**63,
-    "number": lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
-    "truth value": lambda value: isinstance(value, bool),
-    "list": lambda value: isinstance(value, list),
-    "mapping": lambda value: isinstance(value, dict),
-    "mapping of numbers": lambda value: (
-        isinstance(value, dict) and all(each is None or KINDS["number"](each) for each in value.values())
-    ),
-}
-# What is read of a record, an owner before its own; each may be missing or null. What is not named may be anything.
-SHAPE: dict[str, dict[str, str]] = {
-    "config": {
-        "task": "mapping", "task.name": "text", "task.data": "text", "task.target": "mapping",
-        "task.target.metric": "text", "task.target.value": "number", "task.target.higher_is_better": "truth value",
-        "optim": "mapping", "optim.name": "text", "scale": "text", "seed": "integer",
-        "search": "mapping", "search.space": "mapping", "search.trials": "integer",
-    },
-    "status": {"state": "text", "error": "text", "step": "integer", "updated": "text", "host": "text"},
-    "result": {
-        "final": "mapping of numbers", "test": "mapping of numbers", "steps": "integer", "seconds": "number",
-        "target": "mapping", "target.value": "number", "target.step": "integer", "target.seconds": "number",
-    },
-    "provenance": {
-        "command": "list", "code": "mapping", "data": "mapping", "data.hash": "text",
-        "packages": "mapping", "packages.torch": "text",
-        "machine": "mapping", "machine.host": "text", "machine.system": "text",
-        "device": "mapping", "device.processes": "integer", "device.threads": "integer",
-    },
-}  # fmt: skip
-SEVERAL_LINES = ("error", "diff")  # all other texts are words in tables
-DEEPEST = 32  # more levels than any record has, fewer than Python's recursion
-
-
-class DamagedError(ValueError):
-    """A part of a record that cannot be counted; the message says why."""
-
-
-def part(name: str, content: Any) -> dict[str, Any]:
-    """A part of a record, of the shape that its readers need; its texts can be printed.
-
-    Args:
-        name: ``config`` (dotted keys), ``status``, ``result`` or ``provenance``.
-
-    Raises:
-        DamagedError: it is of another shape.
-    """
-    if not isinstance(content, dict):
-        raise DamagedError(f"{name} is no mapping")
-    found: dict[str, Any] = tidy(content, name)
-    for key, kind in SHAPE[name].items():
-        value = found.get(key) if name == "config" else _inner(found, key)
-        if value is not None and not KINDS[kind](value):
-            raise DamagedError(f"{key} is no {kind}")
-    if name == "config":
-        if missing := [key for key in NEEDED if found.get(key) in (None, "")]:
-            raise DamagedError(f"has no {missing[0]}")
-        groups = {key[: dot.start()] for key in found for dot in re.finditer(r"\.", key)}
-        if both := groups.intersection(found):
-            raise DamagedError(f"{min(both)} is a value and a group")
-    return found
-
-
-def _inner(node: Any, key: str) -> Any:
-    for name in key.split("."):
-        node = (node or {}).get(name)
-    return node
-
-
-def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
-    """The same, with texts that can be printed and encoded.
-
-    Raises:
-        DamagedError: something in it is of no type that records have, or too large.
-    """
-    if depth > DEEPEST:
-        raise DamagedError(f"{key} is nested too deeply")
-    if isinstance(node, dict):
-        return {printable(str(name)): tidy(value, str(name), depth + 1) for name, value in node.items()}
-    if isinstance(node, list):
-        return [tidy(value, key, depth + 1) for value in node]
-    if isinstance(node, str):
-        return "\n".join(map(printable, node.split("\n"))) if key in SEVERAL_LINES else printable(node)
-    if node is None or isinstance(node, (bool, float)) or (isinstance(node, int) and abs(node) < sys.float_info.max):
-        return node
-    raise DamagedError(f"{printable(key)} is neither text, list nor a number in range")
-
-
-def printable(text: str) -> str:
-    """On one line, and without what a terminal, LaTeX or UTF-8 would stumble over."""
-    if text.isprintable():
-        return text
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
 def encodable(path: str) -> str:
@@ -143,11 +46,6 @@ def point(step: Any, seconds: Any, value: Any) -> Point:
     if not KINDS["integer"](step) or not all(x is None or type(x) in (int, float) for x in (seconds, value)):
         raise DamagedError("a validation has other values than numbers")
     return Point(step, None if seconds is None or not KINDS["number"](seconds) else float(seconds), finite(value))
-
-
-def lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Whether a run is done, and its result is not there."""
-    return status.get("state") == DONE and result.get("final") is None
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -174,17 +72,26 @@ def _line(entry: dict[str, Any]) -> str:
 def _entry(run: Run, roots: Sequence[Path]) -> dict[str, Any]:
     machine = run.provenance.get("machine") or {}
     host = run.status.get("host") or machine.get("host")
-    code = run.provenance.get("code") or {}
+    origin = _origin({"machine": {}, "code": None} | run.provenance)
+    if later := run.provenance.get("attempts"):
+        origin["attempts"] = [_origin(attempt) for attempt in later]
     parts = {
         "config": run.config | {"trainer.rendezvous": None},
         "status": {key: value for key, value in run.status.items() if key not in ("host", "pid", "born")},
         "result": run.result,
-        "provenance": run.provenance
-        | {"machine": {key: value for key, value in machine.items() if key != "host"}}
-        | {"code": {key: value for key, value in code.items() if key != "diff"} or None},
+        "provenance": origin,
     }
     cleaned = {key: _cleaned(value, host) for key, value in parts.items()}
     return {"path": encodable(_kept(run.path, roots)), **cleaned, "curve": [astuple(point) for point in run.curve]}
+
+
+def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the machine's name and the text of uncommitted changes."""
+    found = dict(provenance)
+    for owner, left_out in (("machine", "host"), ("code", "diff")):
+        if isinstance(inner := found.get(owner), dict):
+            found[owner] = {key: value for key, value in inner.items() if key != left_out}
+    return found
 
 
 def _kept(path: str, roots: Sequence[Path]) -> str:

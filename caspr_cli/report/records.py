@@ -14,6 +14,7 @@ import yaml
 from caspr_cli.report import packed
 from caspr_cli.report.errors import ReportError
 from caspr_cli.report.model import Point, Run
+from caspr_cli.runs import shape
 
 MARKS = ("config.yaml", "status.json")  # either makes a directory a record
 SKIPPED = {".sweep", "checkpoints"}
@@ -90,7 +91,7 @@ def read(path: Path, warnings: list[str]) -> Run:
     config = _config(path / "config.yaml")
     status = _object(path / "status.json")  # before the result, which is written first
     result = _object(path / "result.json")
-    if packed.lost(status, result):
+    if shape.lost(status, result):
         raise UnreadableError(f"{path / 'result.json'}: missing or damaged, though the run is done: left out")
     try:
         provenance = _object(path / "provenance.json")
@@ -122,8 +123,8 @@ def _config(file: Path) -> dict[str, Any]:
 def _part(file: Path, content: Any) -> dict[str, Any]:
     """Of a record, with the shape that it should have."""
     try:
-        return packed.part(file.stem, content)
-    except packed.DamagedError as reason:
+        return shape.part(file.stem, content)
+    except shape.DamagedError as reason:
         raise UnreadableError(f"{file}: {reason}: left out") from reason
 
 
@@ -141,13 +142,13 @@ def flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 def _object(file: Path) -> dict[str, Any]:
     """A JSON file; empty if there is none."""
     try:
-        content = json.loads(file.read_bytes(), parse_constant=lambda _: None)
+        content = shape.parsed(file.read_bytes())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{file}: is no JSON: left out") from error
+    except shape.DamagedError as reason:
+        raise UnreadableError(f"{file}: {reason}: left out") from reason
     return _part(file, content)
 
 

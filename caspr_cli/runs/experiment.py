@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -27,11 +28,12 @@ from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
 from caspr_cli.runs.launch import Place, run
-from caspr_cli.runs.record import DONE, FAILED, Record
+from caspr_cli.runs.record import DONE, FAILED, Record, clear_left, own
 
 DEFAULT_SCALE = "sample"
 STEPS = 30  # of the run that is timed: beyond the first refresh of the roots
 PATIENCE = 120.0  # seconds for it
+TIMING = "caspr-timing-"  # folder of its record
 
 
 class StoppedError(Exception):
@@ -220,7 +222,9 @@ def seconds(row: Row, command: list[str]) -> float | str:
         return took[len(took) // 2]
     recipe = recipes[0]
     steps = min(STEPS, recipe.trainer.max_steps)
-    with tempfile.TemporaryDirectory(prefix="caspr-timing-") as folder:
+    clear_left(Path(tempfile.gettempdir()), f"{TIMING}*")
+    with tempfile.TemporaryDirectory(prefix=TIMING) as folder:
+        own(Path(folder))
         short = replace(recipe, output_dir=folder, trainer=replace(recipe.trainer, max_steps=steps, val_every=steps))
         began = time.monotonic()
 
@@ -244,8 +248,11 @@ def _lasted(record: Record) -> float | None:
     status = record.status
     if status.get("state") != DONE or status.get("attempts") != 1:
         return None
-    started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
-    return (ended - started).total_seconds()
+    try:
+        started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
+        return (ended - started).total_seconds()
+    except (KeyError, ValueError, TypeError):  # of a record that was not written here
+        return None
 
 
 def about(duration: float) -> str:

@@ -16,30 +16,36 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
-from caspr_cli.runs import provenance
+from caspr_cli.runs import fingerprint, provenance, shape
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import LAUNCHER, workers
+from caspr_cli.runs.processes import LAUNCHER, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
     FAILED,
     LOCKS,
+    MEMORY,
     PREEMPTED,
+    PROVENANCE,
+    REFUSED,
     RUNNING,
     SECONDS_TO_WAIT,
     Holder,
     Record,
     RecordBusyError,
     RecordDamagedError,
+    now,
     write_whole,
 )
+from caspr_cli.streams import complain
 
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -76,10 +82,10 @@ def plan(recipe: Recipe, record: Record) -> str:
         if record.checkpoints.exists() or record.result:
             raise RecordDamagedError(record.path / "status.json")
         return "new"
-    if state == DONE and "target" in record.result:
+    if state == DONE and not shape.lost(record.status, record.result):
         return "skip"
-    if state == FAILED and recipe.resume != Resume.retry and not record.status.get("user_error"):
-        return "failed"  # what a user got wrong may have been mended outside
+    if state == FAILED and recipe.resume != Resume.retry and not record.status.get("user_error"):  # of before: refused
+        return "failed"
     if record.last.exists() or record.previous.exists():
         return "continue"
     if state == DONE or record.status.get("step"):  # it has come further than nothing: what is left may be all there is
@@ -111,16 +117,21 @@ def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> O
     with record.held() as lock:
         todo = plan(recipe, record)
         if todo in ("skip", "failed"):
+            if todo == "skip":
+                fingerprint.check_done(recipe, record)
             return Outcome(record, OK if todo == "skip" else RUN_FAILED, ran=False)
-        attempts = 0 if recipe.resume == Resume.never else record.status.get("attempts", 0)
+        anew = recipe.resume == Resume.never
+        attempt = 1 + (0 if anew else record.status.get("attempts") or 0)
+        before = {} if anew else record.read(PROVENANCE)
         if todo == "new":
-            _clear(record)
+            _clear(record, kept=() if anew else (PROVENANCE, fingerprint.FILE))
         write_whole(record.config, compose.save(recipe))
-        record.write("provenance.json", provenance.collect(command))
-        begun = {"state": RUNNING, "attempts": attempts + 1, "error": None, "step": record.status.get("step")}
+        record.write(PROVENANCE, provenance.begun(before, provenance.collect(command), attempt, now()))
+        begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
         record.write("status.json", begun | asdict(Holder.me()))
+        written, kills = _size(record.log), memory_kills()
         returned, caught = _supervise(recipe, record, lock, place)
-        exit_code = _settle(record, returned, caught)
+        exit_code = _settle(record, returned, caught, _why(record.log, written, returned, memory_kills() > kills))
         if exit_code == OK and not recipe.trainer.keep_checkpoints:
             shutil.rmtree(record.checkpoints, ignore_errors=True)
         return Outcome(record, exit_code, ran=True, told=caught)
@@ -160,12 +171,12 @@ def preflight(recipe: Recipe) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def _clear(record: Record) -> None:
+def _clear(record: Record, kept: Collection[str]) -> None:
     # What says "done" goes first: cut off in the middle, the rest is not taken for a record.
     for path in sorted(record.path.iterdir(), key=lambda path: path.name not in ("status.json", "result.json")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in LOCKS:
+        elif path.name not in (*LOCKS, *kept):
             path.unlink()
 
 
@@ -203,7 +214,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, place: Place) -
     if ranks > 1:
         # That ranks have to finish a step and save, once torch's launcher was told to stop; its own 30 may be too few.
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(recipe.trainer.timeout)))
-    written = log_file.stat().st_size if log_file.exists() else 0
+    written = _size(log_file)
     with log_file.open("ab") as log, _listening() as heard:
 
         def asked() -> list[int]:  # Ctrl-C may come to this process, by way of others, or both
@@ -231,7 +242,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, place: Place) -
                 child.terminate()
                 returned = child.wait()
                 if lock is not None:
-                    _settle(record, returned, signal.SIGTERM)
+                    _settle(record, returned, signal.SIGTERM, "")
             raise
     if ranks > 1 and returned > 0:
         with log_file.open("rb") as said:
@@ -306,24 +317,54 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 # A worker that ends by one of these is at fault itself; by another signal, someone ended it.
-CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+TAIL = 1 << 16  # bytes of a log
 
 
-def _settle(record: Record, returned: int, caught: int | None) -> int:
-    """The exit code; ``status.json`` gets an end where the worker could not write one itself."""
+def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
+    """Why a worker ended that could not say it.
+
+    Args:
+        written: how long the log was when it started.
+        out_of_memory: whether the system has ended some process since, as memory ran out.
+    """
+    how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
+    if returned == -signal.SIGKILL and out_of_memory:
+        return f"too little memory: the system ended a worker with {how}; a smaller task.batch_size needs less"
+    if returned == -signal.SIGBUS:
+        return f"a worker ended with {how}: a full disk, or a file that was cut short while it was read; see {log}"
+    if said := MEMORY.search(_tail(log, written)):
+        return f"too little memory: {said[0]}; see {log}"
+    return f"a worker ended with {how}; see {log}"
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _tail(file: Path, since: int) -> str:
+    """What was written to a log since it had this size, its last part."""
+    try:
+        with file.open("rb") as log:
+            log.seek(max(since, _size(file) - TAIL))
+            return log.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _settle(record: Record, returned: int, caught: int | None, why: str) -> int:
+    """The exit code; ``status.json`` gets an end where the worker could not write one itself: ``why`` it ended."""
     _wait_for_ranks(record, patience=0 if caught and returned == -signal.SIGKILL else SECONDS_TO_WAIT)
     status = record.status  # after them: they may have written it
     state = status.get("state")
     killed = returned < 0 and -returned not in CRASHES
     # It was killed, or told to stop before its first step; or it failed as another rank was killed.
-    if state == RUNNING or (state == FAILED and killed and not status.get("user_error")):
-        how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
+    if state == RUNNING or (state == FAILED and killed):
         state = PREEMPTED if killed or caught or returned == CUT_OFF else FAILED
-        error = None if caught else f"a worker ended with {how}; see {record.log}"
         try:
-            record.update_status(state=state, error=error)
+            record.update_status(state=state, error=None if caught else why)
         except OSError as full:  # a disk without room for a line: the state on it stays "running", which is continued
-            print(f"error: {record.path}: {full}; the same command continues", file=sys.stderr)
+            complain(f"{record.path}: {full}; the same command continues")
             return TERMINATED
     return _exit_code(record, caught)
 
@@ -332,8 +373,10 @@ def _exit_code(record: Record, caught: int | None) -> int:
     status = record.status
     if status.get("state") == DONE:
         return OK
+    if status.get("state") == REFUSED:
+        return BAD_USAGE
     if status.get("state") == FAILED:
-        return BAD_USAGE if status.get("user_error") else RUN_FAILED
+        return RUN_FAILED
     return INTERRUPTED if caught == signal.SIGINT else TERMINATED
 
 

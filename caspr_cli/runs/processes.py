@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # Environment variable that tells a worker who launched it.
@@ -27,6 +28,8 @@ def lives(process: int, born: int | None = None) -> bool:
         return False
     except PermissionError:
         pass
+    except OverflowError:  # no number that a process has
+        return False
     fields = _stat(process)
     if not fields:
         return True
@@ -36,16 +39,54 @@ def lives(process: int, born: int | None = None) -> bool:
 def workers(record: Path, launcher: int) -> dict[int, int | None]:
     """The processes that a launcher has at work on a record, each with its rank; torch's own launcher has none."""
     found: dict[int, int | None] = {}
+    for process, environment in with_variable(LAUNCHER, str(launcher)).items():
+        if os.fsencode(record.resolve()) in command_of(process):
+            rank = next((word[5:] for word in environment if word.startswith(b"RANK=")), None)
+            found[process] = None if rank is None else int(rank)
+    return found
+
+
+def with_variable(name: str, value: str | None = None) -> dict[int, list[bytes]]:
+    """The living processes of this user that were started with an environment variable, and their environments.
+
+    Args:
+        value: of the variable; None for any.
+    """
+    found = {}
     for directory in PROC.glob("[0-9]*"):
         try:
-            command = (directory / "cmdline").read_bytes().split(b"\0")
             environment = (directory / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is another user's
             continue
-        if os.fsencode(record.resolve()) in command and f"{LAUNCHER}={launcher}".encode() in environment:
-            rank = next((word[5:] for word in environment if word.startswith(b"RANK=")), None)
-            found[int(directory.name)] = None if rank is None else int(rank)
+        if value is None:
+            there = any(word.startswith(f"{name}=".encode()) for word in environment)
+        else:
+            there = os.fsencode(f"{name}={value}") in environment
+        if there:
+            found[int(directory.name)] = environment
     return found
+
+
+def command_of(process: int) -> list[bytes]:
+    """The words that started a process; empty where it has ended."""
+    try:
+        return (PROC / str(process) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def memory_kills() -> int:
+    """How many processes the system has ended so far because memory ran out; 0 where it does not count them."""
+    files = [PROC / "vmstat", Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
+    with suppress(OSError, ValueError):  # of this process's own group
+        group = (PROC / "self" / "cgroup").read_text(encoding="utf8").splitlines()[-1].rpartition(":")[2]
+        files.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
+    count = 0
+    for file in files:
+        with suppress(OSError, ValueError):
+            words = [line.split() for line in file.read_text(encoding="utf8").splitlines()]
+            count += sum(int(line[1]) for line in words if line[:1] == ["oom_kill"])
+    return count
 
 
 def _stat(process: int) -> list[str]:

@@ -1,4 +1,7 @@
-"""Where a result came from: command, code, versions, machine."""
+"""Where a result came from: command, code, versions, machine, data; of each attempt at it.
+
+The first attempt's are the record's own. ``attempts`` has an entry for each later one: what it ran with that differs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",
     "tensorboard", "pytorch-optimizer", "numpy",
 )  # fmt: skip
+# Of these, what no number of a run comes from.
+ABOUT_NUMBERS = [name for name in PACKAGES if name not in ("hydra-core", "omegaconf", "tensorboard")]
 
 
 def collect(command: list[str]) -> dict[str, Any]:
@@ -35,6 +41,53 @@ def collect(command: list[str]) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
     }
+
+
+def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, time: str) -> dict[str, Any]:
+    """The content of ``provenance.json`` when another attempt starts.
+
+    Args:
+        found: what it was.
+        attempt: its number, from 1.
+    """
+    if not found:
+        return collected
+    entry = {"attempt": attempt, "started": time} | _differing(found, collected)
+    return {**found, "attempts": [*(found.get("attempts") or []), entry]}
+
+
+def completed(found: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with what the worker adds: data and device. What no attempt has said yet is the record's own."""
+    added = {key: value for key, value in where.items() if key not in found}
+    whole = {**found, **added}
+    if later := whole.get("attempts"):
+        whole["attempts"] = [*later[:-1], later[-1] | _differing(whole, where)]
+    return whole
+
+
+def _differing(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in now.items() if key not in first or first[key] != value}
+
+
+def changes(found: Mapping[str, Any]) -> list[str]:
+    """What the latest attempt runs with that the first had not, where numbers may hang on it."""
+    entry = (found.get("attempts") or [{}])[-1]
+    return [
+        f"{name} {before or 'unknown'}, now {now or 'unknown'}"
+        for name, before, now in zip(_NAMES, _versions(found), _versions({**found, **entry}), strict=True)
+        if before != now
+    ]
+
+
+_NAMES = ["caspr-cli", "commit", "uncommitted changes", "python", "device", "processor", *ABOUT_NUMBERS]
+
+
+def _versions(found: Mapping[str, Any]) -> list[Any]:
+    """In the order of ``_NAMES``."""
+    parts = (found.get(key) for key in ("code", "device", "machine", "packages"))
+    code, device, machine, packages = (part if isinstance(part, dict) else {} for part in parts)
+    own = [found.get("caspr_cli"), str(code.get("commit") or "")[:10], code.get("diff_sha256"), found.get("python")]
+    return [*own, device.get("name"), machine.get("processor"), *(packages.get(name) for name in ABOUT_NUMBERS)]
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,8 @@
 """The record of a run: one directory, complete and readable without this program.
 
 ``config.yaml`` the frozen recipe, ``status.json``, ``provenance.json``, ``metrics.jsonl``, TensorBoard's event files,
-``log.txt``, ``checkpoints/``, ``result.json``. Files are replaced whole, never half-written. No torch here.
+``log.txt``, ``checkpoints/``, ``result.json``; where the data are the user's own files, also ``data_files.json``. Files
+are replaced whole, never half-written. No torch here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import tempfile
 import time
@@ -20,11 +23,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from caspr_cli import streams
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import shape
 from caspr_cli.runs.processes import birth, lives
 
-RUNNING, DONE, FAILED, PREEMPTED = "running", "done", "failed", "preempted"
+RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
+REFUSED = "refused"  # for its configuration or data, which may be mended outside: it is tried again
+PROVENANCE = "provenance.json"
 # Held by who runs the record, and by each of its ranks: torch's launcher does not hand the first on to them.
 LOCKS = (".lock", ".ranks.lock")
 # What a kill can leave half-written: files on their way to their names.
@@ -34,12 +41,15 @@ SECONDS_TO_WAIT = 60  # for the worker of a launcher that was killed: it saves a
 # Errors of the place that a run is written to, not of the run: it continues when they are gone.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG}
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 class RecordDamagedError(Exception):
     """A file of a record cannot be read."""
 
-    def __init__(self, file: Path) -> None:
-        super().__init__(f"{file} is missing or damaged; resume=never starts this run anew")
+    def __init__(self, file: Path, why: str = "") -> None:
+        reason = f" ({why})" if why else ""
+        super().__init__(f"{file} is missing or damaged; resume=never starts this run anew{reason}")
 
 
 class RecordBusyError(Exception):
@@ -75,20 +85,20 @@ class Record:
         return self.read("result.json")
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the record; empty if there is none.
+        """A JSON file of the record, of the shape that its readers need; empty if there is none.
 
         Raises:
-            RecordDamagedError: it does not hold an object.
+            RecordDamagedError: it is of another shape.
         """
+        file = self.path / name
         try:
-            content = json.loads((self.path / name).read_text(encoding="utf8"))
+            content: dict[str, Any] = shape.parsed(file.read_bytes())
+            found = shape.part(file.stem, content)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except ValueError as error:
-            raise RecordDamagedError(self.path / name) from error
-        if not isinstance(content, dict):
-            raise RecordDamagedError(self.path / name)
-        return content
+        except shape.DamagedError as reason:
+            raise RecordDamagedError(file, str(reason)) from reason
+        return content if name == PROVENANCE else found  # the text of a diff stays as it is
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.path / name, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
@@ -98,7 +108,7 @@ class Record:
         self.write("status.json", self.status | changes | {"updated": now()})
 
     @contextmanager
-    def held(self, say: Callable[[str], None] = print) -> Iterator[int]:
+    def held(self, say: Callable[[str], None] = streams.say) -> Iterator[int]:
         """Hold the record's lock; a child that inherits the descriptor holds it on.
 
         Args:
@@ -111,8 +121,9 @@ class Record:
         descriptor, ranks = (os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644) for name in LOCKS)
         try:
             deadline = 0.0
-            while not (_claimed(descriptor) and _locked(ranks)):
-                holder = Holder.of(self)
+            while not ((claimed := _claimed(descriptor)) and _locked(ranks)):
+                # What has the ranks' lock alone was left by whom status.json names.
+                holder = Holder.of(self) if claimed else Holder.of_lock(descriptor, self)
                 if holder.lives:
                     raise RecordBusyError(f"{self.path} is being written by {holder}")
                 if not deadline:
@@ -178,6 +189,19 @@ class Holder:
             status = {}
         return cls(*(status.get(f.name) for f in fields(cls)))
 
+    @classmethod
+    def of_lock(cls, lock: int, record: Record) -> Holder:
+        """Who holds the lock: as ``status.json`` says, or, where that is not written yet, as the lock does."""
+        holder = cls.of(record)
+        for _ in range(20):  # who gets the lock writes into it at once
+            if holder.pid is not None and holder.lives:
+                break
+            with suppress(ValueError, TypeError):
+                host, pid, born = json.loads(os.pread(lock, 4096, 0))
+                return cls(host, pid, born, None)
+            time.sleep(0.05)
+        return holder
+
     @property
     def mark(self) -> bytes:
         """What it writes into the lock."""
@@ -189,7 +213,8 @@ class Holder:
         return self.host != socket.gethostname() or self.pid is None or lives(self.pid, self.born)
 
     def __str__(self) -> str:
-        return f"process {self.pid or '?'} on {self.host or '?'} (since {self.started or '?'})"
+        since = f" (since {self.started})" if self.started else ""
+        return f"process {self.pid or '?'} on {self.host or '?'}{since}"
 
 
 def _claimed(descriptor: int) -> bool:
@@ -219,8 +244,49 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+# What Python, C++ and the system's loader say; they share no exception for it.
+MEMORY = re.compile(
+    r"can.?t allocate memory|cannot allocate memory|out of memory|std::bad_alloc|failed to map segment"
+    r"|can't start new thread|MemoryError",
+    re.IGNORECASE,
+)
+
+
+def memory_error(error: BaseException | None) -> str | None:
+    """What was asked of memory that there was too little of, if that is behind an error."""
+    while error is not None:
+        text = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return text or "it cannot be had"
+        if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
+            return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+OWNER = ".owner"  # in a folder that is removed at the end of a command: the process that made it
+
+
+def own(folder: Path) -> None:
+    """Say that this process made a folder."""
+    (folder / OWNER).write_bytes(Holder.me().mark)
+
+
+def clear_left(above: Path, pattern: str) -> None:
+    """Remove the folders whose process was killed before it could."""
+    for file in above.glob(f"{pattern}/{OWNER}"):
+        with suppress(OSError, ValueError, TypeError):
+            host, pid, born = json.loads(file.read_bytes())
+            if host == socket.gethostname() and not lives(pid, born):
+                shutil.rmtree(file.parent)
+
+
 def write_whole(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: with the file's name.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf8") as file:
@@ -229,8 +295,10 @@ def write_whole(path: Path, content: str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from socket import gethostname as host
@@ -27,6 +26,7 @@ from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import summary, trials
+from caspr_cli.runs.guardian import guarded
 from caspr_cli.runs.launch import (
     BAD_USAGE,
     INTERRUPTED,
@@ -40,8 +40,9 @@ from caspr_cli.runs.launch import (
     preflight,
     run,
 )
-from caspr_cli.runs.record import Record, RecordBusyError, RecordDamagedError
+from caspr_cli.runs.record import FULL, Record, RecordBusyError, RecordDamagedError, memory_error
 from caspr_cli.runs.sweep import ENDED, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
+from caspr_cli.streams import complain, say
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Session:
             if config.hydra.mode == hydra.types.RunMode.MULTIRUN:
                 self.sweep = Sweep.begin(config)
                 if not self.sweep.here:
+                    if self.sweep.launcher == "joblib":  # whose processes are this one's
+                        parent.enter_context(guarded(self.sweep.folder))
                     parent.enter_context(self.watch(self.sweep))
         return Callbacks()
 
@@ -77,10 +80,13 @@ class Session:
                 say(f"\njob {HydraConfig.get().job.num + 1}: {' '.join(job.overrides)}")
             else:
                 os.chdir(self.sweep.directory)
-            self.sweep.note(self.run(config, replace(job, number=HydraConfig.get().job.num + 1)))
+            done = self.run(config, replace(job, number=HydraConfig.get().job.num + 1))
+            with suppress(OSError):  # a full disk: the job counts as lost, which the same command continues
+                self.sweep.note(done)
 
     def run(self, config: DictConfig, job: Job) -> Job:
         """What came of a job. In a sweep nothing is raised: one job's end is no other's."""
+        exit_code = BAD_USAGE
         try:
             recipe = compose.freeze(config, job.overrides, self.chosen(config, job))
             if recipe.debug == "plan":
@@ -99,6 +105,10 @@ class Session:
             why = explain(error, keys_of(self.command), self.command)
         except OSError as error:
             why = f"output_dir={config.output_dir}: cannot write there: {error}"
+            if memory := memory_error(error):
+                why = f"too little memory: {memory}"
+            if memory or error.errno in FULL:
+                exit_code, why = TERMINATED, f"{why}; the same command continues"
         except Exception as error:
             if self.sweep is None:
                 raise
@@ -106,7 +116,7 @@ class Session:
             return replace(job, state=ENDED, exit_code=RUN_FAILED, why=f"{type(error).__name__}: {error}")
         if self.here:
             complain(why)
-        return replace(job, state=REFUSED, exit_code=BAD_USAGE, why=why)
+        return replace(job, state=REFUSED, exit_code=exit_code, why=why)
 
     @staticmethod
     def chosen(config: DictConfig, job: Job) -> int | None:
@@ -226,17 +236,6 @@ def refuse_code(config: DictConfig) -> None:
         target = config.hydra[part]._target_
         if not target.startswith(("hydra._internal.", "hydra_plugins.")):
             raise ConfigError(f"hydra.{part}._target_={target} is none of Hydra's own: not allowed")
-
-
-def say(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:  # the reader is gone, the run is not
-        sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
-
-
-def complain(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def keys_of(argv: list[str]) -> DictConfig:

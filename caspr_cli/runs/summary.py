@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
-from caspr_cli.runs.launch import Outcome
+from caspr_cli.runs import record as records
+from caspr_cli.runs.launch import OK, TERMINATED, Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
@@ -31,6 +32,8 @@ def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
     if state == FAILED:
         again = "add resume=retry to run it again" if not outcome.ran else f"log      {record.log}"
         return [f"failed   {status.get('error')}", again, f"record   {record.path}"]
+    if state == records.REFUSED:
+        return [f"refused  {status.get('error')}", f"log      {record.log}", f"record   {record.path}"]
     if state == PREEMPTED:
         saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
         why = status.get("error") or "stopped on a signal"
@@ -41,24 +44,25 @@ def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
 
 def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
     first = "done     " if ran else "skipped  this run is done already (resume=never runs it anew): "
-    metric = result["target"]["metric"]
+    target, best, test = (result.get(part) or {} for part in ("target", "best", "test"))
+    metric, seconds = target.get("metric") or "", result.get("seconds")
+    tested = "  ".join(f"{name} {_value(test, name)}" for name in test) or "no test"
     lines = [
-        f"{first}{_time(result['seconds'])} of training, {result['steps']} steps",
-        f"result   {metric} {_value(result['final'], metric)} at the end, best {_value(result['best'], metric)} "
-        f"at step {result['best'].get('step')}; "
-        + "  ".join(f"{name} {_value(result['test'], name)}" for name in result["test"]),
+        f"{first}{_time(seconds)} of training, {_shown(result.get('steps'))} steps",
+        f"result   {metric} {_value(result['final'], metric)} at the end, best {_value(best, metric)} "
+        f"at step {_shown(best.get('step'))}; {tested}",
     ]
-    target = result["target"]
-    if target["value"] is not None:
-        reached = "not reached" if target["step"] is None else f"reached at step {target['step']}"
-        after = "" if target["step"] is None else f", after {_time(target['seconds'])}"
-        lines.append(f"target   {metric} {target['value']:g}: {reached}{after}")
-    total = sum(result["optimizer_seconds"].values())
-    parts = ", ".join(f"{k} {100 * v / result['seconds']:.1f}" for k, v in result["optimizer_seconds"].items() if v)
-    lines.append(
-        f"optim    {100 * total / result['seconds']:.1f} % of the time ({parts}); "
-        f"state {result['optimizer_state_bytes'] / 1e6:.1f} MB"
-    )
+    if target.get("value") is not None:
+        step = target.get("step")
+        reached = "not reached" if step is None else f"reached at step {step}, after {_time(target.get('seconds'))}"
+        lines.append(f"target   {metric} {target['value']:g}: {reached}")
+    phases = {name: part for name, part in (result.get("optimizer_seconds") or {}).items() if part}
+    if seconds and phases:
+        parts = ", ".join(f"{name} {100 * part / seconds:.1f}" for name, part in phases.items())
+        lines.append(
+            f"optim    {100 * sum(phases.values()) / seconds:.1f} % of the time ({parts}); "
+            f"state {(result.get('optimizer_state_bytes') or 0) / 1e6:.1f} MB"
+        )
     return lines
 
 
@@ -93,7 +97,8 @@ def result_of(job: Job) -> tuple[str, str, str]:
     if job.state == WAITING:
         return "not started", "", ""
     if job.state == REFUSED or job.record is None:
-        return ("planned" if job.exit_code == 0 else "refused"), (job.why or "").partition("\n")[0], ""
+        states: dict[int | None, str] = {OK: "planned", TERMINATED: "cut off"}
+        return states.get(job.exit_code, "refused"), (job.why or "").partition("\n")[0], ""
     if job.state != ENDED:
         why = "its process is gone; the same command continues" if job.state == LOST else ""
         return ("lost" if job.state == LOST else "running"), why, job.record
@@ -104,15 +109,17 @@ def result_of(job: Job) -> tuple[str, str, str]:
     except RecordDamagedError as damage:
         return "damaged", str(damage), job.record
     if status.get("state") == DONE:
-        metric = result["target"]["metric"]
+        metric = (result.get("target") or {}).get("metric") or ""
         test = metric.replace("val/", "test/")
-        what = f"{metric} {_value(result['final'], metric)}  {test} {_value(result['test'], test)}  "
-        return f"done{before}", what + _time(result["seconds"]), job.record
+        scores = (
+            f"{metric} {_value(result.get('final') or {}, metric)}  {test} {_value(result.get('test') or {}, test)}"
+        )
+        return f"done{before}", f"{scores}  {_time(result.get('seconds'))}", job.record
     error = (job.why or status.get("error") or "").partition("\n")[0].removesuffix(f"; see {record.log}")
     if status.get("state") == PREEMPTED:
         saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
         return "cut off", f"{error}; {saved}" if error else saved, job.record
-    return f"failed{before}", error, str(record.log)
+    return "refused" if status.get("state") == records.REFUSED else f"failed{before}", error, str(record.log)
 
 
 def table(jobs: list[Job]) -> list[str]:
@@ -132,6 +139,12 @@ def _value(scores: dict[str, Any], metric: str) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _time(seconds: float) -> str:
+def _shown(value: float | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

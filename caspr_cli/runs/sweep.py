@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
 from caspr_cli.runs.launch import STOP, Place, cores
-from caspr_cli.runs.record import write_whole
+from caspr_cli.runs.record import FULL, clear_left, own, write_whole
 
 WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"
 
@@ -67,11 +67,14 @@ def new_folder(above: Path, output_dir: str) -> Path:
 
     Raises:
         ConfigError: ``output_dir`` cannot be written.
+        OSError: its disk is full.
     """
     try:
         above.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ConfigError(f"output_dir={output_dir}: cannot write there: {error}") from error
 
 
@@ -91,7 +94,9 @@ class Sweep:
     def begin(cls, config: DictConfig) -> Sweep:
         """Make the folder, with a file for each job that is planned."""
         jobs = planned(config)
-        folder = new_folder(Path(config.hydra.sweep.dir).absolute(), config.output_dir)
+        above = Path(config.hydra.sweep.dir).absolute()
+        clear_left(above, "[0-9]*")
+        folder = new_folder(above, config.output_dir)
         launcher = config.hydra.launcher
         made = cls(
             folder,
@@ -99,6 +104,8 @@ class Sweep:
             launcher._target_.endswith(".BasicLauncher"),
             jobs_at_once(launcher, len(jobs), cores()),
         )
+        if made.at_once is not None:  # else its jobs may outlive this process
+            own(folder)
         for number, overrides in enumerate(jobs, 1):
             made.note(Job(number, overrides))
         return made

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import shape
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
 TUNING_SEED = 0  # that of the runs which choose; other seeds of the chosen trial are fresh
@@ -33,7 +34,7 @@ def best(trial: Callable[[int], Recipe]) -> int:
         if state not in (DONE, FAILED):
             missing.append(index)
         elif state == DONE:
-            if "final" not in (result := record.result):
+            if shape.lost(record.status, result := record.result):
                 raise RecordDamagedError(record.path / "result.json")
             if (value := result["final"].get(target.metric)) is not None:
                 values[index] = value

@@ -11,7 +11,21 @@ from pathlib import Path
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.runs.processes import LAUNCHER, lives
-from caspr_cli.runs.record import CUT_OFF, DONE, FAILED, PREEMPTED, RUNNING, Record, RecordDamagedError, disk_error
+from caspr_cli.runs.record import (
+    CUT_OFF,
+    DONE,
+    FAILED,
+    FULL,
+    PREEMPTED,
+    REFUSED,
+    RUNNING,
+    Record,
+    RecordDamagedError,
+    disk_error,
+    memory_error,
+)
+
+NAMES_RANKS = ("rank ", "no rank ")  # a message that says of itself whom it is about
 
 
 def main(path: str) -> int:
@@ -25,7 +39,7 @@ def main(path: str) -> int:
         try:
             _run(record, rank, world)
         except Exception as error:
-            with suppress(OSError):  # a full disk has no room for the log
+            with suppress(OSError, MemoryError):  # a full disk has no room for the log
                 traceback.print_exc()
             return _end(record, error, rank, world)
     return 0
@@ -47,27 +61,36 @@ def _run(record: Record, rank: int, world: int) -> None:
 
 def _end(record: Record, error: Exception, rank: int, world: int) -> int:
     """Say why in ``status.json``, unless another rank has. Returns the exit status."""
-    from caspr_cli.training.ranks import HungError, LostError
-    from tasks.base import DataError
-
-    if isinstance(error, LostError):
+    state, message = _cause(record, error)
+    if state is None:
         return CUT_OFF  # whoever ended first knows why
-    # A loader's process hands an error on as the text of its traceback, which ends in what it said.
-    message, code = str(error).rpartition(f"{DataError.__qualname__}: ")[2].strip() or type(error).__name__, 1
-    user_error = isinstance(error, (DataError, ConfigError, RecordDamagedError))
-    if isinstance(error, HungError):
-        code = CUT_OFF
-    elif not isinstance(error, DataError) and (disk := disk_error(error)):  # data that may not be read are no disk
-        message, code = f"{disk.filename or record.path}: {disk.strerror}", CUT_OFF
-    elif not user_error:
-        message = f"{type(error).__name__}: {message}"
-    if world > 1 and not isinstance(error, HungError):
+    if world > 1 and not message.startswith(NAMES_RANKS):
         message = f"rank {rank}: {message}"
-    state = {"state": PREEMPTED if code == CUT_OFF else FAILED, "error": message, "user_error": user_error}
     with suppress(OSError):  # nor for this: the launcher finds the state "running", and this exit status
         if record.status.get("state") == RUNNING:
-            record.update_status(**state)
-    return code
+            record.update_status(state=state, error=message)
+    return CUT_OFF if state == PREEMPTED else 1
+
+
+def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
+    """The state that an error leaves a run in (None: another rank says it), and what there is to say."""
+    if memory := memory_error(error):  # before anything else is imported
+        return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
+    from caspr_cli.training.ranks import HungError, LostError
+    from tasks import files
+    from tasks.errors import DataError
+
+    # A loader's process hands an error on as the text of its traceback, which ends in what it said.
+    message = str(error).rpartition(f"{DataError.__qualname__}: ")[2].strip() or type(error).__name__
+    if isinstance(error, LostError):
+        return None, message
+    if isinstance(error, HungError):
+        return PREEMPTED, message
+    refused = isinstance(error, (DataError, ConfigError, RecordDamagedError))
+    disk = disk_error(error) or files.disk_error(error)
+    if disk and (not refused or disk.errno in FULL):  # else what a user has to mend
+        return PREEMPTED, f"{disk.filename or f'{record.path}, or the cache'}: {disk.strerror}"
+    return (REFUSED, message) if refused else (FAILED, f"{type(error).__name__}: {message}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import LAUNCHER, lives
 from caspr_cli.runs.record import Record
-from caspr_cli.training.checkpoints import Start, link, put_in_place
+from caspr_cli.training.checkpoints import OWNER, Owner, Start, link, put_in_place
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.recorder import Recorder
@@ -204,10 +205,11 @@ class Checkpoints(Callback):
 
     Args:
         start: where this attempt goes on. A last checkpoint that could not be used must not displace the one that was.
+        owner: written into each, so that it is not taken for one of another run.
     """
 
-    def __init__(self, record: Record, curves: Curves, start: Start) -> None:
-        self.record, self.curves = record, curves
+    def __init__(self, record: Record, curves: Curves, start: Start, owner: Owner) -> None:
+        self.record, self.curves, self.owner = record, curves, owner
         self._keep = start.checkpoint == record.last
 
     def on_train_batch_end(
@@ -240,6 +242,7 @@ class Checkpoints(Callback):
         Inside the callbacks in which a checkpoint is written Lightning counts the batch as begun but not completed,
         and on resuming would count it again: validations would come a batch late from there on.
         """
+        checkpoint[OWNER] = asdict(self.owner) | {"step": trainer.global_step}
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update(dict.fromkeys(counts, counts["ready"]))

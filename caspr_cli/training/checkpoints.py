@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,47 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.recipe.compose import identity
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import shape
+from caspr_cli.runs.record import Record, RecordDamagedError, disk_error
 
 log = logging.getLogger("caspr.checkpoints")
+
+
+OWNER = "caspr"  # in a checkpoint: whose it is
+NUMBER = (int, float)
+# What the curves read of a checkpoint.
+CURVES: dict[str, tuple[type, ...]] = {
+    "seconds": NUMBER, "losses": (torch.Tensor,), "units": (int,), "mark": (tuple, list), "best": (dict,),
+    "target": (dict,), "final": (dict,), "phases": (dict,), "state_bytes": (int,), "lines": (int,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The run that a checkpoint is of.
+
+    Args:
+        recipe: its identity, as in the path of the record.
+        data: hash of the content of its data; None in a checkpoint that does not say.
+    """
+
+    recipe: str
+    seed: int
+    data: str | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: Mapping[str, Any]) -> Owner:
+        return cls(identity(recipe), recipe.seed, data.get("hash"))
+
+    def __str__(self) -> str:
+        return f"recipe {self.recipe} seed {self.seed} on data {self.data or 'unknown'}"
+
+
+class AnotherRunError(ConfigError):
+    """A checkpoint of another run lies in this record."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +66,26 @@ class Start:
     lines: int = 0
 
 
-def find(record: Record) -> Start:
+def find(record: Record, owner: Owner, steps: int) -> Start:
     """The last checkpoint that is whole and whose curves are there. All ranks come to the same: nobody writes yet.
+
+    Args:
+        owner: this run.
+        steps: at its end.
 
     Raises:
         RecordDamagedError: there are checkpoints, but none can be used.
+        AnotherRunError: one is of another run. (One that was written before checkpoints said so is taken.)
     """
     files = [path for path in (record.last, record.previous) if path.exists()]
     whole, damaged = _whole_lines(record.metrics), record.last
     for path in files:
         try:
-            step, lines = _read(path)
-        except Exception as error:  # whatever zipfile and torch make of a file that is no checkpoint of ours
-            log.warning(f"warning  {path} is damaged: {str(error).splitlines()[0] if str(error) else type(error)}")
+            step, lines = _read(path, owner, steps)
+        except AnotherRunError:
+            raise
+        except shape.DamagedError as reason:
+            log.warning(f"warning  {path} is damaged: {reason}")
             continue
         if lines <= whole:
             return Start(path, step, lines)
@@ -50,19 +96,66 @@ def find(record: Record) -> Start:
     return Start()
 
 
-def _read(path: Path) -> tuple[int, int]:
+def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
     """Its steps and lines of metrics.
 
     Raises:
-        Exception: it is damaged; every bit that is read later is looked at.
+        DamagedError: it is damaged; every bit that is read later is looked at.
+        AnotherRunError: it is of another run.
     """
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # by the checksum of each member, that torch writes and does not check
-            raise ValueError(f"{damaged} does not match its checksum")
-        if any(member.external_attr for member in archive.infolist()):
-            raise ValueError("a member is marked as a directory")  # one flipped bit, and torch would not read it
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return checkpoint["global_step"], checkpoint["callbacks"]["Curves"]["lines"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # by the checksum of each member, that torch writes and does not check
+                raise shape.DamagedError(f"{damaged} does not match its checksum")
+            if any(member.external_attr for member in archive.infolist()):
+                raise shape.DamagedError("a member is marked as a directory")  # one bit, and torch would not read it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except shape.DamagedError:
+        raise
+    except Exception as error:  # whatever zipfile and torch make of a file that is no checkpoint of ours
+        if disk := disk_error(error):
+            raise disk from error
+        raise shape.DamagedError("it is cut off, or no checkpoint") from error
+    return _checked(path, checkpoint, owner, steps)
+
+
+def _checked(path: Path, checkpoint: Any, owner: Owner, steps: int) -> tuple[int, int]:
+    """What :func:`_read` returns, of a checkpoint that holds what will be read of it."""
+    said = _inner(checkpoint, OWNER)
+    if said is not None:
+        other = Owner(*(_inner(checkpoint, OWNER, key) for key in ("recipe", "seed", "data")))
+        if other != owner:
+            raise AnotherRunError(f"{path} is of another run ({other}; this one is {owner}): take it away")
+    step = _inner(checkpoint, "global_step")
+    if type(step) is not int or not 1 <= step <= steps:
+        raise shape.DamagedError(f"global_step is {_short(step)}, and should be a whole number from 1 to {steps}")
+    progress = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress")
+    counted = _inner(checkpoint, *progress, "optimizer", "step", "total", "completed")
+    for name, other_step in ((OWNER, _inner(checkpoint, OWNER, "step")), ("loops", counted)):
+        if other_step != step and not (other_step is None and name == OWNER):
+            raise shape.DamagedError(f"{name} counts {_short(other_step)} steps, and global_step is {step}")
+    for name, kinds in CURVES.items():
+        if type(value := _inner(checkpoint, "callbacks", "Curves", name)) not in kinds:
+            raise shape.DamagedError(f"callbacks.Curves.{name} is {_short(value)}, of another type than it should be")
+    for name, kind in (("state_dict", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+        if not isinstance(value := _inner(checkpoint, name), kind):
+            raise shape.DamagedError(f"{name} is {_short(value)}, of another type than it should be")
+    lines: int = checkpoint["callbacks"]["Curves"]["lines"]
+    if lines < 0:
+        raise shape.DamagedError(f"callbacks.Curves.lines is {lines}")
+    return step, lines
+
+
+def _inner(node: Any, *keys: str) -> Any:
+    """What is there, or None."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _short(value: Any) -> str:
+    text = "missing" if value is None else " ".join(repr(value).split())
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _whole_lines(metrics: Path) -> int:
@@ -74,7 +167,7 @@ def _whole_lines(metrics: Path) -> int:
     for count, line in enumerate(lines):
         try:
             json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return count
     return len(lines)
 

@@ -87,6 +87,7 @@ class TaskData(LightningDataModule):
     def __init__(self, task: Task, recipe: Recipe, *, start: int, rank: int, world: int) -> None:
         super().__init__()
         self.task, self.recipe, self.start, self.rank, self.world = task, recipe, start, rank, world
+        self.begun = False  # training samples were asked for: whatever a checkpoint holds is restored by then
         self._datasets = {split: task.dataset(split) for split in SPLITS}
         self._sampler = StepSampler(
             self._size("train"),
@@ -108,6 +109,7 @@ class TaskData(LightningDataModule):
         return len(cast(Any, self._datasets[split]))
 
     def train_dataloader(self) -> DataLoader[Any]:
+        self.begun = True
         return DataLoader(Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -21,10 +21,12 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record
+from caspr_cli.runs import fingerprint, provenance
+from caspr_cli.runs.describe import prepared
+from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
-from caspr_cli.training.checkpoints import WholeFile, find
+from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule, build_options
 from caspr_cli.training.progress import Progress
@@ -45,8 +47,10 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     if progress:
         _show_log(progress)
     _refuse_options(recipe)  # now: data may take hours
-    task.prepare()  # safe on all ranks at once
-    start = find(record)
+    files, described = prepared(recipe, task)  # safe on all ranks at once
+    fingerprint.refuse_changed(recipe, record, described)
+    owner = Owner.of(recipe, described)
+    start = find(record, owner, recipe.trainer.max_steps)
     torch.manual_seed(recipe.seed)
     module = TrainingModule(task, task.model(), recipe)
     optimizer = _optimizer(module)
@@ -55,17 +59,24 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     writing = closing(Recorder(record, recipe, start.step, start.lines)) if rank == 0 else nullcontext()
     with answering(record, rank, world, recipe.trainer.timeout), writing as recorder:
         curves = Curves(recipe, recorder, progress)
-        checkpoints = Checkpoints(record, curves, start)
+        checkpoints = Checkpoints(record, curves, start, owner)
         trainer = _trainer(recipe, record, [curves, checkpoints, StopOnSignal(checkpoints)], world)
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            record.write("provenance.json", record.read("provenance.json") | _where(trainer, task, world))
+            origin = provenance.completed(
+                record.read(PROVENANCE), {"data": described, "device": _device(trainer, world)}
+            )
+            record.write(PROVENANCE, origin)
+            if files is not None:
+                fingerprint.keep(record, files)
             recorder.pages()
-            for line in _header(recipe, task, module, optimizer, trainer, world):
+            for line in _header(recipe, task, described, module, optimizer, trainer, world):
                 progress.say(line)
+            if changed := provenance.changes(origin):
+                progress.say(f"warning  this run began with {'; '.join(changed)}")
         try:
-            with progress or nullcontext():
+            with progress or nullcontext(), _naming_the_checkpoint(start, data):
                 trainer.fit(module, data, ckpt_path=start.checkpoint, weights_only=True)
         except Stopped:
             return None
@@ -76,6 +87,18 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
             return None
         recorder.scalars(trainer.global_step, module.scores["test"])
         return _result(recipe, module, trainer, curves)
+
+
+@contextmanager
+def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
+    """A checkpoint that has the checksums and not the content that it should have is named."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        of_shape = not isinstance(error, RuntimeError) or "state_dict" in str(error) or "size mismatch" in str(error)
+        if start.checkpoint is None or data.begun or not of_shape:
+            raise
+        raise RecordDamagedError(start.checkpoint, "it does not fit this run's model or optimizer") from error
 
 
 @contextmanager
@@ -167,9 +190,14 @@ def _show_log(progress: Progress) -> None:
 
 
 def _header(
-    recipe: Recipe, task: Task, module: TrainingModule, optimizer: Any, trainer: Trainer, world: int
+    recipe: Recipe,
+    task: Task,
+    data: dict[str, Any],
+    module: TrainingModule,
+    optimizer: Any,
+    trainer: Trainer,
+    world: int,
 ) -> list[str]:
-    data = task.describe_data()
     size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
     parameters = sum(p.numel() for p in module.model.parameters())
     plain = task.plain(module.model)
@@ -194,13 +222,10 @@ def _header(
     return lines
 
 
-def _where(trainer: Trainer, task: Any, world: int) -> dict[str, Any]:
+def _device(trainer: Trainer, world: int) -> dict[str, Any]:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {
-        "data": task.describe_data(),
-        "device": {"type": device.type, "name": name, "processes": world, "threads": torch.get_num_threads()},
-    }
+    return {"type": device.type, "name": name, "processes": world, "threads": torch.get_num_threads()}
 
 
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:

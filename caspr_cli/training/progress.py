@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from caspr_cli.streams import silence
+
 SECONDS_BETWEEN_LINES = 10
 BAR = 16  # characters
 
 
 class _Console(Console):
-    """Nobody has to listen: a reader that goes away (``| head``) does not end a run."""
+    """One that leaves a reader who goes away to :func:`_heard_or_not`."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
+        raise BrokenPipeError
+
+
+@contextmanager
+def _heard_or_not() -> Iterator[None]:
+    """Nobody has to listen: a reader that goes away (``| head``), or a full disk behind it, does not end a run."""
+    try:
+        yield
+    except OSError as error:
+        silence(error)
 
 
 class Progress:
@@ -35,18 +48,21 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._live:
-            self._live.start()
+            with _heard_or_not():
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.stop()
+            with _heard_or_not():
+                self._live.stop()
 
     def say(self, line: str) -> None:
         """A line that stays, here and in the log (which is this process's standard error)."""
-        self.console.print(line, markup=False)
+        with _heard_or_not():
+            self.console.print(line, markup=False)
         print(line, file=sys.stderr, flush=True)
 
     def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
@@ -59,7 +75,8 @@ class Progress:
         if self._live:
             done = BAR * step // self._max_steps
             bar = self._full * done + (">" + " " * (BAR - done - 1) if done < BAR else "")
-            self._live.update(Text(f"{bar} {line}", overflow="crop", no_wrap=True), refresh=True)
+            with _heard_or_not():
+                self._live.update(Text(f"{bar} {line}", overflow="crop", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(line)

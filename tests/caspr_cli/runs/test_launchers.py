@@ -123,14 +123,14 @@ def test_a_job_that_fails_or_is_killed_harms_no_other(runner: Runner) -> None:
     (worker,) = processes("caspr_cli.runs.worker", str(record))
     os.kill(worker, signal.SIGKILL)
     out = finish(process, expect=3)
-    assert "sweep    3 jobs: 1 failed, 1 cut off, 1 done" in out
+    assert "sweep    3 jobs: 1 refused, 1 cut off, 1 done" in out
     table = rows(out)
     assert "optim.eps should be > 0 but is: -1.0" in table[1]
     assert "log.txt" in table[1]
     assert "SIGKILL" in table[2]
-    assert {state(r) for r in records(runner, "harm")} == {"failed", "preempted", "done"}
+    assert {state(r) for r in records(runner, "harm")} == {"refused", "preempted", "done"}
     again = finish(start(runner, *sweep), expect=3)
-    assert "sweep    3 jobs: 1 failed, 1 done, 1 done before" in again
+    assert "sweep    3 jobs: 1 refused, 1 done, 1 done before" in again
     assert json.loads((record / "status.json").read_text())["attempts"] == 2
 
 

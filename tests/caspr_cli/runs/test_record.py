@@ -15,10 +15,21 @@ from typing import cast
 import pytest
 
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
-from caspr_cli.runs import launch, summary
+from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
-from caspr_cli.runs.processes import birth, lives
-from caspr_cli.runs.record import Holder, Record, RecordBusyError, RecordDamagedError, disk_error, write_whole
+from caspr_cli.runs.processes import LAUNCHER, birth, lives
+from caspr_cli.runs.record import (
+    Holder,
+    Record,
+    RecordBusyError,
+    RecordDamagedError,
+    clear_left,
+    disk_error,
+    memory_error,
+    own,
+    write_whole,
+)
+from caspr_cli.runs.sweep import ENDED, Job
 
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
@@ -97,6 +108,18 @@ def test_one_writer(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("before", [{}, {"state": "preempted"}, {"pid": "dead"}])
+def test_who_has_not_written_its_status_yet_is_named(tmp_path: Path, before: dict[str, object]) -> None:
+    """Nor is it waited for as for one that is dead, which the status of before may name."""
+    record = Record(tmp_path)
+    record.write("status.json", dead() if before.get("pid") else before)
+    with record.held():
+        began = time.monotonic()
+        with pytest.raises(RecordBusyError, match=rf"by process {os.getpid()} on [^?]+$"), record.held():
+            pass
+        assert time.monotonic() - began < 1
+
+
 def dead() -> dict[str, object]:
     """What a process wrote into ``status.json`` that has ended since."""
     process = subprocess.Popen(["true"])
@@ -127,6 +150,7 @@ def test_a_process_is_its_number_and_its_birth() -> None:
     assert lives(os.getpid(), birth(os.getpid()))
     assert lives(os.getpid())
     assert not lives(cast(int, dead()["pid"]))
+    assert not lives(2**40)
     if Path("/proc").exists():
         assert not lives(os.getpid(), cast(int, birth(os.getpid())) - 1)
         process = subprocess.Popen(["true"])
@@ -141,6 +165,7 @@ def test_what_a_dead_launcher_left_is_waited_for(tmp_path: Path, lock: str) -> N
     record.write("status.json", dead())
     with ExitStack() as left:
         left.enter_context(getattr(record, lock)())
+        (tmp_path / ".lock").write_bytes(Holder.of(record).mark)  # of the dead one: the lock is what its worker holds
         threading.Timer(0.3, left.pop_all().close).start()
         began = time.monotonic()
         with record.held(said.append):
@@ -191,6 +216,83 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "it cannot be had"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"),
+            "DefaultCPUAllocator: can't allocate",
+        ),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "libtorch_cpu.so: failed to map"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "CUDA out of memory"),
+        (ValueError("out of memory"), None),
+        (RuntimeError("size mismatch"), None),
+    ],
+)
+def test_too_little_memory_is_known_by_many_names(error: Exception, expected: str | None) -> None:
+    found = memory_error(error)
+    assert found is None if expected is None else found is not None and found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "kills", "log", "expected"),
+    [
+        (-9, True, "", "too little memory: the system ended a worker with SIGKILL; a smaller task.batch_size"),
+        (-9, False, "", "a worker ended with SIGKILL; see "),
+        (-7, False, "", "a worker ended with SIGBUS: a full disk, or a file that was cut short"),
+        (
+            -6,
+            False,
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+            "too little memory: std::bad_alloc",
+        ),
+        (1, False, "before: MemoryError", "a worker ended with exit status 1; see "),
+    ],
+)
+def test_why_a_worker_ended_that_could_not_say_it(
+    tmp_path: Path, returned: int, kills: bool, log: str, expected: str
+) -> None:
+    file = tmp_path / "log.txt"
+    file.write_text(log)
+    since = len(log) if log.startswith("before") else 0
+    assert launch._why(file, since, returned, kills).startswith(expected)
+
+
+def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp_path: Path) -> None:
+    for name in ("mine", "left", "elsewhere", "nobodys", "damaged"):
+        (tmp_path / name).mkdir()
+    own(tmp_path / "mine")
+    gone = dead()
+    (tmp_path / "left" / ".owner").write_text(json.dumps([gone["host"], gone["pid"], None]))
+    (tmp_path / "elsewhere" / ".owner").write_text(json.dumps(["another host", gone["pid"], None]))
+    (tmp_path / "damaged" / ".owner").write_text("[")
+    clear_left(tmp_path, "*")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "elsewhere", "nobodys", "damaged"}
+
+
+def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
+    """Idle processes at once; one with a job and its worker when they have saved."""
+    environment = os.environ | {guardian.SWEEP: str(tmp_path)}
+    idle, busy = (subprocess.Popen(["sleep", "60"], env=environment) for _ in range(2))
+    worker = subprocess.Popen(["sleep", "60"], env=environment | {LAUNCHER: str(busy.pid)})
+    job = {"state": "started", "process": busy.pid}
+    (tmp_path / "job1.json").write_text(json.dumps(job))
+    thread = threading.Thread(target=guardian.end, args=(tmp_path, 30))
+    thread.start()
+    assert idle.wait(10) == -9
+    time.sleep(0.5)
+    assert (busy.poll(), worker.poll()) == (None, None)
+    assert (tmp_path / "stop").read_text() == "15\n"
+    worker.kill()
+    worker.wait()
+    (tmp_path / "job1.json").write_text(json.dumps(job | {"state": "ended"}))
+    assert busy.wait(10) == -9
+    thread.join(10)
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize(
     ("status", "resume", "checkpoint", "expected"),
     [
         ({}, Resume.auto, False, "new"),
@@ -214,7 +316,7 @@ def test_what_the_same_command_does(
     if status:
         (tmp_path / "status.json").write_text(json.dumps(status))
     if status.get("state") == "done":
-        (tmp_path / "result.json").write_text('{"target": {}}')
+        (tmp_path / "result.json").write_text('{"final": {}}')
     if checkpoint:
         record.checkpoints.mkdir()
         record.last.touch()
@@ -246,7 +348,7 @@ def test_done_without_its_result_is_evaluated_again(tmp_path: Path) -> None:
     assert launch.plan(recipe(), record) == "continue"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 900])
 @pytest.mark.parametrize("name", ["status.json", "result.json"])
 def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path: Path, name: str, content: bytes) -> None:
     record = Record(tmp_path)
@@ -255,6 +357,87 @@ def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path: Path, name: st
     with pytest.raises(RecordDamagedError, match=f"{name} is missing or damaged; resume=never starts this run anew"):
         launch.plan(recipe(), record)
     assert launch.plan(recipe(Resume.never), record) == "new"
+
+
+RESULT = {
+    "final": {"val/loss": 4.0}, "best": {"step": 8, "val/loss": 4.0}, "test": {"test/loss": 4.1}, "steps": 16,
+    "seconds": 3.0, "target": {"metric": "val/loss", "value": 4.5, "step": 8, "seconds": 2.0},
+    "optimizer_seconds": {"roots": 1.0}, "optimizer_state_bytes": 1000,
+}  # fmt: skip
+ODD = [None, 0, 1, -1.5, "text", True, [], [1], {}, {"step": None}, {"step": "x"}, {"val/loss": "x"}, 10**300]
+
+
+def shown(record: Record) -> str:
+    """Why a record is refused; empty where all that the same command reads and prints of it can be had."""
+    try:
+        todo = launch.plan(recipe(), record)
+        if todo in ("skip", "continue"):
+            assert summary.footer(launch.Outcome(record, 0, ran=False))
+        with record.held():
+            assert 1 + (record.status.get("attempts") or 0) is not None
+        found = provenance.begun(record.read("provenance.json"), {"code": None}, 2, "now")
+        assert provenance.changes(found) is not None
+    except RecordDamagedError as damage:
+        return str(damage)
+    return ""
+
+
+@pytest.mark.parametrize("key", [*RESULT, "target.metric", "target.value", "target.step", "target.seconds"])
+def test_a_result_of_any_shape_is_shown_or_named(tmp_path: Path, key: str) -> None:
+    """Each field of it left out, null, 0, or of another type."""
+    record = Record(tmp_path)
+    record.write("status.json", {"state": "done"})
+    *owner, name = key.split(".")
+    for value in [*ODD, "left out"]:
+        content = json.loads(json.dumps(RESULT))
+        node = content[owner[0]] if owner else content
+        node[name] = value
+        if value == "left out":
+            del node[name]
+        (tmp_path / "result.json").write_text(json.dumps(content))
+        damage = shown(record)
+        assert damage == "" or name in damage or key == "final"  # without a final value it is not done
+        assert summary.table([Job(1, [], ENDED, record=str(tmp_path), exit_code=0)])
+
+
+@pytest.mark.parametrize("key", ["state", "error", "step", "attempts", "pid", "born", "host", "started", "updated"])
+def test_a_status_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
+    record = Record(tmp_path)
+    record.checkpoints.mkdir()
+    record.last.touch()
+    for value in ODD:
+        (tmp_path / "status.json").write_text(json.dumps({"state": "preempted", "step": 8, key: value}))
+        assert (damage := shown(record)) == "" or f"({key} is " in damage or value is None
+
+
+@pytest.mark.parametrize("key", ["command", "code", "data", "packages", "machine", "device", "attempts", "python"])
+def test_a_provenance_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
+    record = Record(tmp_path)
+    for value in ODD:
+        inner = {"attempts": [{key: value}]} if key != "attempts" else {}
+        (tmp_path / "provenance.json").write_text(json.dumps({"code": {}, key: value} | inner))
+        assert (damage := shown(record)) == "" or f"({key} is " in damage
+
+
+def test_what_an_attempt_ran_with_is_kept_beside_the_first() -> None:
+    one = {"command": ["a"], "code": {"commit": "1" * 40}, "packages": {"torch": "2.9.0"}, "python": "3.11"}
+    two = one | {"command": ["b"], "packages": {"torch": "2.14.1", "tensorboard": "9"}}
+    here = {"data": {"hash": "f00d"}, "device": {"name": "cpu"}}
+    first = provenance.completed(provenance.begun({}, one, 1, "then"), here)
+    assert first == one | here
+    assert provenance.changes(first) == []
+    where = {"data": {"hash": "f00d"}, "device": {"name": "H100"}}
+    again = provenance.completed(provenance.begun(first, two, 2, "now"), where)
+    assert {key: again[key] for key in first} == first
+    assert again["attempts"] == [
+        {"attempt": 2, "started": "now", "command": ["b"], "packages": two["packages"], "device": {"name": "H100"}}
+    ]
+    assert provenance.changes(again) == ["device cpu, now H100", "torch 2.9.0, now 2.14.1"]
+    same = provenance.completed(provenance.begun(again, one, 3, "later"), {"device": {"name": "cpu"}})
+    assert same["attempts"][1:] == [{"attempt": 3, "started": "later"}]
+    assert provenance.changes(same) == []
+    old = provenance.completed(provenance.begun(one, one, 2, "now"), where)  # its first attempt did not say which data
+    assert old["data"] == {"hash": "f00d"}
 
 
 def test_a_record_without_a_status_is_not_taken_for_an_empty_directory(tmp_path: Path) -> None:

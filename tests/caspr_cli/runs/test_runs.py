@@ -242,7 +242,7 @@ def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:
 )
 def test_what_cannot_be_trained_so_is_refused(runner: Runner, words: list[str], message: str) -> None:
     """Options before data are read; a precision rather than another in its place."""
-    assert f"failed   {message}" in runner("output_dir=cannot_be", *words, expect=2)
+    assert f"refused  {message}" in runner("output_dir=cannot_be", *words, expect=2)
 
 
 def test_a_held_record_is_refused(runner: Runner) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,28 @@ import torch
 
 from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.training import checkpoints
-from caspr_cli.training.checkpoints import Start, WholeFile, find, put_in_place
+from caspr_cli.training.checkpoints import OWNER, AnotherRunError, Owner, Start, WholeFile, find, put_in_place
+
+STEPS = 20
+ME = Owner("0123abcd", 4, "f00d")
 
 
-def checkpoint(step: int, lines: int) -> dict[str, Any]:
+def checkpoint(step: int, lines: int, owner: Owner | None = ME) -> dict[str, Any]:
     """With what is read here, and tensors enough to flip bits in."""
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(6)])
-    state = {"global_step": step, "callbacks": {"Curves": {"lines": lines}}, "state_dict": model.state_dict()}
+    curves = {"seconds": 1.5, "losses": torch.zeros(2), "units": 3, "mark": (8, 1.0), "best": {}, "target": {}}
+    curves |= {"final": {}, "phases": {}, "state_bytes": 12, "lines": lines}
+    counted = {"optimizer": {"step": {"total": {"completed": step}}}}
+    state = {
+        "global_step": step,
+        "callbacks": {"Curves": curves},
+        "state_dict": model.state_dict(),
+        "optimizer_states": [{"state": {}, "param_groups": []}],
+        "lr_schedulers": [{}],
+        "loops": {"fit_loop": {"epoch_loop.automatic_optimization.optim_progress": counted}},
+    }
+    if owner is not None:
+        state[OWNER] = asdict(owner) | {"step": step}
     return state | {"numbers": [0.5, None, True, "text"]}
 
 
@@ -46,14 +62,14 @@ def same(one: Any, two: Any) -> bool:
 
 
 def test_the_last_one_is_used_and_the_one_before_is_kept(record: Record) -> None:
-    assert find(record) == Start(record.last, 16, 18)
+    assert find(record, ME, STEPS) == Start(record.last, 16, 18)
     assert torch.load(record.previous, weights_only=True)["global_step"] == 8
     assert record.best.samefile(record.previous)
     assert sorted(p.name for p in record.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
 def test_without_any_a_run_begins(tmp_path: Path) -> None:
-    assert find(Record(tmp_path)) == Start(None, 0, 0)
+    assert find(Record(tmp_path), ME, STEPS) == Start(None, 0, 0)
 
 
 def test_no_flipped_bit_reaches_the_training(tmp_path: Path) -> None:
@@ -74,7 +90,7 @@ def test_no_flipped_bit_reaches_the_training(tmp_path: Path) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         flipped.write_bytes(damaged)
         try:
-            assert checkpoints._read(flipped) == (16, 18)
+            assert checkpoints._read(flipped, ME, STEPS) == (16, 18)
         except Exception:
             found += 1
             continue
@@ -90,7 +106,7 @@ def test_a_cut_file_is_found_wherever_it_is_cut(tmp_path: Path) -> None:
     for length in (0, 1, *random.Random(0).sample(range(len(content)), 60), len(content) - 1):
         cut.write_bytes(content[:length])
         with pytest.raises(Exception, match=r"."):
-            checkpoints._read(cut)
+            checkpoints._read(cut, ME, STEPS)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
@@ -107,7 +123,7 @@ def test_where_the_last_one_is_damaged_the_previous_one_is_used(
         content[place] ^= 1
         record.last.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert find(record) == Start(record.previous, 8, 9)
+        assert find(record, ME, STEPS) == Start(record.previous, 8, 9)
     assert [m.startswith(f"warning  {record.last} is damaged: ") for m in caplog.messages] == [True] * (
         damage != "gone"
     )
@@ -117,27 +133,27 @@ def test_what_is_damaged_does_not_displace_what_was_used(record: Record) -> None
     record.last.write_bytes(b"damaged")
     WholeFile().save_checkpoint(checkpoint(16, 18), record.checkpoints / ".writing.ckpt")
     put_in_place(record.checkpoints / ".writing.ckpt", record, best=False, keep=False)
-    assert find(record).step == 16
+    assert find(record, ME, STEPS).step == 16
     assert torch.load(record.previous, weights_only=True)["global_step"] == 8
 
 
 def test_curves_that_are_damaged_may_do_for_the_previous_one(record: Record) -> None:
     lines = record.metrics.read_bytes().splitlines(keepends=True)
     record.metrics.write_bytes(b"".join([*lines[:12], b"\xff" + lines[12], *lines[13:]]))
-    assert find(record) == Start(record.previous, 8, 9)
+    assert find(record, ME, STEPS) == Start(record.previous, 8, 9)
     record.metrics.write_bytes(b"".join(lines[:8]))
     with pytest.raises(RecordDamagedError, match=r"metrics\.jsonl is missing or damaged; resume=never"):
-        find(record)
+        find(record, ME, STEPS)
     record.metrics.unlink()
     with pytest.raises(RecordDamagedError, match=r"metrics\.jsonl is missing or damaged; resume=never"):
-        find(record)
+        find(record, ME, STEPS)
 
 
 def test_two_damaged_ones_are_left_to_the_user(record: Record) -> None:
     record.last.write_bytes(b"")
     record.previous.write_bytes(b"")
     with pytest.raises(RecordDamagedError, match=r"last\.ckpt is missing or damaged; resume=never"):
-        find(record)
+        find(record, ME, STEPS)
 
 
 def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +164,80 @@ def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="No space left"):
         WholeFile().save_checkpoint(checkpoint(8, 9), tmp_path / ".writing.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def saved(record: Record, content: dict[str, Any]) -> None:
+    """In place of the last checkpoint; the previous one is another file."""
+    record.last.unlink()
+    WholeFile().save_checkpoint(content, record.last)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (
+            {"recipe": "99999999"},
+            "recipe 99999999 seed 4 on data f00d; this one is recipe 0123abcd seed 4 on data f00d",
+        ),
+        ({"seed": 5}, "recipe 0123abcd seed 5"),
+        ({"data": "beef"}, "seed 4 on data beef"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(record: Record, changed: dict[str, Any], named: str) -> None:
+    saved(record, checkpoint(16, 18, replace(ME, **changed)))
+    with pytest.raises(AnotherRunError, match=rf"last\.ckpt is of another run \(.*{named}.*\): take it away"):
+        find(record, ME, STEPS)
+
+
+def test_a_checkpoint_from_before_they_named_their_run_is_taken(record: Record) -> None:
+    saved(record, checkpoint(16, 18, None))
+    assert find(record, ME, STEPS) == Start(record.last, 16, 18)
+
+
+WRONG: list[tuple[tuple[str, ...], Any]] = [
+    (("global_step",), "16"),
+    (("global_step",), True),
+    (("global_step",), 0),
+    (("global_step",), 21),
+    (("global_step",), -3),
+    (("global_step",), 15),
+    (("callbacks",), []),
+    (("callbacks", "Curves"), None),
+    (("callbacks", "Curves", "lines"), "18"),
+    (("callbacks", "Curves", "lines"), -1),
+    (("callbacks", "Curves", "seconds"), None),
+    (("callbacks", "Curves", "mark"), 8),
+    (("state_dict",), []),
+    (("optimizer_states",), {}),
+    (("loops",), 7),
+    ((OWNER, "step"), 8),
+]
+
+
+@pytest.mark.parametrize(("keys", "value"), WRONG, ids=str)
+def test_fields_of_another_type_or_step_are_said_and_the_previous_one_is_used(
+    record: Record, keys: tuple[str, ...], value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = checkpoint(16, 18)
+    node = content
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    saved(record, content)
+    with caplog.at_level(logging.WARNING):
+        assert find(record, ME, STEPS) == Start(record.previous, 8, 9)
+    (said,) = caplog.messages
+    assert said.startswith(f"warning  {record.last} is damaged: ")
+    assert keys[-1] in said or keys[0] in said
+
+
+def test_what_is_no_checkpoint_at_all_is_not_said_in_the_words_of_python(
+    record: Record, caplog: pytest.LogCaptureFixture
+) -> None:
+    for content in ([1, 2], None, torch.zeros(3)):
+        record.last.unlink()
+        torch.save(content, record.last)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert find(record, ME, STEPS).step == 8
+        assert "is damaged: global_step is missing, and should be a whole number from 1 to 20" in caplog.text

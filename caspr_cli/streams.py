@@ -1,0 +1,82 @@
+"""Standard input, output and error of a command. Whatever they are, what the command does is done and said right."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+RUN_FAILED, BAD_USAGE = 1, 2  # exit codes, as documented in the README
+STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def console_script(main: Callable[[], int]) -> Callable[[], int]:
+    """A console script that starts with any standard streams, and does not end by them."""
+
+    @wraps(main)
+    def started() -> int:
+        open_closed()
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            os.getcwd()
+        except OSError as error:
+            complain(f"the working directory cannot be used, and may have been deleted ({error.strerror}): change it")
+            return BAD_USAGE
+        code = 0
+        try:
+            code = main()
+            sys.stdout.flush()
+        except MemoryError:
+            complain("too little memory")
+            return RUN_FAILED
+        except OSError as error:  # a reader that has seen enough, as | head, is no error
+            silence(error)
+            return code or (0 if isinstance(error, BrokenPipeError) else BAD_USAGE)
+        return code
+
+    return started
+
+
+def open_closed() -> None:
+    """Open what is closed, on nothing: no file of a record gets its number, in this process or one that it starts."""
+    for number, (name, mode) in enumerate(STREAMS):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.dup2(opened, number)  # inheritable
+            if opened > 2:
+                os.close(opened)
+        os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf8", closefd=False))  # noqa: SIM115
+
+
+def say(line: str) -> None:
+    """Print a line. A reader that is gone, or a full disk behind standard output, does not end a run."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        silence(error)
+
+
+def complain(message: str) -> None:
+    """Print an error, if there is still somewhere to print it."""
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
+
+
+def silence(error: OSError) -> None:
+    """Leave standard output and say why: what it still holds would fail once more when Python ends."""
+    sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
+    if not isinstance(error, BrokenPipeError):
+        complain(cause(error))
+
+
+def cause(error: OSError) -> str:
+    """What went wrong with which file; what has no name is standard output."""
+    return f"{error.filename or 'standard output'}: {error.strerror or error}"
