@@ -15,21 +15,21 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-import hydra
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
-from caspr_cli.recipe import compose
+from caspr_cli.recipe import compose, words
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
 from caspr_cli.runs.launch import Place, run
-from caspr_cli.runs.record import DONE, FAILED, Record
+from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
 DEFAULT_SCALE = "sample"
+# Keys of the whole table: rows that differ in them alone would be one and the same.
+ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of the run that is timed: beyond the first refresh of the roots
 PATIENCE = 120.0  # seconds for it
 
@@ -63,6 +63,10 @@ class Experiment:
             ConfigError: there is none of that name, or none at that scale.
         """
         content = _content(name)
+        for word in given:
+            parsed = words.parse(word)
+            if parsed.is_sweep_override() and parsed.key_or_group in ONE:
+                raise ConfigError(f"{word}: a table has one (quote a value that has commas)")
         changes = dict(word.split("=", 1) for word in given)
         scales, scale = content["scale"], changes.pop("scale", DEFAULT_SCALE)
         if scale not in scales:
@@ -73,15 +77,8 @@ class Experiment:
 
     @property
     def output_dir(self) -> str:
-        """Without the quotes in which Hydra wants blanks, commas and accents.
-
-        Raises:
-            ConfigError: it is several.
-        """
-        parsed = OverridesParser.create().parse_override(f"output_dir={self.jobs['output_dir']}")
-        if parsed.is_sweep_override():
-            raise ConfigError(f"output_dir={self.jobs['output_dir']}: a table has one (quote a name with commas)")
-        return str(parsed.value())
+        """Without the quotes in which Hydra wants blanks, commas and accents."""
+        return str(words.parse(f"output_dir={self.jobs['output_dir']}").value())
 
     @property
     def searches(self) -> bool:
@@ -159,22 +156,27 @@ def rows(experiment: Experiment) -> list[Row]:
     Raises:
         ConfigError: a recipe cannot be run.
     """
-    combinations = _split(experiment.shared())
+    composer = Composer(experiment.shared(), sweeps=True)
+    combinations = composer.jobs()
+    if not combinations:
+        raise ConfigError(f"experiment={experiment.name}: a key has no value, so that the table has no row")
     common = set(combinations[0]).intersection(*combinations)
     seeds = _seeds(experiment)
     found = []
     for overrides in combinations:
         label = " ".join(word for word in overrides if word not in common) or " ".join(overrides[:3])
-        found.append(_row(label, overrides, seeds, experiment.searches))
+        found.append(_row(label, composer.config(overrides), overrides, seeds, experiment.searches))
     return found
 
 
 def _seeds(experiment: Experiment) -> list[int]:
     given = experiment.jobs.get("seed", "0")
     try:
-        seeds = [int(job[0].partition("=")[2]) for job in _split([f"seed={given}"])]
+        seeds = [int(job[0].partition("=")[2]) for job in words.split([f"seed={given}"])]
     except ValueError:
         raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+    if not seeds:
+        raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and trials.TUNING_SEED in seeds:
         raise ConfigError(
             f"seed={given}: seed {trials.TUNING_SEED} chooses among the trials, and what chose is not to be reported"
@@ -182,16 +184,7 @@ def _seeds(experiment: Experiment) -> list[int]:
     return seeds
 
 
-def _split(overrides: list[str]) -> list[list[str]]:
-    """All combinations, as a sweep would run them."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-
-
-def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=given)
+def _row(label: str, config: DictConfig, given: list[str], seeds: list[int], searches: bool) -> Row:
     if not searches:
         recipe = compose.freeze(config, given)
         return Row(label, (), tuple(replace(recipe, seed=seed) for seed in seeds), selected=True)
@@ -202,7 +195,7 @@ def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
     )
     try:
         selected: int | None = trials.best(tuning.__getitem__)
-    except ConfigError:  # not yet
+    except (ConfigError, RecordDamagedError):  # not yet
         selected = None
     return Row(label, tuning, tuple(replace(tuning[selected or 0], seed=seed) for seed in seeds), selected is not None)
 

@@ -109,7 +109,7 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("optim=nadamw optim.eps=-1", "optim.eps should be >= 0 but is -1.0"),
         ("optim=sgd optim.momentum=0", "optim.momentum should be above 0 (it is Nesterov's) and below 1 but is 0.0"),
         ("optim=muon optim.momentum=1", "optim.momentum should be in [0, 1) but is 1.0"),
-        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be from 1 to 99 but is 0"),
+        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be at least 1 but is 0"),
         ("optim=soap optim.interval=0", "optim.interval should be at least 1 but is 0"),
         ("task.batch_size=0", "task.batch_size should be at least 1 but is 0"),
         ("task.root=/data", "task.root=/data is read with task.data=files alone, but task.data=sample"),
