@@ -26,7 +26,7 @@ from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
 from caspr_cli.recipe.flags import Parser
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
+from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import RecordDamagedError
@@ -182,13 +182,18 @@ def tables(told: Experiment, argv: list[str]) -> int:
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]
-    table, took = rows(told), []
+    table, took = rows(told), list[float | str]()
     if not planned_only:
         new_folder(folder, told.output_dir).rmdir()  # better to know now than after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
-        took.append(seconds(row, command))
-    for line in plan_of(told, table, took):
+        try:
+            took.append(seconds(row, command))
+        except ConfigError as error:
+            if not planned_only:
+                raise ConfigError(f"{row.label}: {error}") from error
+            took.append(str(error))
+    for line in [*plan_of(told, table, took), *damaged(table)]:
         say(line)
     if planned_only:
         say(f"next     {shlex.join(command)}")

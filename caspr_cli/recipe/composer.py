@@ -65,12 +65,14 @@ class Composer:
         directory.use(place)
         GlobalHydra.instance().clear()
         hydra.initialize_config_dir(str(CONF), job_name=NAME, version_base="1.3")
+        self._hydra = GlobalHydra.instance().hydra
         loader = GlobalHydra.instance().config_loader()
         self._groups = set(loader.list_groups(""))
         for word in self.words:  # Hydra's own words for it name neither the key nor the choices
             parsed = words.parse(word)
             value, group = parsed.value(), parsed.key_or_group
-            if group in self._groups and not (isinstance(value, (str, dict)) or parsed.is_sweep_override()):
+            free = parsed.is_delete() or parsed.is_sweep_override() or isinstance(value, (str, dict))
+            if group in self._groups and not free:
                 known = ", ".join(loader.get_group_options(group))
                 raise ConfigError(f"{word}: no such choice. (choices: {known})")
 
@@ -97,7 +99,9 @@ class Composer:
         tried: dict[int, tuple[DictConfig, set[str]]] = {}
         for given in jobs:
             base, values = self._base(given)
-            config, seen = tried.setdefault(id(base.recipe), (copy.deepcopy(base.recipe), set()))
+            if id(base) not in tried:
+                tried[id(base)] = (copy.deepcopy(base.recipe), set())
+            config, seen = tried[id(base)]
             for word in values:
                 if word.input_line not in seen:
                     seen.add(cast(str, word.input_line))
@@ -152,11 +156,22 @@ class Composer:
     def _compose(self, given: Sequence[str]) -> Composed:
         if (key := tuple(given)) not in self._composed:
             directory.Files.loaded.clear()
+            if GlobalHydra.instance().hydra is not self._hydra:  # another one has composed since
+                GlobalHydra.instance().clear()
+                GlobalHydra.instance().initialize(cast(Any, self._hydra))
             try:
                 config = hydra.compose(self._name, [*self.settings, *given], return_hydra_config=True)
             except RecursionError as error:
                 names = ", ".join(dict.fromkeys(directory.Files.loaded))
                 raise ConfigError(f"{names}: these files name each other in their defaults, without end") from error
+            except (
+                AttributeError,
+                TypeError,
+                KeyError,
+                AssertionError,
+            ) as error:  # of Hydra, for values it cannot merge
+                said = " ".join([*self.settings, *given])
+                raise ConfigError(f"{said}: cannot be composed ({str(error).splitlines()[0]})") from error
             plain = None if self._checked else hydra.compose(None, return_hydra_config=True).hydra
             settings.check(config.hydra, plain)
             own = config.hydra

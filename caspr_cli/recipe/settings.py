@@ -74,9 +74,7 @@ def check(given: DictConfig, plain: DictConfig | None) -> None:
     if plain is not None:
         usual = dict(_leaves(plain))
         for key, value in _leaves(given):
-            if not key.startswith(OWN) and (
-                key not in usual or usual[key] != value
-            ):
+            if not key.startswith(OWN) and (key not in usual or usual[key] != value):
                 refuse(f"hydra.{key}")
     if not isinstance(given.verbose, bool):
         raise ConfigError(f"hydra.verbose should be true or false but is '{given.verbose}'")
@@ -88,7 +86,7 @@ def check(given: DictConfig, plain: DictConfig | None) -> None:
     usual = dict(_leaves(OmegaConf.structured(ConfigStore.instance().load(f"hydra/launcher/{choice}.yaml").node)))
     for key, value in launcher.items():
         if key not in keys and (key not in usual or usual[key] != value):
-            known = ", ".join(sorted(keys)) or "none"
+            known = ", ".join(sorted({name.partition(".")[0] for name in keys})) or "none"
             raise ConfigError(f"hydra.launcher.{key} cannot be set for this launcher (keys: {known})")
 
 

@@ -7,6 +7,7 @@ others. No torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import time
@@ -24,7 +25,7 @@ from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
-from caspr_cli.runs.launch import Place, run
+from caspr_cli.runs.launch import BAD_USAGE, Place, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
 DEFAULT_SCALE = "sample"
@@ -145,8 +146,11 @@ class Row:
 
 
 def _ended(recipe: Recipe) -> bool:
-    """And is left alone, as ``resume`` says."""
-    state = Record.of(recipe).status.get("state")
+    """And is left alone, as ``resume`` says. One whose record is damaged is tried, and refused, as a job of its own."""
+    try:
+        state = Record.of(recipe).status.get("state")
+    except RecordDamagedError:
+        return False
     return recipe.resume != Resume.never and (state == DONE or (state == FAILED and recipe.resume != Resume.retry))
 
 
@@ -206,9 +210,12 @@ def seconds(row: Row, command: list[str]) -> float | str:
     Why it cannot be said, where it cannot.
 
     Raises:
+        ConfigError: the row cannot be run, as its data are missing.
         StoppedError: by a signal.
     """
     recipes = (*row.tuning, *row.reported)
+    if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):
+        raise ConfigError(f"task.root: no such directory: {root}")
     if took := sorted(found for recipe in recipes if (found := _lasted(Record.of(recipe))) is not None):
         return took[len(took) // 2]
     recipe = recipes[0]
@@ -227,14 +234,30 @@ def seconds(row: Row, command: list[str]) -> float | str:
         if whole < PATIENCE:
             raise StoppedError(outcome.told)
         return f"{steps} steps take more than {about(PATIENCE)}"
+    if outcome.exit_code == BAD_USAGE:
+        raise ConfigError(error)
     if outcome.exit_code or not result:
         return error or f"exit code {outcome.exit_code}"
     return whole - float(result["seconds"]) + float(result["seconds"]) / steps * recipe.trainer.max_steps
 
 
+def damaged(table: list[Row]) -> list[str]:
+    """What is wrong with each record of the table that cannot be read, in one line."""
+    found = []
+    for recipe in (recipe for row in table for recipe in (*row.tuning, *row.reported)):
+        try:
+            _ = Record.of(recipe).status
+        except RecordDamagedError as damage:
+            found.append(f"damaged  {damage}")
+    return list(dict.fromkeys(found))
+
+
 def _lasted(record: Record) -> float | None:
     """Seconds from the start of a run that is done to its end; None for one in several attempts, with breaks."""
-    status = record.status
+    try:
+        status = record.status
+    except RecordDamagedError:
+        return None
     if status.get("state") != DONE or status.get("attempts") != 1:
         return None
     started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))

@@ -130,7 +130,10 @@ class Session:
 
     def launch(self, recipe: Recipe, job: Job, place: Place) -> Outcome:
         """Run it; where another job of the sweep does the same run, after that."""
-        if self.here:
+        brief = self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip"
+        if self.here and brief:
+            say(f"record   {Record.of(recipe).path} (done)")
+        elif self.here:
             self.announce(recipe, job.overrides)
         while True:
             try:
@@ -140,7 +143,7 @@ class Session:
                 if not (self.sweep and self.sweep.twin(job)) or self.sweep.asked():
                     raise
                 time.sleep(LOOK)
-        if self.here:
+        if self.here and not brief:
             for line in summary.footer(outcome, anew=recipe.resume == Resume.never):
                 say(line)
             if outcome.exit_code == OK and self.sweep is None:
