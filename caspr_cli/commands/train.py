@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -9,34 +10,36 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-import hydra._internal.hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
 from caspr_cli.recipe import compose
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
+from caspr_cli.recipe.flags import Parser
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.experiment import Experiment, StoppedError, rows, seconds
+from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
-from caspr_cli.runs.session import Session, keys_of
+from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 from caspr_cli.streams import cause, complain, console_script, say
 
-# Hydra's own flags; those with a value take the next word.
+# Those of Hydra's flags that there are; some take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
-         "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version", "--hydra-help"}  # fmt: skip
+         "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version"}  # fmt: skip
 WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-i", "--info", "-sc",
               "--shell-completion"}  # fmt: skip
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 SEVERITY = (OK, RUN_FAILED, SOME_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # rising
 
@@ -116,21 +119,20 @@ def wrapped(names: Iterable[str]) -> str:
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
+    open_streams()
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
         return OK
     if "--version" in argv:
         print(f"caspr-train {__version__}")
         return OK
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here instead of being printed
-    compose.register_schemas()
     try:
         named, argv = experiments(argv)
         if named:
             told = [Experiment.read(name, [word for word in argv if not word.startswith("plan=")]) for name in named]
             return one_after_the_other(partial(tables, each, argv) for each in told)
     except (HydraException, OmegaConfBaseException) as error:
-        complain(not_installed(error) or explain(error, keys_of(argv), argv))
+        complain(not_installed(error) or explain(error, Composer(argv, sweeps=True).keys, argv))
         return BAD_USAGE
     except OSError as error:
         complain(cause(error))
@@ -143,6 +145,22 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return compose_and_run(argv)
+
+
+def open_streams() -> None:
+    """Make sure that there are an input, an output and an error stream: a scheduler may have closed them.
+
+    Their numbers would go to the next files that are opened, and what is printed into these.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")
 
 
 def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -169,13 +187,18 @@ def tables(told: Experiment, argv: list[str]) -> int:
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]
-    table, took = rows(told), []
+    table, took = rows(told), list[float | str]()
     if not planned_only:
         new_folder(folder, told.output_dir).rmdir()  # better to know now than after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
-        took.append(seconds(row, command))
-    for line in plan_of(told, table, took):
+        try:
+            took.append(seconds(row, command))
+        except ConfigError as error:
+            if not planned_only:
+                raise ConfigError(f"{row.label}: {error}") from error
+            took.append(str(error))
+    for line in [*plan_of(told, table, took), *damaged(table)]:
         say(line)
     if planned_only:
         say(f"next     {shlex.join(command)}")
@@ -225,17 +248,51 @@ def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
     return max(codes, key=SEVERITY.index)
 
 
+def flags_of(argv: list[str]) -> argparse.Namespace:
+    """The flags, and the other words.
+
+    Raises:
+        ConfigError: a flag that is none, or two that do not go together.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--run", "-r", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--info", "-i", nargs="?", const="all", choices=INFO)
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--config-name", "-cn", default="train")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    parser.add_argument("words", nargs="*")
+    found = parser.parse_args(arrange(argv))
+    if found.multirun + found.run + bool(found.cfg) + bool(found.info) + found.shell_completion > 1:
+        raise ConfigError("one of -m, -r, --cfg, --info and -sc at a time")
+    if (found.resolve or found.package) and not found.cfg:
+        raise ConfigError("--resolve and --package go with --cfg")
+    if len(found.config_dir) > 1:
+        raise ConfigError(f"-cd is given {len(found.config_dir)} times: one directory can be read")
+    return found
+
+
 def compose_and_run(argv: list[str]) -> int:
-    """What Hydra makes of a command line: one run, or a sweep. Returns the exit code."""
-    session = Session(["caspr-train", *argv])
-    decorated: Any = hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="train")
+    """What a command line asks for: one run, a sweep, or a look at the config. Returns the exit code."""
+    session, composer = Session(["caspr-train", *argv]), None
     try:
-        sys.argv[1:] = arrange(argv)
-        with ExitStack() as parent:
-            hydra._internal.hydra.Callbacks = partial(session.begin, parent)  # type: ignore
-            decorated(session.job)()
+        flags = flags_of(argv)
+        composer = Composer(flags.words, sweeps=flags.multirun, place=next(iter(flags.config_dir), None),
+                            name=flags.config_name)  # fmt: skip
+        if flags.cfg or flags.info or flags.shell_completion:
+            show(composer, flags)
+        elif flags.multirun:
+            session.all(composer)
+        elif composer.settings:
+            raise ConfigError(f"{composer.settings[0]} says how the jobs of a sweep run: add -m")
+        else:
+            session.one(composer)
     except (HydraException, OmegaConfBaseException) as error:
-        return session.end(not_installed(error) or explain(error, keys_of(argv), argv))
+        keys = composer.keys if composer else Composer().keys
+        return session.end(not_installed(error) or explain(error, keys, argv))
     except OSError as error:
         code = session.end(cause(error))
         return TERMINATED if full(error) else code
@@ -251,6 +308,33 @@ def compose_and_run(argv: list[str]) -> int:
         chosen = session.sweep.launcher if session.sweep else ""
         return session.end(f"hydra/launcher={chosen}: {type(error).__name__}: {error}".splitlines()[0])
     return session.end()
+
+
+def show(composer: Composer, flags: argparse.Namespace) -> None:
+    """Print the config, what Hydra says of it, or what completes a word."""
+    hydra, words = GlobalHydra.instance().hydra, composer.words
+    assert hydra is not None
+    if flags.shell_completion:
+        if "searchpath" not in os.environ.get("COMP_LINE", ""):  # Hydra would import what stands there
+            hydra.shell_completion(flags.config_name, words)
+        return
+    config, own = composer.config(words), composer.hydra(words)
+    if flags.info:
+        hydra.show_info(flags.info, flags.config_name, [*composer.settings, *words])
+        return
+    node: Any = config if flags.cfg == "job" else OmegaConf.create({"hydra": own})
+    if flags.cfg == "all":
+        node = OmegaConf.create({**config, "hydra": own})
+    if package := flags.package:
+        node = OmegaConf.select(node, package)
+        if node is None:
+            raise ConfigError(f"--package {package}: no such part.{nearest(package, map(str, config))}")
+    if not OmegaConf.is_config(node):
+        say(str(node))
+        return
+    if flags.resolve:
+        OmegaConf.resolve(node)
+    say((f"# @package {package}\n" if package else "") + OmegaConf.to_yaml(node).rstrip())
 
 
 def full(error: OSError) -> bool:

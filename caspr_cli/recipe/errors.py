@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 from hydra.errors import MissingConfigException
@@ -23,11 +23,11 @@ def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {prefix}{match[0]}?" if match else ""
 
 
-def explain(error: BaseException, keys: DictConfig, argv: list[str]) -> str:
+def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:
     """The user's mistake behind an exception of Hydra or OmegaConf.
 
     Args:
-        keys: the composed default config, for suggestions.
+        keys: makes the config of the choices alone, for suggestions.
         argv: the overrides as typed.
     """
     chain = [error]
@@ -37,18 +37,14 @@ def explain(error: BaseException, keys: DictConfig, argv: list[str]) -> str:
     for e in chain:
         if isinstance(e, MissingConfigException) and e.options is not None:
             return _unknown_choice(e)
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]} is a sweep: add -m to run one job for each value"
     if match := re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text):
-        return _unknown_key(match[1].split("@")[0], keys)
+        return _unknown_key(match[1].split("@")[0], keys())
+    file = re.search(r"In '(.*)': \w+ raised while composing config:\n(.*)", text)
+    where = f"in {file[1]}.yaml: " if file else ""
     for e in chain:
         if isinstance(e, OmegaConfBaseException) and e.full_key:
-            return _bad_value(e, keys, argv)
-    if match := re.search(r"Error parsing override '(.*)'", text):
-        return f"cannot read '{match[1]}': overrides are key=value (quote a value with spaces, commas, ~ or accents)"
-    if "override_grammar" in text or "LexerNoViableAlt" in text:
-        return f"cannot read {' '.join(argv)}: quote a value with spaces, commas, ~ or accents, as in \"key='value'\""
-    return "\n".join(str(chain[0]).split("\nSet the environment variable")[0].strip().splitlines()[:3])
+            return where + _bad_value(e, keys, argv)
+    return f"{where}{file[2]}" if file else next(iter(str(chain[0]).strip().splitlines()), type(error).__name__)
 
 
 def _unknown_choice(e: MissingConfigException) -> str:
@@ -79,11 +75,11 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
 
 
-def _bad_value(e: OmegaConfBaseException, keys: DictConfig, argv: list[str]) -> str:
+def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:
     key, message = str(e.full_key), str(e.msg or e).splitlines()[0]
     if re.search(r"Key '.*' (is )?not in", message):
         added = (a[1:].split("=")[0] for a in argv if a.startswith("+"))
-        return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys)
+        return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys())
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'"

@@ -7,6 +7,7 @@ others. No torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import time
@@ -16,21 +17,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
-from caspr_cli.recipe import compose
+from caspr_cli.recipe import compose, words
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
-from caspr_cli.runs.launch import Place, run
-from caspr_cli.runs.record import DONE, FAILED, Record, clear_left, own
+from caspr_cli.runs.launch import BAD_USAGE, Place, run
+from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
 
 DEFAULT_SCALE = "sample"
+# Keys of the whole table: rows that differ in them alone would be one and the same.
+ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of the run that is timed: beyond the first refresh of the roots
 PATIENCE = 120.0  # seconds for it
 TIMING = "caspr-timing-"  # folder of its record
@@ -65,6 +66,10 @@ class Experiment:
             ConfigError: there is none of that name, or none at that scale.
         """
         content = _content(name)
+        for word in given:
+            parsed = words.parse(word)
+            if parsed.is_sweep_override() and parsed.key_or_group in ONE:
+                raise ConfigError(f"{word}: a table has one (quote a value that has commas)")
         changes = dict(word.split("=", 1) for word in given)
         scales, scale = content["scale"], changes.pop("scale", DEFAULT_SCALE)
         if scale not in scales:
@@ -75,15 +80,8 @@ class Experiment:
 
     @property
     def output_dir(self) -> str:
-        """Without the quotes in which Hydra wants blanks, commas and accents.
-
-        Raises:
-            ConfigError: it is several.
-        """
-        parsed = OverridesParser.create().parse_override(f"output_dir={self.jobs['output_dir']}")
-        if parsed.is_sweep_override():
-            raise ConfigError(f"output_dir={self.jobs['output_dir']}: a table has one (quote a name with commas)")
-        return str(parsed.value())
+        """Without the quotes in which Hydra wants blanks, commas and accents."""
+        return str(words.parse(f"output_dir={self.jobs['output_dir']}").value())
 
     @property
     def searches(self) -> bool:
@@ -150,8 +148,11 @@ class Row:
 
 
 def _ended(recipe: Recipe) -> bool:
-    """And is left alone, as ``resume`` says."""
-    state = Record.of(recipe).status.get("state")
+    """And is left alone, as ``resume`` says. One whose record is damaged is tried, and refused, as a job of its own."""
+    try:
+        state = Record.of(recipe).status.get("state")
+    except RecordDamagedError:
+        return False
     return recipe.resume != Resume.never and (state == DONE or (state == FAILED and recipe.resume != Resume.retry))
 
 
@@ -161,22 +162,27 @@ def rows(experiment: Experiment) -> list[Row]:
     Raises:
         ConfigError: a recipe cannot be run.
     """
-    combinations = _split(experiment.shared())
+    composer = Composer(experiment.shared(), sweeps=True)
+    combinations = composer.jobs()
+    if not combinations:
+        raise ConfigError(f"experiment={experiment.name}: a key has no value, so that the table has no row")
     common = set(combinations[0]).intersection(*combinations)
     seeds = _seeds(experiment)
     found = []
     for overrides in combinations:
         label = " ".join(word for word in overrides if word not in common) or " ".join(overrides[:3])
-        found.append(_row(label, overrides, seeds, experiment.searches))
+        found.append(_row(label, composer.config(overrides), overrides, seeds, experiment.searches))
     return found
 
 
 def _seeds(experiment: Experiment) -> list[int]:
     given = experiment.jobs.get("seed", "0")
     try:
-        seeds = [int(job[0].partition("=")[2]) for job in _split([f"seed={given}"])]
+        seeds = [int(job[0].partition("=")[2]) for job in words.split([f"seed={given}"])]
     except ValueError:
         raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+    if not seeds:
+        raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and trials.TUNING_SEED in seeds:
         raise ConfigError(
             f"seed={given}: seed {trials.TUNING_SEED} chooses among the trials, and what chose is not to be reported"
@@ -184,16 +190,7 @@ def _seeds(experiment: Experiment) -> list[int]:
     return seeds
 
 
-def _split(overrides: list[str]) -> list[list[str]]:
-    """All combinations, as a sweep would run them."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-
-
-def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=given)
+def _row(label: str, config: DictConfig, given: list[str], seeds: list[int], searches: bool) -> Row:
     if not searches:
         recipe = compose.freeze(config, given)
         return Row(label, (), tuple(replace(recipe, seed=seed) for seed in seeds), selected=True)
@@ -204,7 +201,7 @@ def _row(label: str, given: list[str], seeds: list[int], searches: bool) -> Row:
     )
     try:
         selected: int | None = trials.best(tuning.__getitem__)
-    except ConfigError:  # not yet
+    except (ConfigError, RecordDamagedError):  # not yet
         selected = None
     return Row(label, tuning, tuple(replace(tuning[selected or 0], seed=seed) for seed in seeds), selected is not None)
 
@@ -215,9 +212,12 @@ def seconds(row: Row, command: list[str]) -> float | str:
     Why it cannot be said, where it cannot.
 
     Raises:
+        ConfigError: the row cannot be run, as its data are missing.
         StoppedError: by a signal.
     """
     recipes = (*row.tuning, *row.reported)
+    if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):
+        raise ConfigError(f"task.root: no such directory: {root}")
     if took := sorted(found for recipe in recipes if (found := _lasted(Record.of(recipe))) is not None):
         return took[len(took) // 2]
     recipe = recipes[0]
@@ -238,14 +238,30 @@ def seconds(row: Row, command: list[str]) -> float | str:
         if whole < PATIENCE:
             raise StoppedError(outcome.told)
         return f"{steps} steps take more than {about(PATIENCE)}"
+    if outcome.exit_code == BAD_USAGE:
+        raise ConfigError(error)
     if outcome.exit_code or not result:
         return error or f"exit code {outcome.exit_code}"
     return whole - float(result["seconds"]) + float(result["seconds"]) / steps * recipe.trainer.max_steps
 
 
+def damaged(table: list[Row]) -> list[str]:
+    """What is wrong with each record of the table that cannot be read, in one line."""
+    found = []
+    for recipe in (recipe for row in table for recipe in (*row.tuning, *row.reported)):
+        try:
+            _ = Record.of(recipe).status
+        except RecordDamagedError as damage:
+            found.append(f"damaged  {damage}")
+    return list(dict.fromkeys(found))
+
+
 def _lasted(record: Record) -> float | None:
     """Seconds from the start of a run that is done to its end; None for one in several attempts, with breaks."""
-    status = record.status
+    try:
+        status = record.status
+    except RecordDamagedError:
+        return None
     if status.get("state") != DONE or status.get("attempts") != 1:
         return None
     try:

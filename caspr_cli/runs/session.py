@@ -7,25 +7,22 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from socket import gethostname as host
-from typing import Any, cast
+from typing import cast
 
-import hydra
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
 from caspr_cli.recipe import compose, search
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe, Resume
-from caspr_cli.runs import summary, trials
+from caspr_cli.runs import elsewhere, summary, trials
 from caspr_cli.runs.guardian import guarded
 from caspr_cli.runs.launch import (
     BAD_USAGE,
@@ -52,37 +49,53 @@ class Session:
     command: list[str]
     sweep: Sweep | None = None
     only: Job | None = None  # what came of it where it is no sweep
+    best: dict[tuple[str, ...], int] = field(default_factory=dict)  # trial of each row whose trials have ended
 
     @property
     def here(self) -> bool:
         """Whether jobs run in this process and may print."""
         return self.sweep is None or self.sweep.here
 
-    def begin(self, parent: ExitStack, config: DictConfig | None = None, **other: Any) -> Callbacks:
-        """In place of Hydra's callbacks: none, and a look at the config before anything of it is built."""
-        if config is not None:
-            refuse_code(config)
-            if config.hydra.mode == hydra.types.RunMode.MULTIRUN:
-                self.sweep = Sweep.begin(config)
-                if not self.sweep.here:
-                    if self.sweep.launcher == "joblib":  # whose processes are this one's
-                        parent.enter_context(guarded(self.sweep.folder))
-                    parent.enter_context(self.watch(self.sweep))
-        return Callbacks()
+    def one(self, composer: Composer) -> None:
+        """Run the job of a command line that is no sweep."""
+        self.only = self.run(composer.config(composer.words), Job(1, composer.words))
 
-    def job(self, config: DictConfig) -> None:
-        """Called by Hydra for each job, in whatever process."""
-        job = Job(1, list(HydraConfig.get().overrides.task))
-        if self.sweep is None:
-            self.only = self.run(config, job)
-        elif not self.sweep.asked():
-            if self.here:
-                say(f"\njob {HydraConfig.get().job.num + 1}: {' '.join(job.overrides)}")
-            else:
-                os.chdir(self.sweep.directory)
-            done = self.run(config, replace(job, number=HydraConfig.get().job.num + 1))
-            with suppress(OSError):  # a full disk: the job counts as lost, which the same command continues
-                self.sweep.note(done)
+    def all(self, composer: Composer) -> None:
+        """Run the jobs of a sweep: here, one after the other, or elsewhere.
+
+        Raises:
+            ConfigError: the sweep is refused as a whole.
+        """
+        if not (jobs := composer.jobs()):
+            raise ConfigError("a sweep over no value: there is nothing to run")
+        composer.check(jobs)
+        self.sweep = Sweep.begin(composer, jobs)
+        if not self.sweep.here:
+            ours = self.sweep.launcher == "joblib"  # its processes are this one's children
+            with guarded(self.sweep.folder) if ours else nullcontext(), self.watch(self.sweep):
+                elsewhere.launch(self.sweep, jobs, self.job, verbose=composer.hydra(jobs[0]).verbose)
+            return
+        for number, words in enumerate(jobs, 1):
+            if self.sweep.asked():
+                return
+            say(f"\njob {number}: {' '.join(words)}")
+            self.note(self.run(composer.config(words), Job(number, words)))
+
+    def job(self, _: DictConfig) -> None:
+        """Called by a launcher for each job, in whatever process."""
+        assert self.sweep is not None
+        if self.sweep.asked():
+            return
+        told = HydraConfig.get()
+        number = told.job.num + 1
+        os.chdir(self.sweep.directory)  # where the command was typed: all paths begin there
+        self.note(self.run(self.sweep.config(number), Job(number, list(told.overrides.task))))
+
+    def note(self, job: Job) -> None:
+        """Keep what came of a job, for the table."""
+        assert self.sweep is not None
+        with suppress(OSError):  # a full disk: the job counts as lost, which the same command continues
+            self.sweep.note(job)
 
     def run(self, config: DictConfig, job: Job) -> Job:
         """What came of a job. In a sweep nothing is raised: one job's end is no other's."""
@@ -102,7 +115,7 @@ class Session:
         except (ConfigError, RecordBusyError, RecordDamagedError) as error:
             why = str(error)
         except OmegaConfBaseException as error:
-            why = explain(error, keys_of(self.command), self.command)
+            why = explain(error, lambda: Composer().keys(), job.overrides)
         except OSError as error:
             why = f"output_dir={config.output_dir}: cannot write there: {error}"
             if memory := memory_error(error):
@@ -118,17 +131,22 @@ class Session:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
 
-    @staticmethod
-    def chosen(config: DictConfig, job: Job) -> int | None:
+    def chosen(self, config: DictConfig, job: Job) -> int | None:
         """What trial=best stands for."""
         if config.trial != "best" or config.search.name is None:
             return None
-        tuning = OmegaConf.merge(config, {"seed": trials.TUNING_SEED})
-        return trials.best(partial(compose.freeze, cast(DictConfig, tuning), job.overrides))
+        row = tuple(word for word in job.overrides if not word.startswith("seed="))
+        if row not in self.best:  # once it is known it stays: all trials have ended
+            tuning = cast(DictConfig, OmegaConf.merge(config, {"seed": trials.TUNING_SEED}))
+            self.best[row] = trials.best(partial(compose.freeze, tuning, job.overrides))
+        return self.best[row]
 
     def launch(self, recipe: Recipe, job: Job, place: Place) -> Outcome:
         """Run it; where another job of the sweep does the same run, after that."""
-        if self.here:
+        brief = self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip"
+        if self.here and brief:
+            say(f"record   {Record.of(recipe).path} (done)")
+        elif self.here:
             self.announce(recipe, job.overrides)
         while True:
             try:
@@ -138,7 +156,7 @@ class Session:
                 if not (self.sweep and self.sweep.twin(job)) or self.sweep.asked():
                     raise
                 time.sleep(LOOK)
-        if self.here:
+        if self.here and not brief:
             for line in summary.footer(outcome, anew=recipe.resume == Resume.never):
                 say(line)
             if outcome.exit_code == OK and self.sweep is None:
@@ -223,28 +241,3 @@ class Session:
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK
-
-
-def refuse_code(config: DictConfig) -> None:
-    """Hydra builds callbacks, launchers and sweepers from ``_target_``: a config would run code of its choosing.
-
-    Jobs in other processes are composed from the same files by Hydra, which builds none of these there.
-    """
-    if config.hydra.callbacks:
-        raise ConfigError("hydra.callbacks would run code that a config chooses: not allowed")
-    for part in ("launcher", "sweeper"):
-        target = config.hydra[part]._target_
-        if not target.startswith(("hydra._internal.", "hydra_plugins.")):
-            raise ConfigError(f"hydra.{part}._target_={target} is none of Hydra's own: not allowed")
-
-
-def keys_of(argv: list[str]) -> DictConfig:
-    """The recipe of the choices in ``argv`` without its values, to find the key that was meant."""
-    known = {f"{group}={choice}" for group in ("task", "optim") for choice in compose.choices(group)}
-    chosen = [a for a in argv if a in known]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        try:
-            return hydra.compose("train", overrides=chosen)
-        except HydraException:
-            return hydra.compose("train")

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
@@ -122,16 +123,61 @@ def result_of(job: Job) -> tuple[str, str, str]:
     return "refused" if status.get("state") == records.REFUSED else f"failed{before}", error, str(record.log)
 
 
+MOST_ROWS = 40  # of a table on the terminal
+
+
 def table(jobs: list[Job]) -> list[str]:
-    """How many jobs came to what, and one line for each."""
+    """How many jobs came to what, and one line for each; of more than a screen, one for all seeds of a recipe."""
     rows = [(str(job.number), name, *result_of(job)) for job, name in zip(jobs, names(jobs), strict=True)]
     counts = Counter(state for _, _, state, _, _ in rows)
-    rows.insert(0, ("", "job", "state", "result", "record, or log of what failed"))
+    head = f"sweep    {len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
+    titles, more = ("", "job", "state", "result", "record, or log of what failed"), list[str]()
+    if len(rows) > MOST_ROWS:
+        titles = ("jobs", "of", "state", "result: mean ± sd over seeds", "records, or log of what failed")
+        rows = _over_seeds(jobs, rows)
+    if (cut := len(rows) - MOST_ROWS) > 0:
+        rows.sort(key=lambda row: row[2].startswith("done"))  # what failed is said first
+        rows, more = rows[:MOST_ROWS], [f"... and {cut} more: caspr-report list"]
+    rows.insert(0, titles)
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     # As wide as the results of those that are done; an error may be longer.
     widths.append(max(len(row[3]) for row in rows if row[2].startswith(("state", "done"))))
     lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
-    return [f"sweep    {len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())}", *lines]
+    return [head, *lines, *more]
+
+
+Line = tuple[str, str, str, str, str]
+
+
+def _over_seeds(jobs: list[Job], rows: list[Line]) -> list[Line]:
+    """The rows of jobs that are done, one for all seeds of a recipe; the others as they are."""
+    groups: dict[str, list[tuple[Job, Line]]] = {}
+    for job, row in zip(jobs, rows, strict=True):
+        done = row[2].startswith("done") and job.record is not None
+        key = str(Path(job.record or "").parent) if done else f"job {job.number}"
+        groups.setdefault(key, []).append((job, row))
+    return [group[0][1] if key.startswith("job ") else _mean(key, group) for key, group in groups.items()]
+
+
+def _mean(folder: str, group: list[tuple[Job, Line]]) -> Line:
+    """One line for the seeds of a recipe."""
+    results = [Record(Path(job.record)).result for job, _ in group if job.record]
+    metric = results[0]["target"]["metric"]
+    test = metric.replace("val/", "test/")
+    what = "  ".join(f"{name} {_spread([result[part].get(name) for result in results])}"
+                     for part, name in (("final", metric), ("test", test)))  # fmt: skip
+    name = " ".join(word for word in group[0][1][1].split(" ") if not word.startswith("seed="))
+    states = " and ".join(dict.fromkeys(row[2] for _, row in group))
+    return str(len(group)), name, states, f"{what}  n = {len(group)}", folder
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean and standard deviation of those that are numbers."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return f"{known[0]:.4f}" if known else "-"
+    lost = f" ({len(values) - len(known)} without)" if len(known) < len(values) else ""
+    return f"{mean(known):.4f} ± {stdev(known):.4f}{lost}"
 
 
 def _value(scores: dict[str, Any], metric: str) -> str:

@@ -24,22 +24,20 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
 from caspr_cli.runs.launch import STOP, Place, cores
-from caspr_cli.runs.record import FULL, clear_left, own, write_whole
+from caspr_cli.runs.record import FULL, clear_left, own
 
 WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"
 
 # The extra that brings each launcher.
-EXTRAS = {
-    "joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray", "ray_aws": "ray",
-}  # fmt: skip
+EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 # Set by the user or by launchers for the processes they start; each job of a machine gets its share anew.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LOOK = 0.5  # seconds between two looks at the files of the jobs
@@ -86,29 +84,45 @@ class Sweep:
     launcher: str  # as chosen
     here: bool  # the process that was called runs the jobs itself, one after the other
     at_once: int | None  # jobs that share this machine; None: a scheduler gives each what it needs
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the launcher
     directory: str = field(default_factory=os.getcwd)
     gpus: tuple[str, ...] = field(default_factory=lambda: visible_gpus(os.environ, gpu_files()))
     threads: Mapping[str, str] = field(default_factory=lambda: {k: os.environ[k] for k in THREADS if k in os.environ})
 
     @classmethod
-    def begin(cls, config: DictConfig) -> Sweep:
-        """Make the folder, with a file for each job that is planned."""
-        jobs = planned(config)
-        above = Path(config.hydra.sweep.dir).absolute()
+    def begin(cls, composer: Composer, jobs: list[list[str]]) -> Sweep:
+        """Make the folder, with a file for each job.
+
+        Raises:
+            ConfigError: the folder cannot be made, or jobs ask the launcher for different things.
+        """
+        output_dir = composer.config(jobs[0]).output_dir
+        above = Path(output_dir, ".sweep").absolute()
         clear_left(above, "[0-9]*")
-        folder = new_folder(above, config.output_dir)
-        launcher = config.hydra.launcher
-        made = cls(
-            folder,
-            config.hydra.runtime.choices["hydra/launcher"],
-            launcher._target_.endswith(".BasicLauncher"),
-            jobs_at_once(launcher, len(jobs), cores()),
-        )
+        launcher = composer.launcher(jobs[0], str(above))
+        here = launcher["_target_"].endswith(".BasicLauncher")
+        for job in () if here else jobs:
+            for key, value in composer.launcher(job, str(above)).items():
+                if value != launcher[key]:
+                    raise ConfigError(
+                        f"hydra.launcher.{key} would be {launcher[key]} for one job and {value} for another: give one "
+                        f"for all, as in hydra.launcher.{key}={value}"
+                    )
+        choice = str(composer.hydra(jobs[0]).runtime.choices["hydra/launcher"])
+        made = cls(new_folder(above, output_dir), choice, here, jobs_at_once(launcher, len(jobs), cores()), launcher)
         if made.at_once is not None:  # else its jobs may outlive this process
-            own(folder)
-        for number, overrides in enumerate(jobs, 1):
-            made.note(Job(number, overrides))
+            own(made.folder)
+        for number, words in enumerate(jobs, 1):
+            made.note(Job(number, words))
+            if not here:
+                plain = OmegaConf.to_container(composer.config(words), resolve=True, enum_to_str=True)
+                (made.folder / f"config{number}.json").write_text(json.dumps(plain), encoding="utf8")
         return made
+
+    def config(self, number: int) -> DictConfig:
+        """What a job that runs elsewhere is to do, as it was composed where the command was typed."""
+        text = (self.folder / f"config{number}.json").read_text(encoding="utf8")
+        return cast(DictConfig, OmegaConf.create(json.loads(text)))
 
     @property
     def output_dir(self) -> str:
@@ -116,7 +130,10 @@ class Sweep:
 
     def note(self, job: Job) -> None:
         with suppress(FileNotFoundError):  # the sweep is over, and its folder is gone
-            write_whole(self.folder / f"job{job.number}.json", json.dumps(asdict(job)))
+            file = self.folder / f"job{job.number}.json"
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(asdict(job)), encoding="utf8")
+            part.replace(file)
 
     def jobs(self) -> list[Job]:
         """As Hydra numbered them."""
@@ -189,25 +206,16 @@ class Sweep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def planned(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job; none where the sweeper makes them up as it goes."""
-    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-        return []
-    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
-    return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-
-
-def jobs_at_once(launcher: DictConfig, jobs: int, cores: int) -> int | None:
+def jobs_at_once(launcher: Mapping[str, Any], jobs: int, cores: int) -> int | None:
     """How many jobs share this machine; None where a scheduler gives each its part."""
-    kind = launcher._target_.rpartition(".")[2]
+    kind = launcher["_target_"].rpartition(".")[2]
     if kind == "BasicLauncher":
         return 1
     if kind == "LocalLauncher":  # of submitit: all of them
-        return max(1, jobs)
+        return jobs
     if kind == "JoblibLauncher":  # joblib counts from behind where it is negative
-        n: int = launcher.n_jobs if launcher.n_jobs > 0 else max(1, cores + 1 + launcher.n_jobs)
-        return min(n, jobs) if jobs else n
+        n: int = launcher["n_jobs"]
+        return min(n if n > 0 else max(1, cores + 1 + n), jobs)
     return None
 
 

@@ -16,11 +16,11 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
     "commands": {"hydra", "omegaconf", "streams", "recipe", "runs", "report", "bench", "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy"},
+    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "ranges"},
     "runs": {"hydra", "omegaconf", "yaml", "streams", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "streams", "optim", "recipe", "runs",
                  "tasks"},
-    "optim": {"torch", "pytorch_optimizer"},
+    "optim": {"torch", "pytorch_optimizer", "ranges"},
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "optim", "recipe", "tasks", "training"},
     "report": {"matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "runs.shape"},
     "theory": {"matplotlib", "numpy", "torch", "bench", "optim", "recipe", "tasks", "report.answer", "report.look"},

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,8 +15,15 @@ from caspr_cli.commands import train
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
 from caspr_cli.runs.sweep import EXTRAS
 
+ROOT = Path(__file__).resolve().parents[3]
+PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
 
 def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    def launched(*_: object) -> None:
+        raise AssertionError("a run was started")
+
+    monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
     monkeypatch.setattr(sys, "argv", ["caspr-train", *argv])
     return train.main()
 
@@ -52,11 +61,14 @@ def test_help_fits_a_screen_and_lists_everything(
         (["--lr=3"], "--lr=3 is not a flag: keys are written key=value"),
         (["lr=3"], "lr is not a key. Did you mean optim.lr?"),
         (["seed=="], "cannot read 'seed=='"),
-        (["output_dir=~/runs"], "cannot read output_dir=~/runs: quote a value"),
-        (["task=null"], "Config group override must be a string or a list"),
+        (["output_dir=~/runs"], "cannot read 'output_dir=~/runs': a word is key=value; quote a value"),
+        (["task=null"], "task=null: no such choice. (choices: c4_lm, ogbg_molpcba"),
         (["optim.name=sgd"], "optim.name=sgd: choose with optim=sgd"),
         (["optim.lr=inf"], "optim.lr should be a finite number but is inf"),
-        (["seed=99999999999999999999999"], "seed should fit into 64 bits"),
+        (
+            ["seed=99999999999999999999999"],
+            "seed should be at most 9,223,372,036,854,775,807 but is",
+        ),
         (["output_dir="], "output_dir is empty"),
         (["search=lrs", "trial=1"], "search=lrs: no such choice. Did you mean search=lr?"),
         (["search=lr"], "search=lr: add -m trial='range(6)', or one trial"),
@@ -72,16 +84,36 @@ def test_help_fits_a_screen_and_lists_everything(
         (["experiment=damping", "search.trials=0"], "search.trials should be at least 1 but is 0"),
         (["experiment=damping", "seed=x"], "seed should be integers, as in seed=1,2,3, but is 'x'"),
         (["experiment=damping", "seed=0,1"], "seed 0 chooses among the trials, and what chose is not to be reported"),
-        (["experiment=damping", "output_dir=a,b"], "output_dir=a,b: a table has one (quote a name with commas)"),
+        (["experiment=damping", "output_dir=a,b"], "output_dir=a,b: a table has one (quote a value that has commas)"),
         (["experiment=damping,typo"], "experiment=typo: no such choice."),
         (["experiment=damping", "optim.lr=0.1"], "search=lr draws nothing: optim.lr is given; add search=none"),
         (["search=lr", "trial=1.5"], "trial should be an integer, or best, but is '1.5'"),
         (["search=lr", "trial=2000000"], "trial should be from 0 to 1048575 but is 2000000"),
         (["experiment=damping", "optim.lrr=3", "plan=true"], "optim.lrr is not a key of optim=caspr."),
-        (["+hydra.callbacks.x={_target_: torch.hub.load}"], "hydra.callbacks would run code that a config chooses"),
-        (["hydra.sweeper._target_=os.system", "-m", "seed=1,2"], "hydra.sweeper._target_=os.system is none of Hydra's"),
+        (
+            ["+hydra.callbacks.x={_target_: torch.hub.load}"],
+            "hydra.callbacks.x cannot be set: of Hydra's own keys",
+        ),
+        (
+            ["hydra.sweeper._target_=os.system", "-m", "seed=1,2"],
+            "hydra.sweeper._target_ cannot be set: of",
+        ),
         (["-m", "seed=range(0)"], "a sweep over no value: there is nothing to run"),
         (["-m", "optim=caspr,foo"], "optim=foo: no such choice."),
+        (["optim.lr=1e-3=2"], "cannot read 'optim.lr=1e-3=2': a word is key=value"),
+        (['"optim.lr', "seed=1"], "cannot read '\"optim.lr': a word is key=value"),
+        (["=3"], "cannot read '=3': a word is key=value"),
+        (["seed=range(3)"], "seed=range(3) is a sweep: add -m"),
+        (["-m", "seed=interval(1,2)"], "seed=interval(1,2): a sweep is over values, as in seed=1,2 or seed=range(3)"),
+        (["-m", "seed=range(1000000000)"], "a sweep of 10,001 jobs or more; at most 10,000 fit into one"),
+        (["hydra/launcher=slurm"], "hydra/launcher=slurm says how the jobs of a sweep run: add -m"),
+        (["-m", "--cfg", "job"], "one of -m, -r, --cfg, --info and -sc at a time"),
+        (["-cd", "/nowhere"], "-cd /nowhere: No such file or directory"),
+        (["-cn", "../x"], "-cn ../x: should be the name of a file in the directory of -cd"),
+        (["experiment=damping", "search.trials=1,2"], "search.trials=1,2: a table has one"),
+        (["experiment=damping", "resume=auto,never"], "resume=auto,never: a table has one"),
+        (["experiment=damping", "optim=range(0)"], "experiment=damping: a key has no value"),
+        (["experiment=damping", "seed=range(0)"], "seed=range(0): no seed, so that there is nothing to run"),
         (["trainer.max_steps=0"], "trainer.max_steps should be at least 1 but is 0"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -129,13 +161,14 @@ def test_a_sweep_whose_jobs_are_all_refused(
 def test_ctrl_c_before_the_first_job(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     if launcher != "basic":
         pytest.importorskip(launcher)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hydra._internal.core_plugins.basic_sweeper.BasicSweeper.get_job_batch", interrupted)
+    where = "session.Session.run" if launcher == "basic" else "elsewhere.launch"
+    monkeypatch.setattr(f"caspr_cli.runs.{where}", interrupted)
     assert call(monkeypatch, "-m", f"hydra/launcher={launcher}", "seed=0,1") == 130
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
@@ -156,8 +189,34 @@ def test_a_config_file_cannot_choose_code(
     )
     assert call(monkeypatch, "--config-dir", str(tmp_path), "+evil=x") == 2
     shown = capsys.readouterr()
-    assert "not allowed" in shown.err
+    assert f"{tmp_path}/evil/x.yaml:2: hydra.callbacks cannot be set" in shown.err
     assert "ran" not in shown.out
+
+
+def test_a_working_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for argv in (["seed=1"], ["-m", "seed=1,2"], ["experiment=damping", "plan=true"], ["--cfg", "job"]):
+        assert call(monkeypatch, *argv) == 2
+        assert "error: the working directory cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_a_scheduler_has_closed(closed: str, tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m caspr_cli.commands.train optim.lr=-1 {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=PYTHON, check=False, timeout=60).returncode == 2
+
+
+def test_an_output_that_is_full_is_named_and_ends_nothing(tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m caspr_cli.commands.train --cfg job > /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=PYTHON, check=False, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert (
+        done.stderr == b"error: standard output: No space left on device; nothing more is said there, the run goes on\n"
+    )
 
 
 def test_the_version_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,25 +4,38 @@ import inspect
 import re
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli import ranges
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.recipe import compose
+from caspr_cli.recipe.checks import LIMITS, SHARES
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, CasprConf, FullAdagradConf, OptimConf, Recipe, ShampooConf
+from caspr_cli.recipe.schema import (
+    OPTIMIZERS,
+    TASKS,
+    CasprConf,
+    FullAdagradConf,
+    OptimConf,
+    Recipe,
+    ShampooConf,
+    TrainerConf,
+)
+
+
+@cache
+def composer() -> Composer:
+    return Composer()
 
 
 def composed(*overrides: str) -> DictConfig:
-    compose.register_schemas()
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return hydra.compose("train", overrides=list(overrides))
+    return composer().config(overrides)
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -103,13 +116,32 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("trainer.devices=5", "task.batch_size should be a multiple of trainer.devices x trainer.accumulate = 5"),
         ("optim.lr=-1", "optim.lr should be >= 0 but is -1"),
         ("optim.weight_decay=-1", "optim.weight_decay should be >= 0 but is -1"),
+        ("optim.eps=-1", "optim.eps should be > 0 but is -1.0"),
+        ("optim.eps=nan", "optim.eps should be > 0 but is nan"),
+        ("optim.order=0", "optim.order should be a positive integer or inf but is 0.0"),
+        ("optim.order=1.5", "optim.order should be a positive integer or inf but is 1.5"),
+        ("optim.order=1e9", "optim.order should be at most 100, or inf, but is 1000000000.0"),
+        ("optim=shampoo optim.exponent=2", "optim.exponent should be 0.5 or 1.0 but is 2.0"),
+        ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
+        ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
+        ("optim.graft_eps=-1", "optim.graft_eps should be >= 0 but is -1.0"),
+        ("optim.refresh_above=-1", "optim.refresh_above should be >= 0 but is -1.0"),
+        ("optim.start_step=0", "optim.start_step should be at least 1 but is 0"),
+        ("optim.factor_dtype=float32 optim.eps=1e-9", "optim.eps should be >= 1e-06 for float32 factors"),
+        ("trainer.rendezvous=host:99999", "trainer.rendezvous=host:99999: a port is a number from 1 to 65535"),
+        ("trainer.rendezvous=host:0", "trainer.rendezvous=host:0: a port is a number from 1 to 65535"),
+        ("trainer.max_steps=10000000000", "trainer.max_steps should be at most 1,000,000,000 but is 10000000000"),
+        ("trainer.timeout=1e30", "trainer.timeout should be at most 10,000,000 but is 1e+30"),
+        ("task.heads=0", "task.heads should be at least 1 but is 0"),
+        ("task.dropout=1", "task.dropout should be in [0, 1) but is 1.0"),
+        ("task.data=files task.root=''", "task.root is empty: name a directory"),
         ("optim.betas=[0.9]", "optim.betas should be two numbers, as in optim.betas=[0.9,0.95], but is [0.9]"),
         ("optim=adamw optim.betas=[0.9,0.9,0.9]", "optim.betas should be two numbers, as in optim.betas=[0.9,0.95]"),
         ("optim=adamw optim.betas=[2,0]", "optim.betas[0] should be in [0, 1) but is 2.0"),
         ("optim=nadamw optim.eps=-1", "optim.eps should be >= 0 but is -1.0"),
         ("optim=sgd optim.momentum=0", "optim.momentum should be above 0 (it is Nesterov's) and below 1 but is 0.0"),
         ("optim=muon optim.momentum=1", "optim.momentum should be in [0, 1) but is 1.0"),
-        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be from 1 to 99 but is 0"),
+        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be at least 1 but is 0"),
         ("optim=soap optim.interval=0", "optim.interval should be at least 1 but is 0"),
         ("task.batch_size=0", "task.batch_size should be at least 1 but is 0"),
         ("task.root=/data", "task.root=/data is read with task.data=files alone, but task.data=sample"),
@@ -119,3 +151,22 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
 def test_values_that_types_cannot_refuse(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         recipe(*override.split())
+
+
+def test_every_number_has_a_range() -> None:
+    """A key that comes later has one, too."""
+    apart = {"trainer.clip_norm", "schedule.warmup", "schedule.decay", "task.target.value", "optim.momentum", "trial"}
+    for group, confs in (("task", TASKS), ("optim", OPTIMIZERS), ("trainer", {"": TrainerConf})):
+        for conf in confs.values():
+            for f in fields(conf):
+                key = f"{group}.{f.name}"
+                if str(f.type).split(" | ")[0] in ("int", "float") and f.name not in (*ranges.RANGES, "momentum"):
+                    assert key in {*LIMITS, *SHARES, *apart}, key
+
+
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    for text in ("a\0b", "a\udcffb"):
+        config = composed().copy()
+        config.output_dir = text
+        with pytest.raises(ConfigError, match="output_dir should be text in UTF-8 but is"):
+            compose.freeze(config)

@@ -12,13 +12,13 @@ import pytest
 from running import Runner
 
 from caspr_cli.commands import train
-from caspr_cli.recipe import compose
+from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
 from caspr_cli.runs import experiment, trials
 from caspr_cli.runs.experiment import Experiment, Row
-from caspr_cli.runs.launch import BAD_USAGE
+from caspr_cli.runs.launch import BAD_USAGE, SOME_FAILED, Outcome
 from caspr_cli.runs.record import Record, RecordDamagedError
 
 compose.register_schemas()
@@ -152,7 +152,7 @@ def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name: 
         assert len(optimizers) == 1 or not settings
     swept = {key.removeprefix("optim."): value for key, value in told.jobs.items()}
     for key, value in map(halves, settings):
-        values = [halves(job[0])[1] for job in experiment._split([f"{key}={swept[key]}"])]
+        values = [halves(job[0])[1] for job in words.split([f"{key}={swept[key]}"])]
         assert float_or_word(value) in map(float_or_word, values)
 
 
@@ -220,28 +220,68 @@ def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
 
 
 def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
-    """A data directory that is not there: the plan says so instead of failing."""
+    """A data directory that is not there: the plan says so instead of failing, and without plan=true no job starts."""
     told = Experiment.read("ud_pos", ["optim=adamw", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"])
     (row,) = experiment.rows(told)
     assert isinstance(row, Row)
-    assert "/nowhere" in str(experiment.seconds(row, ["caspr-train"]))
+    with pytest.raises(ConfigError, match=r"^task.root: no such directory: /nowhere$"):
+        experiment.seconds(row, ["caspr-train"])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, damaged: bool, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_table_without_its_data_is_refused_before_any_job(planned: bool, tmp_path: Path, monkeypatch, capsys) -> None:
+    words = ["experiment=ud_pos", "optim=adamw,sgd", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"]
+    monkeypatch.setattr(train, "compose_and_run", lambda argv: pytest.fail("a sweep was started"))
+    monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={str(planned).lower()}"])
+    assert train.main() == (0 if planned else BAD_USAGE)
+    shown = capsys.readouterr()
+    assert "task.root: no such directory: /nowhere" in (shown.out if planned else shown.err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Experiment.read("molpcba", ["optim=sgd", f"output_dir={tmp_path}"])
+    (row,) = experiment.rows(told)
+
+    def refused(recipe: Recipe, *_: object) -> Outcome:
+        record = Record.of(recipe)
+        record.path.mkdir(parents=True)
+        record.write("status.json", {"state": "failed", "error": "x.csv:3: not a number", "user_error": True})
+        return Outcome(record, BAD_USAGE, ran=True)
+
+    monkeypatch.setattr(experiment, "run", refused)
+    with pytest.raises(ConfigError, match=r"^x\.csv:3: not a number$"):
+        experiment.seconds(row, [])
+
+
+def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    given = ["optim=adamw,sgd", "search.trials=2", f"output_dir={tmp_path}"]
+    first = experiment.rows(Experiment.read("molpcba", given))[0].tuning[0]
+    Record.of(first).path.mkdir(parents=True)
+    file = Record.of(first).path / "status.json"
+    file.write_text("{")
+    table = experiment.rows(Experiment.read("molpcba", given))
+    assert experiment.damaged(table) == [f"damaged  {file} is missing or damaged; resume=never starts this run anew"]
+    assert [row.left for row in table] == [len(row.tuning) + len(row.reported) for row in table]
+    monkeypatch.setattr(train, "seconds", lambda *_: 1.0)
+    started = []
+    monkeypatch.setattr(train, "compose_and_run", lambda argv: started.append(argv) or SOME_FAILED)
+    monkeypatch.setattr(train, "report", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", *given])
+    assert train.main() == SOME_FAILED
+    assert len(started) == 2
+    assert f"damaged  {file}" in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     folder = tmp_path / "folder"
-    if damaged:
-        (recipe, *_) = experiment.rows(Experiment.read("molpcba", ["optim=sgd", f"output_dir={folder}"]))[0].tuning
-        Record.of(recipe).path.mkdir(parents=True)
-        (Record.of(recipe).path / "status.json").write_text("{")
-    else:
-        folder.touch()
+    folder.touch()
     monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", "optim=sgd", f"output_dir={folder}"])
     assert train.main() == BAD_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert ("status.json" if damaged else f"output_dir={folder}: cannot write there: ") in line
+    assert f"output_dir={folder}: cannot write there: " in line
 
 
 # ---- as a user runs it -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import socket
 import time
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, C4LMConf, CasprConf, Recipe
 from caspr_cli.runs import summary, sweep
+from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, STARTED, WAITING, Job, Sweep, share, visible_gpus
 
 
@@ -118,26 +122,32 @@ def test_jobs_of_a_cluster_may_start_after_the_command_has_ended(tmp_path: Path)
     assert one.folder.exists()
 
 
-def test_planned_as_hydra_numbers_them(tmp_path: Path) -> None:
-    config = OmegaConf.create(
-        {
-            "output_dir": str(tmp_path),
-            "hydra": {
-                "sweeper": {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None},
-                "launcher": {"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"},
-                "overrides": {"task": ["optim=caspr,adamw", "seed=range(2)", "+x='a b'"]},
-                "runtime": {"choices": {"hydra/launcher": "ray"}},
-                "sweep": {"dir": str(tmp_path / ".sweep")},
-            },
-        }
-    )
-    begun = Sweep.begin(config)
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_begins_with_a_file_for_each_job(launcher: str, tmp_path: Path) -> None:
+    if launcher != "basic":
+        pytest.importorskip(launcher)
+    given = ["optim=caspr,adamw", "seed=range(2)", f"output_dir={tmp_path}", f"hydra/launcher={launcher}"]
+    composer = Composer(given, sweeps=True)
+    begun = Sweep.begin(composer, composer.jobs())
     jobs = begun.jobs()
     assert [j.number for j in jobs] == [1, 2, 3, 4]
     assert summary.names(jobs) == [
         "optim=caspr seed=0", "optim=caspr seed=1", "optim=adamw seed=0", "optim=adamw seed=1",
     ]  # fmt: skip
-    assert (begun.here, begun.at_once, begun.launcher) == (False, None, "ray")
+    assert (begun.here, begun.launcher, begun.folder.parent) == (launcher == "basic", launcher, tmp_path / ".sweep")
+    if not begun.here:  # what a job elsewhere reads is what is composed here
+        here = compose.freeze(composer.config(jobs[3].overrides))
+        assert compose.freeze(begun.config(4)) == here
+        assert pickle.loads(pickle.dumps(Session(["caspr-train"], begun))).sweep == begun
+
+
+def test_jobs_that_want_different_things_of_the_launcher(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    given = ["hydra/launcher=slurm", "trainer.devices=1,2", f"output_dir={tmp_path}"]
+    composer = Composer(given, sweeps=True)
+    with pytest.raises(ConfigError, match=r"gpus_per_node would be 1 for one job and 2 for another: give one for all"):
+        Sweep.begin(composer, composer.jobs())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_process_that_is_gone_is_lost(tmp_path: Path) -> None:
@@ -190,6 +200,28 @@ def test_thirty_jobs_can_be_read(tmp_path: Path) -> None:
     assert lines[6].endswith("optim.lr should be >= 0 but is -1")
     assert "the same command continues" in lines[7]
     assert lines[8].endswith("not started")
+
+
+def test_two_hundred_jobs_can_be_read(tmp_path: Path) -> None:
+    grid = [(optim, seed) for optim in ("caspr", "adamw") for seed in range(100)]
+    jobs = [
+        Job(n, [f"optim={o}", f"seed={seed}"], ENDED, record(tmp_path / o / f"seed{seed}", "done"), 0)
+        for n, (o, seed) in enumerate(grid, 1)
+    ]
+    jobs[7] = Job(8, jobs[7].overrides, REFUSED, None, 2, why="no data")
+    head, titles, *lines = summary.table(jobs)
+    assert head == "sweep    200 jobs: 199 done, 1 refused"
+    assert "mean ± sd" in titles
+    assert len(lines) == 3
+    assert lines[0].split()[:2] == ["99", "optim=caspr"]
+    assert "val/loss 4.0364 ± 0.0000  test/loss 4.1976 ± 0.0000  n = 99" in lines[0]
+    assert lines[0].endswith(str(tmp_path / "caspr"))
+    assert lines[1].startswith("8 ")
+    assert "no data" in lines[1]
+    many = [Job(n, [f"optim.lr={n}"], REFUSED, None, 2, why="no") for n in range(1, 101)]
+    lines = summary.table(many)
+    assert len(lines) == 2 + summary.MOST_ROWS + 1
+    assert lines[-1].startswith("... and 60 more")
 
 
 def test_a_launcher_that_waits_for_ever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,145 @@
+"""What the types of a recipe's keys cannot refuse: numbers out of range, and keys that do not fit each other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from caspr_cli import ranges
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import (
+    AdamWConf,
+    KroneckerConf,
+    MuonConf,
+    OptimConf,
+    Recipe,
+    SGDConf,
+    Source,
+    TaskConf,
+    TrainerConf,
+)
+
+# The least and the most of each whole number, and of what is counted like one. More than the most is a slip: of memory
+# there is not enough, or something overflows after hours.
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (-(2**63), 2**63 - 1),
+    "search.trials": (1, 2**20),
+    "trainer.devices": (1, 1024), "trainer.nodes": (1, 10**5), "trainer.max_steps": (1, 10**9),
+    "trainer.val_every": (1, 10**9), "trainer.log_every": (1, 10**9), "trainer.accumulate": (1, 10**6),
+    "trainer.workers": (0, 1024), "trainer.timeout": (0, 10**7),
+    "task.batch_size": (1, 10**7), "task.vocab_size": (1, 10**7), "task.sequence": (1, 10**7),
+    "task.layers": (1, 10**4), "task.width": (1, 10**6), "task.heads": (1, 10**5), "task.steps": (1, 10**4),
+    "task.train_documents": (1, 10**12), "task.eval_documents": (1, 10**12), "task.max_length": (1, 10**6),
+    "task.size": (1, 10**5), "task.depth": (1, 10**4), "task.stem": (1, 10**4), "task.patch": (1, 10**5),
+    "task.mixup": (0, 10**6), "task.word_dropout": (0, 10**6),
+    "optim.interval": (1, 10**9), "optim.start_step": (1, 10**9), "optim.statistics_interval": (1, 10**9),
+    "optim.block_size": (1, 10**9), "optim.ns_steps": (1, 99),
+}  # fmt: skip
+SHARES = ("task.dropout", "task.label_smoothing")  # below 1
+HIGHEST_ORDER = 100  # of a finite one: the step has so many terms
+
+LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
+
+
+def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
+    """Refuse a recipe that cannot be run.
+
+    Args:
+        plain: the same in builtin types.
+
+    Raises:
+        ConfigError: names the key and the value.
+    """
+    values = dict(leaves(plain))
+    for key, (least, most) in LIMITS.items():
+        if (value := values.get(key)) is not None and not least <= value <= most:
+            bound = f"least {least:,}" if value < least else f"most {most:,}"
+            raise ConfigError(f"{key} should be at {bound} but is {value}")
+    for key in SHARES:
+        if not 0 <= values.get(key, 0) < 1:
+            raise ConfigError(f"{key} should be in [0, 1) but is {values[key]}")
+    _check_optim(recipe.optim, plain["optim"])
+    _check_trainer(recipe.trainer, recipe.task.batch_size)
+    schedule = recipe.schedule
+    for name in ("warmup", "decay"):
+        if not 0 <= getattr(schedule, name) <= 1:
+            raise ConfigError(f"schedule.{name} is a fraction of the run, 0 to 1, but is {getattr(schedule, name)}")
+    if schedule.warmup + schedule.decay > 1 + 1e-9:
+        raise ConfigError(
+            f"schedule.warmup + schedule.decay should be at most 1 but is {schedule.warmup + schedule.decay:g}"
+        )
+    _check_task(recipe.task)
+    if not recipe.output_dir:
+        raise ConfigError("output_dir is empty: name a directory")
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value) and key != "optim.order":
+            raise ConfigError(f"{key} should be a finite number but is {value}")
+        if isinstance(value, str) and ("\0" in value or value != value.encode(errors="replace").decode()):
+            raise ConfigError(f"{key} should be text in UTF-8 but is {value!r}")
+
+
+def _check_trainer(trainer: TrainerConf, batch: int) -> None:
+    if not trainer.timeout > 0:
+        raise ConfigError(f"trainer.timeout should be > 0 but is {trainer.timeout}")
+    if trainer.clip_norm is not None and not trainer.clip_norm > 0:
+        raise ConfigError(f"trainer.clip_norm should be > 0, or null for no clipping, but is {trainer.clip_norm}")
+    parts = trainer.devices * trainer.nodes * trainer.accumulate
+    if batch % parts:
+        nodes = " x trainer.nodes" if trainer.nodes > 1 else ""
+        raise ConfigError(
+            f"task.batch_size should be a multiple of trainer.devices{nodes} x trainer.accumulate = {parts} "
+            f"but is {batch}"
+        )
+    if trainer.rendezvous is not None:
+        place = re.fullmatch(r"(?:[^\s:\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,6})", trainer.rendezvous)
+        if place is None:
+            raise ConfigError(f"trainer.rendezvous should be HOST:PORT but is '{trainer.rendezvous}'")
+        if not 1 <= int(place[1]) <= 65535:
+            raise ConfigError(f"trainer.rendezvous={trainer.rendezvous}: a port is a number from 1 to 65535")
+
+
+def _check_task(task: TaskConf) -> None:
+    """Keys that would be passed over, or turned round, without a word."""
+    if task.root is not None and task.data != Source.files:
+        raise ConfigError(f"task.root={task.root} is read with task.data=files alone, but task.data={task.data.name}")
+    if task.root == "":
+        raise ConfigError("task.root is empty: name a directory")
+    if task.target.metric in LOWER_IS_BETTER and task.target.higher_is_better:
+        raise ConfigError(
+            f"task.target.metric={task.target.metric}: less is better; add task.target.higher_is_better=false, and "
+            "task.target.value, or null for none"
+        )
+
+
+def _check_optim(optim: OptimConf, plain: Mapping[str, Any]) -> None:
+    """What optimizers refuse in words that name no key, or after torch was imported."""
+    for name in ("lr", "weight_decay"):
+        if not plain[name] >= 0:
+            raise ConfigError(f"optim.{name} should be >= 0 but is {plain[name]}")
+    if len(plain.get("betas", (0, 0))) != 2:
+        raise ConfigError(f"optim.betas should be two numbers, as in optim.betas=[0.9,0.95], but is {plain['betas']}")
+    if isinstance(optim, KroneckerConf):
+        found = ranges.wrong(plain)
+        if found is None and HIGHEST_ORDER < plain.get("order", 1) < math.inf:
+            found = ranges.Wrong("order", f"should be at most {HIGHEST_ORDER}, or inf,", plain["order"])
+    else:
+        found = ranges.wrong_betas(plain.get("betas", (0, 0)))
+    if found:
+        raise ConfigError(f"optim.{found.key} {found.should} but is {found.value}")
+    if isinstance(optim, SGDConf) and not 0 < optim.momentum < 1:
+        raise ConfigError(f"optim.momentum should be above 0 (it is Nesterov's) and below 1 but is {optim.momentum}")
+    if isinstance(optim, MuonConf) and not 0 <= optim.momentum < 1:
+        raise ConfigError(f"optim.momentum should be in [0, 1) but is {optim.momentum}")
+    if isinstance(optim, AdamWConf) and not optim.eps >= 0:
+        raise ConfigError(f"optim.eps should be >= 0 but is {optim.eps}")
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,181 @@
+"""From words to configs by Hydra: composed once for each set of choices, and changed by values after that."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from caspr_cli.recipe import directory, settings, words
+from caspr_cli.recipe.compose import CONF, register_schemas
+from caspr_cli.recipe.errors import ConfigError
+
+NAME = "caspr-train"
+
+
+class Composed(NamedTuple):
+    """What Hydra makes of words: the recipe's keys, typed, and Hydra's own."""
+
+    recipe: DictConfig
+    hydra: DictConfig
+
+
+class Composer:
+    """Composes the configs of one command line.
+
+    Args:
+        given: its words, as ``key=value``.
+        sweeps: whether a word may have several values.
+        place: directory with more config files.
+        name: of the file to begin with.
+
+    Raises:
+        ConfigError: a word cannot be read, or says to Hydra what it may not.
+    """
+
+    def __init__(
+        self, given: Sequence[str] = (), *, sweeps: bool = False, place: str | None = None, name: str = "train"
+    ) -> None:
+        try:
+            os.getcwd()
+        except OSError as error:
+            raise ConfigError(f"the working directory cannot be used ({error.strerror}): cd to another one") from error
+        if not re.fullmatch(r"\w[\w/-]*", name):
+            raise ConfigError(f"-cn {name}: should be the name of a file in the directory of -cd")
+        for word in given:
+            if words.parse(word).is_sweep_override() and not sweeps:
+                raise ConfigError(f"{word} is a sweep: add -m to run one job for each value")
+        self.words = [word for word in given if not words.is_hydras(words.parse(word))]
+        self.settings = [word for word in given if word not in self.words]
+        for parsed in map(words.parse, self.settings):
+            settings.refuse(parsed.package or parsed.key_or_group)
+            if parsed.is_sweep_override():
+                raise ConfigError(f"{parsed.input_line}: all jobs of a sweep have one launcher")
+        self._name, self._checked = name, place is None and not any("@" in word for word in given)
+        self._composed: dict[tuple[str, ...], Composed] = {}
+        register_schemas()
+        directory.use(place)
+        GlobalHydra.instance().clear()
+        hydra.initialize_config_dir(str(CONF), job_name=NAME, version_base="1.3")
+        self._hydra = GlobalHydra.instance().hydra
+        loader = GlobalHydra.instance().config_loader()
+        self._groups = set(loader.list_groups(""))
+        for word in self.words:  # Hydra's own words for it name neither the key nor the choices
+            parsed = words.parse(word)
+            value, group = parsed.value(), parsed.key_or_group
+            free = parsed.is_delete() or parsed.is_sweep_override() or isinstance(value, (str, dict))
+            if group in self._groups and not free:
+                known = ", ".join(loader.get_group_options(group))
+                raise ConfigError(f"{word}: no such choice. (choices: {known})")
+
+    def jobs(self) -> list[list[str]]:
+        """The words of each job of the sweep."""
+        first = words.split(self.words)[:1]
+        params = {key: value for job in first for key, value in (self.hydra(job).sweeper.params or {}).items()}
+        more = [f"{key}={value}" for key, value in params.items()]
+        for word in more:
+            if words.is_hydras(words.parse(word)):
+                raise ConfigError(f"{word}: all jobs of a sweep have one launcher")
+        return words.split([*more, *self.words])
+
+    def config(self, given: Sequence[str]) -> DictConfig:
+        """The config of one job, as Hydra composes it; without Hydra's own part."""
+        base, values = self._base(given)
+        config = copy.deepcopy(base.recipe)
+        for word in values:
+            OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+        return config
+
+    def check(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Raise what :meth:`config` would raise for any of the jobs, in less time: each value is tried once."""
+        tried: dict[int, tuple[DictConfig, set[str]]] = {}
+        for given in jobs:
+            base, values = self._base(given)
+            if id(base) not in tried:
+                tried[id(base)] = (copy.deepcopy(base.recipe), set())
+            config, seen = tried[id(base)]
+            for word in values:
+                if word.input_line not in seen:
+                    seen.add(cast(str, word.input_line))
+                    OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+
+    def hydra(self, given: Sequence[str]) -> DictConfig:
+        """Hydra's own part of a config."""
+        return self._base(given)[0].hydra
+
+    def launcher(self, given: Sequence[str], folder: str) -> dict[str, Any]:
+        """The launcher's keys for a job, with what they refer to put in.
+
+        Args:
+            folder: for files of the launcher.
+        """
+        config = OmegaConf.create(OmegaConf.to_container(self.config(given), enum_to_str=True))
+        config.hydra = {
+            "launcher": OmegaConf.to_container(self.hydra(given).launcher),
+            "sweep": {"dir": folder},
+            "job": {"name": NAME},
+        }
+        found = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
+        settings.check_values(found)
+        return found
+
+    def keys(self) -> DictConfig:
+        """The config of the choices that are known, to find the key that was meant."""
+        chosen = [word for word in self.words if self._chooses(words.parse(word))]
+        for known in (chosen, []):
+            with suppress(Exception):
+                return self._compose(known).recipe
+        return OmegaConf.create()
+
+    def _base(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
+        """What the choices among the words make, and the words that change a value of it afterwards."""
+        parsed = [words.parse(word) for word in given]
+        if not all(self._changes(word) or self._chooses(word) for word in parsed):
+            return self._compose(given), []  # as +key=value: their order counts, which Hydra keeps
+        chosen = [word for word, p in zip(given, parsed, strict=True) if self._chooses(p)]
+        return self._compose(chosen), [word for word in parsed if self._changes(word)]
+
+    def _changes(self, word: Override) -> bool:
+        """Whether it gives a value to a key that is there."""
+        plain = word.type == OverrideType.CHANGE and word.package is None and "/" not in word.key_or_group
+        return plain and word.key_or_group not in self._groups
+
+    def _chooses(self, word: Override) -> bool:
+        """Whether it chooses a file."""
+        plain = word.type == OverrideType.CHANGE and word.package is None and isinstance(word.value(), str)
+        return plain and (word.key_or_group in self._groups or "/" in word.key_or_group)
+
+    def _compose(self, given: Sequence[str]) -> Composed:
+        if (key := tuple(given)) not in self._composed:
+            directory.Files.loaded.clear()
+            if GlobalHydra.instance().hydra is not self._hydra:  # another one has composed since
+                GlobalHydra.instance().clear()
+                GlobalHydra.instance().initialize(cast(Any, self._hydra))
+            try:
+                config = hydra.compose(self._name, [*self.settings, *given], return_hydra_config=True)
+            except RecursionError as error:
+                names = ", ".join(dict.fromkeys(directory.Files.loaded))
+                raise ConfigError(f"{names}: these files name each other in their defaults, without end") from error
+            except (
+                AttributeError,
+                TypeError,
+                KeyError,
+                AssertionError,
+            ) as error:  # of Hydra, for values it cannot merge
+                said = " ".join([*self.settings, *given])
+                raise ConfigError(f"{said}: cannot be composed ({str(error).splitlines()[0]})") from error
+            plain = None if self._checked else hydra.compose(None, return_hydra_config=True).hydra
+            settings.check(config.hydra, plain)
+            own = config.hydra
+            with open_dict(config):
+                del config["hydra"]
+            self._composed[key] = Composed(config, own)
+        return self._composed[key]

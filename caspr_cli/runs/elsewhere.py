@@ -1,0 +1,59 @@
+"""Jobs by Hydra's launchers, in other processes or on other machines.
+
+Hydra would compose each job once more there, and do what its own keys say (change the directory, set variables, build
+loggers). It gets a loader that has composed all, and settings in which nothing of that stands.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from hydra.conf import HydraConf, JobConf, RunDir, SweepDir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from caspr_cli.recipe.composer import NAME
+from caspr_cli.runs.sweep import Sweep
+
+QUIET = {"version": 1, "root": None}
+
+
+class Composed:
+    """In place of Hydra's loader: a job is told its words; the rest it reads where the sweep has its files."""
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        config = copy.deepcopy(master_config)
+        config.hydra.overrides.task = list(sweep_overrides)
+        return config
+
+
+def launch(sweep: Sweep, jobs: Sequence[Sequence[str]], run: Callable[[DictConfig], None], *, verbose: bool) -> None:
+    """Start the jobs and wait for them; raises what the launcher raises.
+
+    Args:
+        run: called for each job in its process. ``HydraConfig`` there has the job's number, from 0, and its words.
+        verbose: the launcher says what it does.
+    """
+    hydra = HydraConf(
+        mode=RunMode.MULTIRUN,
+        run=RunDir("."),
+        sweep=SweepDir(str(sweep.folder.parent), "."),
+        output_subdir=None,
+        job=JobConf(name=NAME, chdir=False),
+        hydra_logging=QUIET,
+        job_logging=QUIET,
+        launcher=dict(sweep.settings),
+    )
+    config = OmegaConf.create({"hydra": OmegaConf.structured(hydra)})
+    config.hydra.verbose = verbose
+    if verbose:
+        config.hydra.hydra_logging = None
+    context = HydraContext(config_loader=cast(ConfigLoader, Composed()), callbacks=cast(Any, Callback()))
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run, config=config)
+    for returned in launcher.launch([list(job) for job in jobs], initial_job_idx=0):
+        _ = returned.return_value  # raises what the job raised
