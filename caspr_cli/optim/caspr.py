@@ -3,6 +3,7 @@ r"""The optimizers that users construct: CASPR, Shampoo and full-matrix Adagrad.
 from __future__ import annotations
 
 import math
+import types
 from typing import Literal
 
 import torch
@@ -59,6 +60,8 @@ class CASPR(KroneckerOptimizer):
 
 
 class Shampoo(KroneckerOptimizer):
+    fixed = types.MappingProxyType({"order": math.inf})
+
     def __init__(
         self,
         params: ParamsT,
@@ -90,11 +93,16 @@ class Shampoo(KroneckerOptimizer):
         gather_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
-        options = dict(locals()) | {"order": math.inf}
+        options = dict(locals()) | self.fixed
         super().__init__(params, {name: options[name] for name in OPTIONS})
 
 
 class FullAdagrad(KroneckerOptimizer):
+    # One axis: every order is the same, and there is nothing to merge.
+    fixed = types.MappingProxyType(
+        {"order": 1, "exponent": 0.5, "merge": "flatten", "axes": "all", "precondition_1d": True}
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -122,14 +130,7 @@ class FullAdagrad(KroneckerOptimizer):
         gather_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
-        # One axis: every order is the same, and there is nothing to merge.
-        options = dict(locals()) | {
-            "order": 1,
-            "exponent": 0.5,
-            "merge": "flatten",
-            "axes": "all",
-            "precondition_1d": True,
-        }
+        options = dict(locals()) | self.fixed
         super().__init__(params, {name: options[name] for name in OPTIONS})
 
 

@@ -23,6 +23,9 @@ OPTIONS = (
     "gather_dtype", "maximize",
 )  # fmt: skip
 
+# Of these, what a root is of, beside its statistics.
+OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")
+
 SOLVERS = ("auto", "eigh", "newton", "warm")
 
 
@@ -52,6 +55,36 @@ def validate(options: Group) -> None:
         _one_of(name, options[name], (None, torch.bfloat16))
     if found := wrong(options):
         raise ValueError(f"{found.key} {found.should} but is: {found.value}")
+
+
+def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
+    """A group of a loaded state, with the options that are not the state's to say.
+
+    Args:
+        saved: the group in the state.
+        mine: the group that it is loaded into. It says what the state does not, as that of AdamW does not, and whether
+            axes are combined by a sum or a product.
+        fixed: options that make the class what it is.
+    """
+    group = {name: mine[name] for name in OPTIONS} | saved
+    if "eps" in saved and "graft_eps" not in saved:  # of AdamW, where eps is what graft_eps is here
+        group |= {"eps": mine["eps"], "graft_eps": saved["eps"]}
+    else:
+        group.setdefault("roots_of", root_options(group))
+    for name, kind in (("order", math.inf), ("merge", "flatten")):
+        if (group[name] == kind) != (mine[name] == kind):
+            group[name] = mine[name]
+    return group | fixed
+
+
+def root_options(group: Group) -> tuple[Any, ...]:
+    """The options that roots belong to: those of others are made anew."""
+    return tuple(group[name] for name in OF_ROOTS)
+
+
+def is_float64_for_eps(p: Tensor, group: Group) -> bool:
+    """Whether statistics are float64 for no other reason than a small eps."""
+    return group["factor_dtype"] is None and factor_dtype(p, group) != factor_dtype(p, group | {"eps": 1.0})
 
 
 def factor_dtype(p: Tensor, group: Group) -> torch.dtype:

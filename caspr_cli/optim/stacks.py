@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class Storage:
     @classmethod
     def of(cls, dtype: torch.dtype, group: Group) -> Storage:
         return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]), group["solver"] == "warm")
+
+
+class View(Tensor):
+    """A part of a stack that is saved and copied by itself. A plain view takes the memory of the whole stack along."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # On the CPU: all of a state_dict is copied before the first of it is written.
+        return self.to("cpu", copy=True).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone()
 
 
 @dataclass
@@ -99,7 +113,7 @@ class Stack:
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
         for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q)):
             named |= {f"{name}_{axis}": tensor for axis, tensor in zip(self.axes, tensors, strict=False)}
-        return {f"{name}.{part}": tensor[rows] for name, tensor in named.items()}
+        return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
     def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
         """These parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
@@ -178,6 +192,11 @@ class Stack:
         if self.Q and Q is not None:
             self.Q[place][at] = Q
 
+    def forget_roots(self) -> None:
+        """They are made anew, each with its block's next gradient."""
+        torch._foreach_zero_([*self.A, self.root_scale])
+        self.rooted.clear()
+
     def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
         part = layout.parts.index(self.shape)
@@ -251,6 +270,24 @@ def check_axes(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
         wanted = {f"statistics_{axis}.{part}" for axis in layout.axes}
         if found and (different := sorted(found ^ wanted)):
             raise ValueError(other_blocks(different[0], p))
+
+
+def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
+    """Refuse statistics and roots, whole ones, of other axes or blocks.
+
+    Raises:
+        ValueError: the same on all ranks.
+    """
+    check_axes(state, p, layout)
+    for name in filter(is_factor, state):
+        kind, _, part = name.rpartition(".")
+        shape, axis = dict(enumerate(layout.parts)).get(int(part)), kind.rpartition("_")[2]
+        if shape is None or len(state[name]) != len(layout.blocks[shape]):
+            raise ValueError(other_blocks(name, p))
+        if axis.isdigit():
+            d = shape[int(axis)]
+            if tuple(state[name].shape[1:]) not in ((d, d), (packed_length(d),)):
+                raise ValueError(other_blocks(name, p))
 
 
 def is_factor(name: str) -> bool:

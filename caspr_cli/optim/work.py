@@ -23,12 +23,14 @@ class Work:
     group: Group
     grads: dict[Tensor, Tensor]  # what is here of them
     steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
+    seen: dict[Tensor, int]  # for each of these, of this gradient among those since its statistics began
     stacks: list[Stack]
     finite: Finite
     settled: bool = False  # whether it is known what is finite
     layouts: dict[Tensor, Layout] = field(default_factory=dict)  # of those that are past ``start_step``
     shares: dict[Tensor, Layout] = field(default_factory=dict)  # of these, the blocks that are this rank's
     rest: list[Tensor] = field(default_factory=list)  # those that the graft method takes
+    broken: list[Tensor] = field(default_factory=list)  # those left out for the first time: a gradient is not finite
     gradients: dict[Tensor, Rows] = field(default_factory=dict)  # of blocks that are this rank's, by parameter
     momenta: dict[Tensor, Rows] = field(default_factory=dict)
 
