@@ -18,7 +18,7 @@ Group = dict[str, Any]
 # The keys of a param group, beside "params".
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "exponent", "statistics", "damping", "interval", "start_step",
-    "block_size", "merge", "axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
+    "block_size", "merge", "axes", "batch_axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
     "statistics_interval", "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard",
     "gather_dtype", "maximize",
 )  # fmt: skip
@@ -69,6 +69,8 @@ def validate(options: Group) -> None:
         raise ValueError(f"exponent should be {' or '.join(map(str, EXPONENTS))} but is: {options['exponent']}")
     for name in ("interval", "start_step", "block_size", "statistics_interval"):
         _positive_integer(name, options[name])
+    if options["batch_axes"] != 0:
+        _positive_integer("batch_axes", options["batch_axes"], also=" or 0")
     _one_of("damping", options["damping"], ("relative", "absolute"))
     if options["merge"] != "flatten":  # which FullAdagrad alone asks for
         _one_of("merge", options["merge"], MERGES)
