@@ -34,12 +34,13 @@ NOT_NEGATIVE: Range = ("should be >= 0", lambda value: value >= 0)
 POSITIVE: Range = ("should be > 0", lambda value: value > 0)
 COUNT: Range = ("should be a positive integer", _is_count)
 COUNT_OR_INF: Range = ("should be a positive integer or inf", lambda value: value == math.inf or _is_count(value))
+COUNT_OR_ZERO: Range = ("should be a positive integer or 0", lambda value: value == 0 or _is_count(value))
 EXPONENT: Range = (f"should be {' or '.join(map(str, EXPONENTS))}", lambda value: value in EXPONENTS)
 
 RANGES = {
     "lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "graft_eps": NOT_NEGATIVE, "refresh_above": NOT_NEGATIVE,
     "eps": POSITIVE, "order": COUNT_OR_INF, "exponent": EXPONENT,
-    "interval": COUNT, "start_step": COUNT, "block_size": COUNT, "statistics_interval": COUNT,
+    "interval": COUNT, "start_step": COUNT, "block_size": COUNT, "statistics_interval": COUNT, "batch_axes": COUNT_OR_ZERO,
 }  # fmt: skip
 
 

@@ -67,19 +67,25 @@ class Layout:
     parts: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
 
     @classmethod
-    def of(cls, shape: Shape, merge: str, block_size: int, axes: str = "all") -> Layout:
+    def of(cls, shape: Shape, merge: str, block_size: int, axes: str = "all", batch_axes: int = 0) -> Layout:
         """
         Args:
             axes: which of them have statistics. Where there is one axis it has, whatever this says. ``row``: the
                 second, of a matrix (more axes become two) whose first is cut into parts of size one.
+            batch_axes: the first so many count members, each of which is cut like a tensor of its own. They become one
+                axis in front, of size one in each block and without statistics.
         """
-        merged = merge_axes(shape, merge)
-        by_row = axes == "row" and len(merged) > 1
+        members, merged = math.prod(shape[:batch_axes]), merge_axes(shape[batch_axes:], merge)
+        by_row, in_front = axes == "row" and len(merged) > 1, 0
         if by_row:
-            merged = merged[0], math.prod(merged[1:])
-        parts = [split_axis(merged[0], 1 if by_row else block_size), *(split_axis(d, block_size) for d in merged[1:])]
+            merged = members * merged[0], math.prod(merged[1:])
+        elif batch_axes:
+            merged, in_front = (members, *merged), 1
+        parts = [split_axis(d, block_size) for d in merged]
+        if by_row or in_front:
+            parts[0] = split_axis(merged[0], 1)
         last = slice(len(merged) - 1, None)
-        chosen = {"all": slice(None), "first": slice(1), "last": last, "row": last}[axes]
+        chosen = {"all": slice(in_front, None), "first": slice(in_front, in_front + 1), "last": last, "row": last}[axes]
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
         for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)

@@ -38,6 +38,7 @@ class CASPR(KroneckerOptimizer):
         interval: int = 10,
         start_step: int = 10,
         block_size: int = 1024,
+        batch_axes: int = 0,
         merge: Merge = "matrix",
         axes: Axes = "all",
         precondition_1d: bool = False,
@@ -76,6 +77,7 @@ class Shampoo(KroneckerOptimizer):
         interval: int = 10,
         start_step: int = 10,
         block_size: int = 1024,
+        batch_axes: int = 0,
         merge: Merge = "matrix",
         axes: Axes = "all",
         precondition_1d: bool = False,
@@ -116,6 +118,7 @@ class FullAdagrad(KroneckerOptimizer):
         interval: int = 10,
         start_step: int = 10,
         block_size: int = 1024,
+        batch_axes: int = 0,
         graft: Graft = "adam",
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
@@ -162,19 +165,26 @@ _ARGS = """
         params: parameters, or param groups; any option below can be set for a group.
         lr: learning rate.
         betas: decay of the momentum, and of the statistics and the graft's second moment.
-        eps: damping. Relative: at least about 1e-6 for float32 factors; below that they are float64.
+        eps: damping, not the eps of AdamW (which is ``graft_eps``). Relative: at least about 1e-6 for float32 factors;
+            below that they are float64, with a warning unless ``factor_dtype`` is given.
         weight_decay: decoupled, as in AdamW.
 %(order)s        statistics: ``"ema"``, a bias-corrected moving average, or ``"accumulate"``, the sum of the theory.
         damping: ``"relative"`` adds eps times the largest eigenvalue, ``"absolute"`` adds eps.
         interval: steps between two computations of a block's roots; in between, they are stale. The first is at
             ``start_step``; after that the blocks take turns, a share at each step, so that no step is a spike.
-        start_step: the first preconditioned step (counted from 1). Before it, the graft method alone.
+        start_step: the gradient of a tensor (counted from 1 since its statistics began) from which on it is
+            preconditioned. Before it, the graft method alone. After loading AdamW's state, or where ``precondition`` is
+            set later, the count begins then.
         block_size: an axis longer than this is cut into equal parts with statistics of their own.
+        batch_axes: how many axes at the front of a tensor count members, as in stacked weights: with 1, experts
+            ``[E, m, n]`` are E matrices with statistics of their own, which do not mix. The step length is still that
+            of the whole tensor; make each member a parameter if it should have a length of its own.
 %(merge)s        graft: method that lends each tensor its step length: ``"adam"``, ``"rmsprop"``, ``"sgd"``, ``"none"``.
         graft_eps: the eps of that method.
-        precondition: ``"momentum"``; or ``"gradient"``, with the momentum taken of the grafted updates (the order
-            of the paper's code); or ``False`` in a param group: the graft method alone, with ``graft="adam"``
-            exactly :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
+        precondition: ``"momentum"``, as in the authors' public code; or ``"gradient"``, with the momentum taken of the
+            grafted updates (as in the Shampoo for Optax, from which the paper's code is said to be adapted); or
+            ``False`` in a param group: the graft method alone, with ``graft="adam"`` exactly
+            :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
         solver: of the inverse roots. ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration;
             ``"warm"``, from the last eigendecomposition where the statistics have moved little (a residual below 1e-3)
             and a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton
@@ -188,7 +198,10 @@ _ARGS = """
             3e-3 of its length where gradients are of full rank, by much more where statistics are ill-conditioned.
         pack_roots: store one triangle of the roots. With bfloat16 the state of a square block is 15.5 bytes a
             parameter instead of 21; each step unpacks them.
-        apply_dtype: type of the products with the roots, ``torch.bfloat16`` (4e-3) or that of the statistics.
+        apply_dtype: type of the products with the roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes
+            U by about 4e-3 of its length where gradients are of full rank and well conditioned, but by .27 where both
+            their sides have a condition of 1e4, by .25 at rank 8 of 64, and at rank 1 by more than its length (at
+            eps=1e-3 by .02, .015 and .06).
         shard: ``"auto"``: with a default process group of several ranks, each owns some blocks, keeps statistics and
             roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
             every rank does everything; for parameters that are not the same on all ranks. Those of ``fully_shard`` are
@@ -202,12 +215,15 @@ _ARGS = """
 
     ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
     with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
-    under ``weights_only=True``. ``block_size``, ``merge`` and ``axes`` of a group are fixed with its first step.
+    under ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and ``batch_axes`` of a group are fixed with its
+    first step. Where ``order``, ``exponent``, ``statistics``, ``damping`` or ``eps`` change, by hand or by a state, all
+    roots of the group are made anew at its next step. A loaded state brings its options, but does not make another
+    class of this one; the ``eps`` of AdamW's becomes ``graft_eps``.
 
     Nothing that a gradient holds stops the training. A tensor whose gradient is not finite (or whose square is not,
-    where a second moment is kept) is left out of the step as if it had none, and ``state["skipped"]`` counts it. A new
-    root is used if it is finite and its residual, recomputed, is small; else the old one stays, ``state["rejected.0"]``
-    counts it, and eps is ten times as large at the block's next turn.
+    where a second moment is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]``
+    counts it. A new root is used if it is finite and its residual, recomputed, is small; else the old one stays,
+    ``state["rejected.0"]`` counts it, and eps is ten times as large at the block's next turn.
     :func:`caspr_cli.optim.probe.counters` adds both up.
 """
 

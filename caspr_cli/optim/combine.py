@@ -50,6 +50,9 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
     Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product); 2 m n d for one axis of size d.
     """
     k = len(A)
+    if k > 1 and axes[0] == 1:  # one member of a batch in each block
+        inner = tuple(axis - 1 for axis in axes)
+        return apply_roots(G.squeeze(1), A, inner, order, spare.squeeze(1)).unsqueeze(1)
     if k == 1:
         if G.ndim != 3:
             return on_axis(G, A[0], axes[0])

@@ -85,7 +85,7 @@ class KroneckerOptimizer(Optimizer):
     def _forget(self) -> None:
         """What is derived from the state, and never saved."""
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
-        self._layouts: dict[tuple[Shape, str, int, str], Layout] = {}
+        self._layouts: dict[tuple[Shape, str, int, str, int], Layout] = {}
         self._rooms = Rooms()
         self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
         self._posts: dict[torch.device, Post] = {}
@@ -142,8 +142,8 @@ class KroneckerOptimizer(Optimizer):
         if any(self.preconditions(p, group) and is_float64_for_eps(p, group) for p in group["params"]):
             self._has_warned_of_eps = True
             warnings.warn(
-                f"eps={group['eps']:g} is damping (relative to the largest eigenvalue of the statistics), not the eps of "
-                f"AdamW, which is graft_eps. Below {SMALLEST_EPS_FLOAT32:g} statistics and roots are float64, which "
+                f"eps={group['eps']:g} is damping (relative to the largest eigenvalue of the statistics), not the eps "
+                f"of AdamW, which is graft_eps. Below {SMALLEST_EPS_FLOAT32:g} statistics and roots are float64, which "
                 "takes more memory and time. If this is meant, factor_dtype=torch.float64 says so without a warning",
                 stacklevel=stacklevel,
             )
@@ -328,8 +328,8 @@ class KroneckerOptimizer(Optimizer):
         found = [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(self._params) if p in broken]
         more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         warnings.warn(
-            f"a gradient is not finite: {', '.join(found[:MOST_NAMED])}{more} (numbers as in state_dict()). What has one "
-            'is left out of the step. This is said once of each; state["skipped"] counts them',
+            f"a gradient is not finite: {', '.join(found[:MOST_NAMED])}{more} (numbers as in state_dict()). What has "
+            'one is left out of the step. This is said once of each; state["skipped"] counts them',
             stacklevel=5,  # who called step(), which torch wraps twice
         )
 
@@ -349,12 +349,12 @@ class KroneckerOptimizer(Optimizer):
         """Whether p is preconditioned from ``start_step`` on, or left to the graft method for good."""
         if group["precondition"] is False or p.numel() == 0:
             return False
-        axes = len(merge_axes(tuple(p.shape), group["merge"]))
+        axes = len(merge_axes(tuple(p.shape)[group["batch_axes"] :], group["merge"]))
         return axes > 1 or bool(group["precondition_1d"]) or group["merge"] == "flatten"
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """How p is merged and cut."""
-        key = tuple(p.shape), group["merge"], group["block_size"], group["axes"]
+        key = tuple(p.shape), group["merge"], group["block_size"], group["axes"], group["batch_axes"]
         if key not in self._layouts:
             self._layouts[key] = Layout.of(*key)
         return self._layouts[key]

@@ -19,7 +19,7 @@ Group = dict[str, Any]
 # The keys of a param group, beside "params".
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "exponent", "statistics", "damping", "interval", "start_step",
-    "block_size", "merge", "axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
+    "block_size", "merge", "axes", "batch_axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
     "statistics_interval", "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard",
     "gather_dtype", "maximize",
 )  # fmt: skip

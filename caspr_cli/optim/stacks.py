@@ -46,7 +46,7 @@ class Storage:
 class View(Tensor):
     """A part of a stack that is saved and copied by itself. A plain view takes the memory of the whole stack along."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # On the CPU: all of a state_dict is copied before the first of it is written.

@@ -324,7 +324,7 @@ def test_what_it_costs() -> None:
         assert step_flops(optimizer) == pytest.approx(expected)
         optimizer.step()
         factors = 2 * blocks * sum(size**2 for size in d)
-        assert state_bytes(optimizer.state) == 4 * (1 + 2 * m * n + factors + 5 * blocks)
+        assert state_bytes(optimizer.state) == 4 * (2 + 2 * m * n + factors + 5 * blocks)
         assert work_of(optimizer).factors == 4 * factors
         assert work_of(optimizer).products == pytest.approx(expected["statistics"] + expected["apply"])
 
@@ -342,3 +342,53 @@ def test_the_defaults_are_all() -> None:
     p = nn.Parameter(torch.ones(2, 3))
     for optimizer in (CASPR([p]), Shampoo([p]), FullAdagrad([p])):
         assert optimizer.param_groups[0]["axes"] == "all"
+
+
+MEMBERS: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
+    "matrices": ((3, 6, 5), 1, {}),
+    "shampoo": ((3, 6, 5), 1, {"order": math.inf}),
+    "cubes of it": ((3, 6, 5), 1, {"order": 3}),
+    "blocks": ((3, 6, 5), 1, {"block_size": 4}),
+    "two axes of members": ((2, 3, 6, 5), 2, {}),
+    "filters": ((2, 4, 3, 3, 3), 1, {}),
+    "each axis": ((2, 4, 3, 2), 1, {"merge": "none"}),
+    "each axis, shampoo": ((2, 4, 3, 2), 1, {"merge": "none", "order": math.inf}),
+    "first": ((3, 6, 5), 1, {"axes": "first"}),
+    "last": ((3, 6, 5), 1, {"axes": "last"}),
+    "row": ((3, 6, 5), 1, {"axes": "row"}),
+    "vectors": ((3, 6), 1, {"precondition_1d": True}),
+    "low": ((3, 6, 5), 1, {"apply_dtype": torch.bfloat16, "pack_roots": True}),
+}
+
+
+@pytest.mark.parametrize("case", MEMBERS)
+def test_members_of_a_batch_move_as_if_each_was_a_parameter(case: str) -> None:
+    shape, batch_axes, options = MEMBERS[case]
+    options = {"lr": 0.1, "graft": "none", "start_step": 2, "interval": 1, "betas": (0.9, 0.95), **options}
+    stacked = nn.Parameter(torch.ones(shape))
+    alone = [nn.Parameter(member.clone()) for member in stacked.detach().flatten(0, batch_axes - 1)]
+    together, apart = CASPR([stacked], batch_axes=batch_axes, **options), CASPR(alone, **options)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        scales = torch.logspace(-2, 2, len(alone)).view(-1, *[1] * (len(shape) - batch_axes))
+        G = torch.randn(len(alone), *shape[batch_axes:], generator=generator) * scales
+        stacked.grad = G.view(shape)
+        for p, g in zip(alone, G, strict=True):
+            p.grad = g.clone()
+        together.step()
+        apart.step()
+    rounding = 5e-3 if case == "low" else 1e-5
+    torch.testing.assert_close(stacked.detach().view_as(G), torch.stack(alone).detach(), rtol=2e-4, atol=rounding)
+    mixed = CASPR([twin := nn.Parameter(torch.ones(shape))], **options)
+    twin.grad = stacked.grad
+    for _ in range(2):
+        mixed.step()
+    assert not torch.allclose(twin, stacked, rtol=0.1)
+
+
+def test_vectors_of_a_batch_are_vectors() -> None:
+    """Biases of experts are left to the graft, as those of one layer are."""
+    optimizer = CASPR([p := nn.Parameter(torch.ones(3, 6))], batch_axes=1)
+    assert not optimizer.preconditions(p, optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="batch_axes should be a positive integer or 0 but is: -1"):
+        CASPR([p], batch_axes=-1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.engine import COUNTERS
 from caspr_cli.optim.probe import counters
 from caspr_cli.optim.rows import Holders, all_pieces, shard_rows
 from caspr_cli.optim.stacks import is_factor
@@ -132,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flatten": {"cls": FullAdagrad, "block_size": 100},
     "one side": {"axes": "first", "merge": "none"},
     "each row": {"axes": "row", "block_size": 16, "precondition_1d": True},
+    "members": {"batch_axes": 1},
     "unused": {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: set(range(9)), 6: set(range(10))}},
     "broken": {"broken": {0: {1}, 3: {0, 4, 8}, 5: {7}}},
     "lower": {"root_dtype": torch.bfloat16, "pack_roots": True, "solver": "warm", "maximize": True},
@@ -273,7 +275,7 @@ def state_bytes(rank: int, how: str, shapes: list[tuple[int, ...]]) -> tuple[int
     sizes = {True: 0, False: 0}
     for state in optimizer.state.values():
         for name, x in state.items():
-            if name != "step":
+            if name not in COUNTERS:
                 here = x.to_local() if hasattr(x, "to_local") else x
                 sizes[is_factor(name)] += here.numel() * here.element_size()
     return sizes[True], sizes[False]
@@ -378,6 +380,42 @@ def test_a_bare_state_dict_loads_anywhere(two: Ranks, four: Ranks, source: str, 
     ]:
         assert same
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def changed(rank: int, how: str) -> list[Tensor]:
+    """AdamW, then preconditioned, with other roots, with another momentum, and its state in another class."""
+    params = weights(how, torch.float64, SHAPES)
+    optimizer = train(params, range(4), how, precondition=False)
+    group = optimizer.param_groups[0]
+    changes: list[dict[str, Any]] = [
+        {"precondition": "gradient", "start_step": 3},
+        {"order": 1},
+        {"precondition": "momentum"},
+    ]
+    for number, change in enumerate(changes):
+        group.update(change)
+        train(params, range(5 * number + 4, 5 * number + 9), how, optimizer, broken={5: {0}})
+    shampoo = Shampoo(params)
+    shampoo.load_state_dict(optimizer.state_dict())
+    train(params, range(19, 22), how, shampoo)
+    warm = CASPR(params)  # without what it has learned of gradients
+    warm.load_state_dict(without_factors(shampoo.state_dict()))
+    warm.param_groups[0].update(start_step=2)
+    train(params, range(22, 26), how, warm)
+    return [whole(p) for p in params]
+
+
+def without_factors(content: dict[str, Any]) -> dict[str, Any]:
+    """A state like that of AdamW."""
+    moments = ("step", "exp_avg", "exp_avg_sq")
+    return content | {"state": {i: {k: s[k] for k in moments} for i, s in content["state"].items()}}
+
+
+@pytest.mark.parametrize("how", ["plain", "rows"])
+def test_changes_on_the_way_are_the_same_on_all_ranks(ranks: Ranks, how: str) -> None:
+    expected = alone(changed, "plain")
+    for found in ranks(changed, how):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 def copied(rank: int) -> bool:
