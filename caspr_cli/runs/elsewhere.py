@@ -20,7 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from caspr_cli.recipe.composer import NAME
 from caspr_cli.runs.sweep import Sweep
 
-QUIET = {"version": 1, "root": None}
+QUIET: dict[str, Any] = {"version": 1, "root": None}
+LOUD: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"console": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}},
+    "root": {"level": "INFO", "handlers": ["console"]},
+}
 
 
 class Composed:
@@ -45,14 +51,11 @@ def launch(sweep: Sweep, jobs: Sequence[Sequence[str]], run: Callable[[DictConfi
         sweep=SweepDir(str(sweep.folder.parent), "."),
         output_subdir=None,
         job=JobConf(name=NAME, chdir=False),
-        hydra_logging=QUIET,
+        hydra_logging=LOUD if verbose else QUIET,
         job_logging=QUIET,
         launcher=dict(sweep.settings),
     )
     config = OmegaConf.create({"hydra": OmegaConf.structured(hydra)})
-    config.hydra.verbose = verbose
-    if verbose:
-        config.hydra.hydra_logging = None
     context = HydraContext(config_loader=cast(ConfigLoader, Composed()), callbacks=cast(Any, Callback()))
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=run, config=config)
     for returned in launcher.launch([list(job) for job in jobs], initial_job_idx=0):
