@@ -40,7 +40,8 @@ EXPONENT: Range = (f"should be {' or '.join(map(str, EXPONENTS))}", lambda value
 RANGES = {
     "lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "graft_eps": NOT_NEGATIVE, "refresh_above": NOT_NEGATIVE,
     "eps": POSITIVE, "order": COUNT_OR_INF, "exponent": EXPONENT,
-    "interval": COUNT, "start_step": COUNT, "block_size": COUNT, "statistics_interval": COUNT, "batch_axes": COUNT_OR_ZERO,
+    "interval": COUNT, "start_step": COUNT, "block_size": COUNT, "statistics_interval": COUNT,
+    "batch_axes": COUNT_OR_ZERO,
 }  # fmt: skip
 
 
