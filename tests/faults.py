@@ -400,7 +400,7 @@ def stop_one(run: Run, fault: Fault, draw: random.Random) -> set[int] | None:
 def mended(run: Run, undo: Callable[[], None]) -> Any:
     try:
         yield
-        run.process.wait(timeout=100)
+        run.process.wait(timeout=200)
     finally:
         undo()
 
@@ -466,7 +466,7 @@ def changed_data(run: Run, fault: Fault, draw: random.Random) -> set[int] | None
     text[draw.choice(places)] ^= 8  # a word is another one
     file.write_bytes(gzip.compress(bytes(text)))
     run.start()
-    run.process.wait(timeout=100)
+    run.process.wait(timeout=200)
     if "the data have changed since this run began" not in run.text():
         fault.lost.append(f"other data are not refused: {run.text()[-300:]}")
     if snapshot(record) != before:
