@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from caspr_cli import __version__
 from caspr_cli.commands import train
@@ -131,6 +132,7 @@ def test_mistakes(
 
 
 def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Plugins.instance()  # which fills the store
     for name, extra in EXTRAS.items():
         monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{name}.yaml", raising=False)
         assert call(monkeypatch, "-m", f"hydra/launcher={name}", "seed=0,1") == 2

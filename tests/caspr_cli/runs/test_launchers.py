@@ -116,21 +116,32 @@ def test_each_job_has_a_process_group_of_its_own(runner: Runner, tmp_path: Path)
     assert no_session_is_left(runner, "mixed")
 
 
-def test_a_job_that_fails_or_is_killed_harms_no_other(runner: Runner) -> None:
-    sweep = ["output_dir=harm", "trainer.max_steps=80", "optim.lr=1e30,0.01,0.02"]
-    process = start(runner, *sweep)
+FAIL = """
+import os, sys
+
+if "caspr_cli.runs.worker" in sys.orig_argv and sys.orig_argv[-1].endswith("seed0"):
+    os._exit(1)
+"""
+
+
+def test_a_job_that_fails_or_is_killed_harms_no_other(runner: Runner, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAIL)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    sweep = ["output_dir=harm", "trainer.max_steps=80", "seed=0,1,2", "optim.eps=1e-6,-1"]
+    process = start(runner, *sweep, PYTHONPATH=path)
     (record,) = until(lambda: training(runner, "harm"), "a run that trains")
     (worker,) = processes("caspr_cli.runs.worker", str(record))
     os.kill(worker, signal.SIGKILL)
     out = finish(process, expect=3)
-    assert "sweep    3 jobs: 1 refused, 1 cut off, 1 done" in out
+    assert "sweep    6 jobs: 1 failed, 3 refused, 1 cut off, 1 done" in out
     table = rows(out)
-    assert "loss is nan" in table[1]
+    assert "exit status 1" in table[1]
     assert "log.txt" in table[1]
-    assert "SIGKILL" in table[2]
-    assert {state(r) for r in records(runner, "harm")} == {"refused", "preempted", "done"}
-    again = finish(start(runner, *sweep), expect=3)
-    assert "sweep    3 jobs: 1 refused, 1 done, 1 done before" in again
+    assert "optim.eps should be > 0 but is -1.0" in table[2]
+    assert "SIGKILL" in table[3]
+    assert {state(r) for r in records(runner, "harm")} == {"failed", "preempted", "done"}
+    again = finish(start(runner, *sweep, PYTHONPATH=path), expect=3)
+    assert "sweep    6 jobs: 1 failed before, 3 refused, 1 done, 1 done before" in again
     assert json.loads((record / "status.json").read_text())["attempts"] == 2
 
 
