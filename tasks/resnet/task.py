@@ -11,6 +11,10 @@ from tasks.base import DataError
 from tasks.images.task import Classification
 from tasks.resnet.model import DEPTHS, ResNet
 
+# Channels of the first stage. Below this, oneDNN writes beyond its memory in the backward pass of a 1 x 1 convolution with
+# stride 2 and channels last, on a CPU with AVX2 and no AVX-512 (torch 2.14.1).
+NARROWEST = 8
+
 
 class ResNetTask(Classification):
     """A residual network. See :class:`tasks.images.task.Classification` for data, loss and metrics."""
@@ -24,8 +28,8 @@ class ResNetTask(Classification):
             raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
         if conf.stem not in (1, 2, 4):
             raise DataError(f"task.stem: {conf.stem} is none of 1, 2, 4")
-        if conf.width < 1:
-            raise DataError(f"task.width: {conf.width} is too small, it must be at least 1")
+        if conf.width < NARROWEST:
+            raise DataError(f"task.width: {conf.width} is too small, it must be at least {NARROWEST}")
 
     def model(self) -> ResNet:
         """A fresh network, its weights channels last in memory, as convolutions on GPUs (and most CPUs) want them."""

@@ -15,7 +15,7 @@ from tasks.base import DataError
 
 
 def load(**changes):
-    return tasks.load(ResNetConf(**{"depth": 10, "width": 4, "batch_size": 6, "stem": 4, **changes}), seed=0)
+    return tasks.load(ResNetConf(**{"depth": 10, "width": 8, "batch_size": 6, "stem": 4, **changes}), seed=0)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_describe_data(task):
 
 
 def test_impossible_shapes_name_their_key():
-    for change in ({"depth": 20}, {"width": 0}, {"stem": 3}, {"size": 0}):
+    for change in ({"depth": 20}, {"width": 7}, {"stem": 3}, {"size": 0}):
         with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
             load(**change)
 
