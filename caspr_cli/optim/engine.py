@@ -103,9 +103,11 @@ class KroneckerOptimizer(Optimizer):
         self._forget()
         if "_owners" not in state:  # a state_dict, which is whole
             self._owners, self._divided = {}, 0
+        self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
         for group in self.param_groups:
-            for name in OPTIONS:  # of a pickle of an older version
+            for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
+            group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
                 self._count_as_before(p, group)
 
@@ -113,7 +115,7 @@ class KroneckerOptimizer(Optimizer):
         """A state of an older version has one counter. What it did not count is of a run from the first step on."""
         state = self.state.get(p, {})
         if "gradients" not in state and (p in self._owners or any(map(is_factor, state))):
-            step = counter(state["step"])
+            step = counter(state.get("step", 0))
             state["gradients"] = step.clone()
             if group["precondition"] == "gradient":
                 state["updates"] = (step - group["start_step"] + 1).clamp(min=0)
@@ -133,6 +135,7 @@ class KroneckerOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        group.setdefault("roots_of", root_options(group))
         self._warn_of_eps(group, stacklevel=6)  # who called the class
 
     def _warn_of_eps(self, group: Group, stacklevel: int) -> None:
@@ -374,18 +377,15 @@ class KroneckerOptimizer(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _init_state(self, p: Tensor, group: Group) -> None:
-        state, needed = self.state[p], ["exp_avg"] + ["exp_avg_sq"] * needs_second_moment(group["graft"])
-        if "step" not in state or not state.keys() >= set(needed):  # one counter: the moments begin together
+        state = self.state[p]
+        needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(group["graft"]) else ("exp_avg",)
+        if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
             state["step"] = counter()
             state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
             state.pop("updates", None)
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and state[name].dtype != p.dtype:  # the model was cast
                 state[name] = state[name].to(p.dtype)
-        if self.preconditions(p, group):
-            for name in ("gradients", "updates") if group["precondition"] == "gradient" else ("gradients",):
-                if name not in state:
-                    state[name] = counter()
 
     @staticmethod
     def _is_shared(group: Group) -> bool:
@@ -487,14 +487,25 @@ class KroneckerOptimizer(Optimizer):
         for p in grads:
             self._init_state(p, group)
         finite = Finite(grads, group, norms)
-        steps = {p: int(self.state[p]["step"].item()) + 1 for p in grads if self.preconditions(p, group)}
-        seen = {p: int(self.state[p]["gradients"].item()) + 1 for p in steps}
-        stacks, now = self._stacks_of(index, group, list(steps)), root_options(group)
-        if steps and tuple(group.get("roots_of", now)) != now:
+        states = {p: self.state[p] for p in grads if self.preconditions(p, group)}
+        for name in ("gradients", "updates") if group["precondition"] == "gradient" else ("gradients",):
+            for state in states.values():
+                if name not in state:
+                    state[name] = counter()
+        steps = {p: int(state["step"].item()) + 1 for p, state in states.items()}
+        seen = {p: int(state["gradients"].item()) + 1 for p, state in states.items()}
+        stacks = self._stacks_of(index, group, list(steps))
+        if steps:
+            self._keep_roots_of(root_options(group), group, stacks)
+        return Work(group, grads, steps, seen, stacks, finite)
+
+    @staticmethod
+    def _keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack]) -> None:
+        """Forget those of other options; a group says which its roots are of."""
+        if tuple(group["roots_of"]) != options:
             for stack in stacks:
                 stack.forget_roots()
-        group["roots_of"] = now
-        return Work(group, grads, steps, seen, stacks, finite)
+        group["roots_of"] = options
 
     def _settle(self, work: Work) -> None:
         """Leave out what is not finite. What a step waits for, beside what solver="warm" and refresh_above ask."""

@@ -183,6 +183,16 @@ def test_a_tensor_without_a_gradient_has_them_made_at_its_next() -> None:
     assert not torch.allclose(fresh, stale, rtol=1e-3)
 
 
+def test_options_that_change_while_a_group_is_off_are_seen_when_it_is_on() -> None:
+    params, optimizer = trained(CASPR, 6, **OPTIONS)
+    stale = optimizer.state[params[0]]["root_0.0"].clone()
+    optimizer.param_groups[0].update(precondition=False, order=1)
+    advance(params, optimizer, [6])
+    optimizer.param_groups[0]["precondition"] = "momentum"
+    advance(params, optimizer, [7])
+    assert not torch.allclose(optimizer.state[params[0]]["root_0.0"], stale, rtol=1e-3)
+
+
 def test_other_options_leave_the_roots() -> None:
     params, optimizer = trained(CASPR, 6, **OPTIONS)
     before = optimizer.state[params[0]]["root_0.0"].clone()

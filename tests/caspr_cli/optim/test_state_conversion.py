@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, solve
+from caspr_cli.optim.engine import COUNTERS
 from caspr_cli.optim.symmetric import pack, packed_length, unpack
 
 # Whole and cut, alike and alone, with statistics in one panel and in two (270), in one type and in another.
@@ -358,7 +359,7 @@ def test_a_state_loaded_by_a_model_of_another_type_goes_on(options: dict[str, An
     assert_finite(others, other)
     assert distance(params, others, start) < 1e-2
     for q in others:
-        assert {v.dtype for n, v in other.state[q].items() if n != "step"} == {torch.float64}
+        assert {v.dtype for n, v in other.state[q].items() if n not in COUNTERS} == {torch.float64}
 
 
 def unpacked(content: dict[str, Any]) -> None:

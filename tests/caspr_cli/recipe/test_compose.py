@@ -44,9 +44,10 @@ def recipe(*overrides: str) -> Recipe:
 
 @pytest.mark.parametrize(("conf", "cls"), [(CasprConf, CASPR), (ShampooConf, Shampoo), (FullAdagradConf, FullAdagrad)])
 def test_keys_and_defaults_are_those_of_the_class(conf: type[OptimConf], cls: type[torch.optim.Optimizer]) -> None:
-    """Two places, one truth: a default changed in the class alone would not reach the command line."""
+    """Two places, one truth: a default changed in the class alone would not reach the command line. (Which axes count
+    members is for the model to say, of a param group.)"""
     parameters = inspect.signature(cls).parameters
-    known = {n: p.default for n, p in parameters.items() if n not in ("params", "maximize")}
+    known = {n: p.default for n, p in parameters.items() if n not in ("params", "maximize", "batch_axes")}
     keys = {f.name: getattr(conf(), f.name) for f in fields(conf) if f.name != "name"}
     keys = {k: v.name if isinstance(v, Enum) else tuple(v) if isinstance(v, list) else v for k, v in keys.items()}
     assert keys == known
