@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "outputs"}
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
-TORCH_FREE = ["commands", "recipe", "runs"]
+TORCH_FREE = ["commands", "common", "recipe", "runs"]
 THEORY_USES = ["optim", "recipe", "bench", "theory"]
 OTHER_SIDE = {"worker.py", "preflight.py"}  # in runs, but run by the process that is launched
 
@@ -104,7 +104,8 @@ def test_nothing_but_commands_and_theory_import_bench(file: Path) -> None:
 
 @pytest.mark.parametrize("file", files("caspr_cli/theory"), ids=name)
 def test_theory_computes_and_others_show_it(file: Path) -> None:
-    rooms = (*(f"caspr_cli.{room}" for room in THEORY_USES), "caspr_cli.report.answer", "caspr_cli.report.look")
+    rooms = (*(f"caspr_cli.{room}" for room in THEORY_USES), "caspr_cli.report.answer")
+    rooms += ("caspr_cli.common", "caspr_cli.report.look", "caspr_cli.report.style")
     allowed = {"caspr_cli.report", *uses(file, *rooms)}  # `from caspr_cli.report import look` names both
     assert [i for i in uses(file, "caspr_cli") if i not in allowed] == []
     assert uses(file, "hydra", "omegaconf", "lightning") == []
@@ -116,9 +117,16 @@ def test_nothing_but_commands_imports_theory(file: Path) -> None:
         assert uses(file, "caspr_cli.theory") == []
 
 
+@pytest.mark.parametrize("file", files("caspr_cli/common"), ids=name)
+def test_common_imports_almost_nothing(file: Path) -> None:
+    outside = [i for i in imports(file) if i.partition(".")[0] not in sys.stdlib_module_names]
+    assert [i for i in outside if i not in uses(file, "rich", "caspr_cli.common")] == []
+
+
 @pytest.mark.parametrize("file", files("caspr_cli/report"), ids=name)
 def test_report_reads_files_with_small_libraries(file: Path) -> None:
-    allowed = ("numpy", "scipy", "pandas", "matplotlib", "rich", "yaml", "caspr_cli.report")
+    allowed = ("numpy", "scipy", "pandas", "matplotlib", "rich", "yaml", "jinja2", "markupsafe")
+    allowed += ("caspr_cli.report", "caspr_cli.common")
     outside = [i for i in imports(file) if i.partition(".")[0] not in sys.stdlib_module_names]
     version = {"caspr_cli", "caspr_cli.__version__"}
     assert [i for i in outside if i not in version.union(uses(file, *allowed))] == []
