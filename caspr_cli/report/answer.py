@@ -212,7 +212,7 @@ def write(answer: Answer, directory: Path) -> list[Path]:
     Raises:
         UserError: nothing can be written there.
     """
-    from caspr_cli.report.formats import to_csv
+    from caspr_cli.report.format import to_csv
 
     contents = {
         f"{answer.name}.md": as_markdown(answer),
@@ -281,3 +281,12 @@ def origin(answer: Answer) -> str:
     """Return what people read of the provenance; what is nested is left to JSON."""
     plain = {key: value for key, value in answer.provenance.items() if isinstance(value, (str, int, float))}
     return "; ".join(f"{key} {value}" for key, value in plain.items())
+
+
+def summary(answer: Answer) -> str:
+    """Return how many claims held, and how many counterexamples were checked."""
+    held = sum(held for _, held in answer.claims)
+    said = [f"{held} of {count(len(answer.claims), 'statement')} held"] if answer.claims else []
+    if n := len(answer.counterexamples):
+        said.append(f"{count(n, 'statement')} checked that {'are' if n > 1 else 'is'} not true in general")
+    return "; ".join(said)

@@ -15,7 +15,7 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caspr_cli.report import curves, figures, look
+from caspr_cli.report import figures, style
 from caspr_cli.report.model import Point, Row, Table
 from caspr_cli.report.profile import profile
 
@@ -51,7 +51,7 @@ def test_all_labels_are_there_as_text(figure: str) -> None:
 def test_it_stands_alone(figure: str) -> None:
     """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own."""
     svg = drawn("language", figure)
-    assert re.findall(r"https?://[^\s\"<]+", svg) == [look.NAMESPACE]
+    assert re.findall(r"https?://[^\s\"<]+", svg) == [style.NAMESPACE]
     assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg)) == set(identifiers(svg))
     assert "<metadata" not in svg
     assert "<style" not in svg
@@ -68,7 +68,7 @@ def test_bytes_are_the_same_in_another_process() -> None:
 
 def test_only_colours_of_the_palette_are_used() -> None:
     """A page replaces these alone."""
-    known = {light for light, _ in look.PALETTE.values()}
+    known = {light for light, _ in style.PALETTE.values()}
     for figure in FIGURES:
         assert set(re.findall(r"#[0-9a-f]{6}\b", drawn("language", figure))) <= known
 
@@ -144,28 +144,28 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("name", sorted(set(look.PALETTE) - {"rule"}))
+@pytest.mark.parametrize("name", sorted(set(style.PALETTE) - {"rule"}))
 def test_colours_can_be_read_on_both_grounds(name: str) -> None:
-    light, dark = look.PALETTE[name]
+    light, dark = style.PALETTE[name]
     assert contrast(light, "#ffffff") >= 4.5
     assert contrast(dark, "#14181d") >= 4.5
 
 
 def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
     labels = [f"caspr eps=1e-{k}" for k in range(19)]
-    found = look.styles(["adamw", *labels, "caspr"])
-    assert found["caspr"] == look.KNOWN["caspr"]
-    assert found["adamw"] == look.KNOWN["adamw"]
+    found = style.styles(["adamw", *labels, "caspr"])
+    assert found["caspr"] == style.KNOWN["caspr"]
+    assert found["adamw"] == style.KNOWN["adamw"]
     assert len(set(found.values())) == 21
-    assert len(look.styles(map(str, range(100)))) == 100
+    assert len(style.styles(map(str, range(100)))) == 100
 
 
-def curve_of(values: list[list[float | None]]) -> curves.Curve | None:
+def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
     runs = [
         replace(synthetic.run("caspr", k, 4.0), curve=tuple(Point(s, 2.0 * s, v) for s, v in enumerate(own, 1)))
         for k, own in enumerate(values)
     ]
-    return curves.curve(synthetic.row("caspr", runs))
+    return figures.curve(synthetic.row("caspr", runs))
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
@@ -189,7 +189,7 @@ def test_a_step_counts_where_all_runs_have_a_value() -> None:
 
 def test_failed_runs_count_only_where_no_other_does() -> None:
     runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
-    both, failed = curves.curve(synthetic.row("caspr", runs)), curves.curve(synthetic.row("caspr", runs[1:]))
+    both, failed = figures.curve(synthetic.row("caspr", runs)), figures.curve(synthetic.row("caspr", runs[1:]))
     assert both is not None
     assert both.n == 1
     assert both.mean[-1] == pytest.approx(4.0)
@@ -198,23 +198,23 @@ def test_failed_runs_count_only_where_no_other_does() -> None:
 
 
 def test_a_window_shows_the_ends_and_not_the_diverged_one() -> None:
-    low, high = curves.window([4.0, 4.1, 4.2, 9.0], higher=False)
+    low, high = figures.window([4.0, 4.1, 4.2, 9.0], higher=False)
     assert 3.9 < low < 4.0
     assert 4.2 < high < 4.3
-    low, high = curves.window([0.9, 0.88, 0.87, 0.1], higher=True)
+    low, high = figures.window([0.9, 0.88, 0.87, 0.1], higher=True)
     assert 0.86 < low < 0.87
     assert 0.9 < high < 0.91
-    low, high = curves.window([4.0, 9.0], higher=False)
+    low, high = figures.window([4.0, 9.0], higher=False)
     assert low < 4
     assert high > 9
-    low, high = curves.window([4.0], higher=False)
+    low, high = figures.window([4.0], higher=False)
     assert low < 4 < high
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
 @settings(deadline=None, max_examples=60)
 def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float) -> None:
-    moved = curves.apart(positions, gap, 0.0, 1.0)
+    moved = figures.apart(positions, gap, 0.0, 1.0)
     fits = min(gap, 1 / max(len(positions) - 1, 1))
     ranked = sorted(moved)
     assert all(b - a >= fits - 1e-9 for a, b in pairwise(ranked))
@@ -226,16 +226,16 @@ def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float
 
 
 def test_labels_that_are_apart_stay() -> None:
-    assert curves.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
-    assert curves.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
-    assert curves.apart([], 0.1, 0, 1) == []
+    assert figures.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
+    assert figures.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
+    assert figures.apart([], 0.1, 0, 1) == []
 
 
 def test_rows_of_a_figure_keep_their_style() -> None:
-    styles = {row.label: look.KNOWN["soap"] for row in synthetic.bare().rows}
+    styles = {row.label: style.KNOWN["soap"] for row in synthetic.bare().rows}
     svg = figures.intervals(synthetic.bare(), styles)
-    assert look.PALETTE["green"][0] in svg
-    assert look.PALETTE["grey"][0] not in svg
+    assert style.PALETTE["green"][0] in svg
+    assert style.PALETTE["grey"][0] not in svg
 
 
 def test_a_baseline_is_a_strip() -> None:
@@ -251,6 +251,6 @@ def test_a_baseline_is_a_strip() -> None:
 
 
 def test_seeds_that_are_equal_have_a_band_of_no_width() -> None:
-    made = curves.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
+    made = figures.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
     assert made is not None
     assert made.low == made.mean == made.high
