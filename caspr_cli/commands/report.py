@@ -227,8 +227,8 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
+    from caspr_cli.common.shape import printable
     from caspr_cli.report import format
-    from caspr_cli.report.shape import printable
 
     command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
     writers: dict[str, Callable[[], str]] = {

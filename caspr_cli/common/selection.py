@@ -7,6 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+LARGEST = 1e50  # of a metric: far beyond float32, and the square of its square is finite
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value of a metric; None where it is not finite, or larger than any that a run survives."""
+    return float(value) if value is not None and abs(value) <= LARGEST else None
+
 
 @dataclass(frozen=True)
 class Choice:

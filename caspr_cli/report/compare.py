@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.format import count, listed
+from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.consistency import Built
 from caspr_cli.report.format import verdict
-from caspr_cli.report.model import DONE, FAILED, Difference, Row, Run, Table, Trial
+from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.selection import (
     ALWAYS_TUNED,
     Group,

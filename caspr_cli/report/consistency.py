@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from caspr_cli.common.format import count, listed
+from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report.format import interval
-from caspr_cli.report.model import DONE, FAILED, Row, Run, Trial
+from caspr_cli.report.model import Row, Run, Trial
 from caspr_cli.report.selection import (
     ABSENT,
     HELD_OUT,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.format import duration, finite
+from caspr_cli.common.shape import DONE
 from caspr_cli.report import stats
-from caspr_cli.report.model import DONE, Difference, Row, Table
+from caspr_cli.report.model import Difference, Row, Table
 from caspr_cli.report.selection import settings
 from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
 

@@ -6,15 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from caspr_cli.common.selection import finite
+from caspr_cli.common.shape import DONE, FAILED, KINDS, DamagedError
 from caspr_cli.report.stats import Comparison
-
-DONE, FAILED = "done", "failed"
-LARGEST = 1e50  # of a metric: far beyond float32, and its square's square is finite; larger counts as not finite
-
-
-def finite(value: float | None) -> float | None:
-    """Return the value of a metric, or None where it is not finite."""
-    return float(value) if value is not None and abs(value) <= LARGEST else None
 
 
 @dataclass(frozen=True)
@@ -24,6 +18,17 @@ class Point:
     step: int
     seconds: float | None  # of training so far; None if the record does not have it
     value: float | None  # None: not finite
+
+
+def point(step: Any, seconds: Any, value: Any) -> Point:
+    """Return a validation; what is not finite is None.
+
+    Raises:
+        DamagedError: the step is no integer, or another of the three no number.
+    """
+    if not KINDS["integer"](step) or not all(x is None or type(x) in (int, float) for x in (seconds, value)):
+        raise DamagedError("a validation has other values than numbers")
+    return Point(step, None if seconds is None or not KINDS["number"](seconds) else float(seconds), finite(value))
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import Any
 
 import yaml
 
+from caspr_cli.common import shape
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.format import size
-from caspr_cli.report import shape
-from caspr_cli.report.model import Run
+from caspr_cli.common.shape import DamagedError
+from caspr_cli.report.model import Run, point
 from caspr_cli.report.selection import SPACE
-from caspr_cli.report.shape import DamagedError
 
 FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
@@ -55,19 +55,27 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _entry(run: Run, roots: Sequence[Path]) -> dict[str, Any]:
-    def without(node: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
-        return {key: value for key, value in (node or {}).items() if key not in keys}
-
-    machine, code = run.provenance.get("machine") or {}, run.provenance.get("code")
-    host = run.status.get("host") or machine.get("host")
+    host = run.status.get("host") or (run.provenance.get("machine") or {}).get("host")
+    origin = _origin({"machine": {}, "code": None} | run.provenance)
+    if later := run.provenance.get("attempts"):
+        origin["attempts"] = [_origin(attempt) for attempt in later]
     parts = {
         "config": run.config | {"trainer.rendezvous": None},
-        "status": without(run.status, "host", "pid", "born"),
+        "status": {key: value for key, value in run.status.items() if key not in ("host", "pid", "born")},
         "result": run.result,
-        "provenance": run.provenance | {"machine": without(machine, "host"), "code": without(code, "diff") or None},
+        "provenance": origin,
     }
     cleaned = {key: _cleaned(value, host) for key, value in parts.items()}
     return {"path": shape.encodable(_kept(run.path, roots)), **cleaned, "curve": [astuple(each) for each in run.curve]}
+
+
+def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the provenance without the machine's name and the text of uncommitted changes."""
+    found = dict(provenance)
+    for owner, left_out in (("machine", "host"), ("code", "diff")):
+        if isinstance(inner := found.get(owner), dict):
+            found[owner] = {key: value for key, value in inner.items() if key != left_out}
+    return found
 
 
 def _kept(path: str, roots: Sequence[Path]) -> str:
@@ -170,10 +178,10 @@ def _lines(file: Path, stream: gzip.GzipFile) -> Iterator[bytes]:
 
 def _run(file: Path, number: int, line: bytes) -> Run:
     try:
-        entry = shape.parsed(line)
+        entry = shape.parsed(line, finite=False)
         config, status, result, provenance = (shape.part(name, entry[name]) for name in shape.SHAPE)
-        curve = tuple(shape.point(*values) for values in entry["curve"])
-        if shape.result_lost(status, result):
+        curve = tuple(point(*values) for values in entry["curve"])
+        if shape.lost(status, result):
             raise DamagedError("has no result, though the run is done")
         return Run(f"{file}:{shape.printable(entry['path'])}", config, status, result, provenance, curve)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

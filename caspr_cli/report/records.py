@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
+from caspr_cli.common import shape
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.format import size
-from caspr_cli.report import pack, shape
-from caspr_cli.report.model import Point, Run
-from caspr_cli.report.shape import DamagedError
+from caspr_cli.common.shape import DamagedError
+from caspr_cli.report import pack
+from caspr_cli.report.model import Point, Run, point
 
 MARKS = ("config.yaml", "status.json")  # either makes a directory a record
 SKIPPED = {".sweep", "checkpoints"}
@@ -86,7 +87,7 @@ def read(path: Path, warnings: list[str]) -> Run:
     config = _part(path / "config.yaml")
     status = _part(path / "status.json")  # before the result, which is written first
     result = _part(path / "result.json")
-    if shape.result_lost(status, result):
+    if shape.lost(status, result):
         raise UnreadableError(f"{path / 'result.json'}: missing or damaged, though the run is done: left out")
     try:
         provenance = _part(path / "provenance.json")
@@ -105,7 +106,7 @@ def _part(file: Path) -> dict[str, Any]:
             content = stream.read(most + 1)
         if len(content) > most:
             raise DamagedError(f"has more than {size(most)}")
-        return shape.part(file.stem, _yaml(content) if file.suffix == ".yaml" else shape.parsed(content, _none))
+        return shape.part(file.stem, _yaml(content) if file.suffix == ".yaml" else shape.parsed(content))
     except FileNotFoundError:
         if file.suffix == ".json":
             return {}
@@ -114,10 +115,6 @@ def _part(file: Path) -> dict[str, Any]:
         raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
     except DamagedError as error:
         raise UnreadableError(f"{file}: {error}: left out") from error
-
-
-def _none(constant: str) -> None:
-    """JSON has no NaN and no Infinity."""
 
 
 def _yaml(content: bytes) -> dict[str, Any]:
@@ -149,9 +146,9 @@ def _curve(file: Path, metric: str, warnings: list[str]) -> list[Point]:
                 if needle not in line:  # most lines are about training, and long
                     continue
                 try:
-                    entry = shape.parsed(line, _none)
-                    point = shape.point(entry["step"], entry.get("time/seconds"), entry[metric])
-                    points[point.step] = point
+                    entry = shape.parsed(line)
+                    found = point(entry["step"], entry.get("time/seconds"), entry[metric])
+                    points[found.step] = found
                 except (ValueError, KeyError, TypeError, AttributeError):
                     if line.endswith(b"\n"):  # the last line may be half-written
                         warnings.append(f"{file}: line {number} cannot be read: left out of the curve")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from caspr_cli.common.selection import choose, reaches
-from caspr_cli.report.model import DONE, FAILED, Row, Run, Trial
+from caspr_cli.common.shape import DONE, FAILED
+from caspr_cli.report.model import Row, Run, Trial
 
 ALWAYS_TUNED = "optim.lr"
 SPACE = "search.space."

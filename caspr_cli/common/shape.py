@@ -1,4 +1,4 @@
-"""What the parts of a record have to look like, in directories and in packs."""
+"""What the parts of a record have to look like, for ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from caspr_cli.report.model import DONE, Point, finite
+DONE, FAILED = "done", "failed"
 
 NEEDED = ("task.name", "optim.name", "seed", "task.target.metric")
 KINDS: dict[str, Callable[[Any], bool]] = {
@@ -17,12 +17,13 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "number": lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
     "truth value": lambda value: isinstance(value, bool),
     "list": lambda value: isinstance(value, list),
+    "list of mappings": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
     "mapping": lambda value: isinstance(value, dict),
     "mapping of numbers": lambda value: (
         isinstance(value, dict) and all(each is None or KINDS["number"](each) for each in value.values())
     ),
 }
-# What a report reads, an owner before its own keys; each may be missing or null. What is not named may be anything.
+# What is read of a record, an owner before its own keys; each may be missing or null. Other keys may be anything.
 SHAPE: dict[str, dict[str, str]] = {
     "config": {
         "task": "mapping", "task.name": "text", "task.data": "text", "task.target": "mapping",
@@ -30,13 +31,18 @@ SHAPE: dict[str, dict[str, str]] = {
         "optim": "mapping", "optim.name": "text", "scale": "text", "seed": "integer",
         "search": "mapping", "search.space": "mapping", "search.trials": "integer",
     },
-    "status": {"state": "text", "error": "text", "step": "integer", "updated": "text", "host": "text"},
+    "status": {
+        "state": "text", "error": "text", "user_error": "truth value", "step": "integer", "attempts": "integer",
+        "host": "text", "pid": "integer", "born": "integer", "started": "text", "updated": "text",
+    },
     "result": {
-        "final": "mapping of numbers", "test": "mapping of numbers", "steps": "integer", "seconds": "number",
-        "target": "mapping", "target.value": "number", "target.step": "integer", "target.seconds": "number",
+        "final": "mapping of numbers", "best": "mapping of numbers", "test": "mapping of numbers",
+        "steps": "integer", "seconds": "number", "optimizer_seconds": "mapping of numbers",
+        "optimizer_state_bytes": "number", "target": "mapping", "target.metric": "text", "target.value": "number",
+        "target.step": "integer", "target.seconds": "number",
     },
     "provenance": {
-        "command": "list", "code": "mapping", "data": "mapping", "data.hash": "text",
+        "command": "list", "code": "mapping", "data": "mapping", "data.hash": "text", "attempts": "list of mappings",
         "packages": "mapping", "packages.torch": "text",
         "machine": "mapping", "machine.host": "text", "machine.system": "text",
         "device": "mapping", "device.processes": "integer", "device.threads": "integer",
@@ -50,17 +56,17 @@ class DamagedError(ValueError):
     """A part of a record cannot be used; the message says why."""
 
 
-def parsed(text: bytes, constant: Callable[[str], Any] | None = None) -> Any:
+def parsed(content: bytes, *, finite: bool = True) -> Any:
     """Return the value of a JSON text.
 
     Args:
-        constant: what becomes of NaN and Infinity; by default they are numbers.
+        finite: whether NaN and Infinity become None; else they are numbers.
 
     Raises:
         DamagedError: it is no JSON.
     """
     try:
-        return json.loads(text, parse_constant=constant)
+        return json.loads(content, parse_constant=(lambda _: None) if finite else None)
     except (ValueError, RecursionError) as error:
         raise DamagedError("is no JSON") from error
 
@@ -76,7 +82,7 @@ def part(name: str, content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, dict):
         raise DamagedError(f"{name} is no mapping")
-    found: dict[str, Any] = _tidy(content, name)
+    found: dict[str, Any] = tidy(content, name)
     for key, kind in SHAPE[name].items():
         value = found.get(key) if name == "config" else _inner(found, key)
         if value is not None and not KINDS[kind](value):
@@ -96,13 +102,18 @@ def _inner(node: Any, key: str) -> Any:
     return node
 
 
-def _tidy(node: Any, key: str, depth: int = 0) -> Any:
+def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
+    """Return the same, with texts that can be printed and encoded.
+
+    Raises:
+        DamagedError: something in it has a type that records do not have, or is too large.
+    """
     if depth > DEEPEST:
         raise DamagedError(f"{key} is nested too deeply")
     if isinstance(node, dict):
-        return {printable(str(name)): _tidy(value, str(name), depth + 1) for name, value in node.items()}
+        return {printable(str(name)): tidy(value, str(name), depth + 1) for name, value in node.items()}
     if isinstance(node, list):
-        return [_tidy(value, key, depth + 1) for value in node]
+        return [tidy(value, key, depth + 1) for value in node]
     if isinstance(node, str):
         return "\n".join(map(printable, node.split("\n"))) if key in SEVERAL_LINES else printable(node)
     if node is None or isinstance(node, (bool, float)) or (isinstance(node, int) and abs(node) < sys.float_info.max):
@@ -122,17 +133,6 @@ def encodable(path: str) -> str:
     return path.encode(errors="replace").decode()
 
 
-def point(step: Any, seconds: Any, value: Any) -> Point:
-    """Return a validation; what is not finite is None.
-
-    Raises:
-        DamagedError: the step is no integer, or another of the three no number.
-    """
-    if not KINDS["integer"](step) or not all(x is None or type(x) in (int, float) for x in (seconds, value)):
-        raise DamagedError("a validation has other values than numbers")
-    return Point(step, None if seconds is None or not KINDS["number"](seconds) else float(seconds), finite(value))
-
-
-def result_lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+def lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Return whether a run is done, and its result is not there."""
     return status.get("state") == DONE and result.get("final") is None
