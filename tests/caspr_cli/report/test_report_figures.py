@@ -14,6 +14,8 @@ import pytest
 import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from caspr_cli.report import figures, style
 from caspr_cli.report.model import Point, Row, Table
@@ -100,6 +102,93 @@ def test_the_target_is_drawn_or_said() -> None:
     assert "target 4.5" in texts(drawn("language", "steps"))
     far = replace(synthetic.bare(), target=1.5)
     assert "target 1.5: below this range" in texts(figures.curves(far))
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Axes]:
+    """Draws a figure, and returns its axes as matplotlib has them."""
+    made: list[Figure] = []
+    monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: made.append(figure) or alt)
+
+    def draw(figure: Callable[..., str], *args: object) -> Axes:
+        assert figure(*args)
+        made[-1].draw_without_rendering()
+        return made[-1].axes[0]
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("over", "unit", "seconds"), [("steps", "steps", 1.0), ("seconds", "minutes of training", 60.0)]
+)
+def test_lines_are_means_with_bands_and_names_at_their_ends(
+    axes: Callable[..., Axes], over: str, unit: str, seconds: float
+) -> None:
+    table = synthetic.language()
+    shown = axes(figures.curves, table, over)
+    target, lines = [line for line in shown.lines if len(line.get_xdata()) == 2], shown.lines[:6]
+    assert [set(line.get_ydata()) for line in target] == [{4.5}]
+    means = {row.label: figures.curve(row) for row in table.rows}
+    for line, band, found in zip(lines, shown.collections, means.values(), strict=True):
+        x = found.steps if over == "steps" else [s / seconds for s in found.seconds]
+        assert line.get_xdata() == pytest.approx(x)
+        assert line.get_ydata() == pytest.approx(found.mean)
+        corners = band.get_paths()[0].vertices[:, 1]
+        assert (corners.min(), corners.max()) == pytest.approx((min(found.low), max(found.high)))
+    assert shown.get_xlabel() == unit
+    low, high = shown.get_xlim()
+    ends = [line.get_xdata()[-1] for line in lines]
+    assert high == max(ends)
+    assert 0 <= low < min(line.get_xdata()[-2] for line in lines)
+    names = [text for text in shown.texts if text.get_text() in synthetic.ENDS]
+    places = {text.get_text(): text.get_position()[1] for text in names}
+    assert sorted(places, key=places.get) == sorted(places, key=lambda label: means[label].mean[-1])
+    gaps = [b - a for a, b in pairwise(sorted([*places.values(), 1.0]))]
+    assert min(gaps) >= 0.062 - 1e-9
+    assert {text.get_color() for text in names} == {style.KNOWN[label].colour for label in places}
+
+
+def test_points_and_bars_of_intervals(axes: Callable[..., Axes]) -> None:
+    table = synthetic.language()
+    shown = axes(figures.intervals, table)
+    rows = [row for row in table.rows if row.label != "sgd"]  # diverged: a number at the edge
+    bars = [line for line in shown.lines if len(line.get_xdata()) == 2 and len({*line.get_ydata()}) == 1]
+    assert [tuple(bar.get_xdata()) for bar in bars] == [(row.ci_low, row.ci_high) for row in rows]
+    means = [line.get_xdata()[0] for line in shown.lines if len(line.get_xdata()) == 1]
+    assert means == [row.mean for row in rows]
+    assert [label.get_text() for label in shown.get_yticklabels()] == [row.label for row in table.rows]
+    low, high = shown.get_xlim()
+    assert all(low < row.ci_low and row.ci_high < high for row in rows)
+    assert high < 6
+
+
+def test_steps_of_a_profile(axes: Callable[..., Axes]) -> None:
+    found = profile(synthetic.study(), "steps")
+    shown = axes(figures.profile, found)
+    for line, label in zip(shown.lines, found.scores, strict=True):
+        x = line.get_xdata()
+        assert (x[0], x[-1]) == shown.get_xlim() == (1, 4)
+        assert list(line.get_ydata()) == [sum(ratio <= tau for ratio in found.ratios[label]) / 4 for tau in x]
+
+
+def test_the_best_of_trials(axes: Callable[..., Axes]) -> None:
+    table = synthetic.language()
+    shown = axes(figures.best_of, table)
+    for line, row in zip(shown.lines, table.rows, strict=True):
+        assert (list(line.get_xdata()), tuple(line.get_ydata())) == ([1, 2, 3, 4, 5, 6], row.best_of)
+    assert shown.get_xlim() == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(179, "seconds"), (180, "minutes"), (3 * 3600 - 1, "minutes"), (3 * 3600, "hours")]
+)
+def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str) -> None:
+    made = synthetic.run("caspr", 1, 4.0)
+    run = replace(made, curve=tuple(replace(p, seconds=seconds * p.step / 400) for p in made.curve))
+    shown = axes(figures.curves, synthetic.table([synthetic.row("caspr", [run])], baseline=None), "seconds")
+    assert shown.get_xlabel() == f"{unit} of training"
+    scale = {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
+    assert shown.lines[0].get_xdata()[-1] == pytest.approx(seconds / scale)
 
 
 def test_fourteen_rows_have_a_legend() -> None:
