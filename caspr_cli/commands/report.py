@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError
@@ -30,6 +30,10 @@ WIDTH = 120  # where no terminal says its own
 SHOWN = 8  # warnings about files
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
 
+BASELINE = (
+    "a row, as the table names it (default: adamw, where there is one); without an optimizer, as statistics=ema: each "
+    "optimizer's own row with these settings"
+)
 EXAMPLES = """\
 examples
   caspr-report compare                                   a table for each task of outputs/
@@ -47,13 +51,9 @@ exits    0 done   2 bad usage   130 interrupted
 
 def parser() -> Parser:
     """Return the parser of the command line, with a subparser for each command."""
+    about = "What the records say, with error bars. It only reads files, also while runs go on."
     raw = argparse.RawDescriptionHelpFormatter
-    made = Parser(
-        "caspr-report",
-        description="What the records say, with error bars. It only reads files, also while runs go on.",
-        epilog=EXAMPLES,
-        formatter_class=raw,
-    )
+    made = Parser("caspr-report", description=about, epilog=EXAMPLES, formatter_class=raw)
     made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
     commands = made.add_subparsers(title="commands", metavar="command", dest="what")
 
@@ -64,36 +64,21 @@ def parser() -> Parser:
 
     compare = command("compare", "a table for each task: mean, interval, test, verdict")
     profile = command("profile", "over all tasks: how often is a row near the fastest?")
-    curves = command("curves", "validation over training, mean and 95 %% band over seeds")
-    for one in (compare, profile, curves):
-        one.add_argument(
-            "--baseline",
-            metavar="LABEL",
-            help="a row, as the table names it (default: adamw, where there is one); without an optimizer, as "
-            "statistics=ema: each optimizer's own row with these settings",
-        )
-        one.add_argument(
-            "--tuned",
-            metavar="KEYS",
-            type=lambda text: [key.strip() for key in text.split(",") if key.strip()],
-            help="keys that rows are tuned over (default: optim.lr, and those of searches)",
-        )
-        one.add_argument(
-            "--target",
-            metavar="TASK=VALUE",
-            type=target,
-            action="append",
-            default=[],
-            help="another target, once for each task; times are then read from the curves",
-        )
-    compare.add_argument("--json", action="store_true", help="the rows as a list, with nothing else on standard output")
-    units = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
-    profile.add_argument("--unit", **units)  # type: ignore[arg-type]
-    curves.add_argument("--over", **units)  # type: ignore[arg-type]
+    curves = command("curves", "validation over training, mean and 95-percent band over seeds")
     command("list", "one line a record, the newest last")
     command("show", "one record in words")
     pack = command("pack", "many records in one small file, to be read like a directory")
     unpack = command("unpack", "the records of packs as directories again")
+    units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
+    for one in (compare, profile, curves):
+        one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
+        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
+                         "and those of searches)")  # fmt: skip
+        one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
+                         "target, once for each task; times are then read from the curves")  # fmt: skip
+    compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
+    profile.add_argument("--unit", **units)
+    curves.add_argument("--over", **units)
     for one, name, text in (
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
@@ -117,6 +102,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_files(args.what, getattr(args, "to", []))
     args.paths = args.paths or [Path("outputs")]
     return args
+
+
+def keys(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",") if key.strip()]
 
 
 def target(text: str) -> tuple[str, float]:

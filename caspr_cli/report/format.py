@@ -27,7 +27,7 @@ NOT_CORRECTED = "intervals are not corrected, and nothing is corrected for sever
 DIFFERENCES = (
     "differences are row minus baseline, in per cent of the baseline's mean (of accuracies too: not percentage points)"
 )
-POWERED = f"the number of seeds that would find a difference has {100 * POWER:.0f} % power"
+POWERED = f"numbers of seeds that would find a difference are for {100 * POWER:.0f} % power"
 BOUNDED = "near the end of a scale, as for an accuracy near 1, an interval covers less than 95 %"
 TESTS = "a paired t-test where all seeds of the row or of the baseline are common to both, else Welch's"
 

@@ -143,6 +143,9 @@ def test_lines_are_means_with_bands_and_names_at_their_ends(
     names = [text for text in shown.texts if text.get_text() in synthetic.ENDS]
     places = {text.get_text(): text.get_position()[1] for text in names}
     assert sorted(places, key=places.get) == sorted(places, key=lambda label: means[label].mean[-1])
+    bottom, top = shown.get_ylim()
+    wished = {label: min((means[label].mean[-1] - bottom) / (top - bottom), 1.0) for label in places}
+    assert places == pytest.approx(wished, abs=0.1)
     gaps = [b - a for a, b in pairwise(sorted([*places.values(), 1.0]))]
     assert min(gaps) >= 0.062 - 1e-9
     assert {text.get_color() for text in names} == {style.KNOWN[label].colour for label in places}

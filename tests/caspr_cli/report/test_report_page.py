@@ -66,6 +66,12 @@ def bare() -> str:
     return page([synthetic.bare()], None, "Little is known", COMMAND)
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time of a page."""
+    monkeypatch.setattr("caspr_cli.report.page._figures", lambda table, styles: [])
+
+
 @pytest.mark.parametrize("made", [study, bare])
 def test_it_is_html_with_every_tag_closed(made: object) -> None:
     html = made()  # type: ignore[operator]
@@ -148,7 +154,7 @@ def test_every_mean_has_its_n() -> None:
     assert "n = 5: shampoo, caspr, soap, adamw and sgd; n = 4: muon." in parsed(html).within("figcaption")
 
 
-def test_bold_is_what_is_better_and_not_the_best_mean_that_is_not_significant() -> None:
+def test_bold_is_what_is_better_and_not_the_best_mean_that_is_not_significant(without_figures: None) -> None:
     table = synthetic.language()
     best = table.rows[0]
     assert best.difference is not None
@@ -164,7 +170,7 @@ def test_the_difference_in_test_stands_below_the_verdict() -> None:
     assert re.search(r"in test [+-]\d+\.\d+ % \([+-]", parsed(study()).within("span"))
 
 
-def test_rows_with_baselines_of_their_own_name_them() -> None:
+def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
     table = synthetic.language()
     rows = [replace(row, is_baseline=row.label in ("adamw", "caspr")) for row in table.rows]
     html = page([replace(table, rows=tuple(rows), baseline="eps=1e-08")], None, "Own", COMMAND)
@@ -174,7 +180,7 @@ def test_rows_with_baselines_of_their_own_name_them() -> None:
     assert ", against adamw" in text
 
 
-def test_a_row_of_one_table_is_that_of_another_with_the_same_settings() -> None:
+def test_a_row_of_one_table_is_that_of_another_with_the_same_settings(without_figures: None) -> None:
     one = synthetic.table([synthetic.row("caspr", [synthetic.run("caspr", 1, 4.0)], settings={"optim.eps": 1e-6})])
     rows = [
         synthetic.row(f"caspr eps={eps:g}", [synthetic.run("caspr", 1, 4.0)], task="vit", settings={"optim.eps": eps})
@@ -197,7 +203,7 @@ def test_it_opens_with_what_was_compared() -> None:
     assert opening([replace(synthetic.ablation(), rows=tuple(long))])[0].endswith("variants of caspr.")
 
 
-def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial() -> None:
+def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial(without_figures: None) -> None:
     going = [run("caspr", 3, None, "running", optim__lr=1e-3), run("caspr", 4, None, "preempted", optim__lr=1e-3)]
     caspr = searched("caspr", [4.2, 4.0, 4.1]) + seeds("caspr", [4.0, 4.1], 1, optim__lr=1e-3)
     made = tables(caspr + going + searched("adamw", [4.5, 4.4, 4.6]))
@@ -235,7 +241,7 @@ def test_what_is_unknown_is_not_made_up() -> None:
     assert "target" not in text
 
 
-def test_no_provenance_at_all() -> None:
+def test_no_provenance_at_all(without_figures: None) -> None:
     def without(table: Table) -> Table:
         rows = [replace(r, runs=tuple(replace(run, provenance={}) for run in r.runs), trials=()) for r in table.rows]
         return replace(table, rows=tuple(rows))
@@ -245,7 +251,7 @@ def test_no_provenance_at_all() -> None:
     assert COMMAND in parsed(html).within("code")
 
 
-def test_different_machines_are_counted() -> None:
+def test_different_machines_are_counted(without_figures: None) -> None:
     table = synthetic.bare()
     run = table.rows[0].runs[0]
     gpu = {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 4}, "machine": {"processor": "Xeon"}}
