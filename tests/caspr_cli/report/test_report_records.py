@@ -337,6 +337,7 @@ def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: st
         (gzip.compress(b"[" * 100_000), "cannot be read"),
         (gzip.compress(b'{"caspr-report": "records", "version": 1}\n' + b"[" * 100_000), "line 2 is no record"),
         (b"hello", "cannot be read"),
+        (gzip.compress(b""), "line 1: is not what caspr-report pack of this version writes"),
         (gzip.compress(b'{"a": 1}\n'), "line 1: is not what caspr-report pack of this version writes"),
         (gzip.compress(b'{"caspr-report": "records", "version": 1}\n{"path": "x"}\n'), "line 2 is no record"),
         (gzip.compress(b'{"caspr-report": "records", "version": 1}\n')[:-12], "cannot be read"),
