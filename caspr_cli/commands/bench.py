@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
+from caspr_cli.common.format import Progress
+from caspr_cli.common.streams import console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.flags import Parser, one_of, positive
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
-from caspr_cli.report.progress import Progress
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite, write_whole
-from caspr_cli.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain, nearest
@@ -32,7 +33,6 @@ from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_F
 from caspr_cli.runs.record import FULL, RecordDamagedError
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
-from caspr_cli.streams import cause, complain, console_script, say
 
 # Those of Hydra's flags that there are; some take the next word.
 FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
@@ -214,11 +214,11 @@ def tables(told: Experiment, argv: list[str]) -> int:
 
 def report(told: Experiment) -> None:
     """Compare what there is of a table, on the terminal and as a page beside the records."""
+    from caspr_cli.common.errors import UserError
+    from caspr_cli.common.files import write_whole
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
-    from caspr_cli.report.errors import ReportError
-    from caspr_cli.report.files import write_whole
+    from caspr_cli.report.compare import tables
     from caspr_cli.report.page import compared
-    from caspr_cli.report.tables import tables
 
     folder = Path(told.output_dir)
     command, page = ["caspr-report", "compare", str(folder)], folder / "report.html"
@@ -227,14 +227,14 @@ def report(told: Experiment) -> None:
         try:
             made = tables(runs, baseline=told.baseline)
             command += ["--baseline", told.baseline] if told.baseline else []
-        except ReportError:  # the command line has left this row out
+        except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")
         for line in terminal.compared(made, runs, [folder], shutil.get_terminal_size((120, 24)).columns):
             say(line)
         write_whole(page, compared(made, shlex.join([*command, "--to", str(page)])))
         say(f"wrote    {page}")
-    except ReportError as error:
+    except UserError as error:
         complain(str(error))
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32
 from caspr_cli.optim.blocks import Layout, Shape, merge_axes
 from caspr_cli.optim.combine import precondition
 from caspr_cli.optim.finite import Finite, norms_of_rows
@@ -51,7 +52,6 @@ from caspr_cli.optim.shard import Exchange, Loads, Meeting, Post, agree, collect
 from caspr_cli.optim.stacks import Stack, Storage, build_stacks, check_factors, is_factor, sent
 from caspr_cli.optim.statistics import accumulate, per_block
 from caspr_cli.optim.work import Updates, Work
-from caspr_cli.ranges import SMALLEST_EPS_FLOAT32
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
 # precondition="gradient", gradients that were not finite.

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32, wrong
 from caspr_cli.optim.blocks import AXES, MERGES
 from caspr_cli.optim.graft import GRAFTS
 from caspr_cli.optim.shard import SHARDS
-from caspr_cli.ranges import SMALLEST_EPS_FLOAT32, wrong
 
 Group = dict[str, Any]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from caspr_cli import ranges
+from caspr_cli.common import ranges
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import (
     AdamWConf,

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from caspr_cli.common import shape
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Source
-from caspr_cli.runs import shape
 from caspr_cli.runs.record import PROVENANCE, Record
 
 FILE = "data_files.json"

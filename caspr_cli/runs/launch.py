@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance, shape
@@ -45,7 +46,6 @@ from caspr_cli.runs.record import (
     now,
     write_whole,
 )
-from caspr_cli.streams import complain
 
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143

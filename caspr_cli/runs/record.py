@@ -23,10 +23,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from caspr_cli import streams
+from caspr_cli.common import shape, streams
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs import shape
 from caspr_cli.runs.processes import birth, lives
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
@@ -39,7 +40,6 @@ from caspr_cli.runs.launch import (
 )
 from caspr_cli.runs.record import FULL, Record, RecordBusyError, RecordDamagedError, memory_error
 from caspr_cli.runs.sweep import ENDED, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
-from caspr_cli.streams import complain, say
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from caspr_cli.common import shape
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs import shape
 from caspr_cli.runs.record import Record, RecordDamagedError, disk_error
 
 log = logging.getLogger("caspr.checkpoints")

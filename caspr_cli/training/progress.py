@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from caspr_cli.streams import silence
+from caspr_cli.common.streams import silence
 
 SECONDS_BETWEEN_LINES = 10
 BAR = 16  # characters

@@ -15,15 +15,17 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
-    "commands": {"hydra", "omegaconf", "streams", "recipe", "runs", "report", "bench", "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "ranges"},
-    "runs": {"hydra", "omegaconf", "yaml", "streams", "recipe"},
-    "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "streams", "optim", "recipe", "runs",
+    "common": {"rich"},
+    "commands": {"hydra", "omegaconf", "common", "recipe", "runs", "report", "bench", "theory"},
+    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common"},
+    "runs": {"hydra", "omegaconf", "yaml", "common", "recipe"},
+    "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
                  "tasks"},
-    "optim": {"torch", "pytorch_optimizer", "ranges"},
-    "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "optim", "recipe", "tasks", "training"},
-    "report": {"matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "runs.shape"},
-    "theory": {"matplotlib", "numpy", "torch", "bench", "optim", "recipe", "tasks", "report.answer", "report.look"},
+    "optim": {"torch", "pytorch_optimizer", "common.ranges"},
+    "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
+    "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
+               "report.answer", "report.style", "report.look"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "recipe.schema"},
 }  # fmt: skip
@@ -32,14 +34,13 @@ ALSO = {
     "caspr_cli/runs/worker.py": {"training", "tasks"},  # runs in the process that is launched
     "caspr_cli/runs/preflight.py": {"training", "tasks"},
     "caspr_cli/runs/describe.py": {"training", "tasks"},
-    "caspr_cli/commands/report.py": {"runs.shape"},
 }
 NEVER = {
     "caspr_cli/commands/report.py": {"hydra", "omegaconf", "recipe", "runs", "bench", "theory"},  # also works alone
     "caspr_cli/commands/train.py": {"bench", "theory"},
     "caspr_cli/bench/shapes.py": {"torch", "numpy", "optim", "training", "tasks"},
     "caspr_cli/optim/combine.py": {"pytorch_optimizer"},
-    "caspr_cli/runs/shape.py": {"hydra", "omegaconf", "yaml", "recipe"},  # caspr-report reads records by it
+    "caspr_cli/common/ranges.py": {"rich"},  # of the optimizers, which need torch alone
 }
 
 

@@ -32,7 +32,7 @@ def test_commands_start_without_streams_and_name_a_full_one(command: str, tmp_pa
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
 def test_no_file_gets_the_number_of_a_stream(closed: str, tmp_path: Path) -> None:
     code = (
-        "import sys; from caspr_cli.streams import open_closed; open_closed(); file = open('file', 'w'); "
+        "import sys; from caspr_cli.common.streams import open_closed; open_closed(); file = open('file', 'w'); "
         "assert file.fileno() > 2; print('out', flush=True); print('err', file=sys.stderr); "
         "import subprocess; subprocess.run(['sh', '-c', 'echo more; echo more >&2'], check=True)"
     )

@@ -11,8 +11,8 @@ import pytest
 from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
+from caspr_cli.common.format import Progress
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
-from caspr_cli.report.progress import Progress
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from caspr_cli import ranges
+from caspr_cli.common import ranges
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES

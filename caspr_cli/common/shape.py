@@ -1,7 +1,4 @@
-"""What the parts of a record have to look like: said once, for ``caspr-train``, ``caspr-report`` and packed records.
-
-Reads texts alone: no torch, no Hydra.
-"""
+"""What the parts of a record have to look like, for ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-DONE = "done"
+DONE, FAILED = "done", "failed"
 
 NEEDED = ("task.name", "optim.name", "seed", "task.target.metric")
 KINDS: dict[str, Callable[[Any], bool]] = {
@@ -26,7 +23,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and all(each is None or KINDS["number"](each) for each in value.values())
     ),
 }
-# What is read of a record, an owner before its own; each may be missing or null. What is not named may be anything.
+# What is read of a record, an owner before its own keys; each may be missing or null. Other keys may be anything.
 SHAPE: dict[str, dict[str, str]] = {
     "config": {
         "task": "mapping", "task.name": "text", "task.data": "text", "task.target": "mapping",
@@ -56,29 +53,32 @@ DEEPEST = 32  # more levels than any record has, fewer than Python's recursion
 
 
 class DamagedError(ValueError):
-    """A part of a record that cannot be counted; the message says why."""
+    """A part of a record cannot be used; the message says why."""
 
 
-def parsed(content: bytes) -> Any:
-    """The value of a JSON text; null stands for a number that is not finite.
+def parsed(content: bytes, *, finite: bool = True) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        finite: whether NaN and Infinity become None; else they are numbers.
 
     Raises:
         DamagedError: it is no JSON.
     """
     try:
-        return json.loads(content, parse_constant=lambda _: None)
+        return json.loads(content, parse_constant=(lambda _: None) if finite else None)
     except (ValueError, RecursionError) as error:
         raise DamagedError("is no JSON") from error
 
 
 def part(name: str, content: Any) -> dict[str, Any]:
-    """A part of a record, of the shape that its readers need; its texts can be printed.
+    """Return a part of a record with the types that its readers need; its texts can be printed.
 
     Args:
         name: ``config`` (dotted keys), ``status``, ``result`` or ``provenance``.
 
     Raises:
-        DamagedError: it is of another shape.
+        DamagedError: it has another shape.
     """
     if not isinstance(content, dict):
         raise DamagedError(f"{name} is no mapping")
@@ -103,10 +103,10 @@ def _inner(node: Any, key: str) -> Any:
 
 
 def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
-    """The same, with texts that can be printed and encoded.
+    """Return the same, with texts that can be printed and encoded.
 
     Raises:
-        DamagedError: something in it is of no type that records have, or too large.
+        DamagedError: something in it has a type that records do not have, or is too large.
     """
     if depth > DEEPEST:
         raise DamagedError(f"{key} is nested too deeply")
@@ -122,12 +122,17 @@ def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
 
 
 def printable(text: str) -> str:
-    """On one line, and without what a terminal, LaTeX or UTF-8 would stumble over."""
+    """Return the text on one line, without characters that a terminal, LaTeX or UTF-8 cannot show."""
     if text.isprintable():
         return text
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
+def encodable(path: str) -> str:
+    """Return a path in UTF-8, which names of files need not be."""
+    return path.encode(errors="replace").decode()
+
+
 def lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Whether a run is done, and its result is not there."""
+    """Return whether a run is done, and its result is not there."""
     return status.get("state") == DONE and result.get("final") is None
