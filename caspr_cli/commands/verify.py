@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
+from caspr_cli.common.errors import UserError
+from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import Progress, duration, listed
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.flags import Parser, one_of, positive
-from caspr_cli.report import answers
+from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
-from caspr_cli.report.errors import ReportError
-from caspr_cli.report.files import write_whole
-from caspr_cli.report.progress import Progress
-from caspr_cli.report.words import duration, listed
 from caspr_cli.runs import provenance
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 
@@ -140,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     """Compute, print, and write. Returns the exit code.
 
     Raises:
-        ConfigError, ReportError: one line for the user.
+        ConfigError, UserError: one line for the user.
     """
     out = sys.stderr if args.json else sys.stdout
     width = shutil.get_terminal_size((answers.WIDTH, 24)).columns
@@ -202,16 +201,16 @@ def origin(seconds: float) -> dict[str, Any]:
 
 def write_page(made: Sequence[Answer], directory: Path) -> Path:
     """One page of all answers."""
-    from caspr_cli.report.answers_page import page
+    from caspr_cli.report import page
 
     target = directory / "index.html"
-    write_whole(target, page(made, "The theory of CASPR, checked"))
+    write_whole(target, page.answers(made, "The theory of CASPR, checked"))
     return target
 
 
 def judged(made: Sequence[Answer]) -> int:
     """The exit code; says which statements should have held."""
-    broken = [(one.name, text) for one in made for text, held in one.holds if not held]
+    broken = [(one.name, text) for one in made for text, held in one.claims if not held]
     for name, text in broken:
         print(f"failed   {name}: {text}", file=sys.stderr)
     return FAILED if broken else OK
@@ -247,7 +246,7 @@ def main() -> int:
         code = run(parse(argv))
         sys.stdout.flush()
         return code
-    except (ConfigError, ReportError) as error:
+    except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
     except BrokenPipeError:  # the reader has seen enough; files may not be written yet, as | head asks

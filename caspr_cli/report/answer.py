@@ -1,21 +1,44 @@
-"""A question of theory, answered: what ``caspr-verify`` computes, as plain values. Tables and pages are made of it."""
+"""A question of theory and its answer: what ``caspr-verify`` computes, and how it is printed and written.
+
+The tables are pandas DataFrames, made by :func:`table`, which keeps their title and formats in ``attrs``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import count, finite, listed, wrapped
+from caspr_cli.common.format import table as aligned
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+WIDTH = 120  # of a terminal that does not say its own
+WIDEST = 40  # characters of a cell, in a table that is too wide for the terminal
+MARKS = {True: ("✓", "held"), False: ("✗", "failed")}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: SVG as ``report.style`` makes it, and what it shows in words."""
+
+    name: str
+    title: str
+    svg: str
+    alt: str
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a sheet.
-
-    Args:
-        key: in the rows, in CSV and JSON.
-        head: as people read it, with the unit.
-        form: format specification of a number, as ``.3g``.
-    """
+    """Old: a column of a sheet. ``table`` replaces it."""
 
     key: str
     head: str
@@ -24,12 +47,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table.
-
-    Args:
-        name: of its CSV file, without suffix.
-        shown: how many rows people are shown, from the first; None shows all. Files have all.
-    """
+    """Old: a table. ``table`` replaces it."""
 
     name: str
     title: str
@@ -40,32 +58,226 @@ class Sheet:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One picture: SVG as ``report.look`` makes it, and what it shows in words."""
-
-    name: str
-    title: str
-    svg: str
-    alt: str
-
-
-@dataclass(frozen=True)
 class Answer:
-    """What one command of ``caspr-verify`` has to say.
+    """What one command of ``caspr-verify`` found.
 
     Args:
-        words: paragraphs, made from the numbers: the answer first.
-        holds: each statement that should hold, with whether it did everywhere it was looked at; if one did not, the
+        finding: the answer in one sentence of at most 30 words, made from the numbers.
+        tables: by the name of their CSV file, each made by :func:`table`.
+        claims: each statement that should hold, and whether it held wherever it was checked; if one did not, the
             command fails.
-        fails: statements that are known not to hold in general, each with what was seen of it here.
+        counterexamples: statements that do not hold in general, each with how often it failed here.
+        text: more paragraphs, where the tables do not suffice.
     """
 
     name: str
     question: str
-    words: tuple[str, ...]
+    words: tuple[str, ...] = ()  # old, as ``sheets``, ``holds`` and ``fails``: until theory has moved
     sheets: tuple[Sheet, ...] = ()
     figures: tuple[Figure, ...] = ()
     holds: tuple[tuple[str, bool], ...] = ()
     fails: tuple[str, ...] = ()
     command: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    finding: str = ""
+    tables: Mapping[str, DataFrame] = field(default_factory=dict)
+    claims: tuple[tuple[str, bool], ...] = ()
+    counterexamples: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill the new fields from the old ones."""
+        old: dict[str, Any] = {"finding": "".join(self.words[:1]), "text": self.words[1:]} if self.words else {}
+        old |= {"tables": {sheet.name: _of_sheet(sheet) for sheet in self.sheets}} if self.sheets else {}
+        old |= {"claims": self.holds} if self.holds else {}
+        old |= {"counterexamples": self.fails} if self.fails else {}
+        for name, value in old.items():
+            object.__setattr__(self, name, value)
+
+
+def _of_sheet(sheet: Sheet) -> DataFrame:
+    rows = [{column.key: row.get(column.key) for column in sheet.columns} for row in sheet.rows]
+    heads, forms = ({c.key: getattr(c, name) for c in sheet.columns} for name in ("head", "form"))
+    return table(rows, sheet.title, heads=heads, formats=forms, note=sheet.note, shown=sheet.shown)
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]] | DataFrame,
+    title: str,
+    *,
+    heads: Mapping[str, str] | None = None,
+    formats: Mapping[str, str] | None = None,
+    note: str = "",
+    shown: int | None = None,
+) -> DataFrame:
+    """Return the rows as a table of an answer.
+
+    Args:
+        rows: with the same keys, which are the columns of CSV and JSON files; None or NaN: not known.
+        heads: by key, what people read above the column, with the unit; by default the key.
+        formats: by key, the format specification of a number, as ``.3g``.
+        shown: how many rows people see; 0: the table is for files alone; None: all. Files have all rows.
+    """
+    from pandas import DataFrame  # slow to import
+
+    made = DataFrame(rows, dtype=object)  # integers stay integers beside None
+    made.attrs = {"title": title, "heads": heads or {}, "formats": formats or {}, "note": note, "shown": shown}
+    return made
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def cell(value: Any, form: str = "") -> str:
+    """Return a value as people read it; a dash where it is not known."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, form) if isinstance(value, (int, float)) else str(value)
+
+
+def grid(made: DataFrame) -> list[list[str]]:
+    """Return the heads and the rows that people see."""
+    heads, formats, shown = (made.attrs[name] for name in ("heads", "formats", "shown"))
+    records = made.head(len(made) if shown is None else shown).to_dict("records")
+    rows = [[cell(value, formats.get(key, "")) for key, value in record.items()] for record in records]
+    return [[str(heads.get(key, key)) for key in made.columns], *rows]
+
+
+def numeric(made: DataFrame) -> list[bool]:
+    """Return for each column whether it holds no text."""
+    return [not any(isinstance(value, str) for value in made[key]) for key in made.columns]
+
+
+def rest(name: str, made: DataFrame) -> str:
+    """Return where the rows are that people do not see."""
+    left = 0 if made.attrs["shown"] is None else len(made) - made.attrs["shown"]
+    return f"{count(left, 'more row')} in {name}.csv" if left > 0 else ""
+
+
+def visible(answer: Answer) -> dict[str, DataFrame]:
+    """Return the tables that are not for files alone."""
+    return {name: made for name, made in answer.tables.items() if len(made) and made.attrs["shown"] != 0}
+
+
+# ---- a terminal --------------------------------------------------------------------------------------------------
+
+
+def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
+    """Yield question, finding, claims and tables."""
+    yield from textwrap.wrap(answer.question, width)
+    for text in filter(None, (answer.finding, *answer.text)):
+        yield ""
+        yield from textwrap.wrap(text, width)
+    if answer.claims:
+        yield ""
+    for text, held in answer.claims:
+        yield from wrapped(f"{MARKS[held][1]:<9}{text}", width)
+    for text in answer.counterexamples:
+        yield from wrapped(f"{'not true':<9}{text}", width)
+    for name, made in visible(answer).items():
+        yield ""
+        yield from table_lines(name, made, width)
+
+
+def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
+    """Yield title, as many columns as there is room for, and the note."""
+    yield from textwrap.wrap(made.attrs["title"], width)
+    cells = grid(made)
+    if _width(cells) > width:
+        cells = [[text if len(text) <= WIDEST else text[: WIDEST - 1] + "…" for text in row] for row in cells]
+    fits = len(cells[0])
+    while fits > 2 and _width([row[:fits] for row in cells]) > width:
+        fits -= 1
+    yield from aligned([row[:fits] for row in cells], numeric(made))
+    omitted = f"no room for: {listed(cells[0][fits:])}" if fits < len(cells[0]) else ""
+    if said := "; ".join(filter(None, [omitted, rest(name, made)])):
+        yield from textwrap.wrap(f"({said})", width)
+    yield from textwrap.wrap(made.attrs["note"], width)
+
+
+def _width(cells: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) - 2
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def write(answer: Answer, directory: Path) -> list[Path]:
+    """Write all files of an answer, each whole or not at all, and return their paths.
+
+    A page in Markdown, everything in JSON, a CSV for each table, an SVG for each figure.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    from caspr_cli.report.formats import to_csv
+
+    contents = {
+        f"{answer.name}.md": as_markdown(answer),
+        f"{answer.name}.json": as_json(answer),
+        **{f"{name}.csv": to_csv(made) for name, made in answer.tables.items()},
+        **{f"{figure.name}.svg": figure.svg for figure in answer.figures},
+    }
+    for name, content in contents.items():
+        write_whole(directory / name, content)
+    return [directory / name for name in contents]
+
+
+def as_json(answer: Answer | Sequence[Answer]) -> str:
+    """Return one answer as an object, several as a list; figures are files of their own."""
+    made = _plain(answer) if isinstance(answer, Answer) else [_plain(one) for one in answer]
+    return json.dumps(finite(made), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    tables = {
+        name: {
+            "title": made.attrs["title"],
+            "note": made.attrs["note"],
+            "columns": {key: made.attrs["heads"].get(key, key) for key in made.columns},
+            "rows": made.to_dict("records"),
+        }
+        for name, made in answer.tables.items()
+    }
+    return {
+        **{name: getattr(answer, name) for name in ("name", "question", "finding", "text")},
+        "claims": [{"statement": text, "held": held} for text, held in answer.claims],
+        "counterexamples": answer.counterexamples,
+        "tables": tables,
+        "figures": {figure.name: {"title": figure.title, "alt": figure.alt} for figure in answer.figures},
+        "command": answer.command,
+        "provenance": answer.provenance,
+    }
+
+
+def as_markdown(answer: Answer) -> str:
+    """Return a page that stands beside its figures."""
+    claims = [f"- {MARKS[held][0]} {text} ({MARKS[held][1]})" for text, held in answer.claims]
+    claims += [f"- not true in general: {text}" for text in answer.counterexamples]
+    figures = [f"![{_label(figure.alt)}]({figure.name}.svg)\n\n{figure.title}" for figure in answer.figures]
+    made = f"Made by\n\n    {answer.command}" if answer.command else ""
+    tables = [_markdown_table(name, made) for name, made in visible(answer).items()]
+    parts = [f"# {answer.question}", answer.finding, *answer.text, "\n".join(claims), *tables, *figures, made]
+    return "\n\n".join(filter(None, [*parts, origin(answer)])) + "\n"
+
+
+def _label(text: str) -> str:
+    """Return a text that can stand in the brackets of a link."""
+    return re.sub(r"[\[\]\s]+", " ", text).strip()
+
+
+def _markdown_table(name: str, made: DataFrame) -> str:
+    heads, *rows = [[text.replace("|", "\\|") for text in row] for row in grid(made)]
+    rule = ["---:" if right else "---" for right in numeric(made)]
+    body = "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
+    more = rest(name, made)
+    note = " ".join(filter(None, [made.attrs["note"], f"({more}.)" if more else ""]))
+    return "\n\n".join(filter(None, [f"## {made.attrs['title']}", body, note]))
+
+
+def origin(answer: Answer) -> str:
+    """Return what people read of the provenance; what is nested is left to JSON."""
+    plain = {key: value for key, value in answer.provenance.items() if isinstance(value, (str, int, float))}
+    return "; ".join(f"{key} {value}" for key, value in plain.items())

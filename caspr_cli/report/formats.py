@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli.report import words
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.rows import setting
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -21,6 +22,7 @@ LATEX = {
 }  # fmt: skip
 # What Markdown would take for more than text; an underscore within a word is none of it.
 MARKDOWN = re.compile(r"[\\`*|\[]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins with one, a spreadsheet computes
 TABLE_KEYS = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
 ROW_KEYS = (
     "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target", "seconds_to_target",
@@ -128,15 +130,24 @@ def as_json(tables: Sequence[Table]) -> str:
 
 def as_csv(tables: Sequence[Table]) -> str:
     """The same, lists and objects as JSON."""
-    rows = entries(tables)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {k: json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v for k, v in row.items()}
-        )
-    return text.getvalue()
+    from pandas import DataFrame  # slow to import
+
+    return to_csv(DataFrame(entries(tables), dtype=object))
+
+
+def to_csv(frame: DataFrame) -> str:
+    """Return a table as CSV, in which no text is a formula to a spreadsheet; numbers stay numbers."""
+    from pandas import DataFrame
+
+    cells = {key: [_harmless(value) for value in frame[key]] for key in frame.columns}
+    return str(DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def _harmless(value: Any) -> Any:
+    """Return a cell of a CSV: lists and objects as JSON, and a quote before what a spreadsheet would compute."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from xml.etree.ElementTree import Element, fromstring, tostring
 
-from caspr_cli.report.look import PALETTE, UNWRITABLE, Style
+from caspr_cli.report.style import PALETTE, UNWRITABLE, Style
 
 Child = Element | str | None
 Cells = Sequence[Child]
@@ -79,7 +79,7 @@ def inline(svg: str) -> Element:
 def document(title: str, *body: Child) -> str:
     """The whole file, which needs no other."""
     light, dark = (" ".join(f"--{name}: {colours[k]};" for name, colours in PALETTE.items()) for k in range(2))
-    css = (resources.files("caspr_cli.report") / "page.css").read_text(encoding="utf8")
+    css = (resources.files("caspr_cli.report") / "templates" / "page.css").read_text(encoding="utf8")
     css += f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
     head = el(
         "head",

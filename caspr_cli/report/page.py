@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from statistics import fmean
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
 
-from caspr_cli.report import about, across, figures, formats, look, words
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from caspr_cli.report import about, across, answer, figures, formats, look, words
+from caspr_cli.report.answer import Answer
 from caspr_cli.report.html import Cells, document, el, inline, swatch, table
 from caspr_cli.report.look import Style
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import NOT_ALGOPERF, SHOWN, Profile, names, rho, times
 from caspr_cli.report.profile import profile as profile_of
 from caspr_cli.report.rows import ended
+from caspr_cli.report.style import PALETTE, UNWRITABLE
 
 # How a verdict is marked: told apart by form, not by colour alone.
 MARKS = {"better": "▲", "worse": "▼", words.CANNOT_TELL: "≈", "baseline": "●"}
@@ -266,3 +272,46 @@ def _profile(profile: Profile, styles: Styles) -> Element:
         el("div", _figure(svg, "Higher and more to the left is better."), class_="figures"),
         id="profile",
     )
+
+
+# ---- templates ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _templates() -> Environment:
+    loader = PackageLoader("caspr_cli.report")
+    made = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
+        finalize=lambda value: UNWRITABLE.sub("\ufffd", value) if type(value) is str else value,
+    )  # fmt: skip
+    made.globals.update(palette=PALETTE, inline=_inline)
+    return made
+
+
+def _inline(svg: str) -> Markup:
+    return Markup(tostring(inline(svg), encoding="unicode", method="html"))
+
+
+def answers(made: Sequence[Answer], title: str) -> str:
+    """Return answers of ``caspr-verify`` as one HTML page that needs no other file: the questions first."""
+    template = _templates().get_template("answers.html.j2")
+    return template.render(
+        title=title, answers=made, summary=_all_claims(made), counted=_claims, marks=answer.MARKS,
+        **{use.__name__: use for use in (answer.visible, answer.grid, answer.numeric, answer.rest, answer.origin)},
+    )  # fmt: skip
+
+
+def _claims(one: Answer) -> str:
+    held = sum(held for _, held in one.claims)
+    said = [f"{held} of {words.count(len(one.claims), 'statement')} held"] if one.claims else []
+    if n := len(one.counterexamples):
+        said.append(f"{words.count(n, 'statement')} checked that {'are' if n > 1 else 'is'} not true in general")
+    return "; ".join(said)
+
+
+def _all_claims(made: Sequence[Answer]) -> str:
+    broken = [text for one in made for text, held in one.claims if not held]
+    total = words.count(sum(len(one.claims) for one in made), "statement")
+    if broken:
+        return f"{len(broken)} of {total} that should hold did not: {'; '.join(broken)}."
+    return f"{words.count(len(made), 'question')}; all {total} that should hold did."

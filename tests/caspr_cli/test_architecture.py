@@ -15,14 +15,16 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
 # For each package: what it may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
-    "commands": {"hydra", "omegaconf", "caspr_cli", "recipe", "runs", "report", "bench", "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy"},
-    "runs": {"hydra", "omegaconf", "yaml", "caspr_cli", "recipe"},
+    "commands": {"hydra", "omegaconf", "caspr_cli", "common", "recipe", "runs", "report", "bench", "theory"},
+    "common": {"rich"},
+    "recipe": {"hydra", "omegaconf", "scipy", "common"},
+    "runs": {"hydra", "omegaconf", "yaml", "caspr_cli", "common", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "optim", "recipe", "runs", "tasks"},
     "optim": {"torch", "pytorch_optimizer"},
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "optim", "recipe", "tasks", "training"},
-    "report": {"caspr_cli", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml"},
-    "theory": {"matplotlib", "numpy", "torch", "bench", "optim", "recipe", "tasks", "report.answer", "report.look"},
+    "report": {"caspr_cli", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
+    "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "optim", "recipe", "tasks", "report.answer",
+               "report.look", "report.style", "training.groups", "training.timing"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "recipe.schema"},
 }  # fmt: skip

@@ -9,43 +9,43 @@ from html.parser import HTMLParser
 
 import pytest
 from matplotlib.figure import Figure as Drawing
+from pandas import DataFrame
 
-from caspr_cli.report import answers, answers_page, look
-from caspr_cli.report.answer import Answer, Column, Figure, Sheet
-from caspr_cli.report.errors import ReportError
+from caspr_cli.common.errors import UserError
+from caspr_cli.report import answer as answers
+from caspr_cli.report import page, style
+from caspr_cli.report.answer import Answer, Figure
 
 
 def drawn(name):
-    with look.drawing():
+    with style.drawing():
         figure = Drawing(figsize=(3, 2))
-        figure.add_subplot().plot([1, 2], [3, 4], color=look.KNOWN["caspr"].colour)
-        return look.to_svg(figure, name, f"a line called {name}")
+        figure.add_subplot().plot([1, 2], [3, 4], color=style.KNOWN["caspr"].colour)
+        return style.to_svg(figure, name, f"a line called {name}")
 
 
-def sheet(**changes):
-    values = {
-        "name": "gaps",
-        "title": "Smallest eigenvalues",
-        "columns": (Column("layer", "layer"), Column("gap", "gap", ".1e"), Column("note", "which | kind")),
-        "rows": (
-            {"layer": "up <1>", "gap": 1.25e-3, "note": "a|b", "hidden": 7},
-            {"layer": "down", "gap": math.nan, "note": "it"},
-            {"layer": "query", "gap": None, "note": None},
-        ),
-        "note": "Relative.",
-    }
-    return Sheet(**values | changes)
+ROWS = (
+    {"layer": "up <1>", "gap": 1.25e-3, "which": "a|b"},
+    {"layer": "down", "gap": math.nan, "which": "it"},
+    {"layer": "query", "gap": None, "which": None},
+)
+
+
+def table(rows=ROWS, title="Smallest eigenvalues", **changes):
+    how = {"heads": {"which": "which | kind"}, "formats": {"gap": ".1e"}, "note": "Relative."}
+    return answers.table(rows, title, **how | changes)
 
 
 def answer(name="order", **changes):
     values = {
         "name": name,
         "question": f"Is {name} so?",
-        "words": ("Yes, 3 < 4 & so on.", "By how much: a little."),
-        "sheets": (sheet(), sheet(name="all", title="Everything", shown=0)),
+        "finding": "Yes, 3 < 4 & so on.",
+        "text": ("By how much: a little.",),
+        "tables": {"gaps": table(), "all": table(title="Everything", shown=0)},
         "figures": (Figure("traces", "Traces.", drawn(f"{name} traces"), "traces over [steps]"),),
-        "holds": (("X₁ ⪯ X₂", True), ("X₂ ⪯ X₃", True)),
-        "fails": ("X₂ ⪰ F: false in 3 of 4 cases",),
+        "claims": (("X₁ ⪯ X₂", True), ("X₂ ⪯ X₃", True)),
+        "counterexamples": ("X₂ ⪰ F: false in 3 of 4 cases",),
         "command": f"caspr-verify {name}",
         "provenance": {"torch": "2.9", "nested": {"a": 1}},
     }
@@ -53,7 +53,7 @@ def answer(name="order", **changes):
 
 
 def broken():
-    return answer("cost", holds=(("predicted is measured", False),), fails=())
+    return answer("cost", claims=(("predicted is measured", False),), counterexamples=())
 
 
 def test_cells():
@@ -69,44 +69,54 @@ def test_lines_for_a_terminal():
     text = "\n".join(answers.lines(answer(), 80))
     assert text.startswith("Is order so?\n\nYes, 3 < 4 & so on.")
     assert "held     X₁ ⪯ X₂" in text
-    assert "no law   X₂ ⪰ F: false in 3 of 4 cases" in text
+    assert "not true X₂ ⪰ F: false in 3 of 4 cases" in text
     assert re.search(r"^up <1>  1\.3e-03  a\|b$|^up <1>  1\.2e-03  a\|b$", text, re.M)
     assert "Everything" not in text  # for files alone
     assert "failed   predicted is measured" in "\n".join(answers.lines(broken(), 80))
 
 
 def test_a_table_that_is_too_wide_says_what_it_leaves_out():
-    columns = tuple(Column(f"k{k}", f"column {k}") for k in range(9))
-    wide = sheet(columns=columns, rows=({f"k{k}": "x" * 30 for k in range(9)},))
-    lines = list(answers.sheet_lines(wide, 80))
+    wide = table([{f"column {k}": "x" * 30 for k in range(9)}])
+    lines = list(answers.table_lines("wide", wide, 80))
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("(no room for: column 2,") for line in lines)
 
 
 def test_long_cells_are_cut_only_where_there_is_no_room():
-    columns = (Column("a", "a"), Column("b", "b"))
-    long = sheet(columns=columns, rows=({"a": "x" * 60, "b": "y"},))
-    assert "x" * 60 in "\n".join(answers.sheet_lines(long, 80))
-    assert "x" * 39 + "…" in "\n".join(answers.sheet_lines(long, 50))
+    long = table([{"a": "x" * 60, "b": "y"}])
+    assert "x" * 60 in "\n".join(answers.table_lines("long", long, 80))
+    assert "x" * 39 + "…" in "\n".join(answers.table_lines("long", long, 50))
 
 
-def test_rows_that_are_not_shown_are_in_the_file():
-    short = sheet(shown=1)
-    assert "(2 more rows in gaps.csv)" in "\n".join(answers.sheet_lines(short, 80))
-    assert len(list(csv.DictReader(io.StringIO(answers.as_csv(short))))) == 3
+def test_rows_that_are_not_shown_are_in_the_file(tmp_path):
+    short = table(shown=1)
+    assert "(2 more rows in gaps.csv)" in "\n".join(answers.table_lines("gaps", short, 80))
+    answers.write(answer(tables={"gaps": short}), tmp_path)
+    assert len(list(csv.DictReader(io.StringIO((tmp_path / "gaps.csv").read_text())))) == 3
 
 
-def test_csv_has_full_precision_and_the_columns_alone():
-    rows = list(csv.DictReader(io.StringIO(answers.as_csv(sheet()))))
-    assert list(rows[0]) == ["layer", "gap", "note"]
-    assert float(rows[0]["gap"]) == 1.25e-3
+def test_csv_has_full_precision_and_no_formulas(tmp_path):
+    rows = [{"n": 7, "gap": 1 / 3, "which": "=HYPERLINK()"}, {"n": None, "gap": -1e-300, "which": "-x"}]
+    answers.write(answer(tables={"gaps": table(rows)}), tmp_path)
+    found = list(csv.DictReader(io.StringIO((tmp_path / "gaps.csv").read_text())))
+    assert [row["n"] for row in found] == ["7", ""]
+    assert [float(row["gap"]) for row in found] == [1 / 3, -1e-300]
+    assert [row["which"] for row in found] == ["'=HYPERLINK()", "'-x"]
+
+
+def test_a_frame_is_a_table_with_its_numbers_as_they_are():
+    made = answers.table(DataFrame({"n": [1, 2], "x": [0.5, math.inf], "yes": [True, False]}), "Frame")
+    assert answers.grid(made) == [["n", "x", "yes"], ["1", "0.5", "yes"], ["2", "inf", "no"]]
+    assert json.loads(answers.as_json(answer(tables={"t": made})))["tables"]["t"]["rows"][1] == {
+        "n": 2, "x": "inf", "yes": False,
+    }  # fmt: skip
 
 
 def test_json_is_json():
-    infinite = answer(sheets=(sheet(rows=({"layer": "a", "gap": math.inf}, {"layer": "b", "gap": math.nan})),))
+    infinite = answer(tables={"gaps": table(({"layer": "a", "gap": math.inf}, {"layer": "b", "gap": math.nan}))})
     found = json.loads(answers.as_json(infinite), parse_constant=pytest.fail)
-    assert [row["gap"] for row in found["sheets"]["gaps"]["rows"]] == ["inf", None]
-    assert found["holds"][0] == {"statement": "X₁ ⪯ X₂", "held": True}
+    assert [row["gap"] for row in found["tables"]["gaps"]["rows"]] == ["inf", None]
+    assert found["claims"][0] == {"statement": "X₁ ⪯ X₂", "held": True}
     assert found["provenance"]["nested"] == {"a": 1}
     assert [one["name"] for one in json.loads(answers.as_json([answer(), broken()]))] == ["order", "cost"]
 
@@ -128,11 +138,11 @@ def test_files_are_written_whole(tmp_path):
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "order").iterdir()) == sorted(names)
     (tmp_path / "file").touch()
-    with pytest.raises(ReportError, match="cannot write there"):
+    with pytest.raises(UserError, match="cannot write there"):
         answers.write(answer(), tmp_path / "file")
 
 
-class Page(HTMLParser):
+class Parsed(HTMLParser):
     """Identifiers, links, and what would be fetched."""
 
     def __init__(self, text):
@@ -152,23 +162,23 @@ class Page(HTMLParser):
 
 
 def test_page_stands_alone():
-    text = answers_page.page([answer(), answer("regret"), broken()], "Theory")
-    page = Page(text)
-    assert len(page.ids) == len(set(page.ids))
-    assert page.links == ["#order", "#regret", "#cost"]
-    assert {link[1:] for link in page.links} <= set(page.ids)
-    assert all(link.startswith("#") for link in page.fetched)  # uses of a figure's own parts
-    assert "script" not in page.tags
-    assert "link" not in page.tags
+    text = page.answers([answer(), answer("regret"), broken()], "Theory")
+    found = Parsed(text)
+    assert len(found.ids) == len(set(found.ids))
+    assert found.links == ["#order", "#regret", "#cost"]
+    assert {link[1:] for link in found.links} <= set(found.ids)
+    assert all(link.startswith("#") for link in found.fetched)  # uses of a figure's own parts
+    assert "script" not in found.tags
+    assert "link" not in found.tags
     assert text.count("<svg") >= 3
     assert "prefers-color-scheme: dark" in text
     assert "Yes, 3 &lt; 4 &amp; so on." in text
 
 
 def test_page_begins_with_the_questions_and_what_failed():
-    text = answers_page.page([answer(), broken()], "Theory")
+    text = page.answers([answer(), broken()], "Theory")
     start = text[: text.index("<main")]
     assert "Is order so?" in start
     assert "Is cost so?" in start
-    assert "Of 3 statements that should hold, 1 did not: predicted is measured." in start
-    assert "all 2 statements that should hold did" in answers_page.page([answer()], "Theory")
+    assert "1 of 3 statements that should hold did not: predicted is measured." in start
+    assert "all 2 statements that should hold did" in page.answers([answer()], "Theory")

@@ -1,0 +1,43 @@
+"""Mistakes of the user, said in one line that offers the nearest valid choice. No Hydra, no torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """The command cannot do what was asked; the message is for the user."""
+
+
+def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return `` Did you mean X?``, or nothing if no choice is close."""
+    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{match[0]}?" if match else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`UserError` with one line instead of printing its usage."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # subparsers are called by this name
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            what = self.prog.rpartition(" ")[2]
+            raise UserError(f"{unknown[0]} is no flag of {what}.{nearest(unknown[0].split('=')[0], flags)}")
+        return found, []
+
+    def error(self, message: str) -> NoReturn:
+        argument, _, text = message.replace("'", "").removeprefix("argument ").partition(": ")
+        if text.startswith("ignored explicit argument"):
+            raise UserError(f"{argument} takes no value")
+        if match := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", text):
+            what, noun = (f"{argument} {match[1]}", "choice") if argument[0] == "-" else (match[1], argument)
+            raise UserError(f"{what}: no such {noun}.{nearest(match[1], match[2].split(', '))} (choices: {match[2]})")
+        raise UserError(f"{argument}: {text}" if text else argument)

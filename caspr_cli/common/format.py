@@ -1,0 +1,94 @@
+"""Counts, lists, durations, sizes and tables as text."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+
+def count(number: int, noun: str, ending: str = "s") -> str:
+    """Return ``1 run`` or ``2,000 runs``."""
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def listed(words: Sequence[str], most: int = 8) -> str:
+    """Return ``a, b and c``; the end of a list longer than ``most`` as a number."""
+    if len(words) > most:
+        return f"{', '.join(words[: most - 1])} and {len(words) - most + 1} more"
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "none"
+
+
+def duration(seconds: float | None) -> str:
+    """Return ``9.5 s``, ``2 min 05 s`` or ``3 h 20 min``; a dash if the time is not known."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def size(number: float, unit: str = "B") -> str:
+    """Return a size with three digits and a decimal prefix, as ``12.3 MB``."""
+    value, prefixes = float(f"{number:.3g}"), ["", "k", "M", "G", "T", "P"]
+    while value >= 1000 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:g} {prefixes[0]}{unit}"
+
+
+def finite(value: Any) -> Any:
+    """Return the value with each NaN as None and each infinity as text, which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of a text whose first word stands in a column of its own, nine characters wide."""
+    return textwrap.wrap(text, width, subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False)
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:
+    """Return the lines of a table with aligned columns, two spaces apart.
+
+    Args:
+        rows: cells, the heads first.
+        right: which columns are aligned to the right; by default all but the first.
+    """
+    from rich.console import Console  # slow to import
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    for k in range(len(rows[0])):
+        made.add_column(justify="right" if (right[k] if right else k > 0) else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    width = sum(max(len(row[k]) for row in rows) + 2 for k in range(len(rows[0])))
+    console = Console(file=io.StringIO(), width=2 * width, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(made)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+class Progress:
+    """One line that is overwritten while long work goes on; silent where nobody watches."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._shown = stream, stream.isatty()
+
+    def say(self, text: str) -> None:
+        if self._shown:
+            print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
+
+    def clear(self) -> None:
+        self.say("")

@@ -1,0 +1,162 @@
+"""How figures look: colours that stay with their labels, and SVG that stands alone or in a page, the same at every run.
+
+Figures are drawn with matplotlib's objects, without pyplot's state. Text stays text. Colours are those of ``PALETTE``
+on a light ground, each of which a page may replace by its counterpart for a dark one.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# On a light and on a dark ground, with a contrast of at least 4.5 to 1 to it, as text needs; but for rules. The hues
+# are after Okabe and Ito's, which every kind of colour vision tells apart.
+PALETTE = {
+    "ink": ("#1b1f24", "#e6e9ee"),
+    "muted": ("#59626d", "#a3acb8"),
+    "rule": ("#d3d8de", "#3b434d"),
+    "blue": ("#0072b2", "#56b0ec"),
+    "vermilion": ("#c24e00", "#ff8f4a"),
+    "green": ("#00805c", "#2fc597"),
+    "purple": ("#ad4a89", "#e596c6"),
+    "amber": ("#946500", "#e8b64a"),
+    "grey": ("#5b6673", "#b9c2cd"),
+}
+INK, MUTED, RULE = (PALETTE[name][0] for name in ("ink", "muted", "rule"))
+FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
+NAMESPACE = "http://www.w3.org/2000/svg"
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # neither in XML nor in a file
+
+# Dashes as matplotlib takes them; lines of one hue are told apart by them.
+Dash = str | tuple[float, tuple[float, ...]]
+SOLID: Dash = "-"
+DASHED: Dash = (0, (5, 1.6))
+DASHDOT: Dash = (0, (6, 1.5, 1.2, 1.5))
+DOTTED: Dash = (0, (1.3, 1.3))
+HUES = ("vermilion", "green", "purple", "amber", "blue", "grey", "ink")
+
+
+@dataclass(frozen=True)
+class Style:
+    hue: str
+    dash: Dash
+
+    @property
+    def colour(self) -> str:
+        return PALETTE[self.hue][0]
+
+
+KNOWN = {
+    "caspr": Style("blue", SOLID),
+    "shampoo": Style("vermilion", SOLID),
+    "soap": Style("green", SOLID),
+    "muon": Style("purple", SOLID),
+    "adamw": Style("grey", SOLID),
+    "sgd": Style("ink", SOLID),
+    "full_adagrad": Style("amber", SOLID),
+    "caspr_paper": Style("blue", DASHED),
+    "nadamw": Style("grey", DASHED),
+}
+
+
+def styles(labels: Iterable[str]) -> dict[str, Style]:
+    """A style for each label: its own for the optimizers of the house, and the next free one for any other."""
+    free = (style for style in _others() if style not in KNOWN.values())
+    return {label: KNOWN[label] if label in KNOWN else next(free) for label in dict.fromkeys(labels)}
+
+
+def _others() -> Iterator[Style]:
+    """As many as are asked for; after all hues with three dashes they begin again."""
+    while True:
+        yield from (Style(hue, dash) for dash, hue in product((DASHED, DASHDOT, DOTTED), HUES))
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """In it figures are made and written: with these sizes, and without mathematics between dollar signs."""
+    settings: Any = {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.family": ["DejaVu Sans"],  # comes with matplotlib and is wide: what is measured with it has room
+        "font.size": 9,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.unicode_minus": True,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def to_svg(figure: Figure, name: str, alt: str) -> str:
+    """The figure as SVG on no ground, with no identifier that nothing refers to.
+
+    Args:
+        name: what tells its identifiers from those of other figures.
+        alt: what it shows, in words, for who does not see it.
+    """
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # measured a little wrong; who shows the text has its own
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(UNWRITABLE.sub("\ufffd", buffer.getvalue()))
+    _bare(root)
+    _renamed(root, re.sub(r"\W+", "-", name))
+    root.attrib = {
+        "xmlns": NAMESPACE,
+        **{key: root.attrib[key] for key in ("width", "height", "viewBox")},
+        "role": "img",
+        "aria-label": UNWRITABLE.sub("\ufffd", alt),
+        "style": f"font-family: {FONTS}; stroke-linejoin: round; stroke-linecap: butt",
+    }
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _bare(root: ElementTree.Element) -> None:
+    """Without namespaces, metadata, rules for the whole page, and font families of its own."""
+    for element in list(root.iter()):
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if "style" in element.attrib:
+            style = re.sub(r"font: (?:normal )*([\d.]+px) [^;]*", r"font-size: \1", element.attrib["style"])
+            element.attrib["style"] = re.sub(r"font-family: [^;]*;? ?", "", style)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag == "metadata" or (child.tag == "defs" and child.find("style") is not None):
+                parent.remove(child)
+
+
+def _renamed(root: ElementTree.Element, prefix: str) -> None:
+    """Identifiers that something refers to get a prefix; all others go."""
+    used = set()
+    for element in root.iter():
+        for key in ("href", "clip-path"):
+            if key in element.attrib:
+                used.add(element.attrib[key].partition("#")[2].rstrip(")"))
+                element.attrib[key] = element.attrib[key].replace("#", f"#{prefix}-", 1)
+    for element in root.iter():
+        name = element.attrib.pop("id", None)
+        if name in used:
+            element.attrib["id"] = f"{prefix}-{name}"
