@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "optim", "recipe", "tasks", "training"},
     "report": {"caspr_cli", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "optim", "recipe", "tasks", "report.answer",
-               "report.look", "report.style", "training.groups", "training.timing"},
+               "report.style", "training.groups", "training.timing"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "recipe.schema"},
 }  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
+from caspr_cli.common.format import Progress
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
-from caspr_cli.report.progress import Progress
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [
@@ -69,8 +69,8 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--scale", "paper"], "say which with --task"),
         (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
         (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
-        (["--optm", "caspr"], "--optm is not a flag. Did you mean --optim?"),
-        (["caspr"], "caspr is not a flag."),
+        (["--optm", "caspr"], "--optm is no flag of caspr-bench. Did you mean --optim?"),
+        (["caspr"], "caspr is no flag of caspr-bench."),
         (["--rounds", "0"], "--rounds: should be a positive integer but is 0"),
         (["--interval", "x"], "--interval: should be a positive integer but is x"),
         (["--dtype", "float3"], "Did you mean float32?"),
@@ -169,10 +169,10 @@ def test_progress_is_shown_on_a_terminal_alone() -> None:
 def test_the_table_of_roots(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from caspr_cli.bench import root_errors
+    from caspr_cli.bench import roots
 
-    whole = root_errors.root_error_table
-    monkeypatch.setattr(root_errors, "root_error_table", lambda d: whole(12, (1e2,), (1e-4,), 1))
+    whole = roots.root_errors
+    monkeypatch.setattr(roots, "root_errors", lambda d: whole(12, (1e2,), (1e-4,)))
     assert call(monkeypatch, "--roots", "--json", str(tmp_path / "roots.json")) == 0
     rows = json.loads((tmp_path / "roots.json").read_text())
     assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32", "warm32"}
