@@ -12,7 +12,7 @@ from typing import Any
 from zlib import crc32
 
 from caspr_cli.report.model import Difference, Point, Row, Run, Table, Trial
-from caspr_cli.report.stats import best_of, interval
+from caspr_cli.report.stats import Comparison, best_of, interval
 
 # Where each ends, how far seeds lie apart, and how many seconds a step takes, for validation losses from 7.6 down.
 ENDS = {
@@ -25,8 +25,8 @@ ENDS = {
 }
 PACKAGES = {"torch": "2.14.1", "lightning": "2.6.6", "numpy": "2.4.6"}
 VERDICT = (
-    "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; if the true difference is the one observed, "
-    "about 14 seeds would find it"
+    "no significant difference: -0.38 % (-0.94 to +0.18); n = 5 detects 0.56 %; "
+    "if the true difference is the one observed, about 14 seeds would find it"
 )
 
 
@@ -104,7 +104,7 @@ def row(
         "trials": made,
         "selected": made[0] if finals else None,
         "runs": tuple(runs),
-        "fresh": True,
+        "held_out": True,
         "n": len(finals),
         "mean": fmean(finals) if finals else None,
         "sd": stdev(finals) if len(finals) > 1 else None,
@@ -153,14 +153,17 @@ def _against(one: Row, base: Row | None, higher: bool) -> Row:
     if one is base:
         return replace(one, is_baseline=True)
     if one.mean is None or base.mean is None or one.n < 2:
-        why = "cannot tell: +2.1 %; with one seed on a side there is no spread to test by"
-        return replace(one, difference=Difference(False, one.n, None, None, None, None, None, why, base.label))
+        why = "not tested: +2.1 %; one seed on a side has no spread"
+        return replace(one, difference=Difference(n=one.n, verdict=why, baseline=base.label))
     value = one.mean - base.mean
-    tells = abs(value) > 3 * ((one.sd or 0) + (base.sd or 0))
-    p = 0.0004 if tells else 0.21
-    verdict = ("better" if (value > 0) == higher else "worse") if tells else VERDICT
-    ends = value, value - 0.02, value + 0.02
-    found = Difference(True, one.n, *ends, p, min(4 * p, 1), verdict, base.label, 4, base.mean, *ends, base.test_mean)
+    significant = abs(value) > 3 * ((one.sd or 0) + (base.sd or 0))
+    p = 0.0004 if significant else 0.21
+    verdict = ("better" if (value > 0) == higher else "worse") if significant else VERDICT
+    seen = {"paired": True, "n": one.n, "value": value, "low": value - 0.02, "high": value + 0.02}
+    found = Difference(
+        **seen, p_value=p, p_holm=min(4 * p, 1), verdict=verdict, baseline=base.label, tests=4, share_of=base.mean,
+        test=Comparison(**seen), test_share_of=base.test_mean,
+    )  # fmt: skip
     return replace(one, difference=found)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from recorded import run
 
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
-from caspr_cli.report.tables import tables
 
 
 def table(runs: Sequence[Run], **how: Any) -> Table:

@@ -1,6 +1,6 @@
-"""``caspr-report``: what the records say, with error bars. Reads files alone: no torch, no Hydra.
+"""``caspr-report``: what the records say, with error bars. It only reads files: no torch, no Hydra.
 
-What takes long to import is imported where it is used: there main() is ready for Ctrl-C.
+Libraries that take long to import are imported where they are used, when main() is ready for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
-from caspr_cli.report.errors import ReportError, nearest
+from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import count, listed, size
 
 if TYPE_CHECKING:
     from caspr_cli.report.model import Run, Table
@@ -25,80 +28,84 @@ if TYPE_CHECKING:
 OK, BAD_USAGE, INTERRUPTED = 0, 2, 130  # as those of caspr-train
 WIDTH = 120  # where no terminal says its own
 SHOWN = 8  # warnings about files
+SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
 
-HELP = """\
-caspr-report {version}: what the records say, with error bars. Reads files alone, also while runs go on
-
+BASELINE = (
+    "a row, as the table names it (default: adamw, where there is one); without an optimizer, as statistics=ema: each "
+    "optimizer's own row with these settings"
+)
+EXAMPLES = """\
+examples
   caspr-report compare                                   a table for each task of outputs/
   caspr-report compare outputs/c4_lm --baseline shampoo  every row against this one
   caspr-report compare --to report.html --to table.tex   a page with figures, a table for a paper
-  caspr-report compare --json                            all numbers, on standard output
-  caspr-report profile                                   over all tasks: how often is a row near the fastest?
   caspr-report curves outputs/c4_lm --to curves.svg      validation by step, mean and 95 % band over seeds
-  caspr-report list                                      one line a record, the newest last
   caspr-report show outputs/c4_lm/caspr/4e9d1440/seed0   one record in words
   caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
+  caspr-report unpack study.jsonl.gz --to outputs        directories again: caspr-train goes on from them
 
-  caspr-report unpack study.jsonl.gz --to outputs         directories again: caspr-train goes on from them
-
-PATHS are directories with records below them, or packed files (default: outputs)
-
-compare
-  --baseline LABEL      a row, as the table names it (default: adamw, where there is one); without an
-                        optimizer, as statistics=ema: each optimizer's own row with these settings
-  --tuned KEYS          keys that rows are tuned over (default: optim.lr, and those of searches)
-  --target TASK=VALUE   another target, as often as there are tasks; times are then read from the curves
-  --json                the rows as a list, with nothing else on standard output
-  --to FILE             {suffixes}; as often as you like
-profile   --unit steps|seconds (default: steps)   --to FILE.svg; and --baseline, --tuned, --target
-curves    --over steps|seconds (default: steps)   --to FILE.svg; the same
-pack      --to FILE.jsonl.gz      unpack   --to DIRECTORY
-exits     0 done   2 bad usage   130 interrupted
+PATHS are directories with records below them, or packs (default: outputs)
+exits    0 done   2 bad usage   130 interrupted
 """
 
-SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
-COMMANDS = ("compare", "profile", "curves", "list", "show", "pack", "unpack")
 
+def parser() -> Parser:
+    """Return the parser of the command line, with a subparser for each command."""
+    about = "What the records say, with error bars. It only reads files, also while runs go on."
+    raw = argparse.RawDescriptionHelpFormatter
+    made = Parser("caspr-report", description=about, epilog=EXAMPLES, formatter_class=raw)
+    made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
+    commands = made.add_subparsers(title="commands", metavar="command", dest="what")
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like the other commands."""
+    def command(name: str, text: str) -> Parser:
+        one: Parser = commands.add_parser(name, help=text, description=text)
+        one.add_argument("paths", nargs="*", type=Path, metavar="PATHS", help="records or packs (default: outputs)")
+        return one
 
-    def error(self, message: str) -> NoReturn:
-        match = re.fullmatch(r"argument (--\S+): (.*)", message.replace("'", ""))
-        if match and match[2].startswith("ignored explicit argument"):
-            raise ReportError(f"{match[1]} takes no value")
-        raise ReportError(f"{match[1]}: {match[2]}" if match else message)
+    compare = command("compare", "a table for each task: mean, interval, test, verdict")
+    profile = command("profile", "over all tasks: how often is a row near the fastest?")
+    curves = command("curves", "validation over training, mean and 95-percent band over seeds")
+    command("list", "one line a record, the newest last")
+    command("show", "one record in words")
+    pack = command("pack", "many records in one small file, to be read like a directory")
+    unpack = command("unpack", "the records of packs as directories again")
+    units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
+    for one in (compare, profile, curves):
+        one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
+        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
+                         "and those of searches)")  # fmt: skip
+        one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
+                         "target, once for each task; times are then read from the curves")  # fmt: skip
+    compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
+    profile.add_argument("--unit", **units)
+    curves.add_argument("--over", **units)
+    for one, name, text in (
+        (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
+        (profile, "FILE.svg", "a figure; may be given several times"),
+        (curves, "FILE.svg", "the figure"),
+        (pack, "FILE.jsonl.gz", "the pack"),
+        (unpack, "DIRECTORY", "where the records go"),
+    ):
+        one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
+    return made
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line.
+    """Return the command line.
 
     Raises:
-        ReportError: one line for the user.
+        UserError: one line for the user.
     """
-    what = argv[0] if argv else ""
-    if what not in COMMANDS:
-        given = f"{what}: no such command.{nearest(what, COMMANDS)} (" if what else "say what to do ("
-        raise ReportError(f"{given}commands: {', '.join(COMMANDS)}; caspr-report --help)")
-    parser = Parser(f"caspr-report {what}", add_help=False, allow_abbrev=False)
-    parser.add_argument("paths", nargs="*", type=Path)
-    if what in ("compare", "profile", "curves"):
-        parser.add_argument("--baseline")
-        parser.add_argument("--tuned", type=lambda text: [key.strip() for key in text.split(",") if key.strip()])
-        parser.add_argument("--target", type=target, action="append", default=[])
-    if what in ("compare", "profile", "curves", "pack", "unpack"):
-        parser.add_argument("--to", type=Path, action="append", default=[])
-    if what == "compare":
-        parser.add_argument("--json", action="store_true")
-    if what in ("profile", "curves"):
-        parser.add_argument("--unit" if what == "profile" else "--over", choices=("steps", "seconds"), default="steps")
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    args, unknown = parser.parse_known_args(argv[1:])
-    if unknown:
-        raise ReportError(f"{unknown[0]} is no flag of {what}.{nearest(unknown[0].split('=')[0], flags)}")
-    _check_files(what, getattr(args, "to", []))
-    args.what, args.paths = what, args.paths or [Path("outputs")]
+    args: argparse.Namespace = parser().parse_args(argv)
+    if args.what is None:
+        raise UserError("say what to do (caspr-report --help)")
+    _check_files(args.what, getattr(args, "to", []))
+    args.paths = args.paths or [Path("outputs")]
     return args
+
+
+def keys(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",") if key.strip()]
 
 
 def target(text: str) -> tuple[str, float]:
@@ -115,26 +122,25 @@ def target(text: str) -> tuple[str, float]:
 def _check_files(what: str, files: Sequence[Path]) -> None:
     if what == "unpack":
         if len(files) != 1 or files[0].is_file():
-            raise ReportError("unpack: say with --to into which directory")
+            raise UserError("unpack: say with --to into which directory")
         return
     allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",)}.get(what, (".svg",))
     for file in files:
         if not file.name.endswith(allowed):
-            raise ReportError(f"--to {file}: the name should end in {', '.join(allowed)}")
+            raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
-            raise ReportError(f"--to {file}: it is a directory")
+            raise UserError(f"--to {file}: it is a directory")
     if what in ("curves", "pack") and len(files) != 1:
-        raise ReportError(f"{what}: say with --to which file to write, as {what}{allowed[0]}")
+        raise UserError(f"{what}: say with --to which file to write, as {what}{allowed[0]}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read, and do what was asked for.
+    """Read the records, and do what was asked for.
 
     Raises:
-        ReportError: one line for the user.
+        UserError: one line for the user.
     """
     from caspr_cli.report import records
-    from caspr_cli.report.words import listed
 
     found = records.find(args.paths)
     for line in found.warnings[:SHOWN]:
@@ -142,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     if len(found.warnings) > SHOWN:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
     if not found.runs:
-        raise ReportError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
+        raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, found.runs)
 
 
@@ -154,44 +160,38 @@ def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     from caspr_cli.report import terminal
-    from caspr_cli.report.words import count
 
     if len(runs) > 1:
-        raise ReportError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
+        raise UserError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
     print("\n".join(terminal.record_lines(runs[0])))
 
 
 def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    from caspr_cli.report import packed
-    from caspr_cli.report.files import write_whole
-    from caspr_cli.report.words import count
+    from caspr_cli.report.pack import pack
 
-    content = packed.pack(runs, args.paths)
+    content = pack(runs, args.paths)
     write_whole(args.to[0], content)
-    print(f"wrote    {args.to[0]}: {count(len(runs), 'record')}, {len(content) / 1000:,.0f} kB")
+    print(f"wrote    {args.to[0]}: {count(len(runs), 'record')}, {size(len(content))}")
 
 
 def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    from caspr_cli.report import packed
-    from caspr_cli.report.words import count
+    from caspr_cli.report.pack import unpack
 
     if outside := [path for path in args.paths if not path.is_file()]:
-        raise ReportError(f"unpack {outside[0]}: is no packed file")
-    written, there = packed.unpack(runs, args.to[0])
+        raise UserError(f"unpack {outside[0]}: is no pack")
+    written, there = unpack(runs, args.to[0])
     print(f"wrote    {args.to[0]}: {count(written, 'record')}" + (f"; {there} were there already" if there else ""))
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """What is made of tables: compare, profile, curves."""
-    from caspr_cli.report import formats
-    from caspr_cli.report.files import write_whole
-    from caspr_cli.report.tables import tables
+    """Print and write what is made from tables: compare, profile, curves."""
+    from caspr_cli.report import format
+    from caspr_cli.report.compare import tables
 
     made = tables(runs, baseline=args.baseline, tuned=args.tuned, wanted=dict(args.target))
     quiet = args.what == "compare" and args.json
     out = sys.stderr if quiet else sys.stdout
-    lines = {"compare": _compared, "profile": _profiled, "curves": lambda args, runs, made: iter(())}[args.what]
-    for line in lines(args, runs, made) if not quiet else ():
+    for line in () if quiet else _lines(args, runs, made):
         print(line, file=out)
     for file in args.to:
         for path, content in _contents(args, file, made):
@@ -199,27 +199,36 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
                 write_whole(path, content)
             print(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw", file=out)
     if quiet:
-        print(formats.as_json(made), end="")
+        print(format.as_json(made), end="")
 
 
-def _compared(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
-    from caspr_cli.report import terminal
+def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
+    if args.what == "compare":
+        from caspr_cli.report import terminal
 
-    return terminal.compared(made, runs, args.paths, shutil.get_terminal_size((WIDTH, 24)).columns)
+        yield from terminal.compared(made, runs, args.paths, shutil.get_terminal_size((WIDTH, 24)).columns)
+    elif args.what == "profile":
+        from caspr_cli.report import terminal
+        from caspr_cli.report.profile import profile
 
-
-def _profiled(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
-    from caspr_cli.report.profile import profile
-
-    yield from profile(made, args.unit).lines
+        yield from terminal.profiled(profile(made, args.unit))
 
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
-    """The files to write for one name: several for figures of which there is one for each table."""
-    from caspr_cli.report import formats, packed
+    """Yield the files to write for one name: several for figures of which there is one for each table."""
+    from caspr_cli.common.shape import printable
+    from caspr_cli.report import format
 
-    command = packed.printable(shlex.join(["caspr-report", *sys.argv[1:]]))
-    if file.suffix == ".html":
+    command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
+    writers: dict[str, Callable[[], str]] = {
+        ".md": lambda: format.as_markdown(made, command),
+        ".tex": lambda: format.as_latex(made, command),
+        ".csv": lambda: format.as_csv(made),
+        ".json": lambda: format.as_json(made),
+    }
+    if file.suffix in writers:
+        yield file, writers[file.suffix]()
+    elif file.suffix == ".html":
         from caspr_cli.report.page import compared
 
         yield file, compared(made, command)
@@ -228,40 +237,27 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
         from caspr_cli.report.profile import profile
 
         yield file, figures.profile(profile(made, args.unit))
-    elif file.suffix == ".svg":
-        from caspr_cli.report import figures, look
+    else:
+        from caspr_cli.report import figures, style
 
-        styles = look.styles(row.label for table in made for row in table.rows)
+        styles = style.styles(row.label for table in made for row in table.rows)
         parts = [(table.task, table.scale, table.data) for table in made]
         for table, own in zip(made, parts, strict=True):
             more = (table.metric, (table.data_hash or "")[:8]) if parts.count(own) > 1 else ()
             what = re.sub(r"[^\w.-]", "_", "-".join([*own, *more]))
             name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
             yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
-    else:
-        writers: dict[str, Callable[[], str]] = {
-            ".md": lambda: formats.as_markdown(made, command),
-            ".tex": lambda: formats.as_latex(made, command),
-            ".csv": lambda: formats.as_csv(made),
-            ".json": lambda: formats.as_json(made),
-        }
-        yield file, writers[file.suffix]()
 
 
 def main() -> int:
     """Console script. Returns the exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")
-    argv = sys.argv[1:]
     try:
-        if "--help" in argv or "-h" in argv:
-            print(HELP.format(version=__version__, suffixes=", ".join(SUFFIXES)), end="")
-        elif "--version" in argv:
-            print(f"caspr-report {__version__}")
-        else:
-            run(parse(argv))
+        with suppress(SystemExit):  # --help and --version have printed
+            run(parse(sys.argv[1:]))
         print(end="", flush=True)
-    except ReportError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE
     except BrokenPipeError:  # the reader has seen enough; files may not be written yet, as | head asks
@@ -276,7 +272,7 @@ def main() -> int:
 
 
 def _leave_output() -> None:
-    """What is still to be written would fail once more when Python ends."""
+    """Discard what is still to be printed: it would fail once more when Python ends."""
     sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
 
 

@@ -188,11 +188,11 @@ def tables(told: Experiment, argv: list[str]) -> int:
 
 def report(told: Experiment) -> None:
     """Compare what there is of a table, on the terminal and as a page beside the records."""
+    from caspr_cli.common.errors import UserError
+    from caspr_cli.common.files import write_whole
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
-    from caspr_cli.report.errors import ReportError
-    from caspr_cli.report.files import write_whole
+    from caspr_cli.report.compare import tables
     from caspr_cli.report.page import compared
-    from caspr_cli.report.tables import tables
 
     folder = Path(told.output_dir)
     command, page = ["caspr-report", "compare", str(folder)], folder / "report.html"
@@ -201,14 +201,14 @@ def report(told: Experiment) -> None:
         try:
             made = tables(runs, baseline=told.baseline)
             command += ["--baseline", told.baseline] if told.baseline else []
-        except ReportError:  # the command line has left this row out
+        except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")
         for line in terminal.compared(made, runs, [folder], shutil.get_terminal_size((120, 24)).columns):
             say(line)
         write_whole(page, compared(made, shlex.join([*command, "--to", str(page)])))
         say(f"wrote    {page}")
-    except ReportError as error:
+    except UserError as error:
         complain(str(error))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
+from dataclasses import dataclass
+from statistics import fmean, median
 from textwrap import fill
 from typing import Any
 
@@ -13,33 +14,41 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from caspr_cli.report import look, words
-from caspr_cli.report.curves import Curve, apart, curve, settled, window
-from caspr_cli.report.look import MUTED, Style
-from caspr_cli.report.model import Row, Table
+from caspr_cli.common.format import count, listed
+from caspr_cli.report.format import interval as interval_text
+from caspr_cli.report.format import number
+from caspr_cli.report.model import Point, Row, Run, Table
 from caspr_cli.report.profile import LONGEST, Profile, rho
+from caspr_cli.report.stats import interval
+from caspr_cli.report.style import MUTED, Style, drawing, to_svg
+from caspr_cli.report.style import styles as styles_for
 
 WIDTH, HEIGHT = 5.6, 3.6  # inches; small, so that text stays readable where a page is narrow
 LABELLED, LONGEST_LABEL = 9, 22  # so many lines at most are labelled at their ends, with so many characters
+FAR = 8.0  # times the distance of the median end from the best: too far for an axis that others share
+SETTLED = 0.4  # share of the training after which the best row should be seen
 Styles = Mapping[str, Style]
 Ends = Sequence[tuple[str, float, float]]  # label, x and y
 
 
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
 def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> str:
-    """The mean of each row at each validation, with its 95 % interval, and the target.
+    """Draw the mean of each row at each validation, with its 95 % interval, and the target.
 
     Args:
-        over: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that do not know them.
-        styles: of labels that have one already in other figures.
+        over: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
+        styles: those that labels have in other figures.
     """
     found = [c for row in table.rows if (c := curve(row)) is not None]
     shown = [c for c in found if over == "steps" or c.seconds is not None]
     if max((len(c.steps) for c in shown), default=0) < 2:
         return ""
-    styles = styles or look.styles(row.label for row in table.rows)
+    styles = styles or styles_for(row.label for row in table.rows)
     unit, scale = ("steps", 1.0) if over == "steps" else _unit(max(c.seconds[-1] for c in shown if c.seconds))
     xs = {c.label: [x / scale for x in (c.steps if over == "steps" else c.seconds or ())] for c in shown}
-    with look.drawing():
+    with drawing():
         figure, axes = _axes(table.metric, unit)
         for c in shown:
             style, x, marker = styles[c.label], xs[c.label], "o" if len(c.steps) == 1 else None
@@ -57,7 +66,7 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
         _labelled(figure, axes, ends, styles, {c.label: _more(c) for c in shown})
         missing = [row.label for row in table.rows if row.label not in xs]
         _note(axes, "no curve" if over == "steps" else "times unknown", missing)
-        return look.to_svg(figure, f"{_name(table)} curves {over}", _alt_of_curves(table, shown, over))
+        return to_svg(figure, f"{_name(table)} curves {over}", _alt_of_curves(table, shown, over))
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, **more: Any) -> None:
@@ -75,7 +84,7 @@ def _more(c: Curve) -> str:
 
 
 def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
-    """The axis of values: the ends, the best of all, the last part of the best row, and the target if that is near."""
+    """Return the range of values that shows the ends, the best of all, the end of the best row, and a near target."""
     finished = [c for c in shown if c.finished] or shown
     order = max if table.higher_is_better else min
     ends = [c.mean[-1] for c in finished]
@@ -88,7 +97,7 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _first(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
-    """Where a line comes into the range: the point before."""
+    """Return the point before a line comes into the range."""
     inside = next((k for k, value in enumerate(y) if low <= value <= high), len(x) - 1)
     return x[max(inside - 1, 0)]
 
@@ -111,7 +120,7 @@ def _target(axes: Axes, table: Table) -> None:
 
 
 def _labelled(figure: Figure, axes: Axes, ends: Ends, styles: Styles, more: Mapping[str, str]) -> None:
-    """Names at the ends of lines, or a legend under the axes where there are too many or too long ones.
+    """Write names at the ends of lines, or a legend under the axes where names are too many or too long.
 
     A line that ends outside of the axes has its value beside its name.
     """
@@ -146,18 +155,18 @@ def _outside(y: float, low: float, high: float) -> str:
 
 
 def intervals(table: Table, styles: Styles | None = None) -> str:
-    """Mean and 95 % interval of each row, with single seeds; the interval of the baseline as a strip."""
+    """Draw mean and 95 % interval of each row, with single seeds, and the interval of the baseline as a strip."""
     rows = [row for row in table.rows if row.mean is not None]
     if not rows:
         return ""
-    styles = styles or look.styles(row.label for row in table.rows)
+    styles = styles or styles_for(row.label for row in table.rows)
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
     edges = [edge for row in rows for edge in (row.ci_low, row.ci_high, *(run.final for run in row.runs))]
     low, high = _with_near([edge for edge in edges if edge is not None], low, high)
     labels = [fill(f"{row.label} (n\u00a0=\u00a01)" if row.n == 1 else row.label, 28) for row in table.rows]
     lines = max(label.count("\n") + 1 for label in labels)
     room = len(table.rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
-    with look.drawing():
+    with drawing():
         figure, axes = _axes("", table.metric, height=0.75 + room)
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
@@ -170,11 +179,11 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         _note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
-        return look.to_svg(figure, f"{_name(table)} intervals", _alt_of_intervals(table))
+        return to_svg(figure, f"{_name(table)} intervals", _alt_of_intervals(table))
 
 
 def _with_near(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
-    """The range, with those values that are not far outside, as ends of intervals."""
+    """Return the range, extended to those values that are not far outside."""
     room, margin = 0.5 * (high - low), 0.03 * (high - low)
     near = [value for value in values if low - room <= value <= high + room]
     return min([low, *(value - margin for value in near)]), max([high, *(value + margin for value in near)])
@@ -186,9 +195,7 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
         axes.text(low, y, "  no run is done with a finite value", color=MUTED, fontsize=8, va="center")
         return
     if not low <= row.mean <= high:
-        text, side = (
-            (f"{words.number(row.mean)} →", "right") if row.mean > high else (f"← {words.number(row.mean)}", "left")
-        )
+        text, side = (f"{number(row.mean)} →", "right") if row.mean > high else (f"← {number(row.mean)}", "left")
         axes.text(high if side == "right" else low, y, text, color=style.colour, fontsize=8.5, ha=side, va="center")
         return
     seeds = [run.final for run in row.runs if run.final is not None]
@@ -199,12 +206,12 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
 
 
 def best_of(table: Table, styles: Styles | None = None) -> str:
-    """What a row's best validation is expected to be after so many trials, drawn from those that were made."""
+    """Draw the expected best validation after so many trials, of those that were run."""
     rows = [row for row in table.rows if len(row.best_of) > 1]
     if not rows:
         return ""
-    styles = styles or look.styles(row.label for row in table.rows)
-    with look.drawing():
+    styles = styles or styles_for(row.label for row in table.rows)
+    with drawing():
         figure, axes = _axes(f"best {table.metric}", "trials")
         for row in rows:
             trials = range(1, len(row.best_of) + 1)
@@ -217,16 +224,16 @@ def best_of(table: Table, styles: Styles | None = None) -> str:
         _labelled(figure, axes, ends, styles, {})
         missing = [row.label for row in table.rows if len(row.best_of) < 2]
         _note(axes, "fewer than two trials", missing)
-        return look.to_svg(figure, f"{_name(table)} trials", _alt_of_best(table, rows))
+        return to_svg(figure, f"{_name(table)} trials", _alt_of_best(table, rows))
 
 
 def profile(found: Profile, styles: Styles | None = None) -> str:
-    """The performance profile, for times from once to four times the best."""
+    """Draw the performance profile, for times from once to four times the best."""
     if not found.tasks:
         return ""
-    styles = styles or look.styles(found.ratios)
-    with look.drawing():
-        figure, axes = _axes(f"share of {words.count(len(found.tasks), 'task')}", f"{found.unit} to target / fastest")
+    styles = styles or styles_for(found.ratios)
+    with drawing():
+        figure, axes = _axes(f"share of {count(len(found.tasks), 'task')}", f"{found.unit} to target / fastest")
         for place, (label, ratios) in enumerate((label, found.ratios[label]) for label in found.scores):
             x = [1.0, *sorted(ratio for ratio in ratios if 1 < ratio <= LONGEST), LONGEST]
             width = min(1.4 + 0.6 * (len(found.scores) - 1 - place), 5)  # of lines that coincide all are seen
@@ -238,7 +245,7 @@ def profile(found: Profile, styles: Styles | None = None) -> str:
         alt = f"Share of tasks within a multiple of the fastest row's {found.unit} to target. Scores: " + ", ".join(
             f"{label} {value:.2f}" for label, value in found.scores.items()
         )
-        return look.to_svg(figure, f"profile {found.unit}", alt)
+        return to_svg(figure, f"profile {found.unit}", alt)
 
 
 def _axes(y: str, x: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
@@ -251,14 +258,14 @@ def _axes(y: str, x: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def _note(axes: Axes, what: str, labels: Sequence[str]) -> None:
-    """A line under the axis, if it is about any row; many or long labels are only counted."""
-    named = words.listed(labels)
+    """Write a line under the axis, if it is about any row; many or long labels are only counted."""
+    named = listed(labels)
     if labels:
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named if len(named) < 60 else words.count(len(labels), 'row')}")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named if len(named) < 60 else count(len(labels), 'row')}")
 
 
 def _unit(longest: float) -> tuple[str, float]:
-    """A unit for times up to so many seconds, in words, and its seconds."""
+    """Return a unit for times up to so many seconds, in words, and its seconds."""
     if longest < 180:
         return "seconds of training", 1.0
     return ("minutes of training", 60.0) if longest < 3 * 3600 else ("hours of training", 3600.0)
@@ -269,21 +276,125 @@ def _name(table: Table) -> str:
 
 
 def _alt_of_curves(table: Table, shown: Sequence[Curve], over: str) -> str:
-    ends = "; ".join(f"{c.label} ends at {words.number(c.mean[-1])} (n = {c.n})" for c in shown)
+    ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
     return f"{table.metric} on {table.task} over {over}. {ends}"
 
 
 def _alt_of_best(table: Table, rows: Sequence[Row]) -> str:
     ends = (
-        f"{row.label} {words.number(row.best_of[0])} after 1, {words.number(row.best_of[-1])} after {len(row.best_of)}"
+        f"{row.label} {number(row.best_of[0])} after 1, {number(row.best_of[-1])} after {len(row.best_of)}"
         for row in rows
     )
     return f"Expected best {table.metric} on {table.task} by number of trials. {'; '.join(ends)}"
 
 
 def _alt_of_intervals(table: Table) -> str:
-    rows = "; ".join(
-        f"{row.label} {words.number(row.mean)}, {words.between(row.ci_low, row.ci_high, row.sd)} (n = {row.n})"
-        for row in table.rows
-    )
+    rows = "; ".join(f"{row.label} {number(row.mean)}, {interval_text(row)} (n = {row.n})" for row in table.rows)
     return f"Mean and 95 % interval of {table.metric} on {table.task}. {rows}"
+
+
+# ---- means of runs, and ranges of axes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A row over its validations.
+
+    Args:
+        n: runs that are averaged: the finished ones, or those there are if none is.
+        finished: whether ``n`` counts finished runs.
+        seconds: the median at each step; None if a run has no times.
+        low, high: 95 % interval of the mean at each step; None if n < 2.
+    """
+
+    label: str
+    n: int
+    finished: bool
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...] | None
+    mean: tuple[float, ...]
+    low: tuple[float, ...] | None
+    high: tuple[float, ...] | None
+
+
+def curve(row: Row) -> Curve | None:
+    """Return the mean of a row at the steps where all its runs have a finite value; None if there is none."""
+    done = [run for run in row.runs if run.final is not None]
+    runs = done or [run for run in row.runs if run.curve]
+    columns = _columns(runs)
+    if not columns:
+        return None
+    values = [[float(point.value or 0.0) for point in column] for column in columns]
+    seconds = [[point.seconds for point in column if point.seconds is not None] for column in columns]
+    bands = [interval(each) for each in values]  # none where all values are equal
+    means = tuple(map(fmean, values))
+    return Curve(
+        label=row.label,
+        n=len(runs),
+        finished=bool(done),
+        steps=tuple(column[0].step for column in columns),
+        seconds=tuple(map(median, seconds)) if all(len(s) == len(runs) for s in seconds) else None,
+        mean=means,
+        low=_edges([low for low, _ in bands], means) if len(runs) > 1 else None,
+        high=_edges([high for _, high in bands], means) if len(runs) > 1 else None,
+    )
+
+
+def _edges(edges: Sequence[float | None], means: Sequence[float]) -> tuple[float, ...]:
+    return tuple(mean if edge is None else edge for edge, mean in zip(edges, means, strict=True))
+
+
+def _columns(runs: Sequence[Run]) -> list[list[Point]]:
+    """Return the points of all runs at each step that all have."""
+    by_step = [{point.step: point for point in run.curve if point.value is not None} for run in runs]
+    common = set.intersection(*map(set, by_step)) if by_step else set()
+    return [[points[step] for points in by_step] for step in sorted(common)]
+
+
+def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool) -> tuple[float, float]:
+    """Return the range of an axis on which ``ends`` can be distinguished.
+
+    From the best to the worst of them, but not to those that lie ``FAR`` times as far from the best as the median one:
+    a row that diverged does not flatten all others.
+
+    Args:
+        wanted: values that should be seen, whatever is said above.
+        higher: whether higher is better.
+    """
+    sign = -1.0 if higher else 1.0
+    ranked = sorted(sign * end for end in ends)
+    reach = FAR * (median(ranked) - ranked[0])
+    kept = [end for end in ranked if len(ranked) < 3 or end - ranked[0] <= reach]
+    seen = [*(kept or ranked[:1]), *(sign * value for value in wanted)]
+    margin = 0.07 * (max(seen) - min(seen)) or 0.02 * abs(seen[0]) or 0.02
+    edges = sign * (min(seen) - margin), sign * (max(seen) + margin)
+    return min(edges), max(edges)
+
+
+def settled(curve: Curve) -> float:
+    """Return the value after the first part of the training."""
+    start = SETTLED * curve.steps[-1]
+    return next(value for step, value in zip(curve.steps, curve.mean, strict=True) if step >= start)
+
+
+def apart(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return the positions, moved as little as possible, so that no two are nearer than ``gap``, within [low, high].
+
+    Least in the sum of squares: isotonic regression, by pooling. Where not all fit, they are spread evenly.
+    """
+    if not positions:
+        return []
+    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
+    order = sorted(range(len(positions)), key=lambda k: (positions[k], -k))  # of equal ones the first is the highest
+    blocks: list[list[float]] = []  # mean of what its members, moved to its start, would like; members
+    for rank, k in enumerate(order):
+        blocks.append([positions[k] - rank * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
+    wished = [start for start, n in blocks for _ in range(int(n))]
+    moved = [0.0] * len(positions)
+    for rank, k in enumerate(order):
+        first = min(max(wished[rank], low), high - (len(order) - 1) * gap)
+        moved[k] = first + rank * gap
+    return moved

@@ -1,4 +1,4 @@
-"""What a report says, as plain values: records are read into these, tables and figures are made of these."""
+"""The values of a report: records are read into these, tables and figures are made from these."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-DONE = "done"
-LARGEST = 1e50  # of a metric: far beyond float32, and tests square it twice; what is larger counts as not finite
-
-
-def finite(value: float | None) -> float | None:
-    """The value of a metric; None where it is not finite."""
-    return float(value) if value is not None and abs(value) <= LARGEST else None
+from caspr_cli.common.selection import finite
+from caspr_cli.common.shape import DONE, FAILED, KINDS, DamagedError
+from caspr_cli.report.stats import Comparison
 
 
 @dataclass(frozen=True)
 class Point:
-    """The metric that a task is judged by, at one validation."""
+    """The metric of a task at one validation."""
 
     step: int
-    seconds: float | None  # of training so far; None in records that did not say
+    seconds: float | None  # of training so far; None if the record does not have it
     value: float | None  # None: not finite
+
+
+def point(step: Any, seconds: Any, value: Any) -> Point:
+    """Return a validation; what is not finite is None.
+
+    Raises:
+        DamagedError: the step is no integer, or another of the three no number.
+    """
+    if not KINDS["integer"](step) or not all(x is None or type(x) in (int, float) for x in (seconds, value)):
+        raise DamagedError("a validation has other values than numbers")
+    return Point(step, None if seconds is None or not KINDS["number"](seconds) else float(seconds), finite(value))
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,10 @@ class Run:
     """One record.
 
     Args:
-        path: of its directory; of a packed record, ``<file>:<path it had>``.
+        path: its directory; for a packed record, ``<file>:<path it had>``.
         config: dotted keys of the recipe, as ``optim.lr``; a list is one value.
         status, result, provenance: the JSON files; empty where there is none yet.
-        curve: by step.
-        seeds_of: what is the same for all seeds of one recipe: the directory above.
+        curve: the validations, by step.
     """
 
     path: str
@@ -55,22 +61,26 @@ class Run:
     def state(self) -> str:
         return str(self.status.get("state", "new"))
 
+    @property
+    def ended(self) -> bool:
+        return self.state in (DONE, FAILED)
+
     @cached_property
     def final(self) -> float | None:
-        """The metric at the end of a run that is done; None where it is not done, or the value not finite."""
-        value = (self.result.get("final") or {}).get(self.metric) if self.state == DONE else None
-        return finite(value)
+        """The metric at the end; None if the run is not done, or the value not finite."""
+        return self._at_the_end("final", self.metric)
 
     @cached_property
     def test(self) -> float | None:
-        name = self.metric.replace("val/", "test/")
-        value = (self.result.get("test") or {}).get(name) if self.state == DONE else None
-        return finite(value)
+        return self._at_the_end("test", self.metric.replace("val/", "test/"))
+
+    def _at_the_end(self, part: str, metric: str) -> float | None:
+        return finite((self.result.get(part) or {}).get(metric)) if self.state == DONE else None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting of the tuned keys, with its seeds."""
+    """One setting of the tuned keys, with its runs."""
 
     values: dict[str, Any]  # of the tuned keys
     runs: tuple[Run, ...]  # by seed
@@ -78,24 +88,46 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table: an optimizer, or one of its variants, tuned.
+class Difference(Comparison):
+    """A row minus its baseline.
 
     Args:
-        label: as ``caspr`` or ``caspr optim.eps=1e-4``: what tells it from the other rows.
+        p_value: None also where the comparison would not be fair: more seeds failed, or chose the trial, on one side.
+        p_holm: after Holm's correction for the other rows of the table.
+        verdict: "better", "worse", or why there is none, in words.
+        baseline: its label.
+        tests: how many p-values the table has.
+        share_of: what percentages are of; None where that is too near 0, and differences are in units of the metric.
+        test, test_share_of: the same comparison of the test metric.
+    """
+
+    p_holm: float | None = None
+    verdict: str = ""
+    baseline: str = ""
+    tests: int = 1
+    share_of: float | None = None
+    test: Comparison = field(default_factory=Comparison)
+    test_share_of: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: an optimizer, or a variant of it, tuned.
+
+    Args:
+        label: what distinguishes it from the other rows, as ``caspr optim.eps=1e-4``.
         trials: all of them, also failed and unfinished ones.
-        selected: the one with the best validation at the end, over the seeds that all trials share; None if no trial
-            is done.
-        runs: those that are reported: of the selected trial, fresh seeds (that selected nothing) where there are two.
-        n: how many of them are done with a finite value.
-        steps_to_target, seconds_to_target: medians over all reported runs, where one that did not reach it is
-            infinite; None where that median is infinite or there is no target.
-        reached: how many of ``runs`` reached it; None if there is no target.
-        best_of: of k trials drawn from these, k = 1, 2, ...: the expected validation of the best.
+        selected: the best trial; None if none is done.
+        runs: those that are reported: the held-out seeds of the selected trial where there are two, else all.
+        held_out: whether the reported seeds took no part in the selection.
+        n: how many of ``runs`` are done with a finite value.
+        steps_to_target, seconds_to_target: medians over ``runs``, where one that did not reach the target is infinite;
+            None where the median is infinite or there is no target.
+        reached: how many of ``runs`` reached the target; None if there is none.
+        best_of: the expected validation of the best of k trials, for k = 1, 2, ...
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
         test_n: how many of the ``n`` have a test value.
-        settings: keys by which rows are told apart, whether the label shows them or not.
-        is_baseline: whether others are compared with it.
+        settings: the keys that distinguish rows, whether the label shows them or not.
     """
 
     task: str
@@ -104,7 +136,7 @@ class Row:
     trials: tuple[Trial, ...]
     selected: Trial | None
     runs: tuple[Run, ...]
-    fresh: bool
+    held_out: bool
     n: int
     mean: float | None
     sd: float | None
@@ -112,65 +144,29 @@ class Row:
     ci_high: float | None
     test_mean: float | None
     test_sd: float | None
+    test_n: int
     steps_to_target: float | None
     seconds_to_target: float | None
     reached: int | None
     best_of: tuple[float, ...]
     budget: dict[str, int]
-    difference: Difference | None = None  # to the baseline; None for the baseline itself or without one
-    test_n: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    difference: Difference | None = None  # None for a baseline, or without one
     is_baseline: bool = False
 
     @property
     def failed(self) -> int:
-        """Reported seeds without a finite value."""
+        """The number of reported seeds without a finite value."""
         return len(self.runs) - self.n
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A row against the baseline.
-
-    Args:
-        paired: where all seeds of the one are seeds of the other; otherwise Welch's test over all.
-        n: pairs, or the smaller of the two numbers of seeds.
-        value: row minus baseline, in units of the metric.
-        low, high: 95 % interval of it, not corrected.
-        p_value: two-sided; ``p_holm`` the same after Holm's correction for the other rows of the table; None where
-            more seeds failed, or chose the trial, on one side than on the other: they are no fair sample.
-        verdict: "better", "worse", or as "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; if that is
-            the true difference, about 14 seeds would find it"
-        against: label of the baseline.
-        tests: how many p-values the table has.
-        share_of: what percentages are of; None where that is too near 0, and units of the metric are said.
-        test, test_low, test_high: the same difference and interval of the test metric.
-    """
-
-    paired: bool
-    n: int
-    value: float | None
-    low: float | None
-    high: float | None
-    p_value: float | None
-    p_holm: float | None
-    verdict: str
-    against: str = ""
-    tests: int = 1
-    share_of: float | None = None
-    test: float | None = None
-    test_low: float | None = None
-    test_high: float | None = None
-    test_share_of: float | None = None
-
-
-@dataclass(frozen=True)
 class Table:
-    """All rows of one task at one scale, on the same data: the best mean first, rows with failed seeds behind.
+    """All rows of one task at one scale, on the same data: the best mean first, rows with failed seeds at the end.
 
     Args:
-        data_hash: of its content; None if no record says it.
-        baseline: label of a row, or settings, as ``statistics=ema``, that each optimizer has a row of its own with.
+        data_hash: a hash of the data's content; None if no record has it.
+        baseline: a label; or settings, as ``statistics=ema``, of which each optimizer has a row of its own.
     """
 
     task: str
@@ -181,5 +177,10 @@ class Table:
     target: float | None
     baseline: str | None
     rows: tuple[Row, ...]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
     data_hash: str | None = None
+
+    @property
+    def own_baselines(self) -> bool:
+        """Whether each optimizer has a baseline of its own."""
+        return sum(row.is_baseline for row in self.rows) > 1

@@ -1,8 +1,7 @@
-"""Records are read, also while runs still write them: what cannot be read is left out, and said."""
+"""Reads records, also while runs still write them. What cannot be read is left out, with a warning."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,51 +10,49 @@ from typing import Any
 
 import yaml
 
-from caspr_cli.report import packed
-from caspr_cli.report.errors import ReportError
-from caspr_cli.report.model import Point, Run
+from caspr_cli.common import shape
+from caspr_cli.common.errors import UserError
+from caspr_cli.common.format import size
+from caspr_cli.common.shape import DamagedError
+from caspr_cli.report import pack
+from caspr_cli.report.model import Point, Run, point
 
 MARKS = ("config.yaml", "status.json")  # either makes a directory a record
 SKIPPED = {".sweep", "checkpoints"}
 HOW = "caspr-train makes records, as: caspr-train -m optim=caspr,adamw seed=0,1,2"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is
-FAST = 16_000  # bytes; libyaml's recursion, with a level a byte at most, ends the process in longer ones
-NO_YAML = (
-    yaml.YAMLError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-)  # PyYAML's own, too
-LONGEST = 1_000_000  # bytes; a recipe has a thousand
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is installed
+FAST = 16_000  # bytes; in longer ones libyaml's recursion, a level a byte at most, could end the process
+# PyYAML raises these, too.
+NO_YAML = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+LONGEST = {"config.yaml": 1_000_000}  # bytes; a recipe has a thousand
+LONGEST_JSON = 64_000_000  # bytes; with an uncommitted diff a provenance may have some
 
 
 @dataclass
 class Records:
-    """What was found: ``warnings`` has a line for each file that could not be read."""
+    """What was found; ``warnings`` has a line for each file that could not be read."""
 
     runs: list[Run] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 class UnreadableError(Exception):
-    """The record is left out; the message is a warning, and empty where there is nothing to warn of."""
+    """The record is left out; the message is a warning."""
 
 
 def find(paths: Sequence[Path]) -> Records:
-    """All records below these directories, and in packed files; each once, sorted by path.
+    """Return all records below these directories, and in packs; each once, sorted by path.
 
     Raises:
-        ReportError: a path is not there, or a file is no pack of records.
+        UserError: a path is not there, or a file is no pack.
     """
     found, seen = Records(), set()
     for path in paths:
         if path.is_file():
-            found.runs += packed.read(path)
+            found.runs += pack.read(path)
             continue
         if not path.is_dir():
-            raise ReportError(f"{path}: no such file or directory; {HOW}")
+            raise UserError(f"{path}: no such file or directory; {HOW}")
         for directory in _directories(path, found.warnings):
             if (real := os.path.realpath(directory)) in seen:
                 continue
@@ -63,13 +60,13 @@ def find(paths: Sequence[Path]) -> Records:
             try:
                 found.runs.append(read(Path(directory), found.warnings))
             except UnreadableError as reason:
-                found.warnings += [str(reason)] if str(reason) else []
+                found.warnings.append(str(reason))
     found.runs.sort(key=lambda run: run.path)
     return found
 
 
 def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
-    """Those of records."""
+    """Yield the directories that are records."""
 
     def failed(error: OSError) -> None:
         warnings.append(f"{error.filename}: cannot be read ({error.strerror})")
@@ -82,53 +79,55 @@ def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
 
 
 def read(path: Path, warnings: list[str]) -> Run:
-    """One record.
+    """Return one record.
 
     Raises:
-        UnreadableError: it cannot be counted.
+        UnreadableError: it has to be left out.
     """
-    config = _config(path / "config.yaml")
-    status = _object(path / "status.json")  # before the result, which is written first
-    result = _object(path / "result.json")
-    if packed.lost(status, result):
+    config = _part(path / "config.yaml")
+    status = _part(path / "status.json")  # before the result, which is written first
+    result = _part(path / "result.json")
+    if shape.lost(status, result):
         raise UnreadableError(f"{path / 'result.json'}: missing or damaged, though the run is done: left out")
     try:
-        provenance = _object(path / "provenance.json")
+        provenance = _part(path / "provenance.json")
     except UnreadableError as reason:
         warnings.append(f"{reason}: where the run came from is not known".replace(": left out", ""))
         provenance = {}
-    curve = _curve(path / "metrics.jsonl", config["task.target.metric"], warnings)
-    return Run(packed.encodable(str(path)), config, status, result, provenance, curve)
+    curve = tuple(_curve(path / "metrics.jsonl", config["task.target.metric"], warnings))
+    return Run(shape.encodable(str(path)), config, status, result, provenance, curve)
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _part(file: Path) -> dict[str, Any]:
+    """Return the content of a file of a record, checked; empty where a JSON file is not there yet."""
+    most = LONGEST.get(file.name, LONGEST_JSON)
     try:
-        content = file.read_bytes()
-        if len(content) > LONGEST:
-            raise UnreadableError(f"{file}: is too long for a recipe: left out")
-        plain = yaml.load(content, Loader=LOADER if len(content) <= FAST else yaml.SafeLoader)
-        config = flat(plain) if isinstance(plain, dict) else {}
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+        if len(content) > most:
+            raise DamagedError(f"has more than {size(most)}")
+        return shape.part(file.stem, _yaml(content) if file.suffix == ".yaml" else shape.parsed(content))
     except FileNotFoundError:
+        if file.suffix == ".json":
+            return {}
         raise UnreadableError(f"{file}: not there (yet): left out") from None
     except OSError as error:
         raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
+    except DamagedError as error:
+        raise UnreadableError(f"{file}: {error}: left out") from error
+
+
+def _yaml(content: bytes) -> dict[str, Any]:
+    try:
+        plain = yaml.load(content, Loader=LOADER if len(content) <= FAST else yaml.SafeLoader)
+        return flat(plain) if isinstance(plain, dict) else {}
     except NO_YAML as error:
         where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}:" if where else ""
-        raise UnreadableError(f"{file}:{line} is no YAML: left out") from error
-    return _part(file, config)
-
-
-def _part(file: Path, content: Any) -> dict[str, Any]:
-    """Of a record, with the shape that it should have."""
-    try:
-        return packed.part(file.stem, content)
-    except packed.DamagedError as reason:
-        raise UnreadableError(f"{file}: {reason}: left out") from reason
+        raise DamagedError(f"{f'line {where.line + 1}: ' if where else ''}is no YAML") from error
 
 
 def flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones; a list is one value, an empty group none."""
+    """Return nested keys as dotted ones; a list is one value, an empty group none."""
     found: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict):
@@ -138,38 +137,24 @@ def flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON file; empty if there is none."""
+def _curve(file: Path, metric: str, warnings: list[str]) -> list[Point]:
+    """Return the validations; of two at one step, which a run that was continued may have, the later counts."""
+    needle, points = f'"{metric}"'.encode(), {}
     try:
-        content = json.loads(file.read_bytes(), parse_constant=lambda _: None)
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if needle not in line:  # most lines are about training, and long
+                    continue
+                try:
+                    entry = shape.parsed(line)
+                    found = point(entry["step"], entry.get("time/seconds"), entry[metric])
+                    points[found.step] = found
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    if line.endswith(b"\n"):  # the last line may be half-written
+                        warnings.append(f"{file}: line {number} cannot be read: left out of the curve")
     except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{file}: is no JSON: left out") from error
-    return _part(file, content)
-
-
-def _curve(file: Path, metric: str, warnings: list[str]) -> tuple[Point, ...]:
-    """The validations; a run that was cut off and continued may have written one twice: the later counts."""
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        return ()
+        pass
     except OSError as error:
         warnings.append(f"{file}: cannot be read ({error.strerror}): the run has no curve")
-        return ()
-    needle, points, lines = f'"{metric}"'.encode(), {}, content.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if needle not in line:  # most lines are of training, and long
-            continue
-        try:
-            entry = json.loads(line)
-            point = packed.point(entry["step"], entry.get("time/seconds"), entry[metric])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):  # the last one may be half-written
-                warnings.append(f"{file}: line {number} cannot be read: left out of the curve")
-            continue
-        points[point.step] = point
-    return tuple(points[step] for step in sorted(points))
+        return []
+    return [points[step] for step in sorted(points)]

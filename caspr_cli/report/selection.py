@@ -1,16 +1,246 @@
-"""Which trial of a row is reported, with which of its seeds: validation at the end chooses, fresh seeds report."""
+"""Which records belong to one row, which of its trials is selected, and which of its seeds are reported."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from caspr_cli.report.model import Run, Trial
-from caspr_cli.report.rows import ended
+from caspr_cli.common.selection import choose, reaches
+from caspr_cli.common.shape import DONE, FAILED
+from caspr_cli.report.model import Row, Run, Trial
 
-FRESH = 2  # seeds that selected nothing, from which on they alone are reported
+ALWAYS_TUNED = "optim.lr"
+SPACE = "search.space."
+ABSENT = "-"  # a key that an older version did not have, where the others differ in it
+# Keys that make no rows of their own: they change no number, or only the order of sums, or make tables of their own.
+IGNORED = {
+    "seed", "trial", "resume", "output_dir", "debug", "task.root", "trainer.timeout", "trainer.rendezvous",
+    "trainer.workers", "trainer.log_every", "trainer.accelerator", "trainer.devices", "trainer.nodes",
+    "trainer.accumulate", "trainer.compile", "trainer.val_every",
+    "trainer.keep_checkpoints", "optim.shard",
+}  # fmt: skip
+IGNORED_GROUPS = ("task.target.", "search.")
+HELD_OUT = 2  # with so many seeds that took no part in the selection, only these are reported
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> str:
+    """Return a value of the recipe as YAML and the command line have it, short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return ",".join(map(plain, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def setting(key: str, value: Any) -> str:
+    """Return ``lr=0.003`` for optim.lr; keys of other groups in full."""
+    return f"{key.removeprefix('optim.')}={plain(value)}"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    return " ".join(setting(key, value) for key, value in values.items())
+
+
+def frozen(value: Any) -> str:
+    """Return the same text for the same value, also where a number is written as 0 and as 0.0."""
+    return json.dumps(_numeric(value), sort_keys=True, default=str)
+
+
+def _numeric(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) <= 2**53 else value
+    if isinstance(value, (list, tuple)):
+        return [_numeric(each) for each in value]
+    return {key: _numeric(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def values_of(configs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the different values of each key, by their frozen text."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for config in configs:
+        for key, value in config.items():
+            found[key][frozen(value)] = value
+    return found
+
+
+def differing(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys with several values; one that is missing somewhere is no other value."""
+    return [key for key, values in values_of(configs).items() if len(values) > 1]
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """The records of one row; ``settings`` are the keys that distinguish rows, whether others differ or not."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: tuple[Run, ...]
+
+
+def searched_keys(runs: Iterable[Run]) -> set[str]:
+    """Return the keys that searches vary."""
+    return {key.removeprefix(SPACE).rpartition(".")[0] for run in runs for key in run.config if key.startswith(SPACE)}
+
+
+def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
+    """Return the rows of one optimizer, with labels that distinguish them.
+
+    A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
+    """
+    configs = [_distinguishing(run, tuned) for run in runs]
+    missing = {
+        key: None if frozen(None) in seen else next(iter(seen.values())) if len(seen) == 1 else ABSENT
+        for key, seen in values_of(configs).items()
+    }
+    found: dict[str, list[Run]] = defaultdict(list)
+    own: dict[str, dict[str, Any]] = {}
+    for run, config in zip(runs, configs, strict=True):
+        identity = frozen(missing | config)
+        found[identity].append(run)
+        own.setdefault(identity, missing | config)
+    shown = differing(own.values())
+    labels = numbered([label(config, shown) for config in own.values()])
+    return [Group(name, own[identity], tuple(found[identity])) for name, identity in zip(labels, own, strict=True)]
+
+
+def numbered(labels: Sequence[str]) -> list[str]:
+    """Return the labels, with a number where one is there already: null and the word null read the same."""
+    return [
+        f"{label} ({before + 1})" if (before := labels[:k].count(label)) else label for k, label in enumerate(labels)
+    ]
+
+
+def _distinguishing(run: Run, tuned: Sequence[str]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in expanded(run.config, tuned).items()
+        if key not in IGNORED and key not in tuned and not key.startswith(IGNORED_GROUPS)
+    }
+
+
+def expanded(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return the config, with lists in parts where a key names a part, as optim.betas.0 does."""
+    owners = (key.rpartition(".")[0] for key in keys)
+    lists = {owner for owner in owners if isinstance(config.get(owner), (list, tuple))}
+    parts = {f"{owner}.{index}": value for owner in lists for index, value in enumerate(config[owner])}
+    return {key: value for key, value in config.items() if key not in lists} | parts
+
+
+def label(config: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """Return the optimizer's name, and ``key=value`` for each of the keys in alphabetical order."""
+    return " ".join([str(config["optim.name"]), *sorted(setting(key, config.get(key)) for key in keys)])
+
+
+def labels_across(tables: Sequence[Sequence[Row]]) -> list[list[str]]:
+    """Return labels that mean the same row in each of several tables.
+
+    They have all settings in which any table has variants: the only ``caspr`` of one table is the ``caspr eps=1e-06``
+    of another, and not its ``caspr eps=0.0001``.
+    """
+    keys: dict[str, set[str]] = defaultdict(set)
+    for rows in tables:
+        for optim in {row.optim for row in rows}:
+            keys[optim].update(differing(row.settings for row in rows if row.optim == optim))
+
+    def label(row: Row) -> str:
+        name, *own = row.label.split(" ")
+        more = {setting(key, row.settings[key]) for key in keys[row.optim] if key in row.settings}
+        return " ".join([name, *sorted({*own, *more})])
+
+    return [[label(row) for row in rows] for rows in tables]
+
+
+# ---- what a user calls a row -------------------------------------------------------------------------------------
+
+
+def matching(rows: Iterable[Row], wanted: str) -> list[Row]:
+    """Return the rows with exactly these settings, or else those that have them among others.
+
+    Settings may come in any order, with or without ``optim.``, numbers in any notation, lists with or without brackets.
+    Without the name of an optimizer they mean rows of any.
+    """
+    name, wanted_settings = _parts(wanted)
+
+    def known(row: Row) -> frozenset[str]:
+        return _parts(row.label)[1] | {_normal(setting(key, value)) for key, value in row.settings.items()}
+
+    fitting = [row for row in rows if name in ("", _parts(row.label)[0]) and wanted_settings <= known(row)]
+    return [row for row in fitting if _parts(row.label)[1] == wanted_settings] or fitting
+
+
+def without_name(wanted: str) -> bool:
+    """Return whether these are settings alone, as ``statistics=ema``."""
+    return not _parts(wanted)[0]
+
+
+def _parts(label: str) -> tuple[str, frozenset[str]]:
+    words = label.split()
+    name = "" if not words or "=" in words[0] else words.pop(0)
+    return name, frozenset(map(_normal, words))
+
+
+def _normal(word: str) -> str:
+    key, _, value = word.partition("=")
+    try:
+        return setting(key, float(value))
+    except ValueError:
+        return setting(key, value.removeprefix("[").removesuffix("]"))
+
+
+# ---- trials ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A record that is not counted, and the one of the same trial and seed that is."""
+
+    left_out: Run
+    kept: Run
+
+
+def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...], tuple[Duplicate, ...]]:
+    """Return the trials of a row, in the order of a search or of their values, and the records that are duplicates.
+
+    Of two records with the same values and the same seed, the one that has come further counts, then the later one.
+    """
+    found: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    values: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        config = expanded(run.config, tuned)
+        own = {key: config[key] for key in tuned if key in config}
+        found[frozen(own)][run.seed].append(run)
+        values.setdefault(frozen(own), own)
+    made, duplicates = [], []
+    for name, seeds in found.items():
+        kept = {seed: max(same, key=_progress) for seed, same in sorted(seeds.items())}
+        index = next((k for run in kept.values() if isinstance(k := run.config.get("trial"), int)), None)
+        made.append(Trial(values[name], tuple(kept.values()), index))
+        duplicates += [Duplicate(run, kept[s]) for s, same in seeds.items() for run in same if run is not kept[s]]
+    made.sort(key=lambda trial: [_sortable(trial.index), *(_sortable(trial.values.get(key)) for key in tuned)])
+    return tuple(made), tuple(duplicates)
+
+
+def _progress(run: Run) -> tuple[int, str, str, str]:
+    """At last by what is in the records, so that the order in which they are read does not matter."""
+    rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
+    return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, (int, float))
+    return not number, float(value) if number else 0.0, plain(value)
 
 
 @dataclass(frozen=True)
@@ -20,62 +250,56 @@ class Selection:
     Args:
         trial: None if no trial has a run that is done.
         seeds: those by which it was chosen; empty if there was one trial, and nothing to choose.
-        scores: of each trial that can be compared, its mean over these seeds; None if one failed or is not finite.
+        scores: the mean of each trial that was compared over these seeds; None if one failed or is not finite.
         left_out: how many trials that ended have no run with these seeds.
+        runs: those that are reported.
+        held_out: whether these took no part in the selection.
     """
 
     trial: Trial | None
     seeds: frozenset[int]
     scores: tuple[float | None, ...]
-    left_out: int = 0
+    left_out: int
+    runs: tuple[Run, ...]
+    held_out: bool
 
 
 def select(trials: Sequence[Trial], *, higher_is_better: bool) -> Selection:
-    """The trial with the best mean final validation over the seeds that all trials share.
-
-    If no seed is common to all, the one that most trials have (the lowest of several) decides, among these trials.
-    """
-    candidates = [trial for trial in trials if any(map(ended, trial.runs))]
-    if not candidates:
-        return Selection(None, frozenset(), ())
-    seeds = _deciding([{run.seed for run in trial.runs if ended(run)} for trial in candidates])
-    compared = [trial for trial in candidates if seeds <= {run.seed for run in trial.runs if ended(run)}]
-    scores = [score(trial, seeds) for trial in compared]
-    sign = -1 if higher_is_better else 1
-
-    def worth(k: int) -> tuple[float, int]:
-        finite = sum(run.final is not None for run in compared[k].runs)
-        return math.inf if (value := scores[k]) is None else sign * value, -finite
-
-    best = compared[min(range(len(compared)), key=worth)]
-    return Selection(
-        best if any(run.final is not None for run in best.runs) else None,
-        seeds if len(candidates) > 1 else frozenset(),
-        tuple(scores),
-        len(candidates) - len(compared),
-    )
+    """Return the trial with the best validation at the end, and its runs with held-out seeds, if there are enough."""
+    finals = [{run.seed: run.final for run in trial.runs if run.ended} for trial in trials]
+    choice, ended = choose(finals, higher_is_better=higher_is_better), sum(map(bool, finals))
+    trial = None if choice.best is None else trials[choice.best]
+    seeds = choice.seeds if ended > 1 else frozenset[int]()
+    runs = tuple(run for run in trial.runs if run.ended) if trial else ()
+    fresh = tuple(run for run in runs if run.seed not in seeds)
+    held_out = trial is not None and (not seeds or len(fresh) >= HELD_OUT)
+    left_out = ended - len(choice.scores)
+    return Selection(trial, seeds, tuple(choice.scores.values()), left_out, fresh if held_out else runs, held_out)
 
 
-def _deciding(seeds: Sequence[set[int]]) -> frozenset[int]:
-    if common := frozenset.intersection(*map(frozenset, seeds)):
-        return common
-    counts = Counter(seed for each in seeds for seed in each)
-    return frozenset({min(counts, key=lambda seed: (-counts[seed], seed))})
+# ---- targets -----------------------------------------------------------------------------------------------------
 
 
-def score(trial: Trial, seeds: frozenset[int]) -> float | None:
-    """The mean of the final validations with these seeds; None if one failed or is not finite."""
-    values = [run.final for run in trial.runs if run.seed in seeds]
-    finite = [value for value in values if value is not None]
-    return sum(finite) / len(finite) if finite and len(finite) == len(values) else None
+def common_target(runs: Iterable[Run], *, higher_is_better: bool) -> float | None:
+    """Return the target of most runs, of equally many the hardest; None if none has one."""
+    counts = Counter(value for run in runs if (value := run.config.get("task.target.value")) is not None)
+    sign = 1 if higher_is_better else -1
+    return float(max(counts, key=lambda value: (counts[value], sign * value))) if counts else None
 
 
-def reported(selection: Selection) -> tuple[tuple[Run, ...], bool]:
-    """The runs of the selected trial that have ended, and whether they are fresh: they selected nothing."""
-    if selection.trial is None:
-        return (), False
-    runs = tuple(run for run in selection.trial.runs if ended(run))
-    fresh = tuple(run for run in runs if run.seed not in selection.seeds)
-    if not selection.seeds or len(fresh) >= FRESH:
-        return fresh, True
-    return runs, False
+def time_to(target: float, run: Run, *, higher_is_better: bool) -> tuple[float, float | None]:
+    """Return step and seconds of the first validation that reaches it: infinite if none does; None if not known."""
+    own = run.result.get("target") or {}
+    if run.state == DONE and own.get("value") == target:
+        return (math.inf, math.inf) if own.get("step") is None else (own["step"], own.get("seconds"))
+    for point in run.curve:
+        if point.value is not None and reaches(point.value, target, higher_is_better=higher_is_better):
+            return point.step, point.seconds
+    return math.inf, math.inf
+
+
+def median(times: Sequence[float | None]) -> float | None:
+    """Return the median; None if it is infinite, or a time is not known."""
+    known = [time for time in times if time is not None]
+    middle = statistics.median(known) if known and len(known) == len(times) else math.inf
+    return middle if math.isfinite(middle) else None

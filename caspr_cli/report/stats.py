@@ -1,7 +1,7 @@
 """The statistics of a comparison, as pure functions of numbers.
 
-Student's t throughout: intervals of a mean, the paired test, Welch's test. scipy.special has the distribution; the
-tests hold these against scipy.stats, which takes a second to import.
+Intervals of a mean, the paired test and Welch's test are those of Student's t. They are written with scipy.special:
+scipy.stats takes seconds to import, and the tests compare with it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from scipy import special
 LEVEL = 0.05  # two-sided
 POWER = 0.8
 MOST_SEEDS = 1000
-NO_SPREAD = 1e-12  # relative: below, a standard error is the rounding of equal values
+NO_SPREAD = 1e-12  # relative: a smaller standard error is the rounding of equal values
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How large chance is in a comparison.
+    """The random error of a difference.
 
     Args:
-        error, freedom: standard error of the difference, and its degrees of freedom.
-        sd: of the difference of one seed (pair).
+        error, freedom: its standard error and degrees of freedom.
+        sd: the standard deviation of one seed (pair).
         each: n seeds a side have (n - 1) times this degrees of freedom: 1 for pairs, up to 2 for Welch's test.
     """
 
@@ -41,16 +41,17 @@ class Comparison:
     """One row minus another, over seeds.
 
     Args:
+        paired: whether it is a paired test; otherwise it is Welch's.
         n: pairs, or the smaller of the two numbers of seeds.
-        value: None if one of the two has no seed.
-        base: the other's values that took part, of which shares may be said.
-        low, high: 95 % interval; None if n < 2, or if no difference between seeds shows how large chance is.
+        value: the difference of the means, in units of the metric; None if one of the two has no seed.
+        base: the other's values that took part.
+        low, high: 95 % interval, not corrected; None if n < 2, or if all seeds differ by the same.
         p_value: two-sided; None where ``low`` is, as ``spread``.
     """
 
-    paired: bool
-    n: int
-    value: float | None
+    paired: bool = False
+    n: int = 0
+    value: float | None = None
     base: tuple[float, ...] = ()
     low: float | None = None
     high: float | None = None
@@ -59,14 +60,14 @@ class Comparison:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n - 1 in the denominator); None where there are too few."""
+    """Return mean and standard deviation (n - 1 in the denominator); None where there are too few values."""
     array = np.asarray(values, dtype=float)
     mean = float(array.mean()) if array.size else None
     return mean, float(array.std(ddof=1)) if array.size > 1 else None
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % interval of the mean, for values that are about normal; None for fewer than two, or equal ones."""
+    """Return the 95 % interval of the mean of normal values; None for fewer than two, or equal ones."""
     mean, sd = mean_sd(values)
     if mean is None or sd is None or sd <= NO_SPREAD * max(map(abs, values)):
         return None, None
@@ -75,54 +76,52 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def quantile(freedom: float, tests: int = 1) -> float:
-    """Of Student's t: what its absolute value exceeds with a probability of 5 %, shared among so many tests."""
+    """Return what the absolute value of Student's t exceeds with 5 % probability, divided by the number of tests."""
     return float(special.stdtrit(freedom, 1 - LEVEL / tests / 2))
 
 
 def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison:
-    """The difference of the means, ours minus theirs.
+    """Return the difference of the means, ours minus theirs, with its test.
 
-    Paired where all seeds of the one are seeds of the other, two or more. Otherwise Welch's over all: a few common
-    seeds would throw the rest away.
+    The test is paired where all seeds of one side are seeds of the other, two or more. Otherwise it is Welch's over
+    all seeds: pairs of a few common seeds would leave out the rest.
 
     Args:
         ours, theirs: values by seed.
     """
     common = sorted(ours.keys() & theirs.keys())
-    if len(common) >= 2 and len(common) == min(len(ours), len(theirs)):
-        return _paired(np.array([ours[s] for s in common]), np.array([theirs[s] for s in common]))
-    return _welch(np.array([*ours.values()]), np.array([*theirs.values()]))
-
-
-def _paired(a: np.ndarray, b: np.ndarray) -> Comparison:
-    n, sd = len(a), float((a - b).std(ddof=1))
-    return _tested(a, b, Spread(sd / math.sqrt(n), n - 1.0, sd), paired=True)
-
-
-def _welch(a: np.ndarray, b: np.ndarray) -> Comparison:
-    n = min(len(a), len(b))
-    if n < 2:
-        return Comparison(False, n, float(a.mean() - b.mean()) if n else None, tuple(b.tolist()))
-    ours, theirs = float(a.var(ddof=1)), float(b.var(ddof=1))
-    parts = (ours / len(a), theirs / len(b))
-    error = sum(parts)
-    freedom = error**2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)) if error else 1.0
-    each = (ours + theirs) ** 2 / (ours**2 + theirs**2) if error else 1.0
-    return _tested(a, b, Spread(math.sqrt(error), freedom, math.sqrt(ours + theirs), each), paired=False)
-
-
-def _tested(a: np.ndarray, b: np.ndarray, spread: Spread, *, paired: bool) -> Comparison:
-    n, value, scale = min(len(a), len(b)), float(a.mean() - b.mean()), float(max(np.abs(a).max(), np.abs(b).max()))
-    base = tuple(b.tolist())
-    if spread.error <= NO_SPREAD * scale:  # p would be 0, or 0 / 0: equal values are no sample of a spread
+    paired = len(common) >= 2 and len(common) == min(len(ours), len(theirs))
+    a, b = (np.array([side[s] for s in common] if paired else [*side.values()]) for side in (ours, theirs))
+    n, base = min(len(a), len(b)), tuple(b.tolist())
+    value = float(a.mean() - b.mean()) if n else None
+    if n < 2 or value is None:
+        return Comparison(paired, n, value, base)
+    spread = _paired(a - b) if paired else _welch(a, b)
+    if spread.error <= NO_SPREAD * max(np.abs(a).max(), np.abs(b).max()):  # equal values say nothing of a spread
         return Comparison(paired, n, value, base)
     half = quantile(spread.freedom) * spread.error
     p = float(2 * special.stdtr(spread.freedom, -abs(value) / spread.error))
     return Comparison(paired, n, value, base, value - half, value + half, p, spread)
 
 
-def separable(spread: Spread, tests: int = 1) -> float:
-    """The smallest difference that the seeds that there are tell from zero.
+def _paired(differences: np.ndarray) -> Spread:
+    n, sd = len(differences), float(differences.std(ddof=1))
+    return Spread(sd / math.sqrt(n), n - 1.0, sd)
+
+
+def _welch(a: np.ndarray, b: np.ndarray) -> Spread:
+    ours, theirs = float(a.var(ddof=1)), float(b.var(ddof=1))
+    parts = (ours / len(a), theirs / len(b))
+    error = sum(parts)
+    if not error:
+        return Spread(0.0, 1.0, 0.0)
+    freedom = error**2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+    each = (ours + theirs) ** 2 / (ours**2 + theirs**2)
+    return Spread(math.sqrt(error), freedom, math.sqrt(ours + theirs), each)
+
+
+def detectable(spread: Spread, tests: int = 1) -> float:
+    """Return the smallest observed difference that would be significant with these seeds.
 
     Args:
         tests: of the table. The 5 % are shared among them (Bonferroni), as Holm's correction does in its first step.
@@ -130,25 +129,25 @@ def separable(spread: Spread, tests: int = 1) -> float:
     return quantile(spread.freedom, tests) * spread.error
 
 
-def seeds_to_separate(difference: float, spread: Spread, tests: int = 1) -> int | None:
-    """The smallest n that tells such an observed difference from zero; None above ``MOST_SEEDS``."""
+def seeds_to_detect(difference: float, spread: Spread, tests: int = 1) -> int | None:
+    """Return the smallest n with which such an observed difference is significant; None above ``MOST_SEEDS``."""
     return _fewest(lambda n: quantile((n - 1) * spread.each, tests) * spread.sd <= abs(difference) * math.sqrt(n))
 
 
 def seeds_needed(difference: float, spread: Spread, tests: int = 1) -> int | None:
-    """The smallest n whose two-sided t-test finds such a true difference with 80 % power; None above ``MOST_SEEDS``.
+    """Return the smallest n whose t-test finds such a true difference with 80 % power; None above ``MOST_SEEDS``.
 
     The power is that of the noncentral t distribution (J. Cohen, Statistical Power Analysis, 1988, chapter 2).
 
     Args:
-        tests: as of :func:`separable`.
+        tests: as in :func:`detectable`.
     """
 
     def found(n: int) -> bool:
         freedom = (n - 1) * spread.each
         bound, shift = quantile(freedom, tests), abs(difference) / spread.sd * math.sqrt(n)
         missed = float(special.nctdtr(freedom, shift, bound))
-        if math.isnan(missed):  # a shift above 35, beside which the normal part of t is nothing: chi squared is left
+        if math.isnan(missed):  # above a shift of 35 the normal part of t is negligible; chi squared remains
             missed = float(special.chdtrc(freedom, freedom * (shift / bound) ** 2))
         return missed <= 1 - POWER
 
@@ -156,14 +155,14 @@ def seeds_needed(difference: float, spread: Spread, tests: int = 1) -> int | Non
 
 
 def _fewest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest n from 2 on that is enough, as all above it are."""
+    """Return the smallest n from 2 on that is enough, as all above it are."""
     numbers = range(2, MOST_SEEDS + 1)
     place = bisect_left(numbers, True, key=enough)
     return numbers[place] if place < len(numbers) else None
 
 
 def unit_of_shares(base: Sequence[float]) -> float | None:
-    """What a difference is given in per cent of: the mean; None where that is too near 0 to divide by.
+    """Return the mean, of which a difference is given in per cent; None where it is too near 0 to divide by.
 
     That is below ten standard deviations, and so wherever its 95 % interval contains 0.
     """
@@ -172,7 +171,7 @@ def unit_of_shares(base: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Corrected for there being several (S. Holm, 1979); None, where there was no test, stays and does not count."""
+    """Return the p-values after Holm's correction (S. Holm, 1979); None, where there was no test, does not count."""
     tested = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -183,7 +182,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[float, ...]:
-    """The expected best of k trials drawn without replacement from these, for k = 1, 2, ..., all; exact.
+    """Return the expected best of k trials drawn without replacement, for k = 1, 2, ..., all; exact.
 
     The best is the i-th of N with probability C(N - i, k - 1) / C(N, k) (order statistics; J. Dodge et al., Show Your
     Work, 2019, draw with replacement).
@@ -201,7 +200,7 @@ def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[
 
 def _expected_best(ranked: Sequence[float], k: int) -> float:
     total, left = 0.0, len(ranked)
-    probability = k / left  # that the first is drawn
+    probability = k / left  # that the best of all is drawn
     for value in ranked:
         total += probability * value
         if left == k:

@@ -1,7 +1,7 @@
-"""How figures look: colours that stay with their labels, and SVG that stands alone or in a page, the same at every run.
+"""The style of figures: a colour for each label, and SVG that stands alone or in a page, with the same bytes each time.
 
 Figures are drawn with matplotlib's objects, without pyplot's state. Text stays text. Colours are those of ``PALETTE``
-on a light ground, each of which a page may replace by its counterpart for a dark one.
+on a light ground; a page replaces each by its counterpart on a dark one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# On a light and on a dark ground, with a contrast of at least 4.5 to 1 to it, as text needs; but for rules. The hues
-# are after Okabe and Ito's, which every kind of colour vision tells apart.
+# On a light and on a dark ground, with a contrast of at least 4.5 to 1, as text needs (but for rules). The hues are
+# near those of Okabe and Ito, which every kind of colour vision distinguishes.
 PALETTE = {
     "ink": ("#1b1f24", "#e6e9ee"),
     "muted": ("#59626d", "#a3acb8"),
@@ -38,7 +38,7 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Libera
 NAMESPACE = "http://www.w3.org/2000/svg"
 UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # neither in XML nor in a file
 
-# Dashes as matplotlib takes them; lines of one hue are told apart by them.
+# Dashes as matplotlib takes them; they distinguish lines of one hue.
 Dash = str | tuple[float, tuple[float, ...]]
 SOLID: Dash = "-"
 DASHED: Dash = (0, (5, 1.6))
@@ -71,20 +71,20 @@ KNOWN = {
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A style for each label: its own for the optimizers of the house, and the next free one for any other."""
+    """Return a style for each label: fixed for the optimizers of this package, the next free one for others."""
     free = (style for style in _others() if style not in KNOWN.values())
     return {label: KNOWN[label] if label in KNOWN else next(free) for label in dict.fromkeys(labels)}
 
 
 def _others() -> Iterator[Style]:
-    """As many as are asked for; after all hues with three dashes they begin again."""
+    """Yield hues with three dashes, again and again."""
     while True:
         yield from (Style(hue, dash) for dash, hue in product((DASHED, DASHDOT, DOTTED), HUES))
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """In it figures are made and written: with these sizes, and without mathematics between dollar signs."""
+    """Set the sizes and colours with which figures are made and written; text between dollar signs stays text."""
     settings: Any = {
         "svg.fonttype": "none",
         "text.parse_math": False,
@@ -110,16 +110,16 @@ def drawing() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """The figure as SVG on no ground, with no identifier that nothing refers to.
+    """Return the figure as SVG on no ground, with no identifier that nothing refers to.
 
     Args:
-        name: what tells its identifiers from those of other figures.
-        alt: what it shows, in words, for who does not see it.
+        name: the prefix of its identifiers, so that several figures can stand in one page.
+        alt: what it shows, in words, for readers who do not see it.
     """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # measured a little wrong; who shows the text has its own
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # its width is a little wrong; the reader's font has it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(UNWRITABLE.sub("\ufffd", buffer.getvalue()))
     _bare(root)
@@ -135,7 +135,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def _bare(root: ElementTree.Element) -> None:
-    """Without namespaces, metadata, rules for the whole page, and font families of its own."""
+    """Remove namespaces, metadata, rules for the whole page, and font families."""
     for element in list(root.iter()):
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
@@ -149,7 +149,7 @@ def _bare(root: ElementTree.Element) -> None:
 
 
 def _renamed(root: ElementTree.Element, prefix: str) -> None:
-    """Identifiers that something refers to get a prefix; all others go."""
+    """Give identifiers that something refers to a prefix, and remove all others."""
     used = set()
     for element in root.iter():
         for key in ("href", "clip-path"):

@@ -5,175 +5,176 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.report import words
-from caspr_cli.report.formats import Column, columns, selected, title, verdict
+from caspr_cli.common.format import count, duration, listed, table, wrapped
+from caspr_cli.report import format
+from caspr_cli.report.consistency import processes_and_threads
+from caspr_cli.report.format import Column, number
 from caspr_cli.report.model import Point, Row, Run, Table
-from caspr_cli.report.rows import IGNORED_GROUPS, differing, setting
+from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile, rho, times
+from caspr_cli.report.selection import IGNORED_GROUPS, differing, settings
 
 BARS = "▁▂▃▄▅▆▇█"
 INDENT = "  "
-TOLD = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # in columns of their own, or of no interest
+NOT_LISTED = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # have columns, or interest nobody
 LEGEND = [
     "mean     of validation at the end, ± standard deviation, over n seeds; 95 % interval of the mean (Student's t); "
-    f"{words.BOUNDED}; rows with failed seeds stand behind the others",
-    "verdict  paired t-test where all seeds of one side are common, else Welch's; at 5 % after Holm's correction for "
-    f"the rows of a table; {words.DIFFERENCES}; {words.POWERED}; {words.NOT_CORRECTED}",
-    f"caution  {words.ABOUT_SETTINGS}",
+    f"{format.BOUNDED}; rows with failed seeds stand behind the others",
+    f"verdict  {format.TESTS}, at 5 % after Holm's correction for the rows of a table; {format.DIFFERENCES}; "
+    f"{format.POWERED}; {format.NOT_CORRECTED}",
+    f"caution  {format.ABOUT_SETTINGS}",
 ]
 
 
 def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int) -> Iterator[str]:
-    """All tables, and how to read them."""
-    where = words.listed([str(path) for path in paths], 3)
-    yield f"caspr-report {__version__}  {words.count(len(runs), 'record')} in {where}"
-    for table in made:
+    """Yield all tables, and how to read them."""
+    where = listed([str(path) for path in paths], 3)
+    yield f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}"
+    for each in made:
         yield ""
-        yield from table_lines(table, width)
+        yield from table_lines(each, width)
     yield ""
     for line in LEGEND:
         yield from wrapped(line, width)
 
 
-def table_lines(table: Table, width: int) -> Iterator[str]:
-    """Title, a line for each row, its settings and verdict below, and what to know before believing it."""
-    yield from textwrap.wrap(title(table), width, subsequent_indent=INDENT)
-    shown, gone = fitting(columns(table), table.rows, width)
-    heads, *lines = aligned([[c.head for c in shown], *([c.cell(row) for c in shown] for row in table.rows)])
+def table_lines(made: Table, width: int) -> Iterator[str]:
+    """Yield title, a line for each row with its settings and verdict below, and the warnings."""
+    yield from textwrap.wrap(format.title(made), width, subsequent_indent=INDENT)
+    columns = format.columns(made)
+    shown = fitting(columns, made.rows, width)
+    heads, *lines = table([[c.head for c in shown], *([c.cell(row) for c in shown] for row in made.rows)])
     yield heads
-    for row, line in zip(table.rows, lines, strict=True):
+    for row, line in zip(made.rows, lines, strict=True):
         yield line
-        if said := "; ".join(filter(None, [selected(row), verdict(row)])):
+        if said := "; ".join(filter(None, [format.selected(row), format.comparison(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
-    if gone:
+    if gone := [column.head for column in columns if column not in shown]:
         yield from textwrap.wrap(f"(no room for: {', '.join(gone)}; a wider terminal, --json or --to has all)", width)
-    for warning in table.warnings:
+    for warning in made.warnings:
         yield from wrapped(f"warning  {warning}", width)
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """A line that begins with a word in a column of its own."""
-    return textwrap.wrap(text, width, subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False)
-
-
-def fitting(found: Sequence[Column], rows: Sequence[Row], width: int) -> tuple[list[Column], list[str]]:
-    """The columns for which there is room, and the heads of the others."""
-    shown = list(found)
+def fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
+    """Return the columns for which there is room."""
+    shown = list(columns)
     while sum(max(len(c.head), *(len(c.cell(row)) for row in rows)) + 2 for c in shown) - 2 > width:
         least = max(shown, key=lambda column: column.spare)
         if not least.spare:
             break
         shown.remove(least)
-    return shown, [column.head for column in found if column not in shown]
+    return shown
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns, all but the first to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))])
-        for first, *others in lines
+def profiled(found: Profile) -> Iterator[str]:
+    """Yield a performance profile, and how to read it."""
+    notes = [f"note: {text}" for text in found.left_out]
+    if not found.tasks:
+        yield from ["profile  no task has a target: there is nothing to compare", *notes]
+        return
+    heads = ["optimizer", "score", *(f"rho({tau:g})" for tau in SHOWN), *found.tasks]
+    rows = [
+        [label, f"{points:.3f}", *(f"{rho(found.ratios[label], tau):.2f}" for tau in SHOWN)]
+        + [times(ratio) for ratio in found.ratios[label]]
+        for label, points in found.scores.items()
     ]
+    where = count(len(found.tasks), "task")
+    yield f"profile  median {found.unit} to target on {where}, as a multiple of the fastest of the task"
+    yield from table([heads, *rows])
+    yield ""
+    yield f"rho(t)   share of tasks that are reached within t times the {found.unit} of the fastest"
+    yield f"score    AlgoPerf's integral, the mean of rho from 1 to {LONGEST:g}: 1 is the fastest everywhere"
+    yield f"         ({NOT_ALGOPERF})"
+    yield from notes
+
+
+# ---- records -----------------------------------------------------------------------------------------------------
 
 
 def listing(runs: Sequence[Run]) -> list[str]:
-    """One line a record, the newest last."""
+    """Return one line a record, the newest last."""
     heads = ["task", "optim", "settings that differ", "seed", "state", "step", "final", "time", "record"]
     runs = sorted(runs, key=lambda run: (str(run.status.get("updated", "")), run.path))
-    shown = _telling(runs)
-    lines = [heads, *(_line(run, shown[run.path]) for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _line(run: Run, settings: str) -> list[str]:
-    step = run.result.get("steps", run.status.get("step", run.curve[-1].step if run.curve else None))
-    return [
-        str(run.config["task.name"]),
-        str(run.config["optim.name"]),
-        settings or "-",
-        str(run.seed),
-        run.state,
-        "-" if step is None else str(step),
-        words.number(run.final),
-        words.duration(_seconds(run)),
-        run.path,
+    different = _different_settings(runs)
+    rows = [
+        [
+            str(run.config["task.name"]),
+            str(run.config["optim.name"]),
+            different[run.path] or "-",
+            str(run.seed),
+            run.state,
+            str(run.result.get("steps", run.status.get("step", run.curve[-1].step if run.curve else "-"))),
+            number(run.final),
+            duration(_seconds(run)),
+            run.path,
+        ]
+        for run in runs
     ]
+    return table([heads, *rows], right=[False] * len(heads))
 
 
 def _seconds(run: Run) -> float | None:
-    last = run.curve[-1].seconds if run.curve else None
-    return run.result.get("seconds", last)
+    return run.result.get("seconds", run.curve[-1].seconds if run.curve else None)
 
 
-def _telling(runs: Sequence[Run]) -> dict[str, str]:
-    """By path: the settings in which the records of one task and optimizer differ."""
-    found = {}
-    for group in {(run.config["task.name"], run.config["optim.name"]) for run in runs}:
-        own = [run for run in runs if (run.config["task.name"], run.config["optim.name"]) == group]
-        keys = [key for key in differing([run.config for run in own]) if not key.startswith((*TOLD, *IGNORED_GROUPS))]
-        for run in own:
-            found[run.path] = " ".join(setting(key, run.config[key]) for key in keys if key in run.config)
+def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
+    """Return by path the settings in which the records of one task and optimizer differ."""
+    groups: dict[tuple[Any, Any], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.config["task.name"], run.config["optim.name"]), []).append(run)
+    found: dict[str, str] = {}
+    for own in groups.values():
+        keys = [key for key in differing(r.config for r in own) if not key.startswith((*NOT_LISTED, *IGNORED_GROUPS))]
+        found |= {run.path: settings({k: run.config[k] for k in keys if k in run.config}) for run in own}
     return found
 
 
 def record_lines(run: Run) -> Iterator[str]:
-    """One record in words."""
-    config, result = run.config, run.result
+    """Yield one record in words."""
+    config, result, status = run.config, run.result, run.status
     trial = "" if config.get("trial") is None else f" search={config.get('search.name')} trial={config['trial']}"
-    yield (
-        f"run      task={config['task.name']} optim={config['optim.name']} scale={config.get('scale')} "
-        f"seed={run.seed}{trial}"
-    )
-    others = [setting(key, config[key]) for key in config if key.startswith("optim.") and key != "optim.name"]
-    yield from wrapped(f"optim    {' '.join(others)}", 110)
-    step = result.get("steps", run.status.get("step"))
-    error = f": {str(run.status['error']).partition(chr(10))[0]}" if run.status.get("error") else ""
+    names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
+    yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
+    own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}
+    yield from wrapped(f"optim    {settings(own)}", 110)
+    step = result.get("steps", status.get("step"))
     after = "" if step is None else f" at step {step}"
-    time = "" if _seconds(run) is None else f", {words.duration(_seconds(run))} of training"
+    time = "" if _seconds(run) is None else f", {duration(_seconds(run))} of training"
+    error = f": {str(status['error']).partition(chr(10))[0]}" if status.get("error") else ""
     yield f"state    {run.state}{after}{time}{error}"
     if result:
-        yield f"result   {run.metric} {words.number(run.final)} at the end; test {words.number(run.test)}"
-    yield from _target(run)
+        yield f"result   {run.metric} {number(run.final)} at the end; test {number(run.test)}"
+    target = result.get("target") or {}
+    if target.get("value") is not None:
+        reached = f"step {target['step']}, {duration(target.get('seconds'))}" if target.get("step") else "not reached"
+        yield f"target   {target['value']:g}: {reached}"
     if bars := sparkline(run.curve):
         values = [point.value for point in run.curve if point.value is not None]
-        ends = f"{words.number(values[0])} to {words.number(values[-1])}"
-        yield f"curve    {bars}  {ends} in {words.count(len(run.curve), 'validation')}"
-    yield from _origin(run)
+        validations = count(len(run.curve), "validation")
+        yield f"curve    {bars}  {number(values[0])} to {number(values[-1])} in {validations}"
+    yield from _origin(run.provenance)
     yield f"record   {run.path}"
 
 
-def _target(run: Run) -> Iterator[str]:
-    target = run.result.get("target") or {}
-    if target.get("value") is not None:
-        when = (
-            f"step {target['step']}, {words.duration(target.get('seconds'))}" if target.get("step") else "not reached"
-        )
-        yield f"target   {target['value']:g}: {when}"
-
-
-def _origin(run: Run) -> Iterator[str]:
-    origin = run.provenance
-    code, data, device = (origin.get(key) or {} for key in ("code", "data", "device"))
+def _origin(origin: dict[str, Any]) -> Iterator[str]:
+    code, data, device, machine = (origin.get(key) or {} for key in ("code", "data", "device", "machine"))
     if command := origin.get("command"):
         yield f"command  {' '.join(map(str, command))}"
     if data:
         yield f"data     {data.get('name')} ({data.get('source')}), hash {data.get('hash')}"
-    machine = (origin.get("machine") or {}).get("processor") or "-"
     if origin:
-        processes, threads = (int(device.get(key) or 1) for key in ("processes", "threads"))
-        width = f"{words.count(processes, 'process', 'es')}, {words.count(threads, 'thread')}"
-        yield f"machine  {machine}; {device.get('name') or 'cpu'}, {width}"
-        packages = origin.get("packages") or {}
+        where = f"{machine.get('processor') or '-'}; {device.get('name') or 'cpu'}"
+        yield f"machine  {where}, {processes_and_threads(device)}"
         yield (
             f"code     caspr-cli {origin.get('caspr_cli')}, commit {str(code.get('commit') or '-')[:10]}, "
-            f"torch {packages.get('torch')}, Python {origin.get('python')}"
+            f"torch {(origin.get('packages') or {}).get('torch')}, Python {origin.get('python')}"
         )
 
 
 def sparkline(curve: Sequence[Point], most: int = 40) -> str:
-    """The validations as bars, low to high; one that is not finite is a cross."""
+    """Return the validations as bars, low to high; one that is not finite is a cross."""
     points = [curve[k * len(curve) // most] for k in range(most)] if len(curve) > most else list(curve)
     finite = [point.value for point in points if point.value is not None]
     if not finite:

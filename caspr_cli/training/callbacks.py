@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from caspr_cli.common.selection import reaches
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
@@ -142,7 +143,8 @@ class Curves(Callback):
         if metric in scores and (not self.best or self._better(scores[metric], self.best[metric])):
             self.best = self.final
         wanted, note = self.recipe.task.target.value, ""
-        reached = wanted is not None and (scores[metric] == wanted or self._better(scores[metric], wanted))
+        higher = self.recipe.task.target.higher_is_better
+        reached = wanted is not None and reaches(scores[metric], wanted, higher_is_better=higher)
         if reached and self.target["step"] is None:
             self.target = {"step": step, "seconds": self.clock.seconds}
             note = f"  target {wanted:g} reached"

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "outputs"}
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
-# For each package: what it may import, beside itself and the standard library. A name with a dot allows that module alone.
+# For each package: what it may import, beside itself and the standard library; a name with a dot is one module.
 MAY_IMPORT = {
     "commands": {"hydra", "omegaconf", "caspr_cli", "common", "recipe", "runs", "report", "bench", "theory"},
     "common": {"rich"},
     "recipe": {"hydra", "omegaconf", "scipy", "common"},
     "runs": {"hydra", "omegaconf", "yaml", "caspr_cli", "common", "recipe"},
-    "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "optim", "recipe", "runs", "tasks"},
+    "training": {"common", "google", "lightning", "numpy", "rich", "tensorboard", "torch", "optim", "recipe", "runs", "tasks"},
     "optim": {"torch", "pytorch_optimizer"},
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "optim", "recipe", "tasks", "training"},
     "report": {"caspr_cli", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},

@@ -56,6 +56,8 @@ def test_the_wheel_brings_its_configs_and_works_from_anywhere(tmp_path: Path) ->
         names = set(archive.namelist())
     configs = {f"caspr_cli/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*.yaml")}
     assert configs <= names
+    templates = (ROOT / "caspr_cli" / "report" / "templates").iterdir()
+    assert {f"caspr_cli/report/templates/{file.name}" for file in templates} <= names
     assert not any(name.startswith(("tests/", "outputs/")) for name in names)
     code = (
         "import caspr_cli, sys; from caspr_cli.commands.train import main; print(caspr_cli.__file__); sys.exit(main())"

@@ -7,10 +7,10 @@ import pytest
 from recorded import run
 from tabled import row, searched, seeds, table, warned
 
-from caspr_cli.report import words
-from caspr_cli.report.errors import ReportError
+from caspr_cli.common.errors import UserError
+from caspr_cli.report import format
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Run
-from caspr_cli.report.tables import tables
 
 
 def test_rows_are_compared_with_adamw_by_default_and_corrected() -> None:
@@ -22,39 +22,35 @@ def test_rows_are_compared_with_adamw_by_default_and_corrected() -> None:
     assert caspr.p_holm == pytest.approx(2 * caspr.p_value)
     assert shampoo.p_holm == shampoo.p_value
     assert shampoo.verdict == (
-        "cannot tell: +0.1 % (-1.7 to +1.8); n = 3 separates 2.6 %; more seeds would tell: "
-        "about 5 seeds would separate half of that"
+        "no significant difference: +0.1 % (-1.7 to +1.8); n = 3 detects 2.6 %; about 5 seeds would detect half of that"
     )
-    assert words.against(caspr) == "against adamw: better, -10.97 % (-11.29 to -10.65), p (Holm) < 0.001, 3 pairs"
+    assert format.against(caspr) == "against adamw: better, -10.97 % (-11.29 to -10.65), p (Holm) < 0.001, 3 pairs"
     two = row(table([each for each in runs if each.config["optim.name"] != "shampoo"]), "caspr").difference
-    assert ", p < 0.001, 3 pairs" in words.against(two)
+    assert ", p < 0.001, 3 pairs" in format.against(two)
     other = table(runs, baseline="caspr")
     assert row(other, "adamw").difference.verdict == "worse"
 
 
 def test_one_seed_has_no_spread() -> None:
     made = table(seeds("adamw", [4.5]) + seeds("caspr", [4.0]))
-    assert (
-        row(made, "caspr").difference.verdict
-        == "cannot tell: -11 %; with one seed on a side there is no spread to test by"
-    )
+    assert row(made, "caspr").difference.verdict == "not tested: -11 %; one seed on a side has no spread"
 
 
 FIVE = [4.01, 3.98, 4.015, 4.002, 3.99]
 
 
-def test_what_cannot_be_told_is_given_with_its_sign_and_as_many_seeds_as_the_correction_needs() -> None:
+def test_what_is_not_significant_is_given_with_its_sign_and_as_many_seeds_as_the_correction_needs() -> None:
     caspr = seeds("caspr", [v - 0.0153 for v in (4.002, 3.99, 4.01, 3.98, 4.015)])
     alone = row(table(seeds("adamw", FIVE) + caspr), "caspr").difference.verdict
     assert alone == (
-        "cannot tell: -0.38 % (-0.94 to +0.18); n = 5 separates 0.56 %; "
+        "no significant difference: -0.38 % (-0.94 to +0.18); n = 5 detects 0.56 %; "
         "if the true difference is the one observed, about 13 seeds would find it"
     )
     others = [each for optim in ("muon", "sgd", "soap") for each in seeds(optim, [4.0, 4.03, 3.96, 4.01, 4.0])]
     several = row(table(seeds("adamw", FIVE) + caspr + others), "caspr").difference
     assert several.tests == 4
     assert several.verdict.endswith(
-        "n = 5 separates 0.87 %; if the true difference is the one observed, about 19 seeds would find it"
+        "n = 5 detects 0.87 %; if the true difference is the one observed, about 19 seeds would find it"
     )
 
 
@@ -66,14 +62,14 @@ def test_what_only_the_correction_takes_away_says_what_would_do_too() -> None:
     assert found.p_value < 0.05 <= found.p_holm
     assert "; p = 0.0" in found.verdict
     assert "alone, p (Holm) = 0.0" in found.verdict
-    assert "n = 5 separates " in found.verdict
+    assert "n = 5 detects " in found.verdict
     assert found.verdict.endswith("seeds would find it")
 
 
 def test_differences_from_a_baseline_near_zero_are_in_units_of_the_metric() -> None:
     found = row(table(seeds("adamw", [0.01, -0.02, 0.015]) + seeds("caspr", [0.02, 0.0, -0.04])), "caspr").difference
     assert "%" not in found.verdict
-    assert found.verdict.startswith("cannot tell: -0.01 (-0.11 to +0.09); n = 3 separates 0.10; ")
+    assert found.verdict.startswith("no significant difference: -0.01 (-0.11 to +0.09); n = 3 detects 0.10; ")
     assert found.share_of is None
 
 
@@ -92,16 +88,16 @@ def test_seeds_that_chose_the_trial_on_one_side_alone_decide_nothing() -> None:
     lucky = [each for k in range(3) for each in seeds("caspr", [4.0, 4.02, 3.97], optim__lr=10.0 ** (k - 4))]
     made = table(fresh + lucky + seeds("sgd", [4.6, 4.61, 4.63, 4.6], 1))
     difference = row(made, "caspr").difference
-    said = "its seeds chose its trial, which flatters it; the difference: -4.9 % (-6.1 to -3.7)"
-    assert difference.verdict == f"cannot tell: {said}"
+    said = "its seeds selected the trial, too, which flatters it; the difference: -4.9 % (-6.1 to -3.7)"
+    assert difference.verdict == f"not tested: {said}"
     assert difference.p_value is difference.p_holm is None
     assert row(made, "sgd").difference.tests == 1
     turned = table(fresh + lucky, baseline="caspr")
-    assert row(turned, "adamw").difference.verdict.startswith("cannot tell: seeds of caspr chose its trial, ")
+    assert row(turned, "adamw").difference.verdict.startswith("not tested: the seeds of caspr selected the trial, ")
     both = [replace(each, config=each.config | {"optim.name": "soap"}) for each in lucky]
-    assert row(table(lucky + both, baseline="soap"), "caspr").difference.verdict.startswith("cannot tell: identical")
+    assert row(table(lucky + both, baseline="soap"), "caspr").difference.verdict.startswith("not tested: identical")
     one = table(searched("adamw", [4.4, 4.2]) + seeds("caspr", [4.0, 4.02, 3.97], 1))
-    assert "seeds of adamw chose its trial" in row(one, "caspr").difference.verdict  # and not: n = 1
+    assert "the seeds of adamw selected the trial" in row(one, "caspr").difference.verdict  # and not: n = 1
 
 
 def test_as_large_a_share_of_failed_seeds_on_both_sides_takes_no_verdict_away() -> None:
@@ -109,17 +105,17 @@ def test_as_large_a_share_of_failed_seeds_on_both_sides_takes_no_verdict_away() 
     ten = seeds("caspr", [None, 3.7, 3.71, 3.72, 3.69, 3.7, 3.71, 3.7, None, 3.7])
     assert row(table(adamw + ten), "caspr").difference.verdict == "better"
     verdict = row(table(adamw + ten[:9]), "caspr").difference.verdict
-    assert verdict.startswith("cannot tell: 2 of 9 seeds failed; the others: ")
+    assert verdict.startswith("not tested: 2 of 9 seeds failed; the others: ")
 
 
 def test_the_test_metric_has_its_own_difference() -> None:
     runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98])
     found = row(table(runs), "caspr").difference
-    assert (found.test, found.test_low, found.test_high) == pytest.approx((found.value, found.low, found.high))
+    assert (found.test.value, found.test.low, found.test.high) == pytest.approx((found.value, found.low, found.high))
     for each in runs:
         each.result["test"]["test/loss"] = 9 - each.final
     turned = row(table(runs_again(runs)), "caspr").difference
-    assert turned.test == pytest.approx(-turned.value)
+    assert turned.test.value == pytest.approx(-turned.value)
     assert turned.verdict == "better"
     runs[0].result["test"] = {}
     one_less = row(table(runs_again(runs)), "adamw")
@@ -141,7 +137,9 @@ def test_settings_alone_mean_each_optimizers_own_row() -> None:
         runs += seeds(optim, [value + 0.5, value + 0.52, value + 0.49], optim__statistics="accumulate")
     made = table(runs, baseline="statistics=ema")
     assert made.baseline == "statistics=ema"
-    against = {each.label: each.difference and (each.difference.against, each.difference.verdict) for each in made.rows}
+    against = {
+        each.label: each.difference and (each.difference.baseline, each.difference.verdict) for each in made.rows
+    }
     assert against == {
         "caspr statistics=ema": None,
         "caspr statistics=accumulate": ("caspr statistics=ema", "worse"),
@@ -168,7 +166,7 @@ def test_a_setting_that_is_a_list(baseline: str) -> None:
 
 
 def test_a_baseline_that_is_not_there() -> None:
-    with pytest.raises(ReportError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
+    with pytest.raises(UserError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
         tables([run()], baseline="adamv")
     made = table([run("caspr"), run("soap")])
     assert made.baseline is None
@@ -195,7 +193,7 @@ def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted: str, m
 
 
 def test_keys_and_tasks_that_are_not_there() -> None:
-    with pytest.raises(ReportError, match=r"--tuned optim.rl: no record has this key. Did you mean optim.lr\?"):
+    with pytest.raises(UserError, match=r"--tuned optim.rl: no record has this key. Did you mean optim.lr\?"):
         tables([run()], tuned=["optim.rl"])
-    with pytest.raises(ReportError, match=r"--target c4lm: no record is of this task. Did you mean c4_lm\?"):
+    with pytest.raises(UserError, match=r"--target c4lm: no record is of this task. Did you mean c4_lm\?"):
         tables([run()], wanted={"c4lm": 1.0})

@@ -95,6 +95,20 @@ def test_rows_that_are_not_shown_are_in_the_file(tmp_path):
     assert len(list(csv.DictReader(io.StringIO((tmp_path / "gaps.csv").read_text())))) == 3
 
 
+def test_where_all_rows_are_shown_none_is_missed():
+    whole = table(shown=3)
+    assert answers.rest("gaps", whole) == answers.rest("gaps", table()) == ""
+    assert answers.rest("gaps", table(shown=2)) == "1 more row in gaps.csv"
+    assert "csv" not in page.answers([answer(tables={"gaps": whole})], "Theory")
+
+
+def test_an_answer_of_one_sentence_has_no_empty_parts():
+    bare = Answer(name="a", question="Is it?", finding="Yes.")
+    assert list(answers.lines(bare)) == ["Is it?", "", "Yes."]
+    assert answers.as_markdown(bare) == "# Is it?\n\nYes.\n"
+    assert "details" not in page.answers([bare], "Theory").partition("<body>")[2]
+
+
 def test_csv_has_full_precision_and_no_formulas(tmp_path):
     rows = [{"n": 7, "gap": 1 / 3, "which": "=HYPERLINK()"}, {"n": None, "gap": -1e-300, "which": "-x"}]
     answers.write(answer(tables={"gaps": table(rows)}), tmp_path)

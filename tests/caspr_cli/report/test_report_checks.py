@@ -28,8 +28,8 @@ def test_budgets_that_are_unequal_or_not_spent() -> None:
     assert warned(made, "unequal tuning", "caspr 3", "adamw 1")
     thrice = [each for k in range(3) for each in seeds("adamw", [4.2, 4.1, 4.2], optim__lr=10.0 ** (k - 4))]
     chosen = table(searched("caspr", [4.2, 4.0, 4.1]) + thrice + seeds("sgd", [5.0, 5.1, 5.0]))
-    assert warned(chosen, "unequal tuning, seeds that choose: ", "caspr 1", "adamw 3")
-    assert not warned(made, "seeds that choose: ")
+    assert warned(chosen, "unequal tuning, seeds that select: ", "caspr 1", "adamw 3")
+    assert not warned(made, "seeds that select: ")
     search = {"search__name": "s", "search__trials": 5, "search__space__optim__lr__log": [1e-4, 1e-1]}
     part = [*searched("caspr", [4.2, None], **search), run("caspr", 0, None, "running", optim__lr=9.0, **search)]
     assert warned(table(part), "caspr: 2 of 5 trials ended, 1 running")

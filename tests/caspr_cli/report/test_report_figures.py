@@ -14,8 +14,10 @@ import pytest
 import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from caspr_cli.report import curves, figures, look
+from caspr_cli.report import figures, style
 from caspr_cli.report.model import Point, Row, Table
 from caspr_cli.report.profile import profile
 
@@ -51,7 +53,7 @@ def test_all_labels_are_there_as_text(figure: str) -> None:
 def test_it_stands_alone(figure: str) -> None:
     """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own."""
     svg = drawn("language", figure)
-    assert re.findall(r"https?://[^\s\"<]+", svg) == [look.NAMESPACE]
+    assert re.findall(r"https?://[^\s\"<]+", svg) == [style.NAMESPACE]
     assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg)) == set(identifiers(svg))
     assert "<metadata" not in svg
     assert "<style" not in svg
@@ -68,7 +70,7 @@ def test_bytes_are_the_same_in_another_process() -> None:
 
 def test_only_colours_of_the_palette_are_used() -> None:
     """A page replaces these alone."""
-    known = {light for light, _ in look.PALETTE.values()}
+    known = {light for light, _ in style.PALETTE.values()}
     for figure in FIGURES:
         assert set(re.findall(r"#[0-9a-f]{6}\b", drawn("language", figure))) <= known
 
@@ -100,6 +102,96 @@ def test_the_target_is_drawn_or_said() -> None:
     assert "target 4.5" in texts(drawn("language", "steps"))
     far = replace(synthetic.bare(), target=1.5)
     assert "target 1.5: below this range" in texts(figures.curves(far))
+
+
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Axes]:
+    """Draws a figure, and returns its axes as matplotlib has them."""
+    made: list[Figure] = []
+    monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: made.append(figure) or alt)
+
+    def draw(figure: Callable[..., str], *args: object) -> Axes:
+        assert figure(*args)
+        made[-1].draw_without_rendering()
+        return made[-1].axes[0]
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("over", "unit", "seconds"), [("steps", "steps", 1.0), ("seconds", "minutes of training", 60.0)]
+)
+def test_lines_are_means_with_bands_and_names_at_their_ends(
+    axes: Callable[..., Axes], over: str, unit: str, seconds: float
+) -> None:
+    table = synthetic.language()
+    shown = axes(figures.curves, table, over)
+    target, lines = [line for line in shown.lines if len(line.get_xdata()) == 2], shown.lines[:6]
+    assert [set(line.get_ydata()) for line in target] == [{4.5}]
+    means = {row.label: figures.curve(row) for row in table.rows}
+    for line, band, found in zip(lines, shown.collections, means.values(), strict=True):
+        x = found.steps if over == "steps" else [s / seconds for s in found.seconds]
+        assert line.get_xdata() == pytest.approx(x)
+        assert line.get_ydata() == pytest.approx(found.mean)
+        corners = band.get_paths()[0].vertices[:, 1]
+        assert (corners.min(), corners.max()) == pytest.approx((min(found.low), max(found.high)))
+    assert shown.get_xlabel() == unit
+    low, high = shown.get_xlim()
+    ends = [line.get_xdata()[-1] for line in lines]
+    assert high == max(ends)
+    assert 0 <= low < min(line.get_xdata()[-2] for line in lines)
+    names = [text for text in shown.texts if text.get_text() in synthetic.ENDS]
+    places = {text.get_text(): text.get_position()[1] for text in names}
+    assert sorted(places, key=places.get) == sorted(places, key=lambda label: means[label].mean[-1])
+    bottom, top = shown.get_ylim()
+    wished = {label: min((means[label].mean[-1] - bottom) / (top - bottom), 1.0) for label in places}
+    assert places == pytest.approx(wished, abs=0.1)
+    gaps = [b - a for a, b in pairwise(sorted([*places.values(), 1.0]))]
+    assert min(gaps) >= 0.062 - 1e-9
+    assert {text.get_color() for text in names} == {style.KNOWN[label].colour for label in places}
+
+
+def test_points_and_bars_of_intervals(axes: Callable[..., Axes]) -> None:
+    table = synthetic.language()
+    shown = axes(figures.intervals, table)
+    rows = [row for row in table.rows if row.label != "sgd"]  # diverged: a number at the edge
+    bars = [line for line in shown.lines if len(line.get_xdata()) == 2 and len({*line.get_ydata()}) == 1]
+    assert [tuple(bar.get_xdata()) for bar in bars] == [(row.ci_low, row.ci_high) for row in rows]
+    means = [line.get_xdata()[0] for line in shown.lines if len(line.get_xdata()) == 1]
+    assert means == [row.mean for row in rows]
+    assert [label.get_text() for label in shown.get_yticklabels()] == [row.label for row in table.rows]
+    low, high = shown.get_xlim()
+    assert all(low < row.ci_low and row.ci_high < high for row in rows)
+    assert high < 6
+
+
+def test_steps_of_a_profile(axes: Callable[..., Axes]) -> None:
+    found = profile(synthetic.study(), "steps")
+    shown = axes(figures.profile, found)
+    for line, label in zip(shown.lines, found.scores, strict=True):
+        x = line.get_xdata()
+        assert (x[0], x[-1]) == shown.get_xlim() == (1, 4)
+        assert list(line.get_ydata()) == [sum(ratio <= tau for ratio in found.ratios[label]) / 4 for tau in x]
+
+
+def test_the_best_of_trials(axes: Callable[..., Axes]) -> None:
+    table = synthetic.language()
+    shown = axes(figures.best_of, table)
+    for line, row in zip(shown.lines, table.rows, strict=True):
+        assert (list(line.get_xdata()), tuple(line.get_ydata())) == ([1, 2, 3, 4, 5, 6], row.best_of)
+    assert shown.get_xlim() == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(179, "seconds"), (180, "minutes"), (3 * 3600 - 1, "minutes"), (3 * 3600, "hours")]
+)
+def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str) -> None:
+    made = synthetic.run("caspr", 1, 4.0)
+    run = replace(made, curve=tuple(replace(p, seconds=seconds * p.step / 400) for p in made.curve))
+    shown = axes(figures.curves, synthetic.table([synthetic.row("caspr", [run])], baseline=None), "seconds")
+    assert shown.get_xlabel() == f"{unit} of training"
+    scale = {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
+    assert shown.lines[0].get_xdata()[-1] == pytest.approx(seconds / scale)
 
 
 def test_fourteen_rows_have_a_legend() -> None:
@@ -144,28 +236,28 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("name", sorted(set(look.PALETTE) - {"rule"}))
+@pytest.mark.parametrize("name", sorted(set(style.PALETTE) - {"rule"}))
 def test_colours_can_be_read_on_both_grounds(name: str) -> None:
-    light, dark = look.PALETTE[name]
+    light, dark = style.PALETTE[name]
     assert contrast(light, "#ffffff") >= 4.5
     assert contrast(dark, "#14181d") >= 4.5
 
 
 def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
     labels = [f"caspr eps=1e-{k}" for k in range(19)]
-    found = look.styles(["adamw", *labels, "caspr"])
-    assert found["caspr"] == look.KNOWN["caspr"]
-    assert found["adamw"] == look.KNOWN["adamw"]
+    found = style.styles(["adamw", *labels, "caspr"])
+    assert found["caspr"] == style.KNOWN["caspr"]
+    assert found["adamw"] == style.KNOWN["adamw"]
     assert len(set(found.values())) == 21
-    assert len(look.styles(map(str, range(100)))) == 100
+    assert len(style.styles(map(str, range(100)))) == 100
 
 
-def curve_of(values: list[list[float | None]]) -> curves.Curve | None:
+def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
     runs = [
         replace(synthetic.run("caspr", k, 4.0), curve=tuple(Point(s, 2.0 * s, v) for s, v in enumerate(own, 1)))
         for k, own in enumerate(values)
     ]
-    return curves.curve(synthetic.row("caspr", runs))
+    return figures.curve(synthetic.row("caspr", runs))
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
@@ -189,7 +281,7 @@ def test_a_step_counts_where_all_runs_have_a_value() -> None:
 
 def test_failed_runs_count_only_where_no_other_does() -> None:
     runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
-    both, failed = curves.curve(synthetic.row("caspr", runs)), curves.curve(synthetic.row("caspr", runs[1:]))
+    both, failed = figures.curve(synthetic.row("caspr", runs)), figures.curve(synthetic.row("caspr", runs[1:]))
     assert both is not None
     assert both.n == 1
     assert both.mean[-1] == pytest.approx(4.0)
@@ -198,23 +290,23 @@ def test_failed_runs_count_only_where_no_other_does() -> None:
 
 
 def test_a_window_shows_the_ends_and_not_the_diverged_one() -> None:
-    low, high = curves.window([4.0, 4.1, 4.2, 9.0], higher=False)
+    low, high = figures.window([4.0, 4.1, 4.2, 9.0], higher=False)
     assert 3.9 < low < 4.0
     assert 4.2 < high < 4.3
-    low, high = curves.window([0.9, 0.88, 0.87, 0.1], higher=True)
+    low, high = figures.window([0.9, 0.88, 0.87, 0.1], higher=True)
     assert 0.86 < low < 0.87
     assert 0.9 < high < 0.91
-    low, high = curves.window([4.0, 9.0], higher=False)
+    low, high = figures.window([4.0, 9.0], higher=False)
     assert low < 4
     assert high > 9
-    low, high = curves.window([4.0], higher=False)
+    low, high = figures.window([4.0], higher=False)
     assert low < 4 < high
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
 @settings(deadline=None, max_examples=60)
 def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float) -> None:
-    moved = curves.apart(positions, gap, 0.0, 1.0)
+    moved = figures.apart(positions, gap, 0.0, 1.0)
     fits = min(gap, 1 / max(len(positions) - 1, 1))
     ranked = sorted(moved)
     assert all(b - a >= fits - 1e-9 for a, b in pairwise(ranked))
@@ -226,16 +318,16 @@ def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float
 
 
 def test_labels_that_are_apart_stay() -> None:
-    assert curves.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
-    assert curves.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
-    assert curves.apart([], 0.1, 0, 1) == []
+    assert figures.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
+    assert figures.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
+    assert figures.apart([], 0.1, 0, 1) == []
 
 
 def test_rows_of_a_figure_keep_their_style() -> None:
-    styles = {row.label: look.KNOWN["soap"] for row in synthetic.bare().rows}
+    styles = {row.label: style.KNOWN["soap"] for row in synthetic.bare().rows}
     svg = figures.intervals(synthetic.bare(), styles)
-    assert look.PALETTE["green"][0] in svg
-    assert look.PALETTE["grey"][0] not in svg
+    assert style.PALETTE["green"][0] in svg
+    assert style.PALETTE["grey"][0] not in svg
 
 
 def test_a_baseline_is_a_strip() -> None:
@@ -251,6 +343,6 @@ def test_a_baseline_is_a_strip() -> None:
 
 
 def test_seeds_that_are_equal_have_a_band_of_no_width() -> None:
-    made = curves.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
+    made = figures.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
     assert made is not None
     assert made.low == made.mean == made.high

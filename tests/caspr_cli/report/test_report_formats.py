@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import synthetic
+from pandas import DataFrame
 from recorded import run
 
-from caspr_cli.report import about, formats, page, terminal, words
+from caspr_cli.report import format, page, terminal
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Table
-from caspr_cli.report.tables import tables
+from caspr_cli.report.stats import Comparison
 
 PROMISED = {
     "task", "scale", "data", "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd",
@@ -35,7 +38,7 @@ def lines(table: Table, width: int = 120) -> list[str]:
 
 
 def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
-    rows = json.loads(formats.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    rows = json.loads(format.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [(row["task"], row["label"], row["n"]) for row in rows] == [
         ("c4_lm", "caspr", 3), ("c4_lm", "adamw", 3), ("c4_lm", "shampoo", 0), ("vit", "soap", 1),
     ]  # fmt: skip
@@ -46,14 +49,29 @@ def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
     assert (caspr["verdict"], caspr["reached"], caspr["steps_to_target"]) == ("better", 3, 200)
     assert rows[3]["selected"]["optim.order"] == "inf"
     assert (caspr["test_difference"], caspr["test_difference_low"]) == pytest.approx((-0.49, caspr["difference_low"]))
-    assert (rows[2]["mean"], rows[2]["verdict"]) == (None, "cannot tell: no seed is done on one side")
+    assert (rows[2]["mean"], rows[2]["verdict"]) == (None, "not tested: no seed is done on one side")
 
 
 def test_csv_has_the_same_rows(made: list[Table]) -> None:
-    rows = list(csv.DictReader(io.StringIO(formats.as_csv(made))))
-    entries = formats.entries(made)
+    rows = list(csv.DictReader(io.StringIO(format.as_csv(made))))
+    entries = format.entries(made)
     assert [float(row["mean"]) if row["mean"] else None for row in rows] == [entry["mean"] for entry in entries]
     assert json.loads(rows[0]["warnings"]) == list(made[0].warnings)
+
+
+def test_csv_has_no_cell_that_a_spreadsheet_computes() -> None:
+    runs = [run("adamw", s, -4.5 + 0.02 * s, task__data="=1+1") for s in range(3)]
+    runs += [run("@caspr", s, -4.0 + 0.03 * s, task__data="=1+1") for s in range(3)]
+    for one in runs:
+        one.status["error"] = "-x"
+    text = format.as_csv(tables(runs))
+    (first, second) = csv.DictReader(io.StringIO(text))
+    assert [first["data"], second["label"], second["optim"]] == ["'=1+1", "'@caspr", "'@caspr"]
+    assert (float(first["mean"]), first["n"], first["tests"], first["paired"]) == (pytest.approx(-4.48), "3", "", "")
+    assert (second["tests"], second["paired"], second["steps_to_target"]) == ("1", "True", "100")
+    for formula in ("=", "+", "-", "@", "\t", "\r"):
+        (cell,) = csv.reader(io.StringIO(format.to_csv(DataFrame({"x": [f"{formula}1"]})).partition("\n")[2]))
+        assert cell == [f"'{formula}1".replace("\r", "\n")]
 
 
 def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -> None:
@@ -87,7 +105,7 @@ def test_labels_of_twenty_fit_into_120_columns() -> None:
 
 def test_markdown_escapes_and_has_every_row() -> None:
     (table,) = tables([run("ca|spr", 0), run("adamw", 0)])
-    text = formats.as_markdown([table], "caspr-report compare")
+    text = format.as_markdown([table], "caspr-report compare")
     assert "| ca\\|spr | 1 |" in text
     assert sum(line.startswith("| --- |") for line in text.splitlines()) == 1
     assert "- fewer than 3 seeds" in text
@@ -107,13 +125,13 @@ def test_markdown_escapes_and_has_every_row() -> None:
     ],
 )
 def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
-    text = formats.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    text = format.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
     assert f"| adamw graft={said} | 1 |" in text
     assert f"adamw graft={said} (n = 1)" in text
 
 
 def test_latex_escapes_and_balances(made: list[Table]) -> None:
-    text = formats.as_latex(made, "caspr-report compare 100%")
+    text = format.as_latex(made, "caspr-report compare 100%")
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\bottomrule") == 2
     assert r"c4\_lm" in text
@@ -126,7 +144,7 @@ def test_latex_escapes_and_balances(made: list[Table]) -> None:
 
 
 def test_latex_has_warnings_as_notes_under_the_table(made: list[Table]) -> None:
-    text = formats.as_latex(made, "caspr-report compare")
+    text = format.as_latex(made, "caspr-report compare")
     notes = [line for line in text.splitlines() if "Note: " in line]
     assert len(notes) == sum(len(table.warnings) for table in made)
     assert all(not line.startswith("%") for line in notes)
@@ -135,15 +153,15 @@ def test_latex_has_warnings_as_notes_under_the_table(made: list[Table]) -> None:
 
 
 @pytest.mark.parametrize(
-    "legend", [formats.LEGEND, " ".join(terminal.LEGEND), page.LEGEND, " ".join(about.READING.values())]
+    "legend", [format.LEGEND, " ".join(terminal.LEGEND), page.page([synthetic.language()], None, "", "")]
 )
 def test_every_legend_says_what_verdicts_are_about_and_what_is_not_corrected(legend: str) -> None:
-    said = legend.lower()
-    assert "verdicts are about the selected settings: tuning was done once, and its luck is in no interval" in said
-    assert "intervals are not corrected, and nothing is for there being several tables" in said
+    said = " ".join(legend.split()).lower()
+    assert format.ABOUT_SETTINGS in said
+    assert "intervals are not corrected, and nothing is corrected for several tables" in said
 
 
-@pytest.mark.parametrize("legend", [formats.LEGEND, " ".join(terminal.LEGEND), " ".join(about.READING.values())])
+@pytest.mark.parametrize("legend", [format.LEGEND, " ".join(terminal.LEGEND)])
 def test_every_legend_says_what_per_cent_are_of(legend: str) -> None:
     assert "ifferences are row minus baseline, in per cent of the baseline's mean" in legend
     assert "80 % power" in legend
@@ -161,15 +179,15 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     assert "4.470 ± 0.014 (n = 2)" in text
 
 
-def test_where_nothing_is_told_a_test_of_the_other_sign_does_not_disagree() -> None:
+def test_where_nothing_is_significant_a_test_of_the_other_sign_does_not_disagree() -> None:
     runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [
         run("caspr", s, v) for s, v in enumerate((4.5, 4.53, 4.5))
     ]
     turned = [replace(each, result=each.result | {"test": {"test/loss": 9 - each.final}}) for each in runs]
     difference = next(each.difference for each in tables(turned)[0].rows if each.difference)
-    assert difference.value * difference.test < 0
-    assert words.against(difference).startswith("against adamw: cannot tell: -0.2")
-    assert "disagrees" not in words.against(difference)
+    assert difference.value * difference.test.value < 0
+    assert format.against(difference).startswith("against adamw: no significant difference: -0.2")
+    assert "disagrees" not in format.against(difference)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -194,7 +212,7 @@ def test_where_nothing_is_told_a_test_of_the_other_sign_does_not_disagree() -> N
     ],
 )
 def test_digits_are_those_of_the_spread(mean: float | None, sd: float | None, said: str) -> None:
-    assert words.spread(mean, sd) == said
+    assert format.mean_sd(mean, sd) == said
 
 
 @pytest.mark.parametrize(
@@ -208,9 +226,9 @@ def test_digits_are_those_of_the_spread(mean: float | None, sd: float | None, sa
         (0.213, "p = 0.21"),
     ],
 )
-def test_p_values_around_the_level_are_told_apart(value: float, said: str) -> None:
-    assert words.p(value) == said
-    assert words.p(value, corrected=True) == said.replace("p", "p (Holm)", 1)
+def test_p_values_around_the_level_differ(value: float, said: str) -> None:
+    assert format.p(value) == said
+    assert format.p(value, corrected=True) == said.replace("p", "p (Holm)", 1)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +245,7 @@ def test_p_values_around_the_level_are_told_apart(value: float, said: str) -> No
 def test_differences_have_signs_and_the_digits_of_their_interval(
     value: float, low: float | None, high: float | None, share_of: float | None, said: str
 ) -> None:
-    assert words.change(value, low, high, share_of) == said
+    assert format.change(Comparison(value=value, low=low, high=high), share_of) == said
 
 
 def test_who_did_not_reach_the_target_is_not_counted_as_who_did() -> None:
@@ -236,7 +254,7 @@ def test_who_did_not_reach_the_target_is_not_counted_as_who_did() -> None:
     runs = [run("adamw", s, 4.4 if s < 2 else 4.6, curve=fast if s < 2 else slow) for s in range(5)]
     runs += [run("caspr", s, 4.4, curve=fast if s < 3 else slow) for s in range(5)]
     runs += [run("soap", s, 4.6, curve=slow) for s in range(5)]
-    cells = {row.label: words.steps_to_target(row) for row in tables(runs)[0].rows}
+    cells = {row.label: format.steps_to_target(row) for row in tables(runs)[0].rows}
     assert cells == {"caspr": "300 (3 of 5)", "adamw": "not reached; 2 of 5 did", "soap": "not reached"}
 
 

@@ -12,12 +12,11 @@ import synthetic
 from recorded import run
 from tabled import searched, seeds
 
-from caspr_cli.report import look
-from caspr_cli.report.html import el, inline
+from caspr_cli.report import style
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Table
-from caspr_cli.report.page import opening, page
+from caspr_cli.report.page import inline, opening, page
 from caspr_cli.report.profile import profile
-from caspr_cli.report.tables import tables
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
@@ -65,6 +64,12 @@ def study() -> str:
 @cache
 def bare() -> str:
     return page([synthetic.bare()], None, "Little is known", COMMAND)
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time of a page."""
+    monkeypatch.setattr("caspr_cli.report.page._figures", lambda table, styles: [])
 
 
 @pytest.mark.parametrize("made", [study, bare])
@@ -133,10 +138,10 @@ def test_labels_and_words_of_files_are_text() -> None:
 
 def test_verdicts_are_words_with_marks() -> None:
     cells = parsed(study()).within("span", "td")
-    for word in ("better", "worse", "cannot tell", "baseline"):
+    for word in ("better", "worse", "no significant difference", "baseline"):
         assert f" {word}" in cells
     assert {"▲", "▼", "≈", "●"} <= set(cells)
-    assert synthetic.VERDICT.partition("cannot tell")[2] in cells
+    assert synthetic.VERDICT.partition("difference")[2] in cells
     assert "not run" in cells  # soap on resnet
 
 
@@ -149,7 +154,7 @@ def test_every_mean_has_its_n() -> None:
     assert "n = 5: shampoo, caspr, soap, adamw and sgd; n = 4: muon." in parsed(html).within("figcaption")
 
 
-def test_bold_is_what_is_better_and_not_the_best_mean_of_what_cannot_be_told() -> None:
+def test_bold_is_what_is_better_and_not_the_best_mean_that_is_not_significant(without_figures: None) -> None:
     table = synthetic.language()
     best = table.rows[0]
     assert best.difference is not None
@@ -165,7 +170,7 @@ def test_the_difference_in_test_stands_below_the_verdict() -> None:
     assert re.search(r"in test [+-]\d+\.\d+ % \([+-]", parsed(study()).within("span"))
 
 
-def test_rows_with_baselines_of_their_own_name_them() -> None:
+def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
     table = synthetic.language()
     rows = [replace(row, is_baseline=row.label in ("adamw", "caspr")) for row in table.rows]
     html = page([replace(table, rows=tuple(rows), baseline="eps=1e-08")], None, "Own", COMMAND)
@@ -175,7 +180,7 @@ def test_rows_with_baselines_of_their_own_name_them() -> None:
     assert ", against adamw" in text
 
 
-def test_a_row_of_one_table_is_that_of_another_with_the_same_settings() -> None:
+def test_a_row_of_one_table_is_that_of_another_with_the_same_settings(without_figures: None) -> None:
     one = synthetic.table([synthetic.row("caspr", [synthetic.run("caspr", 1, 4.0)], settings={"optim.eps": 1e-6})])
     rows = [
         synthetic.row(f"caspr eps={eps:g}", [synthetic.run("caspr", 1, 4.0)], task="vit", settings={"optim.eps": eps})
@@ -198,14 +203,14 @@ def test_it_opens_with_what_was_compared() -> None:
     assert opening([replace(synthetic.ablation(), rows=tuple(long))])[0].endswith("variants of caspr.")
 
 
-def test_it_says_at_once_what_is_not_finished_and_whose_seeds_chose_the_trial() -> None:
+def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial(without_figures: None) -> None:
     going = [run("caspr", 3, None, "running", optim__lr=1e-3), run("caspr", 4, None, "preempted", optim__lr=1e-3)]
     caspr = searched("caspr", [4.2, 4.0, 4.1]) + seeds("caspr", [4.0, 4.1], 1, optim__lr=1e-3)
     made = tables(caspr + going + searched("adamw", [4.5, 4.4, 4.6]))
     said = "all ended with a finite value, and 2 more of the selected settings are not finished"
     assert f"3 reported runs with seeds 0 to 2; {said}" in opening(made)[1]
     found = parsed(page(made, None, "Part", COMMAND)).within("td", "span")
-    assert found.count("its seeds chose the trial") == 1
+    assert found.count("its seeds selected the trial") == 1
 
 
 def test_numbers_settings_and_provenance_are_there() -> None:
@@ -213,6 +218,8 @@ def test_numbers_settings_and_provenance_are_there() -> None:
     cells, code = found.within("td", "th", "span"), found.within("code")
     assert "4 of 5" in cells  # muon's failed seed
     assert "lr=0.001" in cells
+    assert synthetic.language().rows[0].runs[0].path.removesuffix("/seed1") in code
+    assert "1, 2, 3 (failed), 4, 5, held out" in cells
     assert "number 0, of 6 (1 failed)" in cells
     assert "torch 2.14.1" in cells
     assert "AMD EPYC" in cells
@@ -234,7 +241,7 @@ def test_what_is_unknown_is_not_made_up() -> None:
     assert "target" not in text
 
 
-def test_no_provenance_at_all() -> None:
+def test_no_provenance_at_all(without_figures: None) -> None:
     def without(table: Table) -> Table:
         rows = [replace(r, runs=tuple(replace(run, provenance={}) for run in r.runs), trials=()) for r in table.rows]
         return replace(table, rows=tuple(rows))
@@ -244,7 +251,7 @@ def test_no_provenance_at_all() -> None:
     assert COMMAND in parsed(html).within("code")
 
 
-def test_different_machines_are_counted() -> None:
+def test_different_machines_are_counted(without_figures: None) -> None:
     table = synthetic.bare()
     run = table.rows[0].runs[0]
     gpu = {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 4}, "machine": {"processor": "Xeon"}}
@@ -265,20 +272,13 @@ def test_a_profile_of_one_task_says_nothing_new() -> None:
 def test_figures_take_the_colours_of_the_page() -> None:
     html = study()
     body = html[html.index("<body") :]
-    assert not any(light in body for light, _ in look.PALETTE.values())
+    assert not any(light in body for light, _ in style.PALETTE.values())
     assert "stroke: var(--blue)" in body
     assert "fill: var(--ink)" in body
     css = html[: html.index("<body")]
-    assert all(f"--{name}: {dark};" in css for name, (_, dark) in look.PALETTE.items())
-
-
-def test_elements_join_text() -> None:
-    made = el("p", "a", el("b", "c"), "d", None, "e", class_="x", aria_label="y")
-    assert (made.text, made[0].tail, made.attrib) == ("a", "de", {"class": "x", "aria-label": "y"})
+    assert all(f"--{name}: {dark};" in css for name, (_, dark) in style.PALETTE.items())
 
 
 def test_an_inline_figure_has_no_size_of_its_own() -> None:
-    root = inline(f'<svg xmlns="{look.NAMESPACE}" width="3pt" viewBox="0 0 1 1"><g style="fill: {look.INK}"/></svg>')
-    assert root.tag == "svg"
-    assert "width" not in root.attrib
-    assert root[0].attrib["style"] == "fill: var(--ink)"
+    svg = f'<svg xmlns="{style.NAMESPACE}" width="3pt" viewBox="0 0 1 1"><g style="fill: {style.INK}" width="2"/></svg>'
+    assert inline(svg) == '<svg viewBox="0 0 1 1"><g style="fill: var(--ink)" width="2"/></svg>'

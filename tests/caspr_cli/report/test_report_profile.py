@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import synthetic
 
+from caspr_cli.report import terminal
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.profile import Profile, names, profile, rho, score, times
+from caspr_cli.report.profile import names, profile, rho, score, times
 
 
 def timed(task: str, steps: dict[str, float | None], target: float | None = 1.0) -> Table:
@@ -68,7 +69,7 @@ def test_rows_are_matched_by_settings_where_one_table_has_variants() -> None:
 
 
 def test_it_is_said_that_scores_are_not_algoperfs() -> None:
-    assert any("AlgoPerf's takes times of a clock" in line for line in profile(synthetic.study(), "steps").lines)
+    assert "AlgoPerf's is of wall-clock times" in "\n".join(terminal.profiled(profile(synthetic.study(), "steps")))
 
 
 def test_seconds_are_another_unit() -> None:
@@ -102,7 +103,7 @@ def test_a_record_without_times_is_said_where_seconds_count() -> None:
 
 
 def test_lines_are_aligned_and_have_all() -> None:
-    lines = profile(synthetic.study(), "steps").lines
+    lines = list(terminal.profiled(profile(synthetic.study(), "steps")))
     heads, *rows = lines[1 : 2 + len(synthetic.ENDS)]
     assert {len(line) for line in rows} == {len(heads)}
     assert rows[0].split()[0] == "caspr"
@@ -114,11 +115,10 @@ def test_no_target_at_all() -> None:
     found = profile([synthetic.bare()], "steps")
     assert found.tasks == ()
     assert found.scores == {}
-    assert "nothing to compare" in found.lines[0]
-    assert Profile("steps", (), {}).lines
+    assert "nothing to compare" in next(terminal.profiled(found))
 
 
-def test_tables_of_one_task_are_told_apart() -> None:
+def test_tables_of_one_task_have_different_names() -> None:
     one = synthetic.bare()
     assert names([one]) == ["c4_lm"]
     assert names([one, replace(one, scale="paper")]) == ["c4_lm sample", "c4_lm paper"]

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from recorded import run, write
 
+from caspr_cli.common.errors import UserError
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf
-from caspr_cli.report import packed, records
-from caspr_cli.report.errors import ReportError
-from caspr_cli.report.formats import as_json
+from caspr_cli.report import pack as packs
+from caspr_cli.report import records
+from caspr_cli.report.compare import tables
+from caspr_cli.report.format import as_json
 from caspr_cli.report.model import Point, Run
-from caspr_cli.report.tables import tables
 from caspr_cli.report.terminal import sparkline
 from caspr_cli.runs.launch import plan
 from caspr_cli.runs.record import Record
@@ -53,9 +54,9 @@ def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_pa
         ({"config.yaml": "- 1"}, False, "config.yaml: has no task.name: left out"),
         ({"status.json": '{"sta'}, False, "status.json: is no JSON: left out"),
         ({"config.yaml": f"a: {'1' * 5000}"}, False, "config.yaml: is no YAML: left out"),
-        ({"config.yaml": "[" * 100_000}, False, "config.yaml: is no YAML: left out"),
+        ({"config.yaml": "[" * 20_000}, False, "config.yaml: is no YAML: left out"),
         ({"config.yaml": "a: !!timestamp x"}, False, "config.yaml: is no YAML: left out"),
-        ({"config.yaml": "#" * 1_000_001}, False, "config.yaml: is too long for a recipe: left out"),
+        ({"config.yaml": "#" * 1_000_001}, False, "config.yaml: has more than 1 MB: left out"),
         ({"status.json": "[]"}, False, "status.json: status is no mapping: left out"),
         ({"status.json": "[" * 100_000}, False, "status.json: is no JSON: left out"),
         ({"status.json": f'{{"a": {"[" * 400 + "]" * 400}}}'}, False, "status.json: a is nested too deeply: left out"),
@@ -128,7 +129,7 @@ def test_a_file_that_the_system_will_not_open_is_said(tmp_path: Path, name: str)
 
 
 def test_a_path_that_is_not_there_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="nowhere: no such file or directory"):
+    with pytest.raises(UserError, match="nowhere: no such file or directory"):
         records.find([tmp_path / "nowhere"])
 
 
@@ -226,10 +227,10 @@ def test_texts_are_read_as_they_can_be_written(tmp_path: Path) -> None:
     assert read.provenance["code"]["diff"] == "- a\n+ b\n"
     assert read.status["error"] == "first \ufffd\n    second"
     pack = tmp_path / "p.jsonl.gz"
-    pack.write_bytes(packed.pack([read], [tmp_path]))
+    pack.write_bytes(packs.pack([read], [tmp_path]))
     assert records.find([pack]).runs[0].status["error"] == read.status["error"]
     os.rename(path, os.fsencode(path) + b"\xff")
-    packed.pack(records.find([tmp_path / "a"]).runs, [tmp_path])
+    packs.pack(records.find([tmp_path / "a"]).runs, [tmp_path])
 
 
 def test_a_sparkline_has_room_for_the_largest_numbers() -> None:
@@ -251,7 +252,7 @@ def study(root: Path) -> list[Path]:
 def test_a_pack_says_what_the_directories_say(tmp_path: Path) -> None:
     study(tmp_path / "all")
     there = records.find([tmp_path / "all"]).runs
-    (tmp_path / "p.jsonl.gz").write_bytes(packed.pack(there, [tmp_path / "all"]))
+    (tmp_path / "p.jsonl.gz").write_bytes(packs.pack(there, [tmp_path / "all"]))
     back = records.find([tmp_path / "p.jsonl.gz"]).runs
 
     def said(runs: list[records.Run]) -> object:
@@ -268,16 +269,16 @@ def test_a_pack_says_what_the_directories_say(tmp_path: Path) -> None:
     assert [each.path for each in back] == [
         f"{tmp_path}/p.jsonl.gz:{Path(r.path).relative_to(tmp_path / 'all')}" for r in there
     ]
-    again = packed.pack(back, [tmp_path / "p.jsonl.gz"])
+    again = packs.pack(back, [tmp_path / "p.jsonl.gz"])
     assert again == (tmp_path / "p.jsonl.gz").read_bytes()
 
 
 def test_a_pack_is_the_same_bytes_at_any_time_and_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study(tmp_path)
     runs = records.find([tmp_path]).runs
-    first = packed.pack(runs, [tmp_path])
+    first = packs.pack(runs, [tmp_path])
     monkeypatch.setattr(time, "time", lambda: 86400.0)  # gzip's header has one
-    assert packed.pack(runs[::-1], [tmp_path]) == first
+    assert packs.pack(runs[::-1], [tmp_path]) == first
 
 
 def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
     cut.status["error"] = "process 77 on somewhere (since 2026) is gone; see /home/someone/outputs/log.txt, val/loss"
     cut.provenance["note"] = "https://example.org/a/b"
     write(cut, tmp_path / "c4_lm/caspr/ab/seed0")
-    text = gzip.decompress(packed.pack(records.find([tmp_path]).runs, [tmp_path])).decode()
+    text = gzip.decompress(packs.pack(records.find([tmp_path]).runs, [tmp_path])).decode()
     for private in ("/home", "someone/", "somewhere", "/usr/bin", "/data/secret", str(tmp_path), "- a\\n+ b", '"pid"'):
         assert private not in text, private
     entry = json.loads(text.splitlines()[1])
@@ -299,7 +300,7 @@ def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
 
 def spoilt(part: str, key: str, value: object) -> bytes:
     """A pack of two records, one of them damaged in the file alone."""
-    first, good, bad = gzip.decompress(packed.pack([run(seed=0), run(seed=1)], [])).decode().splitlines()
+    first, good, bad = gzip.decompress(packs.pack([run(seed=0), run(seed=1)], [])).decode().splitlines()
     entry = json.loads(bad)
     entry[part] = entry[part] | {key: value} if key else value
     return gzip.compress("\n".join([first, good, json.dumps(entry)]).encode())
@@ -324,7 +325,7 @@ def spoilt(part: str, key: str, value: object) -> bytes:
 def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: str, value: object, said: str) -> None:
     pack = tmp_path / "x.jsonl.gz"
     pack.write_bytes(spoilt(part, key, value))
-    with pytest.raises(ReportError) as caught:
+    with pytest.raises(UserError) as caught:
         records.find([pack])
     assert str(caught.value).startswith(f"{pack}: line 3 is no record")
     assert str(caught.value).endswith(said)
@@ -343,9 +344,40 @@ def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: st
 )
 def test_a_file_that_is_no_pack_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(content)
-    with pytest.raises(ReportError, match=said) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         records.find([tmp_path / "x.jsonl.gz"])
     assert str(caught.value).startswith(str(tmp_path / "x.jsonl.gz"))
+
+
+def inflating(line: bytes, times: int) -> bytes:
+    """A pack of a few kilobytes whose second line goes on and on."""
+    return gzip.compress(json.dumps(packs.FORMAT).encode() + b"\n" + line * times)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b" " * 1000, "a line of more than 1 MB"), (b"[" * 1000, "a line of more than 1 MB"), (b"", "more than 2 MB")],
+)
+def test_a_pack_that_inflates_without_end_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, said: str
+) -> None:
+    monkeypatch.setattr(packs, "LONGEST_LINE", 1_000_000)
+    monkeypatch.setattr(packs, "MOST", 2_000_000)
+    whole = gzip.decompress(packs.pack([run()], [])).splitlines()[1] + b"\n"
+    file = tmp_path / "x.jsonl.gz"
+    file.write_bytes(inflating(line or whole, 3_000_000 // len(line or whole)))
+    assert file.stat().st_size < 50_000
+    with pytest.raises(UserError) as caught:
+        records.find([file])
+    assert str(caught.value) == f"{file}: refused: it has {said} when it is uncompressed"
+
+
+def test_a_json_file_without_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(run(), tmp_path / "a/seed0")
+    monkeypatch.setattr(records, "LONGEST_JSON", 10_000)
+    with (path / "result.json").open("a", encoding="utf8") as file:
+        file.write(" " * 10_000)
+    assert records.find([tmp_path]).warnings == [f"{path / 'result.json'}: has more than 10 kB: left out"]
 
 
 # ---- speed -------------------------------------------------------------------------------------------------------
@@ -380,9 +412,9 @@ def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path: Pat
     record.metrics.write_text('{"step": 9, "train/loss": 1.0}\n{"step": 9, "val/loss": 2.5, "time/seconds": 3.0}\n')
     runs = records.find([tmp_path / "before"]).runs
     pack = tmp_path / "p.jsonl.gz"
-    pack.write_bytes(packed.pack(runs, [tmp_path / "before"]))
-    assert packed.unpack(packed.read(pack), tmp_path / "after") == (1, 0)
-    assert packed.unpack(packed.read(pack), tmp_path / "after") == (0, 1)
+    pack.write_bytes(packs.pack(runs, [tmp_path / "before"]))
+    assert packs.unpack(packs.read(pack), tmp_path / "after") == (1, 0)
+    assert packs.unpack(packs.read(pack), tmp_path / "after") == (0, 1)
     (back,) = records.find([tmp_path / "after"]).runs
     assert (back.final, back.curve, back.seed) == (runs[0].final, runs[0].curve, 4)
     again = compose.load(tmp_path / "after" / record.path.relative_to(tmp_path / "before") / "config.yaml")
@@ -393,6 +425,6 @@ def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path: Pat
 
 def test_a_pack_cannot_write_elsewhere(tmp_path: Path) -> None:
     run = Run("x.jsonl.gz:../evil", {"task.target.metric": "val/loss"}, {}, {}, {})
-    with pytest.raises(ReportError, match="should be relative"):
-        packed.unpack([run], tmp_path / "in")
+    with pytest.raises(UserError, match="should be relative"):
+        packs.unpack([run], tmp_path / "in")
     assert not (tmp_path / "evil").exists()

@@ -7,8 +7,8 @@ import pytest
 from recorded import run
 from tabled import row, searched, seeds, table, warned
 
-from caspr_cli.report.errors import ReportError
-from caspr_cli.report.tables import tables
+from caspr_cli.common.errors import UserError
+from caspr_cli.report.compare import tables
 
 # ---- rows and labels ---------------------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def test_runs_that_look_whether_all_works_are_left_out_and_said() -> None:
     assert made.warnings == ("1 record with debug=fast left out",)
     other = run(seed=0, debug="fast", task__name="vit")
     assert warned(table([*seeds("adamw", [4.0]), other]), "1 record with debug=fast left out")
-    with pytest.raises(ReportError, match="all 1 record have debug=fast, which is not compared"):
+    with pytest.raises(UserError, match="all 1 record have debug=fast, which is not compared"):
         tables([look])
 
 
@@ -128,7 +128,7 @@ def test_a_record_that_is_there_twice_counts_once_and_the_one_that_has_come_furt
     assert warned(made, "adamw: 1 record of a trial and seed that another has too, with the same settings")
 
 
-def test_records_that_are_there_twice_are_told_by_what_differs_and_chosen_by_what_is_in_them() -> None:
+def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them() -> None:
     code = {"code": {"commit": "9" * 40}}
     one, other = run(final=4.0), run(final=4.5, trainer__devices=2, trainer__accumulate=2, provenance=code)
     moved = replace(one, path=other.path), replace(other, path=one.path)
@@ -141,26 +141,26 @@ def test_records_that_are_there_twice_are_told_by_what_differs_and_chosen_by_wha
 # ---- selection ---------------------------------------------------------------------------------------------------
 
 
-def test_validation_selects_and_fresh_seeds_report() -> None:
+def test_validation_selects_and_held_out_seeds_report() -> None:
     runs = searched("caspr", [4.2, 3.9, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
     found = table(runs).rows[0]
     assert found.selected.values == {"optim.lr": 1e-3}
-    assert ([each.seed for each in found.runs], found.fresh, found.n) == ([1, 2], True, 2)
+    assert ([each.seed for each in found.runs], found.held_out, found.n) == ([1, 2], True, 2)
     assert found.mean == pytest.approx(4.025)
     assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
     assert found.budget == {"done": 3}
     assert not warned(table(runs), "flatters")
 
 
-def test_one_fresh_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:
+def test_one_held_out_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:
     made = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))
-    assert ([each.seed for each in made.rows[0].runs], made.rows[0].fresh) == ([0, 1], False)
-    assert warned(made, "seeds that chose the trial are among those reported", "caspr")
+    assert ([each.seed for each in made.rows[0].runs], made.rows[0].held_out) == ([0, 1], False)
+    assert warned(made, "the reported seeds selected the trial, too", "caspr")
 
 
-def test_without_a_choice_every_seed_is_fresh() -> None:
+def test_without_a_choice_every_seed_is_held_out() -> None:
     made = table(seeds("caspr", [4.0, 4.1, 4.2]))
-    assert (made.rows[0].fresh, made.rows[0].n) == (True, 3)
+    assert (made.rows[0].held_out, made.rows[0].n) == (True, 3)
     assert made.warnings == ()
 
 
@@ -184,7 +184,7 @@ def test_where_no_seed_is_common_the_commonest_decides() -> None:
     runs = searched("caspr", [4.2, 4.1]) + seeds("caspr", [1.0, 1.0], 5, optim__lr=1.0)
     made = table(runs)
     assert made.rows[0].selected.values == {"optim.lr": 1e-3}
-    assert warned(made, "caspr: 1 trial without seed 0, which chooses, left out")
+    assert warned(made, "caspr: 1 trial without seed 0, which selects, left out")
 
 
 def test_rows_do_not_lend_each_other_trials() -> None:
@@ -200,22 +200,22 @@ def test_higher_is_better_selects_the_highest_and_sorts_so() -> None:
     assert made.rows[1].selected.values == {"optim.lr": 1e-3}
 
 
-def test_where_every_trial_failed_nothing_chose_the_one_that_is_reported() -> None:
+def test_where_every_trial_failed_nothing_selected_the_one_that_is_reported() -> None:
     runs = searched("caspr", [None, None]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
     made = table(runs)
     assert made.rows[0].selected.values == {"optim.lr": 1e-3}
-    assert warned(made, "caspr: every trial failed with seed 0, which chooses: nothing chose lr=0.001")
-    assert not warned(table([*runs, run("caspr", 0, 4.0, optim__lr=1e-2)]), "nothing chose")
+    assert warned(made, "caspr: every trial failed with seed 0, which selects: nothing selected lr=0.001")
+    assert not warned(table([*runs, run("caspr", 0, 4.0, optim__lr=1e-2)]), "nothing selected")
 
 
 def test_a_later_seed_of_all_trials_that_moves_the_choice_is_said() -> None:
-    """Seed 0 chose the first, which was run at fresh seeds; with seed 1 the second is chosen, and has none."""
+    """Seed 0 chose the first, which was run at held-out seeds; with seed 1 the second is selected, and has none."""
     runs = searched("caspr", [4.0, 4.1]) + seeds("caspr", [4.0, 4.1, 4.0], 2, optim__lr=1e-4)
-    assert not warned(table(runs), "chose nothing")
+    assert not warned(table(runs), "held-out seeds, but")
     moved = [*runs, run("caspr", 1, 4.6, optim__lr=1e-4), run("caspr", 1, 4.1, optim__lr=1e-3)]
     made = table(moved)
     assert [each.seed for each in made.rows[0].runs] == [0, 1]
-    assert warned(made, "caspr: lr=0.0001 has 3 seeds that chose nothing, but seed 0 and 1 chose lr=0.001: run that")
+    assert warned(made, "caspr: lr=0.0001 has 3 held-out seeds, but seed 0 and 1 selects lr=0.001: run held")
 
 
 # ---- seeds that failed, or have not finished ---------------------------------------------------------------------
@@ -236,11 +236,11 @@ def test_those_that_are_left_of_a_row_do_not_win() -> None:
     made = table(runs + seeds("soap", [4.6, 4.61, 4.62, 4.6, 4.6]))
     assert [each.label for each in made.rows] == ["adamw", "soap", "caspr"]
     difference = row(made, "caspr").difference
-    assert difference.verdict.startswith("cannot tell: 3 of 5 seeds failed; the others: -7.6 % (-9.2 to -6.0)")
+    assert difference.verdict.startswith("not tested: 3 of 5 seeds failed; the others: -7.6 % (-9.2 to -6.0)")
     assert difference.p_value is difference.p_holm is None
     assert row(made, "soap").difference.tests == 1
     turned = row(table(runs, baseline="caspr"), "adamw").difference
-    assert turned.verdict.startswith("cannot tell: 3 of 5 seeds of caspr failed; the others: +")
+    assert turned.verdict.startswith("not tested: 3 of 5 seeds of caspr failed; the others: +")
     both = seeds("adamw", [4.0, 4.02, None]) + seeds("caspr", [3.7, 3.71, None])
     assert row(table(both), "caspr").difference.verdict == "better"
 
@@ -251,7 +251,7 @@ def test_a_row_of_which_nothing_is_done_is_there_without_numbers() -> None:
     assert (found.n, found.mean, found.selected, found.runs, found.best_of) == (0, None, None, (), ())
     assert made.rows[-1] is found
     assert warned(made, "caspr: no run is done with a finite value (trials: 1 failed)")
-    assert found.difference.verdict == "cannot tell: no seed is done on one side"
+    assert found.difference.verdict == "not tested: no seed is done on one side"
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""What the parts of a record have to look like, for ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DONE, FAILED = "done", "failed"
+
+NEEDED = ("task.name", "optim.name", "seed", "task.target.metric")
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "integer": lambda value: type(value) is int and abs(value) < 2**63,
+    "number": lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,
+    "truth value": lambda value: isinstance(value, bool),
+    "list": lambda value: isinstance(value, list),
+    "list of mappings": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+    "mapping": lambda value: isinstance(value, dict),
+    "mapping of numbers": lambda value: (
+        isinstance(value, dict) and all(each is None or KINDS["number"](each) for each in value.values())
+    ),
+}
+# What is read of a record, an owner before its own keys; each may be missing or null. Other keys may be anything.
+SHAPE: dict[str, dict[str, str]] = {
+    "config": {
+        "task": "mapping", "task.name": "text", "task.data": "text", "task.target": "mapping",
+        "task.target.metric": "text", "task.target.value": "number", "task.target.higher_is_better": "truth value",
+        "optim": "mapping", "optim.name": "text", "scale": "text", "seed": "integer",
+        "search": "mapping", "search.space": "mapping", "search.trials": "integer",
+    },
+    "status": {
+        "state": "text", "error": "text", "user_error": "truth value", "step": "integer", "attempts": "integer",
+        "host": "text", "pid": "integer", "born": "integer", "started": "text", "updated": "text",
+    },
+    "result": {
+        "final": "mapping of numbers", "best": "mapping of numbers", "test": "mapping of numbers",
+        "steps": "integer", "seconds": "number", "optimizer_seconds": "mapping of numbers",
+        "optimizer_state_bytes": "number", "target": "mapping", "target.metric": "text", "target.value": "number",
+        "target.step": "integer", "target.seconds": "number",
+    },
+    "provenance": {
+        "command": "list", "code": "mapping", "data": "mapping", "data.hash": "text", "attempts": "list of mappings",
+        "packages": "mapping", "packages.torch": "text",
+        "machine": "mapping", "machine.host": "text", "machine.system": "text",
+        "device": "mapping", "device.processes": "integer", "device.threads": "integer",
+    },
+}  # fmt: skip
+SEVERAL_LINES = ("error", "diff")  # all other texts are words in tables
+DEEPEST = 32  # more levels than any record has, fewer than Python's recursion
+
+
+class DamagedError(ValueError):
+    """A part of a record cannot be used; the message says why."""
+
+
+def parsed(content: bytes, *, finite: bool = True) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        finite: whether NaN and Infinity become None; else they are numbers.
+
+    Raises:
+        DamagedError: it is no JSON.
+    """
+    try:
+        return json.loads(content, parse_constant=(lambda _: None) if finite else None)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError("is no JSON") from error
+
+
+def part(name: str, content: Any) -> dict[str, Any]:
+    """Return a part of a record with the types that its readers need; its texts can be printed.
+
+    Args:
+        name: ``config`` (dotted keys), ``status``, ``result`` or ``provenance``.
+
+    Raises:
+        DamagedError: it has another shape.
+    """
+    if not isinstance(content, dict):
+        raise DamagedError(f"{name} is no mapping")
+    found: dict[str, Any] = tidy(content, name)
+    for key, kind in SHAPE[name].items():
+        value = found.get(key) if name == "config" else _inner(found, key)
+        if value is not None and not KINDS[kind](value):
+            raise DamagedError(f"{key} is no {kind}")
+    if name == "config":
+        if missing := [key for key in NEEDED if found.get(key) in (None, "")]:
+            raise DamagedError(f"has no {missing[0]}")
+        groups = {key[: dot.start()] for key in found for dot in re.finditer(r"\.", key)}
+        if both := groups.intersection(found):
+            raise DamagedError(f"{min(both)} is a value and a group")
+    return found
+
+
+def _inner(node: Any, key: str) -> Any:
+    for name in key.split("."):
+        node = (node or {}).get(name)
+    return node
+
+
+def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
+    """Return the same, with texts that can be printed and encoded.
+
+    Raises:
+        DamagedError: something in it has a type that records do not have, or is too large.
+    """
+    if depth > DEEPEST:
+        raise DamagedError(f"{key} is nested too deeply")
+    if isinstance(node, dict):
+        return {printable(str(name)): tidy(value, str(name), depth + 1) for name, value in node.items()}
+    if isinstance(node, list):
+        return [tidy(value, key, depth + 1) for value in node]
+    if isinstance(node, str):
+        return "\n".join(map(printable, node.split("\n"))) if key in SEVERAL_LINES else printable(node)
+    if node is None or isinstance(node, (bool, float)) or (isinstance(node, int) and abs(node) < sys.float_info.max):
+        return node
+    raise DamagedError(f"{printable(key)} is neither text, list nor a number in range")
+
+
+def printable(text: str) -> str:
+    """Return the text on one line, without characters that a terminal, LaTeX or UTF-8 cannot show."""
+    if text.isprintable():
+        return text
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+
+
+def encodable(path: str) -> str:
+    """Return a path in UTF-8, which names of files need not be."""
+    return path.encode(errors="replace").decode()
+
+
+def lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Return whether a run is done, and its result is not there."""
+    return status.get("state") == DONE and result.get("final") is None

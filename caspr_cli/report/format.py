@@ -1,0 +1,380 @@
+"""Numbers, verdicts and tables as text: for terminals and pages, and as JSON, CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caspr_cli.common.format import duration, finite
+from caspr_cli.common.shape import DONE
+from caspr_cli.report import stats
+from caspr_cli.report.model import Difference, Row, Table
+from caspr_cli.report.selection import settings
+from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NOT_SIGNIFICANT, NOT_TESTED = "no significant difference", "not tested"
+FEW = 5  # with fewer seeds the spread is too uncertain to say how many seeds would find the observed difference
+# What every legend says of verdicts and intervals.
+ABOUT_SETTINGS = "verdicts are about the selected settings: they were tuned once, and no interval includes that chance"
+NOT_CORRECTED = "intervals are not corrected, and nothing is corrected for several tables"
+DIFFERENCES = (
+    "differences are row minus baseline, in per cent of the baseline's mean (of accuracies too: not percentage points)"
+)
+POWERED = f"numbers of seeds that would find a difference are for {100 * POWER:.0f} % power"
+BOUNDED = "near the end of a scale, as for an accuracy near 1, an interval covers less than 95 %"
+TESTS = "a paired t-test where all seeds of the row or of the baseline are common to both, else Welch's"
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital letter at its beginning."""
+    return text[0].upper() + text[1:]
+
+
+LEGEND = (
+    "n: seeds; mean ± sd and its 95 % interval (Student's t) of validation at the end, over held-out seeds, which took "
+    "no part in selecting the trial, where there are two; test: of the same runs; to target: median over seeds, in "
+    f"brackets how many reached it. Verdicts: {TESTS}, at 5 % after Holm's correction for the rows of a table; "
+    f"{DIFFERENCES}; {POWERED}. {sentence(ABOUT_SETTINGS)}; {NOT_CORRECTED}; {BOUNDED}. "
+    "Rows with failed seeds stand behind the others."
+)
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, spread: float | None = None) -> str:
+    """Return a metric with the decimals of the first two digits of ``spread``, or else four decimals."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1e7:
+        return f"{value:.4g}"
+    if spread is None or spread <= NO_SPREAD * abs(value):
+        if value and abs(value) < 0.01:
+            return f"{value:.3g}"
+        return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    places = 1 - math.floor(math.log10(spread))
+    if value and abs(value) < 1e-3 and places > 6:
+        return f"{value:.{max(places + math.floor(math.log10(abs(value))), 0)}e}"
+    text = f"{value:,.{max(places, 0)}f}"
+    return text if text.strip("-0.") else text.lstrip("-")
+
+
+def mean_sd(mean: float | None, sd: float | None) -> str:
+    """Return ``3.992 ± 0.012``."""
+    if mean is None or sd is None:
+        return number(mean)
+    return f"{number(mean, sd)} ± {number(sd, sd) if sd > NO_SPREAD * abs(mean) else 0}"
+
+
+def interval(row: Row) -> str:
+    """Return ``3.98 to 4.01``."""
+    if row.ci_low is None or row.ci_high is None:
+        return "-"
+    return f"{number(row.ci_low, row.sd)} to {number(row.ci_high, row.sd)}"
+
+
+def p(value: float, *, corrected: bool = False) -> str:
+    """Return a p-value, so that one below 5 % does not read like one above."""
+    name = "p (Holm)" if corrected else "p"
+    if value < 0.001:
+        return f"{name} < 0.001"
+    digits = 2 if value >= 0.1 else 4 if f"{value:.3f}" == "0.050" else 3
+    return f"{name} = {value:.{digits}f}"
+
+
+def change(found: Comparison, share_of: float | None) -> str:
+    """Return a difference and its interval with their signs, as ``-0.38 % (-0.94 to +0.18)``.
+
+    Args:
+        share_of: what it is in per cent of; None: it is in units of the metric.
+    """
+    if found.value is None:
+        return "-"
+    factor, unit = _unit(share_of)
+    if found.low is None or found.high is None:
+        return f"{_signed(found.value * factor, abs(found.value) * factor)}{unit}"
+    width = (found.high - found.low) / 2 * factor
+    low, high = (_signed(edge * factor, width) for edge in (found.low, found.high))
+    return f"{_signed(found.value * factor, width)}{unit} ({low} to {high})"
+
+
+def _unit(share_of: float | None) -> tuple[float, str]:
+    return (1.0, "") if share_of is None else (100 / abs(share_of), " %")
+
+
+def _signed(value: float, width: float) -> str:
+    text = number(abs(value), width) if width else "0"
+    return f"{'-' if value < 0 else '+'}{text}" if text.strip("0.") else text
+
+
+# ---- verdicts ----------------------------------------------------------------------------------------------------
+
+
+def verdict(
+    found: Comparison,
+    p_holm: float | None,
+    tests: int,
+    share_of: float | None,
+    unfair: str,
+    *,
+    higher_is_better: bool,
+) -> str:
+    """Return ``better``, ``worse``, or why neither can be said.
+
+    Args:
+        tests: of the table, for which ``p_holm`` is corrected.
+        unfair: what biases the seeds of one side, in words; then there is no test.
+    """
+    if found.value is None:
+        return f"{NOT_TESTED}: no seed is done on one side"
+    difference = change(found, share_of)
+    if unfair:
+        return f"{NOT_TESTED}: {unfair}: {difference}"
+    if found.n < 2:
+        return f"{NOT_TESTED}: {difference}; one seed on a side has no spread"
+    if found.p_value is None or p_holm is None:
+        if abs(found.value) <= NO_SPREAD * max(map(abs, found.base)):
+            return f"{NOT_TESTED}: identical with each of {found.n} seeds"
+        what = "differences of" if found.paired else "values of both, over"
+        return f"{NOT_TESTED}: {difference}; the {what} {found.n} seeds are all equal and have no spread"
+    if p_holm < LEVEL:
+        return "better" if (found.value > 0) == higher_is_better else "worse"
+    alone = f"{p(found.p_value)} alone, {p(p_holm, corrected=True)}; " if found.p_value < LEVEL else ""
+    return f"{NOT_SIGNIFICANT}: {difference}; {alone}{_sensitivity(found, tests, share_of)}"
+
+
+def _sensitivity(found: Comparison, tests: int, share_of: float | None) -> str:
+    """Return what these seeds detect, and what more of them would."""
+    assert found.spread is not None
+    assert found.value is not None
+    bound, (factor, unit) = stats.detectable(found.spread, tests), _unit(share_of)
+    now = f"n = {found.n} detects {number(bound * factor, bound * factor)}{unit}"
+    if found.n < FEW:
+        return f"{now}; {_seeds(stats.seeds_to_detect(bound / 2, found.spread, tests))} would detect half of that"
+    needed = _seeds(stats.seeds_needed(found.value, found.spread, tests))
+    return f"{now}; if the true difference is the one observed, {needed} would find it"
+
+
+def _seeds(n: int | None) -> str:
+    return f"more than {MOST_SEEDS:,} seeds" if n is None else f"about {n} seeds"
+
+
+def against(difference: Difference) -> str:
+    """Return verdict, difference and test of a row in one line."""
+    found = f"against {difference.baseline}: {difference.verdict}"
+    if difference.value is None or difference.verdict.startswith((NOT_SIGNIFICANT, NOT_TESTED)):
+        return found  # the verdict has the difference
+    how = f"{difference.n} pairs" if difference.paired else "Welch"
+    p_value = p(difference.p_holm or 0.0, corrected=difference.tests > 1)
+    found += f", {change(difference, difference.share_of)}, {p_value}, {how}"
+    other_sign = difference.value * (difference.test.value or 0.0) < 0  # where nothing is significant half have it
+    return f"{found}; test disagrees" if other_sign else found
+
+
+# ---- cells -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column for people; those with the highest ``spare`` are left out first where there is no room."""
+
+    head: str
+    cell: Callable[[Row], str]
+    spare: int = 0
+
+
+def columns(table: Table) -> list[Column]:
+    """Return the columns that this table needs."""
+    found = [
+        Column("optimizer", lambda row: row.label),
+        Column("n", seeds),
+        Column("mean ± sd", lambda row: mean_sd(row.mean, row.sd)),
+        Column("95 % interval", interval, 2),
+        Column("test", _test, 3),
+    ]
+    if table.target is not None:
+        found += [
+            Column(f"steps to {table.target:g}", steps_to_target, 1),
+            Column("time to it", lambda row: duration(row.seconds_to_target), 4),
+        ]
+    return [*found, Column("trials", budget, 5)]
+
+
+def seeds(row: Row) -> str:
+    """Return ``5``, or ``4 of 5`` where one failed or is not finite."""
+    return f"{row.n} of {len(row.runs)}" if row.failed else str(row.n)
+
+
+def _test(row: Row) -> str:
+    n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
+    return f"{mean_sd(row.test_mean, row.test_sd)}{n}"
+
+
+def steps_to_target(row: Row) -> str:
+    """Return the median, and how many reached the target; where the median did not, some may have."""
+    if row.reached is None or not row.runs:
+        return "-"
+    of = f"{row.reached} of {len(row.runs)}"
+    if row.steps_to_target is None:
+        return f"not reached; {of} did" if row.reached else "not reached"
+    return f"{row.steps_to_target:,.0f} ({of})"
+
+
+def budget(row: Row) -> str:
+    """Return the number of trials, and how many of them are not done."""
+    total = sum(row.budget.values())
+    others = [f"{number} {state}" for state, number in row.budget.items() if state != DONE]
+    return f"{total} ({', '.join(others)})" if others and total > 1 else str(total)
+
+
+def title(table: Table) -> str:
+    better = "higher" if table.higher_is_better else "lower"
+    target = "" if table.target is None else f"; target {table.target:g}"
+    data = f"{table.data} data{f' {table.data_hash[:8]}' if table.data_hash else ''}"
+    return f"{table.task}, {table.scale} scale, {data}: {table.metric} at the end, {better} is better{target}"
+
+
+def baseline(table: Table) -> str:
+    """Return what rows are compared with, in words."""
+    return f"each optimizer's own row with {table.baseline}" if table.own_baselines else str(table.baseline)
+
+
+def comparison(row: Row) -> str:
+    """Return the comparison with the baseline, in words; empty where there is none."""
+    return against(row.difference) if row.difference else "baseline" if row.is_baseline else ""
+
+
+def selected(row: Row) -> str:
+    """Return the values of the tuned keys, as ``lr=0.006``."""
+    return settings(row.selected.values) if row.selected else ""
+
+
+def cells(table: Table) -> list[list[str]]:
+    """Return the heads, and a line for each row, with what was selected and the verdict."""
+    shown = columns(table)
+    rows = [
+        [*(column.cell(row) for column in shown), selected(row) or "-", comparison(row) or "-"] for row in table.rows
+    ]
+    return [[*(column.head for column in shown), "selected", "verdict"], *rows]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+# What LaTeX and Markdown would take for more than text; for Markdown an underscore within a word is none of it.
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
+}  # fmt: skip
+MARKDOWN = re.compile(r"[\\`*|\[]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes what begins with one of these
+OF_TABLE = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
+OF_ROW = (
+    "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target",
+    "seconds_to_target", "reached",
+)  # fmt: skip
+
+
+def entries(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """Return a flat object for each row of each table, in units of the metric, steps and seconds; None: not known."""
+    return [_entry(table, row) for table in tables for row in table.rows]
+
+
+def _entry(table: Table, row: Row) -> dict[str, Any]:
+    found = row.difference
+    test = found.test if found else None
+    entry = {
+        **{name: getattr(table, name) for name in OF_TABLE},
+        **{name: getattr(row, name) for name in OF_ROW},
+        "seeds": [run.seed for run in row.runs],
+        "failed": row.failed,
+        "fresh": row.held_out,
+        "trials": len(row.trials),
+        "budget": row.budget,
+        "best_of": list(row.best_of),
+        "selected": row.selected.values if row.selected else None,
+        "difference": found and found.value,
+        "difference_low": found and found.low,
+        "difference_high": found and found.high,
+        "test_difference": test and test.value,
+        "test_difference_low": test and test.low,
+        "test_difference_high": test and test.high,
+        "pairs_or_seeds": found and found.n,
+        **{name: found and getattr(found, name) for name in ("verdict", "p_value", "p_holm", "paired")},
+        "against": found and found.baseline,
+        "tests": found and found.tests,
+        "values": {str(run.seed): run.final for run in row.runs},
+        "warnings": list(table.warnings),
+    }
+    return {key: finite(value) for key, value in entry.items()}  # JSON has no infinity, which optim.order may be
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    return json.dumps(entries(tables), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """Return the same as CSV, with lists and objects as JSON."""
+    from pandas import DataFrame  # slow to import
+
+    return to_csv(DataFrame(entries(tables), dtype=object))
+
+
+def to_csv(frame: DataFrame) -> str:
+    """Return a table as CSV, in which no text is a formula to a spreadsheet; numbers stay numbers."""
+    from pandas import DataFrame
+
+    cells = {key: [_harmless(value) for value in frame[key]] for key in frame.columns}
+    return str(DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def _harmless(value: Any) -> Any:
+    """Return a cell of a CSV: lists and objects as JSON, and a quote before what a spreadsheet would compute."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return value
+    quote = "'" * value.startswith(FORMULA)
+    return f"{quote}{value}".replace("\r", "\n")  # the csv module leaves a \r without quotes
+
+
+def as_markdown(tables: Sequence[Table], command: str) -> str:
+    parts = []
+    for table in tables:
+        heads, *rows = cells(table)
+        lines = [heads, ["---"] * len(heads), *(map(_markdown, row) for row in rows)]
+        parts.append(f"## {_markdown(title(table))}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        if table.warnings:
+            parts.append("\n".join(f"- {_markdown(warning)}" for warning in table.warnings))
+    return "\n\n".join([*parts, f"{LEGEND}\n\n    {command}\n"])
+
+
+def _markdown(text: str) -> str:
+    return MARKDOWN.sub(r"\\\g<0>", text)
+
+
+def as_latex(tables: Sequence[Table], command: str) -> str:
+    """Return tables for the package booktabs, with their warnings as notes."""
+    return "\n".join([f"% {command}\n% \\usepackage{{booktabs}}\n", *map(_latex_table, tables)])
+
+
+def _latex_table(table: Table) -> str:
+    from pandas import DataFrame
+
+    heads, *rows = [list(map(_latex, line)) for line in cells(table)]
+    made = DataFrame(rows, columns=heads).style.hide(axis="index").to_latex(
+        hrules=True,
+        column_format="l" + "r" * (len(heads) - 3) + r"lp{0.3\linewidth}",  # verdicts are sentences
+        caption=f"{_latex(title(table))}. {_latex(LEGEND)}",
+    )  # fmt: skip
+    notes = (rf"\par\smallskip\raggedright\footnotesize Note: {_latex(text)}" for text in table.warnings)
+    return str(made).replace(r"\end{table}", "\n".join([*notes, r"\end{table}"]))
+
+
+def _latex(text: str) -> str:
+    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)

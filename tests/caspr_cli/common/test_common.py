@@ -1,0 +1,128 @@
+"""What every command shares: errors, files, text, and the rule for the best trial."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from caspr_cli.common.errors import Parser, UserError, nearest
+from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import Progress, count, duration, finite, listed, size, table, wrapped
+from caspr_cli.common.selection import choose, reaches
+
+
+def parser() -> Parser:
+    made = Parser("tool")
+    commands = made.add_subparsers(metavar="command", dest="what")
+    one = commands.add_parser("build")
+    one.add_argument("--speed", type=int)
+    one.add_argument("--unit", choices=("steps", "seconds"))
+    one.add_argument("--json", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["biuld"], "biuld: no such command. Did you mean build? (choices: build)"),
+        (["build", "--sped=3"], "--sped=3 is no flag of build. Did you mean --speed?"),
+        (["build", "--speed", "fast"], "--speed: invalid int value: fast"),
+        (["build", "--speed"], "--speed: expected one argument"),
+        (["build", "--unit", "step"], "--unit step: no such choice. Did you mean steps? (choices: steps, seconds)"),
+        (["build", "--json=1"], "--json takes no value"),
+        (["build", "--js"], "--js is no flag of build. Did you mean --json?"),
+    ],
+)
+def test_a_mistake_is_one_line(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parser().parse_args(argv)
+    assert str(caught.value) == message
+
+
+def test_what_is_right_is_parsed() -> None:
+    expected = argparse.Namespace(what="build", speed=3, unit=None, json=True)
+    assert parser().parse_args(["build", "--json", "--speed", "3"]) == expected
+    assert nearest("xyz", ["abc"]) == ""
+    assert nearest("lrr", ["lr"], "optim.") == " Did you mean optim.lr?"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "new/a.txt", "ä")
+    write_whole(tmp_path / "new/a.txt", b"b")
+    assert (tmp_path / "new/a.txt").read_bytes() == b"b"
+    assert (tmp_path / "new/a.txt").stat().st_mode & 0o777 == 0o644
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"a\.txt: cannot write there: No space left on device"):
+        write_whole(tmp_path / "new/a.txt", "c")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
+    assert (tmp_path / "new/a.txt").read_bytes() == b"b"
+
+
+def test_text() -> None:
+    assert [count(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
+    assert [listed(list("abcd")[:n], 3) for n in range(5)] == ["none", "a", "a and b", "a, b and c", "a, b and 2 more"]
+    assert [duration(s) for s in (None, 9.54, 59.6, 125, 3 * 3600 + 1199.8)] == [
+        "-", "9.5 s", "1 min 00 s", "2 min 05 s", "3 h 20 min",
+    ]  # fmt: skip
+    assert [size(n) for n in (0, 999, 1000, 999_999, 12_345_678)] == ["0 B", "999 B", "1 kB", "1 MB", "12.3 MB"]
+    assert size(2.5e15, "FLOPs") == "2.5 PFLOPs"
+    assert size(4e18) == "4000 PB"
+    assert finite({1: [float("nan"), (float("-inf"), 2)], "x": "y"}) == {"1": [None, ["-inf", 2]], "x": "y"}
+    assert wrapped("note     aa bb-cc dd", 18) == ["note     aa bb-cc", "         dd"]
+
+
+def test_a_table_is_aligned_and_its_cells_are_text() -> None:
+    rows = [["name", "n"], ["[red]x[/red] :smile:", "12,345"], ["ψ", ""]]
+    assert table(rows) == ["name                       n", "[red]x[/red] :smile:  12,345", "ψ"]
+    assert table(rows, right=[True, False])[0] == "                name  n"
+    assert table([["a" * 300, "b"]]) == [f"{'a' * 300}  b"]
+
+
+def test_progress_is_one_line_for_a_terminal_alone() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), "\r\x1b[Kone\r\x1b[K"), (io.StringIO(), "")):
+        progress = Progress(stream)
+        progress.say("one")
+        progress.clear()
+        assert stream.getvalue() == shown
+
+
+# ---- the best trial ----------------------------------------------------------------------------------------------
+
+
+def test_the_mean_over_shared_seeds_decides() -> None:
+    trials = [{0: 1.0, 1: 3.0}, {0: 2.0, 1: 1.0, 5: 9.0}, {}]
+    low, high = (choose(trials, higher_is_better=higher) for higher in (False, True))
+    assert (low.best, low.seeds, low.scores) == (1, {0, 1}, {0: 2.0, 1: 1.5})
+    assert high.best == 0
+
+
+def test_where_no_seed_is_shared_the_commonest_decides() -> None:
+    found = choose([{3: 5.0}, {1: 4.0, 2: 0.0}, {1: 3.0}, {2: 1.0}], higher_is_better=False)
+    assert (found.best, found.seeds, found.scores) == (2, {1}, {1: 4.0, 2: 3.0})
+
+
+def test_failed_trials_and_equal_ones() -> None:
+    assert choose([], higher_is_better=True).best is choose([{}, {}], higher_is_better=True).best is None
+    assert choose([{0: None}, {0: None}], higher_is_better=True).best is None
+    assert choose([{0: None, 1: 1.0}, {0: 9.0}], higher_is_better=False).best == 1
+    assert choose([{0: None}, {0: None, 1: 5.0}], higher_is_better=False).best == 1  # nothing chose it
+    assert choose([{0: 1.0}, {0: 1.0}], higher_is_better=False).best == 0
+    assert choose([{0: 1.0}, {0: 1.0, 1: 2.0}], higher_is_better=False).best == 1  # it has been run at other seeds
+
+
+def test_a_target_is_reached_where_it_is_equalled() -> None:
+    assert [reaches(v, 2.0, higher_is_better=True) for v in (1.9, 2.0, 2.1)] == [False, True, True]
+    assert [reaches(v, 2.0, higher_is_better=False) for v in (1.9, 2.0, 2.1)] == [True, True, False]
+    assert not reaches(float("nan"), 2.0, higher_is_better=True)
