@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,9 +174,7 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(sys.stderr)
     progress.say("importing torch")
     try:
-        rows, lines, chart = _roots(args) if args.roots else _ranks(args, what, progress) if args.ranks else _steps(
-            args, what, progress, draw=png is not None
-        )  # fmt: skip
+        rows, lines, chart = _roots(args) if args.roots else _steps(args, what, progress.say, draw=png is not None)
     finally:
         progress.clear()
     listed = json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
@@ -194,38 +192,20 @@ def run(args: argparse.Namespace) -> None:
 Made = tuple[list[dict[str, Any]], list[str], bytes]  # rows of a JSON file, lines to print, and a chart
 
 
-def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, progress: Progress, *, draw: bool) -> Made:
-    from caspr_cli.bench import baselines, figure, measure
+def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, log: Callable[[str], None], *, draw: bool) -> Made:
+    from caspr_cli.bench import baselines, figure, measure, ranks
     from caspr_cli.bench.workload import Machine
 
-    rows = measure.measured(
-        what,
-        args.optim,
-        baselines.Settings(args.interval, args.block_size, baselines.parse_given(args.given, args.optim)),
-        Machine(args.dtype, args.device, args.threads),
-        tokens=args.batch or TOKENS,
-        rounds=args.rounds,
-        log=progress.say,
-    )
-    lines = list(report(rows, "its own batch" if args.task else f"{args.batch or TOKENS:,} tokens"))
+    given = baselines.parse_given(args.given, args.optim)
+    settings = baselines.Settings(args.interval, args.block_size, given)
+    machine = Machine(args.dtype, args.device, args.threads)
+    if args.ranks:
+        shared = ranks.measured_ranks(what, args.optim, args.ranks, settings, machine, rounds=args.rounds, log=log)
+        return [asdict(row) for row in shared], list(ranks_report(shared)), b""
+    tokens = args.batch or TOKENS
+    rows = measure.measured(what, args.optim, settings, machine, tokens=tokens, rounds=args.rounds, log=log)
+    lines = list(report(rows, "its own batch" if args.task else f"{tokens:,} tokens"))
     return [asdict(row) for row in rows], lines, figure.png(figure.draw(rows)) if draw else b""
-
-
-def _ranks(args: argparse.Namespace, what: ShapeSet | Recipe, progress: Progress) -> Made:
-    from caspr_cli.bench import baselines
-    from caspr_cli.bench.ranks import measured_ranks
-    from caspr_cli.bench.workload import Machine
-
-    rows = measured_ranks(
-        what,
-        args.optim,
-        args.ranks,
-        baselines.Settings(args.interval, args.block_size, baselines.parse_given(args.given, args.optim)),
-        Machine(args.dtype, args.device, args.threads),
-        rounds=args.rounds,
-        log=progress.say,
-    )
-    return [asdict(row) for row in rows], list(ranks_report(rows)), b""
 
 
 def _roots(args: argparse.Namespace) -> Made:

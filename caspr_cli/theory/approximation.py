@@ -14,27 +14,15 @@ from torch import Tensor
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
+from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, recordings
-from caspr_cli.theory.preconditioners import (
-    Root,
-    Spectral,
-    axis_statistics,
-    caspr_one,
-    combined,
-    cosine,
-    diagonal,
-    full_statistic,
-    nearest_kronecker,
-    one_sided,
-    product,
-    row_statistic,
-    shampoo_half,
-)
+from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
+from caspr_cli.theory.preconditioners import Root, Spectral, combined, cosine
 
 QUESTION = "How near do CASPR and its relatives come to full-matrix Adagrad over training?"
 NOISE, NOISE_SHAPE, NOISE_STEPS = "Kronecker noise", (8, 8), (*STEPS, 1000, 3000)
 FAMILY = ("order 1", "caspr", "order 3", "shampoo 1/4")
+VAN_LOAN = "Van Loan and Pitsianis"
 NEAREST = "Kronecker of F^½"
 ORACLES = ("Kronecker of F", NEAREST)  # need F itself
 PRODUCTS = ("shampoo 1/4", "shampoo 1/2", "left", "right", "Kronecker of F")  # Kronecker products, besides the nearest
@@ -85,22 +73,22 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
     The nearest Kronecker product is taken twice: of F, which then gets its root, and of F^(1/2) itself.
     """
     m, n = gradients.shape[1:]
-    L, R = axis_statistics(gradients, eps)
-    F = full_statistic(gradients, eps)
+    L, R = pre.axis_statistics(gradients, eps)
+    F = pre.full_statistic(gradients, eps)
     root = Spectral.of(F).power(0.5)
     return {
         "caspr": combined(L, R, 2),
         "order 1": combined(L, R, 1),
         "order 3": combined(L, R, 3),
         "shampoo 1/4": combined(L, R, math.inf),
-        "shampoo 1/2": shampoo_half(L, R),
-        "caspr, e = 1": caspr_one(L, R),
-        "left": one_sided(L, R, left=True),
-        "right": one_sided(L, R, left=False),
-        "row-wise": Spectral.of(row_statistic(gradients, eps)).power(0.5),
-        "diagonal": diagonal(gradients, eps).power(0.5),
-        "Kronecker of F": product(*nearest_kronecker(F, (m, n))).power(0.5),
-        NEAREST: product(*nearest_kronecker(root.dense(), (m, n))),
+        "shampoo 1/2": pre.shampoo_half(L, R),
+        "caspr, e = 1": pre.caspr_one(L, R),
+        "left": pre.one_sided(L, R, left=True),
+        "right": pre.one_sided(L, R, left=False),
+        "row-wise": Spectral.of(pre.row_statistic(gradients, eps)).power(0.5),
+        "diagonal": pre.diagonal(gradients, eps).power(0.5),
+        "Kronecker of F": pre.product(*pre.nearest_kronecker(F, (m, n))).power(0.5),
+        NEAREST: pre.product(*pre.nearest_kronecker(root.dense(), (m, n))),
         "full": root,
     }
 
@@ -137,6 +125,9 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     """
     cases = DataFrame([*_recorded(choice, log), *_noise(choice, log)])
     by = wide(cases)
+    distances = (by[name] for name in ("root_distance", "inverse_distance"))
+    grows = all((d[a] <= d[b] * (1 + 1e-7)).all() for d in distances for a, b in pairwise(FAMILY))
+    nearest = all((by["root"][NEAREST] >= by["root"][name] - 1e-9).all() for name in PRODUCTS)
     return Answer(
         name="approximation",
         question=QUESTION,
@@ -146,31 +137,17 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         | {"cases": table(cases, "Every layer, seed and step", formats=dict.fromkeys(VALUES, ".4f"), shown=0)},
         figures=tuple(_figures(cases)),
         claims=(
-            (
-                "the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4",
-                all(  # statement 9 of caspr_cli.theory.chain, which is about distances without scaling
-                    (by[d][a] <= by[d][b] * (1 + 1e-7)).all()
-                    for a, b in pairwise(FAMILY)
-                    for d in ("root_distance", "inverse_distance")
-                ),
-            ),
-            (
-                "no other Kronecker product has a larger cosine with F^½ than the nearest one (Van Loan and Pitsianis)",
-                all((by["root"][NEAREST] >= by["root"][name] - 1e-9).all() for name in PRODUCTS),
-            ),
+            # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
+            ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
+            (f"no other Kronecker product has a larger cosine with F^½ than the nearest one ({VAN_LOAN})", nearest),
         ),
         counterexamples=(_cosines(by["root"]),),
     )
 
 
 def _recorded(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
-    for one in recordings(choice, log):
-        log(f"{one.task}: {one.parameter}, seed {one.seed}: decompositions")
-        eps = ridge(one.gradients)
-        for step in STEPS:
-            seen = one.gradients[:step]
-            if len(seen) == step and seen[-1].any():
-                yield from rows_of(nearness(seen, eps), one.task, one.parameter, one.seed, step)
+    for one, step, seen in points(recordings(choice, log), log):
+        yield from rows_of(nearness(seen, ridge(one.gradients)), one.task, one.parameter, one.seed, step)
 
 
 def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:

@@ -14,19 +14,8 @@ from caspr_cli.optim.caspr import CASPR
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
-from caspr_cli.theory import panels
-from caspr_cli.theory.cost_runs import (
-    PARTS,
-    Divided,
-    Model,
-    Run,
-    called_products,
-    divided,
-    layer,
-    model_of,
-    one_thread,
-    run,
-)
+from caspr_cli.theory import cost_runs, panels
+from caspr_cli.theory.cost_runs import PARTS, Divided, Model, Run, layer
 from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.work import DECODERS, GPUS, NODE, Assumed, Scaled, scaled, stand_ins
 
@@ -68,11 +57,14 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
             limits = "above 0 and at most 1" if name in SHARES else "above 0"
             raise ConfigError(f"--{name} {value:g}: should be {limits}")
     log(f"{choice.model}: shapes of its model")
-    model = model_of(choice.model, choice.batch)
+    model = cost_runs.model_of(choice.model, choice.batch)
     runs = _runs(choice.quick, log)
-    ranks = [divided(CASPR(stand_ins(layer(RANKED) * LAYERS)), count) for count in RANKS]
+    ranks = [cost_runs.divided(CASPR(stand_ins(layer(RANKED) * LAYERS)), count) for count in RANKS]
     large = [one for decoder in DECODERS for gpus in GPUS[decoder.name] for one in scaled(decoder, gpus, choice)]
     states = [(one.state, one.work.state) for of in runs.values() for one in of] + [(model.state, model.work.state)]
+    state = all(abs(measured / predicted - 1) < 1e-3 for measured, predicted in states)
+    called = abs(cost_runs.called_products() - 1) < 1e-9
+    shared = all(one.most <= one.bound * (1 + 1e-9) for one in ranks)
     return Answer(
         name="cost",
         question=QUESTION,
@@ -81,18 +73,9 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         | {"model": _model(model), "ranks": _ranks(ranks), "scale": _scale(large, choice), "decoders": _decoders()},
         figures=(_width_figure(runs["width"]), _options_figure(runs), _scale_figure(large)),
         claims=(
-            (
-                "bytes of state are those of the formula (within 0.1 %, which are counters)",
-                all(abs(measured / predicted - 1) < 1e-3 for measured, predicted in states),
-            ),
-            (
-                "the products that a step calls have the FLOPs of the formula, exactly",
-                abs(called_products() - 1) < 1e-9,
-            ),
-            (
-                "no rank has more than its part and one block, refreshed",
-                all(one.most <= one.bound * (1 + 1e-9) for one in ranks),
-            ),
+            ("bytes of state are those of the formula (within 0.1 %, which are counters)", state),
+            ("the products that a step calls have the FLOPs of the formula, exactly", called),
+            ("no rank has more than its part and one block, refreshed", shared),
         ),
     )
 
@@ -103,11 +86,11 @@ def _runs(quick: bool, log: Log) -> dict[str, list[Run]]:
     plans: dict[str, Sequence[float]] = {"width": QUICK_WIDTHS if quick else WIDTHS, "block_size": BLOCKS}
     plans |= {"interval": INTERVALS, "order": ORDERS}
     found: dict[str, list[Run]] = {}
-    with one_thread():
+    with cost_runs.one_thread():
         for name, values in plans.items():
             for value in values[:2] if quick and name != "order" else values:
                 log(f"a layer, {name} {value:g}")
-                one = run(int(value)) if name == "width" else run(width, **{name: value})
+                one = cost_runs.run(int(value)) if name == "width" else cost_runs.run(width, **{name: value})
                 found.setdefault(name, []).append(one)
     return found
 

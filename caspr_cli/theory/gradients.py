@@ -6,10 +6,10 @@ fraction of a second; data, losses and batches are those of the task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -62,6 +62,10 @@ class Recording:
         return int(self.gradients.shape[1]), int(self.gradients.shape[2])
 
     @property
+    def size(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}"
+
+    @cached_property
     def rank(self) -> int:
         """r: the largest rank of a gradient."""
         return max(int(torch.linalg.matrix_rank(self.gradients).max()), 1)
@@ -148,6 +152,19 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
                 f"full matrix is taken of at most {LARGEST:,}"
             )
     return found
+
+
+def points(found: Sequence[Recording], log: Log) -> Iterator[tuple[Recording, int, Tensor]]:
+    """Yield each recording, step and the gradients up to it, for all ``STEPS``; those that are all zero are left out.
+
+    Below a head that starts at zero there is no gradient at first.
+    """
+    for one in found:
+        log(f"{one.task}: {one.parameter}, seed {one.seed}: decompositions")
+        for step in STEPS:
+            seen = one.gradients[:step]
+            if len(seen) == step and seen[-1].any():
+                yield one, step, seen
 
 
 @lru_cache(maxsize=64)  # several questions want the same run

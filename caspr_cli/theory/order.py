@@ -13,7 +13,7 @@ from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.chain import BETA, CLAIMS, FALSE_CLAIMS, NAMES, STALE, Checked, chain, check, ridge
-from caspr_cli.theory.gradients import STEPS, Choice, Log, Recording, low_rank_stream, recordings
+from caspr_cli.theory.gradients import Choice, Log, Recording, low_rank_stream, points, recordings
 from caspr_cli.theory.preconditioners import Spectral, axis_statistics, combined, full_statistic
 
 QUESTION = (
@@ -38,9 +38,11 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         ConfigError: there is no such task or parameter, or it is too large.
     """
     found = recordings(choice, log)
-    cases = DataFrame(
-        [*_of_recordings(found, log), *_of_random(choice.seed, QUICK_TRIALS if choice.quick else TRIALS, log)]
-    )
+    real = [
+        row_of((REAL, r.task, r.parameter, r.size, r.rank, r.seed, step), check(G, ridge(r.gradients), r.rank))
+        for r, step, G in points(found, log)
+    ]
+    cases = DataFrame([*real, *_of_random(choice.seed, QUICK_TRIALS if choice.quick else TRIALS, log)])
     return Answer(
         name="order",
         question=QUESTION,
@@ -81,17 +83,6 @@ def row_of(place: Sequence[Any], found: Checked) -> dict[str, Any]:
     for measure, values in zip(MEASURES, (found.traces, found.distances, found.products), strict=True):
         row |= {f"{measure} {name}": value for name, value in zip(NAMES, values, strict=True)}
     return row | {"tolerance": found.tolerance}
-
-
-def _of_recordings(found: Sequence[Recording], log: Log) -> Iterator[dict[str, Any]]:
-    for one in found:
-        log(f"{one.task}: {one.parameter}, seed {one.seed}: decompositions")
-        eps, rank, size = ridge(one.gradients), one.rank, f"{one.shape[0]} x {one.shape[1]}"
-        for step in STEPS:
-            seen = one.gradients[:step]
-            if len(seen) == step and seen.any():  # below a head that starts at zero there is no gradient at first
-                place = (REAL, one.task, one.parameter, size, rank, one.seed, step)
-                yield row_of(place, check(seen, eps, rank))
 
 
 def _of_random(seed: int, trials: int, log: Log) -> Iterator[dict[str, Any]]:

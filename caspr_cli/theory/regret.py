@@ -108,31 +108,20 @@ def ordered(values: Sequence[Tensor]) -> bool:
 
 
 def claims_of(played: Sequence[Played], chains: Mapping[str, Tensor]) -> tuple[tuple[str, bool], ...]:
+    ladders = [p.ladder for p in played]
+    grid = all(ordered([p.grid.at_end, p.grid.bound()[..., -1]]) for p in played)
+    ball = all(ordered([p.theorem.regret[:, 0], p.theorem.limits()]) for p in played)
+    proof = all(ordered([ladder.rungs[name] for name in RUNGS]) for ladder in ladders)
+    grows = all(float(ladder.growth.min()) >= -ROUNDING for ladder in ladders)
+    sums = all(float(ladder.sums.max()) <= 1 + ROUNDING for ladder in ladders)
+    order = all(ordered(list(found.unbind(1))) for found in chains.values())
     return (
-        (
-            "Regret ≤ (D²/2η + ηr) tr X_T, at every step size of the grid",
-            all(ordered([p.grid.at_end, p.grid.bound()[..., -1]]) for p in played),
-        ),
-        (
-            "Regret ≤ √(2r) D tr X_T, with η = D/√(2r) and W kept in a ball",
-            all(ordered([p.theorem.regret[:, 0], p.theorem.limits()]) for p in played),
-        ),
-        (
-            "every inequality on the way to the bound",
-            all(ordered([p.ladder.rungs[name] for name in RUNGS]) for p in played),
-        ),
-        (
-            "sums: X_t ⪰ X_{t−1}, in every round",
-            all(float(p.ladder.growth.min()) >= -ROUNDING for p in played),
-        ),
-        (
-            "Σ⟨G_t, X_t⁻¹G_t⟩ ≤ 2r tr F~_T^½",
-            all(float(p.ladder.sums.max()) <= 1 + ROUNDING for p in played),
-        ),
-        (
-            "tr F~^½ ≤ tr X₁ ≤ tr X₂ ≤ tr X₃ ≤ tr X_Shampoo, of the same gradients",
-            all(ordered(list(found.unbind(1))) for found in chains.values()),
-        ),
+        ("Regret ≤ (D²/2η + ηr) tr X_T, at every step size of the grid", grid),
+        ("Regret ≤ √(2r) D tr X_T, with η = D/√(2r) and W kept in a ball", ball),
+        ("every inequality on the way to the bound", proof),
+        ("sums: X_t ⪰ X_{t−1}, in every round", grows),
+        ("Σ⟨G_t, X_t⁻¹G_t⟩ ≤ 2r tr F~_T^½", sums),
+        ("tr F~^½ ≤ tr X₁ ≤ tr X₂ ≤ tr X₃ ≤ tr X_Shampoo, of the same gradients", order),
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from pandas import DataFrame, concat
-from torch import Tensor
 
 from caspr_cli.bench.precision import TF32
 from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, Solver
@@ -20,7 +19,7 @@ from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.gradients import Choice, Log
-from caspr_cli.theory.rounding import cases, cost_of
+from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 
 QUESTION = "How exact are the inverse roots, at what cost, and how much damping do they need in which precision?"
 CONDITIONS, QUICK_CONDITIONS = tuple(10.0**k for k in range(1, 13)), (1e1, 1e2, 1e4, 1e6, 1e8)
@@ -33,8 +32,6 @@ ABSOLUTE = 1e-6
 DEFAULT = 1e-6  # the library's damping, relative
 SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512, 1024), (16, 32, 64)
 SIZED_CONDITION = 1e6
-SMALL = 0.02  # predicted errors up to here are in the reach of a first order
-ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 GOOD = 1e-2  # an error that an update does not notice
 LEAST = 1e-12  # the smallest error that float64, in which roots are compared, can show
 WITHIN = 2.0  # a factor
@@ -120,24 +117,6 @@ def reach(cases: DataFrame) -> dict[str, float]:
     return {name: float(good.index[good[name]].max()) if good[name].any() else math.nan for name in NAMES}
 
 
-def constants_of(bare: DataFrame) -> DataFrame:
-    """Return, by solver, its backward error in roundings over conditions and exponents.
-
-    Only for solvers whose errors are their own, from cases where the condition decides and the error is small;
-    ``floor`` is the error at the least condition, in units of u.
-    """
-    rows = {}
-    for solver in SOLVERS:
-        own = bare[bare["solver"] == solver.name]
-        clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
-        if solver.exact or solver.method == "warm" or clear.empty:
-            continue
-        floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
-        rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}
-        rows[solver.name] |= {"count": len(clear), "floor": floor}
-    return DataFrame.from_dict(rows, orient="index")
-
-
 def finding(default: DataFrame) -> str:
     """Return the answer in one sentence."""
     far = {name: f"{k:.0e}" if k == k else "no condition" for name, k in reach(default).items()}
@@ -153,25 +132,18 @@ def _exact_newton(found: DataFrame) -> DataFrame:
 
 def _claims(found: DataFrame, costs: DataFrame) -> tuple[tuple[str, bool], ...]:
     predicted = found[found["predicted"].between(LEAST, SMALL)]
-    ratios, newton, large = predicted["error"] / predicted["predicted"], _exact_newton(found), costs[costs["d"] >= 128]
+    storing = (predicted["error"] / predicted["predicted"]).between(1 / WITHIN, WITHIN).all()
+    newton, large = _exact_newton(found), costs[costs["d"] >= 128]
+    steps = (newton["steps"] <= newton["forecast"]).all()
+    held = (large["mb"] / large["predicted_mb"] - 1).abs().le(0.1).all()
+    near = f"within a factor of {WITHIN:g} of what a first order predicts, without any fit"
+    worst = (found["ratio"] <= 1).all()
+    counted = "was counted in their code (within 10 %, d of 128 or more)"
     return (
-        (
-            f"storing: measured errors are within a factor of {WITHIN:g} of what a first order predicts, without "
-            "any fit",
-            bool(ratios.between(1 / WITHIN, WITHIN).all()),
-        ),
-        (
-            "the error in the 2-norm is at most (δκ/p)(1 − δκ)^(−1−1/p), δ = ‖E‖₂/‖S‖₂",
-            bool((found["ratio"] <= 1).all()),
-        ),
-        (
-            "Newton takes no more steps than are forecast from condition and p",
-            bool((newton["steps"] <= newton["forecast"]).all()),
-        ),
-        (
-            "solvers hold as many d × d matrices as was counted in their code (within 10 %, d of 128 or more)",
-            bool((large["mb"] / large["predicted_mb"] - 1).abs().le(0.1).all()),
-        ),
+        (f"storing: measured errors are {near}", bool(storing)),
+        ("the error in the 2-norm is at most (δκ/p)(1 − δκ)^(−1−1/p), δ = ‖E‖₂/‖S‖₂", bool(worst)),
+        ("Newton takes no more steps than are forecast from condition and p", bool(steps)),
+        (f"solvers hold as many d × d matrices as {counted}", bool(held)),
     )
 
 
@@ -291,18 +263,6 @@ def _law(constants: DataFrame) -> DataFrame:
         note="From conditions of 1e3 on, where the error is below 2 %. Below that the rounding of the result decides. "
         "TF32: u is that of its 11 bits.",
     )
-
-
-def moved(values: Tensor, eps: float) -> dict[str, float]:
-    """Return what damping does to S of these eigenvalues: to its root, and to the direction of a whitened update."""
-    shifted = values + eps * values.max()
-    kept = values / shifted  # squares of what is left of each direction of S^(-1/2) G, which have all the same length
-    change = values.pow(-1 / P) - shifted.pow(-1 / P)
-    return {
-        "damped": float((values < eps * values.max()).double().mean()),
-        "cosine": float(kept.sqrt().sum() / (len(values) * kept.sum()).sqrt()),
-        "bias": float(change.norm() / values.pow(-1 / P).norm()),
-    }
 
 
 def _moved(cases: DataFrame, errors: DataFrame) -> DataFrame:

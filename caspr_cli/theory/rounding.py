@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
 
 from caspr_cli.bench.precision import Precision
@@ -36,6 +37,7 @@ from caspr_cli.bench.roots import (
     SOLVERS,
     Matrix,
     NewtonWatch,
+    P,
     Solver,
     distance,
     least_seconds,
@@ -46,6 +48,8 @@ from caspr_cli.bench.roots import (
 from caspr_cli.optim.refresh import ACCEPTED
 from caspr_cli.optim.roots import Root, bound, newton_steps, residual
 
+ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
+SMALL = 0.02  # predicted errors up to here are in the reach of a first order
 STORED = math.sqrt(math.log(2) / 4.5)  # ||E||_F over u ||S||_F
 
 
@@ -173,3 +177,33 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
     row = {"d": d, "solver": solver.method, "mb": peak_bytes(run) / 1e6, "ms": 1e3 * least_seconds(run)}
     row |= {"predicted_ms": 1e3 * flops / product_rate(d), "flops": flops, "steps": watch.steps or math.nan}
     return row | {"predicted_mb": MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
+
+
+def constants_of(bare: DataFrame) -> DataFrame:
+    """Return, by solver, its backward error in roundings over conditions and exponents.
+
+    Only for solvers whose errors are their own, from cases where the condition decides and the error is small;
+    ``floor`` is the error at the least condition, in units of u.
+    """
+    rows = {}
+    for solver in SOLVERS:
+        own = bare[bare["solver"] == solver.name]
+        clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
+        if solver.exact or solver.method == "warm" or clear.empty:
+            continue
+        floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
+        rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}
+        rows[solver.name] |= {"count": len(clear), "floor": floor}
+    return DataFrame.from_dict(rows, orient="index")
+
+
+def moved(values: Tensor, eps: float) -> dict[str, float]:
+    """Return what damping does to S of these eigenvalues: to its root, and to the direction of a whitened update."""
+    shifted = values + eps * values.max()
+    kept = values / shifted  # squares of what is left of each direction of S^(-1/2) G, which have all the same length
+    change = values.pow(-1 / P) - shifted.pow(-1 / P)
+    return {
+        "damped": float((values < eps * values.max()).double().mean()),
+        "cosine": float(kept.sqrt().sum() / (len(values) * kept.sum()).sqrt()),
+        "bias": float(change.norm() / values.pow(-1 / P).norm()),
+    }

@@ -13,11 +13,13 @@ from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
 from caspr_cli.bench.roots import BY_NAME, SOLVERS, Matrix
 from caspr_cli.theory import roots
 from caspr_cli.theory.gradients import Choice
-from caspr_cli.theory.roots import constants_of, moved, reach, slope
+from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
     STORED,
     cases,
+    constants_of,
     divided_differences,
+    moved,
     one_rounding,
     sensitivity,
     solved,
