@@ -45,7 +45,7 @@ Log = Callable[[str], None]
 
 @dataclass
 class Row:
-    """What one optimizer costs; times in milliseconds, None where there is no such thing."""
+    """The costs of one optimizer; times in milliseconds, None where a cost does not apply."""
 
     optimizer: str
     median_ms: float  # of a step at its own interval, as are the next two

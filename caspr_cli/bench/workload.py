@@ -1,4 +1,4 @@
-"""What is measured: weights with gradients, and the machine that they are on."""
+"""The weights and gradients that are measured, and the machine that they are on."""
 
 from __future__ import annotations
 

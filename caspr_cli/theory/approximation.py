@@ -55,7 +55,7 @@ KEYS = ["task", "parameter", "seed", "step", "preconditioner"]
 
 @dataclass(frozen=True)
 class Near:
-    """How near a preconditioner X is to F^(1/2) at one step."""
+    """The distances of a preconditioner X from F^(1/2) at one step."""
 
     root: float  # cosine of X and F^(1/2)
     inverse: float  # cosine of X^{-1} and F^(-1/2)

@@ -31,7 +31,7 @@ SHARES = ("efficiency", "mfu")  # assumptions that are at most 1
 
 @dataclass(frozen=True)
 class Choice(Assumed):
-    """What is costed.
+    """Options of the question.
 
     Args:
         quick: small layers: seconds.

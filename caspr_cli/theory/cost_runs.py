@@ -109,7 +109,7 @@ def called_products() -> float:
 
 @dataclass(frozen=True)
 class Model:
-    """What ``debug=plan`` prints for a task's model with CASPR, in one line."""
+    """The cost of a task's model with CASPR, as ``debug=plan`` prints it."""
 
     task: str
     parameters: int

@@ -285,7 +285,7 @@ DEPARTURES = (
 
 
 class Learner:
-    """What a method has seen of gradients ``[..., m, n]`` of many runs at once, and its preconditioner X_t, ``root``.
+    """The statistics of a method over gradients ``[..., m, n]`` of many runs at once, and its preconditioner ``root``.
 
     Args:
         shape: ``[..., m, n]`` of W.

@@ -1,4 +1,4 @@
-r"""What a step of the optimizer does, from shapes alone: FLOPs, bytes, and how long they take on a given machine.
+r"""The work of a step of the optimizer, from shapes alone: FLOPs, bytes, and the time on a given machine.
 
 For a block of m x n, on average over steps (:mod:`caspr_cli.optim.cost` has the FLOPs), with t_d = packed_length(d) /
 d, at most d, for the panels of one triangle:
@@ -109,7 +109,7 @@ def work_of_shapes(shapes: Sequence[Sequence[int]], **options: object) -> Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second.
+    """The rates of a device, for a second.
 
     Args:
         products: FLOPs of products in float32.
@@ -234,7 +234,7 @@ GPUS = {"1B": (8, 64), "7B": (64, 256), "70B": (256, 1024, 4096)}
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is assumed of a large training run.
+    """Assumptions about a large training run.
 
     Args:
         tokens: in a step.

@@ -11,7 +11,6 @@ import pytest
 from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
-from caspr_cli.common.format import Progress
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
@@ -143,27 +142,6 @@ def test_an_interruption_is_one_line_and_130(
     out, err = capsys.readouterr()
     assert (out, err) == ("", "interrupted: nothing was written\n")
     assert not Path("rows.json").exists()
-
-
-def test_progress_is_shown_on_a_terminal_alone() -> None:
-    class Stream:
-        def __init__(self, terminal: bool) -> None:
-            self.terminal, self.text = terminal, ""
-
-        def isatty(self) -> bool:
-            return self.terminal
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None: ...
-
-    for terminal in (True, False):
-        stream = Stream(terminal)
-        progress = Progress(stream)  # type: ignore[arg-type]
-        progress.say("round 3/20")
-        progress.clear()
-        assert ("round 3/20" in stream.text) == terminal
 
 
 def test_the_table_of_roots(

@@ -32,7 +32,7 @@ def test_all_preconditioners_are_there():
 
 
 def test_distances_and_cosines_belong_together():
-    """The relative distance after the best scaling is sqrt(1 - cos^2), and no distance is below it."""
+    """The relative distance after the best scaling is sqrt(1 - cos^2)."""
     G = streams()
     found = nearness(G, 1e-3)
     roots = approximations(G, 1e-3)
@@ -42,7 +42,9 @@ def test_distances_and_cosines_belong_together():
         best = (X * full).sum() / (X * X).sum()
         least = float((best * X - full).norm() / full.norm())
         assert math.sqrt(1 - near.root**2) == pytest.approx(least, rel=1e-6)
-        assert near.root_distance >= least - 1e-12
+        assert near.root_distance == pytest.approx(float((X - full).norm() / full.norm()))
+        P, inverse = torch.linalg.inv(X), torch.linalg.inv(full)
+        assert near.inverse_distance == pytest.approx(float((P - inverse).norm() / inverse.norm()))
 
 
 def test_for_one_row_the_row_is_the_full_matrix():

@@ -1,6 +1,7 @@
 """The order of preconditioners, and one counterexample of each statement that looks like it and is false."""
 
 import math
+from itertools import pairwise
 
 import pandas as pd
 import pytest
@@ -43,6 +44,15 @@ def test_it_is_strict_where_gradients_are_general():
     order = ("gap_1", "gap_2", "gap_3", "gap_shampoo", "inverses", "traces", "distances", "products", "grows")
     for key in (*order, "bare_traces", "bare_distances"):
         assert found.margins[key] > 1e3 * found.tolerance, CLAIMS[key]
+
+
+def test_margins_of_numbers_are_their_least_differences():
+    found = checked(low_rank_stream((3, 4), 2, 6, 3), 2)
+    t, d, p = found.traces, found.distances, found.products
+    assert found.margins["distances"] == pytest.approx(min(b - a for a, b in pairwise(d)))
+    assert found.margins["traces"] == pytest.approx(min((b - a) / b for a, b in pairwise(t)))
+    assert found.margins["products"] == pytest.approx(min([a - b for a, b in pairwise(p)] + [p[-1]]))
+    assert (t[0], d[0], p[0]) == (1, 0, 1)
 
 
 def test_a_tight_case():
