@@ -72,7 +72,7 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
         task = tasks.load(what.task, what.seed)
         torch.manual_seed(what.seed)
         model = task.model()
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(f"--task {what.task.name}: {str(error).splitlines()[0]}") from error
     name = f"{what.task.name}-{what.scale}"
     return _workload(name, param_groups(task, model), task.train_flops(model), dtype, device)

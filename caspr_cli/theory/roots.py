@@ -389,7 +389,7 @@ def _damping_figure(cases: DataFrame) -> Figure:
     def finish(axes: Axes) -> None:
         panels.logarithmic(axes)
         axes.set_ylim(1e-6, 30)
-        axes.set_xticks([10.0**k for k in range(-12, -1, 2)], [f"1e-{k}" for k in ("12", "10", "08", "06", "04", "02")])
+        axes.set_xticks([10.0**k for k in range(-12, -1, 2)], [f"1e{k}" for k in range(-12, -1, 2)])
 
     some = [solver for solver in SOLVERS if not solver.name.endswith("float64")]
     groups = {"float32": [s for s in some if s.name.endswith("float32")]}
