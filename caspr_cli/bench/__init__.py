@@ -1,1 +1,1 @@
-"""What an optimizer costs: contenders side by side, their floors, and where the time goes."""
+"""The cost of an optimizer: baselines side by side, the least that their products take, and the parts of a step."""

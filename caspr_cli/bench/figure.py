@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
+import io
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,20 +12,20 @@ from matplotlib.patches import Patch
 
 from caspr_cli.bench.measure import Row
 
-# Okabe and Ito's, told apart by every kind of colour vision; greys where nothing is told apart.
+# Okabe and Ito's, which every kind of colour vision tells apart; greys for what is not split.
 COLOURS = {"statistics": "#0072B2", "roots": "#D55E00", "apply": "#009E73", "rest": "#A6A6A6"}
-WHOLE = "#CFCFCF"
-FLOOR = "black"
+WHOLE, BOUND = "#CFCFCF", "black"
+BOUND_LABEL = "floor: the matrix products alone of a step without a refresh"
 UNITS = (("B", 1e9), ("M", 1e6), ("k", 1e3))
 WIDE_ENOUGH = 0.055  # of the axis: a part that holds its own label
 
 
 def draw(rows: list[Row]) -> Figure:
-    """A bar for each optimizer: the median step, in its parts where they are known, with its floor under it."""
+    """Return a bar for each optimizer: the median step, in its parts where they are known, and its products alone."""
     figure = Figure(figsize=(10, 1.9 + 0.68 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    limit = 1.45 * max(max(row.median_ms, row.floor_ms or 0.0) for row in rows)  # room for the labels
+    limit = 1.45 * max(max(row.median_ms, row.floor_ms or 0.0) for row in rows)  # leaves space for the labels
     for y, row in enumerate(rows):
         _bar(axes, y, row, limit)
     axes.set_yticks(range(len(rows)), [row.optimizer for row in rows], fontsize=10)
@@ -36,10 +34,20 @@ def draw(rows: list[Row]) -> Figure:
     axes.set_xlabel("milliseconds of a median step")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(_title(rows[0]), loc="left", fontsize=12, fontweight="bold", pad=22)
+    first = rows[0]
+    unit, size = next(((name, n) for name, n in UNITS if first.parameters >= n), ("", 1))
+    title = f"What a step costs: {first.set}, {first.parameters / size:.3g}{unit} parameters, {first.dtype}"
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22)
     axes.text(0, 1.02, _conditions(rows), transform=axes.transAxes, fontsize=9, va="bottom", color="#444444")
     _legend(figure, rows)
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def _bar(axes: Axes, y: int, row: Row, limit: float) -> None:
@@ -54,13 +62,8 @@ def _bar(axes: Axes, y: int, row: Row, limit: float) -> None:
     label = f"{milliseconds(row.median_ms)} ms  (p99 {milliseconds(row.p99_ms)}),  {row.adamw_ratio:.3g} x AdamW"
     axes.text(row.median_ms + 0.01 * limit, y, label, va="center", fontsize=9)
     if row.floor_ms is not None:
-        axes.barh(y + 0.33, row.floor_ms, height=0.07, color=FLOOR)
+        axes.barh(y + 0.33, row.floor_ms, height=0.07, color=BOUND)
         axes.text(row.floor_ms + 0.005 * limit, y + 0.35, milliseconds(row.floor_ms), va="center", fontsize=7)
-
-
-def _title(row: Row) -> str:
-    size = next((f"{row.parameters / n:.3g}{unit}" for unit, n in UNITS if row.parameters >= n), str(row.parameters))
-    return f"What a step costs: {row.set}, {size} parameters, {row.dtype}"
 
 
 def _parts(row: Row) -> dict[str, float]:
@@ -79,34 +82,15 @@ def _conditions(rows: list[Row]) -> str:
 
 def _legend(figure: Figure, rows: list[Row]) -> None:
     used = {name for row in rows for name in _parts(row)}
-    marks: list[Patch | Line2D] = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in used]
-    if "whole step" in used:
-        marks.append(Patch(color=WHOLE, label="whole step"))
+    colours = COLOURS | {"whole step": WHOLE}
+    marks: list[Patch | Line2D] = [Patch(color=colour, label=name) for name, colour in colours.items() if name in used]
     if any(row.floor_ms is not None for row in rows):
-        marks.append(
-            Line2D(
-                [], [], color=FLOOR, linewidth=3, label="floor: the matrix products alone of a step without a refresh"
-            )
-        )
+        marks.append(Line2D([], [], color=BOUND, linewidth=3, label=BOUND_LABEL))
     figure.legend(handles=marks, loc="outside lower left", ncols=len(marks), frameon=False, fontsize=9)
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, without a unit: ``0.0123``, ``1.23``, ``123``, ``12,345``."""
+    """Return three digits without a unit: ``0.0123``, ``1.23``, ``123``, ``12,345``."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            figure.savefig(file, format="png", dpi=150)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

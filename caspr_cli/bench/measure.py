@@ -1,4 +1,4 @@
-"""Steps of all contenders in turns, so that whatever else the machine does hits all alike, and what they come to."""
+"""Steps of all optimizers in turns, so that whatever else the machine does hits all alike, and their statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import math
 import platform
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,21 +20,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from caspr_cli.bench.contenders import (
-    NEVER,
-    WARM_UP,
-    Settings,
-    Workload,
-    bytes_of_state,
-    enter,
-    has_interval,
-)
-from caspr_cli.bench.floor import floor_of
+from caspr_cli.bench.baselines import NEVER, Settings, bytes_of_state, enter, has_interval, make
+from caspr_cli.bench.gemm_bound import gemm_bound
+from caspr_cli.bench.shapes import ShapeSet
+from caspr_cli.bench.workload import Machine, Workload, workload_of
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.training.timing import PhaseTimer, seconds_of
 
 PHASES = ("statistics", "roots", "apply")
 REFERENCE = "adamw"
@@ -44,12 +40,12 @@ REFRESH_ROUNDS = 3
 # does in the long run at betas[1] = 0.999; and as it is one sample and not ten, a warm start has rather more to do.
 SETTLING = 100
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass
 class Row:
-    """What one optimizer costs; times in milliseconds, None where there is no such thing."""
+    """The costs of one optimizer; times in milliseconds, None where a cost does not apply."""
 
     optimizer: str
     median_ms: float  # of a step at its own interval, as are the next two
@@ -75,80 +71,30 @@ class Row:
     threads: int
     device: str
     versions: dict[str, str]
-    refresh_ms: float | None = None  # from here on CASPR's own, see RefreshCosts
-    lapack_ms: float | None = None
-    refresh_ratio: float | None = None
-    warm_ms: float | None = None
-    warm_ratio: float | None = None
-    warm_residual: float | None = None
-
-
-@dataclass(frozen=True)
-class RefreshCosts:
-    """New roots for all blocks at once, against eigendecompositions of as many matrices of the same sizes."""
-
-    refresh_ms: float
-    lapack_ms: float
-    refresh_ratio: float  # refresh_ms / lapack_ms
-    warm_ms: float  # warm-started
-    warm_ratio: float  # warm_ms / lapack_ms
-    warm_residual: float  # the largest, after the last refresh
-
-
-class Clock:
-    """Seconds that something takes on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def seconds(self, run: Callable[[], Any]) -> float:
-        start = self.now()
-        run()
-        return self.now() - start
-
-
-class Phases:
-    """Seconds of a step by phase: the hook of :class:`KroneckerOptimizer`."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._clock.now()
-        try:
-            yield
-        finally:
-            self._seconds[name] += self._clock.now() - start
-
-    def take(self) -> dict[str, float]:
-        """Of what came since the last call."""
-        taken, self._seconds = dict(self._seconds), defaultdict(float)
-        return taken
+    refresh_ms: float | None = None  # from here on for CASPR alone: new roots for all blocks at once
+    lapack_ms: float | None = None  # eigendecompositions of as many matrices of the same sizes
+    refresh_ratio: float | None = None  # refresh_ms / lapack_ms
+    warm_ms: float | None = None  # warm-started
+    warm_ratio: float | None = None  # warm_ms / lapack_ms
+    warm_residual: float | None = None  # the largest, after the last refresh
 
 
 @dataclass
-class Lane:
-    """Something that has its turn in every round."""
+class Timer:
+    """A function that is timed in every round, and its seconds so far."""
 
     name: str
     run: Callable[[], Any]
-    turns: int = 1  # a round
-    phases: Phases | None = None
+    turns: int = 1  # calls in a round
+    phases: PhaseTimer | None = None
     seconds: list[float] = field(default_factory=list)
     parts: list[dict[str, float]] = field(default_factory=list)
 
-    def turn(self, clock: Clock) -> None:
+    def turn(self, device: torch.device) -> None:
         for _ in range(self.turns):
             if self.phases:
                 self.phases.take()
-            self.seconds.append(clock.seconds(self.run))
+            self.seconds.append(seconds_of(self.run, device))
             if self.phases:
                 self.parts.append(self.phases.take())
 
@@ -158,84 +104,110 @@ class Lane:
 
 
 @dataclass
-class Entry:
-    """A contender's lanes: at its own interval, without refreshes (the same one where there are none), and floor."""
+class Candidate:
+    """An optimizer and its timers.
+
+    Args:
+        own: of steps at its own interval.
+        still: of steps without a refresh; the same as ``own`` where nothing is refreshed.
+        bound: of its matrix products alone.
+    """
 
     name: str
     optimizer: Optimizer
-    own: Lane
-    still: Lane
-    floor: Lane | None
+    own: Timer
+    still: Timer
+    bound: Timer | None
 
     @property
-    def lanes(self) -> list[Lane]:
+    def timers(self) -> list[Timer]:
         distinct = [self.own] if self.still is self.own else [self.own, self.still]
-        return [*distinct, *([self.floor] if self.floor else [])]
+        return [*distinct, *([self.bound] if self.bound else [])]
+
+
+def measured(
+    what: ShapeSet | Recipe,
+    names: list[str],
+    settings: Settings,
+    machine: Machine,
+    *,
+    tokens: int,
+    rounds: int,
+    log: Log,
+) -> list[Row]:
+    """Return a row for each of ``names``.
+
+    Args:
+        tokens: in one training step of a set of shapes; a task has a batch of its own.
+
+    Raises:
+        ConfigError: one line for the user.
+    """
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no such device here. Did you mean cpu?")
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    device = torch.device(machine.device)
+    log("making weights and gradients")
+    with blamed("the weights"):
+        workload = workload_of(what, tokens, getattr(torch, machine.dtype), device)
+    return measure(workload, names, settings, rounds=rounds, device=device, log=log)
 
 
 def measure(
-    workload: Workload, names: list[str], settings: Settings, *, rounds: int, device: torch.device, say: Say
+    workload: Workload, names: list[str], settings: Settings, *, rounds: int, device: torch.device, log: Log
 ) -> list[Row]:
-    """A row for each of ``names``.
+    """Return a row for each of ``names``.
 
     Args:
-        rounds: in each, every contender makes a step; one with an interval as many as it takes to make two intervals
-            in all.
-        say: is told what goes on.
+        rounds: in each, every optimizer makes a step; one with an interval makes as many as two intervals need in all.
 
     Raises:
         ConfigError: an optimizer refuses an option, or fails on this set or machine.
     """
-    clock = Clock(device)
-    entries = []
+    candidates = []
     for name in dict.fromkeys([*names, REFERENCE]):
-        say(f"warm-up: {name}")
+        log(f"warm-up: {name}")
         with blamed(name):
-            entries.append(_entry(name, workload, settings, rounds, clock))
-    rate = _rate_lane(workload, device)
-    take_turns([*(lane for entry in entries for lane in entry.lanes), rate], rounds, clock, say)
-    size = RATE_SIZE[device.type]
-    train = workload.train_flops * rate.median / (2.0 * size**3)
-    adamw = next(entry for entry in entries if entry.name == REFERENCE).own.median
-    rows = [_row(entry, workload, settings, train, adamw, device) for entry in entries if entry.name in names]
+            candidates.append(_candidate(name, workload, settings, rounds, device))
+    rate = _rate_timer(workload, device)
+    take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, log)
+    train = workload.train_flops * rate.median / (2.0 * RATE_SIZE[device.type] ** 3)
+    adamw = next(one for one in candidates if one.name == REFERENCE).own.median
+    rows = [_row(one, workload, settings, train, adamw, device) for one in candidates if one.name in names]
     for i, row in enumerate(rows):
         if row.optimizer == "caspr" and row.floor_ms is not None:  # else there is nothing that has a root
             with blamed("caspr, its roots"):
-                rows[i] = replace(row, **vars(refresh_costs(workload, settings, clock, say)))
+                rows[i] = replace(row, **refresh_costs(workload, settings, device, log))
     return rows
 
 
-def _entry(name: str, workload: Workload, settings: Settings, rounds: int, clock: Clock) -> Entry:
+def _candidate(name: str, workload: Workload, settings: Settings, rounds: int, device: torch.device) -> Candidate:
     refreshes = has_interval(name)
-    first = _warm(enter(name, workload.copies(), settings, settings.interval))
-    own = Lane(name, first.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
+    first = make(name, workload.copies(), settings, settings.interval)
+    own = Timer(name, first.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
     if isinstance(first, KroneckerOptimizer):
-        own.phases = Phases(clock)
-        first.phase = own.phases
+        first.phase = own.phases = PhaseTimer(device)
     still, held = own, first
     if refreshes:
-        held = _warm(enter(name, workload.copies(), settings, NEVER))
-        still = Lane(name, held.step)
-    floor = floor_of(held, clock.device, clock.seconds)
-    return Entry(name, first, own, still, Lane(f"{name}, its floor", floor) if floor else None)
+        held = make(name, workload.copies(), settings, NEVER)
+        still = Timer(name, held.step)
+    bound = gemm_bound(held, device, partial(seconds_of, device=device))
+    return Candidate(name, first, own, still, Timer(f"{name}, its matrix products", bound) if bound else None)
 
 
-def _warm(optimizer: Optimizer) -> Optimizer:
-    for _ in range(WARM_UP):
-        optimizer.step()
-    return optimizer
-
-
-def _rate_lane(workload: Workload, device: torch.device) -> Lane:
+def _rate_timer(workload: Workload, device: torch.device) -> Timer:
     size, dtype = RATE_SIZE[device.type], next(iter(workload.grads)).dtype
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     torch.mm(a, b, out=out)
-    return Lane("matrix product", lambda: torch.mm(a, b, out=out))
+    return Timer("matrix product", lambda: torch.mm(a, b, out=out))
 
 
-def take_turns(lanes: list[Lane], rounds: int, clock: Clock, say: Say) -> None:
-    """Every lane in every round. Who begins goes around, and so does who comes after whom: what a lane leaves in the
-    caches must not always be found by the same one. No garbage is collected meanwhile.
+def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Log) -> None:
+    """Run every timer in every round, without garbage collection.
+
+    Who begins goes around, and so does who comes after whom: what one leaves in the caches must not always be found by
+    the same other.
     """
     gc.collect()
     collecting = gc.isenabled()
@@ -244,24 +216,24 @@ def take_turns(lanes: list[Lane], rounds: int, clock: Clock, say: Say) -> None:
     try:
         for i in range(rounds):
             left = (time.perf_counter() - start) / i * (rounds - i) if i else 0.0
-            say(f"round {i + 1}/{rounds}" + (f", about {left:.0f} s to go" if left >= 1 else ""))
-            for place in order(i, len(lanes)):
-                with blamed(lanes[place].name):
-                    lanes[place].turn(clock)
+            log(f"round {i + 1}/{rounds}" + (f", about {left:.0f} s to go" if left >= 1 else ""))
+            for place in order(i, len(timers)):
+                with blamed(timers[place].name):
+                    timers[place].turn(device)
     finally:
         if collecting:
             gc.enable()
 
 
 def order(turn: int, count: int) -> list[int]:
-    """A row of Williams' square: in ``count`` rows (if it is even) everyone follows every other just once."""
+    """Return a row of Williams' square: in ``count`` rows (if it is even) everyone follows every other just once."""
     zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ...
     return [(turn + offset) % count for offset in zigzag]
 
 
 @contextmanager
 def blamed(name: str) -> Iterator[None]:
-    """Whatever an optimizer, this project's or not, raises is told in one line that names it."""
+    """Turn whatever an optimizer, this project's or not, raises into one line that names it."""
     try:
         yield
     except ConfigError:
@@ -273,26 +245,28 @@ def blamed(name: str) -> Iterator[None]:
         raise ConfigError(f"{name} fails here: {type(error).__name__}: {why}") from error
 
 
-def _row(entry: Entry, workload: Workload, settings: Settings, train: float, adamw: float, device: torch.device) -> Row:
-    seconds, refreshes = entry.own.seconds, has_interval(entry.name)
+def _row(
+    one: Candidate, workload: Workload, settings: Settings, train: float, adamw: float, device: torch.device
+) -> Row:
+    seconds, refreshes = one.own.seconds, has_interval(one.name)
     whole = len(seconds) - len(seconds) % settings.interval if refreshes else len(seconds)  # as many refreshes as due
-    mean, step = float(np.mean(seconds[:whole])), entry.still.median
-    floor = entry.floor.median if entry.floor else None
-    parts = split(seconds, entry.own.parts)
+    mean, step = float(np.mean(seconds[:whole])), one.still.median
+    bound = one.bound.median if one.bound else None
+    parts = split(seconds, one.own.parts)
     return Row(
-        optimizer=entry.name,
-        median_ms=1e3 * entry.own.median,
+        optimizer=one.name,
+        median_ms=1e3 * one.own.median,
         p99_ms=1e3 * float(np.percentile(seconds, 99)),
         mean_ms=1e3 * mean,
         step_ms=1e3 * step,
-        floor_ms=None if floor is None else 1e3 * floor,
-        floor_ratio=None if floor is None else step / floor,
-        adamw_ratio=entry.own.median / adamw,
+        floor_ms=None if bound is None else 1e3 * bound,
+        floor_ratio=None if bound is None else step / bound,
+        adamw_ratio=one.own.median / adamw,
         statistics_ms=parts.get("statistics"),
         roots_ms=parts.get("roots"),
         apply_ms=parts.get("apply"),
         rest_ms=parts.get("rest"),
-        state_bytes_per_parameter=bytes_of_state(entry.optimizer) / workload.parameters,
+        state_bytes_per_parameter=bytes_of_state(one.optimizer) / workload.parameters,
         share=mean / (mean + train),
         parameters=workload.parameters,
         train_ms=1e3 * train,
@@ -302,7 +276,7 @@ def _row(entry: Entry, workload: Workload, settings: Settings, train: float, ada
         block_size=settings.block_size,
         dtype=str(next(iter(workload.grads)).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        device=device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "pytorch-optimizer", "caspr-cli")},
@@ -310,12 +284,8 @@ def _row(entry: Entry, workload: Workload, settings: Settings, train: float, ada
     )
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def split(seconds: list[float], parts: list[dict[str, float]]) -> dict[str, float]:
-    """Where the time of a median step goes, in ms; the parts add up to the median. Empty without ``parts``.
+    """Return where the time of a median step goes, in ms; the parts add up to the median. Empty without ``parts``.
 
     From the middle third of the steps, by their length. (An average over all steps would be one of ordinary steps
     and of those that something else on the machine held up.)
@@ -331,47 +301,37 @@ def split(seconds: list[float], parts: list[dict[str, float]]) -> dict[str, floa
     return {name: 1e3 * float(np.median(seconds)) * value / total for name, value in sums.items()}
 
 
-def refresh_costs(workload: Workload, settings: Settings, clock: Clock, say: Say) -> RefreshCosts:
-    """CASPR's roots, all at once: with its options, and warm-started, in turns with LAPACK.
+def refresh_costs(workload: Workload, settings: Settings, device: torch.device, log: Log) -> dict[str, Any]:
+    """Time CASPR's roots, all at once: with its options, and warm-started, in turns with LAPACK.
 
     Gradients are new ones in every step, so that statistics move and a warm start has something to do.
     """
-    say("roots: gathering statistics")
+    log("roots: gathering statistics")
     fresh = enter("caspr", workload.copies(), settings, interval=1)
     assert isinstance(fresh, KroneckerOptimizer)
-    _settle(fresh)
+    for group in fresh.param_groups:  # steps that gather statistics and do little else; the next one has roots
+        group["start_step"] = SETTLING + 1
+    for _ in range(SETTLING):
+        _step_with_new_gradients(fresh)
     warm = deepcopy(fresh)
     for group in warm.param_groups:
         group["solver"] = "warm"
-    lanes = {"fresh": _root_lane(fresh, clock), "warm": _root_lane(warm, clock)}
-    lapack = Lane("LAPACK", eigendecompositions(fresh))
-    say("roots: the first")
-    for lane in lanes.values():
-        lane.run()  # whose start is a cold one in any case
-    take_turns([*lanes.values(), lapack], REFRESH_ROUNDS, clock, lambda text: say(f"roots: {text}"))
-    spent = {name: 1e3 * float(np.median([part["roots"] for part in lane.parts])) for name, lane in lanes.items()}
-    reference = 1e3 * lapack.median
-    return RefreshCosts(
-        refresh_ms=spent["fresh"],
-        lapack_ms=reference,
-        refresh_ratio=spent["fresh"] / reference,
-        warm_ms=spent["warm"],
-        warm_ratio=spent["warm"] / reference,
-        warm_residual=float(diagnose(warm)["residual"].max()),
-    )
+    timers = {"refresh": _root_timer(fresh, device), "warm": _root_timer(warm, device)}
+    lapack = Timer("LAPACK", eigendecompositions(fresh))
+    log("roots: the first")
+    for timer in timers.values():
+        timer.run()  # whose start is a cold one in any case
+    take_turns([*timers.values(), lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
+    found = {"lapack_ms": 1e3 * lapack.median, "warm_residual": float(diagnose(warm)["residual"].max())}
+    for name, timer in timers.items():
+        seconds = float(np.median([part["roots"] for part in timer.parts]))
+        found |= {f"{name}_ms": 1e3 * seconds, f"{name}_ratio": seconds / lapack.median}
+    return found
 
 
-def _settle(optimizer: KroneckerOptimizer) -> None:
-    """Steps that gather statistics and do little else; the first roots come with the next one."""
-    for group in optimizer.param_groups:
-        group["start_step"] = SETTLING + 1
-    for _ in range(SETTLING):
-        _step_with_new_gradients(optimizer)
-
-
-def _root_lane(optimizer: KroneckerOptimizer, clock: Clock) -> Lane:
-    optimizer.phase = phases = Phases(clock)
-    return Lane("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
+def _root_timer(optimizer: KroneckerOptimizer, device: torch.device) -> Timer:
+    optimizer.phase = phases = PhaseTimer(device)
+    return Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
 
 
 def _step_with_new_gradients(optimizer: KroneckerOptimizer) -> None:
@@ -382,7 +342,7 @@ def _step_with_new_gradients(optimizer: KroneckerOptimizer) -> None:
 
 
 def eigendecompositions(optimizer: KroneckerOptimizer) -> Callable[[], None]:
-    """``torch.linalg.eigh`` of as many matrices, of the same sizes, as the optimizer keeps statistics of."""
+    """Return a call of ``torch.linalg.eigh`` for as many matrices, of the same sizes, as there are statistics."""
     counts: Counter[tuple[int, torch.dtype, torch.device]] = Counter()
     for group, p, sizes, _, count in blocks_of(optimizer):
         for d in sizes:
@@ -397,6 +357,6 @@ def eigendecompositions(optimizer: KroneckerOptimizer) -> Callable[[], None]:
 
 
 def _positive_definite(count: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[count, d, d]``: statistics of random gradients."""
+    """Return statistics of random gradients, ``[count, d, d]``."""
     X = torch.randn(count, d, 2 * d, dtype=dtype, device=device)
     return torch.bmm(X, X.mT) / (2 * d)

@@ -21,18 +21,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from caspr_cli.bench.contenders import WARM_UP, Settings, enter
-from caspr_cli.bench.measure import Clock, Phases, Say
-from caspr_cli.bench.session import Machine, workload_of
+from caspr_cli.bench.baselines import WARM_UP, Settings, enter
+from caspr_cli.bench.measure import Log
 from caspr_cli.bench.shapes import ShapeSet
+from caspr_cli.bench.workload import Machine, workload_of
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.stacks import is_factor
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.training.timing import PhaseTimer, seconds_of
 
 PARTS = ("statistics", "roots", "apply", "communication")
-PATIENCE = 600  # seconds for one turn
+TIMEOUT = 600  # seconds for one turn
 
 
 @dataclass
@@ -69,9 +70,9 @@ def measured_ranks(
     machine: Machine,
     *,
     rounds: int,
-    say: Say,
+    log: Log,
 ) -> list[RanksRow]:
-    """A row for each of ``names`` at each number of ranks.
+    """Return a row for each of ``names`` at each number of ranks.
 
     Args:
         rounds: in each, every number of ranks makes as many steps as an interval has.
@@ -86,75 +87,74 @@ def measured_ranks(
         with ExitStack() as stack:
             teams = {n: stack.enter_context(_team(n, (what, name, settings, machine))) for n in counts}
             for n, team in teams.items():
-                say(f"{name}: warm-up of {n} processes")
-                team.call("warm")
-            times: dict[int, list[list[dict[str, float]]]] = {n: [] for n in counts}  # a list of steps for each rank
+                log(f"{name}: warm-up of {n} processes")
+                team.ask("warm")
+            steps: dict[int, list[list[dict[str, float]]]] = {n: [] for n in counts}  # [step][rank]
             for i in range(rounds):
-                say(f"{name}: round {i + 1}/{rounds}")
+                log(f"{name}: round {i + 1}/{rounds}")
                 for n, team in teams.items():
-                    times[n].append(team.call("steps"))
-            facts = {n: team.call("facts") for n, team in teams.items()}
-        rows += _rows(name, times, facts, settings, machine)
+                    steps[n] += [list(ranks) for ranks in zip(*team.ask("steps"), strict=True)]
+            first: RanksRow | None = None
+            for n, team in teams.items():
+                first_mean = first.mean_ms if first else None
+                rows.append(_row(name, n, steps[n], team.ask("facts"), settings, machine, first_mean))
+                first = first or rows[-1]
     return rows
 
 
-def _rows(
-    name: str, times: dict[int, list[Any]], facts: dict[int, list[dict[str, Any]]], settings: Settings, machine: Machine
-) -> list[RanksRow]:
-    rows: list[RanksRow] = []
-    for n, found in times.items():
-        # [step][rank]; a step takes as long as its slowest rank
-        steps = [list(ranks) for turn in found for ranks in zip(*turn, strict=True)]
-        whole = [1000 * max(rank["step"] for rank in ranks) for ranks in steps]
-        parts = {
-            part: max(1000 * float(np.mean([ranks[r].get(part, 0.0) for ranks in steps])) for r in range(n))
-            for part in PARTS
-        }
-        most = max(facts[n], key=lambda fact: fact["state_bytes"])
-        mean = float(np.mean(whole))
-        rows.append(
-            RanksRow(
-                optimizer=name,
-                ranks=n,
-                median_ms=float(np.median(whole)),
-                mean_ms=mean,
-                speedup=(rows[0].mean_ms if rows else mean) / mean,
-                statistics_ms=parts["statistics"],
-                roots_ms=parts["roots"],
-                apply_ms=parts["apply"],
-                communication_ms=parts["communication"],
-                **most,
-                steps=len(whole),
-                interval=settings.interval,
-                dtype=machine.dtype,
-                threads=machine.threads or 1,
-                device=machine.device,
-            )
-        )
-    return rows
+def _row(
+    name: str,
+    n: int,
+    steps: list[list[dict[str, float]]],
+    facts: list[dict[str, Any]],
+    settings: Settings,
+    machine: Machine,
+    first_mean: float | None,
+) -> RanksRow:
+    """Return the row of ``n`` ranks; a step takes as long as its slowest rank."""
+    whole = [1000 * max(rank["step"] for rank in ranks) for ranks in steps]
+    parts: dict[str, Any] = {
+        f"{part}_ms": max(1000 * float(np.mean([ranks[r].get(part, 0.0) for ranks in steps])) for r in range(n))
+        for part in PARTS
+    }
+    mean = float(np.mean(whole))
+    return RanksRow(
+        optimizer=name,
+        ranks=n,
+        median_ms=float(np.median(whole)),
+        mean_ms=mean,
+        speedup=(first_mean or mean) / mean,
+        **parts,
+        **max(facts, key=lambda fact: fact["state_bytes"]),
+        steps=len(whole),
+        interval=settings.interval,
+        dtype=machine.dtype,
+        threads=machine.threads or 1,
+        device=machine.device,
+    )
 
 
 class Team:
-    """Processes that answer a word together."""
+    """Processes that answer a request together."""
 
     def __init__(self, pipes: list[Connection]) -> None:
         self._pipes = pipes
 
-    def call(self, word: str) -> list[Any]:
-        """What each rank answers.
+    def ask(self, request: str) -> list[Any]:
+        """Return the answer of each rank.
 
         Raises:
             ConfigError: a rank failed, or does not answer.
         """
         for pipe in self._pipes:
-            with suppress(BrokenPipeError):  # it is gone, as will be seen below
-                pipe.send(word)
+            with suppress(BrokenPipeError):  # the process has ended, as will be seen below
+                pipe.send(request)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             try:
-                answers.append(pipe.recv() if pipe.poll(PATIENCE) else "does not answer")
+                answers.append(pipe.recv() if pipe.poll(TIMEOUT) else "does not answer")
             except (EOFError, ConnectionError):
-                answers.append("is gone")
+                answers.append("has ended")
             if isinstance(answers[-1], str):
                 raise ConfigError(f"--ranks {len(self._pipes)}: rank {rank} {answers[-1]}")
         return answers
@@ -185,7 +185,7 @@ def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> 
 def _rank(
     pipe: Connection, rank: int, count: int, store: str, what: Any, name: str, settings: Settings, machine: Machine
 ) -> None:
-    """One process: answers until it is ended."""
+    """Answer requests until the process is ended."""
     try:
         torch.set_num_threads(machine.threads or 1)
         device = torch.device(machine.device, rank) if machine.device == "cuda" else torch.device("cpu")
@@ -195,24 +195,23 @@ def _rank(
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=count,
-                timeout=datetime.timedelta(seconds=PATIENCE),
+                timeout=datetime.timedelta(seconds=TIMEOUT),
             )
         workload = workload_of(what, 1, getattr(torch, machine.dtype), device)
         optimizer = enter(name, workload.copies(), settings, settings.interval)
         assert isinstance(optimizer, KroneckerOptimizer)
-        clock = Clock(device)
-        optimizer.phase = phases = Phases(clock)
+        optimizer.phase = phases = PhaseTimer(device)
         while True:
-            word = pipe.recv()
-            if word == "facts":
+            request = pipe.recv()
+            if request == "facts":
                 pipe.send(_facts(optimizer, workload.name))
                 continue
             found = []
-            for _ in range(WARM_UP if word == "warm" else settings.interval):
+            for _ in range(WARM_UP if request == "warm" else settings.interval):
                 if count > 1:
                     dist.barrier()
                 phases.take()
-                seconds = clock.seconds(optimizer.step)
+                seconds = seconds_of(optimizer.step, device)
                 found.append(phases.take() | {"step": seconds})
             pipe.send(found)
     except EOFError:

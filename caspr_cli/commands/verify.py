@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.common.errors import UserError
+from caspr_cli.common.errors import Parser, UserError
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.format import Progress, duration, listed
 from caspr_cli.common.streams import console_script
-from caspr_cli.recipe.errors import ConfigError, nearest
-from caspr_cli.recipe.flags import Parser, one_of, positive
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.flags import positive
+from caspr_cli.recipe.schema import TASKS  # those of caspr_cli.theory.gradients, which needs torch
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.runs import provenance
@@ -28,116 +29,111 @@ from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
-OPTIMIZERS = ("caspr", "adamw")
-# What is assumed of large models: see caspr_cli.theory.cost.answer.
-ASSUMED = {
-    "tokens": 4e6, "efficiency": 0.7, "mfu": 0.4, "float32": 67.0, "bfloat16": 989.0, "memory": 3.35, "network": 50.0
-}  # fmt: skip
-DEFAULTS = {"seed": 0, "seeds": 3, "optim": "caspr", "model": "c4_lm", **ASSUMED}  # of flags that have one
-
-
-@dataclass(frozen=True)
-class Question:
-    """A subcommand: ``caspr_cli.theory.<name>.answer``.
-
-    Args:
-        flags: those it takes beside ``--quick``, ``--seed``, ``--to`` and ``--json``.
-    """
-
-    about: str
-    flags: tuple[str, ...] = ()
-
-
-LAYERS = ("seeds", "task", "parameter", "optim")
-QUESTIONS = {
-    "order": Question("full-matrix Adagrad <= order 1 <= CASPR <= ... <= Shampoo, on recorded gradients", LAYERS),
-    "approximation": Question("how near each preconditioner comes to the full-matrix one, over training", LAYERS),
-    "regret": Question("online convex problems: regret of all, against the bounds", ("seeds",)),
-    "roots": Question("inverse roots: error, steps, time and memory, predicted and measured", ("seeds",)),
-    "cost": Question(
-        "FLOPs, bytes and time of a step: here, and on paper for large models", ("model", "batch", *ASSUMED)
-    ),
-}
 ALL = "all"
-
-HELP = """\
-caspr-verify {version}: the paper's claims on real gradients, checked, with tables and figures
-
-{questions}
-  {all:<14}all of these, and one page of them: {outputs}/index.html
-
-with
-  --quick              seconds instead of minutes: less of everything, for a look
-  --seed N             the first seed (default: 0)
-  --seeds N            so many seeds, for bands (default: 3; {seeds})
-and, for {task},
-  --task NAME          gradients of this task alone: {tasks}
-  --parameter TEXT     its layers with this in their names, of at most 1,024 numbers
-  --optim NAME         gradients along the path of {optims} (default: caspr)
-and, for cost,
-  --model NAME         the task whose model is costed, at its sample scale (default: c4_lm); --batch N samples a step
-  --tokens N           in a step of the large models (default: 4e6), trained at --mfu (0.4) of a GPU's peak
-  --float32, --bfloat16, --memory, --network, --efficiency    of a GPU, in TFLOP/s, TB/s, GB/s and as a share of these
-                       (defaults: an H100's data sheet, and 0.7)
-results
-  --to DIR             Markdown, JSON, CSV and SVG (default: {outputs}/<question>)
-  --json               the answer, with nothing else on standard output
-exits    0 done   1 a statement that should hold did not   2 bad usage   130 interrupted
-"""
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, of which only what needs the tasks is left unchecked.
-
-    Raises:
-        ConfigError: one line for the user.
-    """
-    what, names = argv[0] if argv else "", (*QUESTIONS, ALL)
-    if what not in names:
-        given = f"{what}: no such question.{nearest(what, names)} (" if what else "say what to verify ("
-        raise ConfigError(f"{given}choices: {', '.join(names)}; caspr-verify --help)")
-    flags = QUESTIONS[what].flags if what != ALL else LAYERS
-    parser = Parser(f"caspr-verify {what}", add_help=False, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--to", type=Path, default=OUTPUTS if what == ALL else OUTPUTS / what)
-    parser.add_argument("--seed", type=natural, default=DEFAULTS["seed"])
-    for flag in flags:
-        parser.add_argument(f"--{flag}", type=kind_of(flag), default=DEFAULTS.get(flag))
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    args, unknown = parser.parse_known_args(argv[1:])
-    if unknown:
-        hint = nearest(unknown[0].split("=")[0], known)
-        raise ConfigError(f"{unknown[0]} is no flag of {what}.{hint} (caspr-verify --help)")
-    if "optim" in flags:
-        one_of("--optim", args.optim, OPTIMIZERS)
-    args.what, args.questions = what, tuple(QUESTIONS) if what == ALL else (what,)
-    _check_directory(args.to)
-    return args
-
-
-def kind_of(flag: str) -> Callable[[str], Any]:
-    return positive if flag in ("seeds", "batch") else float if flag in ASSUMED else str
 
 
 def natural(text: str) -> int:
-    """A seed."""
+    """Return a seed."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"should be 0, 1, 2, ... but is {text}")
     return int(text)
 
 
-def _check_directory(directory: Path) -> None:
-    """Better to know before minutes of computing than after."""
-    there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a question: its default, its type, and its line of help."""
+
+    default: Any
+    kind: Callable[[str], Any]
+    help: str
+    metavar: str | None = "N"
+    choices: tuple[str, ...] | None = None
+
+
+FLAGS = {
+    "seed": Flag(0, natural, "the first seed"),
+    "seeds": Flag(3, positive, "so many seeds, for bands"),
+    "task": Flag(None, str, f"gradients of this task alone: {', '.join(TASKS)}", "NAME"),
+    "parameter": Flag(None, str, "its layers with this in their names, of at most 1,024 numbers", "TEXT"),
+    "optim": Flag("caspr", str, "the optimizer along whose path gradients are recorded", None, ("caspr", "adamw")),
+    "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),
+    "batch": Flag(None, positive, "samples in a step of it (default: as in the task)"),
+    "tokens": Flag(4e6, float, "tokens in a step of the large models"),
+    "efficiency": Flag(0.7, float, "the part of a GPU's peaks that the optimizer reaches"),
+    "mfu": Flag(0.4, float, "the part of a GPU's bfloat16 peak that training reaches"),
+    "float32": Flag(67.0, float, "TFLOP/s of a GPU; this and the next three: an H100's data sheet"),
+    "bfloat16": Flag(989.0, float, "TFLOP/s of a GPU"),
+    "memory": Flag(3.35, float, "TB/s of a GPU's memory"),
+    "network": Flag(50.0, float, "GB/s of a GPU's link to other nodes"),
+}
+LAYERS = ("seed", "seeds", "task", "parameter", "optim")
+COSTED = tuple(name for name in FLAGS if name not in LAYERS)
+# Each question is a module of caspr_cli.theory, with its flags.
+QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "order": ("full-matrix Adagrad <= order 1 <= CASPR <= ... <= Shampoo, on recorded gradients", LAYERS),
+    "approximation": ("how near each preconditioner comes to the full-matrix one, over training", LAYERS),
+    "regret": ("online convex problems: regret of all, against the bounds", ("seed", "seeds")),
+    "roots": ("inverse roots: error, steps, time and memory, predicted and measured", ("seed", "seeds")),
+    "cost": ("FLOPs, bytes and time of a step: here, and on paper for large models", ("seed", *COSTED)),
+}
+EXITS = "exits    0 done   1 a statement that should hold did not   2 bad usage   130 interrupted"
+
+
+def parser() -> Parser:
+    """Return the parser of the command line, with a subparser for each question."""
+
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18, width=110)
+
+    made = Parser(
+        "caspr-verify",
+        description="The paper's claims on real gradients, checked, with tables and figures.",
+        epilog=f"caspr-verify question --help has the flags of a question\n{EXITS}",
+        formatter_class=layout,
+    )
+    made.add_argument("--version", action="version", version=f"caspr-verify {__version__}")
+    questions = made.add_subparsers(title="questions", metavar="question", dest="what")
+    every = f"all of these, and one page of them: {OUTPUTS}/index.html"
+    for name, (text, flags) in (QUESTIONS | {ALL: (every, LAYERS)}).items():
+        one: Parser = questions.add_parser(
+            name, help=text, description=f"{text}.", epilog=EXITS, formatter_class=layout
+        )
+        one.add_argument("--quick", action="store_true", help="seconds instead of minutes: less of everything")
+        for flag in flags:
+            f = FLAGS[flag]
+            default = f"{f.default:g}" if isinstance(f.default, float) else f.default
+            said = f.help if default is None else f"{f.help} (default: {default})"
+            one.add_argument(
+                f"--{flag}", type=f.kind, default=f.default, metavar=f.metavar, choices=f.choices, help=said
+            )
+        to = OUTPUTS if name == ALL else OUTPUTS / name
+        text = f"directory for Markdown, JSON, CSV and SVG (default: {to})"
+        one.add_argument("--to", type=Path, default=to, metavar="DIR", help=text)
+        one.add_argument("--json", action="store_true", help="the answer, with nothing else on standard output")
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the command line, of which only what needs the tasks is left unchecked.
+
+    Raises:
+        UserError: one line for the user.
+    """
+    args: argparse.Namespace = parser().parse_args(argv)
+    if args.what is None:
+        raise UserError(f"say what to verify (choices: {', '.join((*QUESTIONS, ALL))}; caspr-verify --help)")
+    args.questions = tuple(QUESTIONS) if args.what == ALL else (args.what,)
+    # Better to know before minutes of computing than after.
+    there = next(parent for parent in (args.to, *args.to.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise ConfigError(f"--to {directory}: {there} is no directory")
+        raise UserError(f"--to {args.to}: {there} is no directory")
     if not os.access(there, os.W_OK):
-        raise ConfigError(f"--to {directory}: cannot write there: not permitted")
+        raise UserError(f"--to {args.to}: cannot write there: not permitted")
+    return args
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute, print, and write. Returns the exit code.
+    """Compute, print, and write. Return the exit code.
 
     Raises:
         ConfigError, UserError: one line for the user.
@@ -158,39 +154,37 @@ def run(args: argparse.Namespace) -> int:
             print()
         print(f"wrote    {directory}: {listed([path.name for path in written], 20)}", file=out, flush=True)
     if args.what == ALL:
-        print(f"wrote    {write_page(made, args.to)}", file=out)
+        from caspr_cli.report import page
+
+        write_whole(args.to / "index.html", page.answers(made, "The theory of CASPR, checked"))
+        print(f"wrote    {args.to / 'index.html'}", file=out)
     if args.json:
         print(answers.as_json(made if args.what == ALL else made[0]), end="")
     return judged(made)
 
 
 def answered(name: str, args: argparse.Namespace) -> Answer:
-    """What a question's module computes, with the command that asks for it and where it was asked."""
+    """Return the answer of a question's module, with the command that asks for it and where it was computed."""
     progress, start = Progress(sys.stderr), time.monotonic()
     progress.say("importing torch")
-    options = {flag: getattr(args, flag) for flag in QUESTIONS[name].flags if hasattr(args, flag)}
+    given = {flag: getattr(args, flag) for flag in QUESTIONS[name][1] if hasattr(args, flag)}
     module = import_module(f"caspr_cli.theory.{name}")
     try:
-        one: Answer = module.answer(quick=args.quick, seed=args.seed, say=progress.say, **options)
+        one: Answer = module.answer(module.Choice(quick=args.quick, **given), progress.say)
     finally:
         progress.clear()
-    return replace(one, command=command(name, args), provenance=origin(time.monotonic() - start))
-
-
-def command(name: str, args: argparse.Namespace) -> str:
-    """The line that asks this question alone."""
-    given = {flag: getattr(args, flag) for flag in ("seed", *QUESTIONS[name].flags) if hasattr(args, flag)}
-    words = [word for flag, value in given.items() if value != DEFAULTS.get(flag) for word in (f"--{flag}", str(value))]
-    return shlex.join(["caspr-verify", name, *(["--quick"] if args.quick else []), *words])
+    changed = {flag: value for flag, value in given.items() if value != FLAGS[flag].default}
+    words = [word for flag, value in changed.items() for word in (f"--{flag}", str(value))]
+    command = shlex.join(["caspr-verify", name, *(["--quick"] if args.quick else []), *words])
+    return replace(one, command=command, provenance=origin(time.monotonic() - start))
 
 
 def origin(seconds: float) -> dict[str, Any]:
-    """Versions and machine, without the machine's name and without paths."""
+    """Return versions and machine, without the machine's name and without paths."""
     found = provenance.collect([])
-    code = found["code"] or {}
     return {
         "caspr-cli": found["caspr_cli"],
-        "commit": code.get("commit"),
+        "commit": (found["code"] or {}).get("commit"),
         "python": found["python"],
         "torch": found["packages"]["torch"],
         "numpy": found["packages"]["numpy"],
@@ -200,50 +194,21 @@ def origin(seconds: float) -> dict[str, Any]:
     }
 
 
-def write_page(made: Sequence[Answer], directory: Path) -> Path:
-    """One page of all answers."""
-    from caspr_cli.report import page
-
-    target = directory / "index.html"
-    write_whole(target, page.answers(made, "The theory of CASPR, checked"))
-    return target
-
-
 def judged(made: Sequence[Answer]) -> int:
-    """The exit code; says which statements should have held."""
+    """Print which statements should have held, and return the exit code."""
     broken = [(one.name, text) for one in made for text, held in one.claims if not held]
     for name, text in broken:
         print(f"failed   {name}: {text}", file=sys.stderr)
     return FAILED if broken else OK
 
 
-def usage() -> str:
-    # the tasks of caspr_cli.theory.gradients, which needs torch
-    from caspr_cli.recipe.schema import TASKS
-
-    return HELP.format(
-        version=__version__,
-        questions="\n".join(f"  {name:<14}{question.about}" for name, question in QUESTIONS.items()),
-        all=ALL,
-        outputs=OUTPUTS,
-        **{flag: listed([name for name, one in QUESTIONS.items() if flag in one.flags]) for flag in ("seeds", "task")},
-        tasks=", ".join(TASKS),
-        optims=" or ".join(OPTIMIZERS),
-    )
-
-
 @console_script
 def main() -> int:
-    """Console script. Returns the exit code."""
-    argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        print(usage(), end="")
-        return OK
-    if "--version" in argv:
-        print(f"caspr-verify {__version__}")
-        return OK
+    """Run the console script. Return the exit code."""
     try:
-        return run(parse(argv))
+        return run(parse(sys.argv[1:]))
+    except SystemExit as stop:  # of --help and --version
+        return int(stop.code or OK)
     except (ConfigError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_USAGE

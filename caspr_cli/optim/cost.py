@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -46,6 +49,19 @@ def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
         flops["apply"] += passes(group["order"], len(sizes)) * size * sum(sizes)
         flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in sizes) / group["interval"]
     return flops
+
+
+def called_flops(optimizer: Optimizer) -> float:
+    """Take a step and return the FLOPs of the matrix products that it called; those of other threads are not seen."""
+    aten = torch.ops.aten
+    in_place = dict.fromkeys((aten.addmm_, aten.baddbmm_), _added_product)  # which torch's own counter leaves out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        optimizer.step()
+    return float(counter.get_total_flops())
+
+
+def _added_product(total: Shape, left: Shape, right: Shape, *, out_shape: Shape, **options: float) -> int:
+    return 2 * math.prod(out_shape) * left[-1]
 
 
 def state_bytes(state: Any) -> int:

@@ -37,27 +37,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Column:
-    """Old: a column of a sheet. ``table`` replaces it."""
-
-    key: str
-    head: str
-    form: str = ""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """Old: a table. ``table`` replaces it."""
-
-    name: str
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Mapping[str, Any], ...]
-    note: str = ""
-    shown: int | None = None
-
-
-@dataclass(frozen=True)
 class Answer:
     """What one command of ``caspr-verify`` found.
 
@@ -72,33 +51,14 @@ class Answer:
 
     name: str
     question: str
-    words: tuple[str, ...] = ()  # old, as ``sheets``, ``holds`` and ``fails``: until theory has moved
-    sheets: tuple[Sheet, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    holds: tuple[tuple[str, bool], ...] = ()
-    fails: tuple[str, ...] = ()
-    command: str = ""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
     finding: str = ""
     tables: Mapping[str, DataFrame] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
     claims: tuple[tuple[str, bool], ...] = ()
     counterexamples: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Fill the new fields from the old ones."""
-        old: dict[str, Any] = {"finding": "".join(self.words[:1]), "text": self.words[1:]} if self.words else {}
-        old |= {"tables": {sheet.name: _of_sheet(sheet) for sheet in self.sheets}} if self.sheets else {}
-        old |= {"claims": self.holds} if self.holds else {}
-        old |= {"counterexamples": self.fails} if self.fails else {}
-        for name, value in old.items():
-            object.__setattr__(self, name, value)
-
-
-def _of_sheet(sheet: Sheet) -> DataFrame:
-    rows = [{column.key: row.get(column.key) for column in sheet.columns} for row in sheet.rows]
-    heads, forms = ({c.key: getattr(c, name) for c in sheet.columns} for name in ("head", "form"))
-    return table(rows, sheet.title, heads=heads, formats=forms, note=sheet.note, shown=sheet.shown)
+    command: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def table(

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from caspr_cli.common import shape
 from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
-from caspr_cli.runs import fingerprint, provenance, shape
+from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
 from caspr_cli.runs.processes import LAUNCHER, memory_kills, workers
 from caspr_cli.runs.record import (

@@ -1,166 +1,278 @@
-"""``caspr-verify approximation``: how near each preconditioner stands to the full-matrix one, over training."""
+"""``caspr-verify approximation``: how near each preconditioner is to the full-matrix one, over training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from statistics import fmean
+from typing import Any
 
-from caspr_cli.report.answer import Answer
-from caspr_cli.theory import approximation_shown as shown
+from pandas import DataFrame
+from torch import Tensor
+
+from caspr_cli.report import style
+from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.theory import panels
+from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Recording, Say, kronecker_stream, recordings
-from caspr_cli.theory.nearness import FAMILY, ORACLES, PRODUCTS, Case, at, mean, nearness, tasks_of
+from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
+from caspr_cli.theory.preconditioners import Root, Spectral, combined, cosine
 
 QUESTION = "How near do CASPR and its relatives come to full-matrix Adagrad over training?"
 NOISE, NOISE_SHAPE, NOISE_STEPS = "Kronecker noise", (8, 8), (*STEPS, 1000, 3000)
+FAMILY = ("order 1", "caspr", "order 3", "shampoo 1/4")
+VAN_LOAN = "Van Loan and Pitsianis"
+NEAREST = "Kronecker of F^½"
+ORACLES = ("Kronecker of F", NEAREST)  # need F itself
+PRODUCTS = ("shampoo 1/4", "shampoo 1/2", "left", "right", "Kronecker of F")  # Kronecker products, besides the nearest
+# How each is drawn: the optimizers of this library as everywhere, those that need the full matrix without a hue.
+STYLES = {
+    "caspr": style.KNOWN["caspr"],
+    "order 1": style.Style("green", style.DASHED),
+    "order 3": style.Style("blue", style.DASHDOT),
+    "shampoo 1/4": style.KNOWN["shampoo"],
+    "shampoo 1/2": style.Style("vermilion", style.DASHED),
+    "caspr, e = 1": style.Style("blue", style.DASHED),
+    "left": style.Style("purple", style.SOLID),
+    "right": style.Style("purple", style.DASHED),
+    "row-wise": style.Style("amber", style.SOLID),
+    "diagonal": style.Style("grey", style.SOLID),
+    "Kronecker of F": style.Style("ink", style.DASHED),
+    NEAREST: style.Style("ink", style.DOTTED),
+}
+# By measure: title, format, and whether less is nearer.
+MEASURES = {
+    "root": ("Cosine with F^½ at the last step: 1 is F^½ itself, up to scale", ".3f", False),
+    "inverse": ("Cosine with F^−½ at the last step", ".3f", False),
+    "angle": ("Degrees between the update and that of full-matrix Adagrad at the last step", ".1f", True),
+    "root_distance": (
+        "Distance to F^½ in Frobenius norm without scaling, in units of ‖F^½‖, at the last step", ".2f", True
+    ),
+}  # fmt: skip
+KEYS = ["task", "parameter", "seed", "step", "preconditioner"]
 
 
-def answer(
-    *,
-    quick: bool = False,
-    seed: int = 0,
-    seeds: int = 3,
-    task: str | None = None,
-    parameter: str | None = None,
-    optim: str = "caspr",
-    say: Say = lambda text: None,
-) -> Answer:
-    """Every preconditioner against the full-matrix one, on recorded gradients and on Kronecker-structured noise.
+@dataclass(frozen=True)
+class Near:
+    """The distances of a preconditioner X from F^(1/2) at one step."""
 
-    Args:
-        quick: one seed, few steps: seconds.
-        seed: the first of ``seeds``.
-        task, parameter: look at these layers alone.
-        optim: the gradients are those along the path of this optimizer.
+    root: float  # cosine of X and F^(1/2)
+    inverse: float  # cosine of X^{-1} and F^(-1/2)
+    root_distance: float  # || X - F^(1/2) || / || F^(1/2) ||
+    inverse_distance: float
+    angle: float  # degrees between X^{-1} G and F^(-1/2) G, for the last G
+
+
+VALUES = list(Near.__dataclass_fields__)
+
+
+def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
+    """Return each X of gradients ``[T, m, n]``, with the same eps everywhere: in F, its parts, L and R.
+
+    The nearest Kronecker product is taken twice: of F, which then gets its root, and of F^(1/2) itself.
+    """
+    m, n = gradients.shape[1:]
+    L, R = pre.axis_statistics(gradients, eps)
+    F = pre.full_statistic(gradients, eps)
+    root = Spectral.of(F).power(0.5)
+    return {
+        "caspr": combined(L, R, 2),
+        "order 1": combined(L, R, 1),
+        "order 3": combined(L, R, 3),
+        "shampoo 1/4": combined(L, R, math.inf),
+        "shampoo 1/2": pre.shampoo_half(L, R),
+        "caspr, e = 1": pre.caspr_one(L, R),
+        "left": pre.one_sided(L, R, left=True),
+        "right": pre.one_sided(L, R, left=False),
+        "row-wise": Spectral.of(pre.row_statistic(gradients, eps)).power(0.5),
+        "diagonal": pre.diagonal(gradients, eps).power(0.5),
+        "Kronecker of F": pre.product(*pre.nearest_kronecker(F, (m, n))).power(0.5),
+        NEAREST: pre.product(*pre.nearest_kronecker(root.dense(), (m, n))),
+        "full": root,
+    }
+
+
+def nearness(gradients: Tensor, eps: float) -> dict[str, Near]:
+    """Return how near each is to the full matrix after the last of ``gradients`` ``[T, m, n]``.
+
+    Cosines do not depend on the scale of X: after the best scaling the relative distance is sqrt(1 - cos^2). The
+    plain distance does, and compares X as its update uses it.
+    """
+    roots = approximations(gradients, eps)
+    full = roots.pop("full")
+    exact, G = (full.dense(), full.power(-1).dense()), gradients[-1]
+    wanted = full.power(-1).apply(G)
+    found = {}
+    for name, root in roots.items():
+        X, inverse = root.dense(), root.power(-1)
+        P = inverse.dense()
+        found[name] = Near(
+            cosine(X, exact[0]),
+            cosine(P, exact[1]),
+            float((X - exact[0]).norm() / exact[0].norm()),
+            float((P - exact[1]).norm() / exact[1].norm()),
+            math.degrees(math.acos(min(max(cosine(inverse.apply(G), wanted), -1.0), 1.0))),
+        )
+    return found
+
+
+def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+    """Compare every preconditioner with the full-matrix one, on recorded gradients and on Kronecker-structured noise.
 
     Raises:
         ConfigError: there is no such task or parameter, or it is too large.
     """
-    choice = Choice(quick, seed, seeds, task, parameter, optim)
-    cases = [*_recorded(recordings(choice, say), say), *_noise(choice, say)]
+    cases = DataFrame([*_recorded(choice, log), *_noise(choice, log)])
+    by = wide(cases)
+    distances = (by[name] for name in ("root_distance", "inverse_distance"))
+    grows = all((d[a] <= d[b] * (1 + 1e-7)).all() for d in distances for a, b in pairwise(FAMILY))
+    nearest = all((by["root"][NEAREST] >= by["root"][name] - 1e-9).all() for name in PRODUCTS)
     return Answer(
         name="approximation",
         question=QUESTION,
-        words=tuple(words(cases)),
-        sheets=(*shown.summaries(cases), shown.over_steps(cases), shown.everything(cases)),
-        figures=tuple(shown.figures(cases)),
-        holds=(
-            (
-                "the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4",
-                _ordered(cases),
-            ),
-            (
-                "no other Kronecker product has a larger cosine with F^½ than the nearest one (Van Loan and Pitsianis)",
-                all(c.near[ORACLES[1]].root >= c.near[name].root - 1e-9 for c in cases for name in PRODUCTS),
-            ),
+        finding=finding(cases),
+        tables={measure: summary(cases, measure) for measure in MEASURES}
+        | {"nearer": nearer(cases), "steps": over_steps(cases)}
+        | {"cases": table(cases, "Every layer, seed and step", formats=dict.fromkeys(VALUES, ".4f"), shown=0)},
+        figures=tuple(_figures(cases)),
+        claims=(
+            # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
+            ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
+            (f"no other Kronecker product has a larger cosine with F^½ than the nearest one ({VAN_LOAN})", nearest),
         ),
-        fails=(_cosines(cases),),
+        counterexamples=(_cosines(by["root"]),),
     )
 
 
-def _ordered(cases: Sequence[Case]) -> bool:
-    """Statement 9 of :mod:`caspr_cli.theory.chain`, which is about distances without scaling."""
-    found = [(case.near[a], case.near[b]) for case in cases for a, b in pairwise(FAMILY)]
-    return all(
-        getattr(a, measure) <= getattr(b, measure) * (1 + 1e-7)
-        for a, b in found
-        for measure in ("root_distance", "inverse_distance")
-    )
+def _recorded(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+    for one, step, seen in points(recordings(choice, log), log):
+        yield from rows_of(nearness(seen, ridge(one.gradients)), one.task, one.parameter, one.seed, step)
 
 
-def _cosines(cases: Sequence[Case]) -> str:
-    """The same of cosines is no law: gradients of single entries are a counterexample."""
-    falls = sum(all(c.near[a].root >= c.near[b].root - 1e-12 for a, b in pairwise(FAMILY)) for c in cases)
-    return (
-        f"the cosine with F^½ falls from order 1 over CASPR and order 3 to Shampoo 1/4: it does in {falls:,} of "
-        f"{len(cases):,} cases here; gradients of single entries are a counterexample"
-    )
-
-
-def _recorded(found: Sequence[Recording], say: Say) -> Iterator[Case]:
-    for one in found:
-        say(f"{one.task}: {one.parameter}, seed {one.seed}: decompositions")
-        eps = ridge(one.gradients)
-        for step in STEPS:
-            seen = one.gradients[:step]
-            if len(seen) == step and seen[-1].any():
-                yield Case(one.task, one.parameter, one.seed, step, nearness(seen, eps))
-
-
-def _noise(choice: Choice, say: Say) -> Iterator[Case]:
-    say("Kronecker-structured noise")
+def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+    log("Kronecker-structured noise")
     steps = (*QUICK_STEPS, 30, 100) if choice.quick else NOISE_STEPS
     for seed in choice.all_seeds:
         G = kronecker_stream(NOISE_SHAPE, steps[-1], seed)
         for step in steps:
-            yield Case(NOISE, f"{NOISE_SHAPE[0]} x {NOISE_SHAPE[1]}", seed, step, nearness(G[:step], ridge(G[:100])))
+            size = f"{NOISE_SHAPE[0]} x {NOISE_SHAPE[1]}"
+            yield from rows_of(nearness(G[:step], ridge(G[:100])), NOISE, size, seed, step)
 
 
-def _ranked(cases: Sequence[Case], measure: str) -> list[tuple[str, float]]:
-    """Those that need no full matrix, the nearest first."""
-    values = [(name, mean(cases, name, measure)) for name in cases[0].near if name not in ORACLES]
-    return sorted(values, key=lambda item: item[1], reverse=measure != "angle")
+def rows_of(found: dict[str, Near], *place: Any) -> Iterator[dict[str, Any]]:
+    """Yield a row for each preconditioner; ``place`` is task, parameter, seed and step."""
+    for name, near in found.items():
+        yield dict(zip(KEYS, (*place, name), strict=True)) | asdict(near)
 
 
-def _against(cases: Sequence[Case], other: str, measure: str) -> tuple[int, int]:
-    """In how many cases CASPR is nearer than another."""
-    sign = -1 if measure == "angle" else 1
-    pairs = [(getattr(c.near["caspr"], measure), getattr(c.near[other], measure)) for c in cases]
-    return sum(sign * (a - b) > 0 for a, b in pairs), len(pairs)
+def wide(cases: DataFrame) -> DataFrame:
+    """Return a row for each layer, seed and step, with a column for each measure and preconditioner."""
+    return cases.pivot(index=KEYS[:-1], columns="preconditioner", values=VALUES)
 
 
-MEASURES = {
-    "root": "F^½ (cosine)",
-    "inverse": "F^−½ (cosine)",
-    "angle": "the update of full-matrix Adagrad (angle)",
-}
-
-
-def words(cases: Sequence[Case]) -> Iterator[str]:
-    """Who is nearest where, from the numbers."""
-    real = [case for case in cases if case.task != NOISE]
-    tasks, step = tasks_of(real), max(case.step for case in real)
-    yield (
-        f"At step {step}, of those that need no full matrix, the nearest to F^½ is "
-        + "; ".join(_best(at(real, task), task, "root") for task in tasks)
-        + ". The update nearest to full-matrix Adagrad's is "
-        + "; ".join(_best(at(real, task), task, "angle") for task in tasks)
-        + "."
-    )
-    later = [case for case in real if case.step > 1]
-    for measure, text in MEASURES.items():
-        parts = []
-        for other in ("shampoo 1/4", "order 1", "shampoo 1/2", "row-wise", "diagonal"):
-            nearer, of = _against(later, other, measure)
-            parts.append(f"{other} in {nearer} of {of}")
-        means = {name: fmean(mean(at(real, task), name, measure) for task in tasks) for name in FAMILY}
-        values = ", ".join(f"{name} {_said(value, measure)}" for name, value in means.items())
-        yield (
-            f"After the first step, CASPR is nearer to {text} than {', than '.join(parts)} (layers, seeds and steps). "
-            f"By how much: at the last step, over all tasks, {values}."
-        )
-    noise = at(cases, NOISE)
-    ordered = _ranked(noise, "root")
-    above = [name for name, value in ordered if value > mean(noise, "caspr", "root")]
-    yield (
-        f"Where gradients have a covariance that is exactly a Kronecker product, after {noise[0].step:,} steps: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in ordered)
-        + ". "
-        + (
-            f"CASPR is not the best approximation there; nearer: {', '.join(above)}."
-            if above
-            else "None is nearer than CASPR in this run."
-        )
+def _cosines(cosines: DataFrame) -> str:
+    """Return how often the order of distances is also one of cosines, which is no law."""
+    ordered = [cosines[a] >= cosines[b] - 1e-12 for a, b in pairwise(FAMILY)]
+    falls = int(sum(ordered).eq(len(ordered)).sum())
+    return (
+        f"the cosine with F^½ falls from order 1 over CASPR and order 3 to Shampoo 1/4: it does in {falls:,} of "
+        f"{len(cosines):,} cases here; gradients of single entries are a counterexample"
     )
 
 
-def _best(cases: Sequence[Case], task: str, measure: str) -> str:
-    (first, value), *others = _ranked(cases, measure)
-    own = next(((k, v) for k, (name, v) in enumerate(others, start=2) if name == "caspr"), None)
-    place = f", CASPR {_said(own[1], measure)} in place {own[0]}" if own else ""
-    return f"{first} on {task} ({_said(value, measure)}{place})"
+def last(cases: DataFrame) -> DataFrame:
+    """Return the cases of each task's last step."""
+    return cases[cases["step"] == cases.groupby("task")["step"].transform("max")]
 
 
-def _said(value: float, measure: str) -> str:
-    return f"{value:.1f}°" if measure == "angle" else f"{value:.3f}"
+def means(cases: DataFrame, measure: str) -> DataFrame:
+    """Return means over layers and seeds at the last step: preconditioners by tasks."""
+    found = last(cases).groupby(["preconditioner", "task"], sort=False)[measure].mean().unstack(sort=False)
+    return found.reindex(index=list(STYLES), columns=cases["task"].unique())
+
+
+def finding(cases: DataFrame) -> str:
+    """Return the answer in one sentence."""
+    real = cases[cases["task"] != NOISE]
+    found = means(real, "root").drop(index=list(ORACLES))
+    wins = found.idxmax().value_counts(sort=True)
+    place = found.rank(ascending=False).loc["caspr"]
+    return (
+        f"At step {real['step'].max()} {wins.index[0]} is nearest to F^½ on {wins.iloc[0]} of {len(place)} tasks; "
+        f"CASPR takes places {place.min():.0f} to {place.max():.0f} of {len(found)}."
+    )
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def summary(cases: DataFrame, measure: str) -> DataFrame:
+    """Return one measure at the last step: preconditioners by tasks, mean ± sd over layers and seeds."""
+    title, form, _ = MEASURES[measure]
+    mean = means(cases, measure)
+    spread = last(cases).groupby(["preconditioner", "task"])[measure].std().unstack()
+    found = DataFrame({"preconditioner": mean.index}, index=mean.index)
+    for task in mean.columns:
+        found[task], found[f"{task} sd"] = mean[task], spread[task]
+    found["tasks"] = mean.drop(columns=NOISE, errors="ignore").mean(axis=1)
+    return table(
+        found,
+        title,
+        heads={f"{task} sd": "± sd" for task in mean.columns} | {"tasks": "mean of tasks"},
+        formats=dict.fromkeys(found.columns, form),
+        note="Means and standard deviations over layers and seeds; the last column is without the noise. The two "
+        "Kronecker rows need the full matrix.",
+    )
+
+
+def nearer(cases: DataFrame) -> DataFrame:
+    """Return in how many cases CASPR is nearer than another."""
+    by = wide(cases[(cases["task"] != NOISE) & (cases["step"] > 1)])
+    rows = []
+    for other in ("shampoo 1/4", "order 1", "shampoo 1/2", "row-wise", "diagonal"):
+        row = {"other": other, "cases": len(by)}
+        for measure in ("root", "inverse", "angle"):
+            off = by[measure]["caspr"] - by[measure][other]
+            row[measure] = int(((off < 0) if MEASURES[measure][2] else (off > 0)).sum())
+        rows.append(row)
+    return table(
+        rows,
+        "In how many cases CASPR is nearer than another",
+        heads={"other": "than", "root": "to F^½", "inverse": "to F^−½", "angle": "to the update"},
+        note="Layers, seeds and steps after the first; to F^½ and F^−½ by cosine, to the update by angle.",
+    )
+
+
+def over_steps(cases: DataFrame) -> DataFrame:
+    groups = cases.groupby(["task", "step", "preconditioner"], sort=False)
+    found = groups[VALUES].mean()
+    for measure in ("root", "inverse"):
+        found[f"{measure}_scaled"] = (1 - found[measure] ** 2).clip(lower=0) ** 0.5
+    found.insert(0, "cases", groups.size())
+    return table(
+        found.reset_index(),
+        "Over training: means over layers and seeds",
+        formats={"step": ","} | dict.fromkeys((*VALUES, "root_scaled", "inverse_scaled"), ".3f"),
+        note="root, inverse: cosines with F^½ and F^−½; scaled: relative distances after the best scaling, as root and "
+        "inverse have them; angle in degrees.",
+        shown=0,
+    )
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _figures(cases: DataFrame) -> Iterator[Figure]:
+    for measure, y, title in (
+        ("root", "cosine", "Cosine of each preconditioner with F^½ over training."),
+        ("inverse", "cosine", "Cosine of each inverse with F^−½ over training."),
+        ("angle", "degrees", "Angle between each update and that of full-matrix Adagrad over training."),
+    ):
+        by = wide(cases)[measure].reset_index()
+        lines = {
+            task: panels.over(by[by["task"] == task], "step", {name: name for name in STYLES})
+            for task in cases["task"].unique()
+        }
+        caption = f"{title} Mean over layers and seeds, band ± one standard deviation; the x axis is the step."
+        yield panels.figure(measure, caption, lines, STYLES, y=y)

@@ -52,38 +52,38 @@ BETA = 0.99  # of the moving averages
 STALE = 9  # steps: as old as roots become with an interval of 10
 EPS = 1e-6  # of the largest eigenvalue of a G G^T
 
-HOLDS = {
+CLAIMS = {
     "lemma_left": "F~ ⪯ L~ ⊗ I",
     "lemma_right": "F~ ⪯ I ⊗ R~",
     "gap_1": "F~^½ ⪯ X₁",
     "gap_2": "X₁ ⪯ X₂ (CASPR)",
     "gap_3": "X₂ ⪯ X₃",
     "gap_shampoo": "X₃ ⪯ X_Shampoo",
-    "inverses": "the same of inverses, the other way around",
+    "inverses": "the same for the inverses, in reverse order",
     "traces": "traces grow along the chain",
     "distances": "the distance ‖X − F~^½‖ grows along the chain",
     "products": "⟨G, U⟩ falls along the chain and is not negative",
-    "averages": "the chain, of moving averages",
-    "own_blocks": "CASPR of two halves ⪰ the halves of F~, each its own",
+    "averages": "the chain, for moving averages",
+    "own_blocks": "CASPR of each half of G ⪰ that half of F~",
     "grows": "sums: X₁, X₂ and X_Shampoo grow from step to step",
     "bare_traces": "traces grow from F^½ on, without the 1/r",
     "bare_distances": "‖X − F^½‖ and ‖X⁻¹ − F^−½‖ grow with the order, without the 1/r",
     "identity": "X₂⁻¹ = ½ (X₁⁻¹ + X_Shampoo⁻¹)",
 }
-FAILS = {
+FALSE_CLAIMS = {
     "no_rank_1": "X₁ ⪰ F^½, without the 1/r",
     "no_rank": "X₂ ⪰ F^½, without the 1/r",
     "stale": f"X₂ of {STALE} steps ago ⪰ F~^½ of now",
-    "whole": "CASPR of two halves ⪰ F~^½, the whole of it",
+    "whole": "CASPR of two halves of G ⪰ the whole F~^½",
     "average_grows": "moving averages: X₂ grows from step to step",
 }
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One layer at one step."""
+    """The margins of all statements for one layer at one step."""
 
-    margins: dict[str, float]  # by key of HOLDS and FAILS, relative; what does not apply is left out
+    margins: dict[str, float]  # by key of CLAIMS and FALSE_CLAIMS, relative; those that do not apply are left out
     traces: tuple[float, ...]  # of the chain, in units of tr F~^(1/2)
     distances: tuple[float, ...]  # || X - F~^(1/2) || / || F~^(1/2) ||
     products: tuple[float, ...]  # <G, U> of the last gradient, in units of full-matrix Adagrad's
@@ -91,25 +91,25 @@ class Checked:
 
 
 def ridge(gradients: Tensor) -> float:
-    """eps for all steps of a stream: ``EPS`` of the largest eigenvalue of a single G G^T."""
+    """Return eps for all steps of a stream: ``EPS`` of the largest eigenvalue of a single G G^T."""
     return EPS * float(torch.linalg.matrix_norm(gradients, 2).max()) ** 2
 
 
-def rounding(full: Spectral) -> float:
-    """Relative error of F~^(-1/2) in float64: about u cond(F~) / 2, with room for the size of the matrix."""
+def rounding(full: Root) -> float:
+    """Return the relative error of F~^(-1/2) in float64: about u cond(F~) / 2, and a margin for large matrices."""
     condition = float(full.values[-1] / full.values[0])
     return 1e-12 + 20 * torch.finfo(torch.float64).eps * condition
 
 
 def chain(gradients: Tensor, eps: float, rank: int, weights: Tensor | None = None) -> list[Root]:
-    """F~^(1/2), X_1, X_2, X_3, X_Shampoo of gradients ``[T, m, n]``."""
+    """Return F~^(1/2), X_1, X_2, X_3, X_Shampoo of gradients ``[T, m, n]``."""
     sides = axis_statistics(gradients, eps, weights)
     full = Spectral.of(full_statistic(gradients, eps, rank, weights)).power(0.5)
     return [full, *(combined(*sides, order) for order in ORDERS)]
 
 
 def check(gradients: Tensor, eps: float, rank: int) -> Checked:
-    """All statements after the last of ``gradients`` ``[T, m, n]``. Cost: some 25 decompositions of ``[mn, mn]``."""
+    """Check all statements after the last of ``gradients`` ``[T, m, n]``; about 25 decompositions of ``[mn, mn]``."""
     roots = chain(gradients, eps, rank)
     dense = [root.dense() for root in roots]
     inverses = [root.power(-1) for root in roots]
@@ -117,7 +117,6 @@ def check(gradients: Tensor, eps: float, rank: int) -> Checked:
     tops = [float(root.values.max()) for root in roots]
     oracle, G = dense[0], gradients[-1]
     full = roots[0].power(2)
-    assert isinstance(full, Spectral)
     traces = [float(root.values.sum()) for root in roots]
     size = float(oracle.norm())
     distances = [float((matrix - oracle).norm()) / size for matrix in dense]
@@ -151,14 +150,14 @@ def _lemma(F: Tensor, gradients: Tensor, eps: float) -> dict[str, float]:
 
 
 def _inverses(undone: list[Tensor], top: float) -> dict[str, float]:
-    """The reversed chain, and the identity of order 2."""
+    """Return the margins of the reversed chain, and of the identity of order 2."""
     _, first, second, _, product = undone
     error = (second - (first + product) / 2).norm() / second.norm()
     return {"inverses": min(loewner_gap(a, b, top) for a, b in pairwise(undone)), "identity": -float(error)}
 
 
 def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
-    """Averages; and X of now against that of the step before, and of some steps before against F~ of now."""
+    """Return the margins of averages, of X against that of the step before, and of an old X against F~ of now."""
     steps = len(gradients)
     averaged = chain(gradients, eps, rank, averaging(steps, BETA))
     found = {
@@ -180,7 +179,7 @@ def _gap(larger: Separable, smaller: Separable) -> float:
 
 
 def _without_rank(gradients: Tensor, eps: float, dense: list[Tensor], undone: list[Tensor]) -> dict[str, float]:
-    """X_1 .. X_Shampoo and their inverses against F^(1/2) and F^(-1/2), not divided by r."""
+    """Return the margins of X_1 .. X_Shampoo and their inverses against F^(1/2) and F^(-1/2), not divided by r."""
     root = Spectral.of(full_statistic(gradients, eps)).power(0.5)
     F, inverse, top = root.dense(), root.power(-1).dense(), float(root.values[-1])
     traces = [float(torch.trace(X)) for X in (F, *dense)]
@@ -197,7 +196,7 @@ def _without_rank(gradients: Tensor, eps: float, dense: list[Tensor], undone: li
 
 
 def _in_blocks(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
-    """G cut into two halves along its longer axis, each with statistics of its own."""
+    """Return the margins for G cut into two halves along its longer axis, each with statistics of its own."""
     m, n = gradients.shape[1:]
     if max(m, n) < 2:
         return {}

@@ -1,43 +1,33 @@
-"""Steps of the optimizer that are taken here, against what their shapes say."""
+"""Steps of the optimizer that are taken here, and blocks as ranks share them, against what their shapes say."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tasks
-from caspr_cli.bench.measure import Clock, Phases
+from caspr_cli.bench.roots import least_seconds, product_rate
 from caspr_cli.optim.caspr import CASPR
-from caspr_cli.optim.cost import blocks_of, state_bytes
+from caspr_cli.optim.cost import blocks_of, called_flops, state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.optim.shard import Loads
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import TASKS
-from caspr_cli.theory.solving import least_seconds, product_rate
-from caspr_cli.theory.work import Machine, Work, gathered, seconds, work_of
+from caspr_cli.theory.work import Machine, Work, gathered, seconds, stand_ins, work_of
+from caspr_cli.training.timing import PhaseTimer
 
 WARM_UP = 2  # steps
 COPIED = 2**24  # numbers, more than caches hold
-Shape = tuple[int, ...]
-Say = Callable[[str], None]
-
-
-class Processors(Clock):
-    """Seconds of this process's processors: on one thread, those it takes where nothing else runs."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-
-    def now(self) -> float:
-        return time.process_time()
+PARTS = ("statistics", "roots", "apply", "rest")
+COUNTED = 256  # width of the layer whose products are counted
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Run:
     width: int
     options: dict[str, Any]
     work: Work
-    measured: dict[str, float]  # statistics, roots, apply, rest
+    measured: dict[str, float]  # by PARTS
     predicted: dict[str, float]
     state: int
 
@@ -61,8 +51,8 @@ class Run:
         return sum(self.predicted.values()) / self.milliseconds
 
 
-def layer(width: int) -> list[Shape]:
-    """The matrices of a transformer's layer: attention in and out, MLP up and down; 12 width^2 numbers."""
+def layer(width: int) -> list[tuple[int, int]]:
+    """Return the matrices of a transformer's layer: attention in and out, MLP up and down; 12 width^2 numbers."""
     return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
 
 
@@ -77,7 +67,7 @@ def one_thread() -> Iterator[None]:
 
 
 def this_machine(size: int) -> Machine:
-    """One thread of this CPU: the rate of float32 products of ``size`` rows, and of a copy."""
+    """Return one thread of this CPU: the rate of float32 products of ``size`` rows, and of a copy."""
     source, target = torch.randn(COPIED), torch.empty(COPIED)
     target.copy_(source)
     memory = 2.0 * source.nbytes / least_seconds(lambda: target.copy_(source))
@@ -86,7 +76,7 @@ def this_machine(size: int) -> Machine:
 
 
 def run(width: int, **options: Any) -> Run:
-    """One layer for an interval of steps, in which each block has new roots once; at least five."""
+    """Measure one layer for an interval of steps, in which each block has new roots once; at least five steps."""
     generator = torch.Generator().manual_seed(width)
     matrices = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in layer(width)]
     for matrix in matrices:
@@ -96,25 +86,30 @@ def run(width: int, **options: Any) -> Run:
         optimizer.step()
     work = work_of(optimizer)
     machine = this_machine(min(width, optimizer.param_groups[0]["block_size"]))
-    clock = Processors()
-    optimizer.phase = spent = Phases(clock)
+    optimizer.phase = spent = PhaseTimer(torch.device("cpu"), now=time.process_time)
     steps = max(5, optimizer.param_groups[0]["interval"])
-    total = clock.seconds(lambda: [optimizer.step() for _ in range(steps)])
-    parts = spent.take()
-    named = {name: 1e3 * parts.get(name, 0.0) / steps for name in ("statistics", "roots", "apply")}
-    measured = named | {"rest": 1e3 * total / steps - sum(named.values())}
+    start = time.process_time()
+    for _ in range(steps):
+        optimizer.step()
+    total, parts = time.process_time() - start, spent.take()
+    measured = {name: 1e3 * parts.get(name, 0.0) / steps for name in PARTS[:-1]}
+    measured["rest"] = 1e3 * total / steps - sum(measured.values())
     expected = seconds(work, machine)
-    predicted = {"statistics": expected.statistics, "roots": expected.roots, "apply": expected.apply}
-    predicted = {name: 1e3 * value for name, value in (predicted | {"rest": expected.traffic}).items()}
+    found = (expected.statistics, expected.roots, expected.apply, expected.traffic)
+    predicted = {name: 1e3 * value for name, value in zip(PARTS, found, strict=True)}
     return Run(width, options, work, measured, predicted, state_bytes(optimizer.state))
 
 
-# ---- a task's model ----------------------------------------------------------------------------------------------
+def called_products() -> float:
+    """Return the FLOPs of the products that a step without a refresh calls, over those of the formula."""
+    optimizer = CASPR(stand_ins(layer(COUNTED)), start_step=1, interval=1000)
+    optimizer.step()  # has roots to make
+    return called_flops(optimizer) / work_of(optimizer).products
 
 
 @dataclass(frozen=True)
 class Model:
-    """What ``debug=plan`` says of a task's model with CASPR, in one line."""
+    """The cost of a task's model with CASPR, as ``debug=plan`` prints it."""
 
     task: str
     parameters: int
@@ -123,8 +118,8 @@ class Model:
     state: int  # bytes, as steps on the "meta" device make it, of what is preconditioned
 
 
-def model_of(name: str, batch: int | None, **options: Any) -> Model:
-    """The model of a task at its sample scale.
+def model_of(name: str, batch: int | None) -> Model:
+    """Return the cost of a task's model at its sample scale.
 
     Args:
         batch: samples in a step; the task's own if there is none given.
@@ -141,33 +136,16 @@ def model_of(name: str, batch: int | None, **options: Any) -> Model:
     task = tasks.load(conf, 0)
     model = task.model()
     plain = task.plain(model)
-    matrices = [p for n, p in model.named_parameters() if n not in plain]
-    optimizer = CASPR(stand_ins(matrices), start_step=1, **options)
+    optimizer = CASPR(stand_ins([p for n, p in model.named_parameters() if n not in plain]), start_step=1)
     for _ in range(2):  # some only make their state in the first
         optimizer.step()
-    return Model(
-        name,
-        sum(p.numel() for p in model.parameters()),
-        work_of(optimizer),
-        task.train_flops(model),
-        state_bytes(optimizer.state),
-    )
-
-
-def stand_ins(tensors: Sequence[Tensor]) -> list[nn.Parameter]:
-    """Of the same shapes on the "meta" device, which holds no numbers; with gradients."""
-    made = [nn.Parameter(torch.empty_like(tensor, device="meta")) for tensor in tensors]
-    for one in made:
-        one.grad = torch.empty_like(one)
-    return made
-
-
-# ---- ranks -------------------------------------------------------------------------------------------------------
+    parameters = sum(p.numel() for p in model.parameters())
+    return Model(name, parameters, work_of(optimizer), task.train_flops(model), state_bytes(optimizer.state))
 
 
 @dataclass(frozen=True)
-class Dealt:
-    """Blocks as they are dealt out to ranks."""
+class Divided:
+    """Blocks as they are divided among ranks."""
 
     ranks: int
     blocks: int
@@ -187,11 +165,11 @@ class Dealt:
         return self.average / self.most
 
 
-def dealt(optimizer: KroneckerOptimizer, ranks: int) -> Dealt:
-    """What the optimizer's own rule comes to, whose unit for roots are decompositions (``EIGH_FLOPS``).
+def divided(optimizer: KroneckerOptimizer, ranks: int) -> Divided:
+    """Return how the optimizer's own rule divides blocks; its unit for roots is ``EIGH_FLOPS``.
 
     The bound: a block goes to the rank whose step, with the roots of its turn, is then the shortest, so that no rank is
-    above the average by more than one block and its roots, of those dealt out till then.
+    above the average by more than one block and its roots, of those divided until then.
     """
     blocks = [(shape, sizes) for *_, sizes, shape, count in blocks_of(optimizer) for _ in range(count)]
     interval = optimizer.param_groups[0]["interval"]
@@ -203,7 +181,7 @@ def dealt(optimizer: KroneckerOptimizer, ranks: int) -> Dealt:
     longest = [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
     average = max(sum(step) for step in longest) / ranks
     block = max(6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes in blocks)
-    return Dealt(
+    return Divided(
         ranks,
         len(blocks),
         alone=max(alone.always[0] + roots[0] for roots in alone.roots.values()),

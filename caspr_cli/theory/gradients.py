@@ -6,9 +6,10 @@ fraction of a second; data, losses and batches are those of the task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,14 +19,14 @@ import tasks
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError, nearest
 from caspr_cli.recipe.schema import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, TaskConf, ViTConf
+from caspr_cli.training.groups import param_groups
 from tasks.base import DataError, Task
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 LARGEST = 1024  # numbers in a recorded parameter: its statistic has 8 MB, and takes a second to decompose
-STEPS = (1, 3, 10, 30, 100, 300)  # at which is looked; training goes to the last
+STEPS = (1, 3, 10, 30, 100, 300)  # at which statements are checked; training goes to the last
 QUICK_STEPS = STEPS[:3]
-OPTIMIZERS = ("caspr", "adamw")  # the gradients are those along the path of one of these
 RATE = 1e-2  # the learning rate of both: the middle of those that are tuned for the samples
 
 MODELS: dict[str, TaskConf] = {
@@ -48,7 +49,7 @@ QUICK = ("ogbg_molpcba", "vit")  # tasks that are read in a second; the first la
 
 @dataclass(frozen=True)
 class Recording:
-    """What one parameter saw in one run."""
+    """The gradients of one parameter in one run."""
 
     task: str
     parameter: str
@@ -61,6 +62,10 @@ class Recording:
         return int(self.gradients.shape[1]), int(self.gradients.shape[2])
 
     @property
+    def size(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}"
+
+    @cached_property
     def rank(self) -> int:
         """r: the largest rank of a gradient."""
         return max(int(torch.linalg.matrix_rank(self.gradients).max()), 1)
@@ -68,7 +73,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which gradients are looked at: the options that ``order`` and ``approximation`` share."""
+    """Options of a question.
+
+    Args:
+        quick: less of everything: seconds.
+        seed: the first of ``seeds``.
+        task, parameter: record the gradients of these layers alone.
+        optim: the optimizer along whose path gradients are recorded.
+    """
 
     quick: bool = False
     seed: int = 0
@@ -90,8 +102,8 @@ class Choice:
         return (self.task,) if self.task else QUICK if self.quick else tuple(MODELS)
 
 
-def recordings(choice: Choice, say: Say) -> list[Recording]:
-    """The gradients of the chosen parameters, for each task and seed.
+def recordings(choice: Choice, log: Log) -> list[Recording]:
+    """Return the gradients of the chosen parameters, for each task and seed.
 
     Raises:
         ConfigError: no such task or parameter, or one that is too large; data that cannot be read.
@@ -104,9 +116,9 @@ def recordings(choice: Choice, say: Say) -> list[Recording]:
     found: list[Recording] = []
     try:
         for name in choice.tasks:
-            say(f"{name}: reading its data")
+            log(f"{name}: reading its data")
             for seed in choice.all_seeds:
-                say(f"{name}: training for {choice.steps[-1]} steps, seed {seed}")
+                log(f"{name}: training for {choice.steps[-1]} steps, seed {seed}")
                 found += record(name, seed, choice.steps[-1], _wanted(choice, name), choice.optim)
     except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(str(error)) from error
@@ -121,7 +133,7 @@ def _wanted(choice: Choice, task: str) -> tuple[str, ...]:
 
 
 def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """The parameters with ``pattern`` in their name.
+    """Return the names of parameters with ``pattern`` in them.
 
     Raises:
         ConfigError: there is none, or one is too large for its full matrix.
@@ -142,18 +154,32 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
     return found
 
 
+def points(found: Sequence[Recording], log: Log) -> Iterator[tuple[Recording, int, Tensor]]:
+    """Yield each recording, step and the gradients up to it, for all ``STEPS``; those that are all zero are left out.
+
+    Below a head that starts at zero there is no gradient at first.
+    """
+    for one in found:
+        log(f"{one.task}: {one.parameter}, seed {one.seed}: decompositions")
+        for step in STEPS:
+            seen = one.gradients[:step]
+            if len(seen) == step and seen[-1].any():
+                yield one, step, seen
+
+
 @lru_cache(maxsize=64)  # several questions want the same run
 def record(
     task_name: str, seed: int, steps: int, wanted: tuple[str, ...], optimizer_name: str
 ) -> tuple[Recording, ...]:
     """Train for so many steps, and keep the gradients of the parameters ``wanted``.
 
-    Everything is a function of the arguments: torch's global generator is set here, and put back.
+    Everything is a function of the arguments: torch's global generator is set here, and put back. The convolutions of
+    ``resnet`` are computed without oneDNN, which in torch 2.14.1 writes beyond their memory on some processors.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _onednn(task_name != "resnet"):
         task, model = _made(task_name, seed)
         shown = _preconditioned(task, model)
-        optimizer = build(optimizer_name, _groups(task, model), {"lr": RATE})
+        optimizer = build(optimizer_name, param_groups(task, model), {"lr": RATE})
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         losses = []
         batches = batches_of(task, MODELS[task_name].batch_size, seed)
@@ -172,8 +198,18 @@ def record(
     return tuple(Recording(task_name, name, seed, torch.stack(g), ends) for name, g in kept.items())
 
 
+@contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 def as_matrix(gradient: Tensor) -> Tensor:
-    """[d_0, product of the rest] in float64: the paper's rule for tensors of more axes."""
+    """Return a gradient as [d_0, product of the rest] in float64: the paper's rule for tensors of more axes."""
     return gradient.detach().double().flatten(1)
 
 
@@ -195,17 +231,8 @@ def _preconditioned(task: Task, model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in plain}
 
 
-def _groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
-    plain = task.plain(model)
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for name, p in named if (name in plain) != chosen], "precondition": chosen}
-        for chosen in (True, False)
-    ]
-
-
 def batches_of(task: Task, batch: int, seed: int) -> Iterator[Any]:
-    """Endless batches of the training split, a fresh order each epoch; incomplete ones are left out."""
+    """Yield endless batches of the training split, in a new order each epoch; incomplete ones are left out."""
     data = task.dataset("train")
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -218,7 +245,7 @@ def batches_of(task: Task, batch: int, seed: int) -> Iterator[Any]:
 
 
 def low_rank_stream(shape: tuple[int, int], rank: int, steps: int, seed: int) -> Tensor:
-    """Random gradients ``[T, m, n]`` of a rank, of sizes that differ from step to step."""
+    """Return random gradients ``[T, m, n]`` of a rank, of sizes that differ from step to step."""
     generator = torch.Generator().manual_seed(seed)
     left, right, size = (
         torch.randn(steps, *rest, generator=generator, dtype=torch.float64)
@@ -228,7 +255,7 @@ def low_rank_stream(shape: tuple[int, int], rank: int, steps: int, seed: int) ->
 
 
 def kronecker_stream(shape: tuple[int, int], steps: int, seed: int) -> Tensor:
-    """G_t = A Z_t B, Z_t normal: gradients ``[T, m, n]`` whose covariance is exactly a Kronecker product, A^2 x B^2.
+    """Return gradients G_t = A Z_t B ``[T, m, n]``, Z_t normal, whose covariance is a Kronecker product, A^2 x B^2.
 
     A and B are symmetric, with spectra from 1 down to 1/16.
     """
@@ -242,8 +269,3 @@ def kronecker_stream(shape: tuple[int, int], steps: int, seed: int) -> Tensor:
 
     A, B = map(factor, shape)
     return A @ torch.randn(steps, *shape, generator=generator, dtype=torch.float64) @ B
-
-
-def names(found: Iterable[Recording]) -> list[str]:
-    """The tasks, in order, each once."""
-    return list(dict.fromkeys(recording.task for recording in found))

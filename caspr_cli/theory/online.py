@@ -1,4 +1,4 @@
-r"""Learners at play, and the bound on their regret with every inequality on the way to it.
+r"""Learners on online problems, and the bound on their regret with every inequality on the way to it.
 
 Regret_T = sum_t f_t(W_t) - f_t(W*), W* the best fixed W. For W_{t+1} = W_t - eta X_t^{-1} G_t and any W*:
 
@@ -39,18 +39,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caspr_cli.theory.learners import Learner, Method
-from caspr_cli.theory.preconditioners import combined_values
+from caspr_cli.theory.gradients import Log
+from caspr_cli.theory.preconditioners import METHODS, Learner, Method, combined_values
 from caspr_cli.theory.problems import Problem
 
 EPS = 1e-6  # damping, in units of the mean of ||G||_F^2 where W = 0
-BEYOND = 1e9  # a run whose W has an entry that many times as large as ||W*|| is lost: its regret is infinite
+LOST = 1e9  # a run whose W has an entry that many times as large as ||W*|| is lost: its regret is infinite
 RUNGS = ("regret", "linear", "distances", "largest", "trace", "full", "bound")
+HALVINGS = range(9)  # step sizes of the grid: ||W*|| / 2^k, the same for all methods
+CASPR = METHODS[2]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What E runs of one method a seed came to."""
+    """E runs of one method a seed."""
 
     regret: Tensor  # [S, E, T]: up to each round
     sizes: Tensor  # [S, E, T]: tr(X_t)
@@ -60,17 +62,25 @@ class Runs:
 
     @property
     def at_end(self) -> Tensor:
-        """``[S, E]``; infinite where W was lost."""
+        """The regret ``[S, E]``; infinite where W was lost."""
         return self.regret[..., -1]
 
     def take(self, at: slice) -> Runs:
-        """Some of the E runs."""
+        """Return some of the E runs."""
         return Runs(self.regret[:, at], self.sizes[:, at], self.distance[:, at], self.eta[:, at], self.rank)
 
     def bound(self) -> Tensor:
-        """(D^2 / 2 eta + eta r) tr(X_t), ``[S, E, T]``."""
+        """Return (D^2 / 2 eta + eta r) tr(X_t), ``[S, E, T]``."""
         factor: Tensor = self.distance.square() / (2 * self.eta) + self.eta * self.rank
         return factor.unsqueeze(-1) * self.sizes
+
+    def limits(self) -> Tensor:
+        """Return sqrt(2 r) D tr(X_t) ``[S, T]`` of the theorem's step, D = eta sqrt(2 r): twice eta r tr(X_t)."""
+        return (2 * self.eta.unsqueeze(-1) * self.rank * self.sizes).squeeze(1)
+
+    def rate(self, rounds: int) -> float:
+        """Return the regret a round of the first of the runs."""
+        return float(self.regret[0, 0, rounds - 1]) / rounds
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,29 @@ class Ladder:
     sums: Tensor  # [S]: sum <G_t, X_t^{-1} G_t> over 2 r tr(F~_T^(1/2))
 
 
+@dataclass(frozen=True)
+class Played:
+    """All runs of one method on one problem."""
+
+    problem: Problem
+    method: Method
+    grid: Runs  # [S, steps of the grid]
+    ladder: Ladder  # of the theorem's run
+    strayed: Tensor  # [S]: with the theorem's step and no ball, how far W came from W*, in units of D
+
+    @property
+    def theorem(self) -> Runs:
+        """The runs ``[S, 1]`` with the theorem's step."""
+        return self.ladder.runs
+
+    @property
+    def chosen(self) -> int:
+        """The step of the grid with the least regret, on average over seeds."""
+        return int(self.grid.at_end.mean(0).argmin())
+
+
 class Match:
-    """Runs ``[S, E]`` of one method on one problem, a round after the other.
+    """Plays runs ``[S, E]`` of one method on one problem, a round after the other.
 
     Args:
         radius: ``[S, E]``, of the ball that W is kept in, if it is.
@@ -92,43 +123,44 @@ class Match:
 
     def __init__(self, problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> None:
         self.best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
-        self.learner = method.make(self.best.shape, EPS * scale_of(problem).unsqueeze(1))
-        self.rank = problem.rank if self.learner.ranked else 1
+        self.learner = Learner(method, self.best.shape, EPS * scale_of(problem).unsqueeze(1))
+        self.rank = problem.rank if method.ranked else 1
         self.W, self.regret, self.distance = torch.zeros_like(self.best), torch.zeros_like(eta), torch.zeros_like(eta)
         self._problem, self._eta, self._radius, self._t = problem, eta, radius, 0
 
     def round(self) -> tuple[Tensor, Tensor, Tensor]:
-        """G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
+        """Play a round and return G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
         off = self.W - self.best
         paid, G = self._problem.play(self._t, self.W)
         self.regret = self.regret + paid - self._problem.play(self._t, self.best)[0]
-        self.distance = torch.maximum(self.distance, length(off, self.learner))
+        self.distance = torch.maximum(self.distance, length(off, self.learner.method))
         self.learner.see(G)
-        U = self.learner.update(G)
+        X = self.learner.root
+        U = X.back(X.rotated(G) / X.values, G.shape)
         self.W = self.W - self._eta[..., None, None] * U
         if self._radius is not None:
             self.W = self.learner.projected(self.W, self._radius)
-        lost = ~(self.W.abs().amax((-2, -1)) <= BEYOND * torch.linalg.matrix_norm(self.best))
+        lost = ~(self.W.abs().amax((-2, -1)) <= LOST * torch.linalg.matrix_norm(self.best))
         self.W = torch.where(lost[..., None, None], 0, self.W)
         self.regret, self.distance = (torch.where(lost, math.inf, x) for x in (self.regret, self.distance))
         self._t += 1
         return G, U, off
 
 
-def length(V: Tensor, learner: Learner) -> Tensor:
-    """``[...]``: in the norm in which the learner's bound has D."""
-    return V.abs().amax((-2, -1)) if learner.entrywise else torch.linalg.matrix_norm(V)
+def length(V: Tensor, method: Method) -> Tensor:
+    """Return the length ``[...]`` in the norm in which the method's bound has D."""
+    return V.abs().amax((-2, -1)) if method.entrywise else torch.linalg.matrix_norm(V)
 
 
 def scale_of(problem: Problem) -> Tensor:
-    """``[S]``: the mean of ||G_t||_F^2 at W = 0."""
+    """Return the mean of ||G_t||_F^2 at W = 0, ``[S]``."""
     W = torch.zeros_like(problem.best).unsqueeze(1)
     squares = [problem.play(t, W)[1].square().sum((-2, -1)) for t in range(problem.rounds)]
     return torch.stack(squares).mean(0).squeeze(1)
 
 
 def play(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Runs:
-    """All runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given."""
+    """Return all runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given."""
     match = Match(problem, method, eta, radius)
     regret, sizes = [], []
     for _ in range(problem.rounds):
@@ -139,15 +171,23 @@ def play(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = 
 
 
 def of_theorem(problem: Problem, method: Method) -> tuple[Tensor, Tensor]:
-    """eta = D / sqrt(2 r) with D = 2 ||W*||, and the radius ||W*||, both ``[S, 1]``, in the norm of the bound."""
-    nothing = torch.zeros(len(problem.best), 1, dtype=torch.float64)
-    match = Match(problem, method, nothing)
-    radius = length(match.best, match.learner)
-    return 2 * radius / math.sqrt(2 * match.rank), radius
+    """Return eta = D / sqrt(2 r) with D = 2 ||W*||, and the radius ||W*||, both ``[S, 1]``, in the bound's norm."""
+    radius = length(problem.best, method).unsqueeze(1)
+    return 2 * radius / math.sqrt(2 * (problem.rank if method.ranked else 1)), radius
+
+
+def play_all(problem: Problem, method: Method, log: Log) -> Played:
+    """Return the runs of a method at every step of the grid, and as the theorem has it."""
+    log(f"{problem.name}: {method.label}")
+    eta, ball = of_theorem(problem, method)
+    steps = [torch.linalg.matrix_norm(problem.best).unsqueeze(1) * 0.5**k for k in HALVINGS]
+    runs = play(problem, method, torch.cat([*steps, eta], 1))  # the last is the theorem's, without its ball
+    strayed = runs.distance[:, -1] / (2 * ball[:, 0])
+    return Played(problem, method, runs.take(slice(0, -1)), ladder(problem, method, eta, ball), strayed)
 
 
 def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Ladder:
-    """Every inequality of the chain, of one run a seed, ``eta`` ``[S, 1]``.
+    """Return every inequality of the chain, for one run a seed, ``eta`` ``[S, 1]``.
 
     Cost: an eigendecomposition of m n rows a round.
     """
@@ -160,22 +200,22 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
         G, U, off = match.round()
         linear = linear + (G * off).sum((-2, -1))
         products = products + (G * U).sum((-2, -1))
-        change, v, g = learner.dense() - X, off.flatten(-2), G.flatten(-2)
+        change, v, g = learner.root.dense() - X, off.flatten(-2), G.flatten(-2)
         X, moment = X + change, moment + g.unsqueeze(-1) * g.unsqueeze(-2)
         distances = distances + torch.einsum("...i,...ij,...j->...", v, change, v)
         ends = torch.linalg.eigvalsh(change)
         largest = largest + ends[..., -1]
-        growth.append(ends[..., 0] / learner.values.flatten(2).amax(-1))
+        growth.append(ends[..., 0] / learner.root.values.flatten(2).amax(-1))
         regret.append(match.regret)
         sizes.append(learner.trace())
     rank, trace = match.rank, learner.trace()
-    full = _trace_of_root(moment / rank, learner.eps) if learner.ranked else trace
+    full = _trace_of_root(moment / rank, learner.eps) if method.ranked else trace
     near, far = products * eta / 2, match.distance.square() / (2 * eta)
     rungs = {
         "regret": match.regret,
         "linear": linear,
         "distances": distances / (2 * eta) + near,
-        "largest": torch.full_like(far, math.nan) if learner.entrywise else far * largest + near,
+        "largest": torch.full_like(far, math.nan) if method.entrywise else far * largest + near,
         "trace": far * trace + near,
         "full": far * trace + eta * rank * full,
         "bound": (far + eta * rank) * trace,
@@ -189,8 +229,8 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
 
 
 def traces(problem: Problem, orders: list[float]) -> Tensor:
-    """tr(F~_T^(1/2)), then tr(X_T) for each order, ``[S, 1 + orders]``, all of the gradients that CASPR sees."""
-    match = Match(problem, Method("caspr", "CASPR", 2), *of_theorem(problem, Method("caspr", "CASPR", 2)))
+    """Return tr(F~_T^(1/2)), then tr(X_T) for each order, ``[S, 1 + orders]``, all of the gradients that CASPR sees."""
+    match = Match(problem, CASPR, *of_theorem(problem, CASPR))
     G = torch.cat([match.round()[0] for _ in range(problem.rounds)], 1)  # [S, T, m, n]
     g, eps = G.flatten(-2), match.learner.eps.squeeze(1)
     found = [_trace_of_root(g.mT @ g / match.rank, eps)]
@@ -200,6 +240,6 @@ def traces(problem: Problem, orders: list[float]) -> Tensor:
 
 
 def _trace_of_root(moment: Tensor, eps: Tensor) -> Tensor:
-    """tr((eps I + M)^(1/2)) ``[...]`` of M ``[..., N, N]``."""
+    """Return tr((eps I + M)^(1/2)) ``[...]`` of M ``[..., N, N]``."""
     root: Tensor = (torch.linalg.eigvalsh(moment).clamp(min=0) + eps.unsqueeze(-1)).sqrt().sum(-1)
     return root

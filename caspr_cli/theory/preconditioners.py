@@ -1,90 +1,106 @@
-"""The statistics and preconditioners of the paper as dense matrices on vec(G), in float64.
+r"""The statistics and preconditioners of the paper as dense matrices on vec(G), in float64, and learners that use them.
 
 Gradients are a stack ``[T, m, n]``; vec is row-major, so L acts as L x I and R as I x R. A *preconditioner* X is what
-stands for the root of the full-matrix statistic, X = F^(1/2); an update is X^{-1} vec(G). Statements about all of this
-are checked in :mod:`caspr_cli.theory.order`.
+stands for the root of the full-matrix statistic, X = F^(1/2); an update is X^{-1} vec(G). With L~ = eps I + sum G G^T
+and R~ = eps I + sum G^T G,
+
+    full        (eps I + sum g g^T)^(1/2), g = vec(G)                                      full-matrix Adagrad
+    order q     [ (L~^(-1/2q) on rows + R~^(-1/2q) on columns) / 2 ]^(-q)                  q = 2 is CASPR
+    product     L~^(1/4) on rows, R~^(1/4) on columns                                      Shampoo, the limit q -> inf
+    diagonal    (eps + sum G_ij^2)^(1/2)                                                   Adagrad
+    descent     max_{s <= t} ||G_s||_F sqrt(t)                                             online gradient descent
+
+Source: the formulas of Duvvuri et al. (ICLR 2024), Gupta et al. (ICML 2018), Duchi et al. (JMLR 2011) and Zinkevich
+(ICML 2003). Statements about all of this are checked in :mod:`caspr_cli.theory.chain`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-class Root(Protocol):
-    """A symmetric positive definite matrix on vec(G), by its spectrum."""
-
-    @property
-    def values(self) -> Tensor: ...
-
-    def power(self, exponent: float) -> Root: ...
-
-    def dense(self) -> Tensor: ...
-
-    def apply(self, G: Tensor) -> Tensor: ...
+BISECTIONS = 45  # halvings of what is a few times as large as it needs to be: to 1e-13
 
 
 @dataclass(frozen=True)
 class Spectral:
-    """V diag(values) V^T: any symmetric matrix; N = mn."""
+    """V diag(values) V^T: any symmetric matrix on vec(G); N = mn. Leading axes are a batch."""
 
-    values: Tensor  # [N]
-    vectors: Tensor  # [N, N]
+    values: Tensor  # [..., N]
+    vectors: Tensor  # [..., N, N]
 
     @classmethod
     def of(cls, matrix: Tensor) -> Spectral:
-        """Its eigendecomposition; about 10 N^3 FLOPs."""
+        """Return the eigendecomposition of ``[..., N, N]``; about 10 N^3 FLOPs."""
         return cls(*torch.linalg.eigh(matrix))
 
     def power(self, exponent: float) -> Spectral:
         return replace(self, values=self.values**exponent)
 
     def dense(self) -> Tensor:
-        return (self.vectors * self.values) @ self.vectors.mT
+        return (self.vectors * self.values.unsqueeze(-2)) @ self.vectors.mT
+
+    def rotated(self, G: Tensor) -> Tensor:
+        """Return G ``[..., m, n]`` in the coordinates of ``values``."""
+        rotated: Tensor = (self.vectors.mT @ G.flatten(-2).unsqueeze(-1)).squeeze(-1)
+        return rotated
+
+    def back(self, V: Tensor, shape: torch.Size) -> Tensor:
+        back: Tensor = (self.vectors @ V.unsqueeze(-1)).view(shape)
+        return back
 
     def apply(self, G: Tensor) -> Tensor:
-        return (self.vectors @ (self.values * (self.vectors.mT @ G.flatten()))).reshape(G.shape)
+        return self.back(self.values * self.rotated(G), G.shape)
 
 
 @dataclass(frozen=True)
 class Separable:
-    """(V x W) diag(values) (V x W)^T: what is made of functions of two axes' statistics, which commute."""
+    """(V x W) diag(values) (V x W)^T: a function of two axes' statistics, which commute. Leading axes are a batch."""
 
-    values: Tensor  # [m, n]
-    left: Tensor  # V, [m, m]
-    right: Tensor  # W, [n, n]
+    values: Tensor  # [..., m, n]
+    left: Tensor  # V, [..., m, m]
+    right: Tensor  # W, [..., n, n]
 
     def power(self, exponent: float) -> Separable:
         return replace(self, values=self.values**exponent)
 
     def dense(self) -> Tensor:
-        basis = torch.kron(self.left, self.right)  # [mn, mn]
-        return (basis * self.values.flatten()) @ basis.mT
+        basis = torch.einsum("...ij,...kl->...ikjl", self.left, self.right).flatten(-4, -3).flatten(-2)  # [..., mn, mn]
+        return (basis * self.values.flatten(-2).unsqueeze(-2)) @ basis.mT
+
+    def rotated(self, G: Tensor) -> Tensor:
+        """Return G ``[..., m, n]`` in the coordinates of ``values``."""
+        return self.left.mT @ G @ self.right
+
+    def back(self, V: Tensor, shape: torch.Size) -> Tensor:
+        back: Tensor = self.left @ V @ self.right.mT
+        return back
 
     def apply(self, G: Tensor) -> Tensor:
-        return self.left @ (self.values * (self.left.mT @ G @ self.right)) @ self.right.mT
+        return self.back(self.values * self.rotated(G), G.shape)
 
+
+Root = Spectral | Separable
 
 # ---- statistics --------------------------------------------------------------------------------------------------
 
 
 def averaging(steps: int, beta: float) -> Tensor:
-    """Weights ``[T]`` of the bias-corrected moving average: (1 - beta) beta^(T-t) / (1 - beta^T)."""
+    """Return the weights ``[T]`` of the bias-corrected moving average: (1 - beta) beta^(T-t) / (1 - beta^T)."""
     ages = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
     return (1 - beta) * beta**ages / (1 - beta**steps)
 
 
 def _weighted(gradients: Tensor, weights: Tensor | None) -> Tensor:
-    """A weight w on G G^T is a factor sqrt(w) on G."""
+    """Return the gradients times sqrt(w), which is a weight w on G G^T."""
     return gradients if weights is None else gradients * weights.sqrt()[:, None, None]
 
 
 def full_statistic(gradients: Tensor, eps: float, rank: int = 1, weights: Tensor | None = None) -> Tensor:
-    """F~ = eps I + (1/r) sum_t w_t vec(G_t) vec(G_t)^T, ``[mn, mn]``; the w_t are 1, or those of an average.
+    """Return F~ = eps I + (1/r) sum_t w_t vec(G_t) vec(G_t)^T, ``[mn, mn]``; w_t are 1, or those of an average.
 
     With r = 1 its root is what full-matrix Adagrad divides by (Duchi, Hazan, Singer, JMLR 2011). The r >= rank(G_t)
     is that of Gupta, Koren, Singer, ICML 2018, Lemma 8, without which L and R do not bound F.
@@ -94,16 +110,16 @@ def full_statistic(gradients: Tensor, eps: float, rank: int = 1, weights: Tensor
 
 
 def axis_statistics(gradients: Tensor, eps: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """L~ = eps I + sum_t w_t G_t G_t^T, ``[m, m]``, and R~ = eps I + sum_t w_t G_t^T G_t, ``[n, n]``."""
+    """Return L~ = eps I + sum_t w_t G_t G_t^T, ``[m, m]``, and R~ = eps I + sum_t w_t G_t^T G_t, ``[n, n]``."""
     G = _weighted(gradients, weights)
     L, R = torch.einsum("tij,tkj->ik", G, G), torch.einsum("tji,tjk->ik", G, G)
     return L + eps * torch.eye(len(L), dtype=L.dtype), R + eps * torch.eye(len(R), dtype=R.dtype)
 
 
 def row_statistic(gradients: Tensor, eps: float) -> Tensor:
-    """The blocks of F~ (r = 1) that belong to a row of G each, ``[mn, mn]``, zero elsewhere.
+    """Return the blocks of F~ (r = 1) that belong to a row of G each, ``[mn, mn]``, zero elsewhere.
 
-    A row holds what comes into one neuron: full-matrix Adagrad for each neuron alone.
+    A row holds the weights into one neuron: this is full-matrix Adagrad for each neuron alone.
     """
     blocks = torch.einsum("tij,tik->ijk", gradients, gradients)  # [m, n, n]
     ridge = eps * torch.eye(blocks.shape[-1], dtype=blocks.dtype)
@@ -112,28 +128,37 @@ def row_statistic(gradients: Tensor, eps: float) -> Tensor:
 
 
 def diagonal(gradients: Tensor, eps: float) -> Separable:
-    """diag(F~) (r = 1): what diagonal Adagrad divides by the root of."""
-    m, n = gradients.shape[1:]
-    identities = (torch.eye(size, dtype=gradients.dtype) for size in (m, n))
-    return Separable(gradients.square().sum(0) + eps, *identities)
+    """Return diag(F~) (r = 1), by whose root diagonal Adagrad divides."""
+    return entrywise(gradients.square().sum(0) + eps)
 
 
 # ---- preconditioners ---------------------------------------------------------------------------------------------
 
 
+def entrywise(values: Tensor) -> Separable:
+    """Return the diagonal matrix with these ``values`` ``[..., m, n]``."""
+    return Separable(values, *(torch.eye(size, dtype=values.dtype) for size in values.shape[-2:]))
+
+
+def _of_eigenvalues(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the eigenvalues of L as a column and of R as a row, and the eigenvectors of both."""
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return a[:, None], b[None, :], V, W
+
+
 def combined(L: Tensor, R: Tensor, order: float) -> Separable:
-    """X_p = [ (L~^(-1/(2p)) x I + I x R~^(-1/(2p))) / 2 ]^(-p), or for ``math.inf`` X_Shampoo = L~^(1/4) x R~^(1/4).
+    """Return X_p = [ (L~^(-1/(2p)) x I + I x R~^(-1/(2p))) / 2 ]^(-p), or X_Shampoo = L~^(1/4) x R~^(1/4) for inf.
 
     CASPR is p = 2 (Duvvuri et al., ICLR 2024, Algorithm 1). The terms commute, so X_p has the eigenvectors of
     L x R, and there the value ((l^(-1/2p) + r^(-1/2p)) / 2)^(-p), a power mean of l^(1/2) and r^(1/2) with exponent
     -1/p. Power means grow with their exponent, and tend to the geometric mean (l r)^(1/4) as it goes to 0.
     """
-    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
-    return Separable(combined_values(a, b, order), V, W)
+    a, b, V, W = _of_eigenvalues(L, R)
+    return Separable(combined_values(a[:, 0], b[0], order), V, W)
 
 
 def combined_values(left: Tensor, right: Tensor, order: float) -> Tensor:
-    """Eigenvalues of X_p ``[..., m, n]`` from those of L~ ``[..., m]`` and R~ ``[..., n]``, see :func:`combined`."""
+    """Return the eigenvalues of X_p ``[..., m, n]`` from those of L~ ``[..., m]`` and R~ ``[..., n]``."""
     a, b = left.unsqueeze(-1), right.unsqueeze(-2)
     if math.isinf(order):
         return (a * b).pow(0.25)
@@ -141,34 +166,35 @@ def combined_values(left: Tensor, right: Tensor, order: float) -> Tensor:
 
 
 def one_sided(L: Tensor, R: Tensor, *, left: bool) -> Separable:
-    """L~^(1/2) x I, or I x R~^(1/2).
+    """Return L~^(1/2) x I, or I x R~^(1/2).
 
     Of all L' x I, the nearest to sum_t vec(G_t) vec(G_t)^T in Frobenius norm is L' = L / n (the paper's Lemma 3.1).
     """
-    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
-    values = a[:, None].expand(-1, len(b)) if left else b[None, :].expand(len(a), -1)
-    return Separable(values**0.5, V, W)
+    a, b, V, W = _of_eigenvalues(L, R)
+    return Separable((a + 0 * b if left else 0 * a + b) ** 0.5, V, W)
 
 
 def shampoo_half(L: Tensor, R: Tensor) -> Separable:
-    """L~^(1/2) x R~^(1/2) / (tr L~ tr R~)^(1/4): Shampoo with exponent 1/2, as large as F^(1/2) is.
+    """Return L~^(1/2) x R~^(1/2) / (tr L~ tr R~)^(1/4): Shampoo with exponent 1/2, as large as F^(1/2) is.
 
     For gradients whose covariance is a Kronecker product, it is F^(1/2) in the limit (Morwani et al.,
     arXiv:2406.17748); the trace makes it of degree 1 in G, as the other preconditioners are.
     """
-    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
-    return Separable((a[:, None] * b[None, :]) ** 0.5 / (a.sum() * b.sum()) ** 0.25, V, W)
+    a, b, V, W = _of_eigenvalues(L, R)
+    return Separable((a * b) ** 0.5 / (a.sum() * b.sum()) ** 0.25, V, W)
 
 
 def caspr_one(L: Tensor, R: Tensor) -> Separable:
-    """[ (L~^(-1/2) x I + I x R~^(-1/2)) / 2 ]^(-2) / (tr L~ tr R~)^(1/4): CASPR with the exponent 1 that Shampoo has in
-    :func:`shampoo_half`, as the optimizer's option has it."""
-    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
-    return Separable(combined_values(a**2, b**2, 2) / (a.sum() * b.sum()) ** 0.25, V, W)
+    """Return [ (L~^(-1/2) x I + I x R~^(-1/2)) / 2 ]^(-2) / (tr L~ tr R~)^(1/4).
+
+    This is CASPR with the exponent 1 that Shampoo has in :func:`shampoo_half`, as the optimizer's option has it.
+    """
+    a, b, V, W = _of_eigenvalues(L, R)
+    return Separable(combined_values(a[:, 0] ** 2, b[0] ** 2, 2) / (a.sum() * b.sum()) ** 0.25, V, W)
 
 
 def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A ``[m, m]`` and B ``[n, n]`` with the least || F - A x B ||_F.
+    """Return A ``[m, m]`` and B ``[n, n]`` with the least || F - A x B ||_F.
 
     The entries of F, put in order so that A x B becomes vec(A) vec(B)^T, are a matrix of ``[m^2, n^2]``: its first
     singular vectors are the answer. If F is symmetric positive definite, so are A and B, up to one sign (Van Loan and
@@ -189,19 +215,142 @@ def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 def product(A: Tensor, B: Tensor) -> Separable:
-    """A x B by its spectrum."""
-    (a, V), (b, W) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-    return Separable(a[:, None] * b[None, :], V, W)
+    """Return A x B by its spectrum."""
+    a, b, V, W = _of_eigenvalues(A, B)
+    return Separable(a * b, V, W)
 
 
 # ---- how they compare --------------------------------------------------------------------------------------------
 
 
 def loewner_gap(larger: Tensor, smaller: Tensor, scale: float) -> float:
-    """The least eigenvalue of ``larger - smaller`` in units of ``scale``: not negative iff larger >= smaller."""
+    """Return the least eigenvalue of ``larger - smaller`` in units of ``scale``: not negative iff larger >= smaller."""
     return float(torch.linalg.eigvalsh(larger - smaller)[0]) / scale
 
 
 def cosine(A: Tensor, B: Tensor) -> float:
-    """<A, B> / (||A|| ||B||), of matrices in the Frobenius sense."""
+    """Return <A, B> / (||A|| ||B||), of matrices in the Frobenius sense."""
     return float((A * B).sum() / (A.norm() * B.norm()))
+
+
+# ---- learners ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preconditioned online learner, W_{t+1} = W_t - eta X_t^{-1} G_t, by name.
+
+    Args:
+        order: q of a member of CASPR's family, ``math.inf`` for Shampoo; None for the others.
+        beta: of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all
+            alike it is the sum; None is the sum.
+        interval: rounds between two computations of roots; in between they are stale.
+        fresh: rounds, from the first, in which they are computed anew in any case.
+    """
+
+    name: str
+    label: str
+    order: float | None = None
+    beta: float | None = None
+    interval: int = 1
+    fresh: int = 0
+
+    @property
+    def ranked(self) -> bool:
+        """Whether r, the rank of gradients, is in its bound."""
+        return self.order is not None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether the distances in its bound are those of the largest entry."""
+        return self.name == "diagonal"
+
+
+METHODS = (
+    Method("full", "full-matrix Adagrad"),
+    Method("order1", "order 1", 1),
+    Method("caspr", "CASPR", 2),
+    Method("order3", "order 3", 3),
+    Method("shampoo", "Shampoo", math.inf),
+    Method("diagonal", "diagonal Adagrad"),
+    Method("descent", "gradient descent"),
+)
+# CASPR with what the theorem does not allow.
+DEPARTURES = (
+    Method("caspr", "CASPR, as the theorem has it", 2),
+    Method("average", "moving average, beta 0.9", 2, beta=0.9),
+    Method("stale", "roots every 10 rounds", 2, interval=10),
+    Method("later", "roots every 10 after 50 rounds", 2, interval=10, fresh=50),
+)
+
+
+class Learner:
+    """The statistics of a method over gradients ``[..., m, n]`` of many runs at once, and its preconditioner ``root``.
+
+    Args:
+        shape: ``[..., m, n]`` of W.
+        eps: broadcasts to ``[...]``; added to statistics, in the units of a squared gradient.
+    """
+
+    root: Root
+
+    def __init__(self, method: Method, shape: torch.Size, eps: Tensor) -> None:
+        self.method, self.shape, self.eps, self.age = method, shape, eps.expand(shape[:-2]), 0
+        self._F = torch.diag_embed(self.eps.unsqueeze(-1).expand(*shape[:-2], shape[-2] * shape[-1]).double())
+        self._L = self._R = torch.zeros((), dtype=torch.float64)
+        self._squares, self._largest = self.eps[..., None, None].double(), self.eps.double().sqrt()
+
+    def see(self, G: Tensor) -> None:
+        """Take G_t into X_t. For the full matrix this is an eigendecomposition of m n rows."""
+        self.age += 1
+        if self.method.order is not None:
+            self._see_sides(G, self.method.order)
+        elif self.method.name == "full":
+            g = G.flatten(-2)
+            self._F = self._F + g.unsqueeze(-1) * g.unsqueeze(-2)
+            F = Spectral.of(self._F)
+            self.root = replace(F, values=F.values.clamp(min=self.eps.unsqueeze(-1)).sqrt())
+        elif self.method.name == "diagonal":
+            self._squares = self._squares + G.square()
+            self.root = entrywise(self._squares.sqrt())
+        else:  # steps as 1 / sqrt(t), in units of the largest gradient so far: of degree 0, as all
+            self._largest = torch.maximum(self._largest, torch.linalg.matrix_norm(G))
+            self.root = entrywise((math.sqrt(self.age) * self._largest)[..., None, None].expand(self.shape))
+
+    def _see_sides(self, G: Tensor, order: float) -> None:
+        beta = self.method.beta
+        keep, weight = (1.0, 1.0) if beta is None else (beta, 1 - beta)
+        self._L, self._R = keep * self._L + weight * G @ G.mT, keep * self._R + weight * G.mT @ G
+        if self.age <= self.method.fresh or (self.age - 1) % self.method.interval == 0:
+            times = 1.0 if beta is None else self.age / (1 - beta**self.age)
+            (a, V), (b, W) = (torch.linalg.eigh(times * S) for S in (self._L, self._R))
+            ridge = self.eps.unsqueeze(-1)
+            self.root = Separable(combined_values(a.clamp(min=0) + ridge, b.clamp(min=0) + ridge, order), V, W)
+
+    def projected(self, W: Tensor, radius: Tensor) -> Tensor:
+        """Return the matrix of length at most ``radius`` ``[...]`` that is nearest to W in the norm of X_t.
+
+        It is (X_t + nu I)^{-1} X_t W, nu >= 0 (Lagrange); its length falls with nu, which is found by bisection. In the
+        norm of an entrywise bound, entries are cut.
+        """
+        if self.method.entrywise:
+            return W.clamp(-radius[..., None, None], radius[..., None, None])
+        V, x = self.root.rotated(W), self.root.values
+        axes = tuple(range(len(self.shape) - 2, x.ndim))
+        radius = radius.clamp(min=torch.finfo(V.dtype).tiny)
+
+        def column(nu: Tensor) -> Tensor:
+            return nu.view(*nu.shape, *(1,) * len(axes))
+
+        length = torch.linalg.vector_norm(V, dim=axes)
+        low, high = torch.zeros_like(length), x.amax(axes) * (length / radius - 1).clamp(min=0)  # is short enough
+        for _ in range(BISECTIONS if bool((high > 0).any()) else 0):
+            nu = (low + high) / 2
+            long = torch.linalg.vector_norm(V * x / (x + column(nu)), dim=axes) > radius
+            low, high = torch.where(long, nu, low), torch.where(long, high, nu)
+        return self.root.back(V * x / (x + column(high)), self.shape)
+
+    def trace(self) -> Tensor:
+        """Return tr(X_t) ``[...]``; for gradient descent one of its equal eigenvalues, which its bound has."""
+        values = self.root.values.flatten(len(self.shape) - 2)
+        return values[..., 0] if self.method.name == "descent" else values.sum(-1)

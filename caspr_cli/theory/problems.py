@@ -1,7 +1,7 @@
 """Online convex problems over a matrix W: least squares on streams of several spectra, logistic regression on real
 data.
 
-In round t a learner plays W_t ``[m, n]``, pays f_t(W_t) and is told G_t = grad f_t(W_t). All losses are functions of
+In round t a learner plays W_t ``[m, n]``, pays f_t(W_t) and receives G_t = grad f_t(W_t). All losses are functions of
 the predictions Z = W X_t ``[m, b]`` for the b samples of a round, summed over these, so that G_t = (df/dZ) X_t^T is of
 rank at most b. Everything is float64. Problems hold S seeds side by side, as other samples or another order of them.
 """
@@ -60,62 +60,50 @@ class Problem:
         return self.X.shape[1]
 
     def play(self, t: int, W: Tensor) -> tuple[Tensor, Tensor]:
-        """f_t ``[S, E]`` and G_t ``[S, E, m, n]`` of E runs a seed, W ``[S, E, m, n]``."""
+        """Return f_t ``[S, E]`` and G_t ``[S, E, m, n]`` of E runs a seed, W ``[S, E, m, n]``."""
         X, Y = self.X[:, t].unsqueeze(1), self.Y[:, t].unsqueeze(1)
         Z = W @ X  # [S, E, m, b]
         return self.loss.value(Z, Y), self.loss.slope(Z, Y) @ X.mT
 
 
-def _squares() -> Loss:
-    return Loss(
-        "least squares",
-        value=lambda Z, Y: (Z - Y).square().sum((-2, -1)) / 2,
-        slope=lambda Z, Y: Z - Y,
-        curvature=lambda Z, Y: torch.eye(Z.shape[-1], dtype=Z.dtype).expand(*Z.shape, -1),
-    )
+def _known(Y: Tensor, x: Tensor) -> Tensor:
+    """Return x where a target was observed, and 0 where it is NaN."""
+    return torch.where(torch.isnan(Y), 0, x)
 
 
-def _softmax() -> Loss:
-    def curvature(Z: Tensor, Y: Tensor) -> Tensor:
-        p = torch.softmax(Z, -1)
-        return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-
-    return Loss(
-        "logistic regression over classes",
-        value=lambda Z, Y: (torch.logsumexp(Z, -2) - (Y * Z).sum(-2)).sum(-1),
-        slope=lambda Z, Y: torch.softmax(Z, -2) - Y,
-        curvature=curvature,
-    )
+def _softmax_curvature(Z: Tensor, Y: Tensor) -> Tensor:
+    p = torch.softmax(Z, -1)
+    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
 
-def _sigmoid() -> Loss:
-    """Of m labels at once; a target that is NaN was not observed and costs nothing."""
-
-    def known(Y: Tensor, x: Tensor) -> Tensor:
-        return torch.where(torch.isnan(Y), 0, x)
-
-    return Loss(
-        "logistic regression of several labels",
-        value=lambda Z, Y: known(Y, torch.nn.functional.softplus(Z) - Y * Z).sum((-2, -1)),
-        slope=lambda Z, Y: known(Y, torch.sigmoid(Z) - Y),
-        curvature=lambda Z, Y: torch.diag_embed(known(Y, torch.sigmoid(Z) * torch.sigmoid(-Z))),
-    )
-
-
-def _linear() -> Loss:
-    return Loss(
-        "linear",
-        value=lambda Z, Y: (Y * Z).sum((-2, -1)),
-        slope=lambda Z, Y: Y.expand_as(Z),
-        curvature=lambda Z, Y: torch.zeros(*Z.shape, Z.shape[-1], dtype=Z.dtype),
-    )
-
-
-SQUARES, SOFTMAX, SIGMOID, LINEAR = _squares(), _softmax(), _sigmoid(), _linear()
+SQUARES = Loss(
+    "least squares",
+    value=lambda Z, Y: (Z - Y).square().sum((-2, -1)) / 2,
+    slope=lambda Z, Y: Z - Y,
+    curvature=lambda Z, Y: torch.eye(Z.shape[-1], dtype=Z.dtype).expand(*Z.shape, -1),
+)
+SOFTMAX = Loss(
+    "logistic regression over classes",
+    value=lambda Z, Y: (torch.logsumexp(Z, -2) - (Y * Z).sum(-2)).sum(-1),
+    slope=lambda Z, Y: torch.softmax(Z, -2) - Y,
+    curvature=_softmax_curvature,
+)
+SIGMOID = Loss(  # of m labels at once; a target that is NaN was not observed and costs nothing
+    "logistic regression of several labels",
+    value=lambda Z, Y: _known(Y, torch.nn.functional.softplus(Z) - Y * Z).sum((-2, -1)),
+    slope=lambda Z, Y: _known(Y, torch.sigmoid(Z) - Y),
+    curvature=lambda Z, Y: torch.diag_embed(_known(Y, torch.sigmoid(Z) * torch.sigmoid(-Z))),
+)
+LINEAR = Loss(
+    "linear",
+    value=lambda Z, Y: (Y * Z).sum((-2, -1)),
+    slope=lambda Z, Y: Y.expand_as(Z),
+    curvature=lambda Z, Y: torch.zeros(*Z.shape, Z.shape[-1], dtype=Z.dtype),
+)
 
 
 def best_in_hindsight(loss: Loss, X: Tensor, Y: Tensor) -> Tensor:
-    """W* ``[m, n]``: argmin of sum_t f_t, by Newton's method from 0, which for least squares takes one step.
+    """Return W* ``[m, n]``, argmin of sum_t f_t, by Newton's method from 0, which for least squares takes one step.
 
     Directions in which no loss changes (of a softmax, a number added to all rows) are left alone, so that W* is the
     minimiser of least length. Done where half the Newton decrement, which is what is left to gain where a loss is
@@ -166,7 +154,7 @@ def least_squares(
     rounds: int,
     seeds: list[int],
 ) -> Problem:
-    """Y = W0 X + noise, W0 normal.
+    """Return the problem Y = W0 X + noise, W0 normal.
 
     Args:
         shape: m and n of W.
@@ -197,7 +185,7 @@ def least_squares(
 
 
 def _streams(X: Tensor, Y: Tensor, samples: int, rounds: int, seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """X ``[N, n]`` and Y ``[N, m]`` in a random order for each seed, ``[S, T, n, b]`` and ``[S, T, m, b]``."""
+    """Return X ``[N, n]`` and Y ``[N, m]`` in a random order for each seed: ``[S, T, n, b]`` and ``[S, T, m, b]``."""
     orders = [torch.randperm(len(X), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     chosen = torch.stack([order[: rounds * samples] for order in orders])  # [S, T b]
     found_X, found_Y = (part[chosen].unflatten(1, (rounds, samples)).mT for part in (X, Y))
@@ -205,7 +193,7 @@ def _streams(X: Tensor, Y: Tensor, samples: int, rounds: int, seeds: list[int]) 
 
 
 def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Which tag has a word? Features: its last letter (the commonest, one each), its length, a capital, and 1.
+    """Return the problem of a word's tag by its last letter (the commonest, one each), its length, a capital, and 1.
 
     From the training split of the tagger's sample, words of letters alone, W is ``[8, 16]``: seven tags and all others.
     """
@@ -234,9 +222,10 @@ def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
 
 
 def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Is a property of a molecule above its median? Features: means of those of its atoms and bonds, its size, and 1.
+    """Return the problem whether properties of a molecule are above their medians.
 
-    From the training split of the molecules' sample, W is ``[8, 10]``; most labels of a molecule are missing.
+    Features are the means of those of its atoms and bonds, its size, and 1. From the training split of the molecules'
+    sample, W is ``[8, 10]``; most labels of a molecule are missing.
     """
     from tasks.ogbg_molpcba.data import Library  # here: a task brings its own libraries
     from tasks.ogbg_molpcba.measured import LABELS
@@ -257,13 +246,13 @@ def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
 
 
 def _features(graph: Any) -> Any:
-    """``[13]``: of one molecule; one without bonds has zeros for theirs."""
+    """Return the features ``[13]`` of one molecule; one without bonds has zeros for theirs."""
     bonds = graph.bonds.mean(0) if len(graph.bonds) else np.zeros(graph.bonds.shape[1])
     return np.concatenate([graph.nodes.mean(0), bonds, [math.log(len(graph.nodes))]])
 
 
 def forgetting(rounds: int) -> Problem:
-    """One number w in [-1, 1], and f_t(w) = 60 w in every 51st round, else -w: the best is -1.
+    """Return the problem of one number w in [-1, 1], f_t(w) = 60 w in every 51st round, else -w: the best is -1.
 
     A moving average has the 60 in the step that answers it, which is short for that, and has forgotten it before the
     next: most of the steps to the wrong side are long.
@@ -278,7 +267,7 @@ def forgetting(rounds: int) -> Problem:
 
 
 def all_problems(*, rounds: int, seeds: list[int]) -> list[Problem]:
-    """Three least squares problems and two of real data, small enough for full-matrix Adagrad."""
+    """Return three least squares problems and two of real data, small enough for full-matrix Adagrad."""
     shape = (6, 8)
     drawn: list[tuple[str, str, int, tuple[float, float]]] = [
         ("white", "inputs and noise without structure, one sample a round", 1, (1, 1)),

@@ -3,222 +3,389 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from statistics import fmean
+from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from pandas import DataFrame
 from torch import Tensor
 
-from caspr_cli.report.answer import Answer
-from caspr_cli.theory import regret_shown as shown
-from caspr_cli.theory.learners import DEPARTURES, METHODS, Method
-from caspr_cli.theory.online import RUNGS, Runs, of_theorem, play, traces
-from caspr_cli.theory.played import HALVINGS, Played, Say, limits, play_all, rate
+from caspr_cli.report import style
+from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.theory import panels
+from caspr_cli.theory.gradients import Choice, Log
+from caspr_cli.theory.online import CASPR, HALVINGS, RUNGS, Played, Runs, of_theorem, play, play_all, traces
+from caspr_cli.theory.preconditioners import DEPARTURES, METHODS, Method
 from caspr_cli.theory.problems import all_problems, forgetting
 
 QUESTION = "Does the theory's regret tell which preconditioner is best, and how tight is its bound?"
 ROUNDS, QUICK_ROUNDS = 200, 16
-ORDERS = (1.0, 2.0, 3.0, math.inf)  # of the traces
-ROUNDING = 1e-8  # relative: what no inequality is asked for below this
-CASPR = METHODS[2]
+CHAIN = {"full": "tr F~^½", "order1": "tr X₁", "caspr": "tr X₂ (CASPR)", "order3": "tr X₃", "shampoo": "tr X_Shampoo"}
+ORDERS = [1.0, 2.0, 3.0, math.inf]  # of the chain, without the first
+ROUNDING = 1e-8  # relative: below this no inequality is asked for
 EXAMPLE = (Method("sum", "sum", 2), Method("average", "moving average, beta 0.9", 2, beta=0.9))
 EXAMPLE_ROUNDS = 2040
-
-HOLDS = {
-    "grid": "Regret ≤ (D²/2η + ηr) tr X_T, at every step size of the grid",
-    "theorem": "Regret ≤ √(2r) D tr X_T, with η = D/√(2r) and W kept in a ball",
-    "chain": "every inequality on the way to the bound",
-    "grows": "sums: X_t ⪰ X_{t−1}, in every round",
-    "sums": "Σ⟨G_t, X_t⁻¹G_t⟩ ≤ 2r tr F~_T^½",
-    "traces": "tr F~^½ ≤ tr X₁ ≤ tr X₂ ≤ tr X₃ ≤ tr X_Shampoo, of the same gradients",
+RUNG_HEADS = dict(zip(RUNGS, ("regret", "(a) linear", "(b) distances", "(c) D² λ_max", "(d) D² tr X", "(e) tr F~^½",
+                              "(f) bound"), strict=True))  # fmt: skip
+MARKS = (1, 3, 10, 30, 100, 300)  # rounds at which curves are drawn, and the last
+CALM = 10  # rounds before which regret is the luck of a few samples
+STYLES = {
+    "full-matrix Adagrad": style.KNOWN["full_adagrad"],
+    "order 1": style.Style("green", style.DASHED),
+    "CASPR": style.KNOWN["caspr"],
+    "order 3": style.Style("purple", style.DASHDOT),
+    "Shampoo": style.KNOWN["shampoo"],
+    "diagonal Adagrad": style.Style("grey", style.SOLID),
+    "gradient descent": style.Style("ink", style.DOTTED),
 }
 
+Example = Sequence[tuple[Method, Runs]]
 
-def answer(*, quick: bool = False, seed: int = 0, seeds: int = 3, say: Say = lambda text: None) -> Answer:
-    """Regret and bounds of all methods on all problems.
 
-    Args:
-        quick: one seed, few rounds: seconds.
-        seed: the first of ``seeds``.
-    """
-    chosen = list(range(seed, seed + (1 if quick else seeds)))
-    say("problems: the best W of each")
-    problems = all_problems(rounds=QUICK_ROUNDS if quick else ROUNDS, seeds=chosen)
-    played = [play_all(problem, method, say) for problem in problems for method in METHODS]
-    departed = [play_all(problem, method, say) for problem in problems for method in DEPARTURES]
-    chains = {problem.name: traces(problem, list(ORDERS)) for problem in problems}
-    say("a sequence on which moving averages fail")
-    example = _example(EXAMPLE_ROUNDS // 8 if quick else EXAMPLE_ROUNDS)
+def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+    """Return regret and bounds of all methods on all problems."""
+    log("problems: the best W of each")
+    problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))
+    played = [play_all(problem, method, log) for problem in problems for method in METHODS]
+    departed = [play_all(problem, method, log) for problem in problems for method in DEPARTURES]
+    chains = {problem.name: traces(problem, ORDERS) for problem in problems}
+    log("a sequence on which moving averages fail")
+    hard = forgetting(EXAMPLE_ROUNDS // 8 if choice.quick else EXAMPLE_ROUNDS)
+    example = [(method, play(hard, method, *of_theorem(hard, method))) for method in EXAMPLE]
+    seen, others, claims = frame(played), frame(departed), claims_of(played, chains)
     return Answer(
         name="regret",
         question=QUESTION,
-        words=tuple(words(played, departed, chains, example)),
-        sheets=shown.sheets(played, departed, chains, example),
-        figures=shown.figures(played),
-        holds=tuple((text, held) for text, held in zip(HOLDS.values(), _held(played, chains), strict=True)),
-        fails=tuple(_fails(departed, example)),
+        finding=finding(seen, all(held for _, held in claims)),
+        tables={
+            "problems": _problems(played),
+            "practice": _practice(seen),
+            "comparison": _comparison(seen, chains),
+            "theorem": _theorem(seen),
+            "methods": _methods(seen),
+            "ladder": _ladder(seen),
+            "traces": _traces(chains),
+            "departures": _departures(others),
+            "forgetting": _forgetting(example),
+        },
+        figures=(_regret_figure(played), _bound_figure(played), _ladder_figure(seen)),
+        claims=claims,
+        counterexamples=tuple(_counterexamples(departed, example)),
     )
 
 
-def _example(rounds: int) -> list[tuple[Method, Runs]]:
-    problem = forgetting(rounds)
-    return [(method, play(problem, method, *of_theorem(problem, method))) for method in EXAMPLE]
-
-
-# ---- what holds --------------------------------------------------------------------------------------------------
+def frame(played: Sequence[Played]) -> DataFrame:
+    """Return a row for each problem, method and seed."""
+    rows = []
+    for p in played:
+        limits = p.theorem.limits()[:, -1]
+        columns = {
+            "regret": p.grid.at_end[:, p.chosen],
+            "theorem": p.theorem.at_end[:, 0],
+            "bound": limits,
+            "share": p.theorem.at_end[:, 0] / limits,
+            "trace": p.theorem.sizes[:, 0, -1],
+            "strayed": p.strayed,
+            "shrank": (p.ladder.growth < -ROUNDING).double().mean(1),
+            "sums": p.ladder.sums,
+            **{f"rung {name}": p.ladder.rungs[name] for name in RUNGS},
+        }
+        same = {"problem": p.problem.name, "method": p.method.label, "step": 0.5**p.chosen}
+        same["edge"] = "edge" if p.chosen in (HALVINGS[0], HALVINGS[-1]) else ""
+        rows += [
+            same | {"seed": k} | {name: float(values[k]) for name, values in columns.items()}
+            for k in range(len(p.strayed))
+        ]
+    return DataFrame(rows)
 
 
 def ordered(values: Sequence[Tensor]) -> bool:
-    """Whether each is at most the next, up to rounding; what is not a number is left out."""
+    """Return whether each is at most the next, up to rounding; what is not a number is left out."""
     known = [value for value in values if not bool(torch.isnan(value).any())]
     return all(bool((a <= b + ROUNDING * b.abs()).all()) for a, b in pairwise(known))
 
 
-def _held(played: Sequence[Played], chains: dict[str, Tensor]) -> Iterator[bool]:
-    """In the order of HOLDS."""
-    yield all(ordered([p.grid.regret[..., -1], p.grid.bound()[..., -1]]) for p in played)
-    yield all(ordered([p.theorem.regret[:, 0], limits(p.theorem)]) for p in played)
-    yield all(ordered([p.ladder.rungs[name] for name in RUNGS]) for p in played)
-    yield all(float(p.ladder.growth.min()) >= -ROUNDING for p in played)
-    yield all(float(p.ladder.sums.max()) <= 1 + ROUNDING for p in played)
-    yield all(ordered(list(found.unbind(1))) for found in chains.values())
-
-
-def _fails(departed: Sequence[Played], example: Sequence[tuple[Method, Runs]]) -> Iterator[str]:
-    average = [p for p in departed if p.method.beta is not None and p.method.interval == 1]
-    stale = [p for p in departed if p.method.beta is None and p.method.interval > 1]
-    fell = sum(int((p.ladder.growth < -ROUNDING).sum()) for p in average)
-    of = sum(p.ladder.growth.numel() for p in average)
-    yield f"X_t ⪰ X_(t−1) for moving averages: false in {fell:,} of {of:,} rounds"
-    broken = sum(int((p.ladder.sums > 1).sum()) for p in stale)
-    most = max(float(p.ladder.sums.max()) for p in stale)
-    runs = sum(len(p.ladder.sums) for p in stale)
-    yield (
-        f"Σ⟨G, X⁻¹G⟩ ≤ 2r tr F~^½ with roots that are old: false in {broken} of {runs} runs (at most {most:.3g} times "
-        "the right side)"
+def claims_of(played: Sequence[Played], chains: Mapping[str, Tensor]) -> tuple[tuple[str, bool], ...]:
+    ladders = [p.ladder for p in played]
+    grid = all(ordered([p.grid.at_end, p.grid.bound()[..., -1]]) for p in played)
+    ball = all(ordered([p.theorem.regret[:, 0], p.theorem.limits()]) for p in played)
+    proof = all(ordered([ladder.rungs[name] for name in RUNGS]) for ladder in ladders)
+    grows = all(float(ladder.growth.min()) >= -ROUNDING for ladder in ladders)
+    sums = all(float(ladder.sums.max()) <= 1 + ROUNDING for ladder in ladders)
+    order = all(ordered(list(found.unbind(1))) for found in chains.values())
+    return (
+        ("Regret ≤ (D²/2η + ηr) tr X_T, at every step size of the grid", grid),
+        ("Regret ≤ √(2r) D tr X_T, with η = D/√(2r) and W kept in a ball", ball),
+        ("every inequality on the way to the bound", proof),
+        ("sums: X_t ⪰ X_{t−1}, in every round", grows),
+        ("Σ⟨G_t, X_t⁻¹G_t⟩ ≤ 2r tr F~_T^½", sums),
+        ("tr F~^½ ≤ tr X₁ ≤ tr X₂ ≤ tr X₃ ≤ tr X_Shampoo, of the same gradients", order),
     )
-    _, runs_of_average = example[1]
-    ratio = float(runs_of_average.regret[0, 0, -1] / limits(runs_of_average)[0, -1])
+
+
+def _counterexamples(departed: Sequence[Played], example: Example) -> Iterator[str]:
+    growth = torch.cat([p.ladder.growth.flatten() for p in departed if p.method.beta is not None])
+    sums = torch.cat([p.ladder.sums for p in departed if p.method.interval > 1])
+    runs = example[1][1]
+    ratio = float(runs.regret[0, 0, -1] / runs.limits()[0, -1])
+    yield (
+        f"X_t ⪰ X_(t−1) for moving averages: false in {int((growth < -ROUNDING).sum()):,} of {growth.numel():,} rounds"
+    )
+    yield (
+        f"Σ⟨G, X⁻¹G⟩ ≤ 2r tr F~^½ with old roots: false in {int((sums > 1).sum())} of {len(sums)} runs (at most "
+        f"{float(sums.max()):.3g} times the right side)"
+    )
     yield (
         "Regret ≤ √(2r) D tr X_T for moving averages, W in a ball: on a sequence made for it, the regret is "
         f"{ratio:.2g} times the right side"
     )
 
 
-# ---- what is said ------------------------------------------------------------------------------------------------
+def _by(seen: DataFrame, column: str) -> DataFrame:
+    """Return the means over seeds: problems by methods."""
+    return seen.groupby(["problem", "method"], sort=False)[column].mean().unstack(sort=False)
 
 
-def _by_problem(played: Sequence[Played]) -> dict[str, dict[str, Played]]:
-    found: dict[str, dict[str, Played]] = {}
-    for one in played:
-        found.setdefault(one.problem.name, {})[one.method.name] = one
+def finding(seen: DataFrame, held: bool) -> str:
+    """Return the answer in one sentence."""
+    if not held:
+        return "A bound or a step of its proof failed: see the statements."
+    regret, share = _by(seen, "regret"), seen.loc[seen["method"] == "CASPR", "share"]
+    ratio = regret["CASPR"] / regret["Shampoo"]
+    return (
+        f"CASPR's regret is {ratio.min():.2f} to {ratio.max():.2f} of Shampoo's; the bound holds everywhere, and is "
+        f"{1 / share.max():.0f} to {1 / share.min():.0f} times CASPR's regret."
+    )
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _problems(played: Sequence[Played]) -> DataFrame:
+    rows = [
+        {"problem": p.name, "about": p.about, "m": p.best.shape[1], "n": p.best.shape[2], "rank": p.rank,
+         "rounds": p.rounds, "seeds": len(p.best), "radius": float(torch.linalg.matrix_norm(p.best).mean())}
+        for p in {p.problem.name: p.problem for p in played}.values()
+    ]  # fmt: skip
+    return table(
+        rows,
+        "The problems",
+        heads={"about": "what it is", "rank": "r", "radius": "‖W*‖"},
+        formats={"rounds": ",", "radius": ".3g"},
+        note="W is m x n; r: no gradient has a larger rank; W*: the best fixed W in hindsight, by Newton's method to "
+        "1e-10 of the loss. Labels of the two problems of real data are smoothed by a tenth, so that there is one.",
+    )
+
+
+def _means(seen: DataFrame, **how: str) -> DataFrame:
+    """Return columns over seeds, each by its own aggregation, for each problem and method."""
+    return seen.groupby(["problem", "method"], sort=False).agg(how).reset_index()
+
+
+def _practice(seen: DataFrame) -> DataFrame:
+    found = _means(seen, regret="mean", step="first", edge="first")
+    found.insert(3, "sd", seen.groupby(["problem", "method"], sort=False)["regret"].std().to_numpy())
+    found.insert(4, "ratio", found["regret"] / found.groupby("problem")["regret"].transform("min"))
+    return table(
+        found,
+        f"Regret at the best of {len(HALVINGS)} step sizes, the same for all",
+        heads={"sd": "± sd", "ratio": "of the least", "step": "η / ‖W*‖", "edge": "of the grid"},
+        formats={"regret": ".4g", "sd": ".2g", "ratio": ".3f", "step": ".3g"},
+        note="Mean and standard deviation over seeds; the step is the one whose mean is least.",
+    )
+
+
+def _comparison(seen: DataFrame, chains: Mapping[str, Tensor]) -> DataFrame:
+    regret, theorem, kept = _by(seen, "regret"), _by(seen, "theorem"), torch.cat(list(chains.values()))
+    pairs = seen.pivot(index=["problem", "seed"], columns="method", values="regret")
+    smaller = int((pairs["CASPR"] < pairs["Shampoo"]).sum())
+    ratios = {
+        f"CASPR's regret over Shampoo's (smaller in {smaller} of {len(pairs)} pairs)": regret["CASPR"]
+        / regret["Shampoo"],
+        "regret of the worst method over the least": regret.max(axis=1) / regret.min(axis=1),
+        "CASPR's regret at the best step over that at the theorem's": regret["CASPR"] / theorem["CASPR"],
+        "tr X₂ over Shampoo's trace, of the same gradients": kept[:, 2] / kept[:, -1],
+        "tr X₂ over tr F~^½, of the same gradients": kept[:, 2] / kept[:, 0],
+    }
+    rows = [{"ratio": name, "least": float(r.min()), "most": float(r.max())} for name, r in ratios.items()]
+    return table(rows, "CASPR against others, over problems", formats={"least": ".3f", "most": ".3f"})
+
+
+def _theorem(seen: DataFrame) -> DataFrame:
+    return table(
+        _means(seen, theorem="mean", bound="mean", share="mean", trace="mean", strayed="max"),
+        "Regret and bound with the theorem's step η = D/√(2r), D = 2‖W*‖, W in the ball of radius ‖W*‖",
+        heads={"theorem": "regret", "bound": "√(2r) D tr X_T", "share": "regret / bound", "trace": "tr X_T",
+               "strayed": "distance without the ball / D"},
+        formats={"theorem": ".4g", "bound": ".4g", "share": ".3f", "trace": ".4g", "strayed": ".3g"},
+        note="Means over seeds; of the last column the largest. For full-matrix Adagrad, diagonal Adagrad and "
+        "gradient descent r is 1; for diagonal Adagrad distances are those of the largest entry; for gradient descent "
+        "tr X_T is max ‖G_t‖ √T.",
+    )  # fmt: skip
+
+
+def _methods(seen: DataFrame) -> DataFrame:
+    """Return how tight the bound is, and where on the way to it what is lost."""
+    rows = []
+    for method, own in seen.groupby("method", sort=False):
+        heights = own[[f"rung {name}" for name in RUNGS]]
+        positive = heights[(heights > 0).all(axis=1)]  # a regret may be negative
+        logs = [math.nan] * len(RUNGS) if positive.empty else positive.map(math.log).mean().tolist()
+        row = {"method": method, "least": own["share"].min(), "most": own["share"].max()}
+        row |= {"beyond": int((own["strayed"] > 1).sum()), "runs": len(own), "farthest": own["strayed"].max()}
+        row |= {name: math.exp(b - a) for name, (a, b) in zip(RUNGS[1:], pairwise(logs), strict=True)}
+        rows.append(row | {"together": math.exp(logs[-1] - logs[0])})
+    return table(
+        rows,
+        "How much of its bound each method's regret is, and which step of the proof loses the rest",
+        heads={
+            "least": "regret / bound, least",
+            "beyond": "beyond D without a ball",
+            "runs": "of",
+            "farthest": "at most",
+        }
+        | dict(zip(RUNGS[1:], ("(a)", "(b)", "(c)", "(d)", "(e)", "(f)"), strict=True)),
+        formats={"least": ".1%", "most": ".1%", "farthest": ".2g"} | dict.fromkeys((*RUNGS[1:], "together"), ".2f"),
+        note="Over problems and seeds, with the theorem's step; factors (a) to (f) are geometric means: (a) "
+        "convexity; "
+        "(b) the distance at the end, and the gain of projections; (c) D for all distances; (d) tr for λ_max; "
+        "(e) tr F~^½ in place of the sum of ⟨G, X⁻¹G⟩; (f) tr X_T in place of tr F~^½. Without a ball around W, some "
+        "runs with the theorem's step come further than D, and the theorem says nothing of them.",
+    )
+
+
+def _ladder(seen: DataFrame) -> DataFrame:
+    found = seen[["problem", "method"]].copy()
+    for name in RUNGS:
+        found[name] = seen[f"rung {name}"] / seen["rung bound"]
+    return table(
+        found.groupby(["problem", "method"], sort=False).mean().reset_index(),
+        "From regret to bound: each inequality of the proof, in units of its end",
+        heads=RUNG_HEADS,
+        formats=dict.fromkeys(RUNGS, ".3f"),
+        note="Of the theorem's runs, means over seeds; here with the D that was seen. (a) f is convex; (b) "
+        "telescoped, the distance at the end dropped; (c) D for all distances; (d) tr for λ_max; (e) the sum of ⟨G, "
+        "X⁻¹G⟩ by the full matrix; (f) the full matrix by X_T. For diagonal Adagrad (c) and (d) are one.",
+    )
+
+
+def _traces(chains: Mapping[str, Tensor]) -> DataFrame:
+    rows = []
+    for problem, found in chains.items():
+        ratios = found[:, 2] / found[:, 4]
+        row: dict[str, Any] = {"problem": problem} | dict(zip(CHAIN, found.mean(0).tolist(), strict=True))
+        rows.append(row | {"ratio": float(ratios.mean()), "least": float(ratios.min())})
+    return table(
+        rows,
+        "Traces of all preconditioners on the gradients that CASPR saw",
+        heads=CHAIN | {"ratio": "tr X₂ / tr X_Shampoo", "least": "least over seeds"},
+        formats=dict.fromkeys(CHAIN, ".4g") | {"ratio": ".4f", "least": ".4f"},
+        note="Means over seeds, with the theorem's step. F~ has the 1/r.",
+    )
+
+
+def _departures(others: DataFrame) -> DataFrame:
+    found = _means(others, regret="mean", shrank="mean", sums="max", share="max")
+    own = found["problem"].map(found[found["method"] == DEPARTURES[0].label].set_index("problem")["regret"])
+    found.insert(3, "ratio", found["regret"] / own)
+    return table(
+        found,
+        "CASPR with old roots and moving averages, which the theorem does not allow",
+        heads={"method": "statistics and roots", "regret": "regret, best step", "ratio": "of fresh sums",
+               "shrank": "rounds where X did not grow", "sums": "Σ⟨G, X⁻¹G⟩ / 2r tr F~^½", "share": "regret / bound"},
+        formats={"regret": ".4g", "ratio": ".4g", "shrank": ".0%", "sums": ".3g", "share": ".3g"},
+        note="Regret at the best step of the grid, mean over seeds; the rest is from runs with the theorem's step, in "
+        "the ball: the last two columns are the largest over seeds, and theorems would have them at most 1. A moving "
+        "average is taken t times, so that its steps shrink as those of a sum.",
+    )  # fmt: skip
+
+
+def _forgetting(example: Example) -> DataFrame:
+    T = example[0][1].regret.shape[-1]
+    rows = [
+        {"method": method.label, "rounds": t, "rate": runs.rate(t),
+         "share": float(runs.regret[0, 0, t - 1] / runs.limits()[0, t - 1])}
+        for method, runs in example
+        for t in (T // 8, T // 4, T // 2, T)
+    ]  # fmt: skip
+    return table(
+        rows,
+        "A sequence on which a moving average learns the wrong thing (one number, W in a ball)",
+        heads={"method": "statistics", "rate": "regret a round", "share": "regret / bound"},
+        formats={"rounds": ",", "rate": ".3f", "share": ".3f"},
+        note="f_t(w) = 60 w in every 51st round and -w in the others, w in [-1, 1]: after Reddi, Kale, Kumar (ICLR "
+        "2018). For one number all preconditioners of this page but gradient descent are the same.",
+    )
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def _curve(label: str, values: Tensor, after: int = 0) -> panels.Line:
+    """Return values ``[S, T]`` at some rounds."""
+    marks = [t for t in MARKS if after <= t < 0.45 * values.shape[1]] + [values.shape[1]]
+    at = values[:, [t - 1 for t in marks]]
+    return panels.Line(label, marks, at.mean(0).tolist(), at.std(0).tolist() if len(at) > 1 else ())
+
+
+def _panels(played: Sequence[Played], lines: Any) -> dict[str, list[panels.Line]]:
+    found: dict[str, list[panels.Line]] = {}
+    for p in played:
+        found.setdefault(p.problem.name, []).extend(lines(p))
     return found
 
 
-def words(
-    played: Sequence[Played],
-    departed: Sequence[Played],
-    chains: dict[str, Tensor],
-    example: Sequence[tuple[Method, Runs]],
-) -> Iterator[str]:
-    problems = _by_problem(played)
-    yield _practice_in_words(problems)
-    yield _bound_in_words(played, chains)
-    yield _slack_in_words([p for p in played if p.method is CASPR], [p for p in played if p.method.name == "full"])
-    yield _ball_in_words(played)
-    yield _departures_in_words(_by_problem(departed), example)
-
-
-def _practice_in_words(problems: dict[str, dict[str, Played]]) -> str:
-    least = {name: min(of.values(), key=lambda p: fmean(p.regret)) for name, of in problems.items()}
-    won = ", ".join(f"{p.method.label} on {name} ({fmean(p.regret):.4g})" for name, p in least.items())
-    ratios = {name: _ratio(of["caspr"], of["shampoo"]) for name, of in problems.items()}
-    pairs = [(a, b) for of in problems.values() for a, b in zip(of["caspr"].regret, of["shampoo"].regret, strict=True)]
-    below = sum(a < b for a, b in pairs)
-    worst = {name: max(of.values(), key=lambda p: fmean(p.regret)) for name, of in problems.items()}
-    spread = max(fmean(worst[name].regret) / fmean(least[name].regret) for name in problems)
-    edges = [f"{p.method.label} on {name}" for name, of in problems.items() for p in of.values() if p.at_edge]
-    edge = f"At the edge of the grid: {', '.join(edges)}." if edges else "No best step is at the edge of the grid."
-    return (
-        f"In practice, each method at the best of {len(HALVINGS)} step sizes, the least regret is that of {won}; on "
-        f"no problem has the worst method more than {spread:.2g} times the least. CASPR's regret is "
-        f"{min(ratios.values()):.3f} to {max(ratios.values()):.3f} of Shampoo's, and the smaller one in {below} of "
-        f"{len(pairs)} pairs (problem and seed). {edge}"
+def _regret_figure(played: Sequence[Played]) -> Figure:
+    own = {p.problem.name: p.grid.regret[:, p.chosen] for p in played if p.method is CASPR}
+    return panels.figure(
+        "regret",
+        "Regret up to each round in units of CASPR's, each method at the best step of the grid: mean over seeds, band "
+        "± one standard deviation.",
+        _panels(
+            played,
+            lambda p: [_curve(p.method.label, p.grid.regret[:, p.chosen] / own[p.problem.name], after=CALM)],
+        ),
+        STYLES,
+        y="regret / CASPR's",
+        x="round",
     )
 
 
-def _ratio(one: Played, other: Played) -> float:
-    return fmean(one.regret) / fmean(other.regret)
+def _bound_figure(played: Sequence[Played]) -> Figure:
+    hues = {"full-matrix Adagrad": "amber", "CASPR": "blue", "Shampoo": "vermilion", "diagonal Adagrad": "grey"}
+    styles: dict[str, style.Style] = {}
+    for label, hue in hues.items():
+        styles |= {label: style.Style(hue, style.SOLID), f"{label}, bound": style.Style(hue, style.DOTTED)}
+
+    def lines(p: Played) -> list[panels.Line]:
+        both = {p.method.label: p.theorem.regret[:, 0], f"{p.method.label}, bound": p.theorem.limits()}
+        return [_curve(label, values) for label, values in both.items() if label in styles]
+
+    shown = _panels(played, lines)
+    least = min(line.mean[-1] for lines in shown.values() for line in lines)
+
+    def finish(axes: Axes) -> None:
+        panels.logarithmic(axes)
+        axes.set_ylim(bottom=least / 30)
+
+    title = "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted)."
+    return panels.figure("bound", title, shown, styles, y="regret", x="round", finish=finish, legend_columns=2)
 
 
-def _bound_in_words(played: Sequence[Played], chains: dict[str, Tensor]) -> str:
-    shares = {m.label: [s for p in played if p.method is m for s in p.share] for m in METHODS}
-    said = ", ".join(f"{label} {100 * min(s):.1f} to {100 * max(s):.1f} %" for label, s in shares.items())
-    place = ORDERS.index(2.0) + 1
-    kept = torch.cat([found[:, place] / found[:, -1] for found in chains.values()])
-    full = torch.cat([found[:, place] / found[:, 0] for found in chains.values()])
-    tuned = [fmean(p.regret) / fmean(p.theorem.at_end[:, 0].tolist()) for p in played if p.method is CASPR]
-    return (
-        f"With the theorem's step the regret, as a part of the bound √(2r) D tr X_T, is: {said}. On the same "
-        f"gradients tr X₂, which CASPR's bound has, is {float(kept.min()):.3f} to {float(kept.max()):.3f} of "
-        f"Shampoo's trace, and {float(full.min()):.1f} to {float(full.max()):.1f} times tr F~^½. At the best step of "
-        f"the grid CASPR has {min(tuned):.2f} to {max(tuned):.2f} of the regret that it has with the theorem's."
-    )
+def _ladder_figure(seen: DataFrame) -> Figure:
+    styles = {label: STYLES[label] for label in ("full-matrix Adagrad", "CASPR", "Shampoo")}
+    places = list(range(len(RUNGS)))
+    shown: dict[str, list[panels.Line]] = {}
+    for (problem, label), own in seen.groupby(["problem", "method"], sort=False):
+        ratios = [float((own[f"rung {name}"] / own["rung regret"]).mean()) for name in RUNGS]
+        shown.setdefault(problem, []).extend([panels.Line(label, places, ratios)] if label in styles else [])
 
+    def finish(axes: Axes) -> None:
+        panels.logarithmic(axes)
+        axes.set_xticks(places, ["–", "a", "b", "c", "d", "e", "f"])
 
-def _slack_in_words(caspr: Sequence[Played], full: Sequence[Played]) -> str:
-    """Where on the way to the bound it is lost, as geometric means over problems and seeds."""
-
-    def factors(of: Sequence[Played]) -> dict[str, float]:
-        heights = torch.cat([torch.stack([p.ladder.rungs[name] for name in RUNGS], 1) for p in of])  # [runs, rungs]
-        logs = heights[(heights > 0).all(1)].log().mean(0)  # a regret may be negative
-        return dict(zip(RUNGS[1:], logs.diff().exp().tolist(), strict=True))
-
-    text = {
-        "linear": "convexity",
-        "distances": "the distance at the end, and what projections gain",
-        "largest": "D in place of distances",
-        "trace": "tr in place of λ_max",
-        "full": "tr F~^½ in place of the sum of ⟨G, X⁻¹G⟩",
-        "bound": "tr X_T in place of tr F~^½",
-    }
-    of_caspr, of_full = factors(caspr), factors(full)
-    said = ", ".join(f"{text[name]} {value:.2f}" for name, value in of_caspr.items())
-    return (
-        f"Where CASPR's bound is lost, factor by factor (geometric means): {said}; together "
-        f"{math.prod(of_caspr.values()):.0f}. For full-matrix Adagrad they come to {math.prod(of_full.values()):.0f}, "
-        f"with {of_full['bound']:.2f} for the last, as it is its own F~."
-    )
-
-
-def _ball_in_words(played: Sequence[Played]) -> str:
-    strayed = {m.label: [s for p in played if p.method is m for s in p.strayed.tolist()] for m in METHODS}
-    said = ", ".join(
-        f"{label} {sum(s > 1 for s in found)} of {len(found)} (up to {max(found):.2g} D)"
-        for label, found in strayed.items()
-    )
-    return (
-        "The theorem's step is D/√(2r), and D the largest distance from W* in the run that this step makes. With D = "
-        "2‖W*‖ and no ball around W, these runs come further than D, so that the theorem says nothing of them: "
-        f"{said}. Its runs above are therefore kept in the ball of radius ‖W*‖ by projections."
-    )
-
-
-def _departures_in_words(departed: dict[str, dict[str, Played]], example: Sequence[tuple[Method, Runs]]) -> str:
-    kinds = [method for method in DEPARTURES if method.name != "caspr"]
-    said = []
-    for method in kinds:
-        ratios = [fmean(of[method.name].regret) / fmean(of["caspr"].regret) for of in departed.values()]
-        sums = max(float(of[method.name].ladder.sums.max()) for of in departed.values())
-        said.append(f"{method.label} {min(ratios):.3g} to {max(ratios):.3g} (sum up to {sums:.2g} of its bound)")
-    T = example[0][1].regret.shape[-1]
-    rates = ", ".join(
-        f"that of the {method.label} goes from {rate(runs, T // 4):.3f} to {rate(runs, T):.3f}"
-        for method, runs in example
-    )
-    return (
-        "What the theorem needs and training does not have: regret of CASPR at its best step, in units of its own "
-        f"with fresh sums: {'; '.join(said)}. On a sequence that is made for it, after Reddi et al., with the "
-        f"theorem's step and ball, regret a round: {rates}, from {T // 4:,} to {T:,} rounds."
-    )
+    title = "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds."
+    labels: dict[str, Any] = {"y": "over the regret", "x": "step of the proof"}
+    return panels.figure("ladder", title, shown, styles, log=False, finish=finish, **labels)

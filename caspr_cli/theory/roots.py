@@ -7,214 +7,412 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from caspr_cli.report.answer import Answer
-from caspr_cli.theory import roots_shown as shown
-from caspr_cli.theory.root_cases import (
-    ABSOLUTE,
-    DEFAULT,
-    EXPONENTS,
-    ILL,
-    SCALES,
-    SMALL,
-    Found,
-    P,
-    Say,
-    chosen,
-    constants,
-    measured,
-    typical,
-)
-from caspr_cli.theory.rounding import TF32
-from caspr_cli.theory.solving import OURS, SOLVERS, SQUARE, Case, Cost, Solver
+import torch
+from matplotlib.axes import Axes
+from pandas import DataFrame, concat
+
+from caspr_cli.bench.precision import TF32
+from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, Solver
+from caspr_cli.report import style
+from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.theory import panels
+from caspr_cli.theory.gradients import Choice, Log
+from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 
 QUESTION = "How exact are the inverse roots, at what cost, and how much damping do they need in which precision?"
+CONDITIONS, QUICK_CONDITIONS = tuple(10.0**k for k in range(1, 13)), (1e1, 1e2, 1e4, 1e6, 1e8)
+EXPONENTS = (2, 4, 6)  # of order 1, of CASPR and Shampoo, and of order 3
+ROWS, QUICK_ROWS = 128, 48
+DAMPINGS = tuple(10.0**k for k in range(-12, -1))
+ILL = 1e8  # the condition at which dampings are compared
+SCALES = tuple(10.0**k for k in (-12, -8, -4, 0, 4))  # of largest eigenvalues, for absolute damping
+ABSOLUTE = 1e-6
+DEFAULT = 1e-6  # the library's damping, relative
+SIZES, QUICK_SIZES = (16, 32, 64, 128, 256, 512, 1024), (16, 32, 64)
+SIZED_CONDITION = 1e6
 GOOD = 1e-2  # an error that an update does not notice
-LEAST = 1e-12  # what float64, in which roots are compared, tells
+LEAST = 1e-12  # the smallest error that float64, in which roots are compared, can show
 WITHIN = 2.0  # a factor
+NAMES = tuple(solver.name for solver in SOLVERS)
+STORED, EIGH, NEWTON = "stored in float32", "eigh, float32", "newton, float32"
+SETS = CONDITION, LIBRARY, DAMPING, SCALE = "conditions", "default", "dampings", "scales"
 
-HOLDS = {
-    "storage": f"storing: measured errors are within a factor of {WITHIN:g} of what a first order predicts, without "
-    "any fit",
-    "worst": "the error in the 2-norm is at most (δκ/p)(1 − δκ)^(−1−1/p), δ = ‖E‖₂/‖S‖₂",
-    "steps": "Newton takes no more steps than are forecast from condition and p",
-    "memory": "solvers hold as many d × d matrices as was counted in their code (within 10 %, d of 128 or more)",
-}
+# ---- measurement -------------------------------------------------------------------------------------------------
 
 
-def answer(*, quick: bool = False, seed: int = 0, seeds: int = 3, say: Say = lambda text: None) -> Answer:
-    """Errors, steps, seconds and bytes of all solvers.
+def measured(quick: bool, seeds: Sequence[int], log: Log) -> tuple[DataFrame, DataFrame]:
+    """Return all errors and all costs, on one thread, as each matrix has in the optimizer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        conditions, d = (QUICK_CONDITIONS, QUICK_ROWS) if quick else (CONDITIONS, ROWS)
+        scales = [ABSOLUTE / scale for scale in SCALES]
+        plans: dict[str, tuple[Sequence[float], Sequence[float], Sequence[int]]]
+        plans = {CONDITION: (conditions, (0.0,), EXPONENTS), LIBRARY: (conditions, (DEFAULT,), (P,))}
+        plans |= {DAMPING: ((ILL,), DAMPINGS, (P,)), SCALE: ((ILL,), scales, (P,))}
+        rows: list[dict[str, Any]] = []
+        for name, plan in plans.items():
+            log(f"errors: {name}")
+            rows += ({"set": name} | row for row in cases(d, *plan, seeds))
+        return DataFrame(rows), DataFrame(_costs(QUICK_SIZES if quick else SIZES, seeds[0], log))
+    finally:
+        torch.set_num_threads(threads)
 
-    Args:
-        quick: one seed, small matrices: seconds.
-        seed: the first of ``seeds``; each is another basis.
-    """
-    found = measured(quick, list(range(seed, seed + (1 if quick else seeds))), say)
+
+def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]]:
+    for d in sizes:
+        log(f"time and memory: {d} rows")
+        matrix = Matrix.drawn(d, SIZED_CONDITION, seed)
+        yield from (cost_of(solver, matrix, DEFAULT, P) for solver in OURS)
+
+
+# ---- answer ------------------------------------------------------------------------------------------------------
+
+
+def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+    """Return errors, steps, seconds and bytes of all solvers; each seed is another basis."""
+    found, costs = measured(choice.quick, list(choice.all_seeds), log)
+    bare, default = found[found["set"] == CONDITION], found[found["set"] == LIBRARY]
+    constants = constants_of(bare)
     return Answer(
         name="roots",
         question=QUESTION,
-        words=tuple(words(found)),
-        sheets=shown.sheets(found, constants(found.conditions)),
-        figures=shown.figures(found),
-        holds=tuple((text, held) for text, held in zip(HOLDS.values(), _held(found), strict=True)),
-        fails=tuple(_fails(found)),
+        finding=finding(default),
+        tables={
+            "limits": _limits(found),
+            "checks": _checks(found),
+            "stability": _stability(bare),
+            "exponents": _exponents(bare),
+            "law": _law(constants),
+            "damping": _damping(found[found["set"] == DAMPING]),
+            "absolute": _absolute(found[found["set"] == SCALE]),
+            "precision": _precision(default),
+            "complexity": _complexity(costs),
+            "roots": _everything(found, constants),
+        },
+        figures=(_condition_figure(bare), _damping_figure(found[found["set"] == DAMPING]), _cost_figure(costs)),
+        claims=_claims(found, costs),
+        counterexamples=tuple(_counterexamples(bare)),
     )
 
 
-def slope(cases: Iterable[Case], p: int) -> float:
-    """The power of the condition with which the error of storing in float32 grows, between 1e2 and 1e6."""
-    by = {kappa: typical(of) for kappa, of in chosen(cases, SOLVERS[0].name, p).items() if 1e2 <= kappa <= 1e6}
-    return math.log(by[max(by)] / by[min(by)]) / math.log(max(by) / min(by))
+def typical(errors: Any) -> float:
+    """Return the geometric mean of errors over seeds; infinite where one is."""
+    return math.inf if math.inf in list(errors) else math.exp(sum(map(math.log, errors)) / len(errors))
 
 
-def _held(found: Found) -> Iterator[bool]:
-    """In the order of HOLDS."""
-    every = [*found.conditions, *found.default, *found.dampings, *found.scales]
-    predicted = [case for case in every if case.predicted is not None and LEAST <= case.predicted <= SMALL]
-    ratios = [case.error / case.predicted for case in predicted if case.predicted]
-    yield all(1 / WITHIN <= ratio <= WITHIN for ratio in ratios)
-    yield all(case.ratio <= 1 for case in every)
-    newton = [case for case in every if case.steps is not None and case.solver.precision is not TF32]
-    yield all(case.steps <= case.forecast for case in newton if case.steps is not None)
-    yield all(abs(cost.megabytes / cost.predicted_mb - 1) <= 0.1 for cost in found.costs if cost.d >= 128)
+def slope(bare: DataFrame, p: int) -> float:
+    """Return the power of the condition with which the error of storing in float32 grows, between 1e2 and 1e6."""
+    own = bare[(bare["solver"] == STORED) & (bare["p"] == p) & bare["condition"].between(1e2, 1e6)]
+    errors = own.groupby("condition")["error"].agg(typical)
+    return math.log(errors.iloc[-1] / errors.iloc[0]) / math.log(errors.index[-1] / errors.index[0])
 
 
-def _fails(found: Found) -> Iterator[str]:
-    powers = ", ".join(f"{slope(found.conditions, p):.2f} for p = {p}" for p in EXPONENTS)
+def reach(cases: DataFrame) -> dict[str, float]:
+    """Return the largest condition up to which the errors of each solver are good; NaN if there is none."""
+    errors = cases[cases["p"] == P].groupby(["condition", "solver"])["error"].agg(typical).unstack()
+    good = (errors <= GOOD).cummin()
+    return {name: float(good.index[good[name]].max()) if good[name].any() else math.nan for name in NAMES}
+
+
+def finding(default: DataFrame) -> str:
+    """Return the answer in one sentence."""
+    far = {name: f"{k:.0e}" if k == k else "no condition" for name, k in reach(default).items()}
+    return (
+        f"With the default damping of {DEFAULT:g}, float32 roots are within {GOOD:.0%} up to a condition of "
+        f"{far[NEWTON]} by Newton, {far[EIGH]} by eigh and {far['warm, float32']} by a warm start."
+    )
+
+
+def _exact_newton(found: DataFrame) -> DataFrame:
+    return found[found["steps"].notna() & (found["solver"].map(lambda name: BY_NAME[name].precision is not TF32))]
+
+
+def _claims(found: DataFrame, costs: DataFrame) -> tuple[tuple[str, bool], ...]:
+    predicted = found[found["predicted"].between(LEAST, SMALL)]
+    storing = (predicted["error"] / predicted["predicted"]).between(1 / WITHIN, WITHIN).all()
+    newton, large = _exact_newton(found), costs[costs["d"] >= 128]
+    steps = (newton["steps"] <= newton["forecast"]).all()
+    held = (large["mb"] / large["predicted_mb"] - 1).abs().le(0.1).all()
+    near = f"within a factor of {WITHIN:g} of what a first order predicts, without any fit"
+    worst = (found["ratio"] <= 1).all()
+    counted = "was counted in their code (within 10 %, d of 128 or more)"
+    return (
+        (f"storing: measured errors are {near}", bool(storing)),
+        ("the error in the 2-norm is at most (δκ/p)(1 − δκ)^(−1−1/p), δ = ‖E‖₂/‖S‖₂", bool(worst)),
+        ("Newton takes no more steps than are forecast from condition and p", bool(steps)),
+        (f"solvers hold as many d × d matrices as {counted}", bool(held)),
+    )
+
+
+def _counterexamples(bare: DataFrame) -> Iterator[str]:
+    powers = ", ".join(f"{slope(bare, p):.2f} for p = {p}" for p in EXPONENTS)
     yield f"errors grow as κ^(1/p), the condition of the root: they grow as κ to the power {powers}"
-    newton = [c for c in found.conditions if c.solver.name == "newton, float32" and c.coupled and c.error <= 1]
-    worst = max(newton, key=lambda c: c.error / (c.coupled or 1))
+    own = bare[(bare["solver"] == NEWTON) & (bare["coupled"] > 0) & (bare["error"] <= 1)]
+    worst = own.loc[(own["error"] / own["coupled"]).idxmax()]
     yield (
-        f"Newton's own max|M − I| tells the error of its root: it was {worst.coupled:.0e} where the error is "
-        f"{worst.error:.0e} (condition {worst.condition:.0e}, p = {worst.p})"
+        f"Newton's own max|M − I| shows the error of its root: it was {worst['coupled']:.0e} where the error is "
+        f"{worst['error']:.0e} (condition {worst['condition']:.0e}, p = {worst['p']})"
     )
 
 
-# ---- what is said ------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+STORED_HEAD = "predicted: stored in float32"
 
 
-def words(found: Found) -> Iterator[str]:
-    yield _errors_in_words(found)
-    yield _law_in_words(found)
-    yield _stability_in_words(found)
-    yield _damping_in_words(found)
-    yield _precision_in_words(found)
-    yield _cost_in_words(found.costs)
+def _errors(cases: DataFrame, index: list[str], names: Sequence[str] = NAMES) -> DataFrame:
+    """Return typical errors over seeds: a column for each solver; nothing where a root is not finite."""
+    found = cases.groupby([*index, "solver"], sort=False)["error"].agg(typical).unstack(sort=False)
+    return found[list(names)].replace(math.inf, math.nan)
 
 
-def _reach(cases: Iterable[Case], solver: str) -> float | None:
-    """The largest condition up to which errors are good."""
-    good = None
-    for condition, of in sorted(chosen(cases, solver).items()):
-        if typical(of) > GOOD:
-            break
-        good = condition
-    return good
+def _of(cases: DataFrame, solver: str, index: list[str]) -> Any:
+    return cases[cases["solver"] == solver].groupby(index, sort=False)
 
 
-def _errors_in_words(found: Found) -> str:
-    def said(cases: Iterable[Case]) -> str:
-        reach = {solver.name: _reach(cases, solver.name) for solver in SOLVERS}
-        return ", ".join(f"{name} {'none' if k is None else f'{k:.0e}'}" for name, k in reach.items())
-
-    most = max(case.condition for case in found.conditions)
-    return (
-        f"Roots S^(-1/{P}) of {found.conditions[0].d} rows have an error of at most {100 * GOOD:g} % up to these "
-        f"conditions (of at most {most:.0e} that were tried), without damping: {said(found.conditions)}. With the "
-        f"library's damping of {DEFAULT:g}, relative: {said(found.default)}."
-    )
-
-
-def _law_in_words(found: Found) -> str:
-    cases = [c for c in found.conditions if c.predicted is not None and c.predicted <= SMALL]
-    ratios = [c.error / c.predicted for c in cases if c.predicted]
-    powers = [slope(found.conditions, p) for p in EXPONENTS]
-    said = "; ".join(
-        f"{c.solver.name} {c.middle:.2g} ({c.least:.2g} to {c.most:.2g})" for c in constants(found.conditions)
-    )
-    return (
-        "What storing S in float32 or bfloat16 costs is predicted from the spectrum alone, without any fit: measured "
-        f"over predicted is {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} cases. Errors grow with the "
-        f"condition to the power {min(powers):.2f} to {max(powers):.2f}, for p from {EXPONENTS[0]} to {EXPONENTS[-1]} "
-        "(the condition of the root is κ^(1/p)). The matrix whose root a solver finds is off from S by so many "
-        f"roundings of its largest eigenvalue, median and range over conditions and exponents: {said}."
-    )
-
-
-def _stability_in_words(found: Found) -> str:
-    every = [*found.conditions, *found.default, *found.dampings]
-    ours = [c for c in every if c.solver in OURS]
-    lost, broken = [c for c in ours if c.error > 0.1], [c for c in every if not c.finite]
-    passed = sum(c.accepted for c in lost)
-    damped = [c for c in lost if c.eps >= DEFAULT]
-    newton = [c for c in every if c.steps is not None and c.solver.precision is not TF32]
-    most = max((c.steps or 0) - c.forecast for c in newton)
-    beyond = "never" if most <= 0 else f"up to {most}"
-    return (
-        f"Stability: {len(broken)} of {len(every):,} roots are not finite. Of the float32 roots that are off by more "
-        f"than 10 % ({len(lost)}, {len(damped)} of them with a damping of {DEFAULT:g} or more), the optimizer's test "
-        f"of the residual would have taken {passed} ({sum(c.accepted for c in damped)} of those): at high conditions "
-        "it asks no more of a residual than rounding lets it be. Newton's iteration takes "
-        f"{min(c.steps or 0 for c in newton)} to {max(c.steps or 0 for c in newton)} steps, {beyond} more than are "
-        "forecast from condition and p."
-    )
-
-
-def _damping_in_words(found: Found) -> str:
-    def least(solver: Solver) -> str:
-        good = [eps for eps, of in _by_damping(found.dampings, solver).items() if typical(of) <= GOOD]
-        return f"{solver.name} {f'{min(good):.0e}' if good else 'none of these'}"
-
-    names = ("stored in float32", "eigh, float32", "newton, float32", "stored in bfloat16", "newton, TF32 products")
-    said = ", ".join(least(solver) for solver in SOLVERS if solver.name in names)
-    tiny, huge = SCALES[0], SCALES[-1]
-    return (
-        f"Damping: at a condition of {ILL:.0e} and p = {P}, an error of {100 * GOOD:g} % needs at least this much, "
-        f"relative to the largest eigenvalue: {said}. An absolute damping of {ABSOLUTE:g} is relative to gradients: "
-        f"{ABSOLUTE / tiny:.0e} where the largest eigenvalue is {tiny:.0e}, and {ABSOLUTE / huge:.0e} where it is "
-        f"{huge:.0e}."
-    )
-
-
-def _by_damping(cases: Iterable[Case], solver: Solver) -> dict[float, list[Case]]:
-    found: dict[float, list[Case]] = {}
-    for case in cases:
-        if case.solver is solver:
-            found.setdefault(case.eps, []).append(case)
-    return found
-
-
-def _precision_in_words(found: Found) -> str:
-    def at(solver: str, condition: float) -> str:
-        return f"{typical(chosen(found.default, solver)[condition]):.1e}"
-
-    conditions = [k for k in (1e2, 1e4, 1e6) if k in chosen(found.default, SOLVERS[0].name)]
-    said = "; ".join(
-        f"{solver.name} " + ", ".join(at(solver.name, k) for k in conditions)
-        for solver in SOLVERS
-        if solver.precision.bits <= 11
-    )
-    return (
-        f"Low precision, with the default damping, at conditions of {', '.join(f'{k:.0e}' for k in conditions)}: "
-        f"{said}. (TF32 is emulated: operands of products are rounded to 11 bits, and the rest is float32. That is "
-        "what a GPU does, and none was used.)"
-    )
-
-
-def _cost_in_words(costs: Sequence[Cost]) -> str:
-    by = {(cost.solver.method, cost.d): cost for cost in costs}
-    sizes = sorted({cost.d for cost in costs})
-    largest = sizes[-1]
-    eigh, newton, warm = (by[method, largest] for method in SQUARE)
-    ratios = [by["newton", d].milliseconds / by["eigh", d].milliseconds for d in sizes]
-    off = [cost.milliseconds / cost.predicted_ms for cost in costs if cost.d >= 128] or [
-        cost.milliseconds / cost.predicted_ms for cost in costs
+def _limits(found: DataFrame) -> DataFrame:
+    bare, default = (reach(found[found["set"] == name]) for name in (CONDITION, LIBRARY))
+    errors = _errors(found[found["set"] == DAMPING], ["eps"])
+    good = {name: errors.index[errors[name] <= GOOD] for name in NAMES}
+    rows = [
+        {"solver": name, "bare": bare[name], "default": default[name], "damping": good[name].min()} for name in NAMES
     ]
-    return (
-        f"Cost, seconds of one core of this CPU in float32: {largest} rows take {eigh.milliseconds:.3g} ms by eigh, "
-        f"{newton.milliseconds:.3g} by Newton and {warm.milliseconds:.3g} by a warm start; Newton takes "
-        f"{min(ratios):.2g} to {max(ratios):.2g} times as long as eigh over sizes from {sizes[0]} to {largest}. From "
-        f"FLOPs at the rate of a product of that size, times are predicted within a factor of {min(off):.2g} to "
-        f"{max(off):.2g}. Held at once, beside S: {eigh.megabytes:.3g}, {newton.megabytes:.3g} and "
-        f"{warm.megabytes:.3g} MB, that is {SQUARE['eigh']}, {SQUARE['newton']} and {SQUARE['warm']} matrices."
+    return table(
+        rows,
+        f"The largest condition up to which roots S^(-1/{P}) are within {GOOD:.0%}, and the damping that they need",
+        heads={"bare": "without damping", "default": f"with {DEFAULT:g}", "damping": f"needed at {ILL:.0e}"},
+        formats=dict.fromkeys(("bare", "default", "damping"), ".0e"),
+        note=f"{found['d'].max()} rows, conditions of at most {found['condition'].max():.0e}; damping is relative to "
+        "the largest eigenvalue. A dash: none of those that were tried.",
     )
+
+
+def _checks(found: DataFrame) -> DataFrame:
+    every = found[found["set"] != SCALE]
+    lost = every[every["solver"].isin([solver.name for solver in OURS]) & (every["error"] > 0.1)]
+    damped, newton = lost[lost["eps"] >= DEFAULT], _exact_newton(every)
+    predicted = found[(found["set"] == CONDITION) & (found["predicted"] <= SMALL)]
+    ratios = predicted["error"] / predicted["predicted"]
+    counts = {
+        "roots": len(every),
+        "roots that are not finite": int((~every["finite"]).sum()),
+        "float32 roots that are off by more than 10 %": len(lost),
+        "of these, accepted by the optimizer's test of the residual": int(lost["accepted"].sum()),
+        f"of these, with a damping of {DEFAULT:g} or more": len(damped),
+        "of those, accepted": int(damped["accepted"].sum()),
+        "least and most steps of Newton": f"{newton['steps'].min():.0f} to {newton['steps'].max():.0f}",
+        "steps beyond the forecast, at most": int(max((newton["steps"] - newton["forecast"]).max(), 0)),
+        "error of storing over its prediction": f"{ratios.min():.2f} to {ratios.max():.2f} in {len(ratios)} cases",
+    }
+    return table(
+        [{"what": name, "value": str(value)} for name, value in counts.items()],
+        "Stability in numbers",
+        note="At high conditions the test asks no more of a residual than rounding lets it be.",
+    )
+
+
+def _with_newton(cases: DataFrame, index: list[str], found: DataFrame) -> DataFrame:
+    newton = _of(cases, NEWTON, index)
+    return found.assign(steps=newton["steps"].max(), forecast=newton["forecast"].first())
+
+
+def _stability(bare: DataFrame) -> DataFrame:
+    own, index = bare[bare["p"] == P], ["condition"]
+    first = [STORED, EIGH, NEWTON]
+    errors, newton = _errors(own, index), _of(own, NEWTON, index)
+    found = errors[first].assign(coupled=newton["coupled"].median(), residual=newton["residual"].median())
+    found = _with_newton(own, index, found).assign(accepted=newton["accepted"].mean())
+    found = concat([found, errors[[name for name in NAMES if name not in first]]], axis=1)
+    found.insert(0, "predicted", _of(own, STORED, index)["predicted"].mean())
+    return table(
+        found.reset_index(),
+        f"Stability: error of S^(-1/{P}) by condition, without damping",
+        heads={"predicted": STORED_HEAD, "coupled": "max|M−I| of the last", "residual": "its residual",
+               "steps": "its steps"},
+        formats=dict.fromkeys(found.columns, ".1e")
+        | {"condition": ".0e", "coupled": ".0e", "residual": ".0e", "steps": ".0f", "forecast": "", "accepted": ".0%"},
+        note=f"Relative, Frobenius norm, geometric means over seeds; {own['d'].max()} rows with eigenvalues from 1 to "
+        "1/condition, evenly spaced in the logarithm. Stored: the exact root of S as the type has it. Warm: from "
+        "eigenvectors of statistics of which a hundredth was new.",
+    )  # fmt: skip
+
+
+def _exponents(bare: DataFrame) -> DataFrame:
+    index, names = ["condition", "p"], (STORED, EIGH, NEWTON, "newton, float64")
+    found = _with_newton(bare, index, _errors(bare, index, names))
+    found.insert(0, "predicted", _of(bare, STORED, index)["predicted"].mean())
+    return table(
+        found.reset_index(),
+        "Exponents: errors of S^(-1/p), without damping",
+        heads={"predicted": STORED_HEAD, "steps": "steps of newton, float32"},
+        formats=dict.fromkeys(("predicted", *names), ".1e") | {"condition": ".0e", "steps": ".0f"},
+        note="p is 2q for order q, 4 for CASPR and Shampoo.",
+    )
+
+
+def _law(constants: DataFrame) -> DataFrame:
+    return table(
+        constants.rename_axis("solver").reset_index(),
+        "Solvers: c, the backward error ‖E‖₂ in units of u‖S‖₂ that explains their errors at all conditions and "
+        "exponents",
+        heads={"middle": "c, median", "count": "roots", "floor": "error / u at the least condition"},
+        formats={"middle": ".2f", "least": ".2f", "most": ".2f", "count": ".0f", "floor": ".3g"},
+        note="From conditions of 1e3 on, where the error is below 2 %. Below that the rounding of the result decides. "
+        "TF32: u is that of its 11 bits.",
+    )
+
+
+def _moved(cases: DataFrame, errors: DataFrame) -> DataFrame:
+    values = torch.logspace(0, -math.log10(ILL), int(cases["d"].max()), dtype=torch.float64)
+    return concat([DataFrame([moved(values, eps) for eps in errors.index], index=errors.index), errors], axis=1)
+
+
+DAMPING_HEADS = {"damped": "eigenvalues below it", "bias": "root moved by", "predicted": STORED_HEAD}
+DAMPING_FORMATS = dict.fromkeys(("bias", "predicted", *NAMES), ".1e") | {"eps": ".0e", "damped": ".0%", "cosine": ".4f"}
+
+
+def _damping(cases: DataFrame) -> DataFrame:
+    found = _moved(cases, _errors(cases, ["eps"], [name for name in NAMES if not name.endswith("float64")]))
+    found.insert(3, "predicted", _of(cases, STORED, ["eps"])["predicted"].mean())
+    return table(
+        found.reset_index(),
+        f"Damping, relative to the largest eigenvalue: its effect, and the error that is left (condition {ILL:.0e})",
+        heads=DAMPING_HEADS,
+        formats=DAMPING_FORMATS,
+        note="Cosine: of (S + eps λ I)^(-1/2) G to S^(-1/2) G, for G of covariance S; moved: ‖S~^(-1/4) − S^(-1/4)‖ / "
+        "‖S^(-1/4)‖; both exact. Errors are those of S~^(-1/4), with the damping.",
+    )
+
+
+def _absolute(cases: DataFrame) -> DataFrame:
+    found = _moved(cases, _errors(cases, ["eps"], (STORED, EIGH, NEWTON))).drop(columns="bias").reset_index()
+    found.insert(0, "largest", ABSOLUTE / found["eps"])
+    return table(
+        found,
+        "Damping, absolute: 1e-6 added whatever the gradients",
+        heads=DAMPING_HEADS | {"largest": "largest eigenvalue", "eps": "relative to it"},
+        formats=DAMPING_FORMATS | {"largest": ".0e"},
+        note="Where the cosine is near that of no preconditioning at all, the update is the gradient.",
+    )
+
+
+def _precision(cases: DataFrame) -> DataFrame:
+    found = _errors(cases, ["condition"])
+    for place, name in enumerate(("float32", "bfloat16")):
+        found.insert(place, name, _of(cases, f"stored in {name}", ["condition"])["predicted"].mean())
+    return table(
+        found.reset_index(),
+        f"Low precision: errors with the default damping of {DEFAULT:g}",
+        heads={name: f"predicted: stored in {name}" for name in ("float32", "bfloat16")},
+        formats=dict.fromkeys(found.columns, ".1e") | {"condition": ".0e"},
+        note="Predictions are of first order: one above a tenth means that the root is lost. TF32 is emulated: "
+        "operands of products are rounded to 11 bits, and the rest is float32, as on a GPU; none was used.",
+    )
+
+
+def _complexity(costs: DataFrame) -> DataFrame:
+    found = costs.assign(ratio=costs["ms"] / costs["predicted_ms"], cubes=costs["flops"] / costs["d"] ** 3)
+    eigh = found["d"].map(found[found["solver"] == "eigh"].set_index("d")["ms"])
+    found["eigh"] = found["ms"] / eigh
+    return table(
+        found[["d", "solver", "ms", "predicted_ms", "ratio", "eigh", "cubes", "steps", "mb", "predicted_mb"]],
+        "Complexity: a root S^(-1/4) in float32, condition 1e6, damping 1e-6, one thread",
+        heads={"d": "rows", "predicted_ms": "predicted", "eigh": "of eigh's", "cubes": "FLOPs / d³", "mb": "MB held",
+               "predicted_mb": "predicted"},
+        formats=dict.fromkeys(("ms", "predicted_ms", "mb", "predicted_mb"), ".3g")
+        | {"ratio": ".2f", "eigh": ".2g", "cubes": ".0f", "steps": ".0f"},
+        note="Predicted times: FLOPs at the rate of a product of this size, measured just before. FLOPs of eigh: as "
+        "long as 25 d³ of products take. MB: beside S and, for a warm start, the eigenvectors that it has kept.",
+    )  # fmt: skip
+
+
+def _everything(found: DataFrame, constants: DataFrame) -> DataFrame:
+    middle, floor = (found["solver"].map(constants[name]) for name in ("middle", "floor"))
+    unit = found["solver"].map(lambda name: BY_NAME[name].precision.unit)
+    own = ((middle * found["amplified"]) ** 2 + (floor * unit) ** 2) ** 0.5
+    shown = found.assign(predicted=found["predicted"].fillna(own)).replace(math.inf, math.nan)
+    keys = ["solver", "p", "d", "condition", "eps", "seed", "error", "predicted", "roundings", "residual", "coupled",
+            "steps", "forecast", "accepted"]  # fmt: skip
+    return table(
+        shown[keys],
+        "Every root",
+        note="Predicted: of storing from the spectrum alone; of solvers with their two constants of the table above.",
+        shown=0,
+    )
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+STYLES = {
+    STORED: style.Style("blue", style.SOLID),
+    "predicted for float32": style.Style("blue", style.DOTTED),
+    "stored in bfloat16": style.Style("purple", style.SOLID),
+    "predicted for bfloat16": style.Style("purple", style.DOTTED),
+    "eigh, float64": style.Style("ink", style.SOLID),
+    "newton, float64": style.Style("ink", style.DASHED),
+    EIGH: style.Style("vermilion", style.SOLID),
+    NEWTON: style.Style("vermilion", style.DASHED),
+    "warm, float32": style.Style("green", style.DASHED),
+    "newton, TF32 products": style.Style("amber", style.DASHED),
+}
+
+
+def _lines(cases: DataFrame, over: str, solvers: Iterable[Solver]) -> list[panels.Line]:
+    """Return the errors of solvers, and predictions of what is stored, over ``condition`` or ``eps``."""
+    made: list[panels.Line] = []
+    for solver in solvers:
+        columns = {solver.name: "error"}
+        if solver.exact:
+            columns[f"predicted for {solver.stored.name}"] = "predicted"
+        made += panels.over(cases[(cases["solver"] == solver.name) & cases["finite"]], over, columns)
+    return made
+
+
+def _condition_figure(bare: DataFrame) -> Figure:
+    def finish(axes: Axes) -> None:
+        panels.logarithmic(axes)
+        axes.set_ylim(1e-16, 30)
+        axes.set_yticks([1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1])
+        axes.set_xticks([10.0**k for k in range(2, 13, 2)], [f"1e{k}" for k in range(2, 13, 2)])
+        axes.set_xlim(right=bare["condition"].max())
+
+    shown = {f"p = {p}": _lines(bare[bare["p"] == p], "condition", SOLVERS) for p in EXPONENTS}
+    title = "Error of S^(-1/p) by condition, without damping: mean over seeds, band ± one standard deviation."
+    labels: dict[str, Any] = {"y": "relative error", "x": "condition", "form": ".0e"}
+    return panels.figure("conditions", title, shown, STYLES, finish=finish, **labels)
+
+
+def _damping_figure(cases: DataFrame) -> Figure:
+    def finish(axes: Axes) -> None:
+        panels.logarithmic(axes)
+        axes.set_ylim(1e-6, 30)
+        axes.set_xticks([10.0**k for k in range(-12, -1, 2)], [f"1e{k}" for k in range(-12, -1, 2)])
+
+    some = [solver for solver in SOLVERS if not solver.name.endswith("float64")]
+    groups = {"float32": [s for s in some if s.name.endswith("float32")]}
+    groups["lower"] = [s for s in some if s not in groups["float32"]]
+    shown = {name: _lines(cases, "eps", solvers) for name, solvers in groups.items()}
+    styles = {label: look for label, look in STYLES.items() if not label.endswith("float64")}
+    title = f"Error of S~^(-1/4) by damping, relative to the largest eigenvalue, at a condition of {ILL:.0e}."
+    labels: dict[str, Any] = {"y": "relative error", "x": "eps", "form": ".0e"}
+    return panels.figure("damping", title, shown, styles, finish=finish, **labels)
+
+
+def _cost_figure(costs: DataFrame) -> Figure:
+    hues = {"eigh": "vermilion", "newton": "blue", "warm": "green"}
+    styles: dict[str, style.Style] = {}
+    shown = {}
+    for method, hue in hues.items():
+        styles |= {method: style.Style(hue, style.SOLID), f"{method}, predicted": style.Style(hue, style.DOTTED)}
+    for title, key, predicted in (("milliseconds", "ms", "predicted_ms"), ("megabytes", "mb", "predicted_mb")):
+        shown[title] = [
+            line
+            for method in hues
+            for columns in [{method: key, f"{method}, predicted": predicted}]
+            for line in panels.over(costs[costs["solver"] == method], "d", columns)
+        ]
+    title = "Milliseconds and megabytes of a root by its rows, measured and predicted, one thread, float32."
+    return panels.figure("costs", title, shown, styles, y="", x="rows", form=".0e", finish=panels.logarithmic)

@@ -1,4 +1,6 @@
-r"""What rounding does to an inverse root, predicted: f(S) = S^(-1/p), S symmetric with eigenvalues l_1 <= ... <= l_d.
+r"""The effect of rounding on an inverse root, predicted and measured.
+
+f(S) = S^(-1/p), S symmetric with eigenvalues l_1 <= ... <= l_d.
 
 *To first order* (Daleckii and Krein; Higham, Functions of Matrices, Theorem 3.11), f(S + E) = f(S) + F o E in the
 eigenvectors of S, with F_ij = (f(l_i) - f(l_j)) / (l_i - l_j) and F_ii = f'(l_i). For an E with no direction of its
@@ -22,87 +24,40 @@ depends on neither the condition nor p. What is measured tells c: :func:`one_rou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from caspr_cli.bench.precision import Precision
+from caspr_cli.bench.roots import (
+    MATRICES_HELD,
+    SOLVERS,
+    Matrix,
+    NewtonWatch,
+    P,
+    Solver,
+    distance,
+    least_seconds,
+    peak_bytes,
+    product_rate,
+    root_flops,
+)
+from caspr_cli.optim.refresh import ACCEPTED
+from caspr_cli.optim.roots import Root, bound, newton_steps, residual
+
+ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
+SMALL = 0.02  # predicted errors up to here are in the reach of a first order
 STORED = math.sqrt(math.log(2) / 4.5)  # ||E||_F over u ||S||_F
 
 
-@dataclass(frozen=True)
-class Precision:
-    """A floating point format.
-
-    Args:
-        bits: of the significand, with the one that is not stored.
-    """
-
-    name: str
-    bits: int
-
-    @property
-    def unit(self) -> float:
-        """u: half the distance between 1 and the next number."""
-        return 2.0**-self.bits
-
-
-FLOAT64, FLOAT32, TF32, BFLOAT16 = (
-    Precision("float64", 53),
-    Precision("float32", 24),
-    Precision("TF32", 11),
-    Precision("bfloat16", 8),
-)
-
-
-def rounded(x: Tensor, bits: int) -> Tensor:
-    """x with so many bits to the significand, ties to even; of any range, in its own type."""
-    mantissa, exponent = torch.frexp(x)  # mantissa in [1/2, 1)
-    scale = 2.0**bits
-    return torch.ldexp(torch.round(mantissa * scale) / scale, exponent)
-
-
-class RoundedProducts(TorchFunctionMode):
-    """In it both operands of matrix products are rounded first: what TF32 does to float32 on tensor cores, which
-    multiply numbers of 11 bits and add up in float32. As exact as theirs, and slow."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self._bits = bits
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.bmm, torch.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
-            args = (*(rounded(x, self._bits) for x in args[:2]), *args[2:])
-        elif func is torch.linalg.matrix_power:
-            return self._power(*args)
-        return func(*args, **(kwargs or {}))
-
-    def _power(self, X: Tensor, p: int) -> Tensor:
-        """By squaring, as torch has it, of products that are rounded."""
-        result, square = None, X
-        while p:
-            if p % 2:
-                result = square if result is None else rounded_product(result, square, self._bits)
-            p //= 2
-            if p:
-                square = rounded_product(square, square, self._bits)
-        assert result is not None
-        return result
-
-
-def rounded_product(X: Tensor, Y: Tensor, bits: int) -> Tensor:
-    """X Y ``[K, d, d]`` of operands that are rounded."""
-    return torch.bmm(rounded(X, bits), rounded(Y, bits))
-
-
 def divided_differences(values: Tensor, p: int) -> Tensor:
-    """F ``[d, d]`` of x^(-1/p) at positive ``values`` ``[d]``, in a form that cancels nothing: with a = x^(-1/p),
-    F_ij = -a_i^p a_j^p / sum_k a_i^k a_j^(p-1-k)."""
+    """Return F ``[d, d]`` of x^(-1/p) at positive ``values`` ``[d]``, in a form that cancels nothing.
+
+    With a = x^(-1/p) it is F_ij = -a_i^p a_j^p / sum_k a_i^k a_j^(p-1-k).
+    """
     a = values.pow(-1 / p)
     powers = a.unsqueeze(1).pow(torch.arange(p))  # [d, p]
     sums = powers @ powers.flip(1).mT
@@ -110,8 +65,10 @@ def divided_differences(values: Tensor, p: int) -> Tensor:
 
 
 def sensitivity(values: Tensor, p: int) -> float:
-    """The expected relative error of a root in Frobenius norm, for an E of ||E||_F = the largest of ``values`` ``[d]``
-    and no direction of its own; proportional to ||E||_F."""
+    """Return the expected relative error of a root in Frobenius norm; it is proportional to ||E||_F.
+
+    ||E||_F is the largest of ``values`` ``[d]``, and E has no direction of its own.
+    """
     d, F = len(values), divided_differences(values, p)
     variance = float(values.max()) ** 2 / (d * (d + 1))
     error = variance * (F.square().sum() + F.diagonal().square().sum())
@@ -119,19 +76,134 @@ def sensitivity(values: Tensor, p: int) -> float:
 
 
 def storage(values: Tensor, precision: Precision, p: int, shift: float = 0.0) -> float:
-    """The relative error of the root of S + shift I, S of these eigenvalues ``[d]``, that storing S makes."""
+    """Return the relative error of the root of S + shift I, S of these eigenvalues ``[d]``, from storing S."""
     size = STORED * precision.unit * float(torch.linalg.vector_norm(values))  # of E
     return sensitivity(values + shift, p) * size / float(values.max() + shift)
 
 
 def one_rounding(values: Tensor, precision: Precision, p: int) -> float:
-    """The expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own. (For such an E
+    """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own. (Then
     ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle.) What is measured, over this, is c."""
     return sensitivity(values, p) * precision.unit * math.sqrt(len(values)) / 2
 
 
 def worst_case(delta: float, condition: float, p: int) -> float:
-    """The most that ||f(S + E) - f(S)||_2 / ||f(S)||_2 can be, for ||E||_2 = delta ||S||_2; infinite where the smallest
-    eigenvalue may be gone."""
+    """Return the most that ||f(S + E) - f(S)||_2 / ||f(S)||_2 can be, for ||E||_2 = delta ||S||_2; infinite where the
+    smallest eigenvalue may be gone."""
     gone = delta * condition
     return math.inf if gone >= 1 else gone / p * (1 - gone) ** (-1 - 1 / p)
+
+
+# ---- measured --------------------------------------------------------------------------------------------------
+
+
+def cases(
+    d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    for condition in conditions:
+        for seed in seeds:
+            matrix = Matrix.drawn(d, condition, seed)
+            for p in exponents:
+                for eps in dampings:
+                    for solver in SOLVERS:
+                        yield {"condition": condition, "seed": seed} | solved(solver, matrix, eps, p)
+
+
+def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
+    """Return what a solver makes of a matrix with a relative damping, as a row.
+
+    Keys:
+        error: ||A - S~^(-1/p)|| / ||S~^(-1/p)||, Frobenius, with the shift that the solver says it has added.
+        amplified: the error that a backward error of one rounding, ||E||_2 = u ||S||_2, is expected to make.
+        predicted: the error of storing S, where it is all there is.
+        ratio: the error in the 2-norm over the worst that ||E||_2 allows; 0 where that is infinite.
+        accepted: whether the optimizer would use the root.
+        residual: ||A^(p/2) S~ A^(p/2) - I||_F / d^(1/2), estimated as the optimizer does.
+        coupled: the least of Newton's own max |M - I|.
+        steps, forecast: of Newton, and as many as the library takes to be enough.
+        roundings: c, see :mod:`caspr_cli.theory.rounding`.
+    """
+    seen = solver.matrix(matrix.S)
+    with solver.products(), NewtonWatch() as watch:
+        root = solver.run(seen, matrix.basis, eps, p)
+    shift = float(root.shift)
+    damped, error = matrix.values + shift, distance(root.A[0], matrix.root(shift, p))
+    finite, newton = math.isfinite(error), solver.method == "newton"
+    left = float(residual(seen, root, p)) if finite else math.inf
+    amplified = one_rounding(damped, solver.precision, p)
+    return {
+        "solver": solver.name,
+        "p": p,
+        "d": len(damped),
+        "eps": eps,
+        "error": error,
+        "amplified": amplified,
+        "predicted": storage(matrix.values, solver.stored, p, eps) if solver.exact else math.nan,
+        "ratio": _of_worst(root, seen[0], matrix, eps, p) if finite and solver.exact else 0.0,
+        "finite": finite,
+        "accepted": finite and left <= float(bound(root.condition, seen.dtype, ACCEPTED)),
+        "residual": left,
+        "coupled": watch.least if newton and watch.steps else math.nan,
+        "steps": watch.steps if newton else math.nan,
+        "forecast": newton_steps(float(damped.max() / damped.min()), p),
+        "roundings": error / amplified,
+    }
+
+
+def _of_worst(root: Root, seen: Tensor, matrix: Matrix, eps: float, p: int) -> float:
+    """Return the error in the 2-norm in units of the most that theory allows for S + E as the solver sees it.
+
+    Damping follows the largest eigenvalue, which E moves by no more than its norm; negative eigenvalues count as zero,
+    which moves what is seen by its norm once more.
+    """
+    shift, norm = float(root.shift), lambda X: float(torch.linalg.matrix_norm(X, 2))
+    damped, expected = matrix.values + shift, matrix.root(shift, p)
+    clamped = float(torch.linalg.eigvalsh(seen)[0]) < 0
+    delta = norm(seen - matrix.S[0]) / float(damped.max())
+    most = worst_case(delta * (1 + eps + clamped), float(damped.max() / damped.min()), p)
+    return norm(root.A[0].double() - expected) / norm(expected) / most
+
+
+def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
+    """Return time and memory of one root in float32, measured on as many threads as torch has, and predicted."""
+    seen, d = solver.matrix(matrix.S), len(matrix.values)
+
+    def run() -> Root:
+        return solver.run(seen, matrix.basis, eps, p)
+
+    with NewtonWatch() as watch:
+        run()
+    flops = root_flops(solver.method, d, p, watch.steps or newton_steps(1 + 1 / eps, p))
+    row = {"d": d, "solver": solver.method, "mb": peak_bytes(run) / 1e6, "ms": 1e3 * least_seconds(run)}
+    row |= {"predicted_ms": 1e3 * flops / product_rate(d), "flops": flops, "steps": watch.steps or math.nan}
+    return row | {"predicted_mb": MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
+
+
+def constants_of(bare: DataFrame) -> DataFrame:
+    """Return, by solver, its backward error in roundings over conditions and exponents.
+
+    Only for solvers whose errors are their own, from cases where the condition decides and the error is small;
+    ``floor`` is the error at the least condition, in units of u.
+    """
+    rows = {}
+    for solver in SOLVERS:
+        own = bare[bare["solver"] == solver.name]
+        clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
+        if solver.exact or solver.method == "warm" or clear.empty:
+            continue
+        floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
+        rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}
+        rows[solver.name] |= {"count": len(clear), "floor": floor}
+    return DataFrame.from_dict(rows, orient="index")
+
+
+def moved(values: Tensor, eps: float) -> dict[str, float]:
+    """Return what damping does to S of these eigenvalues: to its root, and to the direction of a whitened update."""
+    shifted = values + eps * values.max()
+    kept = values / shifted  # squares of what is left of each direction of S^(-1/2) G, which have all the same length
+    change = values.pow(-1 / P) - shifted.pow(-1 / P)
+    return {
+        "damped": float((values < eps * values.max()).double().mean()),
+        "cosine": float(kept.sqrt().sum() / (len(values) * kept.sum()).sqrt()),
+        "bias": float(change.norm() / values.pow(-1 / P).norm()),
+    }

@@ -1,4 +1,4 @@
-r"""What a step of the optimizer does, from shapes alone: FLOPs, bytes, and how long they take on a given machine.
+r"""The work of a step of the optimizer, from shapes alone: FLOPs, bytes, and the time on a given machine.
 
 For a block of m x n, on average over steps (:mod:`caspr_cli.optim.cost` has the FLOPs), with t_d = packed_length(d) /
 d, at most d, for the panels of one triangle:
@@ -13,35 +13,39 @@ d, at most d, for the panels of one triangle:
 
 With blocks of b x b a step costs about 12 b FLOPs a parameter (q = 2) and its roots, whatever the size of the model,
 against 6 for each token of a batch in training. What grows with the model and the number of devices, relative to
-training, is what is sent.
+training, is what is sent. A step takes the sum of these, each at the rate of its machine; nothing overlaps.
 
-A step takes the sum of these, each at the rate of its machine: nothing is assumed to overlap.
+Decoders that are too large for this machine have the shapes of published models of the Llama family: 1B of TinyLlama
+(Zhang et al., arXiv:2401.02385), 7B of LLaMA (Touvron et al., arXiv:2302.13971), 70B of Llama 2 (Touvron et al.,
+arXiv:2307.09288). Embeddings and output heads are not preconditioned.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor, nn
 
+from caspr_cli.bench.roots import newton_products
+from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.roots import newton_steps
 from caspr_cli.optim.symmetric import packed_length
-from caspr_cli.theory.solving import newton_products
 
 PASSES = 16  # of reading or writing a number for each weight, counted in the engine, without what stays in a cache
 FLOAT = 4  # bytes
 OF_ONE_BLOCK = ("largest", "largest_factors")
-TRAINING = 6  # FLOPs for each parameter and token: two products forward, four backward
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of an average step; FLOPs and bytes."""
+    """The FLOPs and bytes of an average step."""
 
     parameters: float  # that are preconditioned
     statistics: float
@@ -56,7 +60,7 @@ class Work:
     largest_factors: float  # bytes of its statistics and roots
 
     def times(self, count: float) -> Work:
-        """As many of the same."""
+        """Return as many of the same."""
         products = {f.name: count * getattr(self, f.name) for f in fields(Work)}
         return Work(**products | {name: getattr(self, name) for name in OF_ONE_BLOCK})
 
@@ -70,45 +74,42 @@ class Work:
 
 
 def work_of(optimizer: KroneckerOptimizer) -> Work:
-    """Of an optimizer, on any device ("meta" holds no numbers), with factors and moments in float32."""
-    flops = step_flops(optimizer)
-    parameters = newton = traffic = factors = largest = largest_factors = 0.0
+    """Return the work of an optimizer, on any device, with factors and moments in float32."""
+    found = dict.fromkeys((f.name for f in fields(Work)), 0.0) | step_flops(optimizer)
     for group, _, sizes, shape, count in blocks_of(optimizer):
         m_n, q = math.prod(shape), passes(group["order"], len(sizes))
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
         p = root_exponent(group["order"], len(sizes), group["exponent"])
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
         own = 2.0 * newton_steps(condition, p) * newton_products(p) * sum(d**3 for d in sizes)
-        parameters += count * m_n
-        newton += count * own / group["interval"]
-        traffic += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
-        factors += FLOAT * count * (packed + full)
-        largest = max(largest, own + 2.0 * m_n * (1 + q) * sum(sizes))
-        largest_factors = max(largest_factors, FLOAT * float(packed + full))
-    return Work(
-        parameters=parameters,
-        statistics=flops["statistics"],
-        apply=flops["apply"],
-        roots=flops["roots"],
-        newton=newton,
-        traffic=traffic,
-        entries=float(FLOAT) * PASSES * parameters,
-        moments=2.0 * FLOAT * parameters,
-        factors=factors,
-        largest=largest,
-        largest_factors=largest_factors,
-    )
+        found["parameters"] += count * m_n
+        found["newton"] += count * own / group["interval"]
+        found["traffic"] += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
+        found["factors"] += FLOAT * count * (packed + full)
+        found["largest"] = max(found["largest"], own + 2.0 * m_n * (1 + q) * sum(sizes))
+        found["largest_factors"] = max(found["largest_factors"], FLOAT * float(packed + full))
+    found["entries"] = float(FLOAT) * PASSES * found["parameters"]
+    found["moments"] = 2.0 * FLOAT * found["parameters"]
+    return Work(**found)
 
 
-def work_of_shapes(shapes: list[tuple[int, ...]], **options: object) -> Work:
-    """Of CASPR over matrices of these shapes."""
-    matrices = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
-    return work_of(CASPR(matrices, **options))  # type: ignore[arg-type]
+def stand_ins(shapes: Sequence[Sequence[int]] | Sequence[Tensor]) -> list[nn.Parameter]:
+    """Return parameters of these shapes, or those of these tensors, on the "meta" device, with gradients."""
+    made = []
+    for shape in shapes:
+        made.append(nn.Parameter(torch.empty(shape.shape if isinstance(shape, Tensor) else shape, device="meta")))
+        made[-1].grad = torch.empty_like(made[-1])
+    return made
+
+
+def work_of_shapes(shapes: Sequence[Sequence[int]], **options: object) -> Work:
+    """Return the work of CASPR over matrices of these shapes."""
+    return work_of(CASPR(stand_ins(shapes), **options))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does in a second.
+    """The rates of a device, for a second.
 
     Args:
         products: FLOPs of products in float32.
@@ -116,7 +117,7 @@ class Machine:
         memory: bytes that are read or written.
         low: FLOPs of products in bfloat16.
         network: bytes that a rank receives over its own link.
-        room: bytes of memory.
+        capacity: bytes of memory.
         newton: whether roots are made by Newton's iteration.
     """
 
@@ -125,13 +126,13 @@ class Machine:
     memory: float
     low: float = math.nan
     network: float = math.inf
-    room: float = math.inf
+    capacity: float = math.inf
     newton: bool = False
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of an average step, by part."""
+    """The seconds of an average step, by part."""
 
     statistics: float
     roots: float
@@ -145,7 +146,7 @@ class Seconds:
 
 
 def seconds(work: Work, machine: Machine, *, low: bool = False, sent: float = 0.0) -> Seconds:
-    """How long a step takes.
+    """Return how long a step takes.
 
     Args:
         low: whether roots are applied in bfloat16.
@@ -164,8 +165,9 @@ def seconds(work: Work, machine: Machine, *, low: bool = False, sent: float = 0.
 
 
 def share_of(work: Work, ranks: int, *, divided: bool) -> Work:
-    """The most that a rank has to do and to keep: its part, and at most one block more, refreshed in this step (the
-    longest first, each to who has least: Graham, SIAM J. Appl. Math. 17, 1969).
+    """Return the most that a rank has to do and to keep: its part, and at most one block more, refreshed in this step.
+
+    The longest block goes first, each to the rank with the least work (Graham, SIAM J. Appl. Math. 17, 1969).
 
     Args:
         divided: whether weights and moments are, as under ``fully_shard``; else each rank has all of them.
@@ -174,22 +176,144 @@ def share_of(work: Work, ranks: int, *, divided: bool) -> Work:
     if not divided:
         part = replace(part, entries=work.entries, moments=work.moments)
     grown = 1 + more * work.largest / (part.products + part.newton)
-    return replace(
-        part,
-        statistics=part.statistics * grown,
-        apply=part.apply * grown,
-        roots=part.roots * grown,
-        newton=part.newton * grown,
-        factors=part.factors + more * work.largest_factors,
-    )
+    scaled = {name: getattr(part, name) * grown for name in ("statistics", "apply", "roots", "newton")}
+    return replace(part, **scaled, factors=part.factors + more * work.largest_factors)
 
 
 def gathered(work: Work, size: int = FLOAT) -> float:
-    """Bytes that each rank receives under data parallelism: all updates."""
+    """Return the bytes that each rank receives under data parallelism: all updates."""
     return size * work.parameters
 
 
 def exchanged(work: Work, ranks: int, size: int = FLOAT) -> float:
-    """Bytes that each rank receives under ``fully_shard``: of its blocks the gradient and the momentum, of its rows the
-    update; nothing of what it has itself."""
+    """Return the bytes that each rank receives under ``fully_shard``, without those that it has itself.
+
+    These are the gradient and the momentum of its blocks, and the update of its rows.
+    """
     return 3 * size * work.parameters / ranks * (1 - 1 / ranks)
+
+
+# ---- decoders ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Pre-norm layers of grouped-query attention and a gated MLP, without biases."""
+
+    name: str
+    width: int
+    layers: int
+    hidden: int  # of the MLP
+    keys: int  # columns of keys, and of values: width unless heads share them
+    vocabulary: int = 32000
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The matrices of one layer: query, key, value, output; gate, up, down."""
+        w, k, h = self.width, self.keys, self.hidden
+        return [(w, w), (k, w), (k, w), (w, w), (h, w), (h, w), (w, h)]
+
+    @property
+    def parameters(self) -> int:
+        """With embeddings and head, without norms."""
+        return self.layers * sum(m * n for m, n in self.shapes) + 2 * self.vocabulary * self.width
+
+    def work(self, **options: object) -> Work:
+        """Return the work of CASPR on all layers."""
+        return work_of_shapes(self.shapes, **options).times(self.layers)
+
+
+DECODERS = (
+    Decoder("1B", width=2048, layers=22, hidden=5632, keys=256),
+    Decoder("7B", width=4096, layers=32, hidden=11008, keys=4096),
+    Decoder("70B", width=8192, layers=80, hidden=28672, keys=1024),
+)
+NODE = 8  # GPUs that share what comes over their links, by far faster ones
+GPUS = {"1B": (8, 64), "7B": (64, 256), "70B": (256, 1024, 4096)}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Assumptions about a large training run.
+
+    Args:
+        tokens: in a step.
+        efficiency: the part of peak FLOPs and bytes that products and passes reach on a GPU.
+        mfu: the part of bfloat16 peak FLOPs that training reaches.
+        float32, bfloat16: peak TFLOP/s of a GPU without sparsity.
+        memory: TB/s of a GPU's memory.
+        network: GB/s of each GPU's link to other nodes. Defaults: the data sheets of NVIDIA's H100 SXM, and of the
+            DGX H100, which has a link of 400 Gb/s for each of its eight.
+    """
+
+    tokens: float = 4e6
+    efficiency: float = 0.7
+    mfu: float = 0.4
+    float32: float = 67.0
+    bfloat16: float = 989.0
+    memory: float = 3.35
+    network: float = 50.0
+
+    def machine(self) -> Machine:
+        """Return one GPU, at the share of its peaks that the optimizer reaches. Products in float32 use no TF32."""
+        flops = 1e12 * self.efficiency
+        return Machine(
+            products=flops * self.float32,
+            roots=flops * self.float32,
+            memory=flops * self.memory,
+            low=flops * self.bfloat16,
+            network=1e9 * self.network,
+            capacity=80e9,
+            newton=True,
+        )
+
+    def training(self, parameters: float, gpus: int) -> float:
+        """Return the seconds of forward and backward."""
+        return TRAINING_FLOPS * parameters * self.tokens / (gpus * 1e12 * self.bfloat16 * self.mfu)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A step of a large model."""
+
+    decoder: Decoder
+    gpus: int
+    mode: str
+    variant: str
+    training: float  # seconds
+    seconds: Seconds
+    gigabytes: float  # of weights, gradients and state on one GPU
+    fits: bool
+
+    @property
+    def share(self) -> float:
+        return self.seconds.total / (self.seconds.total + self.training)
+
+
+VARIANTS: tuple[tuple[str, int, bool], ...] = (
+    ("float32, interval 10", 10, False),
+    ("bfloat16, interval 100", 100, True),  # roots are applied, and updates sent, in it
+)
+
+
+def scaled(decoder: Decoder, gpus: int, assumed: Assumed) -> list[Scaled]:
+    """Return a step for each variant, under data parallelism and under ``fully_shard``.
+
+    Under data parallelism every rank has all weights and moments and receives all updates.
+    """
+    machine, found = assumed.machine(), []
+    for variant, interval, low in VARIANTS:
+        whole = decoder.work(interval=interval)
+        size = 2 if low else FLOAT
+        both = 2.0 * FLOAT * decoder.parameters  # weights and gradients
+        plain = 2.0 * FLOAT * (decoder.parameters - whole.parameters)  # AdamW's moments of the rest
+        for mode, sent, parts in (
+            ("DDP", gathered(whole, size) / NODE, 1),  # the same for all of a node: it comes once
+            ("fully_shard", exchanged(whole, gpus, size), gpus),
+        ):
+            mine = share_of(whole, gpus, divided=parts > 1)
+            held = (both + plain) / parts + mine.moments + mine.factors
+            training, spent = assumed.training(decoder.parameters, gpus), seconds(mine, machine, low=low, sent=sent)
+            fits = held <= machine.capacity
+            found.append(Scaled(decoder, gpus, mode, variant, training, spent, held / 1e9, fits))
+    return found

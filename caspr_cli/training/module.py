@@ -14,24 +14,10 @@ from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import OptimConf, Recipe
 from caspr_cli.training.data import mix
+from caspr_cli.training.groups import param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.timing import PhaseTimer
 from tasks.base import Task
-
-
-def param_groups(task: Task, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Three groups, the same for every optimizer: preconditioned, other matrices, vectors (which never decay)."""
-    plain = task.plain(model)
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for n, p in named if n not in plain], "precondition": True},
-        {"params": [p for n, p in named if n in plain and p.ndim >= 2], "precondition": False},
-        {
-            "params": [p for n, p in named if n in plain and p.ndim < 2],
-            "precondition": False,
-            "weight_decay": 0.0,
-        },
-    ]
 
 
 def build_options(conf: OptimConf) -> dict[str, Any]:
@@ -61,7 +47,7 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
-        optimizer = build(conf.name, param_groups(self.task, self.model, conf.weight_decay), build_options(conf))
+        optimizer = build(conf.name, param_groups(self.task, self.model), build_options(conf))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
         )

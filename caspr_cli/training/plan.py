@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
 from caspr_cli.optim.blocks import Layout
-from caspr_cli.optim.cost import state_bytes, step_flops
+from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.training.module import build_options, param_groups
+from caspr_cli.training.groups import param_groups
+from caspr_cli.training.module import build_options
 
 
 @dataclass
@@ -58,7 +58,7 @@ def plan(recipe: Recipe) -> Plan:
     names = {p: name for name, p in model.named_parameters()}
     rows: dict[Any, Row] = {}
     try:
-        for group in param_groups(task, model, recipe.optim.weight_decay):
+        for group in param_groups(task, model):
             for p in group["params"]:
                 row = _row(names[p], p, group, plain.get(names[p]), recipe)
                 key = row.tensor, row.shape, row.treatment
@@ -90,9 +90,8 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
     optimizer = build(recipe.optim.name, [group | {"params": [stand_in]}], settings)
     for _ in range(2):  # some only make their state in the first
         stand_in.grad = torch.empty_like(stand_in)
-        with FlopCounterMode(display=False) as counter:
-            optimizer.step()
-    own, flops, blocks = recipe.optim.name, float(counter.get_total_flops()), "-"
+        flops = called_flops(optimizer)
+    own, blocks = recipe.optim.name, "-"
     reason = reason or ("matrix" if p.ndim == 2 else "tensor")
     if isinstance(optimizer, KroneckerOptimizer):
         (only,) = optimizer.param_groups

@@ -1,10 +1,10 @@
-"""Where the time goes, without stopping the device to find out."""
+"""Stopwatches: of a whole run, of a call, and of the phases of a step without stopping the device."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,11 +29,32 @@ class Clock:
         return self._before + running
 
 
-class PhaseTimer:
-    """Seconds by phase. On CUDA, events are recorded now and read later, when nobody waits for them."""
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a call takes, its work on the device included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
-    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None) -> None:
-        self._cuda = device.type == "cuda"
+
+class PhaseTimer:
+    """Seconds by phase. On CUDA, events are recorded now and read later, when nobody waits for them.
+
+    Args:
+        seconds: counted earlier.
+        now: the clock where the device is not CUDA; by default that of the wall.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        seconds: dict[str, float] | None = None,
+        now: Callable[[], float] | None = None,
+    ) -> None:
+        self._cuda, self._now = device.type == "cuda", now or time.perf_counter
         self._seconds = defaultdict(float, seconds or {})
         self._open: dict[str, float | torch.cuda.Event] = {}
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -58,7 +79,7 @@ class PhaseTimer:
 
     def _mark(self) -> float | torch.cuda.Event:
         if not self._cuda:
-            return time.perf_counter()
+            return self._now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -71,3 +92,9 @@ class PhaseTimer:
             self._seconds[phase] += began.elapsed_time(ended) / 1000
         self._pending.clear()
         return dict(self._seconds)
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds since the last call of this method."""
+        taken = self.seconds
+        self._seconds.clear()
+        return taken

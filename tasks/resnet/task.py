@@ -11,7 +11,7 @@ from tasks.base import DataError
 from tasks.images.task import Classification
 from tasks.resnet.model import DEPTHS, ResNet
 
-# Channels of the first stage. Below this, oneDNN writes beyond its memory in the backward pass of a 1 x 1 convolution of
+# Channels of the first stage. Below this, oneDNN writes beyond its memory in the backward pass of 1 x 1 convolutions of
 # stride 2, channels last, on a CPU with AVX2 and no AVX-512 (torch 2.14.1).
 NARROWEST = 8
 

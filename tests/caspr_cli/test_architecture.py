@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
-               "report.answer", "report.style", "report.look"},
+               "report.answer", "report.style", "training.timing"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "recipe.schema"},
 }  # fmt: skip

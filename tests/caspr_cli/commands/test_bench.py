@@ -11,7 +11,6 @@ import pytest
 from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
-from caspr_cli.common.format import Progress
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
@@ -69,8 +68,8 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--scale", "paper"], "say which with --task"),
         (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
         (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
-        (["--optm", "caspr"], "--optm is not a flag. Did you mean --optim?"),
-        (["caspr"], "caspr is not a flag."),
+        (["--optm", "caspr"], "--optm is no flag of caspr-bench. Did you mean --optim?"),
+        (["caspr"], "caspr is no flag of caspr-bench."),
         (["--rounds", "0"], "--rounds: should be a positive integer but is 0"),
         (["--interval", "x"], "--interval: should be a positive integer but is x"),
         (["--dtype", "float3"], "Did you mean float32?"),
@@ -145,34 +144,13 @@ def test_an_interruption_is_one_line_and_130(
     assert not Path("rows.json").exists()
 
 
-def test_progress_is_shown_on_a_terminal_alone() -> None:
-    class Stream:
-        def __init__(self, terminal: bool) -> None:
-            self.terminal, self.text = terminal, ""
-
-        def isatty(self) -> bool:
-            return self.terminal
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None: ...
-
-    for terminal in (True, False):
-        stream = Stream(terminal)
-        progress = Progress(stream)  # type: ignore[arg-type]
-        progress.say("round 3/20")
-        progress.clear()
-        assert ("round 3/20" in stream.text) == terminal
-
-
 def test_the_table_of_roots(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from caspr_cli.bench import root_errors
+    from caspr_cli.bench import roots
 
-    whole = root_errors.root_error_table
-    monkeypatch.setattr(root_errors, "root_error_table", lambda d: whole(12, (1e2,), (1e-4,), 1))
+    whole = roots.root_errors
+    monkeypatch.setattr(roots, "root_errors", lambda d: whole(12, (1e2,), (1e-4,)))
     assert call(monkeypatch, "--roots", "--json", str(tmp_path / "roots.json")) == 0
     rows = json.loads((tmp_path / "roots.json").read_text())
     assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32", "warm32"}

@@ -9,20 +9,21 @@ from types import SimpleNamespace
 import pytest
 
 from caspr_cli.commands import verify
+from caspr_cli.common.errors import UserError
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.report.answer import Answer, Column, Sheet
+from caspr_cli.report.answer import Answer, table
 
 
 def made_up(name, asked, held=True):
     """A module of theory that remembers what it was asked."""
 
-    def answer(*, quick, seed, say, **options):
-        say("half way")
-        asked.append((name, quick, seed, options))
-        sheet = Sheet("gaps", "Gaps", (Column("a", "a"),), ({"a": 1},))
-        return Answer(name, f"Is {name} so?", ("Yes.",), (sheet,), holds=((f"{name} holds", held),))
+    def answer(choice, log):
+        log("half way")
+        asked.append((name, choice))
+        tables = {"gaps": table([{"a": 1}], "Gaps")}
+        return Answer(name, f"Is {name} so?", finding="Yes.", tables=tables, claims=((f"{name} holds", held),))
 
-    return SimpleNamespace(answer=answer)
+    return SimpleNamespace(answer=answer, Choice=dict)
 
 
 @pytest.fixture
@@ -44,11 +45,17 @@ def test_importing_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_help_names_every_question_and_task():
-    text = verify.usage()
-    for name in (*verify.QUESTIONS, "all", "ogbg_molpcba", "--quick", "--parameter"):
-        assert name in text
-    assert max(map(len, text.splitlines())) <= 120
+def test_help_names_every_question_and_task(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*verify.QUESTIONS, "all", "130 interrupted"))
+    assert call(monkeypatch, "order", "--help") == 0
+    own = capsys.readouterr().out
+    assert all(name in own for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"))
+    assert "--tokens" not in own
+    assert max(map(len, (text + own).splitlines())) <= 110
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("caspr-verify ")
 
 
 @pytest.mark.parametrize(
@@ -62,10 +69,11 @@ def test_help_names_every_question_and_task():
         (["regret", "--task", "vit"], "--task is no flag of regret."),
         (["order", "--optim", "adam"], "--optim adam: no such choice. Did you mean adamw?"),
         (["order", "extra"], "extra is no flag of order."),
+        (["cost", "--tokens", "many"], "--tokens: "),
     ],
 )
 def test_mistakes_are_one_line(argv, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         verify.parse(argv)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -80,8 +88,8 @@ def test_a_file_in_the_way_is_said_before_anything_is_computed(asked, monkeypatc
 
 def test_one_question(asked, monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "order", "--quick", "--seed", "4", "--task", "vit") == 0
-    options = {"seeds": 3, "task": "vit", "parameter": None, "optim": "caspr"}
-    assert asked == [("order", True, 4, options)]
+    options = {"quick": True, "seed": 4, "seeds": 3, "task": "vit", "parameter": None, "optim": "caspr"}
+    assert asked == [("order", options)]
     out = capsys.readouterr().out
     assert "Is order so?" in out
     assert "wrote    outputs/verify/order: order.md, order.json and gaps.csv" in out
@@ -99,6 +107,9 @@ def test_all_of_them_and_one_page(asked, monkeypatch, capsys, tmp_path):
     page = (tmp_path / "there/index.html").read_text(encoding="utf8")
     assert all(f"Is {name} so?" in page for name in verify.QUESTIONS)
     assert "caspr-verify order --seeds 2" in page
+    assert asked[0][1]["seeds"] == 2
+    assert "seeds" not in asked[-1][1]  # which cost does not take
+    assert asked[-1][1]["seed"] == 0
     assert "wrote    there/index.html" in capsys.readouterr().out
 
 
@@ -118,30 +129,30 @@ def test_a_statement_that_failed_is_said_and_the_code_is_one(asked, monkeypatch,
 
 
 def test_a_mistake_that_only_theory_sees(asked, monkeypatch, capsys):
-    def answer(**options):
+    def answer(choice, log):
         raise ConfigError("--task vot: no such task. Did you mean vit?")
 
-    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
+    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer, Choice=dict))
     assert call(monkeypatch, "order") == 2
     assert capsys.readouterr().err.strip() == "error: --task vot: no such task. Did you mean vit?"
 
 
 def test_interrupted(asked, monkeypatch, capsys):
-    def answer(**options):
+    def answer(choice, log):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
+    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer, Choice=dict))
     assert call(monkeypatch, "order") == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_every_question_is_a_module_that_takes_its_flags():
-    import inspect
     from importlib import import_module
 
-    for name, question in verify.QUESTIONS.items():
-        taken = inspect.signature(import_module(f"caspr_cli.theory.{name}").answer).parameters
-        assert {"quick", "seed", "say", *question.flags} <= taken.keys()
+    for name, (_, flags) in verify.QUESTIONS.items():
+        module = import_module(f"caspr_cli.theory.{name}")
+        assert callable(module.answer)
+        assert {"quick", *flags} <= module.Choice.__dataclass_fields__.keys()
 
 
 def test_a_terminal_without_utf8_gets_what_it_can_show(tmp_path):
@@ -150,7 +161,9 @@ import sys
 from types import SimpleNamespace
 from caspr_cli.commands import verify
 from caspr_cli.report.answer import Answer
-verify.import_module = lambda name: SimpleNamespace(answer=lambda **_: Answer("order", "X₁ ⪯ X₂?", ("X₁ ⪯ X₂.",)))
+verify.import_module = lambda name: SimpleNamespace(
+    Choice=dict, answer=lambda choice, log: Answer("order", "X₁ ⪯ X₂?", finding="X₁ ⪯ X₂.")
+)
 sys.argv = ["caspr-verify", "order"]
 sys.exit(verify.main())
 """

@@ -2,16 +2,25 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
 from caspr_cli.optim import CASPR, Shampoo
-from caspr_cli.theory import approximation, approximation_shown
-from caspr_cli.theory.approximation import NOISE
-from caspr_cli.theory.approximation_shown import STYLES
+from caspr_cli.theory import approximation
+from caspr_cli.theory.approximation import (
+    FAMILY,
+    NEAREST,
+    NOISE,
+    PRODUCTS,
+    STYLES,
+    Near,
+    approximations,
+    nearness,
+    rows_of,
+)
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import kronecker_stream
-from caspr_cli.theory.nearness import FAMILY, ORACLES, PRODUCTS, Case, Near, approximations, nearness
+from caspr_cli.theory.gradients import Choice, kronecker_stream
 
 
 def streams():
@@ -23,7 +32,7 @@ def test_all_preconditioners_are_there():
 
 
 def test_distances_and_cosines_belong_together():
-    """The relative distance after the best scaling is sqrt(1 - cos^2), and no distance is below it."""
+    """The relative distance after the best scaling is sqrt(1 - cos^2)."""
     G = streams()
     found = nearness(G, 1e-3)
     roots = approximations(G, 1e-3)
@@ -33,7 +42,9 @@ def test_distances_and_cosines_belong_together():
         best = (X * full).sum() / (X * X).sum()
         least = float((best * X - full).norm() / full.norm())
         assert math.sqrt(1 - near.root**2) == pytest.approx(least, rel=1e-6)
-        assert near.root_distance >= least - 1e-12
+        assert near.root_distance == pytest.approx(float((X - full).norm() / full.norm()))
+        P, inverse = torch.linalg.inv(X), torch.linalg.inv(full)
+        assert near.inverse_distance == pytest.approx(float((P - inverse).norm() / inverse.norm()))
 
 
 def test_for_one_row_the_row_is_the_full_matrix():
@@ -59,15 +70,15 @@ def test_entries_one_at_a_time_make_the_diagonal_exact():
 def test_no_product_has_a_larger_cosine_than_the_nearest(seed):
     G = kronecker_stream((4, 3), 3 + 5 * seed, seed)
     found = nearness(G, ridge(G))
-    assert all(found[ORACLES[1]].root >= found[name].root - 1e-9 for name in PRODUCTS)
+    assert all(found[NEAREST].root >= found[name].root - 1e-9 for name in PRODUCTS)
 
 
 def test_false_that_nearness_to_the_root_is_nearness_of_the_update():
     """The nearest product to F^(1/2) gives an update that is farther from full-matrix Adagrad's than CASPR's."""
     G = kronecker_stream((4, 4), 6, 0)
     found = nearness(G, ridge(G))
-    assert found[ORACLES[1]].root > found["caspr"].root
-    assert found[ORACLES[1]].angle > found["caspr"].angle
+    assert found[NEAREST].root > found["caspr"].root
+    assert found[NEAREST].angle > found["caspr"].angle
 
 
 def test_false_that_caspr_is_the_best_approximation():
@@ -106,34 +117,49 @@ def test_false_that_cosines_fall_with_the_order():
     assert distances == sorted(distances)  # which does not hinder the distances
 
 
-def made_up(values, task="vit", step=10):
-    near = {name: Near(values.get(name, 0.1), 0.2, 1.0, 1.0, 50.0 - 10 * values.get(name, 0.1)) for name in STYLES}
-    return Case(task, "up", 0, step, near)
+def made_up(*values, task="vit", step=10):
+    """Cases of several seeds with these cosines; all others are 0.1."""
+    rows = []
+    for seed, of in enumerate(values):
+        near = {k: Near(of.get(k, 0.1), 0.2, 1.0, 1.0, 50.0 - 10 * of.get(k, 0.1)) for k in STYLES}
+        rows += rows_of(near, task, "up", seed, step)
+    return pd.DataFrame(rows)
 
 
-def test_words_follow_the_numbers():
-    ahead = [made_up({"caspr": 0.9}), made_up({"caspr": 0.9}, NOISE)]
-    text = " ".join(approximation.words(ahead))
-    assert "the nearest to F^½ is caspr on vit (0.900)" in text
-    assert "None is nearer than CASPR in this run." in text
-    assert "not the best" not in text
-    behind = [made_up({"shampoo 1/2": 0.9, "caspr": 0.5}), made_up({"left": 0.8, "caspr": 0.5}, NOISE)]
-    text = " ".join(approximation.words(behind))
-    assert "shampoo 1/2 on vit (0.900, CASPR 0.500 in place 2)" in text
-    assert "CASPR is not the best approximation there; nearer: left." in text
-    assert "shampoo 1/2 in 0 of 1" in text
+def test_the_finding_follows_the_numbers():
+    ahead = approximation.finding(pd.concat([made_up({"caspr": 0.9}), made_up({"left": 0.9}, task=NOISE)]))
+    assert ahead == "At step 10 caspr is nearest to F^½ on 1 of 1 tasks; CASPR takes places 1 to 1 of 10."
+    two = pd.concat([made_up({"left": 0.9, "caspr": 0.5}), made_up({"left": 0.9, "caspr": 0.95}, task="resnet")])
+    assert "CASPR takes places 1 to 2 of 10." in approximation.finding(two)
+    assert len(ahead.split()) <= 30
 
 
-def test_a_single_case_has_no_spread():
-    sheet = next(approximation_shown.summaries([made_up({}), made_up({}, NOISE)]))
-    assert sheet.rows[0]["vit sd"] is None
+def test_who_is_nearer_is_counted_after_the_first_step():
+    cases = pd.concat([made_up({"caspr": 0.5, "left": 0.9}, {"diagonal": 0.9}), made_up({"diagonal": 1.0}, step=1)])
+    rows = approximation.nearer(cases).set_index("other")
+    assert rows.loc["diagonal", ["cases", "root", "angle"]].tolist() == [2, 1, 1]
+    assert rows.loc["order 1", ["cases", "root", "angle"]].tolist() == [2, 1, 1]
 
 
-@pytest.mark.slow
-def test_quick_answer():
-    found = approximation.answer(quick=True, task="vit")
-    assert all(held for _, held in found.holds)
+def test_summaries_are_of_the_last_step_and_a_single_case_has_no_spread():
+    cases = pd.concat(
+        [made_up({"caspr": 0.5}), made_up({"caspr": 0.9}, step=3), made_up({}, {"caspr": 0.3}, task=NOISE)]
+    )
+    row = approximation.summary(cases, "root").set_index("preconditioner").loc["caspr"]
+    assert math.isnan(row["vit sd"])
+    assert [row["vit"], row[NOISE], row["tasks"]] == pytest.approx([0.5, 0.2, 0.5])
+    assert row[f"{NOISE} sd"] == pytest.approx(0.2 / math.sqrt(2))
+
+
+@pytest.fixture(scope="module")
+def found():
+    return approximation.answer(Choice(quick=True, task="vit"))
+
+
+def test_the_answer_holds(found):
+    assert all(held for _, held in found.claims)
     assert [figure.name for figure in found.figures] == ["root", "inverse", "angle"]
-    rows = next(sheet for sheet in found.sheets if sheet.name == "root").rows
-    assert [row["preconditioner"] for row in rows] == list(STYLES)
-    assert all(0 < row["vit"] <= 1 for row in rows)
+    rows = found.tables["root"]
+    assert list(rows["preconditioner"]) == list(STYLES)
+    assert all(0 < value <= 1 for value in rows["vit"])
+    assert len(found.counterexamples) == 1

@@ -1,38 +1,41 @@
 """What a step costs by its shapes: the formulas against the engine, and what is assumed of ranks and large models."""
 
-import inspect
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from caspr_cli.bench.floor import recorded
 from caspr_cli.commands import verify
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
-from caspr_cli.optim.cost import state_bytes, step_flops
+from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.roots import newton_steps
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.theory import cost
-from caspr_cli.theory.cost_runs import dealt, layer, model_of, one_thread, run, stand_ins
-from caspr_cli.theory.decoders import DECODERS, NODE, Assumed, scaled
+from caspr_cli.theory.cost import Choice
+from caspr_cli.theory.cost_runs import called_products, divided, layer, model_of, one_thread, run
 from caspr_cli.theory.work import (
+    DECODERS,
+    NODE,
     PASSES,
+    Assumed,
     Machine,
     exchanged,
     gathered,
+    scaled,
     seconds,
     share_of,
+    stand_ins,
     work_of,
     work_of_shapes,
 )
 
-ASSUMED = Assumed(4e6, 0.7, 0.4, 67, 989, 3.35, 50)
+ASSUMED = Assumed()
 
 
 def meta(*shapes):
-    return stand_ins([torch.empty(shape, device="meta") for shape in shapes])
+    return stand_ins(shapes)
 
 
 @pytest.mark.parametrize("options", [{}, {"order": 3}, {"block_size": 64}, {"statistics_interval": 2}, {"interval": 3}])
@@ -83,9 +86,9 @@ def test_state_is_that_of_real_steps(shapes):
 
 def test_products_that_are_called_have_these_flops():
     optimizer = CASPR(meta(*layer(96), (300, 500)), start_step=1, interval=1000)
-    for _ in range(2):  # roots are made in the first
-        calls = recorded(optimizer)
-    assert sum(call.flops for call in calls) == work_of(optimizer).products
+    optimizer.step()  # roots are made in the first
+    assert called_flops(optimizer) == work_of(optimizer).products
+    assert called_products() == 1
 
 
 def test_as_many_of_the_same_are_as_much_work():
@@ -110,7 +113,7 @@ def test_seconds_are_work_at_the_rates_of_the_machine():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 50])
 def test_ranks_have_their_part_and_a_block_at_most(ranks):
     optimizer = CASPR(meta(*layer(128) * 3, (700, 90)), block_size=64)
-    found = dealt(optimizer, ranks)
+    found = divided(optimizer, ranks)
     assert found.average <= found.most * (1 + 1e-12)
     assert found.most <= found.bound * (1 + 1e-12)
     assert found.speedup <= ranks * (1 + 1e-12)
@@ -147,16 +150,16 @@ def test_decoders_have_the_parameters_of_the_published_models(name, billions):
 
 def test_large_models_by_hand():
     decoder = DECODERS[1]
-    ddp, divided = scaled(decoder, 64, ASSUMED)[:2]
+    ddp, sharded = scaled(decoder, 64, ASSUMED)[:2]
     assert ddp.training == pytest.approx(6 * decoder.parameters * 4e6 / (64 * 989e12 * 0.4))
     work = decoder.work(interval=10)
     assert ddp.seconds.communication == pytest.approx(4 * work.parameters / NODE / 50e9)
-    assert divided.seconds.communication == pytest.approx(3 * 4 * work.parameters / 64 * (63 / 64) / 50e9)
-    assert ddp.seconds.roots == divided.seconds.roots >= work.newton / 64 / (0.7 * 67e12)
+    assert sharded.seconds.communication == pytest.approx(3 * 4 * work.parameters / 64 * (63 / 64) / 50e9)
+    assert ddp.seconds.roots == sharded.seconds.roots >= work.newton / 64 / (0.7 * 67e12)
     assert ddp.share == ddp.seconds.total / (ddp.seconds.total + ddp.training)
     assert not ddp.fits
     assert ddp.gigabytes > 16 * decoder.parameters / 1e9  # weights, gradients and two moments
-    assert divided.gigabytes < 16 * decoder.parameters / 1e9 / 64 + work.factors / 1e9 / 64 + 0.1
+    assert sharded.gigabytes < 16 * decoder.parameters / 1e9 / 64 + work.factors / 1e9 / 64 + 0.1
 
 
 def test_the_cost_of_a_parameter_is_set_by_the_blocks_and_not_by_the_model():
@@ -206,18 +209,38 @@ def test_a_model_is_costed_as_the_plan_does():
 )
 def test_mistakes_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
-        cost.answer(quick=True, **options)
+        cost.answer(Choice(quick=True, **options))
 
 
 def test_the_command_line_has_the_same_defaults():
-    taken = inspect.signature(cost.answer).parameters
-    assert {name: taken[name].default for name in (*verify.ASSUMED, "model")} == verify.ASSUMED | {"model": "c4_lm"}
+    assert vars(Choice()) == {"quick": False, "seed": 0} | {name: verify.FLAGS[name].default for name in verify.COSTED}
 
 
-def test_the_answer_holds():
-    found = cost.answer(quick=True, model="vit")
-    assert all(held for _, held in found.holds)
-    assert [sheet.name for sheet in found.sheets] == [
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
+        patch.setattr("caspr_cli.theory.cost_runs.COPIED", 2**16)
+        return cost.answer(Choice(quick=True, model="vit"))
+
+
+def test_the_answer_holds(found):
+    assert all(held for _, held in found.claims)
+    assert list(found.tables) == [
         "width", "block_size", "interval", "order", "model", "ranks", "scale", "decoders",
     ]  # fmt: skip
-    assert all(row["s_communication"] > 0 for row in found.sheets[-2].rows)
+    assert found.finding.startswith("A step of CASPR has ")
+    assert len(found.finding.split()) <= 30
+    assert (found.tables["scale"]["s_communication"] > 0).all()
+    assert "CASPR over Shampoo" in found.tables["order"].attrs["note"]
+
+
+def test_tables_hold_what_was_measured(found):
+    width, model = found.tables["width"], found.tables["model"]
+    parts = ["statistics", "roots", "apply", "rest"]
+    assert width[parts].sum(axis=1).tolist() == pytest.approx(width["total"].tolist())
+    assert (width["total_predicted"] / width["total"]).tolist() == pytest.approx(width["ratio"].tolist())
+    assert model["share"].sum() == pytest.approx(1)
+    share = model.set_index("part")["share"]
+    assert f"{100 * (1 - share['training']):.1f} %" in found.finding
+    assert found.tables["ranks"].loc[0, "speedup"] == 1

@@ -2,41 +2,29 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from references.inverse_root import inverse_root, spectrum, with_spectrum
 from references.kronecker import spectral_power
 from references.stream import random_stream
 
-from caspr_cli.optim.roots import newton_root, newton_steps
-from caspr_cli.theory import root_cases, roots
-from caspr_cli.theory.root_cases import constants
-from caspr_cli.theory.roots import slope
-from caspr_cli.theory.roots_shown import moved
+from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
+from caspr_cli.bench.roots import BY_NAME, SOLVERS, Matrix
+from caspr_cli.theory import roots
+from caspr_cli.theory.gradients import Choice
+from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
-    BFLOAT16,
-    FLOAT32,
-    FLOAT64,
     STORED,
-    TF32,
-    RoundedProducts,
+    cases,
+    constants_of,
     divided_differences,
+    moved,
     one_rounding,
-    rounded,
     sensitivity,
+    solved,
     storage,
     worst_case,
-)
-from caspr_cli.theory.solving import (
-    OURS,
-    SOLVERS,
-    SQUARE,
-    Coupled,
-    Matrix,
-    flops_of,
-    newton_products,
-    peak_bytes,
-    solved,
 )
 
 EXPONENTS = [2, 4, 6]
@@ -48,13 +36,6 @@ def symmetric(d, seed):
     return (X + X.mT) / math.sqrt(2)  # off the diagonal of variance 1, on it 2
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [(FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)])
-def test_rounding_to_bits_is_that_of_the_type(precision, dtype):
-    x = random_stream(1000, steps=1, seed=1)[0] * torch.logspace(-20, 20, 1000, dtype=torch.float64)
-    assert torch.equal(rounded(x, precision.bits), x.to(dtype).double())
-    assert precision.unit == torch.finfo(dtype).eps / 2
-
-
 def test_the_error_of_storing_numbers_is_as_large_as_their_mantissas_say():
     """Spread evenly in the logarithm; normal numbers are not, and are 9 % off."""
     spread = 2 ** (4 * torch.rand(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -62,20 +43,6 @@ def test_the_error_of_storing_numbers_is_as_large_as_their_mantissas_say():
         for precision in (TF32, BFLOAT16):
             E = rounded(x, precision.bits) - x
             assert (E.norm() / x.norm()).item() == pytest.approx(STORED * precision.unit, rel=within)
-
-
-def test_rounded_products_round_operands_and_nothing_else():
-    X = random_stream(1, 5, 5, steps=1, seed=3)[0].float()
-    low = rounded(X, 11)
-    square = torch.bmm(low, low)
-    cube = torch.bmm(low, rounded(square, 11))
-    with RoundedProducts(11):
-        assert torch.equal(torch.bmm(X, X), square)
-        assert torch.equal(X @ X, square)
-        assert torch.equal(torch.linalg.matrix_power(X, 2), square)
-        assert torch.equal(torch.linalg.matrix_power(X, 3), cube)
-        assert torch.equal(X * X, X * X)
-    assert not torch.equal(torch.bmm(X, X), square)
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
@@ -134,43 +101,17 @@ def test_no_error_is_beyond_the_worst_case_and_one_is_near_it(p):
 def test_a_decomposition_in_float64_has_a_backward_error_of_a_few_roundings():
     matrix = Matrix.drawn(64, 1e6, seed=0)
     for p in EXPONENTS:
-        case = solved(next(s for s in SOLVERS if s.name == "eigh, float64"), matrix, 1e6, 0.0, p, 0)
-        assert 0.1 < case.roundings < 10
-        assert case.amplified == one_rounding(matrix.values, FLOAT64, p)
-
-
-def test_what_newton_does_is_watched_and_not_changed():
-    S = with_spectrum(spectrum("logarithmic", 16, 1e2), seed=7).unsqueeze(0)
-    plain = newton_root(S, lambda largest: 0 * largest, 4)
-    with Coupled() as watch:
-        watched = newton_root(S, lambda largest: 0 * largest, 4)
-    assert torch.equal(plain.A, watched.A)
-    assert 1 < watch.steps <= newton_steps(1e2, 4)
-    assert watch.least < 1e-14
+        case = solved(BY_NAME["eigh, float64"], matrix, 0.0, p)
+        assert 0.1 < case["roundings"] < 10
+        assert case["amplified"] == one_rounding(matrix.values, FLOAT64, p)
 
 
 def test_errors_are_those_of_the_damping_that_was_added():
     """Newton's largest eigenvalue is an estimate, and with it the damping; that is no error of the root."""
     matrix = Matrix.drawn(32, 1e4, seed=1)
-    case = solved(next(s for s in SOLVERS if s.name == "newton, float64"), matrix, 1e4, 1e-2, 4, 0)
-    assert case.error < 1e-12
-    assert case.accepted
-
-
-@pytest.mark.parametrize(("p", "products"), [(2, 3), (4, 4), (6, 5)])
-def test_products_of_newton_and_what_they_cost(p, products):
-    assert newton_products(p) == products
-    assert flops_of("newton", 10, p, steps=3) == 2 * 10**3 * 3 * products
-    assert flops_of("eigh", 10, p, 0) == 25e3
-
-
-@pytest.mark.parametrize("solver", OURS, ids=lambda s: s.name)
-def test_memory_is_as_many_matrices_as_are_counted(solver):
-    d = 128
-    matrix = Matrix.drawn(d, 1e2, seed=2)
-    seen = solver.matrix(matrix.S)
-    held = peak_bytes(lambda: solver.run(seen, matrix.basis, lambda largest: 1e-6 * largest, 4))
-    assert held / (4 * d * d) == pytest.approx(SQUARE[solver.method], rel=0.1)
+    case = solved(BY_NAME["newton, float64"], matrix, 1e-2, 4)
+    assert case["error"] < 1e-12
+    assert case["accepted"]
 
 
 def test_what_damping_moves():
@@ -189,7 +130,7 @@ def test_what_damping_moves():
 @pytest.fixture(scope="module")
 def bare():
     """Cases without damping, small."""
-    return list(root_cases._cases(48, (1e2, 1e4, 1e6), (0.0,), EXPONENTS, [0, 1]))
+    return pd.DataFrame(cases(48, (1e2, 1e4, 1e6), (0.0,), EXPONENTS, [0, 1]))
 
 
 def test_false_that_errors_grow_as_the_condition_of_the_root(bare):
@@ -198,11 +139,11 @@ def test_false_that_errors_grow_as_the_condition_of_the_root(bare):
         assert slope(bare, p) > 1 / p + 0.3
 
 
-def test_false_that_newton_s_own_residual_tells_its_error(bare):
-    case = next(c for c in bare if c.solver.name == "newton, float32" and c.condition == 1e6 and c.p == 4)
-    assert case.coupled < 1e-6
-    assert case.error > 100 * case.coupled
-    assert case.residual > 100 * case.coupled  # the one that is recomputed does
+def test_false_that_newton_s_own_residual_shows_its_error(bare):
+    own = bare[(bare["solver"] == "newton, float32") & (bare["condition"] == 1e6) & (bare["p"] == 4)].iloc[0]
+    assert own["coupled"] < 1e-6
+    assert own["error"] > 100 * own["coupled"]
+    assert own["residual"] > 100 * own["coupled"]  # the one that is recomputed does
 
 
 def test_false_that_low_precision_is_only_less_exact():
@@ -213,15 +154,60 @@ def test_false_that_low_precision_is_only_less_exact():
 
 
 def test_constants_leave_out_what_rounding_of_the_result_decides(bare):
-    found = {c.solver.name: c for c in constants(bare)}
-    assert not any(solver.name in found for solver in STORES)
-    assert 0 < found["newton, float32"].least <= found["newton, float32"].middle <= found["newton, float32"].most
-    assert found["newton, float32"].most < found["eigh, float32"].most
+    found = constants_of(bare)
+    assert not any(solver.name in found.index for solver in STORES)
+    own = found.loc["newton, float32"]
+    assert 0 < own["least"] <= own["middle"] <= own["most"] < found.loc["eigh, float32", "most"]
+    assert own["count"] == len(
+        bare[(bare["solver"] == "newton, float32") & (bare["condition"] >= 1e3) & (bare["error"] <= 0.02)]
+    )
 
 
-def test_the_answer_holds():
-    found = roots.answer(quick=True, seed=3)
-    assert all(held for _, held in found.holds)
-    assert len(found.fails) == 2
-    assert [sheet.name for sheet in found.sheets][:2] == ["stability", "exponents"]
-    assert "emulated" in " ".join(found.words)
+def test_steps_of_newton_are_counted_with_products_of_low_precision_too(bare):
+    steps = bare[bare["solver"].str.startswith("newton")].groupby("solver")["steps"].min()
+    assert (steps > 1).all()
+    assert bare.loc[~bare["solver"].str.startswith("newton"), "steps"].isna().all()
+
+
+def test_the_reach_ends_with_the_first_error_that_is_large():
+    rows = [
+        {"solver": solver.name, "p": 4, "condition": condition, "error": error}
+        for solver in SOLVERS
+        for condition, error in ((1e1, 1e-3), (1e2, 1e-1 if solver.name == "eigh, float32" else 1e-3), (1e3, 1e-3))
+    ]
+    found = reach(pd.DataFrame(rows))
+    assert (found["eigh, float32"], found["newton, float32"]) == (1e1, 1e3)
+    assert math.isnan(reach(pd.DataFrame(rows).assign(error=1.0))["eigh, float32"])
+
+
+@pytest.fixture(scope="module")
+def found():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
+        patch.setattr(roots, "QUICK_ROWS", 32)
+        patch.setattr(roots, "DAMPINGS", (1e-10, 1e-6, 1e-2))
+        patch.setattr(roots, "QUICK_SIZES", (16, 128))
+        return roots.answer(Choice(quick=True, seed=3))
+
+
+def test_the_answer_holds(found):
+    assert all(held for _, held in found.claims)
+    assert len(found.counterexamples) == 2
+    assert found.finding.startswith("With the default damping of 1e-06, ")
+    assert len(found.finding.split()) <= 30
+    assert "emulated" in found.tables["precision"].attrs["note"]
+
+
+def test_tables_hold_what_was_measured(found):
+    every = found.tables["roots"]
+    assert len(every) == len(SOLVERS) * (5 * 3 + 5 + 3 + len(roots.SCALES))
+    checks = found.tables["checks"].set_index("what")["value"]
+    assert int(checks["roots"]) == len(every) - len(SOLVERS) * len(roots.SCALES)
+    damping = found.tables["damping"]
+    eps = damping.loc[damping["newton, float32"] <= 0.01, "eps"].min()
+    assert found.tables["limits"].set_index("solver").loc["newton, float32", "damping"] == eps
+    stability = found.tables["stability"]
+    own = every[(every["solver"] == "eigh, float32") & (every["eps"] == 0) & (every["p"] == 4)]
+    assert stability["eigh, float32"].tolist() == pytest.approx(own["error"].tolist())
+    assert (stability["steps"] <= stability["forecast"]).all()
+    assert found.tables["complexity"].loc[lambda t: t["solver"] == "eigh", "eigh"].eq(1).all()

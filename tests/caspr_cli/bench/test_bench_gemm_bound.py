@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from caspr_cli.bench.floor import Call, floor_of, kronecker_products, recorded, replay_calls
+from caspr_cli.bench.gemm_bound import Call, Product, Recorder, gemm_bound, kronecker_products, replay_calls
 from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim.cost import called_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 
 CPU = torch.device("cpu")
@@ -29,8 +30,18 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def recorded(optimizer: Optimizer) -> list[Call]:
+    with Recorder() as recorder:
+        optimizer.step()
+    return recorder.calls
+
+
 def total(optimizer: KroneckerOptimizer) -> int:
-    return sum(product.products for product in kronecker_products(optimizer))
+    return sum(product.blocks * product.count for product in kronecker_products(optimizer))
+
+
+def flops(products: list[Product]) -> int:
+    return sum(2 * p.blocks * p.count * p.rows * p.inner * p.columns for p in products)
 
 
 def test_six_products_a_block_for_caspr_and_four_for_shampoo() -> None:
@@ -49,7 +60,7 @@ def test_vectors_are_no_part_of_it() -> None:
 def test_products_of_a_block_are_the_cost_of_the_formula() -> None:
     m, n = 20, 12
     found = kronecker_products(CASPR(params((m, n))))
-    assert sum(product.flops for product in found) == 3 * 2 * m * n * (m + n)  # statistics, and two passes
+    assert flops(found) == 3 * 2 * m * n * (m + n)  # statistics, and two passes
     assert all(product.dtype == torch.float32 for product in found)
     assert {product.dtype for product in kronecker_products(CASPR(params((m, n), dtype=torch.float64)))} == {
         torch.float64
@@ -59,8 +70,8 @@ def test_products_of_a_block_are_the_cost_of_the_formula() -> None:
 def test_every_axis_counts() -> None:
     k, a, b, c = 3, 4, 5, 6
     found = kronecker_products(CASPR(params(*[(a, b, c)] * k), merge="none"))
-    assert sum(product.products for product in found) == k * 3 * (1 + 2)
-    assert sum(product.flops for product in found) == k * 3 * 2 * a * b * c * (a + b + c)
+    assert sum(product.blocks * product.count for product in found) == k * 3 * (1 + 2)
+    assert flops(found) == k * 3 * 2 * a * b * c * (a + b + c)
 
 
 class Known(Optimizer):
@@ -97,7 +108,7 @@ def test_the_products_of_a_step_are_found() -> None:
     ]
     assert dict(calls[1].scale) == {"beta": 0.5, "alpha": 0.25}
     assert calls[0].operands[1].stride == (1, 3)  # a transposed view, and replayed as one
-    assert [call.flops for call in calls] == [96, 96, 192, 192, 96]
+    assert called_flops(Known(params((4, 3)))) == 96 + 96 + 192 + 192 + 96
 
 
 def test_a_replay_calls_the_same_products() -> None:
@@ -117,11 +128,11 @@ def test_a_replay_calls_the_same_products() -> None:
     assert [call.scale for call in again] == [call.scale for call in calls]
 
 
-def test_adamw_has_no_floor_and_muon_has_one() -> None:
-    assert floor_of(torch.optim.AdamW(params((4, 3))), CPU, seconds) is None
-    floor = floor_of(torch.optim.Muon(params((4, 3))), CPU, seconds)
-    assert floor is not None
-    floor()
+def test_adamw_calls_no_products_and_muon_some() -> None:
+    assert gemm_bound(torch.optim.AdamW(params((4, 3))), CPU, seconds) is None
+    bound = gemm_bound(torch.optim.Muon(params((4, 3))), CPU, seconds)
+    assert bound is not None
+    bound()
 
 
 @pytest.mark.parametrize("faster", ["bmm", "mm"])
@@ -132,9 +143,9 @@ def test_the_faster_way_is_taken(faster: str) -> None:
     def says(run: Callable[[], None]) -> float:
         return 1.0 if called(run) == {faster} else 2.0
 
-    floor = floor_of(optimizer, CPU, says)
-    assert floor is not None
-    assert called(floor) == {faster}
+    bound = gemm_bound(optimizer, CPU, says)
+    assert bound is not None
+    assert called(bound) == {faster}
 
 
 def called(run: Callable[[], None]) -> set[str]:

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.cost import blocks_of, passes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
 
 TRIALS = 3  # of each way to replay a product, to find the faster
 
+Run = Callable[[], None]
 aten = torch.ops.aten
 # For each operator the function that writes into ``out=``, and how many of its first arguments are tensors.
 OPERATORS: dict[Any, tuple[Callable[..., Tensor], int]] = {
@@ -47,8 +47,8 @@ class Operand:
         return cls(tuple(x.shape), x.stride(), x.dtype)
 
     def make(self, device: torch.device) -> Tensor:
-        room = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
-        return torch.randn(room, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
+        numbers = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        return torch.randn(numbers, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,10 @@ class Call:
     operands: tuple[Operand, ...]
     scale: tuple[tuple[str, float], ...]  # alpha and beta
 
-    @property
-    def flops(self) -> float:
-        left, right = self.operands[-2:]
-        return 2.0 * math.prod(left.size) * right.size[-1]
-
 
 @dataclass(frozen=True)
 class Product:
-    """``count`` times a step: ``[blocks, rows, inner]`` times ``[blocks, inner, columns]``."""
+    """``[blocks, rows, inner]`` times ``[blocks, inner, columns]``, ``count`` times a step."""
 
     blocks: int
     rows: int
@@ -77,18 +72,9 @@ class Product:
     gram: bool  # X X^T, with one operand
     count: int
 
-    @property
-    def products(self) -> int:
-        """Of single matrices."""
-        return self.blocks * self.count
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.products * self.rows * self.inner * self.columns
-
 
 class Recorder(TorchDispatchMode):
-    """Notes every matrix product that is called inside its context."""
+    """Keeps every matrix product that is called inside its context; those of other threads are not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,21 +91,13 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def recorded(optimizer: Optimizer) -> list[Call]:
-    """The matrix products of one step, which is taken. Products of other threads are not seen."""
-    recorder = Recorder()
-    with recorder:
-        optimizer.step()
-    return recorder.calls
-
-
 def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
-    """For every preconditioned block and axis of size d that has statistics, with r numbers to each of its rows: the
-    statistics (d x r times r x d) and, in each pass, the application (d x d times d x r).
+    """Return the products of every preconditioned block and axis of d rows of r numbers.
 
-    For m x n blocks that is six products for CASPR (two passes) and four for Shampoo (one).
+    They are the statistics (d x r times r x d) and, in each pass, the application (d x d times d x r). For m x n blocks
+    that is six products for CASPR (two passes) and four for Shampoo (one).
     """
-    blocks: Counter[tuple[Shape, Shape, int, torch.dtype]] = Counter()
+    blocks: Counter[Any] = Counter()
     for group, p, sizes, shape, count in blocks_of(optimizer):
         blocks[sizes, shape, passes(group["order"], len(sizes)), factor_dtype(p, group)] += count
     found = []
@@ -131,10 +109,8 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
     return found
 
 
-def floor_of(
-    optimizer: Optimizer, device: torch.device, seconds: Callable[[Callable[[], None]], float]
-) -> Callable[[], None] | None:
-    """What replays the products of a step; None for an optimizer that has none. Takes one step to record them.
+def gemm_bound(optimizer: Optimizer, device: torch.device, seconds: Callable[[Run], float]) -> Run | None:
+    """Return what replays the products of a step; None if there are none. Takes one step to record them.
 
     Args:
         seconds: times a function.
@@ -142,7 +118,9 @@ def floor_of(
     if isinstance(optimizer, KroneckerOptimizer):
         replays = [_fastest(product, device, seconds) for product in kronecker_products(optimizer)]
     else:
-        replays = replay_calls(recorded(optimizer), device)
+        with Recorder() as recorder:
+            optimizer.step()
+        replays = replay_calls(recorder.calls, device)
 
     def run() -> None:
         for replay in replays:
@@ -151,19 +129,16 @@ def floor_of(
     return run if replays else None
 
 
-def replay_calls(calls: list[Call], device: torch.device) -> list[Callable[[], None]]:
-    """The same calls; operands and results of the same kind share memory, which can only make them faster."""
-    room: dict[tuple[Operand, int], Tensor] = {}
+def replay_calls(calls: list[Call], device: torch.device) -> list[Run]:
+    """Return the same calls; operands and results of the same kind share memory, which can only make them faster."""
+    operands: dict[tuple[Operand, int], Tensor] = {}
     results: dict[tuple[Any, ...], Tensor] = {}
 
-    def operand(x: Operand, place: int) -> Tensor:
-        # By its place, too: the two sides of X X are then not of one memory, as they need not be in the step.
-        if (x, place) not in room:
-            room[x, place] = x.make(device)
-        return room[x, place]
-
-    def prepared(call: Call) -> Callable[[], None]:
-        tensors = [operand(x, place) for place, x in enumerate(call.operands)]
+    def prepared(call: Call) -> Run:
+        # By place, too: the two sides of X X are then not of one memory, as they need not be in the step.
+        keys = [(x, place) for place, x in enumerate(call.operands)]
+        operands.update({key: key[0].make(device) for key in keys if key not in operands})
+        tensors = [operands[key] for key in keys]
         kind = (*(x.shape for x in tensors[-2:]), tensors[-1].dtype)
         if kind not in results:
             results[kind] = call.function(*tensors)
@@ -177,10 +152,8 @@ def replay_calls(calls: list[Call], device: torch.device) -> list[Callable[[], N
     return [prepared(call) for call in calls]
 
 
-def _fastest(
-    product: Product, device: torch.device, seconds: Callable[[Callable[[], None]], float]
-) -> Callable[[], None]:
-    """One batched product over the stack, or a loop over its matrices, whichever takes less time here."""
+def _fastest(product: Product, device: torch.device, seconds: Callable[[Run], float]) -> Run:
+    """Return one batched product over all blocks, or a loop over them, whichever takes less time here."""
     ways = [_batched(product, device), _looped(product, device)]
     for way in ways:
         way()
@@ -190,15 +163,15 @@ def _fastest(
 
 
 def _operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    def room(*size: int) -> Tensor:
+    def random(*size: int) -> Tensor:
         return torch.randn(product.blocks, *size, dtype=product.dtype, device=device)
 
-    left = room(product.rows, product.inner)
-    right = left.mT if product.gram else room(product.inner, product.columns)
-    return left, right, room(product.rows, product.columns)
+    left = random(product.rows, product.inner)
+    right = left.mT if product.gram else random(product.inner, product.columns)
+    return left, right, random(product.rows, product.columns)
 
 
-def _batched(product: Product, device: torch.device) -> Callable[[], None]:
+def _batched(product: Product, device: torch.device) -> Run:
     left, right, out = _operands(product, device)
 
     def run() -> None:
@@ -208,7 +181,7 @@ def _batched(product: Product, device: torch.device) -> Callable[[], None]:
     return run
 
 
-def _looped(product: Product, device: torch.device) -> Callable[[], None]:
+def _looped(product: Product, device: torch.device) -> Run:
     single = list(zip(*(x.unbind() for x in _operands(product, device)), strict=True))
 
     def run() -> None:
