@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "optim": {"torch", "pytorch_optimizer", "common.ranges"},
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
-    "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
-               "report.answer", "report.style", "training.timing"},
+    "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks", "training.groups", "training.timing",
+               "report.answer", "report.style"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "recipe.schema"},
 }  # fmt: skip

@@ -262,7 +262,9 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     file = Record.of(first).path / "status.json"
     file.write_text("{")
     table = experiment.rows(Experiment.read("molpcba", given))
-    assert experiment.damaged(table) == [f"damaged  {file} is missing or damaged; resume=never starts this run anew"]
+    assert experiment.damaged(table) == [
+        f"damaged  {file} is missing or damaged; resume=never starts this run anew (is no JSON)"
+    ]
     assert [row.left for row in table] == [len(row.tuning) + len(row.reported) for row in table]
     monkeypatch.setattr(train, "seconds", lambda *_: 1.0)
     started = []
