@@ -7,7 +7,6 @@ fraction of a second; data, losses and batches are those of the task.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -173,10 +172,9 @@ def record(
 ) -> tuple[Recording, ...]:
     """Train for so many steps, and keep the gradients of the parameters ``wanted``.
 
-    Everything is a function of the arguments: torch's global generator is set here, and put back. The convolutions of
-    ``resnet`` are computed without oneDNN, which in torch 2.14.1 writes beyond their memory on some processors.
+    Everything is a function of the arguments: torch's global generator is set here, and put back.
     """
-    with torch.random.fork_rng(devices=[]), _onednn(task_name != "resnet"):
+    with torch.random.fork_rng(devices=[]):
         task, model = _made(task_name, seed)
         shown = _preconditioned(task, model)
         optimizer = build(optimizer_name, param_groups(task, model), {"lr": RATE})
@@ -196,16 +194,6 @@ def record(
     part = max(steps // 10, 1)
     ends = sum(losses[:part]) / part, sum(losses[-part:]) / part
     return tuple(Recording(task_name, name, seed, torch.stack(g), ends) for name, g in kept.items())
-
-
-@contextmanager
-def _onednn(enabled: bool) -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 def as_matrix(gradient: Tensor) -> Tensor:

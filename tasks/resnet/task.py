@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
 
 from caspr_cli.recipe.schema import ResNetConf
 from tasks.base import DataError
 from tasks.images.task import Classification
 from tasks.resnet.model import DEPTHS, ResNet
 
-# Channels of the first stage. Below this, oneDNN writes beyond its memory in the backward pass of 1 x 1 convolutions of
-# stride 2, channels last, on a CPU with AVX2 and no AVX-512 (torch 2.14.1).
-NARROWEST = 8
+# From so many channels on, convolutions are channels last. With fewer, oneDNN of torch 2.14.1 on CPUs with AVX2 alone writes
+# beyond its memory in the backward pass of a 1 x 1 convolution with stride 2.
+CHANNELS_LAST = 8
 
 
 class ResNetTask(Classification):
@@ -28,11 +29,17 @@ class ResNetTask(Classification):
             raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
         if conf.stem not in (1, 2, 4):
             raise DataError(f"task.stem: {conf.stem} is none of 1, 2, 4")
-        if conf.width < NARROWEST:
-            raise DataError(f"task.width: {conf.width} is too small, it must be at least {NARROWEST}")
+        if conf.width < 1:
+            raise DataError(f"task.width: {conf.width} is too small, it must be at least 1")
 
     def model(self) -> ResNet:
-        """A fresh network, its weights channels last in memory, as convolutions on GPUs (and most CPUs) want them."""
-        conf = self.conf
-        model = ResNet(conf.depth, self.gallery.classes, conf.width, stem=conf.stem)
-        return model.to(memory_format=torch.channels_last)
+        """Return a fresh network, its weights channels last in memory, as convolutions on most devices want them."""
+        model = ResNet(self.conf.depth, self.gallery.classes, self.conf.width, stem=self.conf.stem)
+        return model.to(memory_format=self._memory)
+
+    def inputs(self, model: nn.Module, images: Tensor) -> Tensor:
+        return super().inputs(model, images).contiguous(memory_format=self._memory)
+
+    @property
+    def _memory(self) -> torch.memory_format:
+        return torch.channels_last if self.conf.width >= CHANNELS_LAST else torch.contiguous_format

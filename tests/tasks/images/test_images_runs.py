@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 DATA = ["task.data=files", "task.images=folder", "task.size=8", "task.batch_size=8"]
-RESNET = ["task=resnet", *DATA, "task.width=8", "task.depth=10"]
+RESNET = ["task=resnet", *DATA, "task.width=4", "task.depth=10"]
 VIT = ["task=vit", *DATA, "task.width=8", "task.layers=1", "task.heads=2"]
 
 
