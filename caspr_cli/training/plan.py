@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
-from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.blocks import TIMES, Layout
 from caspr_cli.optim.cost import state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
@@ -102,6 +102,9 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
             blocks = _blocks(layout)
             if layout.shape != stand_in.shape:
                 reason += f", seen as {_times(layout.shape)}"
+            if layout.long:
+                short = _times(tuple(layout.shape[axis] for axis in layout.axes))
+                reason += f"; statistics of the {short} alone, the other axis is over {TIMES} times as long"
         elif only["precondition"] is not False:
             reason += " of one axis"
     elif own in TAKES:
