@@ -529,7 +529,7 @@ class KroneckerOptimizer(Optimizer):
         for stack in work.stacks:
             mine: list[int] = []
             # With an interval of 1 it is everyone's turn. (Numbers on the "meta" device cannot be read.)
-            asked = stack.interval > 1 and not stack.scale.is_meta
+            asked = stack.interval > 1 and stack.shares and not stack.scale.is_meta
             grown = stack.outgrown().tolist() if asked else [False] * len(stack.scale)
             if work.complete and work.step is not None and len(stack.rooted) == len(stack.members):  # as in most steps
                 age = work.step - group["start_step"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import Root
 from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
@@ -57,7 +57,10 @@ class Stack:
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
     Q: list[Tensor]  # eigenvectors of S at its last decomposition, [K, d_i, d_i]; an empty list if they are not kept
-    shares: list[Tensor]  # diagonal of the damped S over the trace of S, when A was computed, [K, d_i]; 0: not known
+    shares: list[
+        Tensor
+    ]  # diagonal of the damped S over the trace of S, when A was computed, [K, d_i]; 0: not known; an
+    # empty list for vectors, of which each entry is a row
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
     total: Tensor  # [K], weights of all gradients in S
@@ -88,7 +91,7 @@ class Stack:
             [new(packed_length(d)) for d in sizes],
             [new(*size, dtype=storage.root_dtype) for size in roots],
             [new(d, d) for d in sizes] if storage.basis else [],
-            [new(d) for d in sizes],
+            [] if is_vector(shape) else [new(d) for d in sizes],
             scale=new(),
             root_scale=new(),
             total=new(),
@@ -175,13 +178,15 @@ class Stack:
         step of the whole tensor. That all rows grow together changes no share.
         """
         grown = torch.zeros_like(self.scale, dtype=torch.bool)
-        for S, d, known in zip(self.S, self.sizes, self.shares, strict=True):
+        for S, d, known in zip(self.S, self.sizes, self.shares, strict=False):
             now = diagonal(S, d)
             grown |= ((now > OUTGROWN * now.sum(1, keepdim=True) * known) & (known > 0)).any(1)
         return grown
 
     def remember_shares(self, place: int, at: Rows, S: Tensor, shift: Tensor, accepted: Tensor) -> None:
         """What :meth:`outgrown` compares with: of these rows whose roots of S + shift I are ``accepted`` [k]."""
+        if not self.shares:
+            return
         now = S.diagonal(dim1=1, dim2=2).double()
         total = now.sum(1, keepdim=True)
         shares = torch.where(total > 0, (now + shift.unsqueeze(1)) / total, 0).to(S.dtype)

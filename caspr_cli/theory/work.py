@@ -9,7 +9,8 @@ d, at most d, for the panels of one triangle:
                  Newton on a GPU 2 (steps) (products a step), which is 160 or so
     traffic      4 bytes times: 2 (m t_m + n t_n) for statistics and q (m^2 + n^2) for roots
     entries      4 bytes times PASSES m n, for all that is done entry by entry (moments, graft, scaling, weights)
-    state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots
+    state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots, and m + n
+                 for what is remembered of the statistics that roots were computed from
 
 With blocks of b x b a step costs about 12 b FLOPs a parameter (q = 2) and its roots, whatever the size of the model,
 against 6 for each token of a batch in training. What grows with the model and the number of devices, relative to
@@ -25,6 +26,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
@@ -82,9 +84,10 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         parameters += count * m_n
         newton += count * own / group["interval"]
         traffic += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
-        factors += FLOAT * count * (packed + full)
+        held = FLOAT * float(packed + full + (0 if is_vector(shape) else sum(sizes)))
+        factors += count * held
         largest = max(largest, own + 2.0 * m_n * (1 + q) * sum(sizes))
-        largest_factors = max(largest_factors, FLOAT * float(packed + full))
+        largest_factors = max(largest_factors, held)
     return Work(
         parameters=parameters,
         statistics=flops["statistics"],

@@ -104,7 +104,7 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
                 reason += f", seen as {_times(layout.shape)}"
             if layout.long:
                 short = _times(tuple(layout.shape[axis] for axis in layout.axes))
-                reason += f"; statistics of the {short} alone, the other axis is over {TIMES} times as long"
+                reason += f"; statistics of the axis of {short} alone: the other is more than {TIMES} times as long"
         elif only["precondition"] is not False:
             reason += " of one axis"
     elif own in TAKES:

@@ -52,7 +52,12 @@ def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, s
 
 
 def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping, axes, **_) -> bool:
-    """Whether a row of an axis with statistics has over 25 times its share of then, damping included, in the trace."""
+    """Whether a row of an axis with statistics has over 25 times its share of then, damping included, in the trace.
+
+    Never of a vector.
+    """
+    if sum(size > 1 for size in now[0].shape) < 2:
+        return False
     pairs = list(zip(statistics(then, kind, beta), statistics(now, kind, beta), strict=True))
     chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "row": slice(-1, None)}[axes]
     return any(
@@ -115,10 +120,11 @@ def reference_weights(
     maximize: bool = False,
     use_preconditioner: bool = True,
     turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
+    wait: int = 0,  # steps from start_step until the last of them, where first roots come at their turns
 ) -> list[Tensor]:
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
     shape = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
-    active = use_preconditioner and (method == "full" or len(shape) > 1 or precondition_1d)
+    active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
     if axes == "row" and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
     block_options = {
@@ -144,11 +150,11 @@ def reference_weights(
     def update() -> Tensor:
         step = len(history)
         momentum = average(history, betas[0])
-        if not active or step < start_step:
+        if not active or step < start_step + wait:
             return plain(momentum, step)
         if precondition == "momentum":
             return grafted(momentum, step)
-        return average([grafted(history[s - 1], s) for s in range(start_step, step + 1)], betas[0])
+        return average([grafted(history[s - 1], s) for s in range(start_step + wait, step + 1)], betas[0])
 
     weight = weight.double().clone()
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)

@@ -121,7 +121,7 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
     optimizer = Shampoo([p], start_step=1)
     optimizer.step()
     # step, two moments, statistics and roots of both axes, and five numbers of the block; float32
-    assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + 5)
+    assert state_bytes(optimizer.state) == 4 * (1 + 2 * 32 + 2 * (64 + 16) + (8 + 4) + 5)
 
 
 def test_what_was_refused_is_counted() -> None:
