@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Shape = tuple[int, ...]
+# An axis of a block that is longer than the first, and than the second times the product of the others, has no
+# statistics: they would have many times the numbers of the block.
+LONG, TIMES = 256, 8
 MERGES = ("matrix", "square", "none")
 AXES = ("all", "first", "last", "row")
 
@@ -45,6 +48,11 @@ def merge_axes(shape: Shape, merge: str) -> Shape:
     return math.prod(shape[:cut]), math.prod(shape[cut:])
 
 
+def is_vector(shape: Shape) -> bool:
+    """Whether at most one axis is longer than one: (N,), (N, 1), (1, N, 1) and a scalar are."""
+    return sum(d > 1 for d in shape) <= 1
+
+
 def split_axis(size: int, block_size: int) -> list[slice]:
     """Cut an axis into the fewest parts of at most ``block_size``, of sizes that differ by at most one.
 
@@ -65,13 +73,15 @@ class Layout:
     blocks: dict[Shape, list[tuple[slice, ...]]]
     numbers: dict[Shape, list[int]]  # of these blocks, among all of their shape that the parameter has
     parts: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
+    long: tuple[int, ...] = ()  # axes without statistics because they are too long, see LONG
 
     @classmethod
     def of(cls, shape: Shape, merge: str, block_size: int, axes: str = "all", batch_axes: int = 0) -> Layout:
         """
         Args:
-            axes: which of them have statistics. Where there is one axis it has, whatever this says. ``row``: the
-                second, of a matrix (more axes become two) whose first is cut into parts of size one.
+            axes: which of them have statistics. Where there is one axis it has, whatever this says. ``all``: those that
+                are not too long, see ``LONG``. ``row``: the second, of a matrix (more axes become two) whose first is
+                cut into parts of size one.
             batch_axes: the first so many count members, each of which is cut like a tensor of its own. They become one
                 axis in front, of size one in each block and without statistics.
         """
@@ -90,13 +100,18 @@ class Layout:
         for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)
         numbers = {s: list(range(len(cuts))) for s, cuts in blocks.items()}
-        return cls(merged, tuple(range(len(merged)))[chosen], dict(blocks), numbers, tuple(blocks))
+        sizes = [max(s.stop - s.start for s in part) for part in parts]
+        limits = [max(LONG, TIMES * math.prod(sizes) // d) for d in sizes]
+        checked = axes == "all" and not is_vector(merged[in_front:])
+        long = tuple(i for i, d in enumerate(sizes) if checked and d > limits[i])
+        having = tuple(i for i in range(len(merged))[chosen] if i not in long)
+        return cls(merged, having, dict(blocks), numbers, tuple(blocks), long)
 
     def only(self, chosen: dict[Shape, list[int]]) -> Layout:
         """Some of the blocks of a whole layout: of each shape those with these numbers."""
         numbers = {shape: n for shape, n in chosen.items() if n}
         blocks = {s: [self.blocks[s][i] for i in n] for s, n in numbers.items()}
-        return Layout(self.shape, self.axes, blocks, numbers, self.parts)
+        return Layout(self.shape, self.axes, blocks, numbers, self.parts, self.long)
 
     def sizes(self, shape: Shape) -> Shape:
         """Of the statistics of a block of this shape: the lengths of the axes that have them."""

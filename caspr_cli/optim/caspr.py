@@ -170,11 +170,14 @@ _ARGS = """
         weight_decay: decoupled, as in AdamW.
 %(order)s        statistics: ``"ema"``, a bias-corrected moving average, or ``"accumulate"``, the sum of the theory.
         damping: ``"relative"`` adds eps times the largest eigenvalue, ``"absolute"`` adds eps.
-        interval: steps between two computations of a block's roots; in between, they are stale. The first is at
-            ``start_step``; after that the blocks take turns, a share at each step, so that no step is a spike.
+        interval: steps between two computations of a block's roots; in between, they are stale. Blocks take turns, a
+            share at each step, so that no step is a spike. A block in which a row or a column wakes up that was silent
+            (its share in the statistics has grown 25 times) has new roots at once.
         start_step: the gradient of a tensor (counted from 1 since its statistics began) from which on it is
             preconditioned. Before it, the graft method alone. After loading AdamW's state, or where ``precondition`` is
-            set later, the count begins then.
+            set later, the count begins then. Where all first roots together take more than a second or two, they, too,
+            come at their turns, and a tensor waits with the graft method until all its blocks have theirs: at most
+            ``interval - 1`` steps more.
         block_size: an axis longer than this is cut into equal parts with statistics of their own.
         batch_axes: how many axes at the front of a tensor count members, as in stacked weights: with 1, experts
             ``[E, m, n]`` are E matrices with statistics of their own, which do not mix. The step length is still that
@@ -190,7 +193,7 @@ _ARGS = """
             and a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton
             on a GPU.
         statistics_interval: steps between two gradients that enter the statistics. (Between them the moving average
-            stands still, and then takes a step of the whole interval.)
+            stands still, and then takes a step of the whole interval. A row that wakes up is not seen until then.)
         refresh_above: at its turn, a block whose roots have a residual of at most this with the statistics of now is
             left as it is. 0 refreshes always.
         factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
@@ -231,13 +234,16 @@ _MERGE = """\
         merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), the paper's rule,
             without axes of size one; ``"square"``: the split into two groups of neighbouring axes that is nearest to
             a square; ``"none"``: all k axes are preconditioned.
-        axes: which of these axes have statistics and roots. ``"all"``. One-sided (as SOAP may be, arXiv:2409.11321):
-            ``"first"``, U = L^(-1/2) G, or ``"last"``, U = G R^(-1/2). Or ``"row"``: each row g_i of the matrix, a
-            neuron's incoming weights, has statistics of its own, R_i = sum g_i g_i^T, and u_i = R_i^(-1/2) g_i. That is
-            block-diagonal full-matrix Adagrad (its blocks are *unit-wise* in arXiv:2305.04684), with 2 m n^2 numbers
-            of state for m rows of n (``block_size`` cuts n); of more than two axes all but the first are flattened.
-            Where one axis has statistics all orders are the same, and for a vector all four choices are.
-        precondition_1d: precondition vectors with full-matrix Adagrad; otherwise the graft method takes them.
+        axes: which of these axes have statistics and roots. ``"all"``; but an axis of a block that is longer than 256
+            and than 8 times the product of the others has none, as they would have many times the block's numbers.
+            One-sided (as SOAP may be, arXiv:2409.11321): ``"first"``, U = L^(-1/2) G, or ``"last"``, U = G R^(-1/2). Or
+            ``"row"``: each row g_i of the matrix, a neuron's incoming weights, has statistics of its own,
+            R_i = sum g_i g_i^T, and u_i = R_i^(-1/2) g_i. That is block-diagonal full-matrix Adagrad (its blocks are
+            *unit-wise* in arXiv:2305.04684), with 2 m n^2 numbers of state for m rows of n (``block_size`` cuts n); of
+            more than two axes all but the first are flattened. Where one axis has statistics all orders are the same,
+            and for a vector all four choices are.
+        precondition_1d: precondition vectors with full-matrix Adagrad, and (n, 1) or (1, n) like matrices; otherwise
+            the graft method takes both.
 """
 
 _ORDER = """        order: q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32
-from caspr_cli.optim.blocks import Layout, Shape, merge_axes
+from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.combine import precondition
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.graft import (
@@ -42,16 +42,25 @@ from caspr_cli.optim.options import (
     root_options,
     validate,
 )
-from caspr_cli.optim.placing import Rows, chunks, copy, fill, placed
+from caspr_cli.optim.placing import Rows, chunks, copy, fill, fill_whole, placed
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.rooms import Rooms
-from caspr_cli.optim.rows import Route, check_placements, distribute, is_counted, is_sharded, local
-from caspr_cli.optim.schedule import phases
+from caspr_cli.optim.rows import (
+    Route,
+    any_sharded,
+    check_placements,
+    distribute,
+    is_counted,
+    is_sharded,
+    local,
+    locals_of,
+)
+from caspr_cli.optim.schedule import AT_ONCE, EIGH_FLOPS, phases
 from caspr_cli.optim.shard import Exchange, Loads, Meeting, Post, agree, collect, summed, world_size
 from caspr_cli.optim.stacks import Stack, Storage, build_stacks, check_factors, is_factor, sent
 from caspr_cli.optim.statistics import accumulate, per_block
-from caspr_cli.optim.work import Updates, Work
+from caspr_cli.optim.work import Plan, Updates, Work
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
 # precondition="gradient", gradients that were not finite.
@@ -85,6 +94,7 @@ class KroneckerOptimizer(Optimizer):
     def _forget(self) -> None:
         """What is derived from the state, and never saved."""
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
+        self._plans: dict[int, Plan] = {}  # group index -> plan
         self._layouts: dict[tuple[Shape, str, int, str, int], Layout] = {}
         self._rooms = Rooms()
         self._shares: dict[Tensor, Layout] = {}  # of parameters that have owners, the blocks that are this rank's
@@ -301,23 +311,27 @@ class KroneckerOptimizer(Optimizer):
         self._refuse_sparse()
         for index in [i for i in self._stacks if i >= len(self.param_groups)]:
             del self._stacks[index]
-        self._divide()
+        plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
+        self._divide(plans)
         given: dict[int, dict[Tensor, Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            grads = {p: local(p.grad) for p in group["params"] if p.grad is not None}
+        for index, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            grads = {p: G for p in group["params"] if (G := p.grad) is not None}
+            if plan.sharded:
+                grads = {p: local(G) for p, G in grads.items()}
             if grads:
                 given[index] = {p: -G for p, G in grads.items()} if group["maximize"] else grads
-        norms = norms_of_rows({p: G for grads in given.values() for p, G in grads.items() if is_sharded(p)})
-        works = [self._begin(index, self.param_groups[index], grads, norms) for index, grads in given.items()]
+        divided = [grads for index, grads in given.items() if plans[index].sharded]
+        norms = norms_of_rows({p: G for grads in divided for p, G in grads.items() if is_sharded(p)})
+        works = [self._begin(index, plans[index], grads, norms) for index, grads in given.items()]
         lengths = self._deal(works) if norms else {}
         for work in works:
             self._prepare(work)
-        shared = [work for work in works if work.layouts and self._is_shared(work.group)]
+        shared = [work for work in works if work.layouts and work.shared]
         updates = self._send(shared, lengths) if shared else None
         for work in works:
             if work.rest:
                 diagonal_step(work.rest, [work.grads[p] for p in work.rest], self.state, work.group)
-            if work.layouts and not self._is_shared(work.group):
+            if work.layouts and not work.shared:
                 with full_precision(next(iter(work.layouts)).device.type):
                     self._apply(work)
         if updates is not None:
@@ -352,8 +366,8 @@ class KroneckerOptimizer(Optimizer):
         """Whether p is preconditioned from ``start_step`` on, or left to the graft method for good."""
         if group["precondition"] is False or p.numel() == 0:
             return False
-        axes = len(merge_axes(tuple(p.shape)[group["batch_axes"] :], group["merge"]))
-        return axes > 1 or bool(group["precondition_1d"]) or group["merge"] == "flatten"
+        vector = is_vector(p.shape[group["batch_axes"] :])
+        return not vector or bool(group["precondition_1d"]) or group["merge"] == "flatten"
 
     def layout(self, p: Tensor, group: Group) -> Layout:
         """How p is merged and cut."""
@@ -373,7 +387,7 @@ class KroneckerOptimizer(Optimizer):
     def _refuse_sparse(self) -> None:
         """Before anything has moved."""
         for group in self.param_groups:
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+            if any((G := p.grad) is not None and G.is_sparse for p in group["params"]):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _init_state(self, p: Tensor, group: Group) -> None:
@@ -384,24 +398,28 @@ class KroneckerOptimizer(Optimizer):
             state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
             state.pop("updates", None)
         for name in ("exp_avg", "exp_avg_sq"):
-            if name in state and state[name].dtype != p.dtype:  # the model was cast
-                state[name] = state[name].to(p.dtype)
+            if (moment := state.get(name)) is not None and moment.dtype != p.dtype:  # the model was cast
+                state[name] = moment.to(p.dtype)
 
     @staticmethod
-    def _is_shared(group: Group) -> bool:
-        return (group["shard"] == "auto" and world_size() > 1) or any(map(is_sharded, group["params"]))
+    def _is_shared(group: Group, plan: Plan) -> bool:
+        return plan.sharded or (group["shard"] == "auto" and world_size() > 1)
 
-    def _divide(self) -> None:
+    def _divide(self, plans: list[Plan]) -> None:
         """Where there are several ranks: give each block an owner, and keep of the state what this rank owns."""
         if self._divided not in (0, world_size()):
             raise RuntimeError(
                 f"the state is divided among {self._divided} ranks but there are {world_size()} now: load a state_dict"
             )
-        groups = [(index, group) for index, group in enumerate(self.param_groups) if self._is_shared(group)]
+        groups = [
+            (i, g) for i, (g, plan) in enumerate(zip(self.param_groups, plans, strict=True)) if self._is_shared(g, plan)
+        ]
+        if not groups:
+            return
         new = [(i, g, p) for i, g in groups for p in g["params"] if p not in self._shares and self.preconditions(p, g)]
         if not new:
             return
-        self._assign([entry for entry in new if entry[2] not in self._owners])
+        self._assign([entry for entry in new if entry[2] not in self._owners], plans)
         rank = dist.get_rank()
         for _, group, p in new:
             mine = {s: [j for j, r in enumerate(ranks) if r == rank] for s, ranks in self._owners[p].items()}
@@ -415,20 +433,20 @@ class KroneckerOptimizer(Optimizer):
             self._divided = world_size()
             self._meeting = self._meeting or Meeting(self.patience)
 
-    def _assign(self, new: list[tuple[int, Group, Tensor]]) -> None:
+    def _assign(self, new: list[tuple[int, Group, Tensor]], plans: list[Plan]) -> None:
         """Owners of these parameters' blocks, beside what the ranks own already."""
         if not new:
             return
         agree([p for *_, p in new])
         loads = Loads(world_size())
         blocks: list[tuple[Tensor, Shape, Shape, tuple[int, int]]] = []
-        for index, group in enumerate(self.param_groups):
-            for (p, shape), turns in self._turns(group).items():
+        for index, (group, plan) in enumerate(zip(self.param_groups, plans, strict=True)):
+            for (p, shape), turns in plan.turns.items():
                 sizes = self.layout(p, group).sizes(shape)
                 for number, phase in enumerate(turns):
                     if p in self._owners:
                         loads.add(shape, sizes, (index, phase), self._owners[p][shape][number])
-                    elif self._is_shared(group):
+                    elif self._is_shared(group, plan):
                         blocks.append((p, shape, sizes, (index, phase)))
         for (p, shape, *_), owner in zip(blocks, loads.assign([block[1:] for block in blocks]), strict=True):
             self._owners.setdefault(p, {}).setdefault(shape, []).append(owner)
@@ -442,62 +460,65 @@ class KroneckerOptimizer(Optimizer):
             if mine := self._shares[p].numbers.get(layout.parts[int(name.rpartition(".")[2])]):
                 state[name] = value[mine]
 
-    def _turns(self, group: Group) -> dict[tuple[Tensor, Shape], list[int]]:
-        """The step of the interval at which each block is refreshed, from the shapes of all that the group may ever
-        precondition: a parameter that is frozen for a while, a run that was cut off, or the number of ranks changes
-        nobody's turn."""
-        layouts = {p: self.layout(p, group) for p in group["params"] if self.preconditions(p, group)}
-        blocks = [(p, s) for p, layout in layouts.items() for s, cuts in layout.blocks.items() for _ in cuts]
-        turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
-        costs = [float(sum(d**3 for d in layouts[p].sizes(shape))) for p, shape in blocks]
-        for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
-            turns[block].append(phase)
-        return turns
+    def _plan(self, index: int, group: Group) -> Plan:
+        """Of all that the group may ever precondition: a parameter that is frozen for a while, a run that was cut off,
+        or the number of ranks changes nobody's turn."""
+        key = (
+            *(group[name] for name in ("merge", "block_size", "axes", "batch_axes", "precondition_1d", "interval")),
+            *(group[name] for name in ("root_dtype", "factor_dtype", "pack_roots", "damping")),
+            *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["solver"] == "warm"),
+            *((id(p), p.shape, p.dtype) for p in group["params"]),
+        )
+        if index not in self._plans or self._plans[index].key != key:
+            layouts = {p: self.layout(p, group) for p in group["params"] if self.preconditions(p, group)}
+            storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
+            blocks = [(p, s) for p, layout in layouts.items() for s, cuts in layout.blocks.items() for _ in cuts]
+            costs = [float(sum(d**3 for d in layouts[p].sizes(shape))) for p, shape in blocks]
+            turns: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
+            for block, phase in zip(blocks, phases(costs, group["interval"]), strict=True):
+                turns[block].append(phase)
+            waits = dict.fromkeys(layouts, 0)
+            if EIGH_FLOPS * sum(costs) > AT_ONCE:
+                for (p, _), steps in turns.items():
+                    waits[p] = max(waits[p], *steps)
+            scattered = [p for p, layout in layouts.items() if len(layout.parts) > 1]
+            sharded = any_sharded(group["params"])
+            self._plans[index] = Plan(key, layouts, storages, turns, waits, scattered, sharded)
+        return self._plans[index]
 
-    def _stacks_of(self, index: int, group: Group, params: list[Tensor]) -> list[Stack]:
+    def _stacks_of(self, index: int, group: Group, plan: Plan, params: list[Tensor]) -> list[Stack]:
         """The group's stacks; rebuilt from the state when a parameter is new or gone, or the state was replaced."""
-        stacks, wanted = self.stacks(index), {p for p in params if self.share(p, group).blocks}
+        stacks = self.stacks(index)
+        wanted = [p for p in params if self._shares[p].blocks] if self._shares else params
         if not stacks and not wanted:
             return stacks
-        known = {p for stack in stacks for p in stack.rows}
-        members = [p for p in group["params"] if (p in known or p in wanted) and self.preconditions(p, group)]
-        layouts = {p: self.share(p, group) for p in members}
-        storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
-        intact = all(
-            p in layouts
-            and stack.shape in layouts[p].blocks
-            and stack.axes == layouts[p].axes
-            and stack.storage == storages[p]
-            and stack.interval == group["interval"]
-            and stack.is_in(self.state, p, layouts[p])
-            for stack in stacks
-            for p in stack.rows
-        )
-        if not intact or not wanted <= known:
-            members = [p for p in layouts if p in wanted or "step" in self.state.get(p, {})]
-            stacks = self._stacks[index] = build_stacks(members, layouts, storages, self.state)
-            turns = self._turns(group)
+        intact = all(stack.plan is plan and stack.is_in(self.state) for stack in stacks)
+        if not intact or not set().union(*(stack.numbers for stack in stacks)).issuperset(map(id, wanted)):
+            known = {p for stack in stacks for p in stack.members} | set(wanted)
+            shares = {p: self.share(p, group) for p in plan.layouts}
+            members = [p for p in shares if p in known and "step" in self.state.get(p, {})]
+            stacks = self._stacks[index] = build_stacks(members, shares, plan.storages, self.state)
             for stack in stacks:
-                shape = stack.shape
-                stack.phase = [turns[p, shape][number] for p in stack.rows for number in layouts[p].numbers[shape]]
-                stack.interval = group["interval"]
+                numbers = [(p, number) for p in stack.members for number in shares[p].numbers[stack.shape]]
+                stack.phase = [plan.turns[p, stack.shape][number] for p, number in numbers]
+                stack.interval, stack.plan = group["interval"], plan
         return stacks
 
-    def _begin(self, index: int, group: Group, grads: dict[Tensor, Tensor], norms: dict[Tensor, Tensor]) -> Work:
+    def _begin(self, index: int, plan: Plan, grads: dict[Tensor, Tensor], norms: dict[Tensor, Tensor]) -> Work:
+        group = self.param_groups[index]
         for p in grads:
             self._init_state(p, group)
         finite = Finite(grads, group, norms)
-        states = {p: self.state[p] for p in grads if self.preconditions(p, group)}
+        states = {p: self.state[p] for p in grads if p in plan.layouts}
         for name in ("gradients", "updates") if group["precondition"] == "gradient" else ("gradients",):
             for state in states.values():
                 if name not in state:
                     state[name] = counter()
-        steps = {p: int(state["step"].item()) + 1 for p, state in states.items()}
-        seen = {p: int(state["gradients"].item()) + 1 for p, state in states.items()}
-        stacks = self._stacks_of(index, group, list(steps))
+        steps, seen = (_counts(states, name) for name in ("step", "gradients"))
+        stacks = self._stacks_of(index, group, plan, list(steps))
         if steps:
             self._keep_roots_of(root_options(group), group, stacks)
-        return Work(group, grads, steps, seen, stacks, finite)
+        return Work(group, plan, self._is_shared(group, plan), grads, steps, seen, stacks, finite)
 
     @staticmethod
     def _keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack]) -> None:
@@ -518,10 +539,13 @@ class KroneckerOptimizer(Optimizer):
             self.state[p]["skipped"] += 1
         if seen := [p for p in work.seen if p in work.grads]:
             torch._foreach_add_([self.state[p]["gradients"] for p in seen], 1)
-        ready = [p for p in seen if work.seen[p] >= group["start_step"]]
-        work.layouts = {p: self.layout(p, group) for p in ready}
-        work.shares = {p: self.share(p, group) for p in ready}
-        work.rest = [p for p in work.grads if p not in work.layouts]
+        start, waits = group["start_step"], work.plan.waits
+        ready = [p for p in seen if work.seen[p] >= start + waits[p]]
+        whole = work.plan.layouts
+        work.layouts = whole if len(ready) == len(whole) else {p: whole[p] for p in ready}
+        work.shares = {p: self.share(p, group) for p in work.layouts} if self._shares else work.layouts
+        if len(work.layouts) < len(work.grads):
+            work.rest = [p for p in work.grads if p not in work.layouts]
         for p in work.grads if group["precondition"] != "gradient" else work.rest:
             if self.state[p].get("updates", 0) > 0:  # which are not gradients, and 100 times as long
                 local(self.state[p]["exp_avg"]).zero_()
@@ -583,19 +607,18 @@ class KroneckerOptimizer(Optimizer):
                 self._statistics(work)
             if not work.settled:  # after the statistics, which were queued after the question
                 self._settle(work)
-            if work.layouts:
+            if work.seen and max(work.seen.values()) >= work.group["start_step"]:
                 self._refresh(work)
 
     @staticmethod
     def _due(work: Work) -> set[Tensor]:
         """The parameters whose gradient enters the statistics."""
         every, start = work.group["statistics_interval"], work.group["start_step"]
-        return {p for p, n in work.seen.items() if p in work.grads and (n - start) % every == 0}
+        return {p for p, n in work.seen.items() if (n - start) % every == 0 and p in work.grads}
 
     def _statistics(self, work: Work) -> None:
         """Of all blocks that have a gradient, at every ``statistics_interval``-th step."""
-        group, norms, due = work.group, work.finite.norms, self._due(work)
-        grads: dict[Tensor, Tensor | Rows] = {**work.grads, **work.gradients}
+        group, due = work.group, self._due(work)
         every = group["statistics_interval"]
         beta, weight = 1.0, float(every)
         if group["statistics"] == "ema":
@@ -603,28 +626,47 @@ class KroneckerOptimizer(Optimizer):
             weight = 1 - beta
         with self.phase("statistics"):
             for stack in work.stacks:
-                for members, rows in stack.chunks([p for p in stack.rows if p in due]):
+                everyone = len(due) == len(work.plan.layouts)
+                for members, rows in stack.chunks(
+                    stack.members if everyone else [p for p in stack.members if p in due]
+                ):
                     X, _ = self._rooms.blocks(stack, rows)
-                    fill(X, members, {p: self.share(p, group) for p in members}, grads)
-                    size = torch.stack([norms[p] / math.sqrt(p.numel()) for p in members]).to(X.dtype)
-                    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+                    self._fill(X, stack, members, work, [work.grads[p] for p in members], work.gradients)
+                    numbers = [math.sqrt(p.numel()) for p in members]
+                    size = (work.finite.norms(members) / _constants(numbers, X.device)).to(X.dtype)
                     if len(X) > len(members):
+                        counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
                         size = torch.cat([s.expand(n) for s, n in zip(size, counts, strict=True)])
                     S = [S_i[rows] for S_i in stack.S]
                     scale, total = stack.scale[rows], stack.total[rows]
                     accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
 
     def _refresh(self, work: Work) -> None:
-        """Roots of the blocks whose turn it is."""
+        """Roots of the blocks whose turn it is, or whose statistics have outgrown the roots."""
         group, due = work.group, []
+        ages = {n - group["start_step"] for n in work.seen.values()}
         for stack in work.stacks:
             mine: list[int] = []
+            # With an interval of 1 it is everyone's turn. (Numbers on the "meta" device cannot be read.)
+            asked = stack.interval > 1 and stack.shares and not stack.scale.is_meta
+            grown = stack.outgrown().tolist() if asked else [False] * len(stack.scale)
+            if work.complete and len(ages) == 1 and len(stack.rooted) == len(stack.members):  # as in most steps
+                (age,) = ages
+                if age > 0:
+                    mine = [row for row, yes in enumerate(grown) if yes or stack.is_due(row, age)]
+                    if mine:
+                        due.append((stack, mine))
+                    continue
             for p, rows in stack.rows.items():
-                if p in work.layouts:
-                    age = work.seen[p] - group["start_step"]
-                    first = age == 0 or p not in stack.rooted
-                    mine += [row for row in range(rows.start, rows.stop) if first or stack.is_due(row, age)]
-                    stack.rooted.add(p)
+                age = work.seen.get(p, 0) - group["start_step"]
+                if age < 0 or p not in work.grads:
+                    continue
+                # Roots that are many come at their first turns. Then, and where they are not, there may still be none:
+                # in a state of another optimizer.
+                wait = work.plan.waits[p]
+                first = age == wait == 0 or (age > wait and p not in stack.rooted)
+                mine += [row for row in range(rows.start, rows.stop) if first or grown[row] or stack.is_due(row, age)]
+                stack.rooted.add(p)
             if mine:
                 due.append((stack, mine))
         if due:
@@ -633,13 +675,19 @@ class KroneckerOptimizer(Optimizer):
 
     def _apply(self, work: Work) -> None:
         """Momentum, U, graft, decay, weights, a chunk at a time."""
-        scattered = [p for p, layout in work.layouts.items() if len(layout.blocks) > 1]  # blocks of several shapes
-        lengths = self._moments(scattered, work)
+        scattered = [p for p in work.plan.scattered if p in work.layouts]
+        lengths = self._moments(scattered, work) if scattered else {}
         pieces: dict[Tensor, dict[Shape, Tensor]] = {p: {} for p in scattered}
         for stack in work.stacks:
-            for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
+            for members, rows in stack.chunks(work.members(stack)):
+                if stack.whole and work.group["precondition"] == "momentum":
+                    own = self._lengths(members, work)
+                    with self.phase("apply"):
+                        U = self._precondition(stack, members, rows, work)
+                    self._finish_whole(members, U, own, work)
+                    continue
                 whole = [p for p in members if p not in pieces]
-                lengths |= self._moments(whole, work)
+                lengths |= self._moments(whole, work) if whole else {}
                 with self.phase("apply"):
                     U = self._precondition(stack, members, rows, work)
                 at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
@@ -669,7 +717,7 @@ class KroneckerOptimizer(Optimizer):
             carrier.open()
         for work in works:
             for stack in work.stacks:
-                for members, rows in stack.chunks([p for p in stack.rows if p in work.layouts]):
+                for members, rows in stack.chunks(work.members(stack)):
                     updates.lengths |= self._moments([p for p in members if p not in updates.counted], work)
                     updates.counted.update(members)
                     with self.phase("apply"), full_precision(stack.scale.device.type):
@@ -722,62 +770,92 @@ class KroneckerOptimizer(Optimizer):
         for p in (p for p in updates.outgoing if p in updates.lengths):
             D = updates.lengths[p].square() * is_counted(p)
             parcels = zip(updates.outgoing[p], self._routes[p].owned, strict=True)
-            norms = frobenius([updates.exchanges[p.device].mine(parcel) for parcel, x in parcels if x.same_copy])
-            squares[p] = torch.stack([D, torch.stack(norms).square().sum() if norms else torch.zeros_like(D)])
+            mine = [updates.exchanges[p.device].mine(parcel) for parcel, x in parcels if x.same_copy]
+            squares[p] = torch.stack([D, frobenius(mine).square().sum() if mine else torch.zeros_like(D)])
         return {p: total.sqrt() for p, total in summed(squares).items()}
 
     def _moments(self, params: list[Tensor], work: Work) -> dict[Tensor, Tensor]:
-        """Count the step, update the moments, and say how long the graft's step is; no length without a graft."""
+        """The same as :meth:`_lengths`, by parameter."""
+        lengths = self._lengths(params, work) if params else None
+        return {} if lengths is None else dict(zip(params, lengths.unbind(), strict=True))
+
+    def _lengths(self, params: list[Tensor], work: Work) -> Tensor | None:
+        """Count the step, update the moments, and say how long the graft's step is ``[n]``; None without a graft."""
         if len(types := {p.dtype for p in params}) != 1:  # torch's kernel takes one type at a time
-            return {p: n for t in types for p, n in self._moments([p for p in params if p.dtype == t], work).items()}
+            found: dict[Tensor, Tensor] = {}
+            for t in types:
+                found |= self._moments([p for p in params if p.dtype == t], work)
+            return torch.stack([found[p] for p in params]) if found else None
         group, states = work.group, [self.state[p] for p in params]
         (beta1, beta2), graft = group["betas"], group["graft"]
         grads, steps = [work.grads[p] for p in params], [s["step"] for s in states]
         first = group["precondition"] == "momentum"
-        moments = [local(s["exp_avg_sq"]) for s in states] if needs_second_moment(graft) else []
-        exp_avg = [local(s["exp_avg"]) for s in states]
-        here = [local(p) for p in params]
-        if graft == "adam" and first and all(map(fusible, here, grads, exp_avg, moments)):
-            sizes = [w.numel() for w in here]
-            room = self._rooms.flat("graft", sum(sizes), here[0]).zero_().split(sizes)
-            like = [x.view(w.shape) for x, w in zip(room, here, strict=True)]
-            lengths = adam_length(like, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
-            return dict(zip(params, lengths, strict=True))
+        sharded = work.plan.sharded
+        moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
+        exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
+        here = locals_of(params, sharded)
+        if graft == "adam" and first and fusible(here, grads, exp_avg, moments):
+            return adam_length(
+                self._rooms.like("graft", here), grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"]
+            )
         torch._foreach_add_(steps, 1)
         if moments:
             update_second_moment(moments, grads, beta2)
         if first:
             torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
         if graft == "none":
-            return {}
+            return None
         T = [work.steps[p] for p in params]
         inputs = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T])) if first else grads
-        D = direction(graft, inputs, moments, T, beta2, group["graft_eps"])
-        return dict(zip(params, frobenius(D), strict=True))
+        return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
+
+    def _fill(
+        self,
+        X: Tensor,
+        stack: Stack,
+        members: list[Tensor],
+        work: Work,
+        tensors: list[Tensor],
+        rows: dict[Tensor, Rows],
+    ) -> None:
+        """What these parameters have, or what arrived of its rows, to its place in X ``[k, d_1, ..., d_k]``."""
+        if stack.whole and not rows:
+            fill_whole(X, tensors)
+        else:
+            shares = {p: self.share(p, work.group) for p in members}
+            fill(X, members, shares, [rows.get(p, t) for p, t in zip(members, tensors, strict=True)])
 
     def _precondition(self, stack: Stack, members: list[Tensor], rows: slice, work: Work) -> Tensor:
         """U of these parameters' blocks, ``[k, d_1, ..., d_k]``, of the bias-corrected momentum or of the gradient."""
         group = work.group
         X, spare = self._rooms.blocks(stack, rows)
-        inputs: dict[Tensor, Tensor | Rows]
         if group["precondition"] == "momentum":
-            inputs = {**{p: self.state[p]["exp_avg"] for p in members}, **work.momenta}
-            weights = [1 - group["betas"][0] ** work.steps[p] for p in members]
+            self._fill(X, stack, members, work, [self.state[p]["exp_avg"] for p in members], work.momenta)
+            steps = [work.steps[p] for p in members]
+            weights = [1 - group["betas"][0] ** t for t in steps]
         else:
-            inputs = {**work.grads, **work.gradients}
-            weights = [1.0] * len(members)
-        fill(X, members, work.shares, inputs)
+            self._fill(X, stack, members, work, [work.grads[p] for p in members], work.gradients)
+            weights = [1.0]
         factor = stack.input_scale(group)[rows].reciprocal()
         if len(set(weights)) == 1:
             factor = factor / weights[0]
         else:
             counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
-            repeated = torch.tensor(
-                [w for w, n in zip(weights, counts, strict=True) for _ in range(n)], dtype=torch.float64, device="cpu"
-            )
-            factor = factor / sent(repeated, factor.device).to(factor.dtype)
+            repeated = [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
+            factor = factor / _constants(repeated, factor.device).to(factor.dtype)
         X.mul_(per_block(factor, X))
         return precondition(X, spare, stack, rows, group)
+
+    def _finish_whole(self, members: list[Tensor], U: Tensor, lengths: Tensor | None, work: Work) -> None:
+        """As :meth:`_finish`, of parameters that are one block each: in few calls, however many they are."""
+        group = work.group
+        if lengths is not None:
+            have = frobenius(U.unbind())
+            U.mul_(per_block(torch.where(have > 0, lengths / have, 0).to(U.dtype), U))
+        if group["weight_decay"]:
+            torch._foreach_mul_(members, 1 - float(group["lr"]) * group["weight_decay"])
+        updates = [u if u.shape == p.shape else u.view(p.shape) for p, u in zip(members, U.unbind(), strict=True)]
+        torch._foreach_add_(members, updates, alpha=-float(group["lr"]))
 
     def _finish(
         self,
@@ -820,6 +898,19 @@ class KroneckerOptimizer(Optimizer):
 def is_whole(name: str, value: object, p: Tensor) -> bool:
     """Whether this entry of a state has a number for each of p's, and all of them are here."""
     return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
+
+
+def _counts(states: dict[Tensor, dict[str, Tensor]], name: str) -> dict[Tensor, int]:
+    """Return what this counter of each state will be after the step. All are read at once: there may be thousands."""
+    values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
+    return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+
+
+def _constants(values: list[float], device: torch.device) -> Tensor:
+    """``[n]`` in float64; of equal ones a number on the CPU, which nothing has to be sent for."""
+    if len(set(values)) == 1:
+        return torch.tensor(values[0], dtype=torch.float64, device="cpu")
+    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
 
 
 def counter(value: Tensor | float = 0) -> Tensor:

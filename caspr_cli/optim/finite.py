@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 
@@ -12,6 +13,7 @@ from caspr_cli.optim.graft import frobenius, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.rows import is_counted
 from caspr_cli.optim.shard import summed
+from caspr_cli.optim.stacks import sent
 
 
 class Finite:
@@ -26,19 +28,22 @@ class Finite:
 
     def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
         """``known``: norms of gradients that are not here as a whole."""
-        self.norms: dict[Tensor, Tensor] = {}  # Frobenius, 0-d and float64; infinite or NaN where it is not finite
+        self._norms: dict[torch.device, list[Tensor]] = {}  # Frobenius, float64; infinite or NaN where it is not finite
+        self._place: dict[int, int] = {}  # of a parameter's norm among those of its device, by its id
         self._answers: list[tuple[list[Tensor], Tensor]] = []
         self._events: list[torch.cuda.Event] = []
         kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
         for p in grads:
-            kinds[p.device, p.dtype, p in known].append(p)
+            kinds[p.device, p.dtype, bool(known) and p in known].append(p)
         for (device, dtype, is_known), params in kinds.items():
-            norms = torch.stack([known[p] for p in params] if is_known else frobenius([grads[p] for p in params]))
+            norms = torch.stack([known[p] for p in params]) if is_known else frobenius([grads[p] for p in params])
             limit = torch.finfo(factor_dtype(params[0], group)).max
             if needs_second_moment(group["graft"]) and dtype != torch.float16:
                 limit = min(limit, math.sqrt(torch.finfo(dtype).max))
             norms = norms.masked_fill(norms > limit, torch.inf)
-            self.norms |= zip(params, norms.unbind(), strict=True)
+            earlier = self._norms.setdefault(device, [])
+            self._place |= zip(map(id, params), itertools.count(sum(map(len, earlier))), strict=False)
+            earlier.append(norms)
             answer = torch.isfinite(norms)
             if device.type == "cuda":
                 there = torch.empty(answer.shape, dtype=torch.bool, device="cpu", pin_memory=True)
@@ -46,6 +51,16 @@ class Finite:
                 self._events.append(torch.cuda.current_stream(device).record_event())
             if device.type != "meta":  # which has shapes and no numbers
                 self._answers.append((params, answer))
+
+    def norms(self, params: list[Tensor]) -> Tensor:
+        """``[n]``, of parameters of one device that have a gradient."""
+        device = params[0].device
+        if len(self._norms[device]) > 1:
+            self._norms[device] = [torch.cat(self._norms[device])]
+        (norms,), places = self._norms[device], [self._place[id(p)] for p in params]
+        if places == list(range(places[0], places[0] + len(places))):
+            return norms[places[0] : places[0] + len(places)]
+        return norms[sent(torch.tensor(places, device="cpu"), device)]
 
     def others(self) -> list[Tensor]:
         """The parameters whose gradient is not."""
@@ -58,6 +73,6 @@ class Finite:
 
 def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """Frobenius norms of tensors like DTensors, of which each rank has some rows: a collective."""
-    squares = [norm.square() for norm in frobenius(list(rows.values()))]
+    squares = [frobenius([G])[0].square() for G in rows.values()]
     own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
     return {p: total.sqrt() for p, total in summed(own).items()}

@@ -17,21 +17,18 @@ GRAFTS = ("adam", "rmsprop", "sgd", "none")
 SAFE_NORMS = (1e-15, 1e18)
 
 
-def frobenius(tensors: list[Tensor]) -> list[Tensor]:
-    """Frobenius norms, 0-d and in float64. (The square of a float32 entry of 1e20 is not a float32.)
+def frobenius(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Frobenius norms of n > 0 tensors of one device: ``[n]`` in float64. (A float32 has no square of 1e20.)
 
     On a CPU a norm in float64 takes three times as long as one in float32, so only those are taken that need it.
     """
-    if not tensors:
-        return []
-    if any(t.device.type != "cpu" or t.dtype == torch.float64 for t in tensors):
-        return list(torch._foreach_norm(tensors, dtype=torch.float64))
-    norms = [n.double() for n in torch._foreach_norm(tensors, dtype=torch.float32)]
+    if tensors[0].device.type != "cpu" or any(t.dtype == torch.float64 for t in tensors):
+        return torch.stack(torch._foreach_norm(tensors, dtype=torch.float64))
+    norms = torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).double()
     least, most = SAFE_NORMS
-    return [
-        n if least < value < most else torch.linalg.vector_norm(t, dtype=torch.float64)
-        for n, value, t in zip(norms, torch.stack(norms).tolist(), tensors, strict=True)
-    ]
+    for i in (~((norms > least) & (norms < most))).nonzero().flatten().tolist():
+        norms[i] = torch.linalg.vector_norm(tensors[i], dtype=torch.float64)
+    return norms
 
 
 def needs_second_moment(graft: str) -> bool:
@@ -68,13 +65,11 @@ def direction(
     return list(torch._foreach_div(momenta, denominators))
 
 
-def fusible(*tensors: Tensor) -> bool:
+def fusible(*lists: list[Tensor]) -> bool:
     """Whether torch's fused kernel for the CPU may be given these: it goes through memory by address."""
-    first = tensors[0]
-    return first.device.type == "cpu" and all(
-        t.is_contiguous() and t.dtype == first.dtype and t.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        for t in tensors
-    )
+    first = lists[0][0]
+    known = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return known and all(t.is_contiguous() and t.dtype == first.dtype for tensors in lists for t in tensors)
 
 
 def adam_length(
@@ -86,7 +81,7 @@ def adam_length(
     beta1: float,
     beta2: float,
     eps: float,
-) -> list[Tensor]:
+) -> Tensor:
     """One step of Adam's moments and counters; returns the length of the step that Adam would take, over its rate.
 
     torch's fused kernel takes that step on ``room``, zeros of the parameters' shapes: one pass over memory instead of
@@ -121,8 +116,8 @@ def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: l
     for device in {length.device for length in lengths}:
         here = [i for i, length in enumerate(lengths) if length.device == device]
         if known is None:
-            norms = iter(frobenius([u for i in here for u in updates[i]]))
-            have = torch.stack([torch.linalg.vector_norm(torch.stack([next(norms) for _ in updates[i]])) for i in here])
+            norms = frobenius([u for i in here for u in updates[i]]).split([len(updates[i]) for i in here])
+            have = torch.stack([torch.linalg.vector_norm(n) for n in norms])
         else:
             have = torch.stack([known[i] for i in here])
         factors = torch.where(have > 0, torch.stack([lengths[i] for i in here]) / have, 0).unbind()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,14 +33,12 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def fill(
-    X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: Mapping[Tensor, Tensor | Rows]
-) -> None:
+def fill(X: Tensor, members: list[Tensor], layouts: dict[Tensor, Layout], tensors: Sequence[Tensor | Rows]) -> None:
     """Copy the blocks of each parameter's tensor, or their rows, to their place in X ``[k, d_1, ..., d_k]``."""
     shape, rooms = tuple(X.shape[1:]), iter(X.unbind())
     targets, sources = [], []
-    for p in members:
-        blocks, tensor = [next(rooms) for _ in layouts[p].blocks[shape]], tensors[p]
+    for p, tensor in zip(members, tensors, strict=True):
+        blocks = [next(rooms) for _ in layouts[p].blocks[shape]]
         if isinstance(tensor, Tensor):
             targets += blocks
             sources += layouts[p].views(tensor, shape)
@@ -49,6 +47,11 @@ def fill(
             targets += [blocks[x.number][x.rows] for x, _ in here]
             sources += [rows for _, rows in here]
     torch._foreach_copy_(targets, sources)
+
+
+def fill_whole(X: Tensor, tensors: list[Tensor]) -> None:
+    """The same where each tensor is one block, in one call."""
+    torch.stack([t if t.shape == X.shape[1:] else t.reshape(X.shape[1:]) for t in tensors], out=X)
 
 
 def placed(

@@ -125,10 +125,10 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
         for i in chosen:
             p, rows = params[i], stack.rows[params[i]]
             X = scale.new_empty(rows.stop - rows.start, *stack.shape)
-            fill(X, [p], layouts, {p: inputs[i]})
+            fill(X, [p], layouts, [inputs[i]])
             X.div_(per_block(scale[rows], X))
             u = precondition(X, torch.empty_like(X), stack, rows, group).double().flatten().clone()
-            fill(X, [p], layouts, {p: graft[i]})
+            fill(X, [p], layouts, [graft[i]])
             d = X.double().flatten()
             ratios.append(d.norm() / u.norm())
             cosines.append(F.cosine_similarity(u, d, dim=0))

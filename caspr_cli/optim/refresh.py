@@ -46,16 +46,18 @@ def _refresh(due: Due, group: Group) -> None:
     work = [(stack, rows, problems) for stack, rows, problems in work if rows]
     solutions = iter(solve_all([problem for *_, problems in work for problem in problems], group["solver"]))
     for stack, rows, problems in work:
-        _take(stack, stack.index(rows), problems[0].unit, [next(solutions) for _ in problems], group)
+        _take(stack, stack.index(rows), problems, [next(solutions) for _ in problems], group)
 
 
-def _take(stack: Stack, at: Rows, unit: Tensor, solutions: list[Solution], group: Group) -> None:
+def _take(stack: Stack, at: Rows, problems: list[Problem], solutions: list[Solution], group: Group) -> None:
     """Keep the roots of all axes of these blocks where those of all of them are good."""
     accepted = torch.stack(
         [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
     ).all(0)
-    for place, solution in enumerate(solutions):
+    for place, (problem, solution) in enumerate(zip(problems, solutions, strict=True)):
         stack.store(place, at, solution.root, accepted)
+        stack.remember_shares(place, at, problem.S, solution.root.shift, accepted)
+    unit = problems[0].unit
     # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
     scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
     stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])

@@ -27,6 +27,14 @@ class Rooms:
             self._rooms[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self._rooms[key][:size]
 
+    def like(self, use: str, tensors: list[Tensor]) -> list[Tensor]:
+        """Zeros of the shapes of these, and of their type and device."""
+        sizes = [t.numel() for t in tensors]
+        flat = self.flat(use, sum(sizes), tensors[0]).zero_()
+        if len({t.shape for t in tensors}) == 1:
+            return list(flat.view(len(tensors), *tensors[0].shape).unbind())
+        return [x.view(t.shape) for x, t in zip(flat.split(sizes), tensors, strict=True)]
+
     def blocks(self, stack: Stack, rows: slice) -> tuple[Tensor, Tensor]:
         """Two tensors ``[k, d_1, ..., d_k]`` for these rows of a stack."""
         shape = (rows.stop - rows.start, *stack.shape)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 # (measured with `n` 128 to 512 on two cores: 48 to 17).
 EIGH_FLOPS = 25
 
+# First roots that together cost at most so many FLOPs, a second or two on one core, are computed in one step.
+AT_ONCE = 1e11
+
 
 def phases(costs: Sequence[float], interval: int) -> list[int]:
     """A step of the interval (0 ... interval - 1) for each item, such that all steps cost about the same.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import Root
-from caspr_cli.optim.symmetric import pack, packed_length, trace, unpack
+from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
 
 Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 
@@ -22,6 +22,11 @@ CHUNK_CPU, CHUNK = 2**20, 2**24
 
 # Of the scale of now, what an input is divided by at least: what comes out is then far from the end of float32.
 LEAST_SCALE = 1e-20
+
+# How many times the share of a row (or column) in the statistics may grow before new roots are computed at once. A row
+# that was silent has grown by thousands with its first gradient. Of rows that were not, 16 times was the most that was
+# seen (the first steps of the vision transformer and the tagger).
+OUTGROWN = 25
 
 
 def sent(small: Tensor, device: torch.device) -> Tensor:
@@ -66,6 +71,10 @@ class Stack:
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
     Q: list[Tensor]  # eigenvectors of S at its last decomposition, [K, d_i, d_i]; an empty list if they are not kept
+    shares: list[
+        Tensor
+    ]  # diagonal of the damped S over the trace of S, when A was computed, [K, d_i]; 0: not known; an
+    # empty list for vectors, of which each entry is a row
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
     total: Tensor  # [K], weights of all gradients in S
@@ -73,8 +82,14 @@ class Stack:
     rejected: Tensor  # [K], roots that were refused
     rows: dict[Tensor, slice] = field(default_factory=dict)
     rooted: set[Tensor] = field(default_factory=set)  # parameters whose roots have been computed
+    members: list[Tensor] = field(default_factory=list)  # the parameters of ``rows``
+    numbers: frozenset[int] = frozenset()  # and their ids: to hash a tensor takes ten times as long
+    plan: object = None  # what it was built by
+    whole: bool = False  # whether each of these parameters is one block
+    marks: dict[Tensor, tuple[str, Tensor]] = field(default_factory=dict)  # an entry of the state of each, see is_in()
     interval: int = 1
     phase: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
+    _chunks: list[tuple[list[Tensor], slice]] = field(default_factory=list)  # of all members
 
     @classmethod
     def empty(cls, shape: Shape, axes: tuple[int, ...], K: int, storage: Storage, device: torch.device) -> Stack:
@@ -90,6 +105,7 @@ class Stack:
             [new(packed_length(d)) for d in sizes],
             [new(*size, dtype=storage.root_dtype) for size in roots],
             [new(d, d) for d in sizes] if storage.basis else [],
+            [] if is_vector(shape) else [new(d) for d in sizes],
             scale=new(),
             root_scale=new(),
             total=new(),
@@ -111,12 +127,19 @@ class Stack:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
-        for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q)):
+        for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q), ("share", self.shares)):
             named |= {f"{name}_{axis}": tensor for axis, tensor in zip(self.axes, tensors, strict=False)}
         return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
     def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
         """These parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
+        if params is self.members:
+            if not self._chunks:
+                self._chunks = list(self._cut(params))
+            return iter(self._chunks)
+        return self._cut(params)
+
+    def _cut(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
         size = torch.Size(self.shape).numel()
         limit = (CHUNK_CPU if self.scale.device.type == "cpu" else CHUNK) // size
         run: list[Tensor] = []
@@ -161,6 +184,28 @@ class Stack:
         sums = trace(self.S[0], self.sizes[0])
         return torch.where(sums > 0, sums, 1)
 
+    def outgrown(self) -> Tensor:
+        """``[K]``: the blocks of which a row, of any axis, has ``OUTGROWN`` times the share in the statistics of now
+        that it had when the roots were computed.
+
+        Such a row was silent, so the roots lengthen it as far as the damping lets them, and the graft would give it the
+        step of the whole tensor. That all rows grow together changes no share.
+        """
+        grown = torch.zeros_like(self.scale, dtype=torch.bool)
+        for S, d, known in zip(self.S, self.sizes, self.shares, strict=False):
+            now = diagonal(S, d)
+            grown |= ((now > OUTGROWN * now.sum(1, keepdim=True) * known) & (known > 0)).any(1)
+        return grown
+
+    def remember_shares(self, place: int, at: Rows, S: Tensor, shift: Tensor, accepted: Tensor) -> None:
+        """What :meth:`outgrown` compares with: of these rows whose roots of S + shift I are ``accepted`` [k]."""
+        if not self.shares:
+            return
+        now = S.diagonal(dim1=1, dim2=2).double()
+        total = now.sum(1, keepdim=True)
+        shares = torch.where(total > 0, (now + shift.unsqueeze(1)) / total, 0).to(S.dtype)
+        self.shares[place][at] = torch.where(accepted.unsqueeze(1), shares, self.shares[place][at])
+
     def input_scale(self, group: Group) -> Tensor:
         """``[K]``: what an input of the roots is divided by.
 
@@ -194,14 +239,12 @@ class Stack:
 
     def forget_roots(self) -> None:
         """They are made anew, each with its block's next gradient."""
-        torch._foreach_zero_([*self.A, self.root_scale])
+        torch._foreach_zero_([*self.A, self.root_scale, *self.shares])
         self.rooted.clear()
 
-    def is_in(self, state: dict[Tensor, dict[str, Tensor]], p: Tensor, layout: Layout) -> bool:
+    def is_in(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
-        part = layout.parts.index(self.shape)
-        view = state.get(p, {}).get(f"scale.{part}")
-        return view is not None and view.data_ptr() == self.scale[self.rows[p]].data_ptr()
+        return all(state.get(p, {}).get(name) is view for p, (name, view) in self.marks.items())
 
 
 def build_stacks(
@@ -228,6 +271,7 @@ def build_stacks(
         axes = layouts[members[0][0]].axes
         stack = Stack.empty(shape, axes, sum(n for *_, n in members), storage, device)
         start = 0
+        stack.whole = all(layouts[p].shape == shape for p, *_ in members)
         for p, part, n in members:
             stack.rows[p] = slice(start, start + n)
             start += n
@@ -238,9 +282,11 @@ def build_stacks(
                     if name == f"root_{axes[0]}.{part}" and bool(view.any()):  # waits for the device, once a rebuild
                         stack.rooted.add(p)
                 state[p][name] = view
+            stack.marks[p] = f"scale.{part}", state[p][f"scale.{part}"]
             if not stack.Q:  # of a solver that is no longer chosen
                 for axis in axes:
                     state[p].pop(f"basis_{axis}.{part}", None)
+        stack.members, stack.numbers = list(stack.rows), frozenset(map(id, stack.rows))
         stacks.append(stack)
     return stacks
 
@@ -262,12 +308,20 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
 def check_axes(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
     """Refuse statistics of other axes: their roots would have another exponent, and pass for these.
 
+    Those of an axis that is too long, which were kept once, are left out, and with them all roots.
+
     Raises:
         ValueError: the same on all ranks, of a state that is whole.
     """
     for part in range(len(layout.parts)):
         found = {name for name in state if name.startswith("statistics_") and name.endswith(f".{part}")}
         wanted = {f"statistics_{axis}.{part}" for axis in layout.axes}
+        if found == wanted | {f"statistics_{axis}.{part}" for axis in layout.long} != wanted:
+            for name in found - wanted:
+                del state[name]
+            for name in [n for n in state if n.startswith(("root_", "basis_", "share_")) and n.endswith(f".{part}")]:
+                del state[name]
+            continue
         if found and (different := sorted(found ^ wanted)):
             raise ValueError(other_blocks(different[0], p))
 
@@ -286,14 +340,15 @@ def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
             raise ValueError(other_blocks(name, p))
         if axis.isdigit():
             d = shape[int(axis)]
-            if tuple(state[name].shape[1:]) not in ((d, d), (packed_length(d),)):
+            fitting = ((d,),) if kind.startswith("share_") else ((d, d), (packed_length(d),))
+            if tuple(state[name].shape[1:]) not in fitting:
                 raise ValueError(other_blocks(name, p))
 
 
 def is_factor(name: str) -> bool:
     """Whether an entry of the state is a view into a stack, of a type of its own."""
     own = ("scale", "root_scale", "total", "retries", "rejected")
-    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_"))
+    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_", "share_"))
 
 
 def other_blocks(name: str, p: Tensor) -> str:

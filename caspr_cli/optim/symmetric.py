@@ -59,6 +59,15 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
     return full
 
 
+def diagonal(packed: Tensor, d: int) -> Tensor:
+    """``[K, d]``, of packed matrices ``[K, packed_length(d)]``."""
+    diagonals = [
+        view[:, :, rows.start :].diagonal(dim1=1, dim2=2)
+        for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
+    ]
+    return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, 1)
+
+
 def trace(packed: Tensor, d: int) -> Tensor:
     """``[K]``, of packed matrices ``[K, packed_length(d)]``."""
     diagonals = (

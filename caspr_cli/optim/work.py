@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,20 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.placing import Rows, copy
 from caspr_cli.optim.rows import Route
 from caspr_cli.optim.shard import Exchange, Parcel, Post
-from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.stacks import Stack, Storage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a group's options and the shapes of its parameters: the same in every step, on every rank."""
+
+    key: tuple[Any, ...]  # what it was made of
+    layouts: dict[Tensor, Layout]  # of all that the group may ever precondition
+    storages: dict[Tensor, Storage]
+    turns: dict[tuple[Tensor, Shape], list[int]]  # of each block the step of the interval at which it has new roots
+    waits: dict[Tensor, int]  # steps from ``start_step`` until all blocks of a parameter have had their first turn
+    scattered: list[Tensor]  # those with blocks of several shapes
+    sharded: bool  # whether a parameter of the group is a DTensor
 
 
 @dataclass
@@ -21,6 +35,8 @@ class Work:
     """One step of one param group."""
 
     group: Group
+    plan: Plan
+    shared: bool  # whether ranks share the work
     grads: dict[Tensor, Tensor]  # what is here of them
     steps: dict[Tensor, int]  # the number of this step, for each parameter that is preconditioned some day
     seen: dict[Tensor, int]  # for each of these, of this gradient among those since its statistics began
@@ -33,6 +49,15 @@ class Work:
     broken: list[Tensor] = field(default_factory=list)  # those left out for the first time: a gradient is not finite
     gradients: dict[Tensor, Rows] = field(default_factory=dict)  # of blocks that are this rank's, by parameter
     momenta: dict[Tensor, Rows] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parameters that have a stack are past ``start_step`` and have a gradient."""
+        return len(self.layouts) == len(self.plan.layouts)
+
+    def members(self, stack: Stack) -> list[Tensor]:
+        """The stack's parameters that are preconditioned in this step."""
+        return stack.members if self.complete else [p for p in stack.members if p in self.layouts]
 
 
 @dataclass

@@ -9,7 +9,8 @@ d, at most d, for the panels of one triangle:
                  Newton on a GPU 2 (steps) (products a step), which is 160 or so
     traffic      4 bytes times: 2 (m t_m + n t_n) for statistics and q (m^2 + n^2) for roots
     entries      4 bytes times PASSES m n, for all that is done entry by entry (moments, graft, scaling, weights)
-    state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots
+    state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots, and m + n
+                 for what is remembered of the statistics that roots were computed from
 
 With blocks of b x b a step costs about 12 b FLOPs a parameter (q = 2) and its roots, whatever the size of the model,
 against 6 for each token of a batch in training. What grows with the model and the number of devices, relative to
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from caspr_cli.bench.roots import newton_products
 from caspr_cli.bench.workload import TRAINING_FLOPS
+from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
@@ -82,12 +84,13 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         p = root_exponent(group["order"], len(sizes), group["exponent"])
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
         own = 2.0 * newton_steps(condition, p) * newton_products(p) * sum(d**3 for d in sizes)
+        held = FLOAT * float(packed + full + (0 if is_vector(shape) else sum(sizes)))
         found["parameters"] += count * m_n
         found["newton"] += count * own / group["interval"]
         found["traffic"] += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
-        found["factors"] += FLOAT * count * (packed + full)
+        found["factors"] += count * held
         found["largest"] = max(found["largest"], own + 2.0 * m_n * (1 + q) * sum(sizes))
-        found["largest_factors"] = max(found["largest_factors"], FLOAT * float(packed + full))
+        found["largest_factors"] = max(found["largest_factors"], held)
     found["entries"] = float(FLOAT) * PASSES * found["parameters"]
     found["moments"] = 2.0 * FLOAT * found["parameters"]
     return Work(**found)

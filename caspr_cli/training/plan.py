@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tasks
-from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.blocks import TIMES, Layout
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
@@ -101,6 +101,9 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
             blocks = _blocks(layout)
             if layout.shape != stand_in.shape:
                 reason += f", seen as {_times(layout.shape)}"
+            if layout.long:
+                short = _times(tuple(layout.shape[axis] for axis in layout.axes))
+                reason += f"; statistics of the axis of {short} alone: the other is more than {TIMES} times as long"
         elif only["precondition"] is not False:
             reason += " of one axis"
     elif own in TAKES:

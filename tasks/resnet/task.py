@@ -12,8 +12,8 @@ from tasks.base import DataError
 from tasks.images.task import Classification
 from tasks.resnet.model import DEPTHS, ResNet
 
-# From so many channels on, convolutions are channels last. With fewer, oneDNN of torch 2.14.1 on CPUs with AVX2 alone writes
-# beyond its memory in the backward pass of a 1 x 1 convolution with stride 2.
+# From so many channels on, convolutions are channels last. With fewer, oneDNN (torch 2.14.1, on CPUs with AVX2 alone)
+# writes beyond its memory in the backward pass of a 1 x 1 convolution with stride 2.
 CHANNELS_LAST = 8
 
 

@@ -1,5 +1,7 @@
 """Runs any ``torch.optim.Optimizer`` class on a list of gradients. It is told the class, so it imports no library."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,8 @@ def run_with_turns(optimizer_class, weight: Tensor, gradients: list[Tensor | Non
 def bare_updates(optimizer_class, gradients: list[Tensor], *, beta: float = 0.9, **options) -> list[Tensor]:
     """U_t of every step. The weight is set to zero before each, so that W_t = -U_t has no rounding of a difference."""
     parameter = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    if "precondition_1d" in inspect.signature(optimizer_class).parameters:  # (n, 1) too
+        options = {"precondition_1d": True} | options
     optimizer = optimizer_class([parameter], lr=1.0, **{**BARE, "betas": (0.0, beta), **options})
     updates = []
     for gradient in gradients:

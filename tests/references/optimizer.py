@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from references.kronecker import one_sided, row_by_row
+from references.kronecker import damped, one_sided, row_by_row
 from references.kronecker import precondition as preconditioned
 from references.stream import average, statistics, uncorrected_average
 
@@ -35,15 +35,36 @@ def axis_parts(size: int, block_size: int) -> list[slice]:
 def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, sizes: list[int], **options):
     """U of every block from the statistics of that block alone; ``sizes`` of blocks, ``options`` of ``_block``.
 
-    ``age`` steps ago all blocks had their first roots; each got new ones whenever it was its turn of the interval.
+    ``age`` steps ago all blocks had their first roots; each got new ones whenever it was its turn of the interval, or
+    it had outgrown those that it had.
     """
     result = torch.zeros_like(gradient)
     for block in itertools.product(*map(axis_parts, gradient.shape, sizes)):
         turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
-        stale = (age - turn) % interval if age >= turn else age
-        known = history[: len(history) - stale]
-        result[block] = _block(gradient[block], [past[block] for past in known], **options)
+        past = [gradient[block] for gradient in history]
+        known = last = len(past) - age
+        for count in range(last + 1, len(past) + 1):
+            due = (count - last - turn) % interval == 0
+            if due or outgrown(past[:known], past[:count], **options):
+                known = count
+        result[block] = _block(gradient[block], past[:known], **options)
     return result
+
+
+def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping, axes, **_) -> bool:
+    """Whether a row of an axis with statistics has over 25 times its share of then, damping included, in the trace.
+
+    Never of a vector.
+    """
+    if sum(size > 1 for size in now[0].shape) < 2:
+        return False
+    pairs = list(zip(statistics(then, kind, beta), statistics(now, kind, beta), strict=True))
+    chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "row": slice(-1, None)}[axes]
+    return any(
+        bool((new.diagonal() / new.trace() > 25 * damped(old, eps, damping).diagonal() / old.trace()).any())
+        for old, new in pairs[chosen]
+        if old.any()
+    )
 
 
 def _block(gradient, history, *, kind, beta, eps, damping, order, exponent, axes):
@@ -99,10 +120,11 @@ def reference_weights(
     maximize: bool = False,
     use_preconditioner: bool = True,
     turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
+    wait: int = 0,  # steps from start_step until the last of them, where first roots come at their turns
 ) -> list[Tensor]:
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
     shape = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
-    active = use_preconditioner and (method == "full" or len(shape) > 1 or precondition_1d)
+    active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
     if axes == "row" and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
     block_options = {
@@ -128,11 +150,11 @@ def reference_weights(
     def update() -> Tensor:
         step = len(history)
         momentum = average(history, betas[0])
-        if not active or step < start_step:
+        if not active or step < start_step + wait:
             return plain(momentum, step)
         if precondition == "momentum":
             return grafted(momentum, step)
-        return average([grafted(history[s - 1], s) for s in range(start_step, step + 1)], betas[0])
+        return average([grafted(history[s - 1], s) for s in range(start_step + wait, step + 1)], betas[0])
 
     weight = weight.double().clone()
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)

@@ -107,3 +107,22 @@ def test_statistics_are_gathered_before_the_start():
     u_late = late[2] - late[3]
     assert relative_error(u_late, early[2] - early[3]) < 1e-9
     assert relative_error(u_late, -alone[0]) > 1e-2
+
+
+WAKING = [{}, {"axes": "last"}, {"exponent": 1.0}, {"statistics": "accumulate"}, {"merge": "none"}, {"order": 1},
+          {"block_size": 3, "precondition": "gradient"}, {"method": "shampoo"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WAKING)
+def test_a_row_or_a_column_that_wakes_up(options):
+    """Between two turns: the blocks that hold it have new roots at once."""
+    method = options.get("method", "caspr")
+    options = {name: value for name, value in options.items() if name != "method"}
+    gradients = random_stream(6, 5, steps=12, seed=6)
+    for gradient in gradients[:8]:
+        gradient[0], gradient[:, 3] = 0, 0
+    optimizer, known = library(method, {"interval": 6, "start_step": 3} | options)
+    weights, turns = run_with_turns(optimizer, torch.zeros(6, 5).double(), gradients, lr=1.0, **known)
+    expected = reference_weights(torch.zeros(6, 5), gradients, method, lr=1.0, turns=turns, **known)
+    for w, w_expected in zip(weights, expected, strict=True):
+        assert relative_error(w, w_expected) < 1e-9

@@ -200,7 +200,8 @@ def test_the_state_is_of_the_axes_that_are_chosen() -> None:
         optimizer = CASPR([p], axes=axes, start_step=1, solver="warm")
         optimizer.step()
         found = {name for name in optimizer.state[p] if name.partition(".")[0].endswith(("_0", "_1"))}
-        assert found == {f"{name}_{i}.0" for name in ("statistics", "root", "basis") for i in numbers}
+        kinds = ("statistics", "root", "basis", "share")[: 3 if axes == "row" else 4]
+        assert found == {f"{name}_{i}.0" for name in kinds for i in numbers}
     assert optimizer.state[p]["statistics_1.0"].shape == (4, 9)
     assert optimizer.state[p]["root_1.0"].shape == (4, 3, 3)
 
@@ -259,7 +260,7 @@ def test_a_state_of_other_axes_is_refused(before: str, after: str) -> None:
     """Where the group says other axes than those of the state, at once and after a load."""
     for shape in [(4, 3), (1, 3), (4, 1)]:
         p = nn.Parameter(torch.ones(shape))
-        optimizer = CASPR([p], axes=before, start_step=1, interval=1)
+        optimizer = CASPR([p], axes=before, start_step=1, interval=1, precondition_1d=True)
         advance([p], optimizer, range(2))
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         optimizer.param_groups[0]["axes"] = after
@@ -323,7 +324,8 @@ def test_what_it_costs() -> None:
         }
         assert step_flops(optimizer) == pytest.approx(expected)
         optimizer.step()
-        factors = 2 * blocks * sum(size**2 for size in d)
+        shares = 0 if axes == "row" else sum(d)
+        factors = 2 * blocks * sum(size**2 for size in d) + shares
         assert state_bytes(optimizer.state) == 4 * (2 + 2 * m * n + factors + 5 * blocks)
         assert work_of(optimizer).factors == 4 * factors
         assert work_of(optimizer).products == pytest.approx(expected["statistics"] + expected["apply"])

@@ -120,8 +120,8 @@ def test_state_bytes_are_those_of_the_tensors() -> None:
     p.grad = torch.randn(8, 4)
     optimizer = Shampoo([p], start_step=1)
     optimizer.step()
-    # two counters, two moments, statistics and roots of both axes, and five numbers of the block; float32
-    assert state_bytes(optimizer.state) == 4 * (2 + 2 * 32 + 2 * (64 + 16) + 5)
+    # two counters, two moments, statistics, roots and shares of both axes, and five numbers of the block; float32
+    assert state_bytes(optimizer.state) == 4 * (2 + 2 * 32 + 2 * (64 + 16) + (8 + 4) + 5)
 
 
 def test_what_was_refused_is_counted() -> None:

@@ -56,20 +56,21 @@ def test_every_rank_against_the_dense_formula_on_its_own_axes(shape, order):
 def test_merging_is_preconditioning_the_reshaped_tensor(shape, merge, merged):
     gradients = random_stream(*shape, steps=3, seed=2)
     assert merged_shape(shape, merge) == merged
-    update = bare_updates(CASPR, gradients, merge=merge, eps=1e-4, beta=BETA)[-1]
+    update = bare_updates(CASPR, gradients, merge=merge, eps=1e-4, beta=BETA, precondition_1d=True)[-1]
     matrices = reshaped(gradients, *merged)
     expected = precondition(matrices[-1], statistics(matrices, "ema", BETA), 1e-4, "relative", 2)
     assert update.shape == shape
     assert relative_error(update.reshape(merged), expected) < 1e-9
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1), (5, 1, 1), (1, 1, 5), (1, 1, 1)])
+@pytest.mark.parametrize("merge", ["matrix", "none"])
+@pytest.mark.parametrize("shape", [(), (5,), (5, 1), (1, 5), (1, 5, 1), (5, 1, 1), (1, 1, 5), (1, 1, 1)])
 @pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
-def test_what_merges_to_one_axis_takes_the_graft_method(optimizer, shape):
+def test_a_vector_takes_the_graft_method_however_it_is_written(optimizer, shape, merge):
     weight = random_stream(*shape, steps=1, seed=3)[0]
     gradients = random_stream(*shape, steps=4, seed=4)
     options = {"betas": (0.9, 0.99), "weight_decay": 0.1, "lr": 0.01}
-    weights = run(optimizer, weight, gradients, start_step=1, interval=1, **options)
+    weights = run(optimizer, weight, gradients, start_step=1, interval=1, merge=merge, **options)
     for w, expected in zip(weights, run(torch.optim.AdamW, weight, gradients, **options), strict=True):
         assert relative_error(w, expected) < 1e-12
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import Ranks, alone
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim import CASPR, Shampoo, engine
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.shard import Loads
@@ -103,6 +103,30 @@ def test_blocks_of_any_size(ranks: Ranks) -> None:
     for found in ranks(weights_after, 9, torch.float64, options, ODD):
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def after_waking_and_waiting(rank: int) -> list[Tensor]:
+    """First roots at their turns, and then a row without gradients until step 12."""
+    engine.AT_ONCE, before = 0, engine.AT_ONCE
+    try:
+        params = weights(shapes=[(64, 32), (32, 64), (64, 64), (2048, 32)])
+        optimizer = CASPR(params, **OPTIONS | {"interval": 6})
+        for step in range(15):
+            gradients(params, step, {})
+            for p in params if step < 12 else []:
+                assert p.grad is not None
+                p.grad[5] = 0
+            optimizer.step()
+    finally:
+        engine.AT_ONCE = before
+    return values(params)
+
+
+def test_who_waits_and_who_wakes_up_is_the_same_on_all_ranks(ranks: Ranks) -> None:
+    expected = alone(after_waking_and_waiting)
+    for found in ranks(after_waking_and_waiting):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def updates_in_bfloat16(rank: int) -> list[Tensor]:

@@ -57,7 +57,7 @@ def test_one_matrix_costs_what_the_docstring_says(shape, options):
         assert work.roots == pytest.approx(blocks * 25 * (m**3 + n**3) / options.get("interval", 10))
         assert work.traffic == blocks * 4 * (2 * packed / every + q * (m * m + n * n))
         assert work.entries == blocks * 4 * PASSES * m * n
-        assert work.factors == blocks * 4 * (packed + m * m + n * n)
+        assert work.factors == blocks * 4 * (packed + m * m + n * n + m + n)
         assert work.moments == blocks * 8 * m * n
     assert (work.statistics, work.apply, work.roots) == tuple(
         step_flops(optimizer)[k] for k in ("statistics", "apply", "roots")

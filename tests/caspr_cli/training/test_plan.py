@@ -81,6 +81,17 @@ def test_each_tensor_has_its_treatment_and_reason() -> None:
     assert "4 of 6 x 9" in lines[2]
 
 
+def test_what_is_thin_or_a_vector_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"down": nn.Linear(8, 600, bias=False), "one": nn.Linear(600, 1, bias=False)}
+    monkeypatch.setattr(Small, "model", lambda self: nn.ModuleDict(parts))
+    rows = {row.tensor: (row.blocks, row.treatment, row.reason) for row in plan(recipe("caspr")).rows}
+    reason = "matrix; statistics of the axis of 8 alone: the other is more than 8 times as long"
+    assert rows == {
+        "down.weight": ("1 of 600 x 8", "caspr", reason),
+        "one.weight": ("-", "AdamW", "matrix of one axis"),
+    }
+
+
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name: str) -> None:
     changes = {"start_step": 1} if hasattr(OPTIMIZERS[name](), "start_step") else {}
