@@ -117,10 +117,7 @@ class Watched:
         self.before = self.inode()
 
     def inode(self) -> int:
-        try:
-            return (self.record / "metrics.jsonl").stat().st_ino if self.record else 0
-        except OSError:
-            return 0
+        return inode(self.record / "metrics.jsonl") if self.record else 0
 
     @property
     def status(self) -> dict[str, Any]:
@@ -183,7 +180,7 @@ class Run:
         self.ports: set[str] = set()
         self.faults: list[Fault] = []
         self.least = 0  # the step that the next attempt must not fall behind
-        self.damaged = False  # it may fall behind this once
+        self.damaged = 0  # inode of a checkpoint that was damaged: attempts may fall behind while it is there
         self.kept: int | None = None  # lines of the metrics that this attempt began with
         self.cache = self.runner.home / f"cache-{self.name}"  # of an attempt that finds it full
         self.process: subprocess.Popen[str]
@@ -240,8 +237,8 @@ class Run:
         environment = {"CASPR_CACHE": str(self.cache)} if fault.kind == "cache disk" else {}
         environment |= clock(self.runner.home, draw) if fault.kind == "clock" else {}
         self.start(*more, **environment)
-        self.least = 0 if self.damaged else self.watched.status.get("step") or 0
-        self.damaged = False
+        stands = self.damaged and inode(self.watched.record / "checkpoints" / "last.ckpt") == self.damaged
+        self.least = 0 if stands else self.watched.status.get("step") or 0
         if not self.wait_for(fault):
             self.end({0, 143}, fault)
             return False
@@ -441,7 +438,7 @@ def damage(how: str) -> Callable[[Run, Fault, random.Random], set[int] | None]:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         last.unlink()  # other names of this file keep what it was
         last.write_bytes(content)
-        run.damaged = True
+        run.damaged = inode(last)
         return {-signal.SIGKILL}
 
     return hit
@@ -585,6 +582,14 @@ def in_order(faults: list[Fault]) -> list[Fault]:
     place = {"start": -1.0, "test": STEPS + 1.0, "exit": STEPS + 2.0}
     draw = random.Random(faults[0].seed)
     return sorted(faults, key=lambda f: f.at if f.phase == "train" else place.get(f.phase, draw.uniform(0, STEPS)))
+
+
+def inode(file: Path) -> int:
+    """Return the number of a file on its disk; 0 where there is none."""
+    try:
+        return file.stat().st_ino
+    except OSError:
+        return 0
 
 
 def can_mount() -> bool:
