@@ -225,8 +225,8 @@ _MERGE = """\
             *unit-wise* in arXiv:2305.04684), with 2 m n^2 numbers of state for m rows of n (``block_size`` cuts n); of
             more than two axes all but the first are flattened. Where one axis has statistics all orders are the same,
             and for a vector all four choices are.
-        precondition_1d: precondition vectors with full-matrix Adagrad, and (n, 1) or (1, n) like matrices; otherwise the
-            graft method takes both.
+        precondition_1d: precondition vectors with full-matrix Adagrad, and (n, 1) or (1, n) like matrices; otherwise
+            the graft method takes both.
 """
 
 _ORDER = """        order: q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.
