@@ -43,8 +43,8 @@ from caspr_cli.optim.roots import (
 )
 from caspr_cli.optim.solve import WARM_RESIDUAL, Problem, Solution, solve, solve_all
 
-SIZES = [1, 3, 17, 64, 200]
-CONDITIONS = [1, 1e4, 1e6, 1e8, 1e12]
+SIZES = [1, 2, 3, 17, 64, 200]
+CONDITIONS = [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]
 POWERS = [2, 4, 6]
 NEAR = 1e-3  # by which the statistics have moved since the decomposition that a warm start takes
 MEASURED = 0.1  # the errors found here were at most .04 rounding * condition for d of 17 and more, .4 below
