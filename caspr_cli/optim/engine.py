@@ -309,8 +309,9 @@ class KroneckerOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse()
-        for index in [i for i in self._stacks if i >= len(self.param_groups)]:
-            del self._stacks[index]
+        for index in [i for i in self._plans if i >= len(self.param_groups)]:
+            del self._plans[index]
+            self._stacks.pop(index, None)
         plans = [self._plan(index, group) for index, group in enumerate(self.param_groups)]
         self._divide(plans)
         given: dict[int, dict[Tensor, Tensor]] = {}
@@ -482,14 +483,15 @@ class KroneckerOptimizer(Optimizer):
                 for (p, _), steps in turns.items():
                     waits[p] = max(waits[p], *steps)
             scattered = [p for p, layout in layouts.items() if len(layout.parts) > 1]
-            sharded = any_sharded(group["params"])
-            self._plans[index] = Plan(key, layouts, storages, turns, waits, scattered, sharded)
+            self._plans[index] = Plan(
+                key, tuple(group["params"]), layouts, storages, turns, waits, scattered, any_sharded(group["params"])
+            )
         return self._plans[index]
 
     def _stacks_of(self, index: int, group: Group, plan: Plan, params: list[Tensor]) -> list[Stack]:
         """The group's stacks; rebuilt from the state when a parameter is new or gone, or the state was replaced."""
         stacks = self.stacks(index)
-        wanted = [p for p in params if self._shares[p].blocks] if self._shares else params
+        wanted = [p for p in params if self.share(p, group).blocks] if self._shares else params
         if not stacks and not wanted:
             return stacks
         intact = all(stack.plan is plan and stack.is_in(self.state) for stack in stacks)
@@ -661,12 +663,13 @@ class KroneckerOptimizer(Optimizer):
                 age = work.seen.get(p, 0) - group["start_step"]
                 if age < 0 or p not in work.grads:
                     continue
-                # Roots that are many come at their first turns. Then, and where they are not, there may still be none:
-                # in a state of another optimizer.
+                # First roots that are many come at their turns. A state that has none of turns that are over, as one
+                # of another optimizer, gets all of them at once.
                 wait = work.plan.waits[p]
-                first = age == wait == 0 or (age > wait and p not in stack.rooted)
+                first = age == wait == 0 or (age >= wait and p not in stack.rooted)
                 mine += [row for row in range(rows.start, rows.stop) if first or grown[row] or stack.is_due(row, age)]
-                stack.rooted.add(p)
+                if age >= wait or age <= min(stack.phase[rows]):
+                    stack.rooted.add(p)
             if mine:
                 due.append((stack, mine))
         if due:

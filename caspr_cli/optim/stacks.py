@@ -71,10 +71,9 @@ class Stack:
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
     Q: list[Tensor]  # eigenvectors of S at its last decomposition, [K, d_i, d_i]; an empty list if they are not kept
-    shares: list[
-        Tensor
-    ]  # diagonal of the damped S over the trace of S, when A was computed, [K, d_i]; 0: not known; an
-    # empty list for vectors, of which each entry is a row
+    # Diagonal of the damped S over the trace of S when A was computed, [K, d_i]; 0 where that is not known. An empty
+    # list for vectors, of which each entry is a row.
+    shares: list[Tensor]
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
     total: Tensor  # [K], weights of all gradients in S
@@ -260,15 +259,15 @@ def build_stacks(
     Raises:
         ValueError: a factor in ``state`` is of another axis or has another shape than the options call for.
     """
-    counts: dict[tuple[Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
+    counts: dict[tuple[Shape, Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
         check_axes(state[p], p, layouts[p])
         for shape, blocks in layouts[p].blocks.items():
             part = layouts[p].parts.index(shape)
-            counts.setdefault((shape, storages[p], p.device), []).append((p, part, len(blocks)))
+            key = shape, layouts[p].axes, storages[p], p.device
+            counts.setdefault(key, []).append((p, part, len(blocks)))
     stacks = []
-    for (shape, storage, device), members in counts.items():
-        axes = layouts[members[0][0]].axes
+    for (shape, axes, storage, device), members in counts.items():
         stack = Stack.empty(shape, axes, sum(n for *_, n in members), storage, device)
         start = 0
         stack.whole = all(layouts[p].shape == shape for p, *_ in members)

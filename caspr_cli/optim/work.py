@@ -22,6 +22,7 @@ class Plan:
     """What follows from a group's options and the shapes of its parameters: the same in every step, on every rank."""
 
     key: tuple[Any, ...]  # what it was made of
+    params: tuple[Tensor, ...]  # of the group: their ids in the key are theirs as long as they live
     layouts: dict[Tensor, Layout]  # of all that the group may ever precondition
     storages: dict[Tensor, Storage]
     turns: dict[tuple[Tensor, Shape], list[int]]  # of each block the step of the interval at which it has new roots

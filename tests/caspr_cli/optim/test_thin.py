@@ -86,6 +86,27 @@ def test_a_state_from_before_there_was_a_limit_goes_on_with_new_roots(
     assert float(diagnose(new)["residual"].max()) < 1e-3  # of roots with the exponent of one side
 
 
+def test_blocks_of_one_shape_and_other_axes_are_kept_apart() -> None:
+    """Of 513 rows 257 and 256, which is not too long by itself."""
+    shapes, together = [(513, 32), (256, 32)], [nn.Parameter(torch.zeros(s)) for s in ((513, 32), (256, 32))]
+    advance(together, CASPR(together, start_step=2, block_size=300), range(4))
+    for i, shape in enumerate(shapes):
+        alone = [nn.Parameter(torch.zeros(s)) for s in shapes]
+        optimizer = CASPR(alone[i : i + 1], start_step=2, block_size=300)
+        for step in range(4):
+            alone[i].grad = torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + i))
+            optimizer.step()
+        torch.testing.assert_close(together[i], alone[i])
+
+
+def test_types_may_be_mixed() -> None:
+    params = [nn.Parameter(torch.zeros(8, 6, dtype=t)) for t in (torch.float32, torch.bfloat16, torch.float32)]
+    optimizer = CASPR(params, start_step=2)
+    advance(params, optimizer, range(4))
+    assert len(optimizer.stacks(0)) == 1
+    assert all(torch.isfinite(p).all() and p.any() for p in params)
+
+
 # ---- first roots
 
 
@@ -132,6 +153,18 @@ def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(monkeypatch: pyt
     advance(params, optimizer, range(5, 14))
     advance(others, other, range(5, 14))
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_roots_of_turns_that_are_over_come_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's state, loaded amid the first turns."""
+    spread(monkeypatch)
+    p = nn.Parameter(torch.zeros(6, 4))
+    adamw = torch.optim.AdamW([p])
+    advance([p], adamw, range(4))  # type: ignore[arg-type]
+    optimizer = CASPR([p], start_step=3, interval=4, block_size=3)
+    optimizer.load_state_dict(adamw.state_dict())
+    advance([p], optimizer, range(4, 6))
+    assert all(A.flatten(1).any(1).all() for stack in optimizer.stacks(0) for A in stack.A)
 
 
 # ---- many small tensors

@@ -37,7 +37,6 @@ def woken(
     ("cls", "options"),
     [
         (CASPR, {"silent": 304}),
-        (CASPR, {}),
         (CASPR, {"axis": 1}),
         (CASPR, {"order": 1}),
         (CASPR, {"statistics": "accumulate"}),
@@ -47,7 +46,6 @@ def woken(
         (CASPR, {"dtype": torch.bfloat16}),
         (CASPR, {"graft": "sgd"}),
         (CASPR, {"axes": "first"}),
-        (Shampoo, {}),
         (Shampoo, {"axis": 1}),
     ],
 )
