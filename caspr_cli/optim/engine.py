@@ -58,7 +58,16 @@ from caspr_cli.optim.rows import (
 )
 from caspr_cli.optim.schedule import AT_ONCE, EIGH_FLOPS, phases
 from caspr_cli.optim.shard import Exchange, Loads, Meeting, Post, agree, collect, summed, world_size
-from caspr_cli.optim.stacks import Stack, Storage, build_stacks, check_factors, is_factor, sent
+from caspr_cli.optim.stacks import (
+    Stack,
+    Storage,
+    build_stacks,
+    check_factors,
+    is_factor,
+    outdated,
+    outgrown,
+    sent,
+)
 from caspr_cli.optim.statistics import accumulate, per_block
 from caspr_cli.optim.work import Plan, Updates, Work
 
@@ -456,6 +465,8 @@ class KroneckerOptimizer(Optimizer):
         """Of p's factors, which are those of all its blocks."""
         state = self.state.get(p, {})
         check_factors(state, p, layout)
+        for name in outdated(state, layout):
+            del state[name]
         for name in [name for name in state if is_factor(name)]:
             value = state.pop(name)
             if mine := self._shares[p].numbers.get(layout.parts[int(name.rpartition(".")[2])]):
@@ -531,7 +542,10 @@ class KroneckerOptimizer(Optimizer):
         group["roots_of"] = options
 
     def _settle(self, work: Work) -> None:
-        """Leave out what is not finite. What a step waits for, beside what solver="warm" and refresh_above ask."""
+        """Drop parameters whose gradients are not finite.
+
+        This waits for the device, and so do a refresh (:func:`outgrown`), solver="warm" and refresh_above.
+        """
         group = work.group
         for p in work.finite.others():
             del work.grads[p]
@@ -647,11 +661,8 @@ class KroneckerOptimizer(Optimizer):
         """Roots of the blocks whose turn it is, or whose statistics have outgrown the roots."""
         group, due = work.group, []
         ages = {n - group["start_step"] for n in work.seen.values()}
-        for stack in work.stacks:
+        for stack, grown in zip(work.stacks, outgrown(work.stacks), strict=True):
             mine: list[int] = []
-            # With an interval of 1 it is everyone's turn. (Numbers on the "meta" device cannot be read.)
-            asked = stack.interval > 1 and stack.shares and not stack.scale.is_meta
-            grown = stack.outgrown().tolist() if asked else [False] * len(stack.scale)
             if work.complete and len(ages) == 1 and len(stack.rooted) == len(stack.members):  # as in most steps
                 (age,) = ages
                 if age > 0:

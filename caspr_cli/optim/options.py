@@ -68,9 +68,7 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
         fixed: options that make the class what it is.
     """
     group = {name: mine[name] for name in OPTIONS} | saved
-    if (
-        "eps" in saved and "graft_eps" not in saved
-    ):  # of a diagonal method, AdamW or another, whose eps is graft_eps here
+    if "eps" in saved and "graft_eps" not in saved:  # of AdamW or another diagonal method: graft_eps here
         group |= {"eps": mine["eps"], "graft_eps": saved["eps"]}
     else:
         group.setdefault("roots_of", root_options(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,8 +184,8 @@ class Stack:
         return torch.where(sums > 0, sums, 1)
 
     def outgrown(self) -> Tensor:
-        """``[K]``: the blocks of which a row, of any axis, has ``OUTGROWN`` times the share in the statistics of now
-        that it had when the roots were computed.
+        """Return ``[K]``, whether a row, of any axis, has ``OUTGROWN`` times the share in the statistics that it had
+        when the block's roots were computed.
 
         Such a row was silent, so the roots lengthen it as far as the damping lets them, and the graft would give it the
         step of the whole tensor. That all rows grow together changes no share.
@@ -246,6 +246,20 @@ class Stack:
         return all(state.get(p, {}).get(name) is view for p, (name, view) in self.marks.items())
 
 
+def outgrown(stacks: Sequence[Stack]) -> list[list[bool]]:
+    """Return :meth:`Stack.outgrown` of each stack. All are read at once, so that the device is waited for once.
+
+    Where it is everyone's turn in each step, as with an interval of 1, nothing is asked, nor are numbers on the "meta"
+    device, which cannot be read.
+    """
+    asked = [stack for stack in stacks if stack.interval > 1 and stack.shares and not stack.scale.is_meta]
+    answers = {id(stack): stack.outgrown() for stack in asked}
+    for device in {answer.device for answer in answers.values()}:
+        here = {k: answer for k, answer in answers.items() if answer.device == device}
+        answers |= zip(here, torch.cat(list(here.values())).cpu().split([len(a) for a in here.values()]), strict=True)
+    return [answers[id(s)].tolist() if id(s) in answers else [False] * len(s.scale) for s in stacks]
+
+
 def build_stacks(
     params: list[Tensor],
     layouts: dict[Tensor, Layout],
@@ -261,6 +275,8 @@ def build_stacks(
     """
     counts: dict[tuple[Shape, Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
+        for name in outdated(state[p], layouts[p]):
+            del state[p][name]
         check_axes(state[p], p, layouts[p])
         for shape, blocks in layouts[p].blocks.items():
             part = layouts[p].parts.index(shape)
@@ -304,10 +320,17 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
     raise ValueError(f"{other_blocks(name, p)} ({tuple(old.shape)} was saved, {tuple(view.shape)} is wanted)")
 
 
-def check_axes(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
-    """Refuse statistics of other axes: their roots would have another exponent, and pass for these.
+def outdated(state: Iterable[str], layout: Layout) -> list[str]:
+    """Return the names of factors that older versions kept of an axis that is too long, and of the roots with them."""
+    names = list(state)
+    old = {part for part in range(len(layout.parts)) if any(f"statistics_{i}.{part}" in names for i in layout.long)}
+    kept = tuple(f"statistics_{axis}" for axis in layout.axes)
+    kinds = ("statistics_", "root_", "basis_", "share_")
+    return [n for n in names if n.startswith(kinds) and not n.startswith(kept) and int(n.rpartition(".")[2]) in old]
 
-    Those of an axis that is too long, which were kept once, are left out, and with them all roots.
+
+def check_axes(state: Iterable[str], p: Tensor, layout: Layout) -> None:
+    """Refuse statistics of other axes: their roots would have another exponent, and pass for these.
 
     Raises:
         ValueError: the same on all ranks, of a state that is whole.
@@ -315,12 +338,6 @@ def check_axes(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
     for part in range(len(layout.parts)):
         found = {name for name in state if name.startswith("statistics_") and name.endswith(f".{part}")}
         wanted = {f"statistics_{axis}.{part}" for axis in layout.axes}
-        if found == wanted | {f"statistics_{axis}.{part}" for axis in layout.long} != wanted:
-            for name in found - wanted:
-                del state[name]
-            for name in [n for n in state if n.startswith(("root_", "basis_", "share_")) and n.endswith(f".{part}")]:
-                del state[name]
-            continue
         if found and (different := sorted(found ^ wanted)):
             raise ValueError(other_blocks(different[0], p))
 
@@ -331,8 +348,9 @@ def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
     Raises:
         ValueError: the same on all ranks.
     """
-    check_axes(state, p, layout)
-    for name in filter(is_factor, state):
+    names = [name for name in state if is_factor(name) and name not in outdated(state, layout)]
+    check_axes(names, p, layout)
+    for name in names:
         kind, _, part = name.rpartition(".")
         shape, axis = dict(enumerate(layout.parts)).get(int(part)), kind.rpartition("_")[2]
         if shape is None or len(state[name]) != len(layout.blocks[shape]):

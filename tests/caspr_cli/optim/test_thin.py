@@ -79,7 +79,10 @@ def test_a_state_from_before_there_was_a_limit_goes_on_with_new_roots(
         assert "statistics_0.0" in old.state[p]
     q = nn.Parameter(p.detach().clone())
     new = optimizer_class([q], start_step=2)
-    new.load_state_dict(copy.deepcopy(old.state_dict()))
+    saved = copy.deepcopy(old.state_dict())
+    names = set(saved["state"][0])
+    new.load_state_dict(saved)
+    assert set(saved["state"][0]) == names  # what is loaded is not changed
     assert diagnose(new) == {}
     advance([q], new, range(4, 5))
     assert not any(name.endswith("_0.0") for name in new.state[q])
