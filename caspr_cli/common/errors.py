@@ -33,6 +33,10 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{unknown[0]} is no flag of {what}.{nearest(unknown[0].split('=')[0], flags)}")
         return found, []
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help. (argparse passes over an output that is full.)"""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         argument, _, text = message.replace("'", "").removeprefix("argument ").partition(": ")
         if text.startswith("ignored explicit argument"):

@@ -40,7 +40,7 @@ def main() -> int:
 
     try:
         taken, data = prepared(recipe, tasks.load(recipe.task, recipe.seed))
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     print(json.dumps({"files": taken or {}, "data": data}))
