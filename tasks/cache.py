@@ -20,8 +20,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from caspr_cli.common.files import disk_error
 from tasks.errors import DataError
-from tasks.files import disk_error, reading
+from tasks.files import reading
 
 ASIDE, LOCK = ".building-", ".lock"
 META = "meta.json"  # in every directory of the cache: what it holds, with its content's ``hash``

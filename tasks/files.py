@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import TaskConf
 from tasks.errors import DataError
 from tasks.names import is_dropping, refuse_unfinished
 
 LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
-# What a disk does, and no file is to blame for: it is full, or does not answer.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
-RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an errno so, in exceptions of any type
-
 
 # ---- one boundary around every reader ------------------------------------------------------------------------------
 
@@ -60,19 +55,6 @@ def reason(error: Exception) -> str:
     if not words or isinstance(error, (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)):
         words = f"{type(error).__name__}: {words}".removesuffix(": ")  # they are meant for programmers
     return words
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """What the disk did behind an error, if it did."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK:
-            return error
-        if (found := RUST.search(str(error))) and int(found[1]) in DISK:
-            return OSError(int(found[1]), os.strerror(int(found[1])))
-        if isinstance(error, OSError) and "Not enough disk space" in str(error):  # of `datasets`, before it downloads
-            return OSError(errno.ENOSPC, str(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 # ---- which files there are -----------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from caspr_cli.common.files import disk_error
 from tasks.errors import DataError
-from tasks.files import disk_error
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.mixed import MixedOptimizer
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf
 
 SCALABLE = "scalable_shampoo"

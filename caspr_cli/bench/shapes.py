@@ -6,7 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.common.errors import nearest
+from caspr_cli.recipe.errors import ConfigError
 
 Shape = tuple[int, ...]
 

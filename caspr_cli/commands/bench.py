@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, table
 from caspr_cli.common.streams import console_script
 from caspr_cli.recipe import compose
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
     listed = json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
     for kind, path, content in (("json", target, listed), ("png", png, chart)):
         if path:
-            write_whole(path, content)
+            write_output(path, content)
             lines.append(f"{kind:<11} {path}")
     if steps:
         lines += next_commands(args)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size
 from caspr_cli.common.streams import console_script
 
@@ -170,7 +170,7 @@ def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     from caspr_cli.report.pack import pack
 
     content = pack(runs, args.paths)
-    write_whole(args.to[0], content)
+    write_output(args.to[0], content)
     print(f"wrote    {args.to[0]}: {count(len(runs), 'record')}, {size(len(content))}")
 
 
@@ -196,7 +196,7 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     for file in args.to:
         for path, content in _contents(args, file, made):
             if content:
-                write_whole(path, content)
+                write_output(path, content)
             print(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw", file=out)
     if quiet:
         print(format.as_json(made), end="")

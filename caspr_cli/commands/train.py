@@ -21,11 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.errors import ConfigError, explain, nearest
-from caspr_cli.recipe.flags import Parser
+from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds
 from caspr_cli.runs.experiment import plan as plan_of
@@ -215,7 +215,7 @@ def tables(told: Experiment, argv: list[str]) -> int:
 def report(told: Experiment) -> None:
     """Compare what there is of a table, on the terminal and as a page beside the records."""
     from caspr_cli.common.errors import UserError
-    from caspr_cli.common.files import write_whole
+    from caspr_cli.common.files import write_output
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
     from caspr_cli.report.compare import tables
     from caspr_cli.report.page import compared
@@ -232,7 +232,7 @@ def report(told: Experiment) -> None:
         say("")
         for line in terminal.compared(made, runs, [folder], shutil.get_terminal_size((120, 24)).columns):
             say(line)
-        write_whole(page, compared(made, shlex.join([*command, "--to", str(page)])))
+        write_output(page, compared(made, shlex.join([*command, "--to", str(page)])))
         say(f"wrote    {page}")
     except UserError as error:
         complain(str(error))
@@ -254,7 +254,7 @@ def flags_of(argv: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a flag that is none, or two that do not go together.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--run", "-r", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
@@ -296,7 +296,7 @@ def compose_and_run(argv: list[str]) -> int:
     except OSError as error:
         code = session.end(cause(error))
         return TERMINATED if full(error) else code
-    except (ConfigError, ValueError) as error:
+    except (UserError, ValueError) as error:
         return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
         if session.sweep is None:

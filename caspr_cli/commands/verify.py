@@ -16,7 +16,7 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, duration, listed
 from caspr_cli.common.streams import console_script
 from caspr_cli.recipe.errors import ConfigError
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     if args.what == ALL:
         from caspr_cli.report import page
 
-        write_whole(args.to / "index.html", page.answers(made, "The theory of CASPR, checked"))
+        write_output(args.to / "index.html", page.answers(made, "The theory of CASPR, checked"))
         print(f"wrote    {args.to / 'index.html'}", file=out)
     if args.json:
         print(answers.as_json(made if args.what == ALL else made[0]), end="")

@@ -1,32 +1,67 @@
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; what a disk did is told from other errors. The standard library alone."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 from caspr_cli.common.errors import UserError
 
+# What a disk does, and no file is to blame for: it is full, or does not answer.
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE})
+RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an errno so, in exceptions of any type
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file, and its directory if there is none. A reader sees the old file or the new one, never a part.
+    """Write a file whole or not at all. A reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that the user has asked for, whole or not at all, and its directory if there is none.
 
     Raises:
         UserError: nothing can be written there; its cause is the OSError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot write there: {error.strerror}") from error
+
+
+def disk_error(error: BaseException | None, numbers: Set[int] = DISK) -> OSError | None:
+    """Return what the disk did behind an error; None where it did nothing.
+
+    Args:
+        numbers: the errno values that count as the disk's.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return error
+        if (found := RUST.search(str(error))) and int(found[1]) in numbers:
+            return OSError(int(found[1]), os.strerror(int(found[1])))
+        if isinstance(error, OSError) and "Not enough disk space" in str(error):  # of `datasets`, before it downloads
+            return OSError(errno.ENOSPC, str(error))
+        error = error.__cause__ or error.__context__
+    return None

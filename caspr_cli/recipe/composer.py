@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,10 +43,6 @@ class Composer:
     def __init__(
         self, given: Sequence[str] = (), *, sweeps: bool = False, place: str | None = None, name: str = "train"
     ) -> None:
-        try:
-            os.getcwd()
-        except OSError as error:
-            raise ConfigError(f"the working directory cannot be used ({error.strerror}): cd to another one") from error
         if not re.fullmatch(r"\w[\w/-]*", name):
             raise ConfigError(f"-cn {name}: should be the name of a file in the directory of -cd")
         for word in given:
@@ -164,12 +159,7 @@ class Composer:
             except RecursionError as error:
                 names = ", ".join(dict.fromkeys(directory.Files.loaded))
                 raise ConfigError(f"{names}: these files name each other in their defaults, without end") from error
-            except (
-                AttributeError,
-                TypeError,
-                KeyError,
-                AssertionError,
-            ) as error:  # of Hydra, for values it cannot merge
+            except (AttributeError, TypeError, KeyError, AssertionError) as error:  # of Hydra, which cannot merge them
                 said = " ".join([*self.settings, *given])
                 raise ConfigError(f"{said}: cannot be composed ({str(error).splitlines()[0]})") from error
             plain = None if self._checked else hydra.compose(None, return_hydra_config=True).hydra

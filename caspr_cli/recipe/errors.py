@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.recipe.configs import choices
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A recipe that cannot be run; the message is for the user."""
-
-
-def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """`` Did you mean X?``, or nothing."""
-    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {prefix}{match[0]}?" if match else ""
 
 
 def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:

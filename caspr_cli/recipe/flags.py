@@ -1,20 +1,11 @@
-"""Flags of the commands that are not Hydra's: what is wrong with one is said in one line."""
+"""Values of the commands' flags: what is wrong with one is said in one line."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from typing import NoReturn
 
-from caspr_cli.recipe.errors import ConfigError, nearest
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        match = re.fullmatch(r"argument (--\S+): (.*)", message.replace("'", ""))
-        raise ConfigError(f"{match[1]}: {match[2]}" if match else message)
+from caspr_cli.common.errors import nearest
+from caspr_cli.recipe.errors import ConfigError
 
 
 def positive(text: str) -> int:

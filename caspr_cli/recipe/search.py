@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.common.errors import nearest
+from caspr_cli.recipe.errors import ConfigError
 
 Space = Mapping[str, Mapping[str, list[Any]]]
 KINDS = ("log", "linear", "one_minus_log", "choice")

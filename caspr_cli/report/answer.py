@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, finite, listed, wrapped
 from caspr_cli.common.format import table as aligned
 
@@ -181,7 +181,7 @@ def write(answer: Answer, directory: Path) -> list[Path]:
         **{f"{figure.name}.svg": figure.svg for figure in answer.figures},
     }
     for name, content in contents.items():
-        write_whole(directory / name, content)
+        write_output(directory / name, content)
     return [directory / name for name in contents]
 
 

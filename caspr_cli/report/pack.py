@@ -22,7 +22,7 @@ import yaml
 
 from caspr_cli.common import shape
 from caspr_cli.common.errors import UserError
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import size
 from caspr_cli.common.shape import DamagedError
 from caspr_cli.report.model import Run, point
@@ -123,10 +123,10 @@ def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
             there += 1
             continue
         points = [{"step": point.step, run.metric: point.value, "time/seconds": point.seconds} for point in run.curve]
-        write_whole(record / "config.yaml", yaml.safe_dump(_nested(run.config), sort_keys=False))
-        write_whole(record / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+        write_output(record / "config.yaml", yaml.safe_dump(_nested(run.config), sort_keys=False))
+        write_output(record / "metrics.jsonl", "".join(json.dumps(point) + "\n" for point in points))
         for name in ("provenance", "result", "status"):  # the status last: it says that the others are there
-            write_whole(record / f"{name}.json", json.dumps(getattr(run, name), indent=2) + "\n")
+            write_output(record / f"{name}.json", json.dumps(getattr(run, name), indent=2) + "\n")
         written += 1
     return written, there
 

@@ -20,10 +20,11 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
+from caspr_cli.common.errors import nearest
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import CONF, choices
-from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
 from caspr_cli.runs.launch import BAD_USAGE, Place, run

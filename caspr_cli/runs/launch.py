@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape
+from caspr_cli.common.files import write_whole
 from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
@@ -45,7 +46,6 @@ from caspr_cli.runs.record import (
     RecordBusyError,
     RecordDamagedError,
     now,
-    write_whole,
 )
 
 # Exit codes, as documented in the README.

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape, streams
+from caspr_cli.common.files import DISK, write_whole
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
@@ -38,8 +38,7 @@ TEMPORARY = (".*.json.????????", ".*.jsonl.????????", ".*.yaml.????????", "check
 CUT_OFF = 75  # exit status of a worker that can go on where it stopped
 SECONDS_TO_WAIT = 60  # for the worker of a launcher that was killed: it saves after its step
 # Errors of the place that a run is written to, not of the run: it continues when they are gone.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG}
-
+PLACE = DISK | {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -234,15 +233,6 @@ def _locked(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-def disk_error(error: BaseException | None) -> OSError | None:
-    """What the disk did behind an error, if it did."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
 # What Python, C++ and the system's loader say; they share no exception for it.
 MEMORY = re.compile(
     r"can.?t allocate memory|cannot allocate memory|out of memory|std::bad_alloc|failed to map segment"
@@ -278,27 +268,6 @@ def clear_left(above: Path, pattern: str) -> None:
             host, pid, born = json.loads(file.read_bytes())
             if host == socket.gethostname() and not lives(pid, born):
                 shutil.rmtree(file.parent)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file whole or not at all.
-
-    Raises:
-        OSError: with the file's name.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def finite(content: Any) -> Any:

@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.runs.processes import LAUNCHER, lives
@@ -16,12 +17,12 @@ from caspr_cli.runs.record import (
     DONE,
     FAILED,
     FULL,
+    PLACE,
     PREEMPTED,
     REFUSED,
     RUNNING,
     Record,
     RecordDamagedError,
-    disk_error,
     memory_error,
 )
 
@@ -77,7 +78,6 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
     from caspr_cli.training.ranks import HungError, LostError
-    from tasks import files
     from tasks.errors import DataError
 
     # A loader's process hands an error on as the text of its traceback, which ends in what it said.
@@ -87,7 +87,7 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     if isinstance(error, HungError):
         return PREEMPTED, message
     refused = isinstance(error, (DataError, ConfigError, RecordDamagedError))
-    disk = disk_error(error) or files.disk_error(error)
+    disk = disk_error(error, PLACE)
     if disk and (not refused or disk.errno in FULL):  # else what a user has to mend
         return PREEMPTED, f"{disk.filename or f'{record.path}, or the cache'}: {disk.strerror}"
     return (REFUSED, message) if refused else (FAILED, f"{type(error).__name__}: {message}")

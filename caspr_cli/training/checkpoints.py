@@ -15,10 +15,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from caspr_cli.common import shape
+from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError, disk_error
+from caspr_cli.runs.record import PLACE, Record, RecordDamagedError
 
 log = logging.getLogger("caspr.checkpoints")
 
@@ -113,7 +114,7 @@ def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
     except shape.DamagedError:
         raise
     except Exception as error:  # whatever zipfile and torch make of a file that is no checkpoint of ours
-        if disk := disk_error(error):
+        if disk := disk_error(error, PLACE):
             raise disk from error
         raise shape.DamagedError("it is cut off, or no checkpoint") from error
     return _checked(path, checkpoint, owner, steps)

@@ -16,10 +16,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 import tasks
+from caspr_cli.common.errors import nearest
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import build
-from caspr_cli.recipe.errors import ConfigError, nearest
+from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.describe import prepared

@@ -12,8 +12,9 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from caspr_cli.common.files import write_whole
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError, finite, write_whole
+from caspr_cli.runs.record import Record, RecordDamagedError, finite
 from caspr_cli.training import hparams
 from caspr_cli.training.layout import FIRST, compared, layout
 

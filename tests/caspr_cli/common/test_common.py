@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from caspr_cli.common.errors import Parser, UserError, nearest
-from caspr_cli.common.files import write_whole
+from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, count, duration, finite, listed, size, table, wrapped
 from caspr_cli.common.selection import choose, reaches
 
@@ -51,8 +51,8 @@ def test_what_is_right_is_parsed() -> None:
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "new/a.txt", "ä")
-    write_whole(tmp_path / "new/a.txt", b"b")
+    write_output(tmp_path / "new/a.txt", "ä")
+    write_output(tmp_path / "new/a.txt", b"b")
     assert (tmp_path / "new/a.txt").read_bytes() == b"b"
     assert (tmp_path / "new/a.txt").stat().st_mode & 0o777 == 0o644
 
@@ -61,7 +61,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"a\.txt: cannot write there: No space left on device"):
-        write_whole(tmp_path / "new/a.txt", "c")
+        write_output(tmp_path / "new/a.txt", "c")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
     assert (tmp_path / "new/a.txt").read_bytes() == b"b"
 

@@ -14,20 +14,20 @@ from typing import cast
 
 import pytest
 
+from caspr_cli.common.files import disk_error, write_whole
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives
 from caspr_cli.runs.record import (
+    PLACE,
     Holder,
     Record,
     RecordBusyError,
     RecordDamagedError,
     clear_left,
-    disk_error,
     memory_error,
     own,
-    write_whole,
 )
 from caspr_cli.runs.sweep import ENDED, Job
 
@@ -208,11 +208,11 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
         except RuntimeError as found:
             return found
 
-    found = disk_error(error())
+    found = disk_error(error(), PLACE)
     assert found is not None
     assert found.filename == "file"
-    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
-    assert disk_error(ValueError()) is None
+    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file"), PLACE) is None
+    assert disk_error(ValueError(), PLACE) is None
 
 
 @pytest.mark.parametrize(
