@@ -133,13 +133,12 @@ def recipe_of(task: str, scale: str) -> Recipe:
     Raises:
         ConfigError: there is no such task, or it has no such scale.
     """
-    import hydra
+    from caspr_cli.recipe.composer import Composer  # here, because it imports Hydra
 
     one_of("--task", task, tuple(compose.choices("task")))
     one_of("--scale", scale, tuple(compose.choices(f"scale/{task}")))
-    compose.register_schemas()
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        return compose.freeze(hydra.compose("train", overrides=[f"task={task}", f"scale={scale}"]))
+    words = [f"task={task}", f"scale={scale}"]
+    return compose.freeze(Composer(words).config(words))
 
 
 def writable(path: Path) -> Path:

@@ -16,12 +16,12 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import hydra
 import torch
 
 import tasks
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe import compose
+from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record
 from caspr_cli.training.data import TaskData
@@ -67,10 +67,9 @@ def through_the_runner(recipe: Recipe) -> float:
 
 
 def main() -> None:
-    compose.register_schemas()
     steps = [f"trainer.max_steps={STEPS}", f"trainer.val_every={STEPS}", "trainer.accelerator=cpu"]
-    with hydra.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        recipe = compose.freeze(hydra.compose("train", overrides=steps + sys.argv[1:]))
+    words = [*steps, *sys.argv[1:]]
+    recipe = compose.freeze(Composer(words).config(words))
     ratios = []
     for turn in range(TURNS + 1):
         # who goes first alternates: the machine's speed drifts
