@@ -119,7 +119,6 @@ def wrapped(names: Iterable[str]) -> str:
 def main() -> int:
     """Console script. Returns the exit code."""
     argv = sys.argv[1:]
-    open_streams()
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
         return OK
@@ -145,22 +144,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return compose_and_run(argv)
-
-
-def open_streams() -> None:
-    """Make sure that there are an input, an output and an error stream: a scheduler may have closed them.
-
-    Their numbers would go to the next files that are opened, and what is printed into these.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf8"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="replace")
 
 
 def experiments(argv: list[str]) -> tuple[list[str], list[str]]:

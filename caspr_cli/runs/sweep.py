@@ -131,7 +131,7 @@ class Sweep:
     def note(self, job: Job) -> None:
         with suppress(FileNotFoundError):  # the sweep is over, and its folder is gone
             file = self.folder / f"job{job.number}.json"
-            part = file.with_suffix(f".{os.getpid()}")
+            part = file.with_suffix(f".{os.getpid()}")  # not forced to the disk: hundreds of jobs may be done already
             part.write_text(json.dumps(asdict(job)), encoding="utf8")
             part.replace(file)
 
