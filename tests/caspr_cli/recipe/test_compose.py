@@ -4,18 +4,18 @@ import inspect
 import re
 from dataclasses import fields
 from enum import Enum
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from composing import composed
+from composing import frozen as recipe
+from omegaconf import OmegaConf
 
 from caspr_cli.common import ranges
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
-from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import (
     OPTIMIZERS,
@@ -23,23 +23,9 @@ from caspr_cli.recipe.schema import (
     CasprConf,
     FullAdagradConf,
     OptimConf,
-    Recipe,
     ShampooConf,
     TrainerConf,
 )
-
-
-@cache
-def composer() -> Composer:
-    return Composer()
-
-
-def composed(*overrides: str) -> DictConfig:
-    return composer().config(overrides)
-
-
-def recipe(*overrides: str) -> Recipe:
-    return compose.freeze(composed(*overrides))
 
 
 @pytest.mark.parametrize(("conf", "cls"), [(CasprConf, CASPR), (ShampooConf, Shampoo), (FullAdagradConf, FullAdagrad)])

@@ -5,13 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from composing import frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf, Recipe
-from tests.caspr_cli.recipe.test_compose import composed
+from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf
 
 SPACE: search.Space = {
     "a": {"log": [1e-4, 1e-1]},
@@ -19,10 +19,6 @@ SPACE: search.Space = {
     "c": {"one_minus_log": [1e-3, 0.1]},
     "d": {"choice": [1, 2, 3]},
 }
-
-
-def frozen(*overrides: str, trial: int | None = None) -> Recipe:
-    return compose.freeze(composed(*overrides), overrides, trial)
 
 
 def test_a_trial_is_a_function_of_its_index() -> None:
