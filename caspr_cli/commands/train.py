@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
+from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
@@ -97,14 +98,14 @@ def arrange(argv: list[str]) -> list[str]:
 
 
 def usage() -> str:
-    def listing(group: str) -> str:
-        return "\n".join(f"  {name:<14} {about}" for name, about in compose.choices(group).items())
+    def listing(choices: Mapping[str, str]) -> str:
+        return "\n".join(f"  {name:<14} {about}" for name, about in choices.items())
 
     return HELP.format(
         version=__version__,
-        tasks=listing("task"),
-        optimizers=listing("optim"),
-        scales=listing("scale"),
+        tasks=listing(compose.choices("task")),
+        optimizers=listing({name: entry.about for name, entry in OPTIMIZERS.items()}),
+        scales=listing(compose.choices("scale")),
         searches=", ".join(name for name in compose.choices("search") if name != "none"),
         experiments=wrapped(compose.choices("experiment")),
     )

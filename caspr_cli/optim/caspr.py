@@ -1,141 +1,21 @@
-r"""The optimizers that users construct: CASPR, Shampoo and full-matrix Adagrad."""
+"""The optimizers that users construct: CASPR, Shampoo and full-matrix Adagrad."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import textwrap
 import types
-from typing import Literal
-
-import torch
-from torch.optim.optimizer import ParamsT
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.options import OPTIONS
+from caspr_cli.optim.family import CASPROptions, FullAdagradOptions, ShampooOptions, options_of
+from caspr_cli.optim.options import Group
 
-Statistics = Literal["ema", "accumulate"]
-Damping = Literal["relative", "absolute"]
-Merge = Literal["matrix", "square", "none"]
-Axes = Literal["all", "first", "last", "row"]
-Graft = Literal["adam", "rmsprop", "sgd", "none"]
-Precondition = Literal["momentum", "gradient", False]
-Solver = Literal["auto", "eigh", "newton", "warm"]
-Shard = Literal["auto", "none"]
-
-
-class CASPR(KroneckerOptimizer):
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        order: float = 2,
-        exponent: float = 0.5,
-        statistics: Statistics = "ema",
-        damping: Damping = "relative",
-        interval: int = 10,
-        start_step: int = 10,
-        block_size: int = 1024,
-        batch_axes: int = 0,
-        merge: Merge = "matrix",
-        axes: Axes = "all",
-        precondition_1d: bool = False,
-        graft: Graft = "adam",
-        graft_eps: float = 1e-8,
-        precondition: Precondition = "momentum",
-        solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
-        factor_dtype: torch.dtype | None = None,
-        root_dtype: torch.dtype | None = None,
-        pack_roots: bool = False,
-        apply_dtype: torch.dtype | None = None,
-        shard: Shard = "auto",
-        gather_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-    ) -> None:
-        options = dict(locals())
-        super().__init__(params, {name: options[name] for name in OPTIONS})
-
-
-class Shampoo(KroneckerOptimizer):
-    fixed = types.MappingProxyType({"order": math.inf})
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        exponent: float = 0.5,
-        statistics: Statistics = "ema",
-        damping: Damping = "relative",
-        interval: int = 10,
-        start_step: int = 10,
-        block_size: int = 1024,
-        batch_axes: int = 0,
-        merge: Merge = "matrix",
-        axes: Axes = "all",
-        precondition_1d: bool = False,
-        graft: Graft = "adam",
-        graft_eps: float = 1e-8,
-        precondition: Precondition = "momentum",
-        solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
-        factor_dtype: torch.dtype | None = None,
-        root_dtype: torch.dtype | None = None,
-        pack_roots: bool = False,
-        apply_dtype: torch.dtype | None = None,
-        shard: Shard = "auto",
-        gather_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-    ) -> None:
-        options = dict(locals()) | self.fixed
-        super().__init__(params, {name: options[name] for name in OPTIONS})
-
-
-class FullAdagrad(KroneckerOptimizer):
-    # One axis: every order is the same, and there is nothing to merge.
-    fixed = types.MappingProxyType(
-        {"order": 1, "exponent": 0.5, "merge": "flatten", "axes": "all", "precondition_1d": True}
-    )
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        statistics: Statistics = "ema",
-        damping: Damping = "relative",
-        interval: int = 10,
-        start_step: int = 10,
-        block_size: int = 1024,
-        batch_axes: int = 0,
-        graft: Graft = "adam",
-        graft_eps: float = 1e-8,
-        precondition: Precondition = "momentum",
-        solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
-        factor_dtype: torch.dtype | None = None,
-        root_dtype: torch.dtype | None = None,
-        pack_roots: bool = False,
-        apply_dtype: torch.dtype | None = None,
-        shard: Shard = "auto",
-        gather_dtype: torch.dtype | None = None,
-        maximize: bool = False,
-    ) -> None:
-        options = dict(locals()) | self.fixed
-        super().__init__(params, {name: options[name] for name in OPTIONS})
-
+P = ParamSpec("P")
+C = TypeVar("C", bound=type[KroneckerOptimizer])
 
 _ALGORITHM = r"""
     .. math::
@@ -160,111 +40,67 @@ _ALGORITHM = r"""
        \end{aligned}
 """
 
-_ARGS = """
-    Args:
-        params: parameters, or param groups; any option below can be set for a group.
-        lr: learning rate.
-        betas: decay of the momentum, and of the statistics and the graft's second moment.
-        eps: damping, not the eps of AdamW (which is ``graft_eps``). Relative: at least about 1e-6 for float32 factors;
-            below that they are float64, with a warning unless ``factor_dtype`` is given.
-        weight_decay: decoupled, as in AdamW.
-%(order)s        statistics: ``"ema"``, a bias-corrected moving average, or ``"accumulate"``, the sum of the theory.
-        damping: ``"relative"`` adds eps times the largest eigenvalue, ``"absolute"`` adds eps.
-        interval: steps between two computations of a block's roots; in between, they are stale. Blocks take turns, a
-            share at each step, so that no step is a spike. A block in which a row or a column wakes up that was silent
-            (its share in the statistics has grown 25 times) has new roots at once.
-        start_step: the gradient of a tensor (counted from 1 since its statistics began) from which on it is
-            preconditioned. Before it, the graft method alone. After loading AdamW's state, or where ``precondition`` is
-            set later, the count begins then. Where all first roots together take more than a second or two, they, too,
-            come at their turns, and a tensor waits with the graft method until all its blocks have theirs: at most
-            ``interval - 1`` steps more.
-        block_size: an axis longer than this is cut into equal parts with statistics of their own.
-        batch_axes: how many axes at the front of a tensor count members, as in stacked weights: with 1, experts
-            ``[E, m, n]`` are E matrices with statistics of their own, which do not mix. The step length is still that
-            of the whole tensor; make each member a parameter if it should have a length of its own.
-%(merge)s        graft: method that lends each tensor its step length: ``"adam"``, ``"rmsprop"``, ``"sgd"``, ``"none"``.
-        graft_eps: the eps of that method.
-        precondition: ``"momentum"``, as in the authors' public code; or ``"gradient"``, with the momentum taken of the
-            grafted updates (as in the Shampoo for Optax, from which the paper's code is said to be adapted); or
-            ``False`` in a param group: the graft method alone, with ``graft="adam"`` exactly
-            :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
-        solver: of the inverse roots. ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration;
-            ``"warm"``, from the last eigendecomposition where the statistics have moved little (a residual below 1e-3)
-            and a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton
-            on a GPU.
-        statistics_interval: steps between two gradients that enter the statistics. (Between them the moving average
-            stands still, and then takes a step of the whole interval. A row that wakes up is not seen until then.)
-        refresh_above: at its turn, a block whose roots have a residual of at most this with the statistics of now is
-            left as it is. 0 refreshes always.
-        factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
-        root_dtype: type of the stored roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes U by about
-            3e-3 of its length where gradients are of full rank, by much more where statistics are ill-conditioned.
-        pack_roots: store one triangle of the roots. With bfloat16 the state of a square block is 15.5 bytes a
-            parameter instead of 21; each step unpacks them.
-        apply_dtype: type of the products with the roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes
-            U by about 4e-3 of its length where gradients are of full rank and well conditioned, but by .27 where both
-            their sides have a condition of 1e4, by .25 at rank 8 of 64, and at rank 1 by more than its length (at
-            eps=1e-3 by .02, .015 and .06).
-        shard: ``"auto"``: with a default process group of several ranks, each owns some blocks, keeps statistics and
-            roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
-            every rank does everything; for parameters that are not the same on all ranks. Those of ``fully_shard`` are
-            always divided: their rows go to the owner of a block and back.
-        gather_dtype: type in which updates travel, ``torch.bfloat16`` (half the bytes) or that of the statistics.
-        maximize: maximize the objective.
 
+_NOTES = """
     Raises:
         ValueError: an option is out of its range, a parameter is complex, or a DTensor that is not divided by rows
             (``Shard(0)``) over all ranks; in the first step, parameters that are not the same on all ranks.
 
-    ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start
-    with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads
-    under ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and ``batch_axes`` of a group are fixed with its
-    first step. Where ``order``, ``exponent``, ``statistics``, ``damping`` or ``eps`` change, by hand or by a state, all
-    roots of the group are made anew at its next step. A loaded state brings its options, but does not make another
-    class of this one; the ``eps`` of AdamW's becomes ``graft_eps``.
+    Any option but ``params`` can be set for a param group. ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is
+    the bare update W <- W - lr U. Statistics start with the first step, whatever ``start_step`` is. ``state_dict()`` is
+    torch's, holds tensors alone, and loads under ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and
+    ``batch_axes`` of a group are fixed with its first step. Where ``order``, ``exponent``, ``statistics``, ``damping``
+    or ``eps`` change, by hand or by a state, all roots of the group are made again at its next step. A loaded state
+    brings its options, but does not change the class; the ``eps`` of an AdamW state becomes ``graft_eps``.
 
-    Nothing that a gradient holds stops the training. A tensor whose gradient is not finite (or whose square is not,
-    where a second moment is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]``
-    counts it. A new root is used if it is finite and its residual, recomputed, is small; else the old one stays,
-    ``state["rejected.0"]`` counts it, and eps is ten times as large at the block's next turn.
-    :func:`caspr_cli.optim.probe.counters` adds both up.
-"""
+    No gradient stops the training. A tensor whose gradient is not finite (or whose square is not, where a second moment
+    is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]`` counts it. A new root
+    is used if it is finite and its residual, recomputed, is small; otherwise the old one stays, ``state["rejected.0"]``
+    counts it, and eps is ten times as large at the block's next turn. :func:`caspr_cli.optim.probe.counters` adds both
+    up.
+    """
 
-_MERGE = """\
-        merge: what a tensor of rank above two becomes. ``"matrix"``: (d_0, product of the rest), the paper's rule,
-            without axes of size one; ``"square"``: the split into two groups of neighbouring axes that is nearest to
-            a square; ``"none"``: all k axes are preconditioned.
-        axes: which of these axes have statistics and roots. ``"all"``; but an axis of a block that is longer than 256
-            and than 8 times the product of the others has none, as they would have many times the block's numbers.
-            One-sided (as SOAP may be, arXiv:2409.11321): ``"first"``, U = L^(-1/2) G, or ``"last"``, U = G R^(-1/2). Or
-            ``"row"``: each row g_i of the matrix, a neuron's incoming weights, has statistics of its own,
-            R_i = sum g_i g_i^T, and u_i = R_i^(-1/2) g_i. That is block-diagonal full-matrix Adagrad (its blocks are
-            *unit-wise* in arXiv:2305.04684), with 2 m n^2 numbers of state for m rows of n (``block_size`` cuts n); of
-            more than two axes all but the first are flattened. Where one axis has statistics all orders are the same,
-            and for a vector all four choices are.
-        precondition_1d: precondition vectors with full-matrix Adagrad, and (n, 1) or (1, n) like matrices; otherwise
-            the graft method takes both.
-"""
 
-_ORDER = """        order: q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.
-"""
+def takes(options: Callable[P, Any]) -> Callable[[Callable[[Any, Group], None]], Callable[Concatenate[Any, P], None]]:
+    """Return a decorator that gives ``__init__`` the signature of a dataclass, and passes the values by name."""
 
-_EXPONENT = """\
-        exponent: e, of the statistics in the preconditioner: 1/2, as published, or 1, twice as much in every root: for
-            Shampoo U = tr(L)^(1/2) L^(-1/2) G R^(-1/2), which takes L x R / tr(L) for the statistic of Adagrad (Morwani
-            et al., arXiv:2406.17748); for order q A_i = S_i^(-1/q), and U times tr(S)^(1/2), undamped.
-"""
+    def decorate(init: Callable[[Any, Group], None]) -> Callable[Concatenate[Any, P], None]:
+        @functools.wraps(init)
+        def __init__(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, vars(options(*args, **kwargs)))
 
-CASPR.__doc__ = (
+        signature, constructor = inspect.signature(options), vars(__init__)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        constructor["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+        vars(options)["__init__"].__qualname__ = init.__qualname__  # which the error about an unknown option names
+        return __init__
+
+    return decorate
+
+
+def documented(options: type, root: str, combination: str) -> Callable[[C], C]:
+    """Return a class decorator that adds the algorithm, the options and the notes to the docstring."""
+    lines = ["params: parameters, or param groups."]
+    lines += [f"{each.name}: {each.about} Default: {each.default!r}." for each in options_of(options).values()]
+    wrap = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
+    wrapped = (wrap.fill(line) for line in lines)
+
+    def decorate(cls: C) -> C:
+        algorithm = _ALGORITHM % {"p": root, "combination": combination}
+        cls.__doc__ = f"{cls.__doc__ or ''}{algorithm}\n    Args:\n" + "\n".join(wrapped) + f"\n{_NOTES}"
+        return cls
+
+    return decorate
+
+
+@documented(CASPROptions, "2q", r"[\tfrac1k \textstyle\sum_i A_i \text{ on axis } i\,]^q\, \hat{M}")
+class CASPR(KroneckerOptimizer):
     r"""Combined Axis Preconditioner: the axes' preconditioners combined by a Kronecker *sum*.
 
     For a matrix with L = sum G G^T and R = sum G^T G, the default ``order=2`` is
 
     .. math:: U = \tfrac14 (L^{-1/2} G + 2 L^{-1/4} G R^{-1/4} + G R^{-1/2})
-"""
-    + _ALGORITHM % {"p": "2q", "combination": r"[\tfrac1k \textstyle\sum_i A_i \text{ on axis } i\,]^q\, \hat{M}"}
-    + _ARGS % {"order": _ORDER + _EXPONENT, "merge": _MERGE}
-    + """
+
     Cost for a block of m x n: 6 m n (m + n) FLOPs a step (statistics and application), less what is not computed of
     the statistics' upper triangles (up to an eighth of the whole), and two eigendecompositions every ``interval``
     steps. State: 1.6 to 2 times m^2 + n^2 numbers and the two moments of Adam. ``caspr-bench`` measures it.
@@ -273,32 +109,46 @@ CASPR.__doc__ = (
     for Deep Learning", ICLR 2024, Algorithm 1. That ``order`` 1, 2, ... leads from the sum of the axes'
     preconditioners to Shampoo is its Lemma 3.2.
     """
-)
 
-Shampoo.__doc__ = (
+    @takes(CASPROptions)
+    def __init__(self, options: Group) -> None:
+        super().__init__(options.pop("params"), options)
+
+
+@documented(ShampooOptions, "2k", r"(A_1 \otimes \cdots \otimes A_k)\, \hat{M}")
+class Shampoo(KroneckerOptimizer):
     r"""Shampoo: the axes' preconditioners combined by a Kronecker *product*.
 
     For a matrix, U = L^(-1/4) G R^(-1/4). The same engine and options as :class:`CASPR`, so that a comparison of
     the two compares the combination alone.
-"""
-    + _ALGORITHM % {"p": "2k", "combination": r"(A_1 \otimes \cdots \otimes A_k)\, \hat{M}"}
-    + _ARGS % {"order": _EXPONENT, "merge": _MERGE}
-    + """
+
     Source: Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018; grafting,
     relative damping and stale roots as in Anil et al., arXiv:2002.09018.
     """
-)
 
-FullAdagrad.__doc__ = (
+    fixed = types.MappingProxyType({"order": math.inf})
+
+    @takes(ShampooOptions)
+    def __init__(self, options: Group) -> None:
+        super().__init__(options.pop("params"), options | self.fixed)
+
+
+@documented(FullAdagradOptions, "2", r"A\, \hat{M}")
+class FullAdagrad(KroneckerOptimizer):
     r"""Full-matrix Adagrad on the flattened parameter: U = S^(-1/2) vec(G), S = sum vec(G) vec(G)^T.
 
     What CASPR and Shampoo approximate. A tensor of N numbers needs 2 N^2 of state: an oracle for small models.
     A larger one is cut into blocks of ``block_size`` along its flattened axis.
-"""
-    + _ALGORITHM % {"p": "2", "combination": r"A\, \hat{M}"}
-    + _ARGS % {"order": "", "merge": ""}
-    + """
+
     Source: Duchi, Hazan, Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
     JMLR 2011.
     """
-)
+
+    # One axis: every order is the same, and there is nothing to merge.
+    fixed = types.MappingProxyType(
+        {"order": 1, "exponent": 0.5, "merge": "flatten", "axes": "all", "precondition_1d": True}
+    )
+
+    @takes(FullAdagradOptions)
+    def __init__(self, options: Group) -> None:
+        super().__init__(options.pop("params"), options | self.fixed)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.combine import precondition
+from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.graft import (
     adam_length,

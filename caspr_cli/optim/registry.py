@@ -1,4 +1,6 @@
-"""Every optimizer of the bench by name, built from the same param groups.
+"""Every optimizer that a recipe can name: its line in ``--help``, its keys, its builder. To add one, enter it here.
+
+Imports torch only when something is built, so that recipes are checked without it.
 
 A group is ``{"params": [...], "precondition": bool, "weight_decay": float}``. Where ``precondition`` is False the
 matrix methods leave the group to AdamW; for the diagonal methods it makes no difference.
@@ -6,48 +8,102 @@ matrix methods leave the group to AdamW; for the diagonal methods it makes no di
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from caspr_cli.optim.family import (
+    BELOW_ONE,
+    COUNT,
+    INSIDE,
+    NOT_NEGATIVE,
+    PAIR,
+    CASPROptions,
+    FullAdagradOptions,
+    ShampooOptions,
+    option,
+)
 
-from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
-from caspr_cli.optim.mixed import MixedOptimizer
-from caspr_cli.optim.options import Group
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.optimizer import Optimizer
 
-Builder = Callable[..., Optimizer]
+    from caspr_cli.optim.options import Group
+
+Builder = Callable[..., "Optimizer"]
+
+
+class Entry(NamedTuple):
+    """One optimizer."""
+
+    about: str
+    keys: type  # a dataclass of options
+    build: Builder
+    defaults: Mapping[str, Any] = {}  # where they are not those of the keys
+
+
+@dataclass
+class SGDKeys:
+    lr: float = option(0.1, "learning rate", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    momentum: float = option(0.9, "Nesterov's momentum", INSIDE)
+
+
+@dataclass
+class AdamWKeys:
+    lr: float = option(1e-3, "learning rate", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the two moments", PAIR)
+    eps: float = option(1e-8, "added to the root of the second moment", NOT_NEGATIVE)
+
+
+@dataclass
+class MuonKeys(AdamWKeys):
+    """betas and eps are those of AdamW, which takes the tensors that are no matrices."""
+
+    momentum: float = option(0.95, "momentum of the matrices", BELOW_ONE)
+    ns_steps: int = option(5, "Newton-Schulz steps", COUNT._replace(most=99))
+
+
+@dataclass
+class SOAPKeys(AdamWKeys):
+    betas: tuple[float, float] = option((0.95, 0.95), "decay rates of the two moments", PAIR)
+    interval: int = option(10, "steps between two updates of the eigenbases", COUNT)
 
 
 def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
-    """The optimizer ``name`` over ``groups``, with the keyword options of its config."""
-    return BUILDERS[name]([dict(g) for g in groups if g["params"]], **options)
+    """Return the optimizer ``name`` over ``groups``, with the keyword options of its config."""
+    return OPTIMIZERS[name].build([dict(g) for g in groups if g["params"]], **options)
 
 
-def _family(cls: Builder) -> Builder:
-    """CASPR and its kin know ``precondition=False`` themselves; elsewhere the option says what is preconditioned."""
+def _family(name: str) -> Builder:
+    """Return the builder of a class of ours. It knows ``precondition=False`` itself; elsewhere the option decides."""
 
     def make(groups: list[Group], **options: Any) -> Optimizer:
+        import torch
+
+        from caspr_cli.optim import caspr
+
         for group in groups:
             if group["precondition"]:
                 del group["precondition"]
         dtypes = {k: getattr(torch, v) for k, v in options.items() if k.endswith("_dtype") and isinstance(v, str)}
-        return cls(groups, **options | dtypes)
+        made: Optimizer = getattr(caspr, name)(groups, **options | dtypes)
+        return made
 
     return make
 
 
-def _adamw(groups: list[Group], **options: Any) -> Optimizer:
-    return torch.optim.AdamW(groups, **options)
+def _torch(name: str, **fixed: Any) -> Builder:
+    """Return the builder of a class of ``torch.optim``."""
 
+    def make(groups: list[Group], **options: Any) -> Optimizer:
+        import torch
 
-def _nadamw(groups: list[Group], **options: Any) -> Optimizer:
-    return torch.optim.NAdam(groups, decoupled_weight_decay=True, **options)
+        made: Optimizer = getattr(torch.optim, name)(groups, **fixed, **options)
+        return made
 
-
-def _sgd(groups: list[Group], **options: Any) -> Optimizer:
-    return torch.optim.SGD(groups, nesterov=True, **options)
+    return make
 
 
 # Which tensors of a preconditioned group each of these takes; AdamW gets the others.
@@ -55,7 +111,7 @@ TAKES: dict[str, Callable[[Tensor], bool]] = {"muon": lambda p: p.ndim >= 2, "so
 
 
 def _only(groups: list[Group], takes: Callable[[Group, Tensor], bool]) -> list[Group]:
-    """The groups with those of their parameters alone that are taken, without what is then empty."""
+    """Return the groups with those parameters alone that are taken, and no group that is empty then."""
     kept = [[p for p in group["params"] if takes(group, p)] for group in groups]
     return [group | {"params": params} for group, params in zip(groups, kept, strict=True) if params]
 
@@ -70,6 +126,10 @@ def _matrices_and_rest(
     betas: tuple[float, float],
     eps: float,
 ) -> Optimizer:
+    import torch
+
+    from caspr_cli.optim.mixed import MixedOptimizer
+
     def taken(group: Group, p: Tensor) -> bool:
         return group["precondition"] and TAKES[name](p)
 
@@ -82,6 +142,8 @@ def _matrices_and_rest(
 
 def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any) -> Optimizer:
     def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+        import torch
+
         # An orthogonalised update of the size of AdamW's ("match_rms_adamw"), so that one lr serves all parts.
         parts: list[Optimizer] = []
         if flat := _only(groups, lambda _, p: p.ndim == 2):
@@ -101,22 +163,35 @@ def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any
 
 
 def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
-    from pytorch_optimizer import SOAP  # here, because importing it takes a second
-
     def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+        from pytorch_optimizer import SOAP  # here, because importing it takes a second
+
         return [SOAP(groups, betas=options["betas"], eps=options["eps"], precondition_frequency=interval, **shared)]
 
     return _matrices_and_rest("soap", groups, matrix, **options)
 
 
-BUILDERS: dict[str, Builder] = {
-    "caspr": _family(CASPR),
-    "caspr_paper": _family(CASPR),
-    "shampoo": _family(Shampoo),
-    "full_adagrad": _family(FullAdagrad),
-    "adamw": _adamw,
-    "nadamw": _nadamw,
-    "sgd": _sgd,
-    "muon": _muon,
-    "soap": _soap,
+OPTIMIZERS: dict[str, Entry] = {
+    "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPROptions, _family("CASPR")),
+    "caspr_paper": Entry(
+        "CASPR with momentum after preconditioning (the order of Shampoo for Optax)",
+        CASPROptions,
+        _family("CASPR"),
+        {"precondition": "gradient"},
+    ),
+    "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooOptions, _family("Shampoo")),
+    "full_adagrad": Entry(
+        "full-matrix Adagrad in blocks: what the others approximate (for small models)",
+        FullAdagradOptions,
+        _family("FullAdagrad"),
+    ),
+    "adamw": Entry("AdamW of torch.optim", AdamWKeys, _torch("AdamW")),
+    "nadamw": Entry(
+        "NAdam of torch.optim with decoupled weight decay", AdamWKeys, _torch("NAdam", decoupled_weight_decay=True)
+    ),
+    "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
+    "muon": Entry(
+        "Muon of torch.optim for matrices, of pytorch-optimizer for convolutions; AdamW for the rest", MuonKeys, _muon
+    ),
+    "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
 }

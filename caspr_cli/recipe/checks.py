@@ -7,19 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from caspr_cli.common import ranges
+from caspr_cli.optim import family, registry
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import (
-    AdamWConf,
-    KroneckerConf,
-    MuonConf,
-    OptimConf,
-    Recipe,
-    SGDConf,
-    Source,
-    TaskConf,
-    TrainerConf,
-)
+from caspr_cli.recipe.schema import Recipe, Source, TaskConf, TrainerConf
 
 # The least and the most of each whole number, and of what is counted like one. More than the most is a slip: of memory
 # there is not enough, or something overflows after hours.
@@ -34,11 +24,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "task.train_documents": (1, 10**12), "task.eval_documents": (1, 10**12), "task.max_length": (1, 10**6),
     "task.size": (1, 10**5), "task.depth": (1, 10**4), "task.stem": (1, 10**4), "task.patch": (1, 10**5),
     "task.mixup": (0, 10**6), "task.word_dropout": (0, 10**6),
-    "optim.interval": (1, 10**9), "optim.start_step": (1, 10**9), "optim.statistics_interval": (1, 10**9),
-    "optim.block_size": (1, 10**9), "optim.ns_steps": (1, 99),
 }  # fmt: skip
 SHARES = ("task.dropout", "task.label_smoothing")  # below 1
-HIGHEST_ORDER = 100  # of a finite one: the step has so many terms
 
 LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
@@ -60,7 +47,7 @@ def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
     for key in SHARES:
         if not 0 <= values.get(key, 0) < 1:
             raise ConfigError(f"{key} should be in [0, 1) but is {values[key]}")
-    _check_optim(recipe.optim, plain["optim"])
+    _check_optim(plain["optim"])
     _check_trainer(recipe.trainer, recipe.task.batch_size)
     schedule = recipe.schedule
     for name in ("warmup", "decay"):
@@ -113,27 +100,14 @@ def _check_task(task: TaskConf) -> None:
         )
 
 
-def _check_optim(optim: OptimConf, plain: Mapping[str, Any]) -> None:
-    """What optimizers refuse in words that name no key, or after torch was imported."""
-    for name in ("lr", "weight_decay"):
-        if not plain[name] >= 0:
-            raise ConfigError(f"optim.{name} should be >= 0 but is {plain[name]}")
-    if len(plain.get("betas", (0, 0))) != 2:
-        raise ConfigError(f"optim.betas should be two numbers, as in optim.betas=[0.9,0.95], but is {plain['betas']}")
-    if isinstance(optim, KroneckerConf):
-        found = ranges.wrong(plain)
-        if found is None and HIGHEST_ORDER < plain.get("order", 1) < math.inf:
-            found = ranges.Wrong("order", f"should be at most {HIGHEST_ORDER}, or inf,", plain["order"])
-    else:
-        found = ranges.wrong_betas(plain.get("betas", (0, 0)))
-    if found:
+def _check_optim(plain: Mapping[str, Any]) -> None:
+    keys = registry.OPTIMIZERS[plain["name"]].keys
+    if found := family.wrong(keys, plain):
         raise ConfigError(f"optim.{found.key} {found.should} but is {found.value}")
-    if isinstance(optim, SGDConf) and not 0 < optim.momentum < 1:
-        raise ConfigError(f"optim.momentum should be above 0 (it is Nesterov's) and below 1 but is {optim.momentum}")
-    if isinstance(optim, MuonConf) and not 0 <= optim.momentum < 1:
-        raise ConfigError(f"optim.momentum should be in [0, 1) but is {optim.momentum}")
-    if isinstance(optim, AdamWConf) and not optim.eps >= 0:
-        raise ConfigError(f"optim.eps should be >= 0 but is {optim.eps}")
+    for key, option in family.options_of(keys).items():
+        most = option.allowed.most if option.allowed else None
+        if key in plain and most is not None and most < plain[key] < math.inf:
+            raise ConfigError(f"optim.{key} should be at most {most:,} but is {plain[key]}")
 
 
 def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

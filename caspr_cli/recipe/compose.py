@@ -52,13 +52,13 @@ CAME_LATER = {"optim.axes": "all", "optim.exponent": 0.5}
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as ``/schema``, ``/schema/task`` and ``/schema/optim``."""
+    """Make the dataclasses known to Hydra as ``/schema``, ``/schema/task`` and the choices of ``optim``."""
     store = ConfigStore.instance()
     store.store(group="schema", name="recipe", node=Recipe, package="_global_")
     for task, task_conf in TASKS.items():
         store.store(group="schema/task", name=task, node=task_conf)
     for optimizer, optim_conf in OPTIMIZERS.items():
-        store.store(group="schema/optim", name=optimizer, node=optim_conf)
+        store.store(group="optim", name=optimizer, node=optim_conf)
 
 
 def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = None) -> Recipe:

@@ -1,17 +1,21 @@
 """The recipe: every key that a run can be given, with its type, default and meaning.
 
-Plain dataclasses; importing this module imports no torch. Hydra checks YAML and command line against them, and
-the worker gets the frozen result as one :class:`Recipe`. The defaults of an optimizer's options are those of its
-class (a test holds them together).
+Plain dataclasses; importing this module imports no torch. Hydra checks YAML and command line against them, and the
+worker gets the frozen result as one :class:`Recipe`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from omegaconf import MISSING
+
+from caspr_cli.optim import registry
+from caspr_cli.optim.family import FullAdagradOptions, options_of
+from caspr_cli.optim.registry import Entry
 
 
 class Source(Enum):
@@ -147,65 +151,7 @@ class ViTConf(ImagesConf):
     dropout: float = 0.0
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------
-
-
-class Statistics(Enum):
-    ema = "ema"  # bias-corrected moving average
-    accumulate = "accumulate"  # sum
-
-
-class Damping(Enum):
-    relative = "relative"  # eps times the largest eigenvalue
-    absolute = "absolute"  # eps
-
-
-class Merge(Enum):
-    matrix = "matrix"  # (d_0, product of the rest)
-    square = "square"  # neighbouring axes, nearest to a square
-    none = "none"  # every axis
-
-
-class Axes(Enum):
-    """Which axes of a matrix have statistics."""
-
-    all = "all"
-    first = "first"  # one-sided: rows alone
-    last = "last"  # one-sided: columns alone
-    row = "row"  # each row by itself: block-diagonal full-matrix Adagrad
-
-
-class Graft(Enum):
-    adam = "adam"
-    rmsprop = "rmsprop"
-    sgd = "sgd"
-    none = "none"
-
-
-class Precondition(Enum):
-    momentum = "momentum"
-    gradient = "gradient"  # momentum after
-
-
-class FactorDtype(Enum):
-    float32 = "float32"
-    float64 = "float64"
-
-
-class LowDtype(Enum):
-    bfloat16 = "bfloat16"
-
-
-class Shard(Enum):
-    auto = "auto"  # ranks share the work: statistics and roots of a block are on one of them
-    none = "none"  # every rank does everything
-
-
-class Solver(Enum):
-    auto = "auto"  # eigh on a CPU, newton on a GPU
-    eigh = "eigh"  # eigendecomposition
-    newton = "newton"  # coupled Newton iteration: matrix products alone
-    warm = "warm"  # from the last eigendecomposition, where statistics have moved little; keeps eigenvectors
+# ---- optimizers: their keys are declared in caspr_cli.optim ---------------------------------------------------------
 
 
 @dataclass
@@ -214,93 +160,39 @@ class OptimConf:
 
     name: str = MISSING
     lr: float = 1e-3
-    weight_decay: float = 0.0  # decoupled; not applied to vectors and scalars
+    weight_decay: float = 0.0  # not applied to vectors and scalars
 
 
 @dataclass
 class KroneckerConf(OptimConf):
     """CASPR, Shampoo and full-matrix Adagrad: one engine."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
-    statistics: Statistics = Statistics.ema
-    damping: Damping = Damping.relative
-    interval: int = 10
-    start_step: int = 10
-    block_size: int = 1024
-    graft: Graft = Graft.adam
-    graft_eps: float = 1e-8
-    precondition: Precondition = Precondition.momentum
-    solver: Solver = Solver.auto  # of the inverse roots
-    statistics_interval: int = 1  # steps between two gradients that enter the statistics
-    refresh_above: float = 0.0  # a root whose residual is at most this is left at its turn; 0 refreshes all
-    factor_dtype: FactorDtype | None = None  # of statistics and roots; null: float64 where eps or parameters ask
-    root_dtype: LowDtype | None = None  # of stored roots; null: that of the statistics
-    pack_roots: bool = False  # store one triangle of the roots
-    apply_dtype: LowDtype | None = None  # of the products with the roots; null: that of the statistics
-    shard: Shard = Shard.auto
-    gather_dtype: LowDtype | None = None  # in which updates travel between ranks; null: that of the statistics
+
+@cache
+def _enum(option: str, choices: tuple[str, ...]) -> type[Enum]:
+    return Enum(option.title().replace("_", ""), [(each, each) for each in choices], module=__name__)  # type: ignore[return-value]
 
 
-@dataclass
-class ShampooConf(KroneckerConf):
-    name: str = "shampoo"
-    merge: Merge = Merge.matrix
-    axes: Axes = Axes.all
-    exponent: float = 0.5  # of the statistics in the preconditioner; 1: twice as much in every root
-    precondition_1d: bool = False
+def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
+    """Return the dataclass of an optimizer's keys. A choice of words is an enumeration in it, as OmegaConf wants it."""
+    keys: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    for each in options_of(entry.keys).values():
+        kind: Any = each.kind
+        default = entry.defaults.get(each.name, each.default)
+        if words := tuple(word for word in each.choices if isinstance(word, str)):
+            words_of = _enum(each.name, words)
+            kind = words_of | None if None in each.choices else words_of
+            default = words_of[default] if default is not None else None
+        if each.in_recipe:
+            keys.append((each.name, kind, field(default=default)))
+    base = KroneckerConf if issubclass(entry.keys, FullAdagradOptions) else OptimConf
+    made = make_dataclass(f"{name.title().replace('_', '')}Conf", keys, bases=(base,))
+    made.__module__ = __name__
+    return made
 
 
-@dataclass
-class CasprConf(ShampooConf):
-    name: str = "caspr"
-    order: float = 2  # power of the Kronecker sum; .inf is Shampoo
-
-
-@dataclass
-class CasprPaperConf(CasprConf):
-    name: str = "caspr_paper"
-    precondition: Precondition = Precondition.gradient
-
-
-@dataclass
-class FullAdagradConf(KroneckerConf):
-    name: str = "full_adagrad"
-
-
-@dataclass
-class AdamWConf(OptimConf):
-    name: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
-@dataclass
-class NAdamWConf(AdamWConf):
-    name: str = "nadamw"
-
-
-@dataclass
-class SGDConf(OptimConf):
-    name: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-
-
-@dataclass
-class MuonConf(AdamWConf):
-    """betas and eps are those of the AdamW that takes what is no matrix."""
-
-    name: str = "muon"
-    momentum: float = 0.95
-    ns_steps: int = 5
-
-
-@dataclass
-class SoapConf(AdamWConf):
-    name: str = "soap"
-    betas: tuple[float, float] = (0.95, 0.95)
-    interval: int = 10  # steps between two updates of the eigenbases
+OPTIMIZERS: dict[str, type[OptimConf]] = {name: _optimizer(name, entry) for name, entry in registry.OPTIMIZERS.items()}
+CasprConf, AdamWConf, SGDConf = (OPTIMIZERS[name] for name in ("caspr", "adamw", "sgd"))
 
 
 # ---- the rest of a run -------------------------------------------------------------------------------------------
@@ -389,16 +281,4 @@ TASKS: dict[str, type[TaskConf]] = {
     "ud_pos": TaggingConf,
     "resnet": ResNetConf,
     "vit": ViTConf,
-}
-
-OPTIMIZERS: dict[str, type[OptimConf]] = {
-    "caspr": CasprConf,
-    "caspr_paper": CasprPaperConf,
-    "shampoo": ShampooConf,
-    "full_adagrad": FullAdagradConf,
-    "adamw": AdamWConf,
-    "nadamw": NAdamWConf,
-    "sgd": SGDConf,
-    "muon": MuonConf,
-    "soap": SoapConf,
 }

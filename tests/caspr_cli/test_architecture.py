@@ -16,12 +16,12 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
     "common": {"rich"},
-    "commands": {"hydra", "omegaconf", "common", "recipe", "runs", "report", "bench", "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common"},
+    "commands": {"hydra", "omegaconf", "common", "optim.registry", "recipe", "runs", "report", "bench", "theory"},
+    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry"},
     "runs": {"hydra", "omegaconf", "yaml", "common", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
                  "tasks"},
-    "optim": {"torch", "pytorch_optimizer", "common.ranges"},
+    "optim": {"torch", "pytorch_optimizer"},
     "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
@@ -41,7 +41,7 @@ NEVER = {
     "caspr_cli/commands/train.py": {"bench", "theory"},
     "caspr_cli/bench/shapes.py": {"torch", "numpy", "optim", "training", "tasks"},
     "caspr_cli/optim/combine.py": {"pytorch_optimizer"},
-    "caspr_cli/common/ranges.py": {"rich"},  # of the optimizers, which need torch alone
+    "caspr_cli/optim/family.py": {"torch", "pytorch_optimizer"},
 }
 
 

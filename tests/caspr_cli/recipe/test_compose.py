@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 
 import pytest
-import torch
 from composing import composed
 from composing import frozen as recipe
 from omegaconf import OmegaConf
 
-from caspr_cli.common import ranges
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim import registry
+from caspr_cli.optim.family import options_of
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
 from caspr_cli.recipe.errors import ConfigError
@@ -21,29 +18,14 @@ from caspr_cli.recipe.schema import (
     OPTIMIZERS,
     TASKS,
     CasprConf,
-    FullAdagradConf,
-    OptimConf,
-    ShampooConf,
     TrainerConf,
 )
 
 
-@pytest.mark.parametrize(("conf", "cls"), [(CasprConf, CASPR), (ShampooConf, Shampoo), (FullAdagradConf, FullAdagrad)])
-def test_keys_and_defaults_are_those_of_the_class(conf: type[OptimConf], cls: type[torch.optim.Optimizer]) -> None:
-    """Two places, one truth: a default changed in the class alone would not reach the command line. (Which axes count
-    members is for the model to say, of a param group.)"""
-    parameters = inspect.signature(cls).parameters
-    known = {n: p.default for n, p in parameters.items() if n not in ("params", "maximize", "batch_axes")}
-    keys = {f.name: getattr(conf(), f.name) for f in fields(conf) if f.name != "name"}
-    keys = {k: v.name if isinstance(v, Enum) else tuple(v) if isinstance(v, list) else v for k, v in keys.items()}
-    assert keys == known
-
-
 def test_every_choice_has_a_schema_a_file_and_a_description() -> None:
-    for group, schemas in (("optim", OPTIMIZERS), ("task", TASKS)):
-        described = compose.choices(group)
-        assert set(described) == set(schemas)
-        assert all(described.values())
+    described = compose.choices("task")
+    assert set(described) == set(TASKS)
+    assert all(described.values())
     for name, conf in (OPTIMIZERS | TASKS).items():
         assert conf().name == name
 
@@ -107,13 +89,13 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("optim.eps=nan", "optim.eps should be > 0 but is nan"),
         ("optim.order=0", "optim.order should be a positive integer or inf but is 0.0"),
         ("optim.order=1.5", "optim.order should be a positive integer or inf but is 1.5"),
-        ("optim.order=1e9", "optim.order should be at most 100, or inf, but is 1000000000.0"),
+        ("optim.order=1e9", "optim.order should be at most 100 but is 1000000000.0"),
         ("optim=shampoo optim.exponent=2", "optim.exponent should be 0.5 or 1.0 but is 2.0"),
         ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
         ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
         ("optim.graft_eps=-1", "optim.graft_eps should be >= 0 but is -1.0"),
         ("optim.refresh_above=-1", "optim.refresh_above should be >= 0 but is -1.0"),
-        ("optim.start_step=0", "optim.start_step should be at least 1 but is 0"),
+        ("optim.start_step=0", "optim.start_step should be a positive integer but is 0"),
         ("optim.factor_dtype=float32 optim.eps=1e-9", "optim.eps should be >= 1e-06 for float32 factors"),
         ("trainer.rendezvous=host:99999", "trainer.rendezvous=host:99999: a port is a number from 1 to 65535"),
         ("trainer.rendezvous=host:0", "trainer.rendezvous=host:0: a port is a number from 1 to 65535"),
@@ -122,14 +104,14 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("task.heads=0", "task.heads should be at least 1 but is 0"),
         ("task.dropout=1", "task.dropout should be in [0, 1) but is 1.0"),
         ("task.data=files task.root=''", "task.root is empty: name a directory"),
-        ("optim.betas=[0.9]", "optim.betas should be two numbers, as in optim.betas=[0.9,0.95], but is [0.9]"),
-        ("optim=adamw optim.betas=[0.9,0.9,0.9]", "optim.betas should be two numbers, as in optim.betas=[0.9,0.95]"),
+        ("optim.betas=[0.9]", "optim.betas should be two numbers but is [0.9]"),
+        ("optim=adamw optim.betas=[0.9,0.9,0.9]", "optim.betas should be two numbers but is [0.9, 0.9, 0.9]"),
         ("optim=adamw optim.betas=[2,0]", "optim.betas[0] should be in [0, 1) but is 2.0"),
         ("optim=nadamw optim.eps=-1", "optim.eps should be >= 0 but is -1.0"),
-        ("optim=sgd optim.momentum=0", "optim.momentum should be above 0 (it is Nesterov's) and below 1 but is 0.0"),
+        ("optim=sgd optim.momentum=0", "optim.momentum should be above 0 and below 1 but is 0.0"),
         ("optim=muon optim.momentum=1", "optim.momentum should be in [0, 1) but is 1.0"),
-        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be at least 1 but is 0"),
-        ("optim=soap optim.interval=0", "optim.interval should be at least 1 but is 0"),
+        ("optim=muon optim.ns_steps=0", "optim.ns_steps should be a positive integer but is 0"),
+        ("optim=soap optim.interval=0", "optim.interval should be a positive integer but is 0"),
         ("task.batch_size=0", "task.batch_size should be at least 1 but is 0"),
         ("task.root=/data", "task.root=/data is read with task.data=files alone, but task.data=sample"),
         ("task=ud_pos task.target.metric=val/loss", "task.target.metric=val/loss: less is better; add task.target"),
@@ -142,12 +124,15 @@ def test_values_that_types_cannot_refuse(override: str, message: str) -> None:
 
 def test_every_number_has_a_range() -> None:
     """A key that comes later has one, too."""
-    apart = {"trainer.clip_norm", "schedule.warmup", "schedule.decay", "task.target.value", "optim.momentum", "trial"}
-    for group, confs in (("task", TASKS), ("optim", OPTIMIZERS), ("trainer", {"": TrainerConf})):
+    apart = {"trainer.clip_norm", "schedule.warmup", "schedule.decay", "task.target.value", "trial"}
+    for entry in registry.OPTIMIZERS.values():
+        options = options_of(entry.keys).values()
+        assert all(each.allowed for each in options if each.kind in ("int", "float", "tuple[float, float]"))
+    for group, confs in (("task", TASKS), ("trainer", {"": TrainerConf})):
         for conf in confs.values():
             for f in fields(conf):
                 key = f"{group}.{f.name}"
-                if str(f.type).split(" | ")[0] in ("int", "float") and f.name not in (*ranges.RANGES, "momentum"):
+                if str(f.type).split(" | ")[0] in ("int", "float"):
                     assert key in {*LIMITS, *SHARES, *apart}, key
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import tasks
 from caspr_cli.optim.cost import state_bytes
-from caspr_cli.optim.registry import BUILDERS, build
+from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, TaskConf
 from caspr_cli.training.groups import param_groups
@@ -92,7 +92,7 @@ def test_what_is_thin_or_a_vector_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name: str) -> None:
     changes = {"start_step": 1} if hasattr(OPTIMIZERS[name](), "start_step") else {}
     found = plan(recipe(name, **changes))
