@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
-from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, table
-from caspr_cli.common.streams import console_script
+from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.flags import one_of, positive
+from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
-from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 from caspr_cli.runs.record import finite
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def parser() -> Parser:
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
     what.add_argument("--shapes", metavar="LIST", default="transformer", help=shapes)
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
-    what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(compose.choices('task'))}")
+    what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(choices('task'))}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--scale", metavar="NAME", help="of the task (default: sample)")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
@@ -111,7 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the command line, of which only what needs torch is left unchecked.
 
     Raises:
-        ConfigError, UserError: one line for the user.
+        UserError: one line for the user.
     """
     args: argparse.Namespace = parser().parse_args(argv)
     chosen = args.optim or ("caspr" if args.ranks else ",".join(DEFAULT))
@@ -131,12 +129,12 @@ def recipe_of(task: str, scale: str) -> Recipe:
     """Return the recipe of a task in one of its scales.
 
     Raises:
-        ConfigError: there is no such task, or it has no such scale.
+        UserError: there is no such task, or it has no such scale.
     """
     from caspr_cli.recipe.composer import Composer  # here, because it imports Hydra
 
-    one_of("--task", task, tuple(compose.choices("task")))
-    one_of("--scale", scale, tuple(compose.choices(f"scale/{task}")))
+    one_of("--task", task, choices("task"))
+    one_of("--scale", scale, choices(f"scale/{task}"))
     words = [f"task={task}", f"scale={scale}"]
     return compose.freeze(Composer(words).config(words))
 
@@ -160,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for.
 
     Raises:
-        ConfigError, UserError: one line for the user.
+        UserError: one line for the user.
     """
     target = writable(Path(args.json)) if args.json and args.json != "-" else None
     what: ShapeSet | Recipe = (
@@ -304,11 +302,6 @@ def main() -> int:
     """Run the console script. Return the exit code."""
     try:
         run(parse(sys.argv[1:]))
-    except SystemExit as stop:  # of --help and --version
-        return int(stop.code or OK)
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_USAGE
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,11 @@ from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size
-from caspr_cli.common.streams import console_script
+from caspr_cli.common.streams import OK, console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.model import Run, Table
 
-OK, BAD_USAGE, INTERRUPTED = 0, 2, 130  # as those of caspr-train
 WIDTH = 120  # where no terminal says its own
 SHOWN = 8  # warnings about files
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
@@ -251,15 +249,8 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
 @console_script
 def main() -> int:
-    """Console script. Returns the exit code."""
-    try:
-        with suppress(SystemExit):  # --help and --version have printed
-            run(parse(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_USAGE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    """Run the console script. Return the exit code."""
+    run(parse(sys.argv[1:]))
     return OK
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,8 +25,8 @@ from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
-from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
+from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds
@@ -35,13 +36,9 @@ from caspr_cli.runs.record import FULL, RecordDamagedError
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 
-# Those of Hydra's flags that there are; some take the next word.
-FLAGS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-cd",
-         "--config-dir", "-cn", "--config-name", "-sc", "--shell-completion", "--version"}  # fmt: skip
-WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-i", "--info", "-sc",
-              "--shell-completion"}  # fmt: skip
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
+TOP_KEYS = {f.name for f in fields(Recipe)}
 SEVERITY = (OK, RUN_FAILED, SOME_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # rising
 
 HELP = """\
@@ -69,45 +66,17 @@ see      caspr-report --help   tensorboard --logdir outputs
 """
 
 
-def arrange(argv: list[str]) -> list[str]:
-    """Flags first: argparse refuses overrides on both sides of a flag.
-
-    Raises:
-        ConfigError: an unknown flag.
-    """
-    flags, overrides, words = [], [], iter(argv)
-    for word in words:
-        if word.startswith("-"):
-            if word.split("=")[0] not in FLAGS:
-                key = word.lstrip("-").split("=")[0]
-                if key.partition(".")[0] in {f.name for f in fields(Recipe)} or key in ("lr", "steps", "epochs"):
-                    raise ConfigError(
-                        f"{word} is not a flag: keys are written key=value, as in optim=caspr optim.lr=1e-3"
-                    )
-                raise ConfigError(f"{word} is not a flag.{nearest(word, FLAGS)} (caspr-train --help)")
-            flags.append(word)
-            if word in WITH_VALUE:
-                value = next(words, None)
-                flags += [] if value is None else [value]
-        else:
-            group = word.lstrip("+~").partition("=")[0]
-            if group in ("task.name", "optim.name"):
-                raise ConfigError(f"{word}: choose with {group.removesuffix('.name')}={word.partition('=')[2]}")
-            overrides.append(word)
-    return flags + overrides
-
-
 def usage() -> str:
-    def listing(choices: Mapping[str, str]) -> str:
-        return "\n".join(f"  {name:<14} {about}" for name, about in choices.items())
+    def listing(names: Mapping[str, str]) -> str:
+        return "\n".join(f"  {name:<14} {about}" for name, about in names.items())
 
     return HELP.format(
         version=__version__,
-        tasks=listing(compose.choices("task")),
+        tasks=listing(choices("task")),
         optimizers=listing({name: entry.about for name, entry in OPTIMIZERS.items()}),
-        scales=listing(compose.choices("scale")),
-        searches=", ".join(name for name in compose.choices("search") if name != "none"),
-        experiments=wrapped(compose.choices("experiment")),
+        scales=listing(choices("scale")),
+        searches=", ".join(name for name in choices("search") if name != "none"),
+        experiments=wrapped(choices("experiment")),
     )
 
 
@@ -169,7 +138,7 @@ def tables(told: Experiment, argv: list[str]) -> int:
     plans = [word for word in argv if word.startswith("plan=")]
     folder = Path(told.output_dir)  # refuses several, before anything is said
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
-    say(f"caspr-train {__version__}  experiment={told.name}: {compose.choices('experiment')[told.name]}")
+    say(f"caspr-train {__version__}  experiment={told.name}: {choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]
     table, took = rows(told), list[float | str]()
     if not planned_only:
@@ -233,10 +202,10 @@ def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
 
 
 def flags_of(argv: list[str]) -> argparse.Namespace:
-    """The flags, and the other words.
+    """Return the flags, and the other words as ``words``; they may stand in any order.
 
     Raises:
-        ConfigError: a flag that is none, or two that do not go together.
+        UserError: a flag does not exist, or two do not go together.
     """
     parser = Parser(add_help=False)
     parser.add_argument("--multirun", "-m", action="store_true")
@@ -248,15 +217,28 @@ def flags_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     parser.add_argument("--config-name", "-cn", default="train")
     parser.add_argument("--shell-completion", "-sc", action="store_true")
-    parser.add_argument("words", nargs="*")
-    found = parser.parse_args(arrange(argv))
+    found, found_words = argparse.ArgumentParser.parse_known_args(parser, argv)
+    for word in found_words:
+        check_word(word, re.findall(r"--[\w-]+", parser.format_usage()))
     if found.multirun + found.run + bool(found.cfg) + bool(found.info) + found.shell_completion > 1:
         raise ConfigError("one of -m, -r, --cfg, --info and -sc at a time")
     if (found.resolve or found.package) and not found.cfg:
         raise ConfigError("--resolve and --package go with --cfg")
     if len(found.config_dir) > 1:
         raise ConfigError(f"-cd is given {len(found.config_dir)} times: one directory can be read")
+    found.words = found_words
     return found
+
+
+def check_word(word: str, flags: list[str]) -> None:
+    """Refuse a word that is a mistyped flag, a key written as a flag, or the name of a group."""
+    key, _, value = word.lstrip("-+~").partition("=")
+    if word.startswith("-") and (key.partition(".")[0] in TOP_KEYS or key in ("lr", "steps", "epochs")):
+        raise ConfigError(f"{word} is not a flag: keys are written key=value, as in optim=caspr optim.lr=1e-3")
+    if word.startswith("-"):
+        raise ConfigError(f"{word} is not a flag.{nearest(word, flags)} (caspr-train --help)")
+    if key in ("task.name", "optim.name"):
+        raise ConfigError(f"{word}: choose with {key.removesuffix('.name')}={value}")
 
 
 def compose_and_run(argv: list[str]) -> int:

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.errors import Parser, UserError, positive
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, duration, listed
-from caspr_cli.common.streams import console_script
-from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.flags import positive
+from caspr_cli.common.streams import OK, console_script
 from caspr_cli.recipe.schema import TASKS  # those of caspr_cli.theory.gradients, which needs torch
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.runs import provenance
-from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
@@ -136,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     """Compute, print, and write. Return the exit code.
 
     Raises:
-        ConfigError, UserError: one line for the user.
+        UserError: one line for the user.
     """
     out = sys.stderr if args.json else sys.stdout
     width = shutil.get_terminal_size((answers.WIDTH, 24)).columns
@@ -205,15 +202,7 @@ def judged(made: Sequence[Answer]) -> int:
 @console_script
 def main() -> int:
     """Run the console script. Return the exit code."""
-    try:
-        return run(parse(sys.argv[1:]))
-    except SystemExit as stop:  # of --help and --version
-        return int(stop.code or OK)
-    except (ConfigError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_USAGE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run(parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

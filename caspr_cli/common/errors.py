@@ -19,6 +19,26 @@ def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {prefix}{match[0]}?" if match else ""
 
 
+def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
+    """Return the value, if it is one of the choices.
+
+    Raises:
+        UserError: it is not.
+    """
+    known = list(choices)
+    if value not in known:
+        raise UserError(f"{flag} {value}: no such choice.{nearest(value, known)} (choices: {', '.join(known)})")
+    return value
+
+
+def positive(text: str) -> int:
+    """Return the positive integer that a flag is given."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"should be a positive integer but is {text}")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises :class:`UserError` with one line instead of printing its usage."""
 

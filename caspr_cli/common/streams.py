@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
-RUN_FAILED, BAD_USAGE = 1, 2  # exit codes, as documented in the README
+from caspr_cli.common.errors import UserError
+
+OK, RUN_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes, as documented in the README
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def console_script(main: Callable[[], int]) -> Callable[[], int]:
-    """A console script that starts with any standard streams, and does not end by them."""
+    """Return a console script from a function that returns the exit code.
+
+    It starts with any standard streams and does not end because of them. A user's mistake is one line and exit code 2.
+    """
 
     @wraps(main)
     def started() -> int:
@@ -24,10 +29,17 @@ def console_script(main: Callable[[], int]) -> Callable[[], int]:
         except OSError as error:
             complain(f"the working directory cannot be used, and may have been deleted ({error.strerror}): change it")
             return BAD_USAGE
-        code = 0
+        code = OK
         try:
             code = main()
             sys.stdout.flush()
+        except SystemExit as stop:  # of --help and --version
+            return int(stop.code or OK)
+        except UserError as error:
+            complain(str(error))
+            return BAD_USAGE
+        except KeyboardInterrupt:
+            return INTERRUPTED
         except MemoryError:
             complain("too little memory")
             return RUN_FAILED

@@ -18,28 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check, leaves
-from caspr_cli.recipe.configs import CONF, PACKAGE, choices
+from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import (
-    OPTIMIZERS,
-    TASKS,
-    OptimConf,
-    Recipe,
-    TaskConf,
-)
-
-__all__ = [
-    "CONF",
-    "PACKAGE",
-    "choices",
-    "freeze",
-    "identity",
-    "load",
-    "options",
-    "register_schemas",
-    "save",
-    "to_plain",
-]
+from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, OptimConf, Recipe, TaskConf
 
 # What does not change the numbers of a run, or is in the record's path already.
 NOT_IN_THE_NAME = (

@@ -14,7 +14,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from caspr_cli.recipe import directory, settings, words
-from caspr_cli.recipe.compose import CONF, register_schemas
+from caspr_cli.recipe.compose import register_schemas
+from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
 
 NAME = "caspr-train"

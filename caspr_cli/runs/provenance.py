@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.recipe.compose import PACKAGE
+from caspr_cli.recipe.configs import PACKAGE
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",

@@ -225,8 +225,8 @@ def test_the_version_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_flags_may_come_last() -> None:
-    assert train.arrange(["seed=1,2", "-m"]) == ["-m", "seed=1,2"]
-    assert train.arrange(["optim=sgd", "--cfg", "job", "-p", "optim"]) == ["--cfg", "job", "-p", "optim", "optim=sgd"]
+    flags = train.flags_of(["optim=sgd", "--cfg", "job", "-p", "optim", "seed=1"])
+    assert (flags.words, flags.cfg, flags.package) == (["optim=sgd", "seed=1"], "job", "optim")
 
 
 @pytest.mark.parametrize("argv", [["--cfg", "job"], ["--help"], ["-sc", "query=bash"]])

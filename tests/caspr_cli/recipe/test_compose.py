@@ -13,6 +13,7 @@ from caspr_cli.optim import registry
 from caspr_cli.optim.family import options_of
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
+from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import (
     OPTIMIZERS,
@@ -23,7 +24,7 @@ from caspr_cli.recipe.schema import (
 
 
 def test_every_choice_has_a_schema_a_file_and_a_description() -> None:
-    described = compose.choices("task")
+    described = choices("task")
     assert set(described) == set(TASKS)
     assert all(described.values())
     for name, conf in (OPTIMIZERS | TASKS).items():
@@ -67,7 +68,7 @@ def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
 
 
 def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
-    tuned = OmegaConf.load(compose.CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
+    tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
     assert tuned != CasprConf().lr
     assert recipe().optim.lr == tuned
     assert recipe("optim.lr=0.123").optim.lr == 0.123

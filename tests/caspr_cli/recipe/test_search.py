@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caspr_cli.recipe import compose, search
+from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf
 
@@ -124,7 +125,7 @@ def test_trials_are_other_recipes_and_their_number_is_not_part_of_them() -> None
     assert compose.identity(frozen("search=lr", trial=2)) in names
 
 
-@pytest.mark.parametrize("name", [n for n in compose.choices("search") if n != "none"])
+@pytest.mark.parametrize("name", [n for n in choices("search") if n != "none"])
 @pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
 def test_every_space_fits_every_optimizer(name: str, optim: str) -> None:
     recipe = frozen(f"optim={optim}", f"search={name}", trial=1)
