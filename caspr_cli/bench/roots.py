@@ -22,12 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
-from caspr_cli.optim.roots import Root, eigendecomposition, eigh_root, newton_root, residual, rotated, warm_root
+from caspr_cli.optim.roots import Root, eigh_root, newton_root, residual
 from caspr_cli.optim.schedule import EIGH_FLOPS
-from caspr_cli.optim.symmetric import packed_length
 
 P = 4  # roots of CASPR at its default order
-NEW = 0.01  # the weight of a new sample in the statistics since the decomposition that a warm start takes
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
 
 # ---- solvers and matrices ----------------------------------------------------------------------------------------
@@ -35,13 +33,11 @@ TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing s
 
 @dataclass(frozen=True)
 class Matrix:
-    """S = Q diag(values) Q^T ``[d, d]`` with a known spectrum, and what it was one sample ago."""
+    """S = Q diag(values) Q^T ``[d, d]`` with a known spectrum."""
 
     values: Tensor  # [d], from 1 to 1 / condition
     Q: Tensor  # [d, d]
     S: Tensor  # [1, d, d], symmetric to the last bit
-    before: Tensor  # [1, d, d]: S = (1 - NEW) before + NEW G G^T / d, for a sample G of d columns of covariance S
-    basis: Tensor  # [1, d, d], float32: eigenvectors of ``before``
 
     @classmethod
     def drawn(cls, d: int, condition: float, seed: int) -> Matrix:
@@ -49,9 +45,7 @@ class Matrix:
         values = torch.logspace(0, -math.log10(condition), d, dtype=torch.float64)
         Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
         S = _symmetric((Q * values) @ Q.mT)
-        G = Q @ (values.sqrt().unsqueeze(1) * torch.randn(d, d, generator=generator, dtype=torch.float64))
-        before = _symmetric((S - NEW / d * G @ G.mT) / (1 - NEW)).unsqueeze(0)
-        return cls(values, Q, S.unsqueeze(0), before, eigendecomposition(before.float())[1])
+        return cls(values, Q, S.unsqueeze(0))
 
     def root(self, shift: float, p: int) -> Tensor:
         """Return (S + shift I)^(-1/p) ``[d, d]``, exactly."""
@@ -70,7 +64,7 @@ class Solver:
     Args:
         precision: whose roundings its error is made of.
         stored: the type in which S is given to it.
-        method: ``eigh``, ``newton`` or ``warm``.
+        method: ``eigh`` or ``newton``.
         exact: whether it computes in float64 whatever S is stored in; its error is then that of storing S.
     """
 
@@ -86,21 +80,13 @@ class Solver:
             return rounded(S, BFLOAT16.bits)
         return S if self.stored is FLOAT64 else S.float() if not self.exact else S.float().double()
 
-    def run(self, S: Tensor, basis: Tensor, eps: float, p: int) -> Root:
-        """Return the root of what :meth:`matrix` gave, with a damping of ``eps``, relative.
-
-        Args:
-            basis: ``[1, d, d]``, float32 eigenvectors of S one sample ago.
-        """
+    def run(self, S: Tensor, eps: float, p: int) -> Root:
+        """Return the root of what :meth:`matrix` gave, with a damping of ``eps``, relative."""
 
         def damping(largest: Tensor) -> Tensor:
             return eps * largest
 
-        if self.method == "eigh":
-            return eigh_root(S, damping, p)
-        if self.method == "warm":
-            return warm_root(rotated(S, basis), basis, damping, p)
-        return newton_root(S, damping, p)
+        return eigh_root(S, damping, p) if self.method == "eigh" else newton_root(S, damping, p)
 
     def products(self) -> AbstractContextManager[object]:
         """Return a context in which products are of this solver's precision."""
@@ -114,11 +100,10 @@ SOLVERS = (
     Solver("newton, float64", FLOAT64, FLOAT64, "newton"),
     Solver("eigh, float32", FLOAT32, FLOAT32, "eigh"),
     Solver("newton, float32", FLOAT32, FLOAT32, "newton"),
-    Solver("warm, float32", FLOAT32, FLOAT32, "warm"),
     Solver("newton, TF32 products", TF32, FLOAT32, "newton"),
 )
 BY_NAME = {solver.name: solver for solver in SOLVERS}
-MATRICES_HELD = {"eigh": 3, "newton": 9, "warm": 4}  # of d x d at once, beside S and its basis
+MATRICES_HELD = {"eigh": 3, "newton": 9}  # of d x d at once, beside S
 OURS = tuple(solver for solver in SOLVERS if solver.name.endswith("float32") and not solver.exact)
 
 
@@ -156,14 +141,11 @@ def root_flops(method: str, d: int, p: int, steps: int) -> float:
     """Return the FLOPs of a root of d rows, 2 for a multiply and an add.
 
     A decomposition counts as what takes as long (``EIGH_FLOPS`` d^3); a step of Newton has two products and those that
-    make a power p by squaring; a warm start has two products, and two whose result is known to be symmetric, of which
-    panels of one triangle are computed.
+    make a power p by squaring.
     """
     if method == "eigh":
         return float(EIGH_FLOPS) * d**3
-    if method == "newton":
-        return 2.0 * d**3 * steps * newton_products(p)
-    return 2.0 * d**3 * (2 + 2 * packed_length(d) / d**2)
+    return 2.0 * d**3 * steps * newton_products(p)
 
 
 def newton_products(p: int) -> int:
@@ -233,19 +215,17 @@ TABLE_SOLVERS = {
     "eigh32": "eigh, float32",
     "eigh64": "stored in float32",
     "newton32": "newton, float32",
-    "warm32": "warm, float32",
 }
 CONDITIONS = (1e2, 1e4, 1e6, 1e8, 1e12)
 DAMPINGS = (1e-4, 1e-6, 1e-8, 1e-12)  # relative to the largest eigenvalue
 KNOWN = 1e-2  # error of eigh64 up to which float32 statistics determine their root
-ILL = 1e6  # condition from which on roundings matter more than the age of a basis
+ILL = 1e6  # condition from which on roundings matter
 
 LEGEND = f"""\
 error      ||A - S~^(-1/4)||_F / ||S~^(-1/4)||_F, S~ = S + eps lambda_max I of the float64 matrix S; solvers see float32
 residual   ||A^2 S~ A^2 - I||_F / sqrt(d) of the root A with the float32 matrix, computed in float64
 steps      of the Newton iteration, counted
-solvers    eigh32, eigh64, newton32: a cold start in that precision; warm32: from float32 eigenvectors of the statistics
-           as they were before the last sample, whose weight is {NEW:g}
+solvers    eigh32, eigh64, newton32: in that precision
 x eigh64   error in units of that of eigh64, which is the error of storing S: median, least and most of the lines
            where eigh64 is at most {KNOWN:.0%} off
 x eigh32   error, and residual, in units of those of eigh32, in such lines with a condition of {ILL:.0e} or more:
@@ -284,7 +264,7 @@ def _root_error(name: str, matrix: Matrix, condition: float, eps: float) -> Root
     seen, stored = solver.matrix(matrix.S), matrix.S.float().double()
     values, Q = torch.linalg.eigh(stored[0])  # negative ones, which rounding makes, count as zero in all solvers
     with NewtonWatch() as watch:
-        root = solver.run(seen, matrix.basis, eps, P)
+        root = solver.run(seen, eps, P)
     in_float64 = Root(root.A.double(), root.shift, root.largest, root.condition)
     return RootError(
         condition,
@@ -294,7 +274,7 @@ def _root_error(name: str, matrix: Matrix, condition: float, eps: float) -> Root
         own_error=distance(root.A[0], (Q * (values.clamp(min=0) + eps * values[-1]).pow(-1 / P)) @ Q.mT),
         residual=float(residual(stored, in_float64, P)),
         iterations=watch.steps or None,
-        milliseconds=1e3 * least_seconds(lambda: solver.run(seen, matrix.basis, eps, P), time.perf_counter),
+        milliseconds=1e3 * least_seconds(lambda: solver.run(seen, eps, P), time.perf_counter),
     )
 
 

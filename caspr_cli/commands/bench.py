@@ -240,10 +240,6 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
                 f"roots       of {row.optimizer}, all at once: {number(row.refresh_ms)} ms, {ratio(row.refresh_ratio)} "
                 f"x LAPACK's eigendecompositions of as many matrices of the same sizes ({number(row.lapack_ms)} ms)"
             )
-            yield (
-                f"            warm-started: {number(row.warm_ms)} ms, {ratio(row.warm_ratio)} x LAPACK, "
-                f"largest residual {row.warm_residual:.1e}"
-            )
     versions = ", ".join(f"{name} {value}" for name, value in first.versions.items())
     yield f"machine     {first.device}, threads {first.threads}; {versions}"
 

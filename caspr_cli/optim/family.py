@@ -165,24 +165,10 @@ class FullAdagradOptions:
         the graft method alone, which with ``graft="adam"`` is exactly :class:`torch.optim.AdamW`. Use ``False`` for
         embeddings, output layers and norms.""",
     )
-    solver: Literal["auto", "eigh", "newton", "warm"] = option(
+    solver: Literal["auto", "eigh", "newton"] = option(
         "auto",
-        """method of the inverse roots: ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration;
-        ``"warm"``, from the last eigendecomposition where the statistics have moved little (a residual below 1e-3) and
-        a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton on a
-        GPU.""",
-    )
-    statistics_interval: int = option(
-        1,
-        """steps between two gradients that enter the statistics. (Between them the moving average stands still, and
-        then takes a step of the whole interval. A row that wakes up is not seen until then.)""",
-        COUNT,
-    )
-    refresh_above: float = option(
-        0.0,
-        """at its turn, a block whose roots have a residual of at most this with the statistics of now is left as it is.
-        0 refreshes always.""",
-        NOT_NEGATIVE,
+        """method of the inverse roots: ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration.
+        ``"auto"`` is eigh on a CPU and Newton on a GPU.""",
     )
     factor_dtype: FactorDtype | None = option(
         None,
@@ -268,6 +254,25 @@ class CASPROptions(ShampooOptions):
         """q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.""",
         ORDER,
     )
+
+
+# Options of older versions, with the value at which an optimizer did what it does without them.
+REMOVED: dict[str, Any] = {"statistics_interval": 1, "refresh_above": 0.0}
+REMOVED_SOLVER = "warm"
+
+
+def without_removed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that an older version has saved, without those that were removed.
+
+    Raises:
+        ValueError: one of them has another value than its default; names it.
+    """
+    if options.get("solver") == REMOVED_SOLVER:
+        raise ValueError(f"solver={REMOVED_SOLVER} was removed: use eigh, which computes each root anew")
+    for key, default in REMOVED.items():
+        if key in options and options[key] != default:
+            raise ValueError(f"{key} was removed, and can only be read where it is {default}, but it is {options[key]}")
+    return {key: value for key, value in options.items() if key not in REMOVED}
 
 
 class Wrong(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, CASPROptions, options_of, wrong
+from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed, wrong
 
 Group = dict[str, Any]
 
@@ -40,7 +40,11 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
         mine: the group that it is loaded into. It has the options that the state lacks, as a state of AdamW does, and
             decides whether axes are combined by a sum or a product.
         fixed: options that make the class what it is.
+
+    Raises:
+        ValueError: the state has an option that was removed, with another value than its default.
     """
+    saved = without_removed(saved)
     group = {name: mine[name] for name in OPTIONS} | saved
     if "eps" in saved and "graft_eps" not in saved:  # a state of AdamW or another diagonal method
         group |= {"eps": mine["eps"], "graft_eps": saved["eps"]}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
-from functools import cache
 from typing import Any
 
 from omegaconf import MISSING
@@ -168,9 +167,13 @@ class KroneckerConf(OptimConf):
     """CASPR, Shampoo and full-matrix Adagrad: one engine."""
 
 
-@cache
-def _enum(option: str, choices: tuple[str, ...]) -> type[Enum]:
-    return Enum(option.title().replace("_", ""), [(each, each) for each in choices], module=__name__)  # type: ignore[return-value]
+def _enum(option: str, words: tuple[str, ...]) -> type[Enum]:
+    """Return the enumeration of an option's words. All optimizers with this option share it."""
+    name = option.title().replace("_", "")
+    if name not in globals():  # where pickle looks for it
+        globals()[name] = Enum(name, [(word, word) for word in words], module=__name__)
+    found: type[Enum] = globals()[name]
+    return found
 
 
 def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
@@ -188,6 +191,7 @@ def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
     base = KroneckerConf if issubclass(entry.keys, FullAdagradOptions) else OptimConf
     made = make_dataclass(f"{name.title().replace('_', '')}Conf", keys, bases=(base,))
     made.__module__ = __name__
+    globals()[made.__name__] = made
     return made
 
 

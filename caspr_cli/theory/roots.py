@@ -122,7 +122,7 @@ def finding(default: DataFrame) -> str:
     far = {name: f"{k:.0e}" if k == k else "no condition" for name, k in reach(default).items()}
     return (
         f"With the default damping of {DEFAULT:g}, float32 roots are within {GOOD:.0%} up to a condition of "
-        f"{far[NEWTON]} by Newton, {far[EIGH]} by eigh and {far['warm, float32']} by a warm start."
+        f"{far[NEWTON]} by Newton and {far[EIGH]} by eigh."
     )
 
 
@@ -235,8 +235,7 @@ def _stability(bare: DataFrame) -> DataFrame:
         formats=dict.fromkeys(found.columns, ".1e")
         | {"condition": ".0e", "coupled": ".0e", "residual": ".0e", "steps": ".0f", "forecast": "", "accepted": ".0%"},
         note=f"Relative, Frobenius norm, geometric means over seeds; {own['d'].max()} rows with eigenvalues from 1 to "
-        "1/condition, evenly spaced in the logarithm. Stored: the exact root of S as the type has it. Warm: from "
-        "eigenvectors of statistics of which a hundredth was new.",
+        "1/condition, evenly spaced in the logarithm. Stored: the exact root of S as the type has it.",
     )  # fmt: skip
 
 
@@ -325,7 +324,7 @@ def _complexity(costs: DataFrame) -> DataFrame:
         formats=dict.fromkeys(("ms", "predicted_ms", "mb", "predicted_mb"), ".3g")
         | {"ratio": ".2f", "eigh": ".2g", "cubes": ".0f", "steps": ".0f"},
         note="Predicted times: FLOPs at the rate of a product of this size, measured just before. FLOPs of eigh: as "
-        "long as 25 d³ of products take. MB: beside S and, for a warm start, the eigenvectors that it has kept.",
+        "long as 25 d³ of products take. MB: beside S.",
     )  # fmt: skip
 
 
@@ -355,7 +354,6 @@ STYLES = {
     "newton, float64": style.Style("ink", style.DASHED),
     EIGH: style.Style("vermilion", style.SOLID),
     NEWTON: style.Style("vermilion", style.DASHED),
-    "warm, float32": style.Style("green", style.DASHED),
     "newton, TF32 products": style.Style("amber", style.DASHED),
 }
 
@@ -402,7 +400,7 @@ def _damping_figure(cases: DataFrame) -> Figure:
 
 
 def _cost_figure(costs: DataFrame) -> Figure:
-    hues = {"eigh": "vermilion", "newton": "blue", "warm": "green"}
+    hues = {"eigh": "vermilion", "newton": "blue"}
     styles: dict[str, style.Style] = {}
     shown = {}
     for method, hue in hues.items():

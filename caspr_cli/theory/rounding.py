@@ -125,7 +125,7 @@ def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]
     """
     seen = solver.matrix(matrix.S)
     with solver.products(), NewtonWatch() as watch:
-        root = solver.run(seen, matrix.basis, eps, p)
+        root = solver.run(seen, eps, p)
     shift = float(root.shift)
     damped, error = matrix.values + shift, distance(root.A[0], matrix.root(shift, p))
     finite, newton = math.isfinite(error), solver.method == "newton"
@@ -169,7 +169,7 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
     seen, d = solver.matrix(matrix.S), len(matrix.values)
 
     def run() -> Root:
-        return solver.run(seen, matrix.basis, eps, p)
+        return solver.run(seen, eps, p)
 
     with NewtonWatch() as watch:
         run()
@@ -189,7 +189,7 @@ def constants_of(bare: DataFrame) -> DataFrame:
     for solver in SOLVERS:
         own = bare[bare["solver"] == solver.name]
         clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
-        if solver.exact or solver.method == "warm" or clear.empty:
+        if solver.exact or clear.empty:
             continue
         floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
         rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}

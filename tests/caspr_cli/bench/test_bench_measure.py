@@ -233,10 +233,8 @@ def test_roots_are_measured_for_caspr_alone(rows: list[module.Row]) -> None:
     caspr, shampoo = rows[:2]
     assert caspr.refresh_ms is not None
     assert caspr.lapack_ms is not None
-    assert caspr.warm_ms is not None
     assert caspr.refresh_ratio == pytest.approx(caspr.refresh_ms / caspr.lapack_ms)
-    assert caspr.warm_ratio == pytest.approx(caspr.warm_ms / caspr.lapack_ms)
-    assert min(caspr.refresh_ms, caspr.warm_ms) > 0
+    assert caspr.refresh_ms > 0
     assert (shampoo.refresh_ms, shampoo.lapack_ms) == (None, None)
 
 
