@@ -1,4 +1,4 @@
-"""``caspr-report``: what the records say, with error bars. It only reads files: no torch, no Hydra.
+"""``caspr-report``: tables and figures of records, with error bars. It only reads files: no torch, no Hydra.
 
 Libraries that take long to import are imported where they are used, when main() is ready for Ctrl-C.
 """
@@ -49,7 +49,7 @@ exits    0 done   2 bad usage   130 interrupted
 
 def parser() -> Parser:
     """Return the parser of the command line, with a subparser for each command."""
-    about = "What the records say, with error bars. It only reads files, also while runs go on."
+    about = "Compare records, with error bars. It only reads files, and works while runs go on."
     raw = argparse.RawDescriptionHelpFormatter
     made = Parser("caspr-report", description=about, epilog=EXAMPLES, formatter_class=raw)
     made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
@@ -120,7 +120,7 @@ def target(text: str) -> tuple[str, float]:
 def _check_files(what: str, files: Sequence[Path]) -> None:
     if what == "unpack":
         if len(files) != 1 or files[0].is_file():
-            raise UserError("unpack: say with --to into which directory")
+            raise UserError("unpack: name a directory with --to")
         return
     allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",)}.get(what, (".svg",))
     for file in files:
@@ -129,7 +129,7 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
         if file.is_dir():
             raise UserError(f"--to {file}: it is a directory")
     if what in ("curves", "pack") and len(files) != 1:
-        raise UserError(f"{what}: say with --to which file to write, as {what}{allowed[0]}")
+        raise UserError(f"{what}: name a file with --to, as {what}{allowed[0]}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     from caspr_cli.report.pack import unpack
 
     if outside := [path for path in args.paths if not path.is_file()]:
-        raise UserError(f"unpack {outside[0]}: is no pack")
+        raise UserError(f"unpack {outside[0]}: is not a pack")
     written, there = unpack(runs, args.to[0])
     print(f"wrote    {args.to[0]}: {count(written, 'record')}" + (f"; {there} were there already" if there else ""))
 

@@ -1,4 +1,4 @@
-"""``caspr-train``: compose a recipe, run it, say what came of it. Never imports torch."""
+"""``caspr-train``: compose a recipe, run it, and report the result. Never imports torch."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def usage() -> str:
 
 
 def wrapped(names: Iterable[str]) -> str:
-    """A list that goes on below its beginning."""
+    """Return names in lines of at most 100 columns, indented below the first."""
     return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
 
 
 @console_script
 def main() -> int:
-    """Console script. Returns the exit code."""
+    """Run the console script. Return the exit code."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The experiments that are named, and the other words."""
+    """Return the names of the experiments, and the other words."""
     named = [word for word in argv if word.startswith("experiment=")]
     rest = [word for word in argv if word not in named]
     for word in rest if named else ():
@@ -134,15 +134,15 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def tables(told: Experiment, argv: list[str]) -> int:
-    """Run one experiment: say what it will do and for how long, tune, run the seeds, report. Returns the exit code."""
+    """Run one experiment: print its plan and duration, tune, run the seeds, report. Return the exit code."""
     plans = [word for word in argv if word.startswith("plan=")]
-    folder = Path(told.output_dir)  # refuses several, before anything is said
+    folder = Path(told.output_dir)  # refuses several directories before anything is printed
     command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={told.name}: {choices('experiment')[told.name]}")
     planned_only = plans[-1:] == ["plan=true"]
     table, took = rows(told), list[float | str]()
     if not planned_only:
-        new_folder(folder, told.output_dir).rmdir()  # better to know now than after the timing
+        new_folder(folder, told.output_dir).rmdir()  # refused now and not after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
         try:
@@ -166,7 +166,7 @@ def tables(told: Experiment, argv: list[str]) -> int:
 
 
 def report(told: Experiment) -> None:
-    """Compare what there is of a table, on the terminal and as a page beside the records."""
+    """Compare the runs of a table that have ended, on the terminal and in a page beside the records."""
     from caspr_cli.common.errors import UserError
     from caspr_cli.common.files import write_output
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
@@ -192,7 +192,7 @@ def report(told: Experiment) -> None:
 
 
 def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
-    """Run them until one is interrupted or refused. Returns the exit code that says most."""
+    """Run commands until one is interrupted or refused. Return the most severe exit code."""
     codes = []
     for command in commands:
         codes.append(command())
@@ -242,7 +242,7 @@ def check_word(word: str, flags: list[str]) -> None:
 
 
 def compose_and_run(argv: list[str]) -> int:
-    """What a command line asks for: one run, a sweep, or a look at the config. Returns the exit code."""
+    """Run a command line: one run, a sweep, or a print of the config. Return the exit code."""
     session, composer = Session(["caspr-train", *argv]), None
     try:
         flags = flags_of(argv)
@@ -277,7 +277,7 @@ def compose_and_run(argv: list[str]) -> int:
 
 
 def show(composer: Composer, flags: argparse.Namespace) -> None:
-    """Print the config, what Hydra says of it, or what completes a word."""
+    """Print the config, Hydra's information about it, or the completions of a word."""
     hydra, words = GlobalHydra.instance().hydra, composer.words
     assert hydra is not None
     if flags.shell_completion:
@@ -304,12 +304,12 @@ def show(composer: Composer, flags: argparse.Namespace) -> None:
 
 
 def full(error: OSError) -> bool:
-    """Whether a disk has no room for a file: the same command goes on when it has. (Standard output has no name.)"""
+    """Return whether a file did not fit on a disk, after which the command can go on. (Standard output has no name.)"""
     return error.errno in FULL and error.filename is not None
 
 
 def not_installed(error: BaseException) -> str | None:
-    """How to get the launcher that was chosen, if that is what is missing."""
+    """Return how to install the chosen launcher, if it is missing."""
     missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
     name = (missing or "").removeprefix("hydra/launcher/")
     return (

@@ -1,18 +1,19 @@
-"""What the types of a recipe's keys cannot refuse: numbers out of range, and keys that do not fit each other."""
+"""Checks that types cannot make: numbers out of their range, and keys that do not fit each other."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from caspr_cli.optim import family, registry
+from caspr_cli.recipe.configs import leaves
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Source, TaskConf, TrainerConf
 
-# The least and the most of each whole number, and of what is counted like one. More than the most is a slip: of memory
-# there is not enough, or something overflows after hours.
+# The least and the most of each whole number. More than the most is a slip: memory does not suffice, or something
+# overflows after hours. The keys of optimizers have their ranges in caspr_cli.optim.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
     "search.trials": (1, 2**20),
@@ -25,16 +26,16 @@ LIMITS: dict[str, tuple[float, float]] = {
     "task.size": (1, 10**5), "task.depth": (1, 10**4), "task.stem": (1, 10**4), "task.patch": (1, 10**5),
     "task.mixup": (0, 10**6), "task.word_dropout": (0, 10**6),
 }  # fmt: skip
-SHARES = ("task.dropout", "task.label_smoothing")  # below 1
+SHARES = ("task.dropout", "task.label_smoothing")  # in [0, 1)
 
 LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
 
 def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
-    """Refuse a recipe that cannot be run.
+    """Raise an error if a recipe cannot be run.
 
     Args:
-        plain: the same in builtin types.
+        plain: the recipe in builtin types.
 
     Raises:
         ConfigError: names the key and the value.
@@ -88,9 +89,9 @@ def _check_trainer(trainer: TrainerConf, batch: int) -> None:
 
 
 def _check_task(task: TaskConf) -> None:
-    """Keys that would be passed over, or turned round, without a word."""
+    """Refuse keys that would be ignored, or would mean the opposite, without a message."""
     if task.root is not None and task.data != Source.files:
-        raise ConfigError(f"task.root={task.root} is read with task.data=files alone, but task.data={task.data.name}")
+        raise ConfigError(f"task.root={task.root} needs task.data=files, but task.data={task.data.name}")
     if task.root == "":
         raise ConfigError("task.root is empty: name a directory")
     if task.target.metric in LOWER_IS_BETTER and task.target.higher_is_better:
@@ -108,12 +109,3 @@ def _check_optim(plain: Mapping[str, Any]) -> None:
         most = option.allowed.most if option.allowed else None
         if key in plain and most is not None and most < plain[key] < math.inf:
             raise ConfigError(f"optim.{key} should be at most {most:,} but is {plain[key]}")
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

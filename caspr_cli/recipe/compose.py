@@ -1,4 +1,4 @@
-"""From Hydra's config to a :class:`Recipe`, and back from the file in a record. No torch."""
+"""Make a :class:`Recipe` from Hydra's config, or from the file in a record. No torch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from caspr_cli.optim.family import REMOVED, without_removed
 from caspr_cli.recipe import search
-from caspr_cli.recipe.checks import check, leaves
-from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.checks import check
+from caspr_cli.recipe.configs import choices, leaves
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, KroneckerConf, OptimConf, Recipe, TaskConf
 
-# What does not change the numbers of a run, or is in the record's path already.
+# Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
     "seed", "resume", "output_dir", "search.trials",
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
-# Keys that came when there were records, with the value at which a run is what it was without them: that is not in the
-# name, so that those records are found again.
+# Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
+# the name, so that those records are found again.
 CAME_LATER = {"optim.axes": "all", "optim.exponent": 0.5}
 
 
@@ -44,11 +44,11 @@ def register_schemas() -> None:
 
 
 def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = None) -> Recipe:
-    """The checked recipe.
+    """Return the checked recipe.
 
     Args:
-        given: overrides of the command line; a search leaves alone what they set.
-        trial: in place of the config's own.
+        given: overrides of the command line; a search does not change the keys that they set.
+        trial: replaces that of the config.
 
     Raises:
         ConfigError: a value is missing or out of range.
@@ -61,13 +61,13 @@ def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = No
     recipe = _typed(config, changes) or _build(plain)
     now = to_plain(recipe)
     if dict(leaves(now)).keys() != dict(leaves(plain)).keys():
-        recipe = _build(plain)  # which names the key that is too much
+        recipe = _build(plain)  # whose error names the key that should not be there
     check(recipe, now)
     return recipe
 
 
 def _typed(config: DictConfig, changes: Mapping[str, Any]) -> Recipe | None:
-    """What :func:`_build` makes of it, in a fraction of the time; None where a part has not its type already."""
+    """Return what :func:`_build` returns, in a fraction of the time; None if a part does not have its type yet."""
     types = tuple(OmegaConf.get_type(config, group) for group in (None, "task", "optim"))
     if types != (Recipe, TASKS.get(config.task.name), OPTIMIZERS.get(config.optim.name)) or "hydra" in config:
         return None
@@ -78,17 +78,17 @@ def _typed(config: DictConfig, changes: Mapping[str, Any]) -> Recipe | None:
 
 
 def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[str, Any]:
-    """The trial's point of the search space, and the space without what is given, by key."""
+    """Return the values of a trial by key, and the search space without the keys that are given."""
     name, space = plain["search"]["name"], plain["search"]["space"]
     if name is None:
         if trial is not None:
-            raise ConfigError(f"trial={trial} is of no search: add search=NAME (choices: {', '.join(_searches())})")
+            raise ConfigError(f"trial={trial} needs a search: add search=NAME (choices: {', '.join(_searches())})")
         return {}
     if trial is None:
         raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
     if not isinstance(trial, int):
         raise ConfigError(f"trial should be an integer, or best, but is '{trial}'")
-    values = search.draw(space, trial)  # of the whole space: what is given changes no other value
+    values = search.draw(space, trial)  # from the whole space, so that a given key changes no other value
     if not (left := {key: space[key] for key in space.keys() - search.fixed(space, given)}):
         raise ConfigError(f"search={name} draws nothing: {', '.join(sorted(space))} is given; add search=none")
     return {"search.space": left} | {key: values[key] for key in left}
@@ -99,7 +99,7 @@ def _searches() -> list[str]:
 
 
 def _build(plain: dict[str, Any]) -> Recipe:
-    """Typed from plain values; ``task`` and ``optim`` get the type that their name asks for."""
+    """Return a recipe from plain values; the names of ``task`` and ``optim`` choose their types."""
     # merged on its own: Recipe.task is declared as what all tasks share
     rest = {k: v for k, v in plain.items() if k not in ("task", "optim")}
     for group, known in (("task", TASKS), ("optim", OPTIMIZERS)):
@@ -112,12 +112,12 @@ def _build(plain: dict[str, Any]) -> Recipe:
 
 
 def to_plain(recipe: Recipe | OptimConf | TaskConf) -> dict[str, Any]:
-    """Builtin types alone, enums by name: what is written to ``config.yaml``."""
+    """Return a recipe in builtin types, enums by name, as in ``config.yaml``."""
     return cast(dict[str, Any], _plain(recipe, ""))
 
 
 def _plain(value: Any, kind: str) -> Any:
-    """Args: kind: the type with which a field is declared, as written there."""
+    """Return a value in builtin types; ``kind`` is the type of its field, as it is declared."""
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
@@ -130,12 +130,12 @@ def _plain(value: Any, kind: str) -> Any:
 
 
 def save(recipe: Recipe) -> str:
-    """The text of ``config.yaml``."""
+    """Return the text of ``config.yaml``."""
     return OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe)))
 
 
 def load(path: Path) -> Recipe:
-    """Read a ``config.yaml`` back. Values only: nothing in it is ever imported or called."""
+    """Return the recipe in a ``config.yaml``. It holds values only: nothing in it is imported or called."""
     return parse(path.read_text(encoding="utf8"))
 
 
@@ -154,7 +154,7 @@ def parse(text: str) -> Recipe:
 
 
 def identity(recipe: Recipe) -> str:
-    """Eight hex digits that name the recipe, whatever its seed and wherever its record is."""
+    """Return eight hex digits that name the recipe without its seed and its place."""
     plain = to_plain(recipe)
     for key in NOT_IN_THE_NAME:
         *groups, name = key.split(".")
@@ -169,5 +169,5 @@ def identity(recipe: Recipe) -> str:
 
 
 def options(conf: TaskConf | OptimConf) -> dict[str, Any]:
-    """The fields of a config as keyword arguments: no name, enums as strings."""
+    """Return the fields of a config as keyword arguments, without the name; enums are strings."""
     return {k: v.name if isinstance(v, Enum) else v for k, v in vars(conf).items() if k != "name"}

@@ -1,4 +1,4 @@
-"""From words to configs by Hydra: composed once for each set of choices, and changed by values after that."""
+"""Compose configs by Hydra: once for each set of choices; values are then changed in a copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "caspr-train"
 
 
 class Composed(NamedTuple):
-    """What Hydra makes of words: the recipe's keys, typed, and Hydra's own."""
+    """A composed config: the recipe's keys, typed, and Hydra's own."""
 
     recipe: DictConfig
     hydra: DictConfig
@@ -32,13 +32,13 @@ class Composer:
     """Composes the configs of one command line.
 
     Args:
-        given: its words, as ``key=value``.
+        given: its words, each ``key=value``.
         sweeps: whether a word may have several values.
-        place: directory with more config files.
-        name: of the file to begin with.
+        place: a directory with more config files.
+        name: the config file to begin with.
 
     Raises:
-        ConfigError: a word cannot be read, or says to Hydra what it may not.
+        ConfigError: a word cannot be read, or sets a key of Hydra that is not allowed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Composer:
                 raise ConfigError(f"{word}: no such choice. (choices: {known})")
 
     def jobs(self) -> list[list[str]]:
-        """The words of each job of the sweep."""
+        """Return the words of each job of the sweep."""
         first = words.split(self.words)[:1]
         params = {key: value for job in first for key, value in (self.hydra(job).sweeper.params or {}).items()}
         more = [f"{key}={value}" for key, value in params.items()]
@@ -83,7 +83,7 @@ class Composer:
         return words.split([*more, *self.words])
 
     def config(self, given: Sequence[str]) -> DictConfig:
-        """The config of one job, as Hydra composes it; without Hydra's own part."""
+        """Return the config of one job, as Hydra composes it, without Hydra's own part."""
         base, values = self._base(given)
         config = copy.deepcopy(base.recipe)
         for word in values:
@@ -91,7 +91,7 @@ class Composer:
         return config
 
     def check(self, jobs: Sequence[Sequence[str]]) -> None:
-        """Raise what :meth:`config` would raise for any of the jobs, in less time: each value is tried once."""
+        """Raise the error that :meth:`config` raises for any of the jobs. Each value is tried once."""
         tried: dict[int, tuple[DictConfig, set[str]]] = {}
         for given in jobs:
             base, values = self._base(given)
@@ -104,14 +104,14 @@ class Composer:
                     OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
 
     def hydra(self, given: Sequence[str]) -> DictConfig:
-        """Hydra's own part of a config."""
+        """Return Hydra's own part of a config."""
         return self._base(given)[0].hydra
 
     def launcher(self, given: Sequence[str], folder: str) -> dict[str, Any]:
-        """The launcher's keys for a job, with what they refer to put in.
+        """Return the launcher's keys for a job, with all references resolved.
 
         Args:
-            folder: for files of the launcher.
+            folder: where the launcher writes its files.
         """
         config = OmegaConf.create(OmegaConf.to_container(self.config(given), enum_to_str=True))
         config.hydra = {
@@ -124,7 +124,7 @@ class Composer:
         return found
 
     def keys(self) -> DictConfig:
-        """The config of the choices that are known, to find the key that was meant."""
+        """Return the config of those choices that exist, to find the key that was meant."""
         chosen = [word for word in self.words if self._chooses(words.parse(word))]
         for known in (chosen, []):
             with suppress(Exception):
@@ -132,35 +132,35 @@ class Composer:
         return OmegaConf.create()
 
     def _base(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
-        """What the choices among the words make, and the words that change a value of it afterwards."""
+        """Return the config of the choices among the words, and the words that change a value in it."""
         parsed = [words.parse(word) for word in given]
         if not all(self._changes(word) or self._chooses(word) for word in parsed):
-            return self._compose(given), []  # as +key=value: their order counts, which Hydra keeps
+            return self._compose(given), []  # such as +key=value, whose order counts: Hydra keeps it
         chosen = [word for word, p in zip(given, parsed, strict=True) if self._chooses(p)]
         return self._compose(chosen), [word for word in parsed if self._changes(word)]
 
     def _changes(self, word: Override) -> bool:
-        """Whether it gives a value to a key that is there."""
+        """Return whether a word gives a value to an existing key."""
         plain = word.type == OverrideType.CHANGE and word.package is None and "/" not in word.key_or_group
         return plain and word.key_or_group not in self._groups
 
     def _chooses(self, word: Override) -> bool:
-        """Whether it chooses a file."""
+        """Return whether a word chooses a file."""
         plain = word.type == OverrideType.CHANGE and word.package is None and isinstance(word.value(), str)
         return plain and (word.key_or_group in self._groups or "/" in word.key_or_group)
 
     def _compose(self, given: Sequence[str]) -> Composed:
         if (key := tuple(given)) not in self._composed:
             directory.Files.loaded.clear()
-            if GlobalHydra.instance().hydra is not self._hydra:  # another one has composed since
+            if GlobalHydra.instance().hydra is not self._hydra:  # another composer was used in between
                 GlobalHydra.instance().clear()
                 GlobalHydra.instance().initialize(cast(Any, self._hydra))
             try:
                 config = hydra.compose(self._name, [*self.settings, *given], return_hydra_config=True)
             except RecursionError as error:
                 names = ", ".join(dict.fromkeys(directory.Files.loaded))
-                raise ConfigError(f"{names}: these files name each other in their defaults, without end") from error
-            except (AttributeError, TypeError, KeyError, AssertionError) as error:  # of Hydra, which cannot merge them
+                raise ConfigError(f"{names}: these files include each other in their defaults, without end") from error
+            except (AttributeError, TypeError, KeyError, AssertionError) as error:  # Hydra cannot merge them
                 said = " ".join([*self.settings, *given])
                 raise ConfigError(f"{said}: cannot be composed ({str(error).splitlines()[0]})") from error
             plain = None if self._checked else hydra.compose(None, return_hydra_config=True).hydra

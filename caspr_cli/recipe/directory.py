@@ -20,16 +20,16 @@ from caspr_cli.recipe.errors import ConfigError
 
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 30  # levels of brackets and indentation
-MOST = 10_000  # values of a file, with those that its anchors repeat
+MOST = 10_000  # values of a file, counting those that its anchors repeat
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp",
                                                   "merge")}  # fmt: skip
 
 
 def use(directory: str | None) -> None:
-    """Look for configs in this directory, too, behind our own; None: there alone.
+    """Let Hydra look for configs in this directory after our own; None: in ours alone.
 
     Raises:
-        ConfigError: it is no directory that can be read.
+        ConfigError: the directory cannot be read.
     """
     for plugin in (Files, Lookup):
         Plugins.instance().register(plugin)
@@ -43,7 +43,7 @@ def use(directory: str | None) -> None:
 
 
 class Lookup(SearchPathPlugin):
-    """Tells Hydra of the directory."""
+    """Adds the directory to Hydra's search path."""
 
     directory: ClassVar[str | None] = None
 
@@ -53,7 +53,7 @@ class Lookup(SearchPathPlugin):
 
 
 class Files(ConfigSource):
-    """The files of the directory, as Hydra asks for them."""
+    """Gives Hydra the files of the directory."""
 
     loaded: ClassVar[list[str]] = []
 
@@ -116,7 +116,7 @@ def _text(file: str) -> str:
 
 
 def _config(file: str, text: str) -> DictConfig:
-    """The content of a file, checked.
+    """Return the content of a file, checked.
 
     Raises:
         ConfigError: names the file and the line.
@@ -153,7 +153,7 @@ def _refuse(file: str, line: int, why: str) -> NoReturn:
 
 
 def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
-    """The nodes right below one."""
+    """Yield the children of a node."""
     if isinstance(node, yaml.MappingNode):
         for pair in node.value:
             yield from pair
@@ -162,12 +162,12 @@ def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def _count(file: str, node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node holds when anchors are written out; all should be plain, and not too many."""
+    """Return how many values a node holds with its anchors expanded. Refuse too many, and those that are not plain."""
     if node.tag not in PLAIN:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         _refuse(file, node.start_mark.line, f"{tag} is not allowed: a config holds plain values")
     if id(node) not in known:
-        known[id(node)] = MOST + 1  # as long as it is not known: an anchor that holds itself has no end
+        known[id(node)] = MOST + 1  # for an anchor that contains itself
         known[id(node)] = 1 + sum(_count(file, each, known) for each in _inner(node))
     if known[id(node)] > MOST:
         _refuse(file, node.start_mark.line, f"holds more than {MOST:,} values (anchors that repeat each other)")
@@ -175,7 +175,7 @@ def _count(file: str, node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def _check_hydra(file: str, node: yaml.Node, key: str) -> None:
-    """What a file says to Hydra itself."""
+    """Refuse what a file may not say to Hydra itself."""
     if key in ("hydra", "hydra.sweeper") and isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             _check_hydra(file, value, f"{key}.{name.value}")
@@ -184,7 +184,7 @@ def _check_hydra(file: str, node: yaml.Node, key: str) -> None:
 
 
 def _check_defaults(file: str, node: yaml.Node) -> None:
-    """A list of files to begin with: ``name``, ``group: name`` or ``group: [name, ...]``."""
+    """Check a defaults list, whose entries are ``name``, ``group: name`` or ``group: [name, ...]``."""
     if not isinstance(node, yaml.SequenceNode):
         _refuse(file, node.start_mark.line, "defaults should be a list, as in [_self_, optim: caspr]")
     for entry in node.value:
@@ -209,7 +209,7 @@ def _is_null(node: yaml.Node) -> bool:
 
 
 def _culprit(node: yaml.Node) -> int:
-    """The line of the first value that is none for OmegaConf: an interpolation that does not end, a huge number."""
+    """Return the line of the first value that OmegaConf refuses: an interpolation without an end, a huge number."""
     for each in _inner(node):
         if isinstance(each, yaml.ScalarNode):
             try:

@@ -1,4 +1,4 @@
-"""What a user got wrong, in one to three lines that name the key and the nearest valid choice."""
+"""Explain errors of Hydra and OmegaConf in one to three lines that name the key and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ConfigError(UserError):
 
 
 def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:
-    """The user's mistake behind an exception of Hydra or OmegaConf.
+    """Return a message about the user's mistake that caused an exception of Hydra or OmegaConf.
 
     Args:
-        keys: makes the config of the choices alone, for suggestions.
+        keys: returns the config of the choices alone, for suggestions.
         argv: the overrides as typed.
     """
     chain = [error]
@@ -45,7 +45,7 @@ def _unknown_choice(e: MissingConfigException) -> str:
     group, _, name = (e.missing_cfg_file or "").rpartition("/")
     if group.startswith("schema/"):
         return f"{group.split('/')[1]}={name} has no dataclass in caspr_cli/recipe/schema.py"
-    if group.startswith("scale/"):  # scale/<task>/<scale>: this task has no such size
+    if group.startswith("scale/"):  # scale/<task>/<scale>
         return f"scale={name} is not defined for task={group.split('/')[1]} (it has: {', '.join(choices(group))})"
     options = [o for o in e.options or [] if "/" not in o]
     listed = ", ".join(options)

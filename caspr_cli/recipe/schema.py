@@ -169,7 +169,7 @@ class KroneckerConf(OptimConf):
 
 def _enum(option: str, words: tuple[str, ...]) -> type[Enum]:
     """Return the enumeration of an option's words. All optimizers with this option share it."""
-    name = option.title().replace("_", "")
+    name = f"{option.title().replace('_', '')}Choice"
     if name not in globals():  # where pickle looks for it
         globals()[name] = Enum(name, [(word, word) for word in words], module=__name__)
     found: type[Enum] = globals()[name]

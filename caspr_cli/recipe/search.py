@@ -15,15 +15,15 @@ from caspr_cli.recipe.errors import ConfigError
 
 Space = Mapping[str, Mapping[str, list[Any]]]
 KINDS = ("log", "linear", "one_minus_log", "choice")
-SCRAMBLE = 1766  # of 3,000 seeds, one whose first 4 to 20 points are among the most even, in one to five dimensions
+SCRAMBLE = 1766  # among the best of 3,000 seeds: its first 4 to 20 points are even in one to five dimensions
 MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
 
 def draw(space: Space, trial: int) -> dict[str, Any]:
-    """The values of a trial: the point number ``trial``, from 0, of a scrambled Sobol sequence over the sorted keys.
+    """Return the values of a trial: point ``trial`` (from 0) of a scrambled Sobol sequence over the sorted keys.
 
-    The scrambling is the same for all searches, so trials of optimizers with the same keys lie at the same places of
-    their ranges. Numbers have four significant digits.
+    The scrambling is the same for all searches. Trials of optimizers with the same keys therefore lie at the same
+    places of their ranges. Numbers have four significant digits.
 
     Raises:
         ConfigError: a range is malformed, or there is no such trial.
@@ -43,7 +43,7 @@ def draw(space: Space, trial: int) -> dict[str, Any]:
 
 
 def _range(key: str, kinds: Mapping[str, list[Any]]) -> tuple[str, list[Any]]:
-    """Its kind and its numbers, checked."""
+    """Return the kind and the numbers of a range, checked."""
     where = f"search.space: {key}"
     if len(kinds) != 1 or next(iter(kinds)) not in KINDS:
         given = ", ".join(kinds)
@@ -67,14 +67,14 @@ def _range(key: str, kinds: Mapping[str, list[Any]]) -> tuple[str, list[Any]]:
 
 
 def _value(kind: str, values: list[Any], u: float) -> Any:
-    """Where a number in [0, 1) lies in a range."""
+    """Return the value at ``u`` in [0, 1) of a range."""
     if kind == "choice":
         return values[int(u * len(values))]
     low, high = values
     if kind == "linear":
         return _short(low + u * (high - low))
     x = _short(low * (high / low) ** u)
-    return x if kind == "log" else round(1 - x, 15)  # the digits of x, not those of what is near 1
+    return x if kind == "log" else round(1 - x, 15)  # keeps the digits of x, the distance from 1
 
 
 def _short(x: float) -> float:
@@ -82,7 +82,7 @@ def _short(x: float) -> float:
 
 
 def drawn(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The values at the keys of a recipe's space."""
+    """Return the recipe's values at the keys of its search space."""
     values = {}
     for key in sorted(plain["search"]["space"]):
         node: Any = plain
@@ -116,7 +116,7 @@ def _index(node: Any, word: str) -> Any:
 
 
 def fixed(space: Space, given: Iterable[str]) -> set[str]:
-    """Keys of the space that the user has set: they stay as given, in every trial."""
+    """Return the keys of the space that the user has set. They are the same in every trial."""
     # a word without a dot chooses a file, as in optim=adamw
     keys = [key for word in given if "." in (key := word.lstrip("+").partition("=")[0])]
     return {name for name in space for key in keys if name == key or name.startswith(f"{key}.")}

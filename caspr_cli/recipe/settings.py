@@ -1,24 +1,25 @@
-"""What may be said to Hydra itself: where the jobs of a sweep run. All else below ``hydra`` is refused by name.
+"""The keys of Hydra that a user may set: where the jobs of a sweep run. Others below ``hydra`` are refused by name.
 
-Hydra builds loggers, launchers, sweepers and callbacks from what stands there, sets variables of workers and looks for
-configs in packages: a config would run code of its choosing. So this is a list of what is allowed.
+Hydra builds loggers, launchers, sweepers and callbacks from these keys, sets variables of workers and looks for configs
+in packages, so that a config could run any code. This is therefore a list of what is allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.recipe.configs import leaves
 from caspr_cli.recipe.errors import ConfigError
 
 ALLOWED = ("launcher", "sweeper.params", "verbose")
-# What Hydra itself writes down, and what is checked by its own rule.
+# Keys that Hydra itself writes, and the launcher, which has a rule of its own below.
 OWN = ("launcher.", "overrides.", "runtime.", "job.name", "job.config_name", "job.override_dirname")
 
-# Of submitit. Not `setup` and `srun_args`, which are commands; not its folder, from which jobs are read back.
+# Keys of submitit. Not `setup` and `srun_args`, which are commands; not its folder, from which jobs are read back.
 _QUEUE = {"timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "name", "stderr_to_stdout"}
 _SLURM = _QUEUE | {
     "partition", "qos", "comment", "constraint", "exclude", "gres", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu",
@@ -28,7 +29,7 @@ _SLURM = _QUEUE | {
         "clusters", "hint", "priority", "gpu-bind", "switches", "contiguous",
     )),
 }  # fmt: skip
-# Not `runtime_env`, which installs packages and sets variables.
+# Keys of Ray. Not `runtime_env`, which installs packages and sets variables.
 _RAY = {
     *(f"ray.init.{key}" for key in ("address", "num_cpus", "num_gpus", "include_dashboard", "object_store_memory",
                                     "namespace", "log_to_driver")),
@@ -50,7 +51,7 @@ def refuse(key: str, where: str = "") -> None:
     """Raise a :class:`ConfigError` unless the key, ``hydra.job.chdir`` or ``hydra/launcher``, is on the list.
 
     Args:
-        where: file and line in which it stands.
+        where: the file and line of the key, for the message.
     """
     below = key.replace("/", ".").removeprefix("hydra").removeprefix(".")
     if not any(f"{below}.".startswith(f"{allowed}.") for allowed in ALLOWED):
@@ -64,26 +65,26 @@ def check(given: DictConfig, plain: DictConfig | None) -> None:
     """Check Hydra's part of a composed config.
 
     Args:
-        given: ``hydra`` of the config.
-        plain: the same of a config in which the user said nothing; None where words alone could change it, and they
-            have been checked.
+        given: the ``hydra`` part of the config.
+        plain: the same part of a config without the user's words; None if only words could change it, and they were
+            checked.
 
     Raises:
         ConfigError: names the key.
     """
     if plain is not None:
-        usual = dict(_leaves(plain))
-        for key, value in _leaves(given):
+        usual = _leaves(plain)
+        for key, value in _leaves(given).items():
             if not key.startswith(OWN) and (key not in usual or usual[key] != value):
                 refuse(f"hydra.{key}")
     if not isinstance(given.verbose, bool):
         raise ConfigError(f"hydra.verbose should be true or false but is '{given.verbose}'")
-    launcher = dict(_leaves(given.launcher))
+    launcher = _leaves(given.launcher)
     target = launcher.pop("_target_", None)
     if target not in LAUNCHERS:
-        raise ConfigError(f"hydra.launcher._target_={target} is no launcher that is known here: not allowed")
+        raise ConfigError(f"hydra.launcher._target_={target} is not an allowed launcher")
     choice, keys = LAUNCHERS[target]
-    usual = dict(_leaves(OmegaConf.structured(ConfigStore.instance().load(f"hydra/launcher/{choice}.yaml").node)))
+    usual = _leaves(OmegaConf.structured(ConfigStore.instance().load(f"hydra/launcher/{choice}.yaml").node))
     for key, value in launcher.items():
         if key not in keys and (key not in usual or usual[key] != value):
             known = ", ".join(sorted({name.partition(".")[0] for name in keys})) or "none"
@@ -94,23 +95,16 @@ def check_values(launcher: Mapping[str, Any]) -> None:
     """Refuse a value of more than one line, which a scheduler would read as commands.
 
     Args:
-        launcher: its keys, with what they refer to put in.
+        launcher: its keys, with all references resolved.
 
     Raises:
         ConfigError: names the key.
     """
-    for key, value in _leaves(OmegaConf.create(dict(launcher))):
+    for key, value in leaves(launcher):
         if not str(value).isprintable():
             raise ConfigError(f"hydra.launcher.{key} should be one line of plain characters but is {value!r}")
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what stands there, unresolved."""
-    plain = OmegaConf.to_container(node, resolve=False)
-    todo: list[tuple[str, Any]] = [(prefix, plain)]
-    while todo:
-        key, value = todo.pop()
-        if isinstance(value, dict) and value:
-            todo += [(f"{key}.{name}" if key else str(name), each) for name, each in value.items()]
-        else:
-            yield key, value
+def _leaves(node: DictConfig) -> dict[str, Any]:
+    """Return the dotted keys of a config with what is written there, unresolved."""
+    return dict(leaves(cast(dict[str, Any], OmegaConf.to_container(node, resolve=False))))

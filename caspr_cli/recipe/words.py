@@ -1,4 +1,4 @@
-"""The words of a command line, ``key=value`` in Hydra's grammar: what each says, and which jobs they make together."""
+"""Read the words of a command line, ``key=value`` in Hydra's grammar, and list the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hydra.errors import HydraException
 
 from caspr_cli.recipe.errors import ConfigError
 
-MOST_JOBS = 10_000  # of one sweep: more are a slip, as in seed=range(1000000)
+MOST_JOBS = 10_000  # in one sweep; more are a slip, as in seed=range(1000000)
 LONGEST = 10_000  # characters of a word; the grammar takes seconds for more
 
 
 @cache
 def parse(word: str) -> Override:
-    """A word as Hydra reads it.
+    """Return a word as Hydra reads it.
 
     Raises:
         ConfigError: it cannot be read.
@@ -44,16 +44,16 @@ def _unreadable(word: str) -> str:
 
 
 def is_hydras(word: Override) -> bool:
-    """Whether it says something to Hydra and not of the recipe."""
+    """Return whether a word sets a key of Hydra and not of the recipe."""
     places = (word.key_or_group, word.package or "")
     return any(place == "hydra" or place.startswith(("hydra.", "hydra/")) for place in places)
 
 
 def split(words: Sequence[str]) -> list[list[str]]:
-    """The words of each job: all combinations of the values, the last key's fastest. Of a key given twice the last.
+    """Return the words of each job: all combinations; the last key changes fastest. The last of equal keys counts.
 
     Raises:
-        ConfigError: a word is no list of values, or there are too many jobs.
+        ConfigError: a word is not a list of values, or there are too many jobs.
     """
     values: dict[str, list[str]] = {}
     for word in words:

@@ -125,7 +125,7 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("optim=muon optim.ns_steps=0", "optim.ns_steps should be a positive integer but is 0"),
         ("optim=soap optim.interval=0", "optim.interval should be a positive integer but is 0"),
         ("task.batch_size=0", "task.batch_size should be at least 1 but is 0"),
-        ("task.root=/data", "task.root=/data is read with task.data=files alone, but task.data=sample"),
+        ("task.root=/data", "task.root=/data needs task.data=files, but task.data=sample"),
         ("task=ud_pos task.target.metric=val/loss", "task.target.metric=val/loss: less is better; add task.target"),
     ],
 )

@@ -132,7 +132,7 @@ def test_what_is_said_to_hydra_is_on_a_list(word: str) -> None:
 @pytest.mark.parametrize(
     ("given_words", "message"),
     [
-        (["hydra.launcher={_target_:os.system}"], "hydra.launcher._target_=os.system is no launcher"),
+        (["hydra.launcher={_target_:os.system}"], "hydra.launcher._target_=os.system is not an allowed launcher"),
         (["hydra/launcher=joblib", "hydra.launcher.pre_dispatch=x"], "hydra.launcher.pre_dispatch cannot be set"),
         (["hydra/launcher=joblib", "hydra.launcher.backend=x"], "hydra.launcher.backend cannot be set"),
         (["hydra/launcher=slurm", "hydra.launcher.setup=[touch x]"], "hydra.launcher.setup cannot be set"),
@@ -190,8 +190,8 @@ BAD = {
     "digits": (G + "seed: " + "9" * 6000 + "\n", "2: "),
     "open": (G + "seed: 1\noutput_dir: '${oc.env:X'\n", "3: "),
     "large": ("#" * (2**20 + 1), " is larger than 1 MB"),
-    "loop": ("defaults: [other]\n", "other.yaml: these files name each other in their defaults"),
-    "other": ("defaults: [loop]\n", "loop.yaml: these files name each other in their defaults"),
+    "loop": ("defaults: [other]\n", "other.yaml: these files include each other in their defaults"),
+    "other": ("defaults: [loop]\n", "loop.yaml: these files include each other in their defaults"),
     "nested": ("defaults: [[a]]\n", "1: an entry of defaults should be"),
     "mapping": ("defaults: {a: b}\n", "1: defaults should be a list"),
     "number": ("defaults: [{a: 3}]\n", "1: an entry of defaults should be"),

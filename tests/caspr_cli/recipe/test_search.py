@@ -142,7 +142,7 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> No
     ("overrides", "message"),
     [
         (["search=lr"], "add -m trial='range(6)'"),
-        (["trial=1"], "is of no search"),
+        (["trial=1"], "trial=1 needs a search"),
         (["search=lr", "trial=-1"], "trial should be from 0 to"),
         (["search=lr", "trial=few"], "trial should be an integer, or best, but is 'few'"),
         (["search=lr", "trial=1", "search.trials=0"], "search.trials should be at least 1"),
