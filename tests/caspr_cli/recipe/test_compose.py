@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +30,14 @@ def test_every_choice_has_a_schema_a_file_and_a_description() -> None:
     assert all(described.values())
     for name, conf in (OPTIMIZERS | TASKS).items():
         assert conf().name == name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_keys_and_defaults_are_those_of_the_entry(name: str) -> None:
+    entry = registry.OPTIMIZERS[name]
+    known = {each.name: each.default for each in options_of(entry.keys).values() if each.in_recipe} | entry.defaults
+    assert compose.options(OPTIMIZERS[name]()) == known
+    assert pickle.loads(pickle.dumps(OPTIMIZERS[name]())) == OPTIMIZERS[name]()
 
 
 @pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
