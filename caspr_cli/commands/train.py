@@ -18,7 +18,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
@@ -38,6 +38,7 @@ from caspr_cli.runs.sweep import EXTRAS, new_folder
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
+MISTAKES = (HydraException, OmegaConfBaseException, OSError, UserError)  # of the user, or of the machine
 TOP_KEYS = {f.name for f in fields(Recipe)}
 SEVERITY = (OK, RUN_FAILED, SOME_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # rising
 
@@ -100,19 +101,11 @@ def main() -> int:
         if named:
             told = [Experiment.read(name, [word for word in argv if not word.startswith("plan=")]) for name in named]
             return one_after_the_other(partial(tables, each, argv) for each in told)
-    except (HydraException, OmegaConfBaseException) as error:
-        complain(not_installed(error) or explain(error, Composer(argv, sweeps=True).keys, argv))
-        return BAD_USAGE
-    except OSError as error:
-        complain(cause(error))
+    except (*MISTAKES, RecordDamagedError) as error:
+        complain(reason(error, lambda: Composer(argv, sweeps=True).keys(), argv))
         return TERMINATED if full(error) else BAD_USAGE
-    except (ConfigError, RecordDamagedError) as error:
-        complain(str(error))
-        return BAD_USAGE
     except StoppedError as stopped:
         return TERMINATED if stopped.number == signal.SIGTERM else INTERRUPTED
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return compose_and_run(argv)
 
 
@@ -167,7 +160,6 @@ def tables(told: Experiment, argv: list[str]) -> int:
 
 def report(told: Experiment) -> None:
     """Compare the runs of a table that have ended, on the terminal and in a page beside the records."""
-    from caspr_cli.common.errors import UserError
     from caspr_cli.common.files import write_output
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
     from caspr_cli.report.compare import tables
@@ -256,14 +248,9 @@ def compose_and_run(argv: list[str]) -> int:
             raise ConfigError(f"{composer.settings[0]} says how the jobs of a sweep run: add -m")
         else:
             session.one(composer)
-    except (HydraException, OmegaConfBaseException) as error:
-        keys = composer.keys if composer else Composer().keys
-        return session.end(not_installed(error) or explain(error, keys, argv))
-    except OSError as error:
-        code = session.end(cause(error))
+    except (*MISTAKES, ValueError) as error:
+        code = session.end(reason(error, composer.keys if composer else lambda: Composer().keys(), argv))
         return TERMINATED if full(error) else code
-    except (UserError, ValueError) as error:
-        return session.end(str(error).splitlines()[0])
     except KeyboardInterrupt:
         if session.sweep is None:
             return INTERRUPTED
@@ -303,9 +290,16 @@ def show(composer: Composer, flags: argparse.Namespace) -> None:
     say((f"# @package {package}\n" if package else "") + OmegaConf.to_yaml(node).rstrip())
 
 
-def full(error: OSError) -> bool:
+def reason(error: Exception, keys: Callable[[], DictConfig], argv: list[str]) -> str:
+    """Return the message for a mistake."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return not_installed(error) or explain(error, keys, argv)
+    return cause(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+
+
+def full(error: Exception) -> bool:
     """Return whether a file did not fit on a disk, after which the command can go on. (Standard output has no name.)"""
-    return error.errno in FULL and error.filename is not None
+    return isinstance(error, OSError) and error.errno in FULL and error.filename is not None
 
 
 def not_installed(error: BaseException) -> str | None:

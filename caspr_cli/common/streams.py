@@ -31,15 +31,8 @@ def console_script(main: Callable[[], int]) -> Callable[[], int]:
             return BAD_USAGE
         code = OK
         try:
-            code = main()
+            code = _exit_code(main)
             sys.stdout.flush()
-        except SystemExit as stop:  # of --help and --version
-            return int(stop.code or OK)
-        except UserError as error:
-            complain(str(error))
-            return BAD_USAGE
-        except KeyboardInterrupt:
-            return INTERRUPTED
         except MemoryError:
             complain("too little memory")
             return RUN_FAILED
@@ -49,6 +42,18 @@ def console_script(main: Callable[[], int]) -> Callable[[], int]:
         return code
 
     return started
+
+
+def _exit_code(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except SystemExit as stop:  # of --help and --version
+        return int(stop.code or OK)
+    except UserError as error:
+        complain(str(error))
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def open_closed() -> None:
