@@ -104,7 +104,7 @@ def _build(plain: dict[str, Any]) -> Recipe:
     rest = {k: v for k, v in plain.items() if k not in ("task", "optim")}
     for group, known in (("task", TASKS), ("optim", OPTIMIZERS)):
         if plain[group]["name"] not in known:
-            raise ConfigError(f"{group}.name={plain[group]['name']} has no dataclass in caspr_cli/recipe/schema.py")
+            raise ConfigError(f"{group}.name={plain[group]['name']} is not known (choices: {', '.join(known)})")
     merged = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
     merged.task = OmegaConf.merge(OmegaConf.structured(TASKS[plain["task"]["name"]]), plain["task"])
     merged.optim = OmegaConf.merge(OmegaConf.structured(OPTIMIZERS[plain["optim"]["name"]]), plain["optim"])

@@ -15,12 +15,14 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe import settings
 from caspr_cli.recipe.errors import ConfigError
 
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 30  # levels of brackets and indentation
 MOST = 10_000  # values of a file, counting those that its anchors repeat
+OURS = {f"optim/{name}.yaml" for name in OPTIMIZERS}  # which Hydra would look for after the files of the user
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp",
                                                   "merge")}  # fmt: skip
 
@@ -84,6 +86,8 @@ class Files(ConfigSource):
         return os.path.isdir(os.path.join(self.path, config_path))
 
     def is_config(self, config_path: str) -> bool:
+        if self._normalize_file_name(config_path) in OURS:
+            return False
         file = self._file(config_path)
         if os.path.lexists(file) and not os.path.isfile(file):
             what = "a directory" if os.path.isdir(file) else "no file (a broken link, a pipe or a device)"

@@ -239,6 +239,16 @@ def test_what_reaches_hydra_by_another_way_is_seen(tmp_path: Path) -> None:
         Composer(chosen, place=str(tmp_path)).config(chosen)
 
 
+def test_an_optimizer_of_ours_comes_before_a_file_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "adamw.yaml").write_text("lr: 0.5\n")
+    (tmp_path / "optim" / "mine.yaml").write_text("defaults: [caspr, _self_]\norder: 3\n")
+    made = Composer(place=str(tmp_path))
+    assert "name" in made.config(["optim=adamw"]).optim
+    mine = compose.freeze(made.config(["optim=mine"])).optim
+    assert (mine.name, vars(mine)["order"]) == ("caspr", 3)
+
+
 def test_a_good_file_changes_values(tmp_path: Path) -> None:
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "good.yaml").write_bytes(
