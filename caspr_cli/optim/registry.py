@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 @dataclass
 class SGDKeys:
     lr: float = option(0.1, "learning rate", NOT_NEGATIVE)
-    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "weight decay, added to the gradient", NOT_NEGATIVE)
     momentum: float = option(0.9, "Nesterov's momentum", INSIDE)
 
 
