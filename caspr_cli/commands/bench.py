@@ -1,4 +1,4 @@
-"""``caspr-bench``: what an optimizer would cost. Imports torch only when there is something to measure."""
+"""``caspr-bench``: measure what an optimizer costs. Imports torch only when it measures."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ EXAMPLES = """\
   caspr-bench --ranks 1,2,4                                  a step that so many processes share"""
 
 LEGEND = """\
-median      of a step at the optimizer's own interval, as are p99 and mean; the chart shows the median
-no refresh  a step that refreshes no roots or bases; floor: its matrix products alone; x floor: the ratio of the two
+median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
+no refresh  a step that refreshes no roots or bases; floor: its matrix products alone; x floor: their ratio
 x adamw     median / that of fused AdamW
-split       of the median step: statistics, roots, apply, and the rest (momentum, graft, weights)
+split       parts of the median step: statistics, roots, apply, and the rest (momentum, graft, weights)
 B/param     bytes of optimizer state for each parameter
-share       of a training step, predicted: mean / (mean + {train} of forward and backward for {batch})"""
+share       part of a training step, predicted: mean / (mean + {train} of forward and backward for {batch})"""
 
 RANKS_LEGEND = """\
-mean      of a step at the optimizer's own interval, until the slowest rank is done; speedup: of the mean
-split     of the mean step, of the rank that spends most on it; communication: waiting for others' updates
-state     of the rank that keeps most: moments, which all keep, and factors, which are statistics and roots
-received  by a rank in a step, its own part included; x: how many times the weights that is"""
+mean      time of a step at the optimizer's own interval, until the slowest rank is done; speedup: ratio of the means
+split     parts of the mean step, each on the rank where it is longest; communication: waiting for others' updates
+state     on the rank that keeps most: moments, which all keep, and factors, which are statistics and roots
+received  bytes that a rank gets in a step, its own part included; x: as a multiple of the weights"""
 
 
 def ranks(text: str) -> list[int]:
@@ -66,7 +66,7 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
-        description=f"What would an optimizer cost? Times steps, nothing is trained\n\n{EXAMPLES}",
+        description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=110),
     )
@@ -77,24 +77,24 @@ def parser() -> Parser:
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(choices('task'))}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
-    made.add_argument("--scale", metavar="NAME", help="of the task (default: sample)")
+    made.add_argument("--scale", metavar="NAME", help="the scale of the task (default: sample)")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
-    names = f"of {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
+    names = f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
-    block = "longer axes are cut, in caspr, shampoo and scalable_shampoo (default: 1024)"
+    block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo, as often as you like: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo; may be repeated: --set order=3 --set merge=square"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
-    rounds = "in each, every optimizer makes a step (default: 20)"
+    rounds = "number of rounds; every optimizer makes one step in each (default: 20)"
     made.add_argument("--rounds", metavar="N", type=positive, default=20, help=rounds)
-    dtype = f"of weights and gradients: {', '.join(DTYPES)} (default: float32)"
+    dtype = f"type of weights and gradients: {', '.join(DTYPES)} (default: float32)"
     made.add_argument("--dtype", metavar="TYPE", choices=DTYPES, default="float32", help=dtype)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    threads = "on a CPU; with --ranks those of each rank (default: 1)"
+    threads = "threads on a CPU; with --ranks, threads of each rank (default: 1)"
     made.add_argument("--threads", metavar="N", type=positive, help=threads)
     made.add_argument(
         "--json", metavar="FILE", help="the rows as a list; - for standard output, with nothing else on it"
@@ -117,9 +117,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.ranks and (others := [name for name in args.optim if name not in KRONECKER]):
         raise UserError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
     if args.scale and not args.task:
-        raise UserError("--scale: is that of a task; say which with --task")
+        raise UserError("--scale: needs --task NAME")
     if args.ranks and args.roots:
-        raise UserError("--ranks: shares a step; --roots has none")
+        raise UserError("--ranks: measures a step, and --roots does not")
     if args.batch and args.task:
         raise UserError("--batch: a task has a batch of its own")
     return args

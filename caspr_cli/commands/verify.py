@@ -1,4 +1,4 @@
-"""``caspr-verify``: the paper's claims, checked. Imports torch only when there is something to compute."""
+"""``caspr-verify``: check the paper's claims. Imports torch only when it computes."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Flag:
 
 FLAGS = {
     "seed": Flag(0, natural, "the first seed"),
-    "seeds": Flag(3, positive, "so many seeds, for bands"),
+    "seeds": Flag(3, positive, "number of seeds, for bands"),
     "task": Flag(None, str, f"gradients of this task alone: {', '.join(TASKS)}", "NAME"),
-    "parameter": Flag(None, str, "its layers with this in their names, of at most 1,024 numbers", "TEXT"),
+    "parameter": Flag(None, str, "layers of the task with this in their names, with at most 1,024 numbers", "TEXT"),
     "optim": Flag("caspr", str, "the optimizer along whose path gradients are recorded", None, ("caspr", "adamw")),
     "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),
-    "batch": Flag(None, positive, "samples in a step of it (default: as in the task)"),
+    "batch": Flag(None, positive, "samples in a step of that model (default: as in the task)"),
     "tokens": Flag(4e6, float, "tokens in a step of the large models"),
     "efficiency": Flag(0.7, float, "the part of a GPU's peaks that the optimizer reaches"),
     "mfu": Flag(0.4, float, "the part of a GPU's bfloat16 peak that training reaches"),

@@ -65,7 +65,7 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--params", "14Q"], "--params: cannot read '14Q'"),
         (["--task", "c4lm"], "--task c4lm: no such choice. Did you mean c4_lm?"),
         (["--task", "c4_lm", "--scale", "papr"], "--scale papr: no such choice. Did you mean paper?"),
-        (["--scale", "paper"], "say which with --task"),
+        (["--scale", "paper"], "--scale: needs --task NAME"),
         (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
         (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
         (["--optm", "caspr"], "--optm is no flag of caspr-bench. Did you mean --optim?"),
@@ -182,7 +182,7 @@ def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ("flags", "said"),
     [
         (("--ranks", "0"), "--ranks: should be a positive integer but is 0"),
-        (("--ranks", "2", "--roots"), "--ranks: shares a step; --roots has none"),
+        (("--ranks", "2", "--roots"), "--ranks: measures a step, and --roots does not"),
         (("--ranks", "2", "--optim", "adamw"), "--optim adamw: does not share its work among ranks; caspr"),
     ],
 )
