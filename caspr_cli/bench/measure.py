@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +26,6 @@ from caspr_cli.bench.workload import Machine, Workload, workload_of
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
-from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.training.timing import PhaseTimer, seconds_of
@@ -37,7 +35,7 @@ REFERENCE = "adamw"
 RATE_SIZE = {"cpu": 1024, "cuda": 4096}  # of the square product that measures the rate of training
 REFRESH_ROUNDS = 3
 # Gradients in the statistics before refreshes are timed. One more then weighs 1 %, as much as an interval of ten steps
-# does in the long run at betas[1] = 0.999; and as it is one sample and not ten, a warm start has rather more to do.
+# does in the long run at betas[1] = 0.999.
 SETTLING = 100
 
 Log = Callable[[str], None]
@@ -74,9 +72,6 @@ class Row:
     refresh_ms: float | None = None  # from here on for CASPR alone: new roots for all blocks at once
     lapack_ms: float | None = None  # eigendecompositions of as many matrices of the same sizes
     refresh_ratio: float | None = None  # refresh_ms / lapack_ms
-    warm_ms: float | None = None  # warm-started
-    warm_ratio: float | None = None  # warm_ms / lapack_ms
-    warm_residual: float | None = None  # the largest, after the last refresh
 
 
 @dataclass
@@ -302,36 +297,23 @@ def split(seconds: list[float], parts: list[dict[str, float]]) -> dict[str, floa
 
 
 def refresh_costs(workload: Workload, settings: Settings, device: torch.device, log: Log) -> dict[str, Any]:
-    """Time CASPR's roots, all at once: with its options, and warm-started, in turns with LAPACK.
-
-    Gradients are new ones in every step, so that statistics move and a warm start has something to do.
-    """
+    """Return the milliseconds of CASPR's roots, all at once, in turns with LAPACK; gradients are new in every step."""
     log("roots: gathering statistics")
-    fresh = enter("caspr", workload.copies(), settings, interval=1)
-    assert isinstance(fresh, KroneckerOptimizer)
-    for group in fresh.param_groups:  # steps that gather statistics and do little else; the next one has roots
+    optimizer = enter("caspr", workload.copies(), settings, interval=1)
+    assert isinstance(optimizer, KroneckerOptimizer)
+    for group in optimizer.param_groups:  # steps that gather statistics and do little else; the next one has roots
         group["start_step"] = SETTLING + 1
     for _ in range(SETTLING):
-        _step_with_new_gradients(fresh)
-    warm = deepcopy(fresh)
-    for group in warm.param_groups:
-        group["solver"] = "warm"
-    timers = {"refresh": _root_timer(fresh, device), "warm": _root_timer(warm, device)}
-    lapack = Timer("LAPACK", eigendecompositions(fresh))
-    log("roots: the first")
-    for timer in timers.values():
-        timer.run()  # whose start is a cold one in any case
-    take_turns([*timers.values(), lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
-    found = {"lapack_ms": 1e3 * lapack.median, "warm_residual": float(diagnose(warm)["residual"].max())}
-    for name, timer in timers.items():
-        seconds = float(np.median([part["roots"] for part in timer.parts]))
-        found |= {f"{name}_ms": 1e3 * seconds, f"{name}_ratio": seconds / lapack.median}
-    return found
-
-
-def _root_timer(optimizer: KroneckerOptimizer, device: torch.device) -> Timer:
+        _step_with_new_gradients(optimizer)
     optimizer.phase = phases = PhaseTimer(device)
-    return Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
+    roots = Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
+    lapack = Timer("LAPACK", eigendecompositions(optimizer))
+    log("roots: the first")
+    roots.run()
+    take_turns([roots, lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
+    seconds = float(np.median([part["roots"] for part in roots.parts]))
+    ratio = seconds / lapack.median
+    return {"refresh_ms": 1e3 * seconds, "lapack_ms": 1e3 * lapack.median, "refresh_ratio": ratio}
 
 
 def _step_with_new_gradients(optimizer: KroneckerOptimizer) -> None:

@@ -211,7 +211,7 @@ def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, log: Callable[[str
 def _roots(args: argparse.Namespace) -> Made:
     from caspr_cli.bench import roots
 
-    rows, title, tables = roots.main_table(threads=args.threads)
+    rows, title, tables = roots.main_table(count=args.threads or 1)
     lines = [title, *(line for cells in tables for line in ("", *table(cells))), "", *roots.LEGEND.splitlines()]
     return rows, lines, b""
 
@@ -241,10 +241,6 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
             yield (
                 f"roots       of {row.optimizer}, all at once: {number(row.refresh_ms)} ms, {ratio(row.refresh_ratio)} "
                 f"x LAPACK's eigendecompositions of as many matrices of the same sizes ({number(row.lapack_ms)} ms)"
-            )
-            yield (
-                f"            warm-started: {number(row.warm_ms)} ms, {ratio(row.warm_ratio)} x LAPACK, "
-                f"largest residual {row.warm_residual:.1e}"
             )
     versions = ", ".join(f"{name} {value}" for name, value in first.versions.items())
     yield f"machine     {first.device}, threads {first.threads}; {versions}"

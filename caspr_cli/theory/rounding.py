@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -100,13 +101,12 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    for condition in conditions:
-        for seed in seeds:
-            matrix = Matrix.drawn(d, condition, seed)
-            for p in exponents:
-                for eps in dampings:
-                    for solver in SOLVERS:
-                        yield {"condition": condition, "seed": seed} | solved(solver, matrix, eps, p)
+    """Yield what each solver makes of each matrix, exponent and damping."""
+    plans = list(product(exponents, dampings, SOLVERS))
+    for condition, seed in product(conditions, seeds):
+        matrix = Matrix.drawn(d, condition, seed)
+        for p, eps, solver in plans:
+            yield {"condition": condition, "seed": seed} | solved(solver, matrix, eps, p)
 
 
 def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]
     """
     seen = solver.matrix(matrix.S)
     with solver.products(), NewtonWatch() as watch:
-        root = solver.run(seen, matrix.basis, eps, p)
+        root = solver.run(seen, eps, p)
     shift = float(root.shift)
     damped, error = matrix.values + shift, distance(root.A[0], matrix.root(shift, p))
     finite, newton = math.isfinite(error), solver.method == "newton"
@@ -169,7 +169,7 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
     seen, d = solver.matrix(matrix.S), len(matrix.values)
 
     def run() -> Root:
-        return solver.run(seen, matrix.basis, eps, p)
+        return solver.run(seen, eps, p)
 
     with NewtonWatch() as watch:
         run()
@@ -180,16 +180,16 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
 
 
 def constants_of(bare: DataFrame) -> DataFrame:
-    """Return, by solver, its backward error in roundings over conditions and exponents.
+    """Return the backward error of each solver in roundings, over conditions and exponents.
 
-    Only for solvers whose errors are their own, from cases where the condition decides and the error is small;
+    These are the solvers whose errors are their own, in cases where the condition decides and the error is small;
     ``floor`` is the error at the least condition, in units of u.
     """
     rows = {}
     for solver in SOLVERS:
         own = bare[bare["solver"] == solver.name]
         clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
-        if solver.exact or solver.method == "warm" or clear.empty:
+        if solver.exact or clear.empty:
             continue
         floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
         rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}

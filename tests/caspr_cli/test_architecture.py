@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
                  "tasks"},
     "optim": {"torch", "pytorch_optimizer", "common.ranges"},
-    "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
+    "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks", "training"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
                "training.groups", "training.timing",

@@ -17,7 +17,7 @@ TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [
     "optimizer", "median_ms", "p99_ms", "mean_ms", "step_ms", "floor_ms", "floor_ratio", "adamw_ratio",
     "statistics_ms", "roots_ms", "apply_ms", "rest_ms", "state_bytes_per_parameter", "share", "parameters", "threads",
-    "device", "versions", "refresh_ms", "lapack_ms", "refresh_ratio", "warm_ms", "warm_ratio", "warm_residual",
+    "device", "versions", "refresh_ms", "lapack_ms", "refresh_ratio",
 ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_the_table_of_roots(
     monkeypatch.setattr(roots, "root_errors", lambda d: whole(12, (1e2,), (1e-4,)))
     assert call(monkeypatch, "--roots", "--json", str(tmp_path / "roots.json")) == 0
     rows = json.loads((tmp_path / "roots.json").read_text())
-    assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32", "warm32"}
+    assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32"}
     assert "eigh32" in capsys.readouterr().out
     assert call(monkeypatch, "--roots", "--task", "c4_lm") == 2
 
