@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,8 @@ class Call(NamedTuple):
     scale: dict[str, float]  # alpha and beta
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product:
     """``[blocks, rows, inner]`` times ``[blocks, inner, columns]``, ``count`` times a step."""
 
     blocks: int
@@ -80,7 +82,7 @@ class Recorder(TorchDispatchMode):
         if func in OPERATORS:
             function, count = OPERATORS[func]
             operands = (Operand(tuple(x.shape), x.stride(), x.dtype) for x in args[:count])
-            scale = {key: float(kwargs[key]) for key in ("alpha", "beta") if key in kwargs}
+            scale: dict[str, float] = {key: float(kwargs[key]) for key in ("alpha", "beta") if key in kwargs}
             self.calls.append(Call(function, tuple(operands), scale))
         return func(*args, **kwargs)
 

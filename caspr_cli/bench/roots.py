@@ -319,6 +319,9 @@ def main_table(d: int = 256, count: int = 1) -> tuple[list[dict[str, Any]], str,
     title = (
         f"Roots S~^(-1/{P}) of {d} x {d} matrices, {used} thread{'s' if used > 1 else ''}, torch {torch.__version__}"
     )
-    records = rows.assign(d=d, threads=used).astype(object)
-    records["iterations"] = [None if math.isnan(n) else int(n) for n in rows["iterations"]]
-    return records.to_dict("records"), title, [roots_table(rows), solvers_table(rows)]
+    counted = [None if math.isnan(steps) else int(steps) for steps in rows["iterations"]]
+    records = [
+        row | {"iterations": steps, "d": d, "threads": used}
+        for row, steps in zip(rows.to_dict("records"), counted, strict=True)
+    ]
+    return records, title, [roots_table(rows), solvers_table(rows)]

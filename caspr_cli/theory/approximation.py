@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -143,7 +143,7 @@ def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
             yield from rows_of(nearness(G[:step], ridge(G[:100])), NOISE, size, seed, step)
 
 
-def rows_of(found: Mapping[str, Mapping[str, float]], *place: Any) -> Iterator[dict[str, Any]]:
+def rows_of(found: dict[str, dict[str, float]], *place: Any) -> Iterator[dict[str, Any]]:
     """Yield a row for each preconditioner; ``place`` is task, parameter, seed and step."""
     for name, near in found.items():
         yield dict(zip(KEYS, (*place, name), strict=True)) | near

@@ -94,7 +94,8 @@ def _runs(quick: bool, log: Log) -> dict[str, DataFrame]:
             rows = []
             for value in values[:2] if quick and name != "order" else values:
                 log(f"a layer, {name} {value:g}")
-                rows.append(cost_runs.run(**{"width": width} | {name: value}))
+                options = {"width": width} | {name: value}
+                rows.append(cost_runs.run(int(options.pop("width")), **options))
             found[name] = DataFrame(rows)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,10 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
 # ---- cases -------------------------------------------------------------------------------------------------------
 
 
-def row_of(place: Sequence[Any], found: Mapping[str, float]) -> dict[str, Any]:
+def row_of(place: Sequence[Any], found: dict[str, float]) -> dict[str, Any]:
     """Return one layer, or random stream, at one step as a row; ``place`` has the values of ``KEYS``."""
-    return dict(zip(KEYS, place, strict=True)) | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found
+    row: dict[str, Any] = dict(zip(KEYS, place, strict=True))
+    return row | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found
 
 
 def _of_random(seed: int, trials: int, log: Log) -> Iterator[dict[str, Any]]:
@@ -145,12 +146,12 @@ def statements(cases: DataFrame) -> DataFrame:
 
 def counterexamples(cases: DataFrame) -> DataFrame:
     """Return how often each statement that is false was so, among recorded and among random gradients."""
-    rows = [{"statement": text} for text in FALSE_CLAIMS.values()]
+    rows: list[dict[str, Any]] = [{"statement": text} for text in FALSE_CLAIMS.values()]
     heads: dict[str, str] = {}
     for source, own in cases.groupby("source", sort=False):
         heads |= {f"{source}_failed": f"{source}: false", f"{source}_checked": "of", f"{source}_least": "least"}
         for row, key in zip(rows, FALSE_CLAIMS, strict=True):
-            row |= dict(zip(list(heads)[-3:], (*counted(cases, key, source), own[key].min()), strict=True))
+            row |= dict(zip(list(heads)[-3:], (*counted(cases, key, str(source)), own[key].min()), strict=True))
     return table(
         rows,
         "Statements that look like these, and are false",

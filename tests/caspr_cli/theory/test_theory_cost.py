@@ -1,6 +1,7 @@
 """What a step costs by its shapes: the formulas against the engine, and what is assumed of ranks and large models."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.roots import newton_steps
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.report.answer import grid
 from caspr_cli.theory import cost
 from caspr_cli.theory.cost import Choice
 from caspr_cli.theory.cost_runs import called_products, divided, layer, model_of, run
 from caspr_cli.theory.work import (
     DECODERS,
+    GPUS,
     NODE,
     PASSES,
     Assumed,
@@ -229,3 +232,8 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     assert model["share"].sum() == pytest.approx(1)
     assert f"{100 * (1 - model.set_index('part')['share']['training']):.1f} %" in found.finding
     assert found.tables["ranks"].loc[0, "speedup"] == 1
+    published = Path("outputs/published/verify/cost/cost.md").read_text(encoding="utf8").splitlines()
+    for name in ("scale", "decoders"):  # numbers that follow from shapes alone
+        rows = grid(found.tables[name])
+        assert len(rows) == {"scale": 1 + 4 * sum(map(len, GPUS.values())), "decoders": 1 + len(DECODERS)}[name]
+        assert [row for row in rows if f"| {' | '.join(row)} |" not in published] == []

@@ -252,4 +252,7 @@ def test_the_answer_holds_and_its_tables_agree_with_each_other(monkeypatch):
     assert least == pytest.approx((pairs["CASPR"] / pairs["Shampoo"]).min())
     traces = found.tables["traces"]
     assert (traces["caspr"] / traces["shampoo"]).tolist() == pytest.approx(traces["ratio"].tolist())
+    lost = found.tables["forgetting"].set_index(["method", "rounds"])
+    assert [rounds for _, rounds in lost.index] == 2 * [15, 30, 60, 120]
+    assert lost.loc[("moving average, beta 0.9", 120), "rate"] > lost.loc[("sum", 120), "rate"]
     assert "failed" in regret.finding(regret.DataFrame(), False)
