@@ -189,7 +189,7 @@ def test_phases_are_those_of_one_turn() -> None:
 
 @pytest.fixture(scope="module")
 def rows(small_products: None) -> list[module.Row]:
-    return measure(workload("2*40x32,6"), ALL, Settings(interval=3), rounds=2, device=CPU, log=silent)
+    return measure(workload("2*40x32,6"), ALL, Settings(interval=3), rounds=2, log=silent)
 
 
 def test_a_row_for_each_in_their_order(rows: list[module.Row]) -> None:
@@ -223,7 +223,7 @@ def test_numbers_agree_with_each_other(rows: list[module.Row]) -> None:
 
 
 def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products() -> None:
-    (row,) = measure(workload("6"), ["caspr"], Settings(interval=2), rounds=1, device=CPU, log=silent)
+    (row,) = measure(workload("6"), ["caspr"], Settings(interval=2), rounds=1, log=silent)
     assert row.optimizer == "caspr"
     assert row.adamw_ratio > 0
     assert (row.floor_ms, row.floor_ratio, row.refresh_ms) == (None, None, None)
