@@ -34,9 +34,7 @@ PHASES = ("statistics", "roots", "apply")
 REFERENCE = "adamw"
 RATE_SIZE = {"cpu": 1024, "cuda": 4096}  # of the square product that measures the rate of training
 REFRESH_ROUNDS = 3
-# Gradients in the statistics before refreshes are timed. One more then weighs 1 %, as much as an interval of ten steps
-# does in the long run at betas[1] = 0.999.
-SETTLING = 100
+SETTLING = 100  # gradients in the statistics before refreshes are timed
 
 Log = Callable[[str], None]
 

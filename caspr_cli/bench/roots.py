@@ -220,12 +220,13 @@ TABLE_SOLVERS = {
 CONDITIONS = (1e2, 1e4, 1e6, 1e8, 1e12)
 DAMPINGS = (1e-4, 1e-6, 1e-8, 1e-12)  # relative to the largest eigenvalue
 KNOWN = 1e-2  # error of eigh64 up to which float32 statistics determine their root
-ILL = 1e6  # condition from which on solvers in float32 are compared
+ILL = 1e6  # condition from which on roundings matter
 
 LEGEND = f"""\
 error      ||A - S~^(-1/4)||_F / ||S~^(-1/4)||_F, S~ = S + eps lambda_max I of the float64 matrix S; solvers see float32
 residual   ||A^2 S~ A^2 - I||_F / sqrt(d) of the root A with the float32 matrix, computed in float64
 steps      of the Newton iteration, counted
+solvers    eigh32, eigh64, newton32: in that precision
 x eigh64   error in units of that of eigh64, which is the error of storing S: median, least and most of the lines
            where eigh64 is at most {KNOWN:.0%} off
 x eigh32   error, and residual, in units of those of eigh32, in such lines with a condition of {ILL:.0e} or more:

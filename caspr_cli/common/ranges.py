@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 EXPONENTS = (0.5, 1.0)
 SMALLEST_EPS_FLOAT32 = 1e-6  # below it, the damping is lost in the rounding of float32 statistics
 
+# Options that are no more, with the value at which an optimizer did what it does without them.
+REMOVED: dict[str, Any] = {"statistics_interval": 1, "refresh_above": 0.0}
+REMOVED_SOLVER = "warm"
+
 
 class Wrong(NamedTuple):
     """A number out of its range: ``should`` and ``value`` go with "should be > 0 but is -1"."""
@@ -38,11 +42,25 @@ COUNT_OR_ZERO: Range = ("should be a positive integer or 0", lambda value: value
 EXPONENT: Range = (f"should be {' or '.join(map(str, EXPONENTS))}", lambda value: value in EXPONENTS)
 
 RANGES = {
-    "lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "graft_eps": NOT_NEGATIVE, "refresh_above": NOT_NEGATIVE,
+    "lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "graft_eps": NOT_NEGATIVE,
     "eps": POSITIVE, "order": COUNT_OR_INF, "exponent": EXPONENT,
-    "interval": COUNT, "start_step": COUNT, "block_size": COUNT, "statistics_interval": COUNT,
+    "interval": COUNT, "start_step": COUNT, "block_size": COUNT,
     "batch_axes": COUNT_OR_ZERO,
 }  # fmt: skip
+
+
+def without_removed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that an older version has saved, without those that are no more.
+
+    Raises:
+        ValueError: one of them has another value than its default; names it.
+    """
+    if options.get("solver") == REMOVED_SOLVER:
+        raise ValueError(f"solver={REMOVED_SOLVER} was removed: use eigh, which computes each root anew")
+    for key, default in REMOVED.items():
+        if key in options and options[key] != default:
+            raise ValueError(f"{key} was removed, and can only be read where it is {default}, but it is {options[key]}")
+    return {key: value for key, value in options.items() if key not in REMOVED}
 
 
 def wrong(options: Mapping[str, Any]) -> Wrong | None:

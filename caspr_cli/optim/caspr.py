@@ -18,7 +18,7 @@ Merge = Literal["matrix", "square", "none"]
 Axes = Literal["all", "first", "last", "row"]
 Graft = Literal["adam", "rmsprop", "sgd", "none"]
 Precondition = Literal["momentum", "gradient", False]
-Solver = Literal["auto", "eigh", "newton", "warm"]
+Solver = Literal["auto", "eigh", "newton"]
 Shard = Literal["auto", "none"]
 
 
@@ -46,8 +46,6 @@ class CASPR(KroneckerOptimizer):
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
         solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
@@ -85,8 +83,6 @@ class Shampoo(KroneckerOptimizer):
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
         solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
@@ -123,8 +119,6 @@ class FullAdagrad(KroneckerOptimizer):
         graft_eps: float = 1e-8,
         precondition: Precondition = "momentum",
         solver: Solver = "auto",
-        statistics_interval: int = 1,
-        refresh_above: float = 0.0,
         factor_dtype: torch.dtype | None = None,
         root_dtype: torch.dtype | None = None,
         pack_roots: bool = False,
@@ -189,13 +183,7 @@ _ARGS = """
             ``False`` in a param group: the graft method alone, with ``graft="adam"`` exactly
             :class:`torch.optim.AdamW`. Embeddings, output heads and norms are best left to it.
         solver: of the inverse roots. ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration;
-            ``"warm"``, from the last eigendecomposition where the statistics have moved little (a residual below 1e-3)
-            and a fresh one elsewhere, at the price of keeping the eigenvectors. ``"auto"`` is eigh on a CPU and Newton
-            on a GPU.
-        statistics_interval: steps between two gradients that enter the statistics. (Between them the moving average
-            stands still, and then takes a step of the whole interval. A row that wakes up is not seen until then.)
-        refresh_above: at its turn, a block whose roots have a residual of at most this with the statistics of now is
-            left as it is. 0 refreshes always.
+            ``"auto"`` is eigh on a CPU and Newton on a GPU.
         factor_dtype: type of statistics and roots. Default: float64 for float64 parameters, else float32.
         root_dtype: type of the stored roots, ``torch.bfloat16`` or that of the statistics. bfloat16 changes U by about
             3e-3 of its length where gradients are of full rank, by much more where statistics are ill-conditioned.

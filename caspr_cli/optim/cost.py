@@ -45,7 +45,7 @@ def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
     flops = {"statistics": 0.0, "roots": 0.0, "apply": 0.0}
     for group, _, sizes, shape, count in blocks_of(optimizer):
         size = 2.0 * count * math.prod(shape)
-        flops["statistics"] += size * sum(packed_length(d) / d for d in sizes) / group["statistics_interval"]
+        flops["statistics"] += size * sum(packed_length(d) / d for d in sizes)
         flops["apply"] += passes(group["order"], len(sizes)) * size * sum(sizes)
         flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in sizes) / group["interval"]
     return flops

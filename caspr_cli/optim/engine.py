@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32
+from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32, without_removed
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.combine import precondition
 from caspr_cli.optim.finite import Finite, norms_of_rows
@@ -123,6 +123,8 @@ class KroneckerOptimizer(Optimizer):
         if "_owners" not in state:  # a state_dict, which is whole
             self._owners, self._divided = {}, 0
         self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
+        self.defaults = without_removed(self.defaults)
+        self.param_groups = [without_removed(group) for group in self.param_groups]
         for group in self.param_groups:
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
@@ -143,6 +145,7 @@ class KroneckerOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            without_removed(group)
             validate(group)
             for name, value in self.fixed.items():
                 if group[name] != value:
@@ -478,7 +481,7 @@ class KroneckerOptimizer(Optimizer):
         key = (
             *(group[name] for name in ("merge", "block_size", "axes", "batch_axes", "precondition_1d", "interval")),
             *(group[name] for name in ("root_dtype", "factor_dtype", "pack_roots", "damping")),
-            *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["solver"] == "warm"),
+            *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False),
             *((id(p), p.shape, p.dtype) for p in group["params"]),
         )
         if index not in self._plans or self._plans[index].key != key:
@@ -542,10 +545,7 @@ class KroneckerOptimizer(Optimizer):
         group["roots_of"] = options
 
     def _settle(self, work: Work) -> None:
-        """Drop parameters whose gradients are not finite.
-
-        This waits for the device, and so do a refresh (:func:`outgrown`), solver="warm" and refresh_above.
-        """
+        """Drop parameters whose gradients are not finite. This waits for the device, as does a refresh."""
         group = work.group
         for p in work.finite.others():
             del work.grads[p]
@@ -580,10 +580,9 @@ class KroneckerOptimizer(Optimizer):
             self._settle(work)
             for chunk in chunks([p for p in work.layouts if p in self._routes]):
                 lengths |= self._moments(chunk, work)
-            due, momentum = self._due(work), work.group["precondition"] == "momentum"
+            momentum = work.group["precondition"] == "momentum"
             for p in (p for p in work.steps if p in work.grads and p in self._routes):
-                if p in due or (p in work.layouts and not momentum):
-                    letters.append((work.gradients, p, work.grads[p]))
+                letters.append((work.gradients, p, work.grads[p]))
                 if p in work.layouts and momentum:
                     letters.append((work.momenta, p, local(self.state[p]["exp_avg"])))
         exchanges: dict[torch.device, Exchange] = {}
@@ -626,25 +625,15 @@ class KroneckerOptimizer(Optimizer):
             if work.seen and max(work.seen.values()) >= work.group["start_step"]:
                 self._refresh(work)
 
-    @staticmethod
-    def _due(work: Work) -> set[Tensor]:
-        """The parameters whose gradient enters the statistics."""
-        every, start = work.group["statistics_interval"], work.group["start_step"]
-        return {p for p, n in work.seen.items() if (n - start) % every == 0 and p in work.grads}
-
     def _statistics(self, work: Work) -> None:
-        """Of all blocks that have a gradient, at every ``statistics_interval``-th step."""
-        group, due = work.group, self._due(work)
-        every = group["statistics_interval"]
-        beta, weight = 1.0, float(every)
-        if group["statistics"] == "ema":
-            beta = group["betas"][1] ** every
-            weight = 1 - beta
+        """Of all blocks that have a gradient."""
+        group, due = work.group, [p for p in work.seen if p in work.grads]
+        beta, weight = (group["betas"][1], 1 - group["betas"][1]) if group["statistics"] == "ema" else (1.0, 1.0)
         with self.phase("statistics"):
             for stack in work.stacks:
                 everyone = len(due) == len(work.plan.layouts)
                 for members, rows in stack.chunks(
-                    stack.members if everyone else [p for p in stack.members if p in due]
+                    stack.members if everyone else [p for p in stack.members if p in work.grads]
                 ):
                     X, _ = self._rooms.blocks(stack, rows)
                     self._fill(X, stack, members, work, [work.grads[p] for p in members], work.gradients)

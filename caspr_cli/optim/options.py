@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32, wrong
+from caspr_cli.common.ranges import SMALLEST_EPS_FLOAT32, without_removed, wrong
 from caspr_cli.optim.blocks import AXES, MERGES
 from caspr_cli.optim.graft import GRAFTS
 from caspr_cli.optim.shard import SHARDS
@@ -20,14 +20,14 @@ Group = dict[str, Any]
 OPTIONS = (
     "lr", "betas", "eps", "weight_decay", "order", "exponent", "statistics", "damping", "interval", "start_step",
     "block_size", "merge", "axes", "batch_axes", "precondition_1d", "graft", "graft_eps", "precondition", "solver",
-    "statistics_interval", "refresh_above", "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard",
+    "factor_dtype", "root_dtype", "pack_roots", "apply_dtype", "shard",
     "gather_dtype", "maximize",
 )  # fmt: skip
 
 # Of these, what a root is of, beside its statistics.
 OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")
 
-SOLVERS = ("auto", "eigh", "newton", "warm")
+SOLVERS = ("auto", "eigh", "newton")
 
 
 def _one_of(name: str, value: object, choices: Iterable[object]) -> None:
@@ -66,7 +66,11 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
         mine: the group that it is loaded into. It says what the state does not, as that of AdamW does not, and whether
             axes are combined by a sum or a product.
         fixed: options that make the class what it is.
+
+    Raises:
+        ValueError: the state has an option that was removed, with another value than its default.
     """
+    saved = without_removed(saved)
     group = {name: mine[name] for name in OPTIONS} | saved
     if "eps" in saved and "graft_eps" not in saved:  # of AdamW or another diagonal method: graft_eps here
         group |= {"eps": mine["eps"], "graft_eps": saved["eps"]}

@@ -14,7 +14,7 @@ from torch import Tensor
 from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import bound
-from caspr_cli.optim.solve import Problem, Solution, solve_all, wear_of
+from caspr_cli.optim.solve import Problem, Solution, solve_all
 from caspr_cli.optim.stacks import Rows, Stack
 
 ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
@@ -42,11 +42,10 @@ def refresh(due: Due, group: Group) -> None:
 
 
 def _refresh(due: Due, group: Group) -> None:
-    work = [(stack, *_problems(stack, rows, group)) for stack, rows in due]
-    work = [(stack, rows, problems) for stack, rows, problems in work if rows]
+    work = [(stack, stack.index(rows), _problems(stack, rows, group)) for stack, rows in due]
     solutions = iter(solve_all([problem for *_, problems in work for problem in problems], group["solver"]))
-    for stack, rows, problems in work:
-        _take(stack, stack.index(rows), problems, [next(solutions) for _ in problems], group)
+    for stack, at, problems in work:
+        _take(stack, at, problems, [next(solutions) for _ in problems], group)
 
 
 def _take(stack: Stack, at: Rows, problems: list[Problem], solutions: list[Solution], group: Group) -> None:
@@ -66,24 +65,15 @@ def _take(stack: Stack, at: Rows, problems: list[Problem], solutions: list[Solut
     stack.rejected[at] += (~accepted).to(stack.rejected.dtype)
 
 
-def _problems(stack: Stack, rows: list[int], group: Group) -> tuple[list[int], list[Problem]]:
-    """The rows that need new roots, and of them a problem for each axis."""
+def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
+    """Return a problem for each axis of these rows."""
     at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes), group["exponent"])
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-    problems, wear = [], []
-    for place in range(len(stack.axes)):
-        S = stack.statistics(place, at, group)
-        problem = Problem(S, unit, eps, group["damping"], p, stack.basis(place, at), condition=condition)
-        if group["refresh_above"] > 0 or group["solver"] == "warm":
-            problem.wear = wear_of(problem, stack.root(place, at, S.dtype), stack.root_scale[at])
-            wear.append(problem.wear)
-        problems.append(problem)
-    if group["refresh_above"] > 0:
-        worn = ~(torch.stack(wear) <= group["refresh_above"]).all(0)
-        rows = [row for row, yes in zip(rows, worn.tolist(), strict=True) if yes]
-        problems = [problem.take(worn) for problem in problems]
-    return rows, problems
+    return [
+        Problem(stack.statistics(place, at, group), unit, eps, group["damping"], p, condition)
+        for place in range(len(stack.axes))
+    ]
 
 
 def damping_of(stack: Stack, group: Group) -> Tensor:

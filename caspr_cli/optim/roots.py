@@ -1,11 +1,10 @@
 r"""Inverse roots S~^(-1/p) of damped statistics S~ = S + shift I, and how far they are from being that.
 
-Three solvers, each for K matrices at once:
+Two solvers, each for K matrices at once:
 
 ``eigh``    an eigendecomposition: for any p and damping; on a CPU the fastest for d > 1.
 ``newton``  the coupled Newton iteration: matrix products alone, so it suits a GPU, where batched eigendecompositions
             of more than 32 rows are done one after the other. In float32 more exact than MKL's decomposition.
-``warm``    perturbation of the last eigendecomposition: four products, for statistics that have moved little.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class Root:
     shift: Tensor  # [K], float64: what was added to the diagonal
     largest: Tensor  # [K], float64: the largest eigenvalue with it; 0 for a matrix of zeros, whose A is the identity
     condition: Tensor  # [K], float64: at least the condition number of the damped matrix
-    basis: Tensor | None = None  # [K, d, d], eigenvectors in columns, where they were computed
 
 
 def damping_shift(largest: Tensor, unit: Tensor, eps: Tensor, damping: str) -> Tensor:
@@ -88,48 +86,7 @@ def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:
     shift = damping(lam[:, -1])
     lam = lam + shift.unsqueeze(1)
     values = torch.where(lam > 0, lam, 1).pow(-1 / p).to(S.dtype)
-    return Root(product(Q * values.unsqueeze(1), Q), shift, lam[:, -1], lam[:, -1] / lam[:, 0], Q)
-
-
-def rotated(S: Tensor, basis: Tensor) -> Tensor:
-    """B = Q^T S Q ``[K, d, d]``: nearly diagonal where Q are eigenvectors of nearby matrices."""
-    return product(basis.mT, torch.bmm(S, basis).mT)
-
-
-def coupling(B: Tensor, damping: Damping) -> Tensor:
-    """``[K]``: ||D^(-1/2) E D^(-1/2)||_F / sqrt(d) for B + shift I = D + E with D diagonal. The square of it is about
-    the residual of :func:`warm_root` (measured .7 to 1.2 times it, for p of 2 and 4 and conditions up to 1e4)."""
-    diagonal = B.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    shift = damping(diagonal.amax(-1).double())
-    weights = (diagonal.double() + shift.unsqueeze(1)).reciprocal().to(B.dtype)
-    squares = torch.bmm(weights.unsqueeze(1), torch.bmm(B.square(), weights.unsqueeze(2))).view(-1)
-    own = (weights * B.diagonal(dim1=-2, dim2=-1)).square().sum(1)
-    return ((squares - own).clamp(min=0) / B.shape[-1]).sqrt()
-
-
-def warm_root(B: Tensor, basis: Tensor, damping: Damping, p: int) -> Root:
-    r"""By perturbation of a decomposition of nearby statistics: with :func:`rotated`, four products.
-
-    B = Q^T S Q in the old eigenvectors is nearly diagonal, B = D + E. To first order in E (Daleckii-Krein; Higham,
-    Functions of Matrices, Theorem 3.11), f(D + E) = f(D) + F o E with the divided differences
-    F_ij = (f(d_i) - f(d_j)) / (d_i - d_j), which for f(x) = x^(-1/p) and a = f(d) have a form that cancels nothing:
-    F_ij = -a_i^p a_j^p / sum_k a_i^k a_j^(p-1-k). Eigenvalues that have crossed or merged do no harm. The error is of
-    second order in D^(-1/2) E D^(-1/2). Overwrites B.
-    """
-    diagonal = B.diagonal(dim1=-2, dim2=-1).double().clamp(min=0)
-    largest = diagonal.amax(-1)
-    shift = damping(largest)
-    lam = diagonal + shift.unsqueeze(1)
-    size = torch.where(largest + shift > 0, largest + shift, 1).unsqueeze(1)
-    a = torch.where(lam > 0, lam / size, 1).pow(-1 / p)  # of S~ / size: 1 ... condition^(1/p)
-    ascending = a.unsqueeze(-1).pow(torch.arange(p, device=B.device)).to(B.dtype)  # [K, d, p]
-    full = a.pow(p).to(B.dtype)
-    F = torch.bmm(ascending, ascending.flip(-1).mT).reciprocal_()
-    F.mul_(B.div_(size.unsqueeze(-1).to(B.dtype))).mul_(-full.unsqueeze(-1)).mul_(full.unsqueeze(-2))
-    F.diagonal(dim1=-2, dim2=-1).copy_(a)
-    A = product(torch.bmm(basis, F), basis)
-    A.mul_(size.pow(-1 / p).to(B.dtype).unsqueeze(-1))
-    return Root(A, shift, largest + shift, lam.amax(-1) / lam.amin(-1), basis)
+    return Root(product(Q * values.unsqueeze(1), Q), shift, lam[:, -1], lam[:, -1] / lam[:, 0])
 
 
 def newton_steps(condition: float, p: int) -> int:
@@ -194,12 +151,10 @@ def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf
     return Root(H, shift, size, torch.where(shift > 0, size / shift, math.inf))
 
 
-def largest_eigenvalue(S: Tensor, near: Tensor | None = None) -> Tensor:
-    """``[K]`` in float64, from below, by the power method. ``near`` [K, d, 1]: nearly the eigenvector."""
-    steps, v = POWER_STEPS, probe_vectors(S.shape[-1], S.dtype, S.device)[:1].expand(S.shape[0], -1, -1)
-    if near is not None:
-        steps, v = 2, near.mT
-    for _ in range(steps):
+def largest_eigenvalue(S: Tensor) -> Tensor:
+    """Return ``[K]`` in float64, from below, by the power method."""
+    v = probe_vectors(S.shape[-1], S.dtype, S.device)[:1].expand(S.shape[0], -1, -1)
+    for _ in range(POWER_STEPS):
         v = torch.bmm(v, S)
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
     largest: Tensor = torch.linalg.vector_norm(torch.bmm(v, S), dim=(1, 2))

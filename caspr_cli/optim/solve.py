@@ -14,25 +14,16 @@ from torch import Tensor
 
 from caspr_cli.optim.roots import (
     Root,
-    bound,
-    coupling,
     damping_shift,
     eigh_root,
-    largest_eigenvalue,
     newton_root,
     residual,
-    rotated,
-    warm_root,
 )
 
 EIGH_ON_CUDA = 32  # rows up to which torch decomposes a batch at once there
 
 # Numbers in the matrices that one thread works on at once: what becomes of them stays in its cache.
 PIECE = 2**20
-
-# A warm start is tried only if the old root is this near, and is good enough with this residual (or with what rounding
-# allows). The second is about the square of the first.
-WARM_WEAR, WARM_RESIDUAL = 0.04, 1e-3
 
 
 def choose(solver: str, device: torch.device, d: int) -> str:
@@ -49,21 +40,18 @@ def choose(solver: str, device: torch.device, d: int) -> str:
 
 @dataclass
 class Problem:
-    """The damped statistics of K blocks along one axis, and what is left of their last roots."""
+    """The damped statistics of K blocks along one axis."""
 
     S: Tensor  # [K, d, d]
     unit: Tensor  # [K]
     eps: Tensor  # [K]
     damping: str
     p: int
-    basis: Tensor | None = None  # [K, d, d]: eigenvectors of an earlier S
-    wear: Tensor | None = None  # [K], see wear_of()
     condition: float = math.inf  # at least that of each damped matrix
 
     def take(self, at: slice | Tensor) -> Problem:
         """Some of the matrices."""
-        basis, wear = (None if x is None else x[at] for x in (self.basis, self.wear))
-        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, basis, wear, self.condition)
+        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition)
 
     @property
     def cost(self) -> int:
@@ -86,13 +74,6 @@ class Solution:
     def of(cls, problem: Problem, root: Root) -> Solution:
         return cls(root, residual(problem.S, root, problem.p))
 
-    def take(self, at: Tensor) -> Solution:
-        """Some of the matrices, in this order."""
-        root = self.root
-        basis = None if root.basis is None else root.basis[at]
-        taken = Root(root.A[at], root.shift[at], root.largest[at], root.condition[at], basis)
-        return Solution(taken, self.residual[at])
-
     @staticmethod
     def join(parts: list[Solution]) -> Solution:
         if len(parts) == 1:
@@ -104,25 +85,13 @@ class Solution:
                 torch.cat([root.shift for root in roots]),
                 torch.cat([root.largest for root in roots]),
                 torch.cat([root.condition for root in roots]),
-                torch.cat([torch.zeros_like(root.A) if root.basis is None else root.basis for root in roots]),
             ),
             torch.cat([part.residual for part in parts]),
         )
 
 
-def wear_of(problem: Problem, A: Tensor, unit: Tensor) -> Tensor:
-    """``[K]``: the residual that old roots A, in units of ``unit`` [K], have with the statistics of now."""
-    known = unit > 0
-    ratio = torch.where(known, problem.unit.double() / unit.double(), 1).pow(2 / problem.p)
-    largest = largest_eigenvalue(problem.S, None if problem.basis is None else problem.basis[:, :, -1:])
-    known &= largest > 0  # 0 of statistics that are not: eigenvectors that were never computed are zeros
-    shift = problem.shift(largest)
-    old = Root(A * ratio.to(A.dtype).view(-1, 1, 1), shift, largest + shift, largest)
-    return torch.where(known, residual(problem.S, old, problem.p), torch.inf)
-
-
 def solve(problem: Problem, solver: str) -> Solution:
-    """Inverse roots of all matrices of a problem, by ``"eigh"``, ``"newton"`` or ``"warm"``.
+    """Inverse roots of all matrices of a problem, by ``"eigh"`` or ``"newton"``.
 
     Raises nothing but for want of memory: where a solver raises, the matrix at fault is found and given to eigh in
     float64; where that raises too, its root is NaN.
@@ -155,34 +124,7 @@ def _newton(problem: Problem) -> Solution:
     return Solution.of(problem, newton_root(problem.S, problem.shift, problem.p, problem.condition))
 
 
-def _warm(problem: Problem) -> Solution:
-    """From the last decomposition where that is good enough, else by a fresh one.
-
-    To find out costs a quarter of a decomposition, or next to nothing where the wear of the old root tells. (The
-    questions wait for the device, as every decomposition does.)
-    """
-    assert problem.wear is not None
-    good = problem.wear <= WARM_WEAR
-    if not bool(good.any()):
-        return _eigh(problem)
-    tried = good.nonzero().flatten()
-    old = problem if bool(good.all()) else problem.take(tried)
-    assert old.basis is not None
-    B = rotated(old.S, old.basis)
-    close = coupling(B, old.shift).square() <= WARM_RESIDUAL
-    if not bool(close.any()):
-        return _eigh(problem)
-    found = Solution.of(old, warm_root(B, old.basis, old.shift, old.p))
-    close &= found.residual <= bound(found.root.condition, old.S.dtype, WARM_RESIDUAL)
-    good[tried] = close
-    if bool(good.all()):
-        return found
-    kept, fresh = good.nonzero().flatten(), (~good).nonzero().flatten()
-    parts = [found.take(close.nonzero().flatten()), _eigh(problem.take(fresh))]
-    return Solution.join(parts).take(torch.cat([kept, fresh]).argsort())
-
-
-SOLVERS = {"eigh": _eigh, "newton": _newton, "warm": _warm}
+SOLVERS = {"eigh": _eigh, "newton": _newton}
 
 
 def solve_all(problems: list[Problem], solver: str) -> list[Solution]:

@@ -41,11 +41,10 @@ class Storage:
     dtype: torch.dtype  # of the statistics
     root_dtype: torch.dtype
     packed: bool  # whether roots are
-    basis: bool  # whether eigenvectors are kept
 
     @classmethod
     def of(cls, dtype: torch.dtype, group: Group) -> Storage:
-        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]), group["solver"] == "warm")
+        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]))
 
 
 class View(Tensor):
@@ -66,11 +65,10 @@ class Stack:
     """K blocks of one shape. ``rows[p]`` are the blocks of parameter p, in the order of its layout."""
 
     shape: Shape
-    axes: tuple[int, ...]  # those that have statistics; S, A and Q follow it
+    axes: tuple[int, ...]  # those that have statistics; S and A follow it
     storage: Storage
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
-    Q: list[Tensor]  # eigenvectors of S at its last decomposition, [K, d_i, d_i]; an empty list if they are not kept
     # Diagonal of the damped S over the trace of S when A was computed, [K, d_i]; 0 where that is not known. An empty
     # list for vectors, of which each entry is a row.
     shares: list[Tensor]
@@ -103,7 +101,6 @@ class Stack:
             storage,
             [new(packed_length(d)) for d in sizes],
             [new(*size, dtype=storage.root_dtype) for size in roots],
-            [new(d, d) for d in sizes] if storage.basis else [],
             [] if is_vector(shape) else [new(d) for d in sizes],
             scale=new(),
             root_scale=new(),
@@ -126,7 +123,7 @@ class Stack:
         """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
-        for name, tensors in (("statistics", self.S), ("root", self.A), ("basis", self.Q), ("share", self.shares)):
+        for name, tensors in (("statistics", self.S), ("root", self.A), ("share", self.shares)):
             named |= {f"{name}_{axis}": tensor for axis, tensor in zip(self.axes, tensors, strict=False)}
         return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
@@ -219,22 +216,15 @@ class Stack:
         A = self.A[place][at]
         return unpack(A, self.sizes[place], dtype) if self.storage.packed else A.to(dtype)
 
-    def basis(self, place: int, at: Rows) -> Tensor | None:
-        return self.Q[place][at] if self.Q else None
-
     def store(self, place: int, at: Rows, root: Root, accepted: Tensor) -> None:
         """Keep these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
-        A, Q = root.A, root.basis
+        A = root.A
         if A.device.type != "cpu" or not bool(accepted.all()):
             old = self.root(place, at, A.dtype)
             blank = (old.diagonal(dim1=-2, dim2=-1) == 0).all(-1).view(-1, 1, 1)
             old = torch.where(blank, torch.eye(self.sizes[place], dtype=A.dtype, device=A.device), old)
             A = torch.where(accepted.view(-1, 1, 1), A, old)
-            if self.Q and Q is not None:
-                Q = torch.where(accepted.view(-1, 1, 1), Q, self.Q[place][at])
         self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
-        if self.Q and Q is not None:
-            self.Q[place][at] = Q
 
     def forget_roots(self) -> None:
         """They are made anew, each with its block's next gradient."""
@@ -298,9 +288,6 @@ def build_stacks(
                         stack.rooted.add(p)
                 state[p][name] = view
             stack.marks[p] = f"scale.{part}", state[p][f"scale.{part}"]
-            if not stack.Q:  # of a solver that is no longer chosen
-                for axis in axes:
-                    state[p].pop(f"basis_{axis}.{part}", None)
         stack.members, stack.numbers = list(stack.rows), frozenset(map(id, stack.rows))
         stacks.append(stack)
     return stacks
@@ -321,12 +308,14 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
 
 
 def outdated(state: Iterable[str], layout: Layout) -> list[str]:
-    """Return the names of factors that older versions kept of an axis that is too long, and of the roots with them."""
+    """Return the names of factors that older versions kept: of an axis that is too long, the roots with them, and
+    eigenvectors."""
     names = list(state)
     old = {part for part in range(len(layout.parts)) if any(f"statistics_{i}.{part}" in names for i in layout.long)}
     kept = tuple(f"statistics_{axis}" for axis in layout.axes)
-    kinds = ("statistics_", "root_", "basis_", "share_")
-    return [n for n in names if n.startswith(kinds) and not n.startswith(kept) and int(n.rpartition(".")[2]) in old]
+    kinds = ("statistics_", "root_", "share_")
+    long = [n for n in names if n.startswith(kinds) and not n.startswith(kept) and int(n.rpartition(".")[2]) in old]
+    return [*long, *(n for n in names if n.startswith("basis_"))]
 
 
 def check_axes(state: Iterable[str], p: Tensor, layout: Layout) -> None:

@@ -52,8 +52,8 @@ def accumulate(
             divided by to correct its bias.
         G: ``[K, d_1, ..., d_k]``, overwritten.
         size: ``[K]``, about the size of an entry of G. Where it is not finite, nothing is changed.
-        beta: 1 for a sum, betas[1] to the power of ``statistics_interval`` for a moving average.
-        weight: ``statistics_interval`` for a sum, 1 - beta for a moving average.
+        beta: 1 for a sum, betas[1] for a moving average.
+        weight: 1 for a sum, 1 - beta for a moving average.
 
     Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis (for m x n blocks 2 m n (m + n), less the
     part of the upper triangles that is not computed).

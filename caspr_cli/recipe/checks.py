@@ -34,7 +34,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "task.train_documents": (1, 10**12), "task.eval_documents": (1, 10**12), "task.max_length": (1, 10**6),
     "task.size": (1, 10**5), "task.depth": (1, 10**4), "task.stem": (1, 10**4), "task.patch": (1, 10**5),
     "task.mixup": (0, 10**6), "task.word_dropout": (0, 10**6),
-    "optim.interval": (1, 10**9), "optim.start_step": (1, 10**9), "optim.statistics_interval": (1, 10**9),
+    "optim.interval": (1, 10**9), "optim.start_step": (1, 10**9),
     "optim.block_size": (1, 10**9), "optim.ns_steps": (1, 99),
 }  # fmt: skip
 SHARES = ("task.dropout", "task.label_smoothing")  # below 1

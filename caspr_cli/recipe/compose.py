@@ -16,6 +16,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.common.ranges import REMOVED, without_removed
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check, leaves
 from caspr_cli.recipe.configs import CONF, PACKAGE, choices
@@ -23,6 +24,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import (
     OPTIMIZERS,
     TASKS,
+    KroneckerConf,
     OptimConf,
     Recipe,
     TaskConf,
@@ -158,8 +160,17 @@ def load(path: Path) -> Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """The recipe in the text of a ``config.yaml``."""
-    return _build(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text))))
+    """Return the recipe in the text of a ``config.yaml``.
+
+    Raises:
+        ConfigError: it has an option that was removed, with another value than its default.
+    """
+    plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    try:
+        optim = without_removed(plain["optim"])
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
+    return _build(plain | {"optim": optim})
 
 
 def identity(recipe: Recipe) -> str:
@@ -172,6 +183,8 @@ def identity(recipe: Recipe) -> str:
         group, name = key.split(".")
         if plain[group].get(name) == before:
             del plain[group][name]
+    if isinstance(recipe.optim, KroneckerConf):  # records that were made with these keys are found again, too
+        plain["optim"] |= REMOVED
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 

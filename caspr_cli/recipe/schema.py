@@ -205,7 +205,6 @@ class Solver(Enum):
     auto = "auto"  # eigh on a CPU, newton on a GPU
     eigh = "eigh"  # eigendecomposition
     newton = "newton"  # coupled Newton iteration: matrix products alone
-    warm = "warm"  # from the last eigendecomposition, where statistics have moved little; keeps eigenvectors
 
 
 @dataclass
@@ -232,8 +231,6 @@ class KroneckerConf(OptimConf):
     graft_eps: float = 1e-8
     precondition: Precondition = Precondition.momentum
     solver: Solver = Solver.auto  # of the inverse roots
-    statistics_interval: int = 1  # steps between two gradients that enter the statistics
-    refresh_above: float = 0.0  # a root whose residual is at most this is left at its turn; 0 refreshes all
     factor_dtype: FactorDtype | None = None  # of statistics and roots; null: float64 where eps or parameters ask
     root_dtype: LowDtype | None = None  # of stored roots; null: that of the statistics
     pack_roots: bool = False  # store one triangle of the roots

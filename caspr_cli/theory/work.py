@@ -87,7 +87,7 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         held = FLOAT * float(packed + full + (0 if is_vector(shape) else sum(sizes)))
         found["parameters"] += count * m_n
         found["newton"] += count * own / group["interval"]
-        found["traffic"] += FLOAT * count * (2 * packed / group["statistics_interval"] + q * full)
+        found["traffic"] += FLOAT * count * (2 * packed + q * full)
         found["factors"] += count * held
         found["largest"] = max(found["largest"], own + 2.0 * m_n * (1 + q) * sum(sizes))
         found["largest_factors"] = max(found["largest_factors"], held)

@@ -135,13 +135,11 @@ def test_a_bad_gradient_at_the_start(victim: str, at: int) -> None:
     "options",
     [
         {"statistics": "accumulate"},
-        {"statistics_interval": 3},
-        {"statistics_interval": 3, "statistics": "accumulate", "solver": "warm"},
         {"precondition": "gradient", "graft": "sgd"},
         {"graft": "rmsprop", "precondition_1d": True},
         {"graft": "none", "maximize": True},
         {"block_size": 4, "solver": "newton"},
-        {"merge": "none", "refresh_above": 0.05},
+        {"merge": "none"},
         {"pack_roots": True, "root_dtype": torch.bfloat16},
     ],
     ids=str,
@@ -328,14 +326,23 @@ ONCE: dict[str, Any] = {
     "betas": (0.0, 0.9),
     "start_step": 1,
     "interval": 1,
-    "statistics_interval": 10**6,
     "graft": "none",
 }
 
 
-def matrices(count: int, **options: Any) -> tuple[list[nn.Parameter], CASPR]:
+class Once(CASPR):
+    """Gathers statistics at its first step only."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["betas"] = (group["betas"][0], 1.0)
+        return loss
+
+
+def matrices(count: int, kind: type[CASPR] = Once, **options: Any) -> tuple[list[nn.Parameter], CASPR]:
     params = [nn.Parameter(torch.zeros(D, N)) for _ in range(count)]
-    return params, CASPR(params, **(ONCE | options))
+    return params, kind(params, **(ONCE | options))
 
 
 def drive(params: list[nn.Parameter], optimizer: CASPR, steps: Iterable[int]) -> None:
@@ -374,7 +381,7 @@ def corrupt(stack: Stack, axis: int, row: int, how: str) -> Tensor:
     return S
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("how", ["nan", "inf", "indefinite"])
 def test_roots_of_spoiled_statistics_are_refused(how: str, axis: int, solver: str) -> None:
@@ -404,7 +411,7 @@ def test_roots_of_spoiled_statistics_are_refused(how: str, axis: int, solver: st
         torch.testing.assert_close(before, now, rtol=2e-3, atol=1e-3 * float(before.abs().max()))
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_exactly_singular_statistics_have_a_root(axis: int, solver: str) -> None:
     params, optimizer = matrices(2, solver=solver, eps=1e-4)
@@ -421,7 +428,7 @@ def test_exactly_singular_statistics_have_a_root(axis: int, solver: str) -> None
     assert all(bool(torch.isfinite(p).all()) for p in params)
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
 @pytest.mark.parametrize("damping", ["relative", "absolute"])
 def test_damping_rises_until_an_indefinite_statistic_has_a_root(damping: str, solver: str) -> None:
     """Tenfold each time; what is then taken is the root with that damping."""
@@ -454,7 +461,7 @@ def test_damping_rises_until_an_indefinite_statistic_has_a_root(damping: str, so
 
 def test_an_average_mends_itself() -> None:
     """New gradients outweigh an indefinite statistic, and the damping comes back down to eps."""
-    params, optimizer = matrices(1, statistics_interval=1, betas=(0.0, 0.95), eps=1e-3)
+    params, optimizer = matrices(1, CASPR, betas=(0.0, 0.95), eps=1e-3)
     drive(params, optimizer, range(20))
     stack = stack_of(optimizer)
     corrupt(stack, 0, 0, "indefinite")
@@ -468,7 +475,7 @@ def test_an_average_mends_itself() -> None:
 @pytest.mark.parametrize("statistics", ["ema", "accumulate"])
 def test_nan_in_the_statistics_stays_and_the_step_goes_on_with_the_old_root(statistics: str) -> None:
     """For ever: no average forgets a NaN. The counter says so, and the damping has an upper end."""
-    params, optimizer = matrices(1, statistics_interval=1, statistics=statistics, betas=(0.0, 0.5))
+    params, optimizer = matrices(1, CASPR, statistics=statistics, betas=(0.0, 0.5))
     drive(params, optimizer, range(5))
     stack = stack_of(optimizer)
     corrupt(stack, 0, 0, "nan")
@@ -483,11 +490,11 @@ def test_nan_in_the_statistics_stays_and_the_step_goes_on_with_the_old_root(stat
     assert (float(stack.rejected[0]), float(stack.retries[0])) == (40, 24)
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
 @pytest.mark.parametrize("how", ["nan", "inf"])
 def test_where_no_root_ever_was_it_is_the_identity(how: str, solver: str) -> None:
     """Both axes; the step is then the gradient's own direction."""
-    params, optimizer = matrices(2, solver=solver, start_step=4, statistics_interval=1)
+    params, optimizer = matrices(2, CASPR, solver=solver, start_step=4)
     drive(params, optimizer, range(3))
     stack = stack_of(optimizer)
     corrupt(stack, 1, 0, how)
@@ -528,7 +535,7 @@ def marked_run(
     count: int = 4, victim: int = 2, **options: Any
 ) -> tuple[list[nn.Parameter], CASPR, Callable[..., None]]:
     """The victim's gradients have a first row of zeros, by which :func:`is_marked` knows its left statistic."""
-    params, optimizer = matrices(count, statistics_interval=1, eps=1e-4, **options)
+    params, optimizer = matrices(count, CASPR, eps=1e-4, **options)
 
     def steps(which: Iterable[int]) -> None:
         for step in which:
@@ -565,11 +572,10 @@ def test_float64_takes_over_for_the_one_matrix_that_raises(monkeypatch: pytest.M
             torch.testing.assert_close(A, B, rtol=0, atol=tolerance * float(B.max()))
 
 
-@pytest.mark.parametrize("solver", ["eigh", "warm"])
-def test_where_float64_raises_too_the_old_root_stays(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+def test_where_float64_raises_too_the_old_root_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others get theirs; after the fault so does the victim."""
-    params, optimizer, steps = marked_run(solver=solver)
-    _, expected, undisturbed = marked_run(solver=solver)
+    params, optimizer, steps = marked_run()
+    _, expected, undisturbed = marked_run()
     steps(range(3))
     undisturbed(range(4))
     stack = stack_of(optimizer)
@@ -603,14 +609,13 @@ def test_no_eigendecomposition_in_float32_at_all(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("how", ["one", "all"])
-@pytest.mark.parametrize(("solver", "function"), [("newton", "newton_root"), ("warm", "warm_root")])
-def test_a_solver_that_raises(monkeypatch: pytest.MonkeyPatch, solver: str, function: str, how: str) -> None:
+def test_newton_raises(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """For all matrices or for batches with one of them: the float64 decomposition takes over."""
-    slow = {"betas": (0.0, 0.999), "solver": solver}
+    slow = {"betas": (0.0, 0.999), "solver": "newton"}
     params, _, undisturbed = marked_run(**slow)
     undisturbed(range(30))
     others, optimizer, steps = marked_run(**slow)
-    original, calls = getattr(solve, function), []
+    original, calls = solve.newton_root, []
 
     def failing(S: Tensor, *rest: Any) -> Root:
         calls.append(len(S))
@@ -618,27 +623,12 @@ def test_a_solver_that_raises(monkeypatch: pytest.MonkeyPatch, solver: str, func
             raise RuntimeError("put in on purpose")
         return original(S, *rest)
 
-    monkeypatch.setattr(solve, function, failing)
+    monkeypatch.setattr(solve, "newton_root", failing)
     steps(range(30))
     assert calls
     assert not stack_of(optimizer).rejected.any()
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["basis", "no basis"])
-def test_a_root_found_without_eigenvectors_wears_like_any_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """float64 took over at the first decomposition: later refreshes measure the wear of what it found all the same."""
-    _, optimizer, steps = marked_run(solver="warm", refresh_above=0.05, betas=(0.0, 0.5))
-    with monkeypatch.context() as patch:
-        if name == "no basis":
-            patch.setattr(torch.linalg, "eigh", fails_on(lambda S: S.dtype == torch.float32))
-        steps([0])
-    stack = stack_of(optimizer)
-    old = [factors(stack, row) for row in range(4)]
-    steps(range(1, 12))
-    for row in range(4):
-        assert not any(torch.equal(A, B) for A, B in zip(old[row], factors(stack, row), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -657,13 +647,12 @@ def test_want_of_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch, dtype: to
         steps([2])
 
 
-@pytest.mark.parametrize("solver", ["newton_root", "warm_root"])
-def test_want_of_memory_in_other_solvers_is_not_hidden(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+def test_want_of_memory_in_newton_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Root:
         raise torch.OutOfMemoryError("put in on purpose")
 
-    _, _, steps = marked_run(solver=solver.removesuffix("_root"), betas=(0.0, 0.999))
-    monkeypatch.setattr(solve, solver, failing)
+    _, _, steps = marked_run(solver="newton", betas=(0.0, 0.999))
+    monkeypatch.setattr(solve, "newton_root", failing)
     with pytest.raises(torch.OutOfMemoryError):
         steps(range(40))
 
@@ -722,7 +711,7 @@ def steps_of(params: list[nn.Parameter], optimizer: CASPR, count: int) -> list[f
     return seconds
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "warm"])
+@pytest.mark.parametrize("solver", ["eigh", "newton"])
 @pytest.mark.parametrize("kind", [CASPR, Shampoo])
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1), (1, 9, 1), (257, 1)])
 def test_blocks_one_wide(shape: tuple[int, ...], kind: Any, solver: str) -> None:

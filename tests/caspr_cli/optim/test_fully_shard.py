@@ -99,7 +99,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "momentum": {"graft": "none"},
     "bare": BARE,
     "shampoo": {"graft": "none", "cls": Shampoo},
-    "gradient first": {"graft": "none", "precondition": "gradient", "statistics_interval": 2},
+    "gradient first": {"graft": "none", "precondition": "gradient"},
     "maximize": {"graft": "none", "maximize": True, "start_step": 5},
 }
 
@@ -125,9 +125,9 @@ def test_and_in_lower_types(four: Ranks, dtype: torch.dtype) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "bare": BARE,
-    "rmsprop": {"lr": 1e-3, "graft": "rmsprop", "statistics_interval": 2, "merge": "square"},
+    "rmsprop": {"lr": 1e-3, "graft": "rmsprop", "merge": "square"},
     "sgd": {"graft": "sgd", "merge": "none", "precondition_1d": True},
-    "gradient first": {"precondition": "gradient", "statistics_interval": 2},
+    "gradient first": {"precondition": "gradient"},
     "late": {"start_step": 6, "weight_decay": 0.0},
     "never": {"start_step": 100, "graft": "rmsprop"},
     "flatten": {"cls": FullAdagrad, "block_size": 100},
@@ -136,7 +136,7 @@ CASES: dict[str, dict[str, Any]] = {
     "members": {"batch_axes": 1},
     "unused": {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: set(range(9)), 6: set(range(10))}},
     "broken": {"broken": {0: {1}, 3: {0, 4, 8}, 5: {7}}},
-    "lower": {"root_dtype": torch.bfloat16, "pack_roots": True, "solver": "warm", "maximize": True},
+    "lower": {"root_dtype": torch.bfloat16, "pack_roots": True, "solver": "newton", "maximize": True},
 }
 
 

@@ -98,6 +98,18 @@ def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
     assert compose.identity(recipe("optim=adamw")) == compose.identity(recipe("optim=adamw", "seed=2"))
 
 
+def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_name_otherwise() -> None:
+    now = recipe("task=ud_pos", "optim=caspr")
+    older = compose.save(now).replace(
+        "  solver: auto", "  solver: auto\n  statistics_interval: 1\n  refresh_above: 0.0"
+    )
+    assert compose.parse(older) == now
+    for text in ("statistics_interval: 2", "refresh_above: 0.5", "solver: warm"):
+        key = text.partition(":")[0]
+        with pytest.raises(ConfigError, match=f"^optim.{key}.* was removed"):
+            compose.parse(re.sub(rf"\b{key}: .*", text, older))
+
+
 def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
     tuned = OmegaConf.load(compose.CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
     assert tuned != CasprConf().lr
@@ -126,7 +138,6 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
         ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
         ("optim.graft_eps=-1", "optim.graft_eps should be >= 0 but is -1.0"),
-        ("optim.refresh_above=-1", "optim.refresh_above should be >= 0 but is -1.0"),
         ("optim.start_step=0", "optim.start_step should be at least 1 but is 0"),
         ("optim.factor_dtype=float32 optim.eps=1e-9", "optim.eps should be >= 1e-06 for float32 factors"),
         ("trainer.rendezvous=host:99999", "trainer.rendezvous=host:99999: a port is a number from 1 to 65535"),
