@@ -38,7 +38,7 @@ LEAST = 1e-12  # the smallest error that float64, in which roots are compared, c
 WITHIN = 2.0  # a factor
 NAMES = tuple(solver.name for solver in SOLVERS)
 STORED, EIGH, NEWTON = "stored in float32", "eigh, float32", "newton, float32"
-SETS = CONDITION, LIBRARY, DAMPING, SCALE = "conditions", "default", "dampings", "scales"
+CONDITION, LIBRARY, DAMPING, SCALE = "conditions", "default", "dampings", "scales"
 
 # ---- measurement -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pandas import to_numeric
 from torch import nn
 
 from caspr_cli.commands import verify
@@ -207,6 +208,8 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     assert model["share"].sum() == pytest.approx(1)
     assert f"{100 * (1 - model.set_index('part')['share']['training']):.1f} %" in found.finding
     assert found.tables["ranks"].loc[0, "speedup"] == 1
+    sums = {name: to_numeric(found.tables[name].stack(), errors="coerce").sum() for name in ("model", "ranks")}
+    assert sums == pytest.approx({"model": 48005003300.0, "ranks": 11037265900000.0})
     published = Path("outputs/published/verify/cost/cost.md").read_text(encoding="utf8").splitlines()
     for name in ("scale", "decoders"):  # numbers that follow from shapes alone
         rows = grid(found.tables[name])

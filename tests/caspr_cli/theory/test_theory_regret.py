@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pandas import to_numeric
 from references.kronecker import damped, preconditioner, spectral_power
 from references.stream import full_matrix, low_rank_stream, random_stream, statistics
 
@@ -25,6 +26,11 @@ from caspr_cli.theory.problems import (
 from caspr_cli.theory.regret import ordered
 
 EPS = torch.tensor(1e-3, dtype=torch.float64)
+# All numbers of a table together, as they were: everything is float64, and the seed decides it.
+SUMS = {
+    "problems": 563.441536, "practice": 1541.22279, "comparison": 22.1315987, "theorem": 4501801.37,
+    "methods": 356.599695, "ladder": 100.149391, "traces": 17225.8355, "forgetting": 470.448522,
+}  # fmt: skip
 
 
 def targets(loss, m, samples, seed):
@@ -255,4 +261,6 @@ def test_the_answer_holds_and_its_tables_agree_with_each_other(monkeypatch):
     lost = found.tables["forgetting"].set_index(["method", "rounds"])
     assert [rounds for _, rounds in lost.index] == 2 * [15, 30, 60, 120]
     assert lost.loc[("moving average, beta 0.9", 120), "rate"] > lost.loc[("sum", 120), "rate"]
+    sums = {name: to_numeric(found.tables[name].stack(), errors="coerce").sum() for name in SUMS}
+    assert sums == pytest.approx(SUMS, rel=1e-5)
     assert "failed" in regret.finding(regret.DataFrame(), False)
