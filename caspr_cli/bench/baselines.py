@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,11 +85,9 @@ def _value(key: str, text: str) -> int | float | bool | str:
         return text  # the registry takes names, as they stand in recipes
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
     return text
 
 
@@ -135,10 +134,10 @@ def _scalable_shampoo(groups: list[Group], settings: Settings) -> Optimizer:
     """
     from pytorch_optimizer import ScalableShampoo  # here, because importing it takes a second
 
-    own: dict[str, Any] = {"start_preconditioning_step": 1, "preconditioning_compute_steps": NEVER}
     matrices, rest = ([group for group in groups if group["precondition"] is chosen] for chosen in (True, False))
     parts: list[Optimizer] = []
     if matrices:
+        own: Any = {"start_preconditioning_step": 1, "preconditioning_compute_steps": NEVER}
         parts.append(ScalableShampoo(matrices, lr=1e-3, block_size=settings.block_size, **own))
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0, fused=True))

@@ -10,8 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
@@ -34,30 +35,24 @@ OPERATORS: dict[Any, tuple[Callable[..., Tensor], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A tensor as a product sees it."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, x: Tensor) -> Operand:
-        return cls(tuple(x.shape), x.stride(), x.dtype)
-
     def make(self, device: torch.device) -> Tensor:
         numbers = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         return torch.randn(numbers, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One recorded product."""
 
     function: Callable[..., Tensor]
     operands: tuple[Operand, ...]
-    scale: tuple[tuple[str, float], ...]  # alpha and beta
+    scale: dict[str, float]  # alpha and beta
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in OPERATORS:
             function, count = OPERATORS[func]
-            scale = tuple((key, float(kwargs[key])) for key in ("alpha", "beta") if key in kwargs)
-            self.calls.append(Call(function, tuple(map(Operand.of, args[:count])), scale))
+            operands = (Operand(tuple(x.shape), x.stride(), x.dtype) for x in args[:count])
+            scale: dict[str, float] = {key: float(kwargs[key]) for key in ("alpha", "beta") if key in kwargs}
+            self.calls.append(Call(function, tuple(operands), scale))
         return func(*args, **kwargs)
 
 
@@ -104,8 +100,8 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
     for (sizes, shape, times, dtype), count in blocks.items():
         for d in sizes:
             rest = math.prod(shape) // d
-            found.append(Product(count, d, rest, d, dtype, gram=True, count=1))
-            found.append(Product(count, d, d, rest, dtype, gram=False, count=times))
+            found += [Product(count, d, rest, d, dtype, gram=True, count=1)]
+            found += [Product(count, d, d, rest, dtype, gram=False, count=times)]
     return found
 
 
@@ -142,10 +138,10 @@ def replay_calls(calls: list[Call], device: torch.device) -> list[Run]:
         kind = (*(x.shape for x in tensors[-2:]), tensors[-1].dtype)
         if kind not in results:
             results[kind] = call.function(*tensors)
-        out, scale = results[kind], dict(call.scale)
+        out = results[kind]
 
         def run() -> None:
-            call.function(*tensors, **scale, out=out)
+            call.function(*tensors, **call.scale, out=out)
 
         return run
 
@@ -154,39 +150,29 @@ def replay_calls(calls: list[Call], device: torch.device) -> list[Run]:
 
 def _fastest(product: Product, device: torch.device, seconds: Callable[[Run], float]) -> Run:
     """Return one batched product over all blocks, or a loop over them, whichever takes less time here."""
-    ways = [_batched(product, device), _looped(product, device)]
+    ways = _ways(product, device)
     for way in ways:
         way()
     times = [[seconds(way) for way in ways] for _ in range(TRIALS)]
-    best = [min(column) for column in zip(*times, strict=True)]
-    return ways[best.index(min(best))]
+    return ways[int(np.min(times, axis=0).argmin())]
 
 
-def _operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _ways(product: Product, device: torch.device) -> tuple[Run, Run]:
     def random(*size: int) -> Tensor:
         return torch.randn(product.blocks, *size, dtype=product.dtype, device=device)
 
     left = random(product.rows, product.inner)
     right = left.mT if product.gram else random(product.inner, product.columns)
-    return left, right, random(product.rows, product.columns)
+    out = random(product.rows, product.columns)
+    single = list(zip(left.unbind(), right.unbind(), out.unbind(), strict=True))
 
-
-def _batched(product: Product, device: torch.device) -> Run:
-    left, right, out = _operands(product, device)
-
-    def run() -> None:
+    def batched() -> None:
         for _ in range(product.count):
             torch.bmm(left, right, out=out)
 
-    return run
-
-
-def _looped(product: Product, device: torch.device) -> Run:
-    single = list(zip(*(x.unbind() for x in _operands(product, device)), strict=True))
-
-    def run() -> None:
+    def looped() -> None:
         for _ in range(product.count):
-            for left, right, out in single:
-                torch.mm(left, right, out=out)
+            for a, b, c in single:
+                torch.mm(a, b, out=c)
 
-    return run
+    return batched, looped

@@ -144,12 +144,10 @@ def measured(
     log("making weights and gradients")
     with blamed("the weights"):
         workload = workload_of(what, tokens, getattr(torch, machine.dtype), device)
-    return measure(workload, names, settings, rounds=rounds, device=device, log=log)
+    return measure(workload, names, settings, rounds=rounds, log=log)
 
 
-def measure(
-    workload: Workload, names: list[str], settings: Settings, *, rounds: int, device: torch.device, log: Log
-) -> list[Row]:
+def measure(workload: Workload, names: list[str], settings: Settings, *, rounds: int, log: Log) -> list[Row]:
     """Return a row for each of ``names``.
 
     Args:
@@ -162,21 +160,21 @@ def measure(
     for name in dict.fromkeys([*names, REFERENCE]):
         log(f"warm-up: {name}")
         with blamed(name):
-            candidates.append(_candidate(name, workload, settings, rounds, device))
-    rate = _rate_timer(workload, device)
+            candidates.append(_candidate(name, workload, settings, rounds))
+    device, rate = workload.first.device, _rate_timer(workload.first)
     take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, log)
     train = workload.train_flops * rate.median / (2.0 * RATE_SIZE[device.type] ** 3)
     adamw = next(one for one in candidates if one.name == REFERENCE).own.median
-    rows = [_row(one, workload, settings, train, adamw, device) for one in candidates if one.name in names]
+    rows = [_row(one, workload, settings, train, adamw) for one in candidates if one.name in names]
     for i, row in enumerate(rows):
         if row.optimizer == "caspr" and row.floor_ms is not None:  # else there is nothing that has a root
             with blamed("caspr, its roots"):
-                rows[i] = replace(row, **refresh_costs(workload, settings, device, log))
+                rows[i] = replace(row, **refresh_costs(workload, settings, log))
     return rows
 
 
-def _candidate(name: str, workload: Workload, settings: Settings, rounds: int, device: torch.device) -> Candidate:
-    refreshes = has_interval(name)
+def _candidate(name: str, workload: Workload, settings: Settings, rounds: int) -> Candidate:
+    refreshes, device = has_interval(name), workload.first.device
     first = make(name, workload.copies(), settings, settings.interval)
     own = Timer(name, first.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
     if isinstance(first, KroneckerOptimizer):
@@ -189,9 +187,10 @@ def _candidate(name: str, workload: Workload, settings: Settings, rounds: int, d
     return Candidate(name, first, own, still, Timer(f"{name}, its matrix products", bound) if bound else None)
 
 
-def _rate_timer(workload: Workload, device: torch.device) -> Timer:
-    size, dtype = RATE_SIZE[device.type], next(iter(workload.grads)).dtype
-    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+def _rate_timer(like: Tensor) -> Timer:
+    """Return the timer of a square product, on the device and in the type of ``like``."""
+    size = RATE_SIZE[like.device.type]
+    a, b, out = (torch.randn(size, size, device=like.device).to(like.dtype) for _ in range(3))
     torch.mm(a, b, out=out)
     return Timer("matrix product", lambda: torch.mm(a, b, out=out))
 
@@ -238,14 +237,13 @@ def blamed(name: str) -> Iterator[None]:
         raise ConfigError(f"{name} fails here: {type(error).__name__}: {why}") from error
 
 
-def _row(
-    one: Candidate, workload: Workload, settings: Settings, train: float, adamw: float, device: torch.device
-) -> Row:
-    seconds, refreshes = one.own.seconds, has_interval(one.name)
+def _row(one: Candidate, workload: Workload, settings: Settings, train: float, adamw: float) -> Row:
+    seconds, refreshes, device = one.own.seconds, has_interval(one.name), workload.first.device
     whole = len(seconds) - len(seconds) % settings.interval if refreshes else len(seconds)  # as many refreshes as due
     mean, step = float(np.mean(seconds[:whole])), one.still.median
     bound = one.bound.median if one.bound else None
     parts = split(seconds, one.own.parts)
+    packages = ("torch", "pytorch-optimizer", "caspr-cli")
     return Row(
         optimizer=one.name,
         median_ms=1e3 * one.own.median,
@@ -255,10 +253,7 @@ def _row(
         floor_ms=None if bound is None else 1e3 * bound,
         floor_ratio=None if bound is None else step / bound,
         adamw_ratio=one.own.median / adamw,
-        statistics_ms=parts.get("statistics"),
-        roots_ms=parts.get("roots"),
-        apply_ms=parts.get("apply"),
-        rest_ms=parts.get("rest"),
+        **{f"{part}_ms": parts.get(part) for part in (*PHASES, "rest")},
         state_bytes_per_parameter=bytes_of_state(one.optimizer) / workload.parameters,
         share=mean / (mean + train),
         parameters=workload.parameters,
@@ -267,13 +262,10 @@ def _row(
         set=workload.name,
         interval=settings.interval if refreshes else None,
         block_size=settings.block_size,
-        dtype=str(next(iter(workload.grads)).dtype).removeprefix("torch."),
+        dtype=str(workload.first.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "pytorch-optimizer", "caspr-cli")},
-        },
+        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
     )
 
 
@@ -294,8 +286,9 @@ def split(seconds: list[float], parts: list[dict[str, float]]) -> dict[str, floa
     return {name: 1e3 * float(np.median(seconds)) * value / total for name, value in sums.items()}
 
 
-def refresh_costs(workload: Workload, settings: Settings, device: torch.device, log: Log) -> dict[str, Any]:
-    """Time CASPR's roots, all at once, in turns with LAPACK."""
+def refresh_costs(workload: Workload, settings: Settings, log: Log) -> dict[str, Any]:
+    """Return the milliseconds of CASPR's roots, all at once, in turns with LAPACK; gradients are new in every step."""
+    device = workload.first.device
     log("roots: gathering statistics")
     optimizer = enter("caspr", workload.copies(), settings, interval=1)
     assert isinstance(optimizer, KroneckerOptimizer)
@@ -303,21 +296,15 @@ def refresh_costs(workload: Workload, settings: Settings, device: torch.device, 
         group["start_step"] = SETTLING + 1
     for _ in range(SETTLING):
         _step_with_new_gradients(optimizer)
-    refresh, lapack = _root_timer(optimizer, device), Timer("LAPACK", eigendecompositions(optimizer))
-    log("roots: the first")
-    refresh.run()
-    take_turns([refresh, lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
-    seconds = float(np.median([part["roots"] for part in refresh.parts]))
-    return {
-        "lapack_ms": 1e3 * lapack.median,
-        "refresh_ms": 1e3 * seconds,
-        "refresh_ratio": seconds / lapack.median,
-    }
-
-
-def _root_timer(optimizer: KroneckerOptimizer, device: torch.device) -> Timer:
     optimizer.phase = phases = PhaseTimer(device)
-    return Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
+    roots = Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
+    lapack = Timer("LAPACK", eigendecompositions(optimizer))
+    log("roots: the first")
+    roots.run()
+    take_turns([roots, lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
+    seconds = float(np.median([part["roots"] for part in roots.parts]))
+    ratio = seconds / lapack.median
+    return {"refresh_ms": 1e3 * seconds, "lapack_ms": 1e3 * lapack.median, "refresh_ratio": ratio}
 
 
 def _step_with_new_gradients(optimizer: KroneckerOptimizer) -> None:

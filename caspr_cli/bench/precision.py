@@ -24,7 +24,7 @@ class Precision:
 
     @property
     def unit(self) -> float:
-        """u: half the distance between 1 and the next number."""
+        """Return u, half the distance between 1 and the next number."""
         return 2.0**-self.bits
 
 

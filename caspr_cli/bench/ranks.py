@@ -94,43 +94,33 @@ def measured_ranks(
                 log(f"{name}: round {i + 1}/{rounds}")
                 for n, team in teams.items():
                     steps[n] += [list(ranks) for ranks in zip(*team.ask("steps"), strict=True)]
-            first: RanksRow | None = None
+            first_mean: float | None = None
             for n, team in teams.items():
-                first_mean = first.mean_ms if first else None
-                rows.append(_row(name, n, steps[n], team.ask("facts"), settings, machine, first_mean))
-                first = first or rows[-1]
+                rows.append(_row(name, steps[n], team.ask("facts"), first_mean))
+                first_mean = first_mean or rows[-1].mean_ms
     return rows
 
 
 def _row(
-    name: str,
-    n: int,
-    steps: list[list[dict[str, float]]],
-    facts: list[dict[str, Any]],
-    settings: Settings,
-    machine: Machine,
-    first_mean: float | None,
+    name: str, steps: list[list[dict[str, float]]], facts: list[dict[str, Any]], first_mean: float | None
 ) -> RanksRow:
-    """Return the row of ``n`` ranks; a step takes as long as its slowest rank."""
+    """Return the row of one number of ranks from ``steps`` ``[step][rank]``; a step takes as long as its slowest."""
     whole = [1000 * max(rank["step"] for rank in ranks) for ranks in steps]
     parts: dict[str, Any] = {
-        f"{part}_ms": max(1000 * float(np.mean([ranks[r].get(part, 0.0) for ranks in steps])) for r in range(n))
+        f"{part}_ms": 1000
+        * max(float(np.mean([rank.get(part, 0.0) for rank in own])) for own in zip(*steps, strict=True))
         for part in PARTS
     }
     mean = float(np.mean(whole))
     return RanksRow(
         optimizer=name,
-        ranks=n,
+        ranks=len(facts),
         median_ms=float(np.median(whole)),
         mean_ms=mean,
         speedup=(first_mean or mean) / mean,
+        steps=len(whole),
         **parts,
         **max(facts, key=lambda fact: fact["state_bytes"]),
-        steps=len(whole),
-        interval=settings.interval,
-        dtype=machine.dtype,
-        threads=machine.threads or 1,
-        device=machine.device,
     )
 
 
@@ -163,23 +153,18 @@ class Team:
 @contextmanager
 def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> Iterator[Team]:
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        try:
-            for rank in range(count):
-                here, there = context.Pipe()
-                process = context.Process(
-                    target=_rank, args=(there, rank, count, str(Path(folder) / "store"), *job), daemon=True
-                )
-                process.start()
-                there.close()
-                pipes.append(here)
-                processes.append(process)
-            yield Team(pipes)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        pipes = []
+        for rank in range(count):
+            here, there = context.Pipe()
+            arguments = (there, rank, count, str(Path(folder) / "store"), *job)
+            process = context.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.kill)  # before it is joined
+            there.close()
+            pipes.append(here)
+        yield Team(pipes)
 
 
 def _rank(
@@ -204,7 +189,7 @@ def _rank(
         while True:
             request = pipe.recv()
             if request == "facts":
-                pipe.send(_facts(optimizer, workload.name))
+                pipe.send(_facts(optimizer, workload.name, settings, machine))
                 continue
             found = []
             for _ in range(WARM_UP if request == "warm" else settings.interval):
@@ -221,7 +206,7 @@ def _rank(
         pipe.send(f"failed: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
-def _facts(optimizer: KroneckerOptimizer, name: str) -> dict[str, Any]:
+def _facts(optimizer: KroneckerOptimizer, name: str, settings: Settings, machine: Machine) -> dict[str, Any]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     factors = {p: {k: x for k, x in state.items() if is_factor(k)} for p, state in optimizer.state.items()}
     return {
@@ -231,4 +216,8 @@ def _facts(optimizer: KroneckerOptimizer, name: str) -> dict[str, Any]:
         "weight_bytes": sum(p.numel() * p.element_size() for p in params),
         "parameters": sum(p.numel() for p in params),
         "set": name,
+        "interval": settings.interval,
+        "dtype": machine.dtype,
+        "threads": machine.threads or 1,
+        "device": machine.device,
     }

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pandas import DataFrame, Series
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -44,17 +44,13 @@ class Matrix:
         generator = torch.Generator().manual_seed(seed)
         values = torch.logspace(0, -math.log10(condition), d, dtype=torch.float64)
         Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
-        S = _symmetric((Q * values) @ Q.mT)
-        return cls(values, Q, S.unsqueeze(0))
+        S = (Q * values) @ Q.mT
+        return cls(values, Q, ((S + S.mT) / 2).unsqueeze(0))
 
     def root(self, shift: float, p: int) -> Tensor:
         """Return (S + shift I)^(-1/p) ``[d, d]``, exactly."""
         found: Tensor = (self.Q * (self.values + shift).pow(-1 / p)) @ self.Q.mT
         return found
-
-
-def _symmetric(S: Tensor) -> Tensor:
-    return (S + S.mT) / 2
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,7 @@ class Solver:
 
     def run(self, S: Tensor, eps: float, p: int) -> Root:
         """Return the root of what :meth:`matrix` gave, with a damping of ``eps``, relative."""
-
-        def damping(largest: Tensor) -> Tensor:
-            return eps * largest
-
-        return eigh_root(S, damping, p) if self.method == "eigh" else newton_root(S, damping, p)
+        return {"eigh": eigh_root, "newton": newton_root}[self.method](S, lambda largest: eps * largest, p)
 
     def products(self) -> AbstractContextManager[object]:
         """Return a context in which products are of this solver's precision."""
@@ -137,15 +129,24 @@ def distance(A: Tensor, expected: Tensor) -> float:
 # ---- time and memory ---------------------------------------------------------------------------------------------
 
 
-def root_flops(method: str, d: int, p: int, steps: int) -> float:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads inside the context."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def root_flops(method: str, d: int, p: int, steps: float) -> float:
     """Return the FLOPs of a root of d rows, 2 for a multiply and an add.
 
-    A decomposition counts as what takes as long (``EIGH_FLOPS`` d^3); a step of Newton has two products and those that
-    make a power p by squaring.
+    A decomposition counts as what takes as long (``EIGH_FLOPS`` d^3); a step of Newton has the products of
+    :func:`newton_products`.
     """
-    if method == "eigh":
-        return float(EIGH_FLOPS) * d**3
-    return 2.0 * d**3 * steps * newton_products(p)
+    return float(EIGH_FLOPS) * d**3 if method == "eigh" else 2.0 * d**3 * steps * newton_products(p)
 
 
 def newton_products(p: int) -> int:
@@ -232,107 +233,96 @@ x eigh32   error, and residual, in units of those of eigh32, in such lines with 
            least, most, and how many are below 1"""
 
 
-@dataclass(frozen=True)
-class RootError:
-    """The errors of one solver for one matrix."""
-
-    condition: float  # of S
-    eps: float  # damping, relative to the largest eigenvalue
-    solver: str
-    error: float  # relative, Frobenius norm, against the root of the float64 matrix
-    own_error: float  # the same against the float64 root of the matrix as float32 has it: the solver's own
-    residual: float  # with the float32 matrix, in float64
-    iterations: int | None  # of Newton
-    milliseconds: float
-
-
 def root_errors(
     d: int = 256, conditions: Sequence[float] = CONDITIONS, dampings: Sequence[float] = DAMPINGS
-) -> list[RootError]:
+) -> DataFrame:
     """Return each solver at each condition and damping, in this order, on matrices of d rows; always the same ones."""
-    return [
+    return DataFrame(
         _root_error(name, matrix, condition, eps)
         for condition in conditions
         for matrix in [Matrix.drawn(d, condition, 0)]
         for eps in dampings
         for name in TABLE_SOLVERS
-    ]
+    )
 
 
-def _root_error(name: str, matrix: Matrix, condition: float, eps: float) -> RootError:
+def _root_error(name: str, matrix: Matrix, condition: float, eps: float) -> dict[str, Any]:
+    """Return the errors of one solver for one matrix.
+
+    Keys:
+        error: relative, Frobenius norm, against the root of the float64 matrix.
+        own_error: the same against the float64 root of the matrix as float32 has it: the solver's own.
+        residual: with the float32 matrix, in float64.
+        iterations: of Newton; else None.
+    """
     solver = BY_NAME[TABLE_SOLVERS[name]]
     seen, stored = solver.matrix(matrix.S), matrix.S.float().double()
     values, Q = torch.linalg.eigh(stored[0])  # negative ones, which rounding makes, count as zero in all solvers
     with NewtonWatch() as watch:
         root = solver.run(seen, eps, P)
-    in_float64 = Root(root.A.double(), root.shift, root.largest, root.condition)
-    return RootError(
-        condition,
-        eps,
-        name,
-        error=distance(root.A[0], matrix.root(eps, P)),
-        own_error=distance(root.A[0], (Q * (values.clamp(min=0) + eps * values[-1]).pow(-1 / P)) @ Q.mT),
-        residual=float(residual(stored, in_float64, P)),
-        iterations=watch.steps or None,
-        milliseconds=1e3 * least_seconds(lambda: solver.run(seen, eps, P), time.perf_counter),
-    )
+    return {
+        "condition": condition,
+        "eps": eps,
+        "solver": name,
+        "error": distance(root.A[0], matrix.root(eps, P)),
+        "own_error": distance(root.A[0], (Q * (values.clamp(min=0) + eps * values[-1]).pow(-1 / P)) @ Q.mT),
+        "residual": float(residual(stored, replace(root, A=root.A.double()), P)),
+        "iterations": watch.steps or None,
+        "milliseconds": 1e3 * least_seconds(lambda: solver.run(seen, eps, P), time.perf_counter),
+    }
 
 
-def roots_table(rows: list[RootError]) -> list[list[str]]:
+def roots_table(rows: DataFrame) -> list[list[str]]:
     """Return the cells of a table with a line for each condition and damping, all solvers side by side."""
     names = list(TABLE_SOLVERS)
     residuals = [name for name in names if name != "eigh64"]
     over = ["", "", "error", *[""] * (len(names) - 1), "residual", *[""] * (len(residuals) - 1), "steps"]
     lines = [over, ["condition", "eps", *names, *residuals, "newton32"]]
-    for cell in dict.fromkeys((row.condition, row.eps) for row in rows):
-        of = {row.solver: row for row in rows if (row.condition, row.eps) == cell}
-        errors = [f"{of[name].error:.1e}" for name in names] + [f"{of[name].residual:.1e}" for name in residuals]
-        lines.append([f"{cell[0]:.0e}", f"{cell[1]:.0e}", *errors, str(of["newton32"].iterations or 0)])
+    for (condition, eps), own in rows.groupby(["condition", "eps"], sort=False):
+        of = own.set_index("solver")
+        errors = [*of.loc[names, "error"], *of.loc[residuals, "residual"]]
+        steps = f"{of.loc['newton32', 'iterations']:.0f}"
+        lines.append([f"{condition:.0e}", f"{eps:.0e}", *(f"{error:.1e}" for error in errors), steps])
     return lines
 
 
-def solvers_table(rows: list[RootError]) -> list[list[str]]:
+def solvers_table(rows: DataFrame) -> list[list[str]]:
     """Return the cells of a table with a line for each solver: time, and error in units of those of two others."""
-    by = {(row.condition, row.eps, row.solver): row for row in rows}
-    cells = list(dict.fromkeys((row.condition, row.eps) for row in rows))
-    known = [cell for cell in cells if by[*cell, "eigh64"].error <= KNOWN]
-    ill = [cell for cell in known if cell[0] >= ILL]
+    by = rows.pivot(index=["condition", "eps"], columns="solver", values=["error", "residual", "milliseconds"])
+    known = by[by["error", "eigh64"] <= KNOWN]
+    ill = known[known.index.get_level_values("condition") >= ILL]
 
-    def ratios(name: str, other: str, field: str, among: list[tuple[float, float]]) -> list[float]:
-        return sorted(getattr(by[*cell, name], field) / getattr(by[*cell, other], field) for cell in among)
-
-    def ends(found: list[float]) -> list[str]:
-        return [f"{found[0]:.2g}", f"{found[-1]:.2g}"] if found else ["-", "-"]
+    def ends(found: Series) -> list[str]:
+        return [f"{found.min():.2g}", f"{found.max():.2g}"] if len(found) else ["-", "-"]
 
     lines = [["solver", "ms", "x eigh64", "least", "most", "lines", "x eigh32, least", "most", "below 1", "residual",
               "most", "below 1", "lines"]]  # fmt: skip
     for name in TABLE_SOLVERS:
-        over = ratios(name, "eigh64", "error", known)
-        line = [name, f"{median(row.milliseconds for row in rows if row.solver == name):.3g}"]
-        line += [f"{median(over):.2g}" if over else "-", *ends(over), str(len(over))]
+        over = known["error", name] / known["error", "eigh64"]
+        line = [name, f"{by['milliseconds', name].median():.3g}"]
+        line += [f"{over.median():.2g}" if len(over) else "-", *ends(over), str(len(over))]
         for field in ("error", "residual"):
-            found = ratios(name, "eigh32", field, ill)
-            line += [*ends(found), str(sum(ratio < 1 for ratio in found))]
+            found = ill[field, name] / ill[field, "eigh32"]
+            line += [*ends(found), str(int((found < 1).sum()))]
         lines.append([*line, str(len(ill))])
     return lines
 
 
-def main_table(d: int = 256, threads: int | None = None) -> tuple[list[dict[str, Any]], str, list[list[list[str]]]]:
+def main_table(d: int = 256, count: int = 1) -> tuple[list[dict[str, Any]], str, list[list[list[str]]]]:
     """Return the rows as they go into a JSON file, a title, and the tables to print.
 
     Args:
         d: rows of the matrices.
-        threads: of torch while it runs; by default one, as each matrix has in the optimizer.
+        count: threads of torch while it runs; by default one, as each matrix has in the optimizer.
     """
-    own = torch.get_num_threads()
-    torch.set_num_threads(threads or 1)
-    try:
-        rows = root_errors(d)
-        used = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(own)
+    with threads(count):
+        rows, used = root_errors(d), torch.get_num_threads()
     title = (
         f"Roots S~^(-1/{P}) of {d} x {d} matrices, {used} thread{'s' if used > 1 else ''}, torch {torch.__version__}"
     )
-    records = [asdict(row) | {"d": d, "threads": used} for row in rows]
+    counted = [None if math.isnan(steps) else int(steps) for steps in rows["iterations"]]
+    records = [
+        row | {"iterations": steps, "d": d, "threads": used}
+        for row, steps in zip(rows.to_dict("records"), counted, strict=True)
+    ]
     return records, title, [roots_table(rows), solvers_table(rows)]

@@ -30,7 +30,7 @@ class ShapeSet:
 
 
 def transformer(width: int) -> tuple[Shape, ...]:
-    """Four layers (attention in and out, MLP up and down, with biases and two norms each) and an output layer.
+    """Return four layers (attention in and out, MLP up and down, with biases and two norms each) and an output layer.
 
     The matrices hold 56 width^2 numbers, the vectors 52 width.
     """
@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
 
 
 def parse_shapes(text: str) -> ShapeSet:
-    """The set that ``--shapes`` means: comma-separated ``[COUNT*]SIZExSIZE...`` or names of presets.
+    """Return the set that ``--shapes`` names: comma-separated ``[COUNT*]SIZExSIZE...`` or names of presets.
 
     Raises:
         ConfigError: names the part that cannot be read.
@@ -71,7 +71,7 @@ def _part(part: str) -> tuple[Shape, ...]:
 
 
 def parse_size(text: str) -> int:
-    """``14M``, ``1.5B``, ``300k`` or ``14000000`` as a number.
+    """Return ``14M``, ``1.5B``, ``300k`` or ``14000000`` as a number.
 
     Raises:
         ConfigError: it is none.
@@ -84,7 +84,7 @@ def parse_size(text: str) -> int:
 
 
 def scaled_transformer(text: str) -> ShapeSet:
-    """``--params``: the preset ``transformer`` in the width that comes nearest to so many parameters."""
+    """Return the preset ``transformer`` in the width that comes nearest to the parameters in ``--params``."""
     size = parse_size(text)
     width = (math.sqrt(52**2 + 4 * 56 * size) - 52) / (2 * 56)
     return ShapeSet(f"transformer-{text.strip()}", transformer(max(STEP, STEP * round(width / STEP))))

@@ -37,6 +37,11 @@ class Workload:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.grads)
 
+    @property
+    def first(self) -> Tensor:
+        """Return a weight: all have its type and its device."""
+        return next(iter(self.grads))
+
     def copies(self) -> list[Group]:
         """Return the groups over copies of the weights; gradients are shared."""
 

@@ -209,7 +209,7 @@ def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, log: Callable[[str
 def _roots(args: argparse.Namespace) -> Made:
     from caspr_cli.bench import roots
 
-    rows, title, tables = roots.main_table(threads=args.threads)
+    rows, title, tables = roots.main_table(count=args.threads or 1)
     lines = [title, *(line for cells in tables for line in ("", *table(cells))), "", *roots.LEGEND.splitlines()]
     return rows, lines, b""
 

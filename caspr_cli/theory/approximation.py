@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +16,7 @@ from caspr_cli.theory import panels
 from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
 from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
-from caspr_cli.theory.preconditioners import Root, Spectral, combined, cosine
+from caspr_cli.theory.preconditioners import Root, combined, cosine
 
 QUESTION = "How near do CASPR and its relatives come to full-matrix Adagrad over training?"
 NOISE, NOISE_SHAPE, NOISE_STEPS = "Kronecker noise", (8, 8), (*STEPS, 1000, 3000)
@@ -41,30 +40,16 @@ STYLES = {
     "Kronecker of F": style.Style("ink", style.DASHED),
     NEAREST: style.Style("ink", style.DOTTED),
 }
-# By measure: title, format, and whether less is nearer.
-MEASURES = {
-    "root": ("Cosine with F^½ at the last step: 1 is F^½ itself, up to scale", ".3f", False),
-    "inverse": ("Cosine with F^−½ at the last step", ".3f", False),
-    "angle": ("Degrees between the update and that of full-matrix Adagrad at the last step", ".1f", True),
-    "root_distance": (
-        "Distance to F^½ in Frobenius norm without scaling, in units of ‖F^½‖, at the last step", ".2f", True
-    ),
-}  # fmt: skip
+MEASURES = {  # by measure: title and format of a table
+    "root": ("Cosine with F^½ at the last step: 1 is F^½ itself, up to scale", ".3f"),
+    "inverse": ("Cosine with F^−½ at the last step", ".3f"),
+    "angle": ("Degrees between the update and that of full-matrix Adagrad at the last step", ".1f"),
+    "root_distance": ("Distance to F^½ in Frobenius norm without scaling, in units of ‖F^½‖, at the last step", ".2f"),
+}
 KEYS = ["task", "parameter", "seed", "step", "preconditioner"]
-
-
-@dataclass(frozen=True)
-class Near:
-    """The distances of a preconditioner X from F^(1/2) at one step."""
-
-    root: float  # cosine of X and F^(1/2)
-    inverse: float  # cosine of X^{-1} and F^(-1/2)
-    root_distance: float  # || X - F^(1/2) || / || F^(1/2) ||
-    inverse_distance: float
-    angle: float  # degrees between X^{-1} G and F^(-1/2) G, for the last G
-
-
-VALUES = list(Near.__dataclass_fields__)
+# Cosines of X with F^(1/2) and of X^{-1} with F^(-1/2), distances in units of the full matrix's norm, and degrees
+# between X^{-1} G and F^(-1/2) G for the last G.
+VALUES = ["root", "inverse", "root_distance", "inverse_distance", "angle"]
 
 
 def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
@@ -75,7 +60,7 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
     m, n = gradients.shape[1:]
     L, R = pre.axis_statistics(gradients, eps)
     F = pre.full_statistic(gradients, eps)
-    root = Spectral.of(F).power(0.5)
+    root = Root.of(F).power(0.5)
     return {
         "caspr": combined(L, R, 2),
         "order 1": combined(L, R, 1),
@@ -85,7 +70,7 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
         "caspr, e = 1": pre.caspr_one(L, R),
         "left": pre.one_sided(L, R, left=True),
         "right": pre.one_sided(L, R, left=False),
-        "row-wise": Spectral.of(pre.row_statistic(gradients, eps)).power(0.5),
+        "row-wise": Root.of(pre.row_statistic(gradients, eps)).power(0.5),
         "diagonal": pre.diagonal(gradients, eps).power(0.5),
         "Kronecker of F": pre.product(*pre.nearest_kronecker(F, (m, n))).power(0.5),
         NEAREST: pre.product(*pre.nearest_kronecker(root.dense(), (m, n))),
@@ -93,27 +78,25 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
     }
 
 
-def nearness(gradients: Tensor, eps: float) -> dict[str, Near]:
-    """Return how near each is to the full matrix after the last of ``gradients`` ``[T, m, n]``.
+def nearness(gradients: Tensor, eps: float) -> dict[str, dict[str, float]]:
+    """Return how near each is to the full matrix after the last of ``gradients`` ``[T, m, n]``, by ``VALUES``.
 
     Cosines do not depend on the scale of X: after the best scaling the relative distance is sqrt(1 - cos^2). The
     plain distance does, and compares X as its update uses it.
     """
     roots = approximations(gradients, eps)
-    full = roots.pop("full")
-    exact, G = (full.dense(), full.power(-1).dense()), gradients[-1]
-    wanted = full.power(-1).apply(G)
+    full, G = roots.pop("full"), gradients[-1]
+    F, inverse, wanted = full.dense(), full.power(-1).dense(), full.power(-1).apply(G)
     found = {}
     for name, root in roots.items():
-        X, inverse = root.dense(), root.power(-1)
-        P = inverse.dense()
-        found[name] = Near(
-            cosine(X, exact[0]),
-            cosine(P, exact[1]),
-            float((X - exact[0]).norm() / exact[0].norm()),
-            float((P - exact[1]).norm() / exact[1].norm()),
-            math.degrees(math.acos(min(max(cosine(inverse.apply(G), wanted), -1.0), 1.0))),
-        )
+        X, P = root.dense(), root.power(-1).dense()
+        found[name] = {
+            "root": cosine(X, F),
+            "inverse": cosine(P, inverse),
+            "root_distance": float((X - F).norm() / F.norm()),
+            "inverse_distance": float((P - inverse).norm() / inverse.norm()),
+            "angle": math.degrees(math.acos(min(max(cosine(root.power(-1).apply(G), wanted), -1.0), 1.0))),
+        }
     return found
 
 
@@ -135,7 +118,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         tables={measure: summary(cases, measure) for measure in MEASURES}
         | {"nearer": nearer(cases), "steps": over_steps(cases)}
         | {"cases": table(cases, "Every layer, seed and step", formats=dict.fromkeys(VALUES, ".4f"), shown=0)},
-        figures=tuple(_figures(cases)),
+        figures=tuple(_figure(cases, measure, y, title) for measure, (y, title) in FIGURES.items()),
         claims=(
             # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
             ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
@@ -160,10 +143,10 @@ def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
             yield from rows_of(nearness(G[:step], ridge(G[:100])), NOISE, size, seed, step)
 
 
-def rows_of(found: dict[str, Near], *place: Any) -> Iterator[dict[str, Any]]:
+def rows_of(found: dict[str, dict[str, float]], *place: Any) -> Iterator[dict[str, Any]]:
     """Yield a row for each preconditioner; ``place`` is task, parameter, seed and step."""
     for name, near in found.items():
-        yield dict(zip(KEYS, (*place, name), strict=True)) | asdict(near)
+        yield dict(zip(KEYS, (*place, name), strict=True)) | near
 
 
 def wide(cases: DataFrame) -> DataFrame:
@@ -209,7 +192,7 @@ def finding(cases: DataFrame) -> str:
 
 def summary(cases: DataFrame, measure: str) -> DataFrame:
     """Return one measure at the last step: preconditioners by tasks, mean ± sd over layers and seeds."""
-    title, form, _ = MEASURES[measure]
+    title, form = MEASURES[measure]
     mean = means(cases, measure)
     spread = last(cases).groupby(["preconditioner", "task"])[measure].std().unstack()
     found = DataFrame({"preconditioner": mean.index}, index=mean.index)
@@ -229,13 +212,10 @@ def summary(cases: DataFrame, measure: str) -> DataFrame:
 def nearer(cases: DataFrame) -> DataFrame:
     """Return in how many cases CASPR is nearer than another."""
     by = wide(cases[(cases["task"] != NOISE) & (cases["step"] > 1)])
-    rows = []
-    for other in ("shampoo 1/4", "order 1", "shampoo 1/2", "row-wise", "diagonal"):
-        row = {"other": other, "cases": len(by)}
-        for measure in ("root", "inverse", "angle"):
-            off = by[measure]["caspr"] - by[measure][other]
-            row[measure] = int(((off < 0) if MEASURES[measure][2] else (off > 0)).sum())
-        rows.append(row)
+    others = ["shampoo 1/4", "order 1", "shampoo 1/2", "row-wise", "diagonal"]
+    rows = DataFrame({"other": others, "cases": len(by)})
+    for measure, sign in (("root", 1), ("inverse", 1), ("angle", -1)):
+        rows[measure] = [int((sign * (by[measure]["caspr"] - by[measure][other]) > 0).sum()) for other in others]
     return table(
         rows,
         "In how many cases CASPR is nearer than another",
@@ -245,6 +225,7 @@ def nearer(cases: DataFrame) -> DataFrame:
 
 
 def over_steps(cases: DataFrame) -> DataFrame:
+    """Return means over layers and seeds at each step."""
     groups = cases.groupby(["task", "step", "preconditioner"], sort=False)
     found = groups[VALUES].mean()
     for measure in ("root", "inverse"):
@@ -262,17 +243,14 @@ def over_steps(cases: DataFrame) -> DataFrame:
 
 # ---- figures -----------------------------------------------------------------------------------------------------
 
+FIGURES = {
+    "root": ("cosine", "Cosine of each preconditioner with F^½ over training."),
+    "inverse": ("cosine", "Cosine of each inverse with F^−½ over training."),
+    "angle": ("degrees", "Angle between each update and that of full-matrix Adagrad over training."),
+}
 
-def _figures(cases: DataFrame) -> Iterator[Figure]:
-    for measure, y, title in (
-        ("root", "cosine", "Cosine of each preconditioner with F^½ over training."),
-        ("inverse", "cosine", "Cosine of each inverse with F^−½ over training."),
-        ("angle", "degrees", "Angle between each update and that of full-matrix Adagrad over training."),
-    ):
-        by = wide(cases)[measure].reset_index()
-        lines = {
-            task: panels.over(by[by["task"] == task], "step", {name: name for name in STYLES})
-            for task in cases["task"].unique()
-        }
-        caption = f"{title} Mean over layers and seeds, band ± one standard deviation; the x axis is the step."
-        yield panels.figure(measure, caption, lines, STYLES, y=y)
+
+def _figure(cases: DataFrame, measure: str, y: str, title: str) -> Figure:
+    caption = f"{title} Mean over layers and seeds, band ± one standard deviation; the x axis is the step."
+    data = wide(cases)[measure].reset_index().set_index("task").loc[cases["task"].unique()].reset_index()
+    return panels.figure(measure, caption, data, STYLES, panel="task", x="step", y=y)

@@ -29,7 +29,6 @@ F~; 7 with moving averages.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -37,8 +36,6 @@ from torch import Tensor
 
 from caspr_cli.theory.preconditioners import (
     Root,
-    Separable,
-    Spectral,
     averaging,
     axis_statistics,
     combined,
@@ -51,6 +48,7 @@ NAMES = ("full-matrix", "order 1", "caspr", "order 3", "shampoo")  # the chain
 BETA = 0.99  # of the moving averages
 STALE = 9  # steps: as old as roots become with an interval of 10
 EPS = 1e-6  # of the largest eigenvalue of a G G^T
+GAPS = ("gap_1", "gap_2", "gap_3", "gap_shampoo")
 
 CLAIMS = {
     "lemma_left": "F~ ⪯ L~ ⊗ I",
@@ -79,15 +77,7 @@ FALSE_CLAIMS = {
 }
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The margins of all statements for one layer at one step."""
-
-    margins: dict[str, float]  # by key of CLAIMS and FALSE_CLAIMS, relative; those that do not apply are left out
-    traces: tuple[float, ...]  # of the chain, in units of tr F~^(1/2)
-    distances: tuple[float, ...]  # || X - F~^(1/2) || / || F~^(1/2) ||
-    products: tuple[float, ...]  # <G, U> of the last gradient, in units of full-matrix Adagrad's
-    tolerance: float  # margins above minus this are rounding
+MEASURES = ("trace", "distance", "product")
 
 
 def ridge(gradients: Tensor) -> float:
@@ -97,48 +87,50 @@ def ridge(gradients: Tensor) -> float:
 
 def rounding(full: Root) -> float:
     """Return the relative error of F~^(-1/2) in float64: about u cond(F~) / 2, and a margin for large matrices."""
-    condition = float(full.values[-1] / full.values[0])
+    condition = float(full.values.max() / full.values.min())
     return 1e-12 + 20 * torch.finfo(torch.float64).eps * condition
 
 
 def chain(gradients: Tensor, eps: float, rank: int, weights: Tensor | None = None) -> list[Root]:
     """Return F~^(1/2), X_1, X_2, X_3, X_Shampoo of gradients ``[T, m, n]``."""
     sides = axis_statistics(gradients, eps, weights)
-    full = Spectral.of(full_statistic(gradients, eps, rank, weights)).power(0.5)
+    full = Root.of(full_statistic(gradients, eps, rank, weights)).power(0.5)
     return [full, *(combined(*sides, order) for order in ORDERS)]
 
 
-def check(gradients: Tensor, eps: float, rank: int) -> Checked:
-    """Check all statements after the last of ``gradients`` ``[T, m, n]``; about 25 decompositions of ``[mn, mn]``."""
+def check(gradients: Tensor, eps: float, rank: int) -> dict[str, float]:
+    """Return the margins of all statements after the last of ``gradients`` ``[T, m, n]``, and what the chain is like.
+
+    About 25 decompositions of ``[mn, mn]``.
+
+    Keys:
+        those of ``CLAIMS`` and ``FALSE_CLAIMS``: margins, relative; those that do not apply are left out.
+        ``trace NAME``: tr X of each member of the chain, in units of tr F~^(1/2).
+        ``distance NAME``: || X - F~^(1/2) || / || F~^(1/2) ||.
+        ``product NAME``: <G, U> of the last gradient, in units of full-matrix Adagrad's.
+        ``tolerance``: margins above minus this are rounding.
+    """
     roots = chain(gradients, eps, rank)
-    dense = [root.dense() for root in roots]
-    inverses = [root.power(-1) for root in roots]
-    undone = [inverse.dense() for inverse in inverses]
-    tops = [float(root.values.max()) for root in roots]
-    oracle, G = dense[0], gradients[-1]
-    full = roots[0].power(2)
-    traces = [float(root.values.sum()) for root in roots]
-    size = float(oracle.norm())
-    distances = [float((matrix - oracle).norm()) / size for matrix in dense]
-    products = [float((G * inverse.apply(G)).sum()) for inverse in inverses]
-    unit = products[0] or 1.0
+    dense, inverses = [root.dense() for root in roots], [root.power(-1) for root in roots]
+    undone, tops = [inverse.dense() for inverse in inverses], [float(root.values.max()) for root in roots]
+    full, oracle, G = roots[0].power(2), dense[0], gradients[-1]
+    traces = [float(root.values.sum() / roots[0].values.sum()) for root in roots]
+    distances = [float((matrix - oracle).norm() / oracle.norm()) for matrix in dense]
+    inner = [float((G * inverse.apply(G)).sum()) for inverse in inverses]
+    products = [value / (inner[0] or 1.0) for value in inner]
     gaps = [loewner_gap(b, a, top) for (a, b), top in zip(pairwise(dense), tops[1:], strict=True)]
-    margins = dict(zip(("gap_1", "gap_2", "gap_3", "gap_shampoo"), gaps, strict=True))
-    margins |= _lemma(full.dense(), gradients, eps)
-    margins |= _inverses(undone, float(inverses[0].values.max()))
-    margins["traces"] = min((b - a) / b for a, b in pairwise(traces))
-    margins["distances"] = min(b - a for a, b in pairwise(distances))
-    margins["products"] = min([(a - b) / unit for a, b in pairwise(products)] + [products[-1] / unit])
-    margins |= _over_time(gradients, eps, rank, oracle)
-    margins |= _without_rank(gradients, eps, dense[1:], undone[1:])
-    margins |= _in_blocks(gradients, eps, rank, oracle)
-    return Checked(
-        margins,
-        tuple(trace / traces[0] for trace in traces),
-        tuple(distances),
-        tuple(product / unit for product in products),
-        rounding(full),
-    )
+    found = dict(zip(GAPS, gaps, strict=True))
+    found["traces"] = min((b - a) / b for a, b in pairwise(traces))
+    found["distances"] = min(b - a for a, b in pairwise(distances))
+    found["products"] = min([a - b for a, b in pairwise(products)] + [products[-1]])
+    found |= _lemma(full.dense(), gradients, eps)
+    found |= _inverses(undone, float(inverses[0].values.max()))
+    found |= _over_time(gradients, eps, rank, oracle)
+    found |= _without_rank(gradients, eps, dense[1:], undone[1:])
+    found |= _in_blocks(gradients, eps, rank, oracle)
+    for measure, values in zip(MEASURES, (traces, distances, products), strict=True):
+        found |= {f"{measure} {name}": value for name, value in zip(NAMES, values, strict=True)}
+    return found | {"tolerance": rounding(full)}
 
 
 def _lemma(F: Tensor, gradients: Tensor, eps: float) -> dict[str, float]:
@@ -158,30 +150,31 @@ def _inverses(undone: list[Tensor], top: float) -> dict[str, float]:
 
 def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
     """Return the margins of averages, of X against that of the step before, and of an old X against F~ of now."""
-    steps = len(gradients)
-    averaged = chain(gradients, eps, rank, averaging(steps, BETA))
-    found = {
-        "averages": min(loewner_gap(b.dense(), a.dense(), float(b.values.max())) for a, b in pairwise(averaged[:3]))
-    }
+    steps, past = len(gradients), gradients[:-1]
+    averaged = chain(gradients, eps, rank, averaging(steps, BETA))[:3]
+    found = {"averages": min(_gap(b, a) for a, b in pairwise(averaged))}
     if steps == 1:
         return found
-    now, before = axis_statistics(gradients, eps), axis_statistics(gradients[:-1], eps)
+    now, before = axis_statistics(gradients, eps), axis_statistics(past, eps)
     found["grows"] = min(_gap(combined(*now, order), combined(*before, order)) for order in (1, 2, math.inf))
-    last = combined(*axis_statistics(gradients[:-1], eps, averaging(steps - 1, BETA)), 2)
-    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, averaging(steps, BETA)), 2), last)
-    old = combined(*axis_statistics(gradients[: max(steps - STALE, 1)], eps), 2)
-    found["stale"] = loewner_gap(old.dense(), oracle, float(torch.linalg.matrix_norm(oracle, 2)))
-    return found
+    old = combined(*axis_statistics(past, eps, averaging(steps - 1, BETA)), 2)
+    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, averaging(steps, BETA)), 2), old)
+    stale = combined(*axis_statistics(gradients[: max(steps - STALE, 1)], eps), 2)
+    return found | {"stale": loewner_gap(stale.dense(), oracle, _largest(oracle))}
 
 
-def _gap(larger: Separable, smaller: Separable) -> float:
+def _gap(larger: Root, smaller: Root) -> float:
     return loewner_gap(larger.dense(), smaller.dense(), float(larger.values.max()))
+
+
+def _largest(X: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(X, 2))
 
 
 def _without_rank(gradients: Tensor, eps: float, dense: list[Tensor], undone: list[Tensor]) -> dict[str, float]:
     """Return the margins of X_1 .. X_Shampoo and their inverses against F^(1/2) and F^(-1/2), not divided by r."""
-    root = Spectral.of(full_statistic(gradients, eps)).power(0.5)
-    F, inverse, top = root.dense(), root.power(-1).dense(), float(root.values[-1])
+    root = Root.of(full_statistic(gradients, eps)).power(0.5)
+    F, inverse, top = root.dense(), root.power(-1).dense(), float(root.values.max())
     traces = [float(torch.trace(X)) for X in (F, *dense)]
     growth = [
         min(b - a for a, b in pairwise(float((X - exact).norm() / exact.norm()) for X in found))
@@ -204,10 +197,7 @@ def _in_blocks(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict
     places = torch.arange(m * n).reshape(1, m, n).chunk(2, axis)
     assembled, own = torch.zeros_like(oracle), []
     for part, place in zip(gradients.chunk(2, axis), places, strict=True):
-        X = combined(*axis_statistics(part, eps), 2)
-        index = place.flatten()
+        X, index = combined(*axis_statistics(part, eps), 2), place.flatten()
         assembled[index[:, None], index[None, :]] = X.dense()
-        F = Spectral.of(full_statistic(part, eps, rank)).power(0.5)
-        own.append(loewner_gap(X.dense(), F.dense(), float(X.values.max())))
-    top = float(torch.linalg.matrix_norm(oracle, 2))
-    return {"own_blocks": min(own), "whole": loewner_gap(assembled, oracle, top)}
+        own.append(_gap(X, Root.of(full_statistic(part, eps, rank)).power(0.5)))
+    return {"own_blocks": min(own), "whole": loewner_gap(assembled, oracle, _largest(oracle))}

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from matplotlib.axes import Axes
-from pandas import DataFrame
+from pandas import DataFrame, concat
 
+from caspr_cli.bench.roots import threads
 from caspr_cli.optim.caspr import CASPR
+from caspr_cli.optim.cost import blocks_of
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import cost_runs, panels
-from caspr_cli.theory.cost_runs import PARTS, Divided, Model, Run, layer
+from caspr_cli.theory.cost_runs import PARTS, Model, layer
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.work import DECODERS, GPUS, NODE, Assumed, Scaled, scaled, stand_ins
+from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, Assumed, scaled, stand_ins
 
 QUESTION = (
     "What does a step of CASPR cost, how does that grow, and what would it be for models of 1B to 70B parameters?"
@@ -59,18 +60,20 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     log(f"{choice.model}: shapes of its model")
     model = cost_runs.model_of(choice.model, choice.batch)
     runs = _runs(choice.quick, log)
-    ranks = [cost_runs.divided(CASPR(stand_ins(layer(RANKED) * LAYERS)), count) for count in RANKS]
-    large = [one for decoder in DECODERS for gpus in GPUS[decoder.name] for one in scaled(decoder, gpus, choice)]
-    states = [(one.state, one.work.state) for of in runs.values() for one in of] + [(model.state, model.work.state)]
+    block_count, ranks = _divided()
+    large = DataFrame(row for d in DECODERS for gpus in GPUS[d.name] for row in scaled(d, gpus, choice))
+    states = [(float(model.state), model.work.state)]
+    states += [pair for own in runs.values() for pair in zip(own["state"], own["state_predicted"], strict=True)]
     state = all(abs(measured / predicted - 1) < 1e-3 for measured, predicted in states)
     called = abs(cost_runs.called_products() - 1) < 1e-9
-    shared = all(one.most <= one.bound * (1 + 1e-9) for one in ranks)
+    shared = bool((ranks["most"] <= ranks["bound"] * (1 + 1e-9)).all())
     return Answer(
         name="cost",
         question=QUESTION,
         finding=finding(model, large),
-        tables={name: _table(name, of) for name, of in runs.items()}
-        | {"model": _model(model), "ranks": _ranks(ranks), "scale": _scale(large, choice), "decoders": _decoders()},
+        tables={name: _table(name, own) for name, own in runs.items()}
+        | {"model": _model(model), "ranks": _ranks(ranks, block_count)}
+        | {"scale": _scale(large, choice), "decoders": _decoders()},
         figures=(_width_figure(runs["width"]), _options_figure(runs), _scale_figure(large)),
         claims=(
             ("bytes of state are those of the formula (within 0.1 %, which are counters)", state),
@@ -80,28 +83,30 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     )
 
 
-def _runs(quick: bool, log: Log) -> dict[str, list[Run]]:
+def _runs(quick: bool, log: Log) -> dict[str, DataFrame]:
     """Measure layers by width and by option, on one thread."""
     width = QUICK_SWEPT if quick else SWEPT
     plans: dict[str, Sequence[float]] = {"width": QUICK_WIDTHS if quick else WIDTHS, "block_size": BLOCKS}
     plans |= {"interval": INTERVALS, "order": ORDERS}
-    found: dict[str, list[Run]] = {}
-    with cost_runs.one_thread():
+    found = {}
+    with threads(1):
         for name, values in plans.items():
+            rows = []
             for value in values[:2] if quick and name != "order" else values:
                 log(f"a layer, {name} {value:g}")
-                one = cost_runs.run(int(value)) if name == "width" else cost_runs.run(width, **{name: value})
-                found.setdefault(name, []).append(one)
+                options = {"width": width} | {name: value}
+                rows.append(cost_runs.run(int(options.pop("width")), **options))
+            found[name] = DataFrame(rows)
     return found
 
 
-def finding(model: Model, large: Sequence[Scaled]) -> str:
+def finding(model: Model, large: DataFrame) -> str:
     """Return the answer in one sentence."""
     flops = model.work.products + model.work.roots
-    plain = [100 * one.share for one in large if one.variant == large[0].variant]
+    plain = 100 * large.loc[large["variant"] == VARIANTS[0][0], "share"]
     return (
         f"A step of CASPR has {100 * flops / (flops + model.training):.1f} % of the FLOPs of training {model.task} "
-        f"here; on paper it takes {min(plain):.0f} to {max(plain):.0f} % of a step for 1B to 70B parameters."
+        f"here; on paper it takes {plain.min():.0f} to {plain.max():.0f} % of a step for 1B to 70B parameters."
     )
 
 
@@ -115,32 +120,18 @@ TITLES = {
 }
 
 
-def _table(name: str, runs: Sequence[Run]) -> DataFrame:
-    rows = []
-    for r in runs:
-        row: dict[str, Any] = {"width": r.width}
-        if name in r.options:
-            row[name] = "Shampoo" if r.options[name] == math.inf else r.options[name]
-        row |= {
-            "parameters": r.work.parameters,
-            "flops": r.work.products + r.work.roots,
-            "traffic": r.work.traffic + r.work.entries,
-            "bytes": r.state / r.work.parameters,
-            "total": r.milliseconds,
-            "total_predicted": sum(r.predicted.values()),
-            "ratio": r.ratio,
-        }
-        for part in PARTS:
-            row |= {part: r.measured[part], f"{part}_predicted": r.predicted[part]}
-        rows.append(row)
-    times = [*PARTS, *(f"{part}_predicted" for part in (*PARTS, "total")), "total"]
+def _table(name: str, runs: DataFrame) -> DataFrame:
+    predicted = [f"{part}_predicted" for part in (*PARTS, "total")]
+    found = runs.drop(columns=["apply_flops", "state", "state_predicted"])
+    if name == "order":
+        found[name] = ["Shampoo" if order == math.inf else int(order) for order in found[name]]
     return table(
-        rows,
+        found,
         TITLES[name],
         heads={"block_size": "block size", "flops": "FLOPs a step", "traffic": "bytes moved", "total": "all, ms",
                "bytes": "state, bytes a parameter", "ratio": "predicted / measured"}
-        | {part: f"{part}, ms" for part in PARTS} | {f"{part}_predicted": "predicted" for part in (*PARTS, "total")},
-        formats=dict.fromkeys(("flops", "traffic", *times), ".3g")
+        | {part: f"{part}, ms" for part in PARTS} | dict.fromkeys(predicted, "predicted"),
+        formats=dict.fromkeys(("flops", "traffic", "total", *PARTS, *predicted), ".3g")
         | {"parameters": ",.0f", "bytes": ".1f", "ratio": ".2f"},
         note="Matrices 3w x w, w x w, 4w x w and w x 4w in float32, one thread, seconds of the processor, an average "
         "over an interval. Predicted: FLOPs at the rate of a product of this size, bytes at that of a copy, both "
@@ -148,28 +139,23 @@ def _table(name: str, runs: Sequence[Run]) -> DataFrame:
     )  # fmt: skip
 
 
-def _note(name: str, runs: Sequence[Run]) -> str:
+def _note(name: str, runs: DataFrame) -> str:
     """Return what the rows of a table come to."""
     if name == "width":
-        a, b = runs[-2:]
-
-        def power(of_a: float, of_b: float) -> float:
-            return math.log(of_b / of_a) / math.log(b.width / a.width)
-
-        expected = power(sum(a.predicted.values()), sum(b.predicted.values()))
+        a, b = (runs.iloc[-k] for k in (2, 1))
+        power = {key: math.log(b[key] / a[key]) / math.log(b["width"] / a["width"]) for key in runs if "total" in key}
         return (
-            f" Between the last two, time grows as width to the power {power(a.milliseconds, b.milliseconds):.2f} "
-            f"(predicted {expected:.2f}), parameters as width to the power 2."
+            f" Between the last two, time grows as width to the power {power['total']:.2f} (predicted "
+            f"{power['total_predicted']:.2f}), parameters as width to the power 2."
         )
-    by = {r.options[name]: r for r in runs}
-    if name != "order":
-        return ""
-    caspr, shampoo = by[2], by[math.inf]
-    apply = caspr.measured["apply"] / shampoo.measured["apply"]
-    return (
-        f" CASPR over Shampoo: application {apply:.2f} (FLOPs {caspr.work.apply / shampoo.work.apply:.2f}), whole step "
-        f"{caspr.milliseconds / shampoo.milliseconds:.2f}, state {caspr.state / shampoo.state:.3f}."
-    )
+    if name == "order":
+        of = runs.set_index("order")
+        ratio = of.loc[2] / of.loc[math.inf]
+        return (
+            f" CASPR over Shampoo: application {ratio['apply']:.2f} (FLOPs {ratio['apply_flops']:.2f}), whole step "
+            f"{ratio['total']:.2f}, state {ratio['state']:.3f}."
+        )
+    return ""
 
 
 def _model(model: Model) -> DataFrame:
@@ -185,12 +171,17 @@ def _model(model: Model) -> DataFrame:
     )
 
 
-def _ranks(ranks: Sequence[Divided]) -> DataFrame:
-    keys = ("ranks", "most", "bound", "speedup", "balance", "received", "factors")
+def _divided() -> tuple[int, DataFrame]:
+    """Return the number of blocks, and how they are divided."""
+    optimizer = CASPR(stand_ins(layer(RANKED) * LAYERS))
+    return sum(one[-1] for one in blocks_of(optimizer)), DataFrame(cost_runs.divided(optimizer, n) for n in RANKS)
+
+
+def _ranks(ranks: DataFrame, blocks: int) -> DataFrame:
     return table(
-        [{key: getattr(one, key) for key in keys} for one in ranks],
+        ranks,
         f"By ranks: FLOPs of the busiest in its longest step, and what is sent ({LAYERS} layers of width {RANKED}, "
-        f"{ranks[-1].blocks} blocks)",
+        f"{blocks} blocks)",
         heads={"most": "FLOPs of the busiest", "balance": "average / busiest", "received": "bytes received a step",
                "factors": "bytes of factors, average"},
         formats=dict.fromkeys(("most", "bound", "received", "factors"), ".3g")
@@ -200,16 +191,10 @@ def _ranks(ranks: Sequence[Divided]) -> DataFrame:
     )  # fmt: skip
 
 
-def _scale(large: Sequence[Scaled], assumed: Assumed) -> DataFrame:
-    rows = []
-    for s in large:
-        row: dict[str, Any] = {"model": s.decoder.name, "gpus": s.gpus, "mode": s.mode, "variant": s.variant}
-        row |= {"training": s.training, "total": s.seconds.total, "share": s.share, "gigabytes": s.gigabytes}
-        row |= {"fits": "yes" if s.fits else "no"} | {f"s_{name}": value for name, value in vars(s.seconds).items()}
-        rows.append(row)
-    parts = [key for key in rows[0] if key.startswith("s_")]
+def _scale(large: DataFrame, assumed: Assumed) -> DataFrame:
+    parts = [key for key in large if key.startswith("s_")]
     return table(
-        rows,
+        large,
         "At scale, on paper: seconds of a step on H100s",
         heads={"gpus": "GPUs", "mode": "under", "variant": "options", "total": "optimizer", "gigabytes": "GB a GPU"}
         | {key: key[2:] for key in parts},
@@ -227,12 +212,10 @@ def _scale(large: Sequence[Scaled], assumed: Assumed) -> DataFrame:
 def _decoders() -> DataFrame:
     rows = []
     for d in DECODERS:
-        work = d.work()
-        row = {key: getattr(d, key) for key in ("width", "layers", "hidden", "keys", "vocabulary", "parameters")}
-        row |= {"preconditioned": work.parameters, "factors": work.factors / work.parameters}
-        rows.append({"model": d.name} | row)
+        work, own = d.work(), {"model": d.name, **vars(d), "parameters": d.parameters}
+        rows.append(own | {"preconditioned": work.parameters, "factors": work.factors / work.parameters})
     return table(
-        rows,
+        DataFrame(rows).drop(columns="name"),
         "The shapes that are assumed, of published models",
         heads={"factors": "factors, bytes a parameter"},
         formats=dict.fromkeys(("width", "layers", "hidden", "keys", "vocabulary"), ",")
@@ -246,43 +229,35 @@ def _decoders() -> DataFrame:
 MEASURED = {"measured": style.Style("blue", style.SOLID), "predicted": style.Style("blue", style.DOTTED)}
 
 
-def _pair(x: Sequence[float], measured: Sequence[float], predicted: Sequence[float]) -> list[panels.Line]:
-    return [panels.Line("measured", x, measured), panels.Line("predicted", x, predicted)]
+def _pair(runs: DataFrame, part: str, x: str, name: str) -> DataFrame:
+    """Return a panel ``name``: milliseconds of a part of a step over the column ``x``, measured and predicted."""
+    found = runs[[x, part, f"{part}_predicted"]].astype(float)
+    return found.set_axis(["x", *MEASURED], axis=1).assign(part=name)
 
 
-def _width_figure(runs: Sequence[Run]) -> Figure:
-    x = [r.width for r in runs]
-    shown = {part: _pair(x, [r.measured[part] for r in runs], [r.predicted[part] for r in runs]) for part in PARTS}
+def _width_figure(runs: DataFrame) -> Figure:
+    data = concat([_pair(runs, part, "width", part) for part in PARTS]).rename(columns={"x": "width"})
     title = "Milliseconds of a layer's step by width, by part, measured and predicted; one thread of this CPU."
-    return panels.figure("width", title, shown, MEASURED, y="ms", x="width", finish=panels.logarithmic)
+    return panels.figure("width", title, data, MEASURED, panel="part", x="width", y="ms", finish=panels.logarithmic)
 
 
-def _options_figure(runs: dict[str, list[Run]]) -> Figure:
-    shown = {
-        name.replace("_", " "): _pair(
-            [r.options[name] for r in runs[name]],
-            [r.milliseconds for r in runs[name]],
-            [sum(r.predicted.values()) for r in runs[name]],
-        )
-        for name in ("block_size", "interval")
-    }
-    width = runs["interval"][0].width
-    title = f"Milliseconds of a step by block size and by interval, width {width}, measured and predicted."
-    return panels.figure("options", title, shown, MEASURED, y="ms", x="", finish=lambda axes: axes.set_ylim(bottom=0))
+def _options_figure(runs: dict[str, DataFrame]) -> Figure:
+    swept = [_pair(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
+    title = (
+        f"Milliseconds of a step by block size and by interval, width {runs['interval']['width'][0]}, measured and "
+        "predicted."
+    )
+    data = concat(swept).rename(columns={"x": ""})
+    return panels.figure(
+        "options", title, data, MEASURED, panel="part", x="", y="ms", finish=lambda axes: axes.set_ylim(bottom=0)
+    )
 
 
-def _scale_figure(large: Sequence[Scaled]) -> Figure:
+def _scale_figure(large: DataFrame) -> Figure:
+    labels = large["model"] + ", " + large["variant"]
     hues = dict(zip((d.name for d in DECODERS), ("green", "blue", "vermilion"), strict=True))
-    dashes = dict(zip(dict.fromkeys(s.variant for s in large), (style.SOLID, style.DOTTED), strict=True))
-    styles = {
-        f"{name}, {variant}": style.Style(hue, dash) for name, hue in hues.items() for variant, dash in dashes.items()
-    }
-    shown: dict[str, list[panels.Line]] = {}
-    for mode in dict.fromkeys(s.mode for s in large):
-        for label in styles:
-            rows = [s for s in large if s.mode == mode and f"{s.decoder.name}, {s.variant}" == label]
-            line = panels.Line(label, [s.gpus for s in rows], [100 * s.share for s in rows])
-            shown.setdefault(mode, []).append(line)
+    dashes = dict(zip((name for name, *_ in VARIANTS), (style.SOLID, style.DOTTED), strict=True))
+    styles = {f"{name}, {variant}": style.Style(hues[name], dashes[variant]) for name in hues for variant in dashes}
 
     def finish(axes: Axes) -> None:
         panels.logarithmic(axes)
@@ -290,5 +265,15 @@ def _scale_figure(large: Sequence[Scaled]) -> Figure:
         axes.minorticks_off()
         axes.set_ylim(0.2, 100)
 
-    title = "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs."
-    return panels.figure("scale", title, shown, styles, y="share, %", x="GPUs", finish=finish, legend_columns=2)
+    data = large.assign(label=labels, share=100 * large["share"]).rename(columns={"gpus": "GPUs"})
+    return panels.figure(
+        "scale",
+        "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs.",
+        data.pivot(index=["mode", "GPUs"], columns="label", values="share").reset_index(),
+        styles,
+        panel="mode",
+        x="GPUs",
+        y="share, %",
+        finish=finish,
+        legend_columns=2,
+    )

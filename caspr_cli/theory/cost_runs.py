@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,40 +29,9 @@ PARTS = ("statistics", "roots", "apply", "rest")
 COUNTED = 256  # width of the layer whose products are counted
 
 
-@dataclass(frozen=True)
-class Run:
-    """An average step over matrices, in milliseconds, measured and predicted; bytes of state the same."""
-
-    width: int
-    options: dict[str, Any]
-    work: Work
-    measured: dict[str, float]  # by PARTS
-    predicted: dict[str, float]
-    state: int
-
-    @property
-    def milliseconds(self) -> float:
-        return sum(self.measured.values())
-
-    @property
-    def ratio(self) -> float:
-        """Predicted over measured, of the whole."""
-        return sum(self.predicted.values()) / self.milliseconds
-
-
 def layer(width: int) -> list[tuple[int, int]]:
     """Return the matrices of a transformer's layer: attention in and out, MLP up and down; 12 width^2 numbers."""
     return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def this_machine(size: int) -> Machine:
@@ -76,8 +43,11 @@ def this_machine(size: int) -> Machine:
     return Machine(products=rate, roots=rate, memory=memory)
 
 
-def run(width: int, **options: Any) -> Run:
-    """Measure one layer for an interval of steps, in which each block has new roots once; at least five steps."""
+def run(width: int, **options: Any) -> dict[str, Any]:
+    """Return an average step over one layer, in milliseconds, measured and predicted, as a row.
+
+    Measured are as many steps as an interval has, at least five: each block has new roots once.
+    """
     generator = torch.Generator().manual_seed(width)
     matrices = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in layer(width)]
     for matrix in matrices:
@@ -86,19 +56,23 @@ def run(width: int, **options: Any) -> Run:
     for _ in range(WARM_UP):
         optimizer.step()
     work = work_of(optimizer)
-    machine = this_machine(min(width, optimizer.param_groups[0]["block_size"]))
+    expected = seconds(work, this_machine(min(width, optimizer.param_groups[0]["block_size"])))
     optimizer.phase = spent = PhaseTimer(torch.device("cpu"), now=time.process_time)
     steps = max(5, optimizer.param_groups[0]["interval"])
     start = time.process_time()
     for _ in range(steps):
         optimizer.step()
-    total, parts = time.process_time() - start, spent.take()
+    total, parts = 1e3 * (time.process_time() - start) / steps, spent.take()
     measured = {name: 1e3 * parts.get(name, 0.0) / steps for name in PARTS[:-1]}
-    measured["rest"] = 1e3 * total / steps - sum(measured.values())
-    expected = seconds(work, machine)
-    found = (expected.statistics, expected.roots, expected.apply, expected.traffic)
-    predicted = {name: 1e3 * value for name, value in zip(PARTS, found, strict=True)}
-    return Run(width, options, work, measured, predicted, state_bytes(optimizer.state))
+    measured["rest"] = total - sum(measured.values())
+    predicted = {name: 1e3 * expected["traffic" if name == "rest" else name] for name in PARTS}
+    state = state_bytes(optimizer.state)
+    row = {"width": width, **options, "parameters": work.parameters, "flops": work.products + work.roots,
+           "traffic": work.traffic + work.entries, "bytes": state / work.parameters, "total": total,
+           "total_predicted": sum(predicted.values()), "ratio": sum(predicted.values()) / total}  # fmt: skip
+    for part in PARTS:
+        row |= {part: measured[part], f"{part}_predicted": predicted[part]}
+    return row | {"apply_flops": work.apply, "state": state, "state_predicted": work.state}
 
 
 def called_products() -> float:
@@ -144,51 +118,28 @@ def model_of(name: str, batch: int | None) -> Model:
     return Model(name, parameters, work_of(optimizer), task.train_flops(model), state_bytes(optimizer.state))
 
 
-@dataclass(frozen=True)
-class Divided:
-    """Blocks as they are divided among ranks."""
+def divided(optimizer: KroneckerOptimizer, ranks: int) -> dict[str, Any]:
+    """Return how the optimizer's own rule divides blocks among ranks, as a row; its unit for roots is ``EIGH_FLOPS``.
 
-    ranks: int
-    blocks: int
-    alone: float  # FLOPs of one rank that does everything, in its longest step
-    most: float  # of the rank that has most
-    average: float
-    bound: float  # no rank has more
-    received: float  # bytes, by each rank in each step
-    factors: float  # bytes, on average
-
-    @property
-    def speedup(self) -> float:
-        return self.alone / self.most
-
-    @property
-    def balance(self) -> float:
-        return self.average / self.most
-
-
-def divided(optimizer: KroneckerOptimizer, ranks: int) -> Divided:
-    """Return how the optimizer's own rule divides blocks; its unit for roots is ``EIGH_FLOPS``.
-
-    The bound: a block goes to the rank whose step, with the roots of its turn, is then the shortest, so that no rank is
-    above the average by more than one block and its roots, of those divided until then.
+    Keys:
+        most: FLOPs of the rank that has most, in its longest step.
+        bound: no rank has more. A block goes to the rank whose step, with the roots of its turn, is then the shortest,
+            so that no rank is above the average by more than one block and its roots, of those divided until then.
+        speedup: over one rank that does everything; ``balance``: the average over the most.
+        received: bytes, by each rank in each step; ``factors``: bytes that a rank keeps, on average.
     """
     blocks = [(shape, sizes) for *_, sizes, shape, count in blocks_of(optimizer) for _ in range(count)]
-    interval = optimizer.param_groups[0]["interval"]
+    interval, work = optimizer.param_groups[0]["interval"], work_of(optimizer)
     turns = phases([float(sum(d**3 for d in sizes)) for _, sizes in blocks], interval)
-    entries = [(*block, (0, turn)) for block, turn in zip(blocks, turns, strict=True)]
-    alone, loads, work = Loads(1), Loads(ranks), work_of(optimizer)
-    alone.assign(entries)
-    loads.assign(entries)
-    longest = [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
-    average = max(sum(step) for step in longest) / ranks
+
+    def longest(count: int) -> list[list[float]]:  # the FLOPs of each rank, in the step of each turn
+        loads = Loads(count)
+        loads.assign([(*block, (0, turn)) for block, turn in zip(blocks, turns, strict=True)])
+        return [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
+
+    steps = longest(ranks)
+    most, average = max(map(max, steps)), max(map(sum, steps)) / ranks
     block = max(6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes in blocks)
-    return Divided(
-        ranks,
-        len(blocks),
-        alone=max(alone.always[0] + roots[0] for roots in alone.roots.values()),
-        most=max(max(step) for step in longest),
-        average=average,
-        bound=average + (1 - 1 / ranks) * block,
-        received=gathered(work) if ranks > 1 else 0.0,
-        factors=work.factors / ranks,
-    )
+    return {"ranks": ranks, "most": most, "bound": average + (1 - 1 / ranks) * block,
+            "speedup": max(map(max, longest(1))) / most, "balance": average / most,
+            "received": gathered(work) if ranks > 1 else 0.0, "factors": work.factors / ranks}  # fmt: skip

@@ -67,7 +67,7 @@ class Recording:
 
     @cached_property
     def rank(self) -> int:
-        """r: the largest rank of a gradient."""
+        """Return r, the largest rank of a gradient."""
         return max(int(torch.linalg.matrix_rank(self.gradients).max()), 1)
 
 
@@ -171,9 +171,9 @@ def points(found: Sequence[Recording], log: Log) -> Iterator[tuple[Recording, in
 def record(
     task_name: str, seed: int, steps: int, wanted: tuple[str, ...], optimizer_name: str
 ) -> tuple[Recording, ...]:
-    """Train for so many steps, and keep the gradients of the parameters ``wanted``.
+    """Return the gradients of the parameters ``wanted`` over some steps of training.
 
-    Everything is a function of the arguments: torch's global generator is set here, and put back.
+    They depend on the arguments alone: torch's global generator is set here, and put back.
     """
     with torch.random.fork_rng(devices=[]):
         task, model = _made(task_name, seed)

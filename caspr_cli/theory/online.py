@@ -34,6 +34,7 @@ Lemma 10.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +63,8 @@ class Runs:
 
     @property
     def at_end(self) -> Tensor:
-        """The regret ``[S, E]``; infinite where W was lost."""
+        """Return the regret ``[S, E]``; infinite where W was lost."""
         return self.regret[..., -1]
-
-    def take(self, at: slice) -> Runs:
-        """Return some of the E runs."""
-        return Runs(self.regret[:, at], self.sizes[:, at], self.distance[:, at], self.eta[:, at], self.rank)
 
     def bound(self) -> Tensor:
         """Return (D^2 / 2 eta + eta r) tr(X_t), ``[S, E, T]``."""
@@ -77,10 +74,6 @@ class Runs:
     def limits(self) -> Tensor:
         """Return sqrt(2 r) D tr(X_t) ``[S, T]`` of the theorem's step, D = eta sqrt(2 r): twice eta r tr(X_t)."""
         return (2 * self.eta.unsqueeze(-1) * self.rank * self.sizes).squeeze(1)
-
-    def rate(self, rounds: int) -> float:
-        """Return the regret a round of the first of the runs."""
-        return float(self.regret[0, 0, rounds - 1]) / rounds
 
 
 @dataclass(frozen=True)
@@ -105,17 +98,17 @@ class Played:
 
     @property
     def theorem(self) -> Runs:
-        """The runs ``[S, 1]`` with the theorem's step."""
+        """Return the runs ``[S, 1]`` with the theorem's step."""
         return self.ladder.runs
 
     @property
     def chosen(self) -> int:
-        """The step of the grid with the least regret, on average over seeds."""
+        """Return the place in the grid of the step with the least regret, on average over seeds."""
         return int(self.grid.at_end.mean(0).argmin())
 
 
 class Match:
-    """Plays runs ``[S, E]`` of one method on one problem, a round after the other.
+    """Runs ``[S, E]`` of one method on one problem, a round after the other.
 
     Args:
         radius: ``[S, E]``, of the ball that W is kept in, if it is.
@@ -125,26 +118,36 @@ class Match:
         self.best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
         self.learner = Learner(method, self.best.shape, EPS * scale_of(problem).unsqueeze(1))
         self.rank = problem.rank if method.ranked else 1
-        self.W, self.regret, self.distance = torch.zeros_like(self.best), torch.zeros_like(eta), torch.zeros_like(eta)
-        self._problem, self._eta, self._radius, self._t = problem, eta, radius, 0
+        self.W, self.distance = torch.zeros_like(self.best), torch.zeros_like(eta)
+        self._problem, self._eta, self._radius = problem, eta, radius
+        self._regret, self._sizes = [torch.zeros_like(eta)], list[Tensor]()
 
-    def round(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Play a round and return G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Play all rounds; yield G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
+        for t in range(self._problem.rounds):
+            yield self._round(t)
+
+    def _round(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
         off = self.W - self.best
-        paid, G = self._problem.play(self._t, self.W)
-        self.regret = self.regret + paid - self._problem.play(self._t, self.best)[0]
-        self.distance = torch.maximum(self.distance, length(off, self.learner.method))
+        paid, G = self._problem.play(t, self.W)
+        regret = self._regret[-1] + paid - self._problem.play(t, self.best)[0]
+        distance = torch.maximum(self.distance, length(off, self.learner.method))
         self.learner.see(G)
-        X = self.learner.root
-        U = X.back(X.rotated(G) / X.values, G.shape)
-        self.W = self.W - self._eta[..., None, None] * U
+        U = self.learner.root.power(-1).apply(G)
+        W = self.W - self._eta[..., None, None] * U
         if self._radius is not None:
-            self.W = self.learner.projected(self.W, self._radius)
-        lost = ~(self.W.abs().amax((-2, -1)) <= LOST * torch.linalg.matrix_norm(self.best))
-        self.W = torch.where(lost[..., None, None], 0, self.W)
-        self.regret, self.distance = (torch.where(lost, math.inf, x) for x in (self.regret, self.distance))
-        self._t += 1
+            W = self.learner.projected(W, self._radius)
+        lost = ~(W.abs().amax((-2, -1)) <= LOST * torch.linalg.matrix_norm(self.best))
+        self.W = torch.where(lost[..., None, None], 0, W)
+        self.distance = torch.where(lost, math.inf, distance)
+        self._regret.append(torch.where(lost, math.inf, regret))
+        self._sizes.append(self.learner.trace())
         return G, U, off
+
+    def runs(self) -> Runs:
+        """Return what was played."""
+        regret, sizes = torch.stack(self._regret[1:], -1), torch.stack(self._sizes, -1)
+        return Runs(regret, sizes, self.distance, self._eta, self.rank)
 
 
 def length(V: Tensor, method: Method) -> Tensor:
@@ -162,12 +165,9 @@ def scale_of(problem: Problem) -> Tensor:
 def play(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Runs:
     """Return all runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given."""
     match = Match(problem, method, eta, radius)
-    regret, sizes = [], []
-    for _ in range(problem.rounds):
-        match.round()
-        regret.append(match.regret)
-        sizes.append(match.learner.trace())
-    return Runs(torch.stack(regret, -1), torch.stack(sizes, -1), match.distance, eta, match.rank)
+    for _ in match:
+        pass
+    return match.runs()
 
 
 def of_theorem(problem: Problem, method: Method) -> tuple[Tensor, Tensor]:
@@ -181,9 +181,9 @@ def play_all(problem: Problem, method: Method, log: Log) -> Played:
     log(f"{problem.name}: {method.label}")
     eta, ball = of_theorem(problem, method)
     steps = [torch.linalg.matrix_norm(problem.best).unsqueeze(1) * 0.5**k for k in HALVINGS]
-    runs = play(problem, method, torch.cat([*steps, eta], 1))  # the last is the theorem's, without its ball
-    strayed = runs.distance[:, -1] / (2 * ball[:, 0])
-    return Played(problem, method, runs.take(slice(0, -1)), ladder(problem, method, eta, ball), strayed)
+    strayed = play(problem, method, eta).distance[:, 0] / (2 * ball[:, 0])
+    grid = play(problem, method, torch.cat(steps, 1))
+    return Played(problem, method, grid, ladder(problem, method, eta, ball), strayed)
 
 
 def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Ladder:
@@ -195,9 +195,8 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
     learner, size = match.learner, math.prod(problem.best.shape[1:])
     X = moment = torch.zeros(*eta.shape, size, size, dtype=torch.float64)
     linear, distances, largest, products = (torch.zeros_like(eta) for _ in range(4))
-    growth, regret, sizes = [], [], []
-    for _ in range(problem.rounds):
-        G, U, off = match.round()
+    growth = []
+    for G, U, off in match:
         linear = linear + (G * off).sum((-2, -1))
         products = products + (G * U).sum((-2, -1))
         change, v, g = learner.root.dense() - X, off.flatten(-2), G.flatten(-2)
@@ -206,23 +205,21 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
         ends = torch.linalg.eigvalsh(change)
         largest = largest + ends[..., -1]
         growth.append(ends[..., 0] / learner.root.values.flatten(2).amax(-1))
-        regret.append(match.regret)
-        sizes.append(learner.trace())
-    rank, trace = match.rank, learner.trace()
+    runs, rank, trace = match.runs(), match.rank, learner.trace()
     full = _trace_of_root(moment / rank, learner.eps) if method.ranked else trace
     near, far = products * eta / 2, match.distance.square() / (2 * eta)
-    rungs = {
-        "regret": match.regret,
-        "linear": linear,
-        "distances": distances / (2 * eta) + near,
-        "largest": torch.full_like(far, math.nan) if method.entrywise else far * largest + near,
-        "trace": far * trace + near,
-        "full": far * trace + eta * rank * full,
-        "bound": (far + eta * rank) * trace,
-    }
+    rungs = (
+        runs.at_end,
+        linear,
+        distances / (2 * eta) + near,
+        torch.full_like(far, math.nan) if method.entrywise else far * largest + near,
+        far * trace + near,
+        far * trace + eta * rank * full,
+        (far + eta * rank) * trace,
+    )
     return Ladder(
-        Runs(torch.stack(regret, -1), torch.stack(sizes, -1), match.distance, eta, rank),
-        {name: value.squeeze(1) for name, value in rungs.items()},
+        runs,
+        {name: value.squeeze(1) for name, value in zip(RUNGS, rungs, strict=True)},
         torch.stack(growth, -1).squeeze(1),
         (products / (2 * rank * full)).squeeze(1),
     )
@@ -231,7 +228,7 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
 def traces(problem: Problem, orders: list[float]) -> Tensor:
     """Return tr(F~_T^(1/2)), then tr(X_T) for each order, ``[S, 1 + orders]``, all of the gradients that CASPR sees."""
     match = Match(problem, CASPR, *of_theorem(problem, CASPR))
-    G = torch.cat([match.round()[0] for _ in range(problem.rounds)], 1)  # [S, T, m, n]
+    G = torch.cat([G for G, *_ in match], 1)  # [S, T, m, n]
     g, eps = G.flatten(-2), match.learner.eps.squeeze(1)
     found = [_trace_of_root(g.mT @ g / match.rank, eps)]
     ends = [torch.linalg.eigvalsh(S.sum(1)).clamp(min=0) + eps.unsqueeze(-1) for S in (G @ G.mT, G.mT @ G)]

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from pandas import DataFrame
+from pandas import DataFrame, concat
 
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
-from caspr_cli.theory.chain import BETA, CLAIMS, FALSE_CLAIMS, NAMES, STALE, Checked, chain, check, ridge
+from caspr_cli.theory.chain import BETA, CLAIMS, FALSE_CLAIMS, GAPS, MEASURES, NAMES, STALE, chain, check, ridge
 from caspr_cli.theory.gradients import Choice, Log, Recording, low_rank_stream, points, recordings
-from caspr_cli.theory.preconditioners import Spectral, axis_statistics, combined, full_statistic
+from caspr_cli.theory.preconditioners import Root, axis_statistics, combined, full_statistic
 
 QUESTION = (
     "Does CASPR stand between full-matrix Adagrad and Shampoo, in the order of positive matrices, on real gradients?"
@@ -25,8 +25,6 @@ RANDOM_STEPS = 6
 CLEAR = -1e-6  # a margin below this is a counterexample, and no rounding
 SOURCES = REAL, DRAWN = "recorded", "random"
 KEYS = ("source", "task", "parameter", "size", "rank", "seed", "step")
-GAPS = ("gap_1", "gap_2", "gap_3", "gap_shampoo")
-MEASURES = {"trace": "tr", "distance": "dist", "product": "⟨G,U⟩"}
 DRAWN_STEP = 10  # the step whose eigenvalues are drawn: early enough for what is false to be seen
 DRAWN_VALUES = 64  # eigenvalues of a matrix that are drawn, at most
 
@@ -43,6 +41,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         for r, step, G in points(found, log)
     ]
     cases = DataFrame([*real, *_of_random(choice.seed, QUICK_TRIALS if choice.quick else TRIALS, log)])
+    margins = [*CLAIMS, *FALSE_CLAIMS]
     return Answer(
         name="order",
         question=QUESTION,
@@ -54,9 +53,9 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
             "layers": layers(cases),
             "recorded": recorded(found),
             "cases": table(
-                cases[[*KEYS, *CLAIMS, *FALSE_CLAIMS]],
+                cases[[*KEYS, *margins]],
                 "Every margin",
-                formats=dict.fromkeys((*CLAIMS, *FALSE_CLAIMS), ".1e"),
+                formats=dict.fromkeys(margins, ".1e"),
                 note="The columns are statements, in the order of the tables above.",
                 shown=0,
             ),
@@ -73,16 +72,10 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
 # ---- cases -------------------------------------------------------------------------------------------------------
 
 
-def row_of(place: Sequence[Any], found: Checked) -> dict[str, Any]:
-    """Return one layer, or random stream, at one step as a row.
-
-    Args:
-        place: source, task, parameter, size, rank, seed and step.
-    """
-    row = dict(zip(KEYS, place, strict=True)) | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found.margins
-    for measure, values in zip(MEASURES, (found.traces, found.distances, found.products), strict=True):
-        row |= {f"{measure} {name}": value for name, value in zip(NAMES, values, strict=True)}
-    return row | {"tolerance": found.tolerance}
+def row_of(place: Sequence[Any], found: dict[str, float]) -> dict[str, Any]:
+    """Return one layer, or random stream, at one step as a row; ``place`` has the values of ``KEYS``."""
+    row: dict[str, Any] = dict(zip(KEYS, place, strict=True))
+    return row | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found
 
 
 def _of_random(seed: int, trials: int, log: Log) -> Iterator[dict[str, Any]]:
@@ -133,49 +126,37 @@ def finding(cases: DataFrame) -> str:
 
 
 def statements(cases: DataFrame) -> DataFrame:
+    """Return how often each statement that should hold was checked, and failed."""
     real = cases[cases["source"] == REAL]
     number = {key: real[key].nunique() for key in ("task", "seed")}
-    points = real.groupby(["task", "parameter"]).ngroups
+    rows = [(text, int(cases[key].count()), failures(cases, key), cases[key].min()) for key, text in CLAIMS.items()]
     return table(
-        [
-            {
-                "statement": text,
-                "checked": int(cases[key].count()),
-                "failed": failures(cases, key),
-                "least": cases[key].min(),
-            }
-            for key, text in CLAIMS.items()
-        ],
+        DataFrame(rows, columns=["statement", "checked", "failed", "least"]),
         "Statements that should hold everywhere",
         heads={"least": "least margin"},
         formats={"checked": ",", "failed": ",", "least": ".1e"},
-        note=f"Checked at {len(real):,} points of training ({points} layers, {number['task']} tasks, {number['seed']} "
-        f"seeds, steps {real['step'].min()} to {real['step'].max()}) and on {len(cases) - len(real):,} random streams. "
-        "Margins are relative: the smallest eigenvalue of a difference over the largest of the larger matrix, or a "
-        "difference over the larger number; for the identity, the relative error. A statement fails where its margin "
-        "is below 0 by more than rounding, 20 u cond(F~).",
+        note=f"Checked at {len(real):,} points of training ({real.groupby(['task', 'parameter']).ngroups} layers, "
+        f"{number['task']} tasks, {number['seed']} seeds, steps {real['step'].min()} to {real['step'].max()}) and on "
+        f"{len(cases) - len(real):,} random streams. Margins are relative: the smallest eigenvalue of a difference "
+        "over the largest of the larger matrix, or a difference over the larger number; for the identity, the relative "
+        "error. A statement fails where its margin is below 0 by more than rounding, 20 u cond(F~).",
         shown=0,
     )
 
 
 def counterexamples(cases: DataFrame) -> DataFrame:
-    rows = []
-    for key, text in FALSE_CLAIMS.items():
-        row: dict[str, Any] = {"statement": text}
-        for source in SOURCES:
-            row[f"{source}_failed"], row[f"{source}_checked"] = counted(cases, key, source)
-            row[f"{source}_least"] = cases.loc[cases["source"] == source, key].min()
-        rows.append(row)
+    """Return how often each statement that is false was so, among recorded and among random gradients."""
+    rows: list[dict[str, Any]] = [{"statement": text} for text in FALSE_CLAIMS.values()]
     heads: dict[str, str] = {}
-    formats: dict[str, str] = {}
-    for source in SOURCES:
+    for source, own in cases.groupby("source", sort=False):
         heads |= {f"{source}_failed": f"{source}: false", f"{source}_checked": "of", f"{source}_least": "least"}
-        formats |= {f"{source}_failed": ",", f"{source}_checked": ",", f"{source}_least": ".0e"}
+        for row, key in zip(rows, FALSE_CLAIMS, strict=True):
+            row |= dict(zip(list(heads)[-3:], (*counted(cases, key, str(source)), own[key].min()), strict=True))
     return table(
         rows,
         "Statements that look like these, and are false",
         heads=heads,
-        formats=formats,
+        formats={key: ".0e" if key.endswith("least") else "," for key in heads},
         note=f"Averages have beta = {BETA:g}; roots are {STALE} steps old, or of the first step before that; random "
         "gradients have ranks 1 (where 1/r is 1), 2 and 4. Margins: the smallest eigenvalue of the difference over the "
         "largest of one of the two.",
@@ -183,37 +164,35 @@ def counterexamples(cases: DataFrame) -> DataFrame:
 
 
 def traces(cases: DataFrame) -> DataFrame:
+    """Return the traces of the chain at the last step."""
     last = last_real(cases)
-    rows = []
-    for name in NAMES:
-        saved = 100 * (1 - last[f"trace {name}"] / last["trace shampoo"])
-        row = {"member": name, "trace": last[f"trace {name}"].mean()}
-        rows.append(row | {"saved": saved.mean(), "least": saved.min(), "most": saved.max()})
+    kept = last[[f"trace {name}" for name in NAMES]].set_axis(NAMES, axis=1)
+    saved = 100 * (1 - kept.div(kept["shampoo"], axis=0))
+    found = DataFrame({"trace": kept.mean(), "saved": saved.mean(), "least": saved.min(), "most": saved.max()})
     return table(
-        rows,
+        found.rename_axis("member").reset_index(),
         f"Traces at step {last['step'].max()}, which bound the regret",
         heads={"trace": "tr X / tr F~^½", "saved": "% below Shampoo's"},
-        formats=dict.fromkeys(("trace", "saved", "least", "most"), ".1f"),
+        formats=dict.fromkeys(found, ".1f"),
         note="Means over layers and seeds, and the least and most that a trace is below Shampoo's.",
     )
 
 
 def layers(cases: DataFrame) -> DataFrame:
     """Return means over seeds, by layer and step."""
-    columns = [f"{measure} {name}" for name in NAMES[1:] for measure in MEASURES]
+    means = [f"{measure} {name}" for measure in MEASURES for name in NAMES[1:]]
     groups = cases[cases["source"] == REAL].groupby(["task", "parameter", "size", "step"], sort=False)
-    rows = groups.agg({"rank": "first", **dict.fromkeys(GAPS, "min"), **dict.fromkeys(columns, "mean")}).reset_index()
-    forms = {"trace": ".2f", "distance": ".2f", "product": ".3f"}
-    shown = [f"{measure} {name}" for measure in MEASURES for name in NAMES[1:]]
+    rows = groups.agg({"rank": "first", **dict.fromkeys(GAPS, "min"), **dict.fromkeys(means, "mean")}).reset_index()
+    signs = dict(zip(MEASURES, ("tr", "dist", "⟨G,U⟩"), strict=True))
     return table(
         rows.sort_values("step", ascending=False, kind="stable")[
-            ["task", "parameter", "size", "rank", "step", *GAPS, *shown]
+            ["task", "parameter", "size", "rank", "step", *GAPS, *means]
         ],
         "By layer and step, the last step first",
         heads={"parameter": "layer", "size": "m x n", "rank": "r"}
         | {key: CLAIMS[key].replace(" (CASPR)", "") for key in GAPS}
-        | {key: f"{MEASURES[key.split()[0]]} {key.partition(' ')[2]}" for key in shown},
-        formats=dict.fromkeys(GAPS, ".0e") | {key: forms[key.split()[0]] for key in shown},
+        | {key: f"{signs[key.split()[0]]} {key.partition(' ')[2]}" for key in means},
+        formats=dict.fromkeys(GAPS, ".0e") | {key: ".3f" if "product" in key else ".2f" for key in means},
         note="Smallest eigenvalues of the differences (the least over seeds, relative); traces, distances to F~^½ and "
         "inner products ⟨G, U⟩ are means over seeds, in units of the full matrix's own.",
         shown=max(rows.groupby(["task", "parameter"]).ngroups, 1),
@@ -222,26 +201,11 @@ def layers(cases: DataFrame) -> DataFrame:
 
 def recorded(found: Sequence[Recording]) -> DataFrame:
     """Return what was trained: that it learned is part of what makes the gradients real."""
-    every = DataFrame(
-        [
-            {
-                "task": one.task, "parameter": one.parameter, "m": one.shape[0], "n": one.shape[1], "rank": one.rank,
-                "seeds": one.seed, "steps": len(one.gradients), "first": one.losses[0], "last": one.losses[1],
-            }
-            for one in found
-        ]
-    )  # fmt: skip
-    how = {
-        "m": "first",
-        "n": "first",
-        "rank": "max",
-        "seeds": "count",
-        "steps": "first",
-        "first": "mean",
-        "last": "mean",
-    }
+    keys = ["task", "parameter", "m", "n", "rank", "seeds", "steps", "first", "last"]
+    rows = [(r.task, r.parameter, *r.shape, r.rank, r.seed, len(r.gradients), *r.losses) for r in found]
+    how = dict.fromkeys(keys[2:], "first") | {"rank": "max", "seeds": "count", "first": "mean", "last": "mean"}
     return table(
-        every.groupby(["task", "parameter"], sort=False).agg(how).reset_index(),
+        DataFrame(rows, columns=keys).groupby(keys[:2], sort=False).agg(how).reset_index(),
         "The gradients: layers of small models, trained on the tasks' samples",
         heads={"parameter": "layer", "rank": "r", "first": "loss at first", "last": "at last"},
         formats={"steps": ",", "first": ".3f", "last": ".3f"},
@@ -267,13 +231,13 @@ DIFFERENCES = {
 
 
 def _trace_figure(cases: DataFrame) -> Figure:
-    real = cases[cases["source"] == REAL]
-    columns = {name: f"trace {name}" for name in NAMES[1:]}
     return panels.figure(
         "traces",
         "Traces along the chain, in units of tr F~^½: mean over layers and seeds, band ± one standard deviation.",
-        {task: panels.over(own, "step", columns) for task, own in real.groupby("task", sort=False)},
+        cases[cases["source"] == REAL].rename(columns={f"trace {name}": name for name in STYLES}),
         STYLES,
+        panel="task",
+        x="step",
         y="tr X / tr F~^½",
         legend_columns=4,
     )
@@ -285,10 +249,11 @@ def _eigenvalue_figure(found: Sequence[Recording]) -> Figure:
     return panels.figure(
         "eigenvalues",
         f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails.",
-        {task: _spectra(one, step) for task, one in last.items()},
+        concat([_spectra(one, step).assign(task=task) for task, one in last.items()]),
         DIFFERENCES,
-        y="eigenvalue",
+        panel="task",
         x="share of all",
+        y="eigenvalue",
         log=False,
         finish=_signed,
         legend_columns=2,
@@ -303,18 +268,14 @@ def _signed(axes: Axes) -> None:
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
 
 
-def _spectra(one: Recording, step: int) -> list[panels.Line]:
-    """Return the eigenvalues of the differences for one layer."""
+def _spectra(one: Recording, step: int) -> DataFrame:
+    """Return the eigenvalues of the differences for one layer: some of them, both ends among these."""
     G, eps = one.gradients[:step], ridge(one.gradients)
     full, first, second, _, shampoo = (root.dense() for root in chain(G, eps, one.rank))
-    bare = Spectral.of(full_statistic(G, eps)).power(0.5).dense()
+    bare = Root.of(full_statistic(G, eps)).power(0.5).dense()
     old = combined(*axis_statistics(G[: max(step - STALE, 1)], eps), 2).dense()
-    top = float(torch.linalg.matrix_norm(full, 2))
-    # Some of the eigenvalues, both ends among them.
-    drawn = torch.linspace(0, len(full) - 1, min(len(full), DRAWN_VALUES)).round().long()
-    shares = ((drawn + 0.5) / len(full)).tolist()
+    top, drawn = torch.linalg.matrix_norm(full, 2), torch.linspace(0, len(full) - 1, min(len(full), DRAWN_VALUES))
     pairs = ((first, full), (second, first), (shampoo, second), (second, bare), (old, full))
-    return [
-        panels.Line(label, shares, (torch.linalg.eigvalsh(larger - smaller)[drawn] / top).tolist())
-        for label, (larger, smaller) in zip(DIFFERENCES, pairs, strict=True)
-    ]
+    values = [torch.linalg.eigvalsh(larger - smaller)[drawn.round().long()] / top for larger, smaller in pairs]
+    shares = (drawn.round() + 0.5) / len(full)
+    return DataFrame(dict(zip(("share of all", *DIFFERENCES), [x.tolist() for x in (shares, *values)], strict=True)))

@@ -26,45 +26,24 @@ BISECTIONS = 45  # halvings of what is a few times as large as it needs to be: t
 
 
 @dataclass(frozen=True)
-class Spectral:
-    """V diag(values) V^T: any symmetric matrix on vec(G); N = mn. Leading axes are a batch."""
+class Root:
+    """(V x W) diag(values) (V x W)^T, a symmetric matrix on vec(G); leading axes are a batch.
 
-    values: Tensor  # [..., N]
-    vectors: Tensor  # [..., N, N]
+    Functions of the statistics of two axes, which commute, have their eigenvectors V ``[..., m, m]`` and W
+    ``[..., n, n]``; any other matrix has V ``[..., mn, mn]`` and W = 1.
+    """
+
+    values: Tensor  # [..., m, n], or [..., mn, 1]
+    left: Tensor  # V
+    right: Tensor  # W
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Spectral:
-        """Return the eigendecomposition of ``[..., N, N]``; about 10 N^3 FLOPs."""
-        return cls(*torch.linalg.eigh(matrix))
+    def of(cls, matrix: Tensor) -> Root:
+        """Return the eigendecomposition of any ``[..., mn, mn]``; about 10 (mn)^3 FLOPs."""
+        values, vectors = torch.linalg.eigh(matrix)
+        return cls(values.unsqueeze(-1), vectors, torch.ones(1, 1).to(values))
 
-    def power(self, exponent: float) -> Spectral:
-        return replace(self, values=self.values**exponent)
-
-    def dense(self) -> Tensor:
-        return (self.vectors * self.values.unsqueeze(-2)) @ self.vectors.mT
-
-    def rotated(self, G: Tensor) -> Tensor:
-        """Return G ``[..., m, n]`` in the coordinates of ``values``."""
-        rotated: Tensor = (self.vectors.mT @ G.flatten(-2).unsqueeze(-1)).squeeze(-1)
-        return rotated
-
-    def back(self, V: Tensor, shape: torch.Size) -> Tensor:
-        back: Tensor = (self.vectors @ V.unsqueeze(-1)).view(shape)
-        return back
-
-    def apply(self, G: Tensor) -> Tensor:
-        return self.back(self.values * self.rotated(G), G.shape)
-
-
-@dataclass(frozen=True)
-class Separable:
-    """(V x W) diag(values) (V x W)^T: a function of two axes' statistics, which commute. Leading axes are a batch."""
-
-    values: Tensor  # [..., m, n]
-    left: Tensor  # V, [..., m, m]
-    right: Tensor  # W, [..., n, n]
-
-    def power(self, exponent: float) -> Separable:
+    def power(self, exponent: float) -> Root:
         return replace(self, values=self.values**exponent)
 
     def dense(self) -> Tensor:
@@ -73,17 +52,16 @@ class Separable:
 
     def rotated(self, G: Tensor) -> Tensor:
         """Return G ``[..., m, n]`` in the coordinates of ``values``."""
-        return self.left.mT @ G @ self.right
+        return self.left.mT @ G.reshape(*G.shape[:-2], *self.values.shape[-2:]) @ self.right
 
     def back(self, V: Tensor, shape: torch.Size) -> Tensor:
-        back: Tensor = self.left @ V @ self.right.mT
+        """Return the G of this shape that :meth:`rotated` makes ``V`` of."""
+        back: Tensor = (self.left @ V @ self.right.mT).reshape(shape)
         return back
 
     def apply(self, G: Tensor) -> Tensor:
         return self.back(self.values * self.rotated(G), G.shape)
 
-
-Root = Spectral | Separable
 
 # ---- statistics --------------------------------------------------------------------------------------------------
 
@@ -127,7 +105,7 @@ def row_statistic(gradients: Tensor, eps: float) -> Tensor:
     return assembled
 
 
-def diagonal(gradients: Tensor, eps: float) -> Separable:
+def diagonal(gradients: Tensor, eps: float) -> Root:
     """Return diag(F~) (r = 1), by whose root diagonal Adagrad divides."""
     return entrywise(gradients.square().sum(0) + eps)
 
@@ -135,26 +113,20 @@ def diagonal(gradients: Tensor, eps: float) -> Separable:
 # ---- preconditioners ---------------------------------------------------------------------------------------------
 
 
-def entrywise(values: Tensor) -> Separable:
+def entrywise(values: Tensor) -> Root:
     """Return the diagonal matrix with these ``values`` ``[..., m, n]``."""
-    return Separable(values, *(torch.eye(size, dtype=values.dtype) for size in values.shape[-2:]))
+    return Root(values, *(torch.eye(size, dtype=values.dtype) for size in values.shape[-2:]))
 
 
-def _of_eigenvalues(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the eigenvalues of L as a column and of R as a row, and the eigenvectors of both."""
-    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
-    return a[:, None], b[None, :], V, W
-
-
-def combined(L: Tensor, R: Tensor, order: float) -> Separable:
+def combined(L: Tensor, R: Tensor, order: float) -> Root:
     """Return X_p = [ (L~^(-1/(2p)) x I + I x R~^(-1/(2p))) / 2 ]^(-p), or X_Shampoo = L~^(1/4) x R~^(1/4) for inf.
 
     CASPR is p = 2 (Duvvuri et al., ICLR 2024, Algorithm 1). The terms commute, so X_p has the eigenvectors of
     L x R, and there the value ((l^(-1/2p) + r^(-1/2p)) / 2)^(-p), a power mean of l^(1/2) and r^(1/2) with exponent
     -1/p. Power means grow with their exponent, and tend to the geometric mean (l r)^(1/4) as it goes to 0.
     """
-    a, b, V, W = _of_eigenvalues(L, R)
-    return Separable(combined_values(a[:, 0], b[0], order), V, W)
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return Root(combined_values(a, b, order), V, W)
 
 
 def combined_values(left: Tensor, right: Tensor, order: float) -> Tensor:
@@ -165,32 +137,36 @@ def combined_values(left: Tensor, right: Tensor, order: float) -> Tensor:
     return ((a.pow(-0.5 / order) + b.pow(-0.5 / order)) / 2).pow(-order)
 
 
-def one_sided(L: Tensor, R: Tensor, *, left: bool) -> Separable:
+def product(A: Tensor, B: Tensor) -> Root:
+    """Return A x B by its spectrum."""
+    (a, V), (b, W) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+    return Root(a[:, None] * b, V, W)
+
+
+def one_sided(L: Tensor, R: Tensor, *, left: bool) -> Root:
     """Return L~^(1/2) x I, or I x R~^(1/2).
 
     Of all L' x I, the nearest to sum_t vec(G_t) vec(G_t)^T in Frobenius norm is L' = L / n (the paper's Lemma 3.1).
     """
-    a, b, V, W = _of_eigenvalues(L, R)
-    return Separable((a + 0 * b if left else 0 * a + b) ** 0.5, V, W)
+    return product(L if left else torch.eye(len(L)).to(L), torch.eye(len(R)).to(R) if left else R).power(0.5)
 
 
-def shampoo_half(L: Tensor, R: Tensor) -> Separable:
+def shampoo_half(L: Tensor, R: Tensor) -> Root:
     """Return L~^(1/2) x R~^(1/2) / (tr L~ tr R~)^(1/4): Shampoo with exponent 1/2, as large as F^(1/2) is.
 
     For gradients whose covariance is a Kronecker product, it is F^(1/2) in the limit (Morwani et al.,
     arXiv:2406.17748); the trace makes it of degree 1 in G, as the other preconditioners are.
     """
-    a, b, V, W = _of_eigenvalues(L, R)
-    return Separable((a * b) ** 0.5 / (a.sum() * b.sum()) ** 0.25, V, W)
+    return product(L, R / (torch.trace(L) * torch.trace(R)).sqrt()).power(0.5)
 
 
-def caspr_one(L: Tensor, R: Tensor) -> Separable:
+def caspr_one(L: Tensor, R: Tensor) -> Root:
     """Return [ (L~^(-1/2) x I + I x R~^(-1/2)) / 2 ]^(-2) / (tr L~ tr R~)^(1/4).
 
     This is CASPR with the exponent 1 that Shampoo has in :func:`shampoo_half`, as the optimizer's option has it.
     """
-    a, b, V, W = _of_eigenvalues(L, R)
-    return Separable(combined_values(a[:, 0] ** 2, b[0] ** 2, 2) / (a.sum() * b.sum()) ** 0.25, V, W)
+    (a, V), (b, W) = torch.linalg.eigh(L), torch.linalg.eigh(R)
+    return Root(combined_values(a**2, b**2, 2) / (a.sum() * b.sum()) ** 0.25, V, W)
 
 
 def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -212,12 +188,6 @@ def nearest_kronecker(F: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor
     A, B = a.reshape(m, m), b.reshape(n, n)
     sign = torch.sign(torch.trace(A))
     return sign * (A + A.mT) / 2, sign * (B + B.mT) / 2
-
-
-def product(A: Tensor, B: Tensor) -> Separable:
-    """Return A x B by its spectrum."""
-    a, b, V, W = _of_eigenvalues(A, B)
-    return Separable(a * b, V, W)
 
 
 # ---- how they compare --------------------------------------------------------------------------------------------
@@ -308,8 +278,8 @@ class Learner:
         elif self.method.name == "full":
             g = G.flatten(-2)
             self._F = self._F + g.unsqueeze(-1) * g.unsqueeze(-2)
-            F = Spectral.of(self._F)
-            self.root = replace(F, values=F.values.clamp(min=self.eps.unsqueeze(-1)).sqrt())
+            F = Root.of(self._F)
+            self.root = replace(F, values=F.values.clamp(min=self.eps[..., None, None]).sqrt())
         elif self.method.name == "diagonal":
             self._squares = self._squares + G.square()
             self.root = entrywise(self._squares.sqrt())
@@ -325,7 +295,7 @@ class Learner:
             times = 1.0 if beta is None else self.age / (1 - beta**self.age)
             (a, V), (b, W) = (torch.linalg.eigh(times * S) for S in (self._L, self._R))
             ridge = self.eps.unsqueeze(-1)
-            self.root = Separable(combined_values(a.clamp(min=0) + ridge, b.clamp(min=0) + ridge, order), V, W)
+            self.root = Root(combined_values(a.clamp(min=0) + ridge, b.clamp(min=0) + ridge, order), V, W)
 
     def projected(self, W: Tensor, radius: Tensor) -> Tensor:
         """Return the matrix of length at most ``radius`` ``[...]`` that is nearest to W in the norm of X_t.
@@ -336,21 +306,20 @@ class Learner:
         if self.method.entrywise:
             return W.clamp(-radius[..., None, None], radius[..., None, None])
         V, x = self.root.rotated(W), self.root.values
-        axes = tuple(range(len(self.shape) - 2, x.ndim))
         radius = radius.clamp(min=torch.finfo(V.dtype).tiny)
 
-        def column(nu: Tensor) -> Tensor:
-            return nu.view(*nu.shape, *(1,) * len(axes))
+        def shorter(nu: Tensor) -> Tensor:
+            return V * x / (x + nu[..., None, None])
 
-        length = torch.linalg.vector_norm(V, dim=axes)
-        low, high = torch.zeros_like(length), x.amax(axes) * (length / radius - 1).clamp(min=0)  # is short enough
+        length = torch.linalg.matrix_norm(V)
+        low, high = torch.zeros_like(length), x.amax((-2, -1)) * (length / radius - 1).clamp(min=0)  # is short enough
         for _ in range(BISECTIONS if bool((high > 0).any()) else 0):
             nu = (low + high) / 2
-            long = torch.linalg.vector_norm(V * x / (x + column(nu)), dim=axes) > radius
+            long = torch.linalg.matrix_norm(shorter(nu)) > radius
             low, high = torch.where(long, nu, low), torch.where(long, high, nu)
-        return self.root.back(V * x / (x + column(high)), self.shape)
+        return self.root.back(shorter(high), self.shape)
 
     def trace(self) -> Tensor:
         """Return tr(X_t) ``[...]``; for gradient descent one of its equal eigenvalues, which its bound has."""
-        values = self.root.values.flatten(len(self.shape) - 2)
-        return values[..., 0] if self.method.name == "descent" else values.sum(-1)
+        values = self.root.values
+        return values[..., 0, 0] if self.method.name == "descent" else values.sum((-2, -1))

@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def rank(self) -> int:
-        """r: no gradient has a larger rank."""
+        """Return r: no gradient has a larger rank."""
         return int(min(self.X.shape[-1], *self.best.shape[-2:]))
 
     @property
@@ -147,17 +147,16 @@ def _problem(name: str, about: str, loss: Loss, X: Tensor, Y: Tensor) -> Problem
 def least_squares(
     name: str,
     about: str,
-    *,
-    shape: tuple[int, int],
     samples: int,
     spectra: tuple[float, float],
+    *,
     rounds: int,
     seeds: list[int],
+    shape: tuple[int, int] = (6, 8),
 ) -> Problem:
-    """Return the problem Y = W0 X + noise, W0 normal.
+    """Return the problem Y = W0 X + noise, W0 normal, m and n of W being ``shape``.
 
     Args:
-        shape: m and n of W.
         samples: b, and with it the rank of gradients.
         spectra: condition numbers of the covariance of inputs, in a random basis, and of that of the noise. The noise
             is about as large as the signal.
@@ -268,16 +267,16 @@ def forgetting(rounds: int) -> Problem:
 
 def all_problems(*, rounds: int, seeds: list[int]) -> list[Problem]:
     """Return three least squares problems and two of real data, small enough for full-matrix Adagrad."""
-    shape = (6, 8)
-    drawn: list[tuple[str, str, int, tuple[float, float]]] = [
+    drawn: tuple[tuple[str, str, int, tuple[float, float]], ...] = (
         ("white", "inputs and noise without structure, one sample a round", 1, (1, 1)),
         ("inputs", "inputs of condition 1e3, one sample a round", 1, (1e3, 1)),
         ("both", "inputs of condition 1e3, noise of condition 1e3, four samples a round", 4, (1e3, 1e3)),
+    )
+    return [
+        *(
+            least_squares(f"squares, {name}", about, b, spectra, rounds=rounds, seeds=seeds)
+            for name, about, b, spectra in drawn
+        ),
+        words(samples=1, rounds=rounds, seeds=seeds),
+        molecules(samples=4, rounds=rounds, seeds=seeds),
     ]
-    found = [
-        least_squares(
-            f"squares, {name}", about, shape=shape, samples=samples, spectra=spectra, rounds=rounds, seeds=seeds
-        )
-        for name, about, samples, spectra in drawn
-    ]
-    return [*found, words(samples=1, rounds=rounds, seeds=seeds), molecules(samples=4, rounds=rounds, seeds=seeds)]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from pandas import DataFrame
+from pandas import DataFrame, concat
 from torch import Tensor
 
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.gradients import Choice, Log
-from caspr_cli.theory.online import CASPR, HALVINGS, RUNGS, Played, Runs, of_theorem, play, play_all, traces
+from caspr_cli.theory.online import HALVINGS, RUNGS, Played, Runs, of_theorem, play, play_all, traces
 from caspr_cli.theory.preconditioners import DEPARTURES, METHODS, Method
 from caspr_cli.theory.problems import all_problems, forgetting
 
@@ -78,7 +77,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
 
 def frame(played: Sequence[Played]) -> DataFrame:
     """Return a row for each problem, method and seed."""
-    rows = []
+    found = []
     for p in played:
         limits = p.theorem.limits()[:, -1]
         columns = {
@@ -92,13 +91,10 @@ def frame(played: Sequence[Played]) -> DataFrame:
             "sums": p.ladder.sums,
             **{f"rung {name}": p.ladder.rungs[name] for name in RUNGS},
         }
-        same = {"problem": p.problem.name, "method": p.method.label, "step": 0.5**p.chosen}
-        same["edge"] = "edge" if p.chosen in (HALVINGS[0], HALVINGS[-1]) else ""
-        rows += [
-            same | {"seed": k} | {name: float(values[k]) for name, values in columns.items()}
-            for k in range(len(p.strayed))
-        ]
-    return DataFrame(rows)
+        own = DataFrame({name: values.tolist() for name, values in columns.items()}).rename_axis("seed").reset_index()
+        edge = "edge" if p.chosen in (HALVINGS[0], HALVINGS[-1]) else ""
+        found.append(own.assign(problem=p.problem.name, method=p.method.label, step=0.5**p.chosen, edge=edge))
+    return concat(found, ignore_index=True)
 
 
 def ordered(values: Sequence[Tensor]) -> bool:
@@ -240,20 +236,14 @@ def _methods(seen: DataFrame) -> DataFrame:
     return table(
         rows,
         "How much of its bound each method's regret is, and which step of the proof loses the rest",
-        heads={
-            "least": "regret / bound, least",
-            "beyond": "beyond D without a ball",
-            "runs": "of",
-            "farthest": "at most",
-        }
-        | dict(zip(RUNGS[1:], ("(a)", "(b)", "(c)", "(d)", "(e)", "(f)"), strict=True)),
+        heads={"least": "regret / bound, least", "beyond": "beyond D without a ball", "runs": "of",
+               "farthest": "at most"} | {name: RUNG_HEADS[name][:3] for name in RUNGS[1:]},
         formats={"least": ".1%", "most": ".1%", "farthest": ".2g"} | dict.fromkeys((*RUNGS[1:], "together"), ".2f"),
         note="Over problems and seeds, with the theorem's step; factors (a) to (f) are geometric means: (a) "
-        "convexity; "
-        "(b) the distance at the end, and the gain of projections; (c) D for all distances; (d) tr for λ_max; "
-        "(e) tr F~^½ in place of the sum of ⟨G, X⁻¹G⟩; (f) tr X_T in place of tr F~^½. Without a ball around W, some "
-        "runs with the theorem's step come further than D, and the theorem says nothing of them.",
-    )
+        "convexity; (b) the distance at the end, and the gain of projections; (c) D for all distances; (d) tr for "
+        "λ_max; (e) tr F~^½ in place of the sum of ⟨G, X⁻¹G⟩; (f) tr X_T in place of tr F~^½. Without a ball around W, "
+        "some runs with the theorem's step come further than D, and the theorem says nothing of them.",
+    )  # fmt: skip
 
 
 def _ladder(seen: DataFrame) -> DataFrame:
@@ -272,13 +262,11 @@ def _ladder(seen: DataFrame) -> DataFrame:
 
 
 def _traces(chains: Mapping[str, Tensor]) -> DataFrame:
-    rows = []
-    for problem, found in chains.items():
-        ratios = found[:, 2] / found[:, 4]
-        row: dict[str, Any] = {"problem": problem} | dict(zip(CHAIN, found.mean(0).tolist(), strict=True))
-        rows.append(row | {"ratio": float(ratios.mean()), "least": float(ratios.min())})
+    found = DataFrame({problem: own.mean(0).tolist() for problem, own in chains.items()}, index=list(CHAIN)).T
+    ratios = {problem: own[:, 2] / own[:, 4] for problem, own in chains.items()}
+    found["ratio"], found["least"] = ([float(how(r)) for r in ratios.values()] for how in (torch.mean, torch.min))
     return table(
-        rows,
+        found.rename_axis("problem").reset_index(),
         "Traces of all preconditioners on the gradients that CASPR saw",
         heads=CHAIN | {"ratio": "tr X₂ / tr X_Shampoo", "least": "least over seeds"},
         formats=dict.fromkeys(CHAIN, ".4g") | {"ratio": ".4f", "least": ".4f"},
@@ -305,7 +293,7 @@ def _departures(others: DataFrame) -> DataFrame:
 def _forgetting(example: Example) -> DataFrame:
     T = example[0][1].regret.shape[-1]
     rows = [
-        {"method": method.label, "rounds": t, "rate": runs.rate(t),
+        {"method": method.label, "rounds": t, "rate": float(runs.regret[0, 0, t - 1]) / t,
          "share": float(runs.regret[0, 0, t - 1] / runs.limits()[0, t - 1])}
         for method, runs in example
         for t in (T // 8, T // 4, T // 2, T)
@@ -323,33 +311,27 @@ def _forgetting(example: Example) -> DataFrame:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
-def _curve(label: str, values: Tensor, after: int = 0) -> panels.Line:
-    """Return values ``[S, T]`` at some rounds."""
+def _curve(p: Played, label: str, values: Tensor, after: int = 0) -> DataFrame:
+    """Return values ``[S, T]`` at some rounds, as rows."""
     marks = [t for t in MARKS if after <= t < 0.45 * values.shape[1]] + [values.shape[1]]
     at = values[:, [t - 1 for t in marks]]
-    return panels.Line(label, marks, at.mean(0).tolist(), at.std(0).tolist() if len(at) > 1 else ())
-
-
-def _panels(played: Sequence[Played], lines: Any) -> dict[str, list[panels.Line]]:
-    found: dict[str, list[panels.Line]] = {}
-    for p in played:
-        found.setdefault(p.problem.name, []).extend(lines(p))
-    return found
+    return DataFrame({"problem": p.problem.name, "round": marks * len(at), label: at.flatten().tolist()})
 
 
 def _regret_figure(played: Sequence[Played]) -> Figure:
-    own = {p.problem.name: p.grid.regret[:, p.chosen] for p in played if p.method is CASPR}
+    regret = {(p.problem.name, p.method.label): p.grid.regret[:, p.chosen] for p in played}
     return panels.figure(
         "regret",
         "Regret up to each round in units of CASPR's, each method at the best step of the grid: mean over seeds, band "
         "± one standard deviation.",
-        _panels(
-            played,
-            lambda p: [_curve(p.method.label, p.grid.regret[:, p.chosen] / own[p.problem.name], after=CALM)],
+        concat(
+            _curve(p, p.method.label, regret[p.problem.name, p.method.label] / regret[p.problem.name, "CASPR"], CALM)
+            for p in played
         ),
         STYLES,
-        y="regret / CASPR's",
+        panel="problem",
         x="round",
+        y="regret / CASPR's",
     )
 
 
@@ -358,34 +340,36 @@ def _bound_figure(played: Sequence[Played]) -> Figure:
     styles: dict[str, style.Style] = {}
     for label, hue in hues.items():
         styles |= {label: style.Style(hue, style.SOLID), f"{label}, bound": style.Style(hue, style.DOTTED)}
-
-    def lines(p: Played) -> list[panels.Line]:
-        both = {p.method.label: p.theorem.regret[:, 0], f"{p.method.label}, bound": p.theorem.limits()}
-        return [_curve(label, values) for label, values in both.items() if label in styles]
-
-    shown = _panels(played, lines)
-    least = min(line.mean[-1] for lines in shown.values() for line in lines)
+    shown = [p for p in played if p.method.label in hues]
+    lines = [_curve(p, p.method.label, p.theorem.regret[:, 0]) for p in shown]
+    lines += [_curve(p, f"{p.method.label}, bound", p.theorem.limits()) for p in shown]
+    least = min(float(p.theorem.regret[:, 0, -1].mean()) for p in shown)
 
     def finish(axes: Axes) -> None:
         panels.logarithmic(axes)
         axes.set_ylim(bottom=least / 30)
 
     title = "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted)."
-    return panels.figure("bound", title, shown, styles, y="regret", x="round", finish=finish, legend_columns=2)
+    return panels.figure(
+        "bound", title, concat(lines), styles, panel="problem", x="round", y="regret", finish=finish, legend_columns=2
+    )
 
 
 def _ladder_figure(seen: DataFrame) -> Figure:
     styles = {label: STYLES[label] for label in ("full-matrix Adagrad", "CASPR", "Shampoo")}
-    places = list(range(len(RUNGS)))
-    shown: dict[str, list[panels.Line]] = {}
-    for (problem, label), own in seen.groupby(["problem", "method"], sort=False):
-        ratios = [float((own[f"rung {name}"] / own["rung regret"]).mean()) for name in RUNGS]
-        shown.setdefault(problem, []).extend([panels.Line(label, places, ratios)] if label in styles else [])
+    x = "step of the proof"
+    lines = [
+        DataFrame({"problem": own["problem"], x: place, str(label): own[f"rung {name}"] / own["rung regret"]})
+        for label, own in seen.groupby("method", sort=False)
+        for place, name in enumerate(RUNGS)
+    ]
+    means = concat(lines).groupby(["problem", x], sort=False).mean().reset_index()  # a band would hide the others
 
     def finish(axes: Axes) -> None:
         panels.logarithmic(axes)
-        axes.set_xticks(places, ["–", "a", "b", "c", "d", "e", "f"])
+        axes.set_xticks(range(len(RUNGS)), ["–", "a", "b", "c", "d", "e", "f"])
 
     title = "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds."
-    labels: dict[str, Any] = {"y": "over the regret", "x": "step of the proof"}
-    return panels.figure("ladder", title, shown, styles, log=False, finish=finish, **labels)
+    return panels.figure(
+        "ladder", title, means, styles, panel="problem", x=x, y="over the regret", log=False, finish=finish
+    )

@@ -6,7 +6,8 @@ The questions of reviewers on complexity, stability, the choice of damping and l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from pandas import DataFrame, concat
 
 from caspr_cli.bench.precision import TF32
-from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, Solver
+from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
@@ -37,28 +38,24 @@ LEAST = 1e-12  # the smallest error that float64, in which roots are compared, c
 WITHIN = 2.0  # a factor
 NAMES = tuple(solver.name for solver in SOLVERS)
 STORED, EIGH, NEWTON = "stored in float32", "eigh, float32", "newton, float32"
-SETS = CONDITION, LIBRARY, DAMPING, SCALE = "conditions", "default", "dampings", "scales"
+CONDITION, LIBRARY, DAMPING, SCALE = "conditions", "default", "dampings", "scales"
 
 # ---- measurement -------------------------------------------------------------------------------------------------
 
 
 def measured(quick: bool, seeds: Sequence[int], log: Log) -> tuple[DataFrame, DataFrame]:
     """Return all errors and all costs, on one thread, as each matrix has in the optimizer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        conditions, d = (QUICK_CONDITIONS, QUICK_ROWS) if quick else (CONDITIONS, ROWS)
-        scales = [ABSOLUTE / scale for scale in SCALES]
-        plans: dict[str, tuple[Sequence[float], Sequence[float], Sequence[int]]]
-        plans = {CONDITION: (conditions, (0.0,), EXPONENTS), LIBRARY: (conditions, (DEFAULT,), (P,))}
-        plans |= {DAMPING: ((ILL,), DAMPINGS, (P,)), SCALE: ((ILL,), scales, (P,))}
-        rows: list[dict[str, Any]] = []
+    conditions, d = (QUICK_CONDITIONS, QUICK_ROWS) if quick else (CONDITIONS, ROWS)
+    scales = [ABSOLUTE / scale for scale in SCALES]
+    plans: dict[str, tuple[Sequence[float], Sequence[float], Sequence[int]]]
+    plans = {CONDITION: (conditions, (0.0,), EXPONENTS), LIBRARY: (conditions, (DEFAULT,), (P,))}
+    plans |= {DAMPING: ((ILL,), DAMPINGS, (P,)), SCALE: ((ILL,), scales, (P,))}
+    rows: list[dict[str, Any]] = []
+    with threads(1):
         for name, plan in plans.items():
             log(f"errors: {name}")
             rows += ({"set": name} | row for row in cases(d, *plan, seeds))
         return DataFrame(rows), DataFrame(_costs(QUICK_SIZES if quick else SIZES, seeds[0], log))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]]:
@@ -92,7 +89,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
             "complexity": _complexity(costs),
             "roots": _everything(found, constants),
         },
-        figures=(_condition_figure(bare), _damping_figure(found[found["set"] == DAMPING]), _cost_figure(costs)),
+        figures=(*_figures(bare, found[found["set"] == DAMPING]), _cost_figure(costs)),
         claims=_claims(found, costs),
         counterexamples=tuple(_counterexamples(bare)),
     )
@@ -160,31 +157,46 @@ def _counterexamples(bare: DataFrame) -> Iterator[str]:
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
-STORED_HEAD = "predicted: stored in float32"
+FORMATS = {
+    **dict.fromkeys((*NAMES, "predicted", "bfloat16", "bias"), ".1e"),
+    **dict.fromkeys(("condition", "eps", "coupled", "residual", "largest", "bare", "default", "damping"), ".0e"),
+    **dict.fromkeys(("steps", "cubes", "count"), ".0f"),
+    **dict.fromkeys(("ms", "predicted_ms", "mb", "predicted_mb", "floor"), ".3g"),
+    **dict.fromkeys(("middle", "least", "most", "ratio"), ".2f"),
+    **dict.fromkeys(("accepted", "damped"), ".0%"),
+    "cosine": ".4f",
+    "eigh": ".2g",
+}
+HEADS = {"predicted": f"predicted: {STORED}", "damped": "eigenvalues below it", "bias": "root moved by"}
+shown = partial(table, formats=FORMATS)
 
 
-def _errors(cases: DataFrame, index: list[str], names: Sequence[str] = NAMES) -> DataFrame:
+def _errors(cases: DataFrame, index: list[str]) -> DataFrame:
     """Return typical errors over seeds: a column for each solver; nothing where a root is not finite."""
     found = cases.groupby([*index, "solver"], sort=False)["error"].agg(typical).unstack(sort=False)
-    return found[list(names)].replace(math.inf, math.nan)
+    return found[list(NAMES)].replace(math.inf, math.nan)
 
 
-def _of(cases: DataFrame, solver: str, index: list[str]) -> Any:
-    return cases[cases["solver"] == solver].groupby(index, sort=False)
+def _summary(cases: DataFrame, index: list[str]) -> DataFrame:
+    """Return the errors, what storing S is predicted to cost, and how Newton's iteration went, over seeds."""
+    predicted = {
+        name: cases[cases["solver"] == f"stored in {name}"].groupby(index)["predicted"].mean()
+        for name in ("float32", "bfloat16")
+    }
+    how = {"coupled": "median", "residual": "median", "steps": "max", "forecast": "first", "accepted": "mean"}
+    newton = cases[cases["solver"] == NEWTON].groupby(index).agg(how)
+    found = _errors(cases, index).assign(predicted=predicted["float32"], bfloat16=predicted["bfloat16"])
+    return found.join(newton).reset_index()
 
 
 def _limits(found: DataFrame) -> DataFrame:
-    bare, default = (reach(found[found["set"] == name]) for name in (CONDITION, LIBRARY))
     errors = _errors(found[found["set"] == DAMPING], ["eps"])
-    good = {name: errors.index[errors[name] <= GOOD] for name in NAMES}
-    rows = [
-        {"solver": name, "bare": bare[name], "default": default[name], "damping": good[name].min()} for name in NAMES
-    ]
-    return table(
-        rows,
+    rows = DataFrame({name: reach(found[found["set"] == name]) for name in (CONDITION, LIBRARY)})
+    rows["damping"] = [errors.index[errors[name] <= GOOD].min() for name in rows.index]
+    return shown(
+        rows.set_axis(["bare", "default", "damping"], axis=1).rename_axis("solver").reset_index(),
         f"The largest condition up to which roots S^(-1/{P}) are within {GOOD:.0%}, and the damping that they need",
         heads={"bare": "without damping", "default": f"with {DEFAULT:g}", "damping": f"needed at {ILL:.0e}"},
-        formats=dict.fromkeys(("bare", "default", "damping"), ".0e"),
         note=f"{found['d'].max()} rows, conditions of at most {found['condition'].max():.0e}; damping is relative to "
         "the largest eigenvalue. A dash: none of those that were tried.",
     )
@@ -214,99 +226,74 @@ def _checks(found: DataFrame) -> DataFrame:
     )
 
 
-def _with_newton(cases: DataFrame, index: list[str], found: DataFrame) -> DataFrame:
-    newton = _of(cases, NEWTON, index)
-    return found.assign(steps=newton["steps"].max(), forecast=newton["forecast"].first())
-
-
 def _stability(bare: DataFrame) -> DataFrame:
-    own, index = bare[bare["p"] == P], ["condition"]
-    first = [STORED, EIGH, NEWTON]
-    errors, newton = _errors(own, index), _of(own, NEWTON, index)
-    found = errors[first].assign(coupled=newton["coupled"].median(), residual=newton["residual"].median())
-    found = _with_newton(own, index, found).assign(accepted=newton["accepted"].mean())
-    found = concat([found, errors[[name for name in NAMES if name not in first]]], axis=1)
-    found.insert(0, "predicted", _of(own, STORED, index)["predicted"].mean())
-    return table(
-        found.reset_index(),
+    first = ["predicted", STORED, EIGH, NEWTON, "coupled", "residual", "steps", "forecast", "accepted"]
+    own = bare[bare["p"] == P]
+    return shown(
+        _summary(own, ["condition"])[["condition", *first, *(name for name in NAMES if name not in first)]],
         f"Stability: error of S^(-1/{P}) by condition, without damping",
-        heads={"predicted": STORED_HEAD, "coupled": "max|M−I| of the last", "residual": "its residual",
-               "steps": "its steps"},
-        formats=dict.fromkeys(found.columns, ".1e")
-        | {"condition": ".0e", "coupled": ".0e", "residual": ".0e", "steps": ".0f", "forecast": "", "accepted": ".0%"},
+        heads=HEADS | {"coupled": "max|M−I| of the last", "residual": "its residual", "steps": "its steps"},
         note=f"Relative, Frobenius norm, geometric means over seeds; {own['d'].max()} rows with eigenvalues from 1 to "
         "1/condition, evenly spaced in the logarithm. Stored: the exact root of S as the type has it.",
-    )  # fmt: skip
+    )
 
 
 def _exponents(bare: DataFrame) -> DataFrame:
-    index, names = ["condition", "p"], (STORED, EIGH, NEWTON, "newton, float64")
-    found = _with_newton(bare, index, _errors(bare, index, names))
-    found.insert(0, "predicted", _of(bare, STORED, index)["predicted"].mean())
-    return table(
-        found.reset_index(),
+    columns = ["condition", "p", "predicted", STORED, EIGH, NEWTON, "newton, float64", "steps", "forecast"]
+    return shown(
+        _summary(bare, ["condition", "p"])[columns],
         "Exponents: errors of S^(-1/p), without damping",
-        heads={"predicted": STORED_HEAD, "steps": "steps of newton, float32"},
-        formats=dict.fromkeys(("predicted", *names), ".1e") | {"condition": ".0e", "steps": ".0f"},
+        heads=HEADS | {"steps": "steps of newton, float32"},
         note="p is 2q for order q, 4 for CASPR and Shampoo.",
     )
 
 
 def _law(constants: DataFrame) -> DataFrame:
-    return table(
+    return shown(
         constants.rename_axis("solver").reset_index(),
         "Solvers: c, the backward error ‖E‖₂ in units of u‖S‖₂ that explains their errors at all conditions and "
         "exponents",
         heads={"middle": "c, median", "count": "roots", "floor": "error / u at the least condition"},
-        formats={"middle": ".2f", "least": ".2f", "most": ".2f", "count": ".0f", "floor": ".3g"},
         note="From conditions of 1e3 on, where the error is below 2 %. Below that the rounding of the result decides. "
         "TF32: u is that of its 11 bits.",
     )
 
 
-def _moved(cases: DataFrame, errors: DataFrame) -> DataFrame:
+def _damped(cases: DataFrame) -> DataFrame:
+    """Return the errors by damping, and what damping does."""
     values = torch.logspace(0, -math.log10(ILL), int(cases["d"].max()), dtype=torch.float64)
-    return concat([DataFrame([moved(values, eps) for eps in errors.index], index=errors.index), errors], axis=1)
-
-
-DAMPING_HEADS = {"damped": "eigenvalues below it", "bias": "root moved by", "predicted": STORED_HEAD}
-DAMPING_FORMATS = dict.fromkeys(("bias", "predicted", *NAMES), ".1e") | {"eps": ".0e", "damped": ".0%", "cosine": ".4f"}
+    found = _summary(cases, ["eps"])
+    return found.join(DataFrame([moved(values, eps) for eps in found["eps"]]))
 
 
 def _damping(cases: DataFrame) -> DataFrame:
-    found = _moved(cases, _errors(cases, ["eps"], [name for name in NAMES if not name.endswith("float64")]))
-    found.insert(3, "predicted", _of(cases, STORED, ["eps"])["predicted"].mean())
-    return table(
-        found.reset_index(),
+    names = [name for name in NAMES if not name.endswith("float64")]
+    return shown(
+        _damped(cases)[["eps", "damped", "cosine", "bias", "predicted", *names]],
         f"Damping, relative to the largest eigenvalue: its effect, and the error that is left (condition {ILL:.0e})",
-        heads=DAMPING_HEADS,
-        formats=DAMPING_FORMATS,
+        heads=HEADS,
         note="Cosine: of (S + eps λ I)^(-1/2) G to S^(-1/2) G, for G of covariance S; moved: ‖S~^(-1/4) − S^(-1/4)‖ / "
         "‖S^(-1/4)‖; both exact. Errors are those of S~^(-1/4), with the damping.",
     )
 
 
 def _absolute(cases: DataFrame) -> DataFrame:
-    found = _moved(cases, _errors(cases, ["eps"], (STORED, EIGH, NEWTON))).drop(columns="bias").reset_index()
-    found.insert(0, "largest", ABSOLUTE / found["eps"])
-    return table(
-        found,
+    found = _damped(cases).assign(largest=lambda rows: ABSOLUTE / rows["eps"])
+    return shown(
+        found[["largest", "eps", "damped", "cosine", STORED, EIGH, NEWTON]],
         "Damping, absolute: 1e-6 added whatever the gradients",
-        heads=DAMPING_HEADS | {"largest": "largest eigenvalue", "eps": "relative to it"},
-        formats=DAMPING_FORMATS | {"largest": ".0e"},
+        heads=HEADS | {"largest": "largest eigenvalue", "eps": "relative to it"},
         note="Where the cosine is near that of no preconditioning at all, the update is the gradient.",
     )
 
 
 def _precision(cases: DataFrame) -> DataFrame:
-    found = _errors(cases, ["condition"])
-    for place, name in enumerate(("float32", "bfloat16")):
-        found.insert(place, name, _of(cases, f"stored in {name}", ["condition"])["predicted"].mean())
-    return table(
-        found.reset_index(),
+    found = _summary(cases, ["condition"]).rename(columns={"predicted": "float32"})
+    return shown(
+        found[["condition", "float32", "bfloat16", *NAMES]],
         f"Low precision: errors with the default damping of {DEFAULT:g}",
         heads={name: f"predicted: stored in {name}" for name in ("float32", "bfloat16")},
-        formats=dict.fromkeys(found.columns, ".1e") | {"condition": ".0e"},
+        formats=FORMATS | {"float32": ".1e"},
         note="Predictions are of first order: one above a tenth means that the root is lost. TF32 is emulated: "
         "operands of products are rounded to 11 bits, and the rest is float32, as on a GPU; none was used.",
     )
@@ -314,15 +301,12 @@ def _precision(cases: DataFrame) -> DataFrame:
 
 def _complexity(costs: DataFrame) -> DataFrame:
     found = costs.assign(ratio=costs["ms"] / costs["predicted_ms"], cubes=costs["flops"] / costs["d"] ** 3)
-    eigh = found["d"].map(found[found["solver"] == "eigh"].set_index("d")["ms"])
-    found["eigh"] = found["ms"] / eigh
-    return table(
+    found["eigh"] = found["ms"] / found["d"].map(found[found["solver"] == "eigh"].set_index("d")["ms"])
+    return shown(
         found[["d", "solver", "ms", "predicted_ms", "ratio", "eigh", "cubes", "steps", "mb", "predicted_mb"]],
         "Complexity: a root S^(-1/4) in float32, condition 1e6, damping 1e-6, one thread",
         heads={"d": "rows", "predicted_ms": "predicted", "eigh": "of eigh's", "cubes": "FLOPs / d³", "mb": "MB held",
                "predicted_mb": "predicted"},
-        formats=dict.fromkeys(("ms", "predicted_ms", "mb", "predicted_mb"), ".3g")
-        | {"ratio": ".2f", "eigh": ".2g", "cubes": ".0f", "steps": ".0f"},
         note="Predicted times: FLOPs at the rate of a product of this size, measured just before. FLOPs of eigh: as "
         "long as 25 d³ of products take. MB: beside S.",
     )  # fmt: skip
@@ -332,11 +316,11 @@ def _everything(found: DataFrame, constants: DataFrame) -> DataFrame:
     middle, floor = (found["solver"].map(constants[name]) for name in ("middle", "floor"))
     unit = found["solver"].map(lambda name: BY_NAME[name].precision.unit)
     own = ((middle * found["amplified"]) ** 2 + (floor * unit) ** 2) ** 0.5
-    shown = found.assign(predicted=found["predicted"].fillna(own)).replace(math.inf, math.nan)
+    kept = found.assign(predicted=found["predicted"].fillna(own)).replace(math.inf, math.nan)
     keys = ["solver", "p", "d", "condition", "eps", "seed", "error", "predicted", "roundings", "residual", "coupled",
             "steps", "forecast", "accepted"]  # fmt: skip
     return table(
-        shown[keys],
+        kept[keys],
         "Every root",
         note="Predicted: of storing from the spectrum alone; of solvers with their two constants of the table above.",
         shown=0,
@@ -358,59 +342,52 @@ STYLES = {
 }
 
 
-def _lines(cases: DataFrame, over: str, solvers: Iterable[Solver]) -> list[panels.Line]:
+def _error_figure(
+    name: str, title: str, cases: DataFrame, panel: str, x: str, powers: range, styles: dict[str, style.Style]
+) -> Figure:
     """Return the errors of solvers, and predictions of what is stored, over ``condition`` or ``eps``."""
-    made: list[panels.Line] = []
-    for solver in solvers:
-        columns = {solver.name: "error"}
+    lines = []
+    for solver in SOLVERS:
+        own = cases[(cases["solver"] == solver.name) & cases["finite"]]
+        columns = {"error": solver.name}
         if solver.exact:
-            columns[f"predicted for {solver.stored.name}"] = "predicted"
-        made += panels.over(cases[(cases["solver"] == solver.name) & cases["finite"]], over, columns)
-    return made
+            columns["predicted"] = f"predicted for {solver.stored.name}"
+        lines.append(own.rename(columns=columns))
 
-
-def _condition_figure(bare: DataFrame) -> Figure:
     def finish(axes: Axes) -> None:
         panels.logarithmic(axes)
-        axes.set_ylim(1e-16, 30)
-        axes.set_yticks([1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1])
-        axes.set_xticks([10.0**k for k in range(2, 13, 2)], [f"1e{k}" for k in range(2, 13, 2)])
-        axes.set_xlim(right=bare["condition"].max())
+        axes.set_ylim(1e-16 if x == "condition" else 1e-6, 30)
+        axes.set_xticks([10.0**k for k in powers], [f"1e{k}" for k in powers])
+        if x == "condition":
+            axes.set_yticks([1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1])
+            axes.set_xlim(right=cases["condition"].max())
 
-    shown = {f"p = {p}": _lines(bare[bare["p"] == p], "condition", SOLVERS) for p in EXPONENTS}
+    return panels.figure(
+        name, title, concat(lines), styles, panel=panel, x=x, y="relative error", form=".0e", finish=finish
+    )
+
+
+def _figures(bare: DataFrame, damped: DataFrame) -> Iterator[Figure]:
+    exponents = bare.assign(panel=bare["p"].map("p = {}".format))
     title = "Error of S^(-1/p) by condition, without damping: mean over seeds, band ± one standard deviation."
-    labels: dict[str, Any] = {"y": "relative error", "x": "condition", "form": ".0e"}
-    return panels.figure("conditions", title, shown, STYLES, finish=finish, **labels)
-
-
-def _damping_figure(cases: DataFrame) -> Figure:
-    def finish(axes: Axes) -> None:
-        panels.logarithmic(axes)
-        axes.set_ylim(1e-6, 30)
-        axes.set_xticks([10.0**k for k in range(-12, -1, 2)], [f"1e{k}" for k in range(-12, -1, 2)])
-
-    some = [solver for solver in SOLVERS if not solver.name.endswith("float64")]
-    groups = {"float32": [s for s in some if s.name.endswith("float32")]}
-    groups["lower"] = [s for s in some if s not in groups["float32"]]
-    shown = {name: _lines(cases, "eps", solvers) for name, solvers in groups.items()}
+    yield _error_figure("conditions", title, exponents, "panel", "condition", range(2, 13, 2), STYLES)
+    low = damped[~damped["solver"].str.endswith("float64")]
+    low = low.assign(panel=low["solver"].str.endswith("float32").map({True: "float32", False: "lower"}))
     styles = {label: look for label, look in STYLES.items() if not label.endswith("float64")}
     title = f"Error of S~^(-1/4) by damping, relative to the largest eigenvalue, at a condition of {ILL:.0e}."
-    labels: dict[str, Any] = {"y": "relative error", "x": "eps", "form": ".0e"}
-    return panels.figure("damping", title, shown, styles, finish=finish, **labels)
+    yield _error_figure("damping", title, low, "panel", "eps", range(-12, -1, 2), styles)
 
 
 def _cost_figure(costs: DataFrame) -> Figure:
-    hues = {"eigh": "vermilion", "newton": "blue"}
     styles: dict[str, style.Style] = {}
-    shown = {}
-    for method, hue in hues.items():
+    lines = []
+    for method, hue in {"eigh": "vermilion", "newton": "blue"}.items():
         styles |= {method: style.Style(hue, style.SOLID), f"{method}, predicted": style.Style(hue, style.DOTTED)}
-    for title, key, predicted in (("milliseconds", "ms", "predicted_ms"), ("megabytes", "mb", "predicted_mb")):
-        shown[title] = [
-            line
-            for method in hues
-            for columns in [{method: key, f"{method}, predicted": predicted}]
-            for line in panels.over(costs[costs["solver"] == method], "d", columns)
-        ]
+        own = costs[costs["solver"] == method]
+        for text, key in (("milliseconds", "ms"), ("megabytes", "mb")):
+            columns = {"d": "rows", key: method, f"predicted_{key}": f"{method}, predicted"}
+            lines.append(own.rename(columns=columns).assign(unit=text))
     title = "Milliseconds and megabytes of a root by its rows, measured and predicted, one thread, float32."
-    return panels.figure("costs", title, shown, styles, y="", x="rows", form=".0e", finish=panels.logarithmic)
+    return panels.figure(
+        "costs", title, concat(lines), styles, panel="unit", x="rows", y="", form=".0e", finish=panels.logarithmic
+    )

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -100,13 +101,12 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    for condition in conditions:
-        for seed in seeds:
-            matrix = Matrix.drawn(d, condition, seed)
-            for p in exponents:
-                for eps in dampings:
-                    for solver in SOLVERS:
-                        yield {"condition": condition, "seed": seed} | solved(solver, matrix, eps, p)
+    """Yield what each solver makes of each matrix, exponent and damping."""
+    plans = list(product(exponents, dampings, SOLVERS))
+    for condition, seed in product(conditions, seeds):
+        matrix = Matrix.drawn(d, condition, seed)
+        for p, eps, solver in plans:
+            yield {"condition": condition, "seed": seed} | solved(solver, matrix, eps, p)
 
 
 def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
@@ -180,9 +180,9 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
 
 
 def constants_of(bare: DataFrame) -> DataFrame:
-    """Return, by solver, its backward error in roundings over conditions and exponents.
+    """Return the backward error of each solver in roundings, over conditions and exponents.
 
-    Only for solvers whose errors are their own, from cases where the condition decides and the error is small;
+    These are the solvers whose errors are their own, in cases where the condition decides and the error is small;
     ``floor`` is the error at the least condition, in units of u.
     """
     rows = {}

@@ -24,13 +24,14 @@ arXiv:2307.09288). Embeddings and output heads are not preconditioned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.bench.roots import newton_products
+from caspr_cli.bench.roots import root_flops
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
@@ -42,7 +43,6 @@ from caspr_cli.optim.symmetric import packed_length
 
 PASSES = 16  # of reading or writing a number for each weight, counted in the engine, without what stays in a cache
 FLOAT = 4  # bytes
-OF_ONE_BLOCK = ("largest", "largest_factors")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Work:
     largest_factors: float  # bytes of its statistics and roots
 
     def times(self, count: float) -> Work:
-        """Return as many of the same."""
-        products = {f.name: count * getattr(self, f.name) for f in fields(Work)}
-        return Work(**products | {name: getattr(self, name) for name in OF_ONE_BLOCK})
+        """Return as many of the same; the largest block stays what it is."""
+        many = Work(**{f.name: count * getattr(self, f.name) for f in fields(Work)})
+        return replace(many, largest=self.largest, largest_factors=self.largest_factors)
 
     @property
     def products(self) -> float:
@@ -83,7 +83,7 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
         p = root_exponent(group["order"], len(sizes), group["exponent"])
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-        own = 2.0 * newton_steps(condition, p) * newton_products(p) * sum(d**3 for d in sizes)
+        own = sum(root_flops("newton", d, p, newton_steps(condition, p)) for d in sizes)
         held = FLOAT * float(packed + full + (0 if is_vector(shape) else sum(sizes)))
         found["parameters"] += count * m_n
         found["newton"] += count * own / group["interval"]
@@ -133,35 +133,20 @@ class Machine:
     newton: bool = False
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """The seconds of an average step, by part."""
-
-    statistics: float
-    roots: float
-    apply: float
-    traffic: float
-    communication: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.statistics + self.roots + self.apply + self.traffic + self.communication
-
-
-def seconds(work: Work, machine: Machine, *, low: bool = False, sent: float = 0.0) -> Seconds:
-    """Return how long a step takes.
+def seconds(work: Work, machine: Machine, *, low: bool = False, sent: float = 0.0) -> dict[str, float]:
+    """Return the seconds of an average step, by part.
 
     Args:
         low: whether roots are applied in bfloat16.
         sent: bytes that come over this rank's link.
     """
-    return Seconds(
-        work.statistics / machine.products,
-        (work.newton if machine.newton else work.roots) / machine.roots,
-        work.apply / (machine.low if low else machine.products),
-        (work.traffic + work.entries) / machine.memory,
-        sent / machine.network,
-    )
+    return {
+        "statistics": work.statistics / machine.products,
+        "roots": (work.newton if machine.newton else work.roots) / machine.roots,
+        "apply": work.apply / (machine.low if low else machine.products),
+        "traffic": (work.traffic + work.entries) / machine.memory,
+        "communication": sent / machine.network,
+    }
 
 
 # ---- many ranks --------------------------------------------------------------------------------------------------
@@ -212,13 +197,13 @@ class Decoder:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """The matrices of one layer: query, key, value, output; gate, up, down."""
+        """Return the matrices of one layer: query, key, value, output; gate, up, down."""
         w, k, h = self.width, self.keys, self.hidden
         return [(w, w), (k, w), (k, w), (w, w), (h, w), (h, w), (w, h)]
 
     @property
     def parameters(self) -> int:
-        """With embeddings and head, without norms."""
+        """Return the parameters with embeddings and head, without norms."""
         return self.layers * sum(m * n for m, n in self.shapes) + 2 * self.vocabulary * self.width
 
     def work(self, **options: object) -> Work:
@@ -259,38 +244,12 @@ class Assumed:
 
     def machine(self) -> Machine:
         """Return one GPU, at the share of its peaks that the optimizer reaches. Products in float32 use no TF32."""
-        flops = 1e12 * self.efficiency
-        return Machine(
-            products=flops * self.float32,
-            roots=flops * self.float32,
-            memory=flops * self.memory,
-            low=flops * self.bfloat16,
-            network=1e9 * self.network,
-            capacity=80e9,
-            newton=True,
-        )
+        float32, low, memory = (1e12 * self.efficiency * peak for peak in (self.float32, self.bfloat16, self.memory))
+        return Machine(float32, float32, memory, low, network=1e9 * self.network, capacity=80e9, newton=True)
 
     def training(self, parameters: float, gpus: int) -> float:
         """Return the seconds of forward and backward."""
         return TRAINING_FLOPS * parameters * self.tokens / (gpus * 1e12 * self.bfloat16 * self.mfu)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A step of a large model."""
-
-    decoder: Decoder
-    gpus: int
-    mode: str
-    variant: str
-    training: float  # seconds
-    seconds: Seconds
-    gigabytes: float  # of weights, gradients and state on one GPU
-    fits: bool
-
-    @property
-    def share(self) -> float:
-        return self.seconds.total / (self.seconds.total + self.training)
 
 
 VARIANTS: tuple[tuple[str, int, bool], ...] = (
@@ -299,24 +258,24 @@ VARIANTS: tuple[tuple[str, int, bool], ...] = (
 )
 
 
-def scaled(decoder: Decoder, gpus: int, assumed: Assumed) -> list[Scaled]:
-    """Return a step for each variant, under data parallelism and under ``fully_shard``.
+def scaled(decoder: Decoder, gpus: int, assumed: Assumed) -> Iterator[dict[str, Any]]:
+    """Yield a step for each variant, under data parallelism and under ``fully_shard``; seconds by part have an ``s_``.
 
     Under data parallelism every rank has all weights and moments and receives all updates.
     """
-    machine, found = assumed.machine(), []
+    machine, training = assumed.machine(), assumed.training(decoder.parameters, gpus)
     for variant, interval, low in VARIANTS:
-        whole = decoder.work(interval=interval)
-        size = 2 if low else FLOAT
-        both = 2.0 * FLOAT * decoder.parameters  # weights and gradients
-        plain = 2.0 * FLOAT * (decoder.parameters - whole.parameters)  # AdamW's moments of the rest
+        whole, size = decoder.work(interval=interval), 2 if low else FLOAT
+        # Weights and gradients, and AdamW's moments of what is not preconditioned.
+        plain = 2.0 * FLOAT * (2 * decoder.parameters - whole.parameters)
         for mode, sent, parts in (
             ("DDP", gathered(whole, size) / NODE, 1),  # the same for all of a node: it comes once
             ("fully_shard", exchanged(whole, gpus, size), gpus),
         ):
             mine = share_of(whole, gpus, divided=parts > 1)
-            held = (both + plain) / parts + mine.moments + mine.factors
-            training, spent = assumed.training(decoder.parameters, gpus), seconds(mine, machine, low=low, sent=sent)
-            fits = held <= machine.capacity
-            found.append(Scaled(decoder, gpus, mode, variant, training, spent, held / 1e9, fits))
-    return found
+            held, spent = plain / parts + mine.state, seconds(mine, machine, low=low, sent=sent)
+            total = sum(spent.values())
+            yield {"model": decoder.name, "gpus": gpus, "mode": mode, "variant": variant, "training": training,
+                   "total": total, "share": total / (total + training), "gigabytes": held / 1e9,
+                   "fits": "yes" if held <= machine.capacity else "no",
+                   **{f"s_{part}": value for part, value in spent.items()}}  # fmt: skip

@@ -33,7 +33,7 @@ TURNS, STEPS = 5, 40
 
 
 def bare(recipe: Recipe) -> float:
-    """Seconds of a loop as anyone would write it."""
+    """Return the seconds of a loop as anyone would write it."""
     task = tasks.load(recipe.task, recipe.seed)
     task.prepare()
     torch.manual_seed(recipe.seed)
@@ -54,7 +54,7 @@ def bare(recipe: Recipe) -> float:
 
 
 def through_the_runner(recipe: Recipe) -> float:
-    """Seconds of training of a whole run: curves and TensorBoard included, validation and checkpoints not."""
+    """Return the seconds of training of a whole run, with curves, without validation and checkpoints."""
     quiet = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as directory,

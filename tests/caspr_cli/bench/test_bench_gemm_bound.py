@@ -31,9 +31,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def recorded(optimizer: Optimizer) -> list[Call]:
-    with Recorder() as recorder:
-        optimizer.step()
-    return recorder.calls
+    return calls_of(optimizer.step)
 
 
 def total(optimizer: KroneckerOptimizer) -> int:
@@ -50,28 +48,19 @@ def test_six_products_a_block_for_caspr_and_four_for_shampoo() -> None:
     assert total(Shampoo(params(*shapes))) == 4 * 3
     assert total(CASPR(params(*shapes), order=3)) == 8 * 3
     assert total(CASPR(params(*shapes), block_size=10)) == 6 * (4 + 4 + 1)
-
-
-def test_vectors_are_no_part_of_it() -> None:
-    assert kronecker_products(CASPR(params((7,)))) == []
+    assert kronecker_products(CASPR(params((7,)))) == []  # vectors are no part of it
     assert total(CASPR([{"params": params((5, 5)), "precondition": False}, {"params": params((6, 5))}])) == 6
 
 
-def test_products_of_a_block_are_the_cost_of_the_formula() -> None:
-    m, n = 20, 12
-    found = kronecker_products(CASPR(params((m, n))))
-    assert flops(found) == 3 * 2 * m * n * (m + n)  # statistics, and two passes
-    assert all(product.dtype == torch.float32 for product in found)
-    assert {product.dtype for product in kronecker_products(CASPR(params((m, n), dtype=torch.float64)))} == {
-        torch.float64
-    }
-
-
-def test_every_axis_counts() -> None:
-    k, a, b, c = 3, 4, 5, 6
-    found = kronecker_products(CASPR(params(*[(a, b, c)] * k), merge="none"))
-    assert sum(product.blocks * product.count for product in found) == k * 3 * (1 + 2)
-    assert flops(found) == k * 3 * 2 * a * b * c * (a + b + c)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_a_block_are_the_cost_of_the_formula(dtype: torch.dtype) -> None:
+    found = kronecker_products(CASPR(params((20, 12), dtype=dtype)))
+    assert flops(found) == 3 * 2 * 20 * 12 * (20 + 12)  # statistics, and two passes
+    assert {product.dtype for product in found} == {dtype}
+    a, b, c = 4, 5, 6
+    found = kronecker_products(CASPR(params((a, b, c), (a, b, c)), merge="none"))  # every axis counts
+    assert sum(product.blocks * product.count for product in found) == 2 * 3 * (1 + 2)
+    assert flops(found) == 2 * 3 * 2 * a * b * c * (a + b + c)
 
 
 class Known(Optimizer):
@@ -111,18 +100,16 @@ def test_the_products_of_a_step_are_found() -> None:
     assert called_flops(Known(params((4, 3)))) == 96 + 96 + 192 + 192 + 96
 
 
+def calls_of(run: Callable[[], None]) -> list[Call]:
+    with Recorder() as recorder:
+        run()
+    return recorder.calls
+
+
 def test_a_replay_calls_the_same_products() -> None:
     calls = recorded(Known(params((4, 3), (6, 3))))
-    again: list[Call] = []
-
-    class Replaying(Known):
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
-            for replay in replays:
-                replay()
-
     replays = replay_calls(calls, CPU)
-    again = recorded(Replaying(params((4, 3))))
+    again = [call for replay in replays for call in calls_of(replay)]
     assert [shapes(call) for call in again] == [shapes(call) for call in calls]
     assert [call.operands for call in again] == [call.operands for call in calls]
     assert [call.scale for call in again] == [call.scale for call in calls]
@@ -149,8 +136,4 @@ def test_the_faster_way_is_taken(faster: str) -> None:
 
 
 def called(run: Callable[[], None]) -> set[str]:
-    class Running(Known):
-        def step(self, closure: Any = None) -> None:
-            run()
-
-    return {call.function.__name__ for call in recorded(Running(params((2, 2))))}
+    return {call.function.__name__ for call in calls_of(run)}

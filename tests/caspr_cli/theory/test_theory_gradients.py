@@ -32,19 +32,10 @@ def test_every_task_has_a_model_and_layers():
 def test_layers_by_their_name():
     assert matching("0.up", SHAPES) == ("blocks.0.up.weight",)
     assert matching("blocks", SHAPES) == ("blocks.0.up.weight", "blocks.0.down.weight")
-
-
-def test_no_such_layer():
     with pytest.raises(ConfigError, match=r"--parameter patche5.*Did you mean patches.weight\? \(there are: "):
         matching("patche5.weight", SHAPES)
-
-
-def test_a_layer_that_is_too_large_gives_the_limit():
     with pytest.raises(ConfigError, match=rf"8 x 3 x 8 x 8 = 1,536 numbers.* at most {LARGEST:,}"):
         matching("patches", SHAPES)
-
-
-def test_a_layer_without_a_task():
     with pytest.raises(ConfigError, match="--parameter up: of which task"):
         recordings(Choice(parameter="up"), silent)
 

@@ -9,7 +9,7 @@ from references.stream import full_matrix, random_stream, statistics
 
 from caspr_cli.theory.gradients import kronecker_stream
 from caspr_cli.theory.preconditioners import (
-    Spectral,
+    Root,
     averaging,
     axis_statistics,
     combined,
@@ -25,8 +25,7 @@ from caspr_cli.theory.preconditioners import (
 )
 
 EPS = 1e-3
-SHAPES = [(3, 4), (4, 2), (1, 5), (5, 1)]
-ORDERS = [1, 2, 3, 7, math.inf]
+SHAPES = [(3, 4), (4, 2), (1, 5)]
 
 
 def stream(shape, seed=0, steps=5):
@@ -35,39 +34,36 @@ def stream(shape, seed=0, steps=5):
 
 
 def close(a, b, tolerance=1e-10):
-    return torch.linalg.matrix_norm(a - b) <= tolerance * torch.linalg.matrix_norm(b)
+    return torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(b)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_statistics_are_those_of_the_reference(shape):
     gradients, G = stream(shape)
     assert close(full_statistic(G, EPS, 3), full_matrix(gradients, EPS, 3))
-    for side, expected in zip(axis_statistics(G, EPS), statistics(gradients, "accumulate", 0.0), strict=True):
-        assert close(side, damped(expected, EPS, "absolute"))
-    for side, expected in zip(
-        axis_statistics(G, EPS, averaging(5, 0.8)), statistics(gradients, "ema", 0.8), strict=True
-    ):
-        assert close(side, damped(expected, EPS, "absolute"))
+    for kind, beta, weights in (("accumulate", 0.0, None), ("ema", 0.8, averaging(5, 0.8))):
+        expected = statistics(gradients, kind, beta)
+        for side, other in zip(axis_statistics(G, EPS, weights), expected, strict=True):
+            assert close(side, damped(other, EPS, "absolute"))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [1, 2, 3, 7, math.inf])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_family_is_that_of_the_reference(shape, order):
     _, G = stream(shape)
     sides = axis_statistics(G, EPS)
-    X = combined(*sides, order)
+    X, inverse = combined(*sides, order), inverse_preconditioner(list(sides), order)
     assert close(X.dense(), preconditioner(list(sides), order))
-    assert close(X.power(-1).dense(), inverse_preconditioner(list(sides), order))
-    update = (inverse_preconditioner(list(sides), order) @ G[-1].flatten()).reshape(shape)
-    assert close(X.power(-1).apply(G[-1]), update)
+    assert close(X.power(-1).dense(), inverse)
+    assert close(X.power(-1).apply(G[-1]), (inverse @ G[-1].flatten()).reshape(shape))
 
 
-def test_spectral_is_the_matrix_itself():
+def test_a_root_is_the_matrix_itself():
     _, G = stream((3, 4))
     F = full_statistic(G, EPS)
-    assert close(Spectral.of(F).dense(), F)
-    assert close(Spectral.of(F).power(-0.5).dense(), spectral_power(F, -0.5))
-    assert close(Spectral.of(F).apply(G[0]).reshape(1, -1), (F @ G[0].flatten()).reshape(1, -1))
+    assert close(Root.of(F).dense(), F)
+    assert close(Root.of(F).power(-0.5).dense(), spectral_power(F, -0.5))
+    assert close(Root.of(F).apply(G[0]).flatten(), F @ G[0].flatten())
 
 
 def test_parts_of_the_full_matrix():
@@ -75,8 +71,7 @@ def test_parts_of_the_full_matrix():
     F = full_statistic(G, EPS)
     assert close(diagonal(G, EPS).dense(), torch.diag(F.diagonal()))
     rows = torch.arange(12) // 4
-    own = rows[:, None] == rows[None, :]
-    assert close(row_statistic(G, EPS), F * own)
+    assert close(row_statistic(G, EPS), F * (rows[:, None] == rows[None, :]))
 
 
 def test_one_sided_and_half():
@@ -86,38 +81,22 @@ def test_one_sided_and_half():
     assert close(one_sided(L, R, left=False).dense(), on_axis(spectral_power(R, 0.5), (3, 4), 1))
     expected = torch.kron(spectral_power(L, 0.5), spectral_power(R, 0.5))
     assert cosine(shampoo_half(L, R).dense(), expected) == pytest.approx(1, abs=1e-12)
-
-
-def test_all_roots_are_of_degree_one():
-    """Ten times the gradients, ten times X (eps grows with their square)."""
-    _, G = stream((3, 4))
-    for make in (lambda *s: combined(*s, 2), lambda *s: one_sided(*s, left=True), shampoo_half):
-        small, large = make(*axis_statistics(G, EPS)), make(*axis_statistics(10 * G, 100 * EPS))
-        assert close(large.dense(), 10 * small.dense())
+    large = shampoo_half(*axis_statistics(10 * G, 100 * EPS))
+    assert close(large.dense(), 10 * shampoo_half(L, R).dense())  # of degree one in G, as the others are
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 3)])
 def test_the_nearest_kronecker_product(shape):
-    """Its distance is the rest of the singular values, it is positive definite, and moving it makes it worse."""
+    """Its distance is the rest of the singular values, and it is positive definite; a product is found again."""
     m, n = shape
     _, G = stream(shape)
     F = full_statistic(G, EPS)
     A, B = nearest_kronecker(F, shape)
     assert torch.linalg.eigvalsh(A)[0] > 0
     assert torch.linalg.eigvalsh(B)[0] > 0
-    best = torch.linalg.matrix_norm(F - torch.kron(A, B))
     moved = F.reshape(m, n, m, n).transpose(1, 2).reshape(m * m, n * n)
-    rest = torch.linalg.svdvals(moved)[1:]
-    assert best == pytest.approx(rest.norm().item(), rel=1e-9)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        other = A + 0.1 * A.norm() * torch.randn(m, m, generator=generator, dtype=torch.float64)
-        assert torch.linalg.matrix_norm(F - torch.kron(other, B)) > best
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
-def test_a_kronecker_product_is_found_again(shape):
-    _, G = stream(shape)
+    rest = torch.linalg.svdvals(moved)[1:].norm().item()
+    assert torch.linalg.matrix_norm(F - torch.kron(A, B)).item() == pytest.approx(rest, rel=1e-9)
     L, R = axis_statistics(G, EPS)
     A, B = nearest_kronecker(torch.kron(L, R), shape)
     assert close(torch.kron(A, B), torch.kron(L, R))
