@@ -52,7 +52,7 @@ def refuse_unfinished(name: str) -> None:
 
 
 def split_named(name: str) -> Split | None:
-    """The split that a folder or a part of a file name stands for, in any case; None where it is no split."""
+    """Return the split that a folder or a part of a file name stands for, in any case; None where it is no split."""
     return SPLIT_NAMES.get(name.lower())
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import struct
@@ -130,12 +131,6 @@ READERS: dict[str, tuple[Callable[[Path], None], str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def written(reader: str, tmp_path: Path) -> Path:
     """The data of a reader, whole."""
     root = tmp_path / ("data.zip" if reader.endswith("zip") else "data")
@@ -143,10 +138,10 @@ def written(reader: str, tmp_path: Path) -> Path:
     return root
 
 
-def read(reader: str, root: Path, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
+def read(reader: str, root: Path | str | None, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
     """All that a run reads, as it reads it."""
     _, name, small = READERS[reader]
-    conf = schema.TASKS[name](**{"data": Source.files, "root": str(root), "batch_size": 2, **small, **changes})
+    conf = schema.TASKS[name](**{"data": Source.files, "root": root and str(root), "batch_size": 2, **small, **changes})
     task = tasks.load(conf, 0)
     task.prepare()
     found: dict[str, list[Any]] = {}
@@ -196,6 +191,10 @@ def listen(path: Path) -> None:
 
 def rename(name: str, to: str) -> Damage:
     return lambda root: (root / name).rename(root / to)
+
+
+def remove(*names: str) -> Damage:
+    return lambda root: [shutil.rmtree(root / n) if (root / n).is_dir() else (root / n).unlink() for n in names]
 
 
 def copy(name: str, to: str) -> Damage:
@@ -257,6 +256,9 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("deep", put(TRAIN, b'{"text": "a", "b": ' + b"[" * 100_000 + b"\n", packed=True),
          rf"^{TRAIN}:1: brackets nested too deeply$"),
         ("number", put(TRAIN, b"9" * 5000 + b"\n", packed=True), rf"^{TRAIN}:1: not a JSON object with a 'text'"),
+        *((f"line-{line}", put(TRAIN, b'{"text": "fine"}\n' * 3 + line.encode(), packed=True),
+           rf"^{TRAIN}:4: not a JSON object with a 'text' field$")
+          for line in ("{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}')),
         ("folder", instead(SECOND, Path.mkdir), rf"{SECOND}: is a folder, not a file$"),
         ("pipe", instead(SECOND, os.mkfifo), rf"{SECOND}: is a pipe, not a file$"),
         ("socket", instead(SECOND, listen), rf"{SECOND}: is a socket, not a file$"),
@@ -298,6 +300,20 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
          r"/train/cat/up: is a link to a folder that it lies in$"),
         ("unfinished", put("train/cat/9.png.crdownload", b""), r"^train/cat/9\.png\.crdownload: is a download"),
         ("strip", lambda root: Image.new("RGB", (5000, 1)).save(root / "train/cat/0.png"), r"5000 x 1 pixels"),
+        ("stray", put("train/cat/a.txt", b"a cat"), r"^data: train/cat/a\.txt is not an image \(\.jpg"),
+        ("deep", lambda root: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / "test/dog/1.png"),
+         r"^data: test/dog/1\.png: more than 8 bits a channel"),
+        ("more-classes", copy("test/cat", "test/fox"), r"^data: the test split has the class 'fox', which the tr"),
+        ("no-class", remove("test/cat"), r"^data: the test split has no folder of the class 'cat'$"),
+        ("empty-class", instead("train/dog", Path.mkdir), r"^data: no images of the class 'dog' in the train split$"),
+        ("empty-split", instead("test", Path.mkdir), r"^data: no images in the test split$"),
+        ("no-test", remove("test"), r"^task\.root: no folder test \(nor validation\) in data"),
+        ("no-train", remove("train"), r"^task\.root: no folder train in data; the layout is "),
+        ("training", rename("train", "training"), r"^data: training is no name of a split \(they are train, val, .*\)"),
+        ("no-folder", rename("train/cat/0.png", "train/0.png"), r"^data: train/0\.png lies in no folder of a class"),
+        ("one-image", remove("train/dog/0.png", "train/dog/1.png", "train/dog/2.png"),
+         r"class number 1 has one training image"),
+        ("one-class", remove("train/cat", "test/cat"), r"^data: one class alone \(dog\)"),
     ],
     "opened": [
         ("cut", cut("test/cat/0.png"), r"^data: test/cat/0\.png cannot be decoded \("),
@@ -314,6 +330,8 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("outside", repacked(lambda c: c.update({"../train/cat/9.png": image()})), r"^data\.zip: \.\./train/cat/9"),
         ("absolute", repacked(lambda c: c.update({"/train/cat/9.png": image()})), r"a path that leads out of the zip$"),
         ("drive", repacked(lambda c: c.update({"C:\\train\\9.png": image()})), r"a path that leads out of the zip$"),
+        ("crc", lambda root: root.write_bytes(root.read_bytes().replace(image(12)[60:70], bytes(10))),
+         r"^data\.zip: train/dog/2\.png cannot be read \(Bad CRC-32"),
         ("split", repacked(lambda c: c.update({"testing/cat/9.png": image()})), r"^data\.zip: testing is no name"),
     ],
     "fashion": [
@@ -321,6 +339,10 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("test-label", idx("t10k-labels-idx1-ubyte", 9, 10), r"t10k-labels-idx1-ubyte: label 10, but fashion_mnist"),
         ("magic", idx("train-images-idx3-ubyte", 2, 99), r"train-images.*: these are not the files of fashion_mnist"),
         ("empty", put("FashionMNIST/raw/t10k-labels-idx1-ubyte", b""), r"t10k-labels.*: these are not the files"),
+        ("cut", cut("FashionMNIST/raw/train-images-idx3-ubyte"), r"these are not the files of fashion_mnist \("),
+        ("swapped", lambda root: shutil.copy(root / "FashionMNIST/raw/train-labels-idx1-ubyte",
+                                             root / "FashionMNIST/raw/t10k-labels-idx1-ubyte"),
+         r"^t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte: 10 images and 40 labels$"),
         ("pipe", instead("FashionMNIST/raw/t10k-labels-idx1-ubyte", os.mkfifo), r"^task\.root: no FashionMNIST/raw/t1"),
     ],
     "ogb": [
@@ -358,6 +380,15 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, reader: str, dam
     with pytest.raises(DataError, match=words) as caught:
         read(reader, root)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_root_that_is_none(tmp_path: Path, reader: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for root, words in ((None, "task.data=files needs the directory of "), ("/nowhere", "no such directory: /nowhere"),
+                        (tmp_path / "empty", "no ")):  # fmt: skip
+        with pytest.raises(DataError, match=rf"^task\.root: {re.escape(words)}"):
+            read(reader, root)
 
 
 @pytest.mark.parametrize("reader", DAMAGED)

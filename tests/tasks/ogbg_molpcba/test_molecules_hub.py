@@ -47,7 +47,7 @@ def hub(monkeypatch):
 def test_every_row_is_a_graph(hub):
     library = Library(HUB)
     for split in SPLITS:
-        graphs = list(library.graphs(split))
+        graphs = list(library.dataset(split))
         assert len(graphs) == 5
         for i, graph in enumerate(graphs):
             assert graph.nodes.tolist() == hub[split]["node_feat"][i]
