@@ -154,7 +154,7 @@ SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 }
 
 
-def recipe(name: str, root: Path | None, **changes: Any) -> TaskConf:
+def recipe(name: str, root: Path | None, /, **changes: Any) -> TaskConf:
     """A small recipe of the task ``name`` over the data at ``root``."""
     small = {"data": Source.files, "root": root and str(root), "batch_size": 4, **SMALL[name][1]}
     conf: TaskConf = schema.TASKS[name](**{**small, **changes})

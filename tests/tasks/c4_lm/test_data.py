@@ -97,7 +97,7 @@ def test_sample_without_sources(tmp_path, monkeypatch):
         Corpus(C4LMConf()).check()
 
 
-def test_sample_start_reads_nothing_twice(library, cache, monkeypatch):
+def test_sample_start_reads_nothing_twice(library, monkeypatch):
     first = Corpus(C4LMConf(vocab_size=300, sequence=8))
     first.check()
     monkeypatch.setattr(sources, "docstrings", lambda _: pytest.fail("parsed again"))
@@ -144,7 +144,7 @@ def test_hub_needs_numbers_of_documents(key):
         documents(hub(**{key: None}))
 
 
-def test_hub_takes_the_first_documents_once(monkeypatch, cache):
+def test_hub_takes_the_first_documents_once(monkeypatch):
     import datasets
 
     def load(path, name, *, split, streaming):
@@ -265,7 +265,7 @@ def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch)
         patch.setattr(tokens, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Corpus(conf()).check()
-    assert [path.name for path in cache.iterdir()] == [".lock"]
+    assert [path.name for path in (cache / "c4_lm").iterdir()] == [".lock"]
     Corpus(conf()).check()
 
 
@@ -284,7 +284,7 @@ def test_two_processes_build_at_once(conf, cache):
         arguments = documents(conf()), 300
         one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
     assert one == other == Corpus(conf()).directory
-    assert {path.name for path in cache.iterdir()} == {".lock", "sources", one.name}
+    assert {path.name for path in (cache / "c4_lm").iterdir()} == {".lock", "sources", one.name}
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):
@@ -295,7 +295,7 @@ def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkey
 
     monkeypatch.setattr(tokens, "_encode", encode_while_another_finishes)
     Corpus(conf()).check()
-    assert len(list(cache.glob("[!.]*"))) == 2
+    assert len(list((cache / "c4_lm").glob("[!.]*"))) == 2
 
 
 def test_cache_root_follows_the_environment(monkeypatch):
