@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from tasks.errors import DataError
 from tasks.files import entries_below, reading, regular
-from tasks.names import is_dropping, refuse_unfinished
+from tasks.names import is_ignored, refuse_unfinished
 
 ENCRYPTED, IN_UTF8 = 0x1, 0x800  # flags of a member
 # What Python unpacks; zstandard since 3.14.
@@ -86,7 +86,7 @@ def _members(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
         folder = name.endswith("/")
         if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
             raise DataError(f"{where}: {name} is a path that leads out of the zip")
-        if not parts or any(is_dropping(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
+        if not parts or any(is_ignored(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
             continue
         path = "/".join(parts)
         if folder:

@@ -1,4 +1,4 @@
-"""What the runner needs to know of a task."""
+"""The interface of a task, as the runner uses it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import TaskConf
 from tasks.errors import DataError
-from tasks.names import is_dropping, refuse_unfinished
+from tasks.names import is_ignored, refuse_unfinished
 
 LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
 
@@ -126,14 +126,14 @@ def entries_below(root: Path, *, deep: bool = True) -> list[str]:
         if here in above:
             raise DataError(f"{folder}: is a link to a folder that it lies in")
         for entry in entries:
-            if is_dropping(entry.name, folder=True):
+            if is_ignored(entry.name, folder=True):
                 continue
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and stat.S_ISDIR(mode_of(path))):
                 found.append(f"{prefix}{entry.name}/")
                 if deep:
                     walk(path, found[-1], above | {here})
-            elif not is_dropping(entry.name):
+            elif not is_ignored(entry.name):
                 if not entry.is_file(follow_symlinks=False):
                     regular(path)
                 refuse_unfinished(f"{prefix}{entry.name}")

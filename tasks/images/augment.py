@@ -1,4 +1,4 @@
-"""What training images go through. All of it draws from torch's global generator."""
+"""Augmentation of training images. All of it draws from torch's global generator."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ EXTRACT = (
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its classes in the order of their labels, and an album for each split."""
+    """The classes of a source in the order of their labels, and an album for each split."""
 
     classes: list[str]
     albums: dict[Split, Album]

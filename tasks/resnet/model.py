@@ -15,7 +15,7 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """What both kinds share: the sum of a branch and the input, which is projected where their shapes differ."""
+    """The sum of a branch and the input, which is projected where their shapes differ."""
 
     expansion: int
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from written import SMALL, recipe
 
 import tasks
 from caspr_cli.optim import CASPR
+from caspr_cli.recipe.schema import Source
 from tasks.base import SPLITS, DataError, Task
 from tasks.metrics import Sums
 
@@ -230,6 +232,22 @@ def test_bfloat16_autocast_stays_close(task: Task) -> None:
 def test_impossible_keys_are_named(of: str, change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
         tasks.load(recipe(of, None, **change), 0)
+
+
+@pytest.mark.parametrize("of", ["c4_lm", "ud_pos", "ogbg_molpcba"])
+def test_without_a_network_it_says_what_to_do_instead(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach it on the Hub\nand a page of more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    limits = {"train_documents": 5, "eval_documents": 2} if of == "c4_lm" else {}
+    with pytest.raises(DataError) as caught:
+        tasks.load(recipe(of, None, data=Source.hub, **limits), 0).prepare()
+    first, *more = str(caught.value).splitlines()
+    assert first == "the Hugging Face hub cannot be reached (Couldn't reach it on the Hub)"
+    assert 1 <= len(more) <= 2
+    assert more[0].startswith("take task.data=sample ")
+    assert "task.data=files task.root=DIR" in more[0]
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import socket
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from written import write_fashion
 
 import tasks
 from caspr_cli.recipe import schema
@@ -27,7 +27,7 @@ from caspr_cli.recipe.schema import Augment, Images, Source
 from tasks import files
 from tasks.archives import Zip
 from tasks.base import SPLITS, DataError, Task
-from tasks.names import is_dropping, resembles_split, split_named
+from tasks.names import is_ignored, resembles_split, split_named
 
 Damage = Callable[[Path], Any]
 
@@ -83,17 +83,6 @@ def pack(path: Path, content: dict[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as file:
         for name, data in content.items():
             file.writestr(name, data)
-
-
-def write_fashion(root: Path) -> None:
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 10)):
-        header = struct.pack(">4I", 0x803, count, 28, 28)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + bytes(i % 251 for i in range(28 * 28 * count)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2I", 0x801, count) + bytes(i % 10 for i in range(count))
-        )
 
 
 def write_ogb(root: Path) -> None:
@@ -462,16 +451,16 @@ def test_imagenet_may_be_links(tmp_path: Path) -> None:
     assert sizes("imagenet", root) == {"train": 6, "validation": 2, "test": 4}
 
 
-DROPPINGS = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/0.png", "@eaDir/0.png", "0.png~",
+IGNORED = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/0.png", "@eaDir/0.png", "0.png~",
              "__MACOSX/0.png", ".git/HEAD", ".nfs0001", "Icon\r", "#0.png#")  # fmt: skip
 
 
 @pytest.mark.parametrize("reader", ["images", "zip", "opened", "ud", "c4", "ogb", "ogb_zip"])
-def test_droppings_are_passed_over(tmp_path: Path, reader: str) -> None:
+def test_ignored_files_are_passed_over(tmp_path: Path, reader: str) -> None:
     root = written(reader, tmp_path)
     expected = read(reader, root)[0].describe_data()
     if reader == "zip":
-        repacked(lambda c: c.update({f"train/cat/{name}": b"no image" for name in DROPPINGS}))(root)
+        repacked(lambda c: c.update({f"train/cat/{name}": b"no image" for name in IGNORED}))(root)
     elif reader == "ogb_zip":
         with zipfile.ZipFile(root, "a") as file:
             for folder in ("", "pcba/raw/", "__MACOSX/pcba/raw/"):
@@ -479,7 +468,7 @@ def test_droppings_are_passed_over(tmp_path: Path, reader: str) -> None:
                     file.writestr(folder + name, b"no table")
     else:
         for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-            for name in DROPPINGS:
+            for name in IGNORED:
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(b"no data")
         (root / ".dangling").symlink_to("nowhere")
@@ -612,10 +601,10 @@ def test_a_full_disk_is_no_fault_of_the_data(error: Exception) -> None:
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_a_dropping() -> None:
-    assert all(is_dropping(name.partition("/")[0]) for name in DROPPINGS)
-    assert not any(map(is_dropping, ("cat", "0.png", "a#b", "Icon", "MACOSX", "git", "thumbs")))
-    assert not is_dropping("cat~", folder=True)
+def test_what_is_ignored() -> None:
+    assert all(is_ignored(name.partition("/")[0]) for name in IGNORED)
+    assert not any(map(is_ignored, ("cat", "0.png", "a#b", "Icon", "MACOSX", "git", "thumbs")))
+    assert not is_ignored("cat~", folder=True)
 
 
 def test_what_names_a_split() -> None:

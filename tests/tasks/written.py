@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def write_folder(root: Path) -> Path:
         for i in range(2):
             write_image(root / "test" / name / f"{i}.png", 80 * label + 20 + i)
     return root
+
+
+def write_fashion(root: Path) -> None:
+    """Fashion-MNIST as torchvision leaves it, with 40 training and 10 test images."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 40), ("t10k", 10)):
+        header = struct.pack(">4I", 0x803, count, 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + bytes(i % 251 for i in range(28 * 28 * count)))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, count) + bytes(i % 10 for i in range(count))
+        )
 
 
 # ---- molecules -----------------------------------------------------------------------------------------------------

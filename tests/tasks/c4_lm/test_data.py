@@ -165,22 +165,6 @@ def test_hub_takes_the_first_documents_once(monkeypatch):
     assert Corpus(hub(sequence=4)).directory == first.directory
 
 
-def test_hub_offline_says_what_to_do(monkeypatch):
-    import datasets
-
-    def load(*_, **__):
-        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (OfflineModeIsEnabled)\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError) as caught:
-        Corpus(hub()).check()
-    message = str(caught.value)
-    assert message.startswith("the Hugging Face hub cannot be reached (Couldn't reach 'allenai/c4'")
-    assert "task.data=sample" in message
-    assert "task.data=files task.root=DIR" in message
-    assert len(message.splitlines()) <= 3
-
-
 # ---- token files ------------------------------------------------------------------------------------------------
 
 

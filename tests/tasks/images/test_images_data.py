@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
+from written import write_fashion
 
 from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
 from tasks.base import DataError
@@ -241,18 +242,6 @@ def write_cifar(root, cls, monkeypatch, images=20):
     monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5}, raising=False)
 
 
-def write_fashion(root, images=20):
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", images), ("t10k", 10)):
-        pixels = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        labels = bytes(i % 10 for i in range(count))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + count.to_bytes(4, "big") + labels)
-
-
 @pytest.mark.parametrize(("images", "cls"), [(Images.cifar10, datasets.CIFAR10), (Images.cifar100, datasets.CIFAR100)])
 def test_cifar_as_torchvision_leaves_it(tmp_path, monkeypatch, images, cls):
     # torchvision's CIFAR100 inherits train_list from itself; both are restored after the test
@@ -298,7 +287,7 @@ def test_hub_fetches_once_and_then_needs_no_network(monkeypatch, tmp_path):
     conf = ImagesConf(name="images", data=Source.hub, images=Images.fashion_mnist)
     Gallery(conf).check()
     monkeypatch.setattr(datasets.FashionMNIST, "download", lambda _: pytest.fail("fetched again"))
-    assert len(Gallery(conf).dataset("train")) == 10
+    assert len(Gallery(conf).dataset("train")) == 30
     assert not list(tmp_path.rglob("*ubyte"))  # what was fetched is not kept twice
 
 
