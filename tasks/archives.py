@@ -8,11 +8,11 @@ import stat
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from tasks.errors import DataError
 from tasks.files import entries_below, reading, regular
-from tasks.names import is_dropping, refuse_unfinished
+from tasks.names import is_ignored, refuse_unfinished
 
 ENCRYPTED, IN_UTF8 = 0x1, 0x800  # flags of a member
 # What Python unpacks; zstandard since 3.14.
@@ -20,47 +20,27 @@ METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.
            getattr(zipfile, "ZIP_ZSTANDARD", zipfile.ZIP_STORED)}  # fmt: skip
 
 
-class Files(Protocol):
-    """Files by their names relative to the top."""
-
-    root: Path  # a directory, or an archive
-
-    def names(self) -> list[str]:
-        """Of all files and folders, sorted; a folder's ends in a slash. Raises :class:`DataError`."""
-
-    def open(self, name: str) -> IO[bytes]:
-        """To be read. Errors are those of the library; put :func:`tasks.files.reading` around it."""
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-
-
-def files_of(root: Path) -> Files:
-    """The files of a directory or a zip. Raises :class:`DataError` where it is neither."""
-    return Folder(root) if root.is_dir() else Zip(root)
-
-
 class Folder:
-    """A directory; see :func:`tasks.files.entries_below`."""
+    """The files of a directory, by their names relative to it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def names(self) -> list[str]:
-        """See :class:`Files`."""
+        """Return the names of all files and folders, see :func:`tasks.files.entries_below`."""
         return entries_below(self.root)
 
     def open(self, name: str) -> IO[bytes]:
-        """See :class:`Files`."""
+        """Open a file to read it. Errors are those of the library; put :func:`tasks.files.reading` around it."""
         return regular(self.root / name).open("rb")
 
     def size(self, name: str) -> int:
-        """See :class:`Files`."""
+        """Return the number of bytes of a file."""
         return (self.root / name).stat().st_size
 
 
 class Zip:
-    """A zip. It is opened when it is asked for something, once in each process, and has a pickle."""
+    """As :class:`Folder`, of a zip. It is opened when it is asked for something, once in each process."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -68,17 +48,14 @@ class Zip:
         self._opened: dict[int, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
 
     def names(self) -> list[str]:
-        """See :class:`Files`."""
         with reading(f"task.root: {self.root.name}", "is neither a directory nor a zip that can be read"):
             return sorted(self._open()[1])
 
     def open(self, name: str) -> IO[bytes]:
-        """See :class:`Files`."""
         file, members = self._open()
         return file.open(members[name])
 
     def size(self, name: str) -> int:
-        """See :class:`Files`."""
         return self._open()[1][name].file_size
 
     def _open(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
@@ -92,8 +69,16 @@ class Zip:
         return self.__dict__ | {"_opened": {}}  # an open file has no pickle
 
 
+Files = Folder | Zip
+
+
+def files_of(root: Path) -> Files:
+    """Return the files of a directory or a zip. Raises :class:`DataError` where it is neither."""
+    return Folder(root) if root.is_dir() else Zip(root)
+
+
 def _members(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
-    """The members by their names. Raises :class:`DataError` for one that cannot be unpacked, or is no file."""
+    """Return the members by their names. Raises :class:`DataError` for one that cannot be unpacked, or is no file."""
     found: dict[str, zipfile.ZipInfo] = {}
     for info in file.infolist():
         name = member_name(info)
@@ -101,7 +86,7 @@ def _members(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
         folder = name.endswith("/")
         if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in parts:
             raise DataError(f"{where}: {name} is a path that leads out of the zip")
-        if not parts or any(is_dropping(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
+        if not parts or any(is_ignored(part, folder=folder or i < len(parts) - 1) for i, part in enumerate(parts)):
             continue
         path = "/".join(parts)
         if folder:
@@ -121,7 +106,7 @@ def _members(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
 
 
 def member_name(info: zipfile.ZipInfo) -> str:
-    """The name of a member with slashes, whoever packed it; a folder's ends in one.
+    """Return the name of a member with slashes, whoever packed it; a folder's ends in one.
 
     Names are in UTF-8 where a flag says so. Without the flag they should be in code page 437, but macOS and older
     programs on Linux write UTF-8 then, too: what is valid UTF-8 is taken for it. Some programs on Windows write

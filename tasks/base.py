@@ -1,27 +1,71 @@
-"""What the runner needs to know of a task."""
+"""The interface of a task, as the runner uses it."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
+from caspr_cli.recipe.schema import TaskConf
 from tasks.errors import DataError
 
-__all__ = ["SPLITS", "DataError", "Split", "Task", "place_of"]
+__all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
-def place_of(name: str) -> float:
-    """A number in [0, 1) that hangs on the name alone: deals out what has no split of its own."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+def split_of(name: str, held_out: float) -> Split:
+    """Return the split of a sample in data without splits of their own: it depends on the sample's name alone.
+
+    Args:
+        held_out: share of the samples in the validation split, and in the test split.
+    """
+    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
+    return "validation" if part < held_out else "test" if part < 2 * held_out else "train"
+
+
+def require(conf: TaskConf, *, positive: tuple[str, ...] = (), share: tuple[str, ...] = ()) -> None:
+    """Raise :class:`DataError` for a key that is out of its range.
+
+    Args:
+        positive: names of whole numbers that must be at least 1.
+        share: names of numbers that must be in [0, 1).
+    """
+    for key in positive:
+        if getattr(conf, key) < 1:
+            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1")
+    for key in share:
+        if not 0 <= getattr(conf, key) < 1:
+            raise DataError(f"task.{key}: {getattr(conf, key)} is not in [0, 1)")
+
+
+class Data(Protocol):
+    """The data of one recipe. Nothing is read or built before it is asked for."""
+
+    def check(self) -> None:
+        """Read the data, or build what is kept of them on disk. Idempotent, and safe to be killed.
+
+        Raises:
+            DataError: they cannot be used.
+        """
+
+    def dataset(self, split: Split) -> Dataset[Any]:
+        """Return a map-style data set (``len`` and integer index), the same on every rank and in every run.
+
+        Training samples may be augmented with what they draw from torch's global generator; no other generator.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return ``name``, ``source``, ``hash`` of the content, ``splits`` with the sizes of each, and what else helps.
+
+        ``splits[split][unit]`` is what the header of a run shows; the whole goes into the record as it is.
+        """
 
 
 class Task(ABC):
@@ -38,42 +82,44 @@ class Task(ABC):
     unit: ClassVar[str] = "samples"
     #: modules of the model that are output layers, by name
     heads: ClassVar[tuple[str, ...]] = ()
+    data: Data
 
-    @abstractmethod
     def prepare(self) -> None:
-        """Build what is cached on disk (tokenizer, token files). Idempotent; safe to be killed."""
+        """Build what is cached on disk (tokenizer, token files). Raises as :meth:`Data.check`."""
+        self.data.check()
 
-    @abstractmethod
     def dataset(self, split: Split) -> Dataset[Any]:
-        """A map-style data set (``len`` and integer index), the same on every rank and every run.
+        """Return the data set of a split, see :meth:`Data.dataset`."""
+        return self.data.dataset(split)
 
-        Training samples may be augmented with what they draw from torch's global generator; no other generator.
-        """
+    def describe_data(self) -> dict[str, Any]:
+        """Return what the record says of the data, see :meth:`Data.describe`."""
+        return self.data.describe()
 
     def collate(self, samples: list[Any]) -> Any:
-        """A batch from samples: tensors, or what holds tensors and can be moved with ``.to(device)``."""
+        """Return a batch of samples: tensors, or what holds tensors and can be moved with ``.to(device)``."""
         return default_collate(samples)
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A freshly initialised model. Its initial weights depend on torch's global seed alone."""
+        """Return a new model. Its initial weights depend on torch's global seed alone."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean training loss of a batch, a scalar."""
+        """Return the mean training loss of a batch, a scalar."""
 
     @abstractmethod
     def metrics(self) -> Metric:
-        """An accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``."""
+        """Return an accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:
         """Add one validation or test batch to ``metrics``."""
 
     def plain(self, model: nn.Module) -> dict[str, str]:
-        """Names, as in ``model.named_parameters()``, of what is left to AdamW, with the reason for each.
+        """Return which parameters are left to AdamW, by name, with the reason for each; the others are preconditioned.
 
-        Everything else is preconditioned. Here: vectors, embeddings and the layers in :attr:`heads`.
+        Here: vectors, embeddings and the layers in :attr:`heads`.
         """
         found = {}
         for prefix, module in model.named_modules():
@@ -91,15 +137,8 @@ class Task(ABC):
 
     @abstractmethod
     def units(self, batch: Any) -> int:
-        """How many of :attr:`unit` the batch holds (tokens, graphs, images)."""
+        """Return how many of :attr:`unit` the batch holds (tokens, graphs, images)."""
 
     @abstractmethod
     def train_flops(self, model: nn.Module) -> float:
-        """FLOPs of forward and backward for one global batch (2 per multiply-add), from the model's shapes."""
-
-    @abstractmethod
-    def describe_data(self) -> dict[str, Any]:
-        """Which data these are: ``name``, ``source``, ``hash`` of their content, and ``splits`` with sizes of each.
-
-        ``splits[split][unit]`` is what the header of a run shows; it goes into the record as it is.
-        """
+        """Return the FLOPs of forward and backward for one global batch, from the model's shapes (2 a multiply-add)."""

@@ -12,24 +12,28 @@ import hashlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from caspr_cli.common.files import disk_error
 from tasks.errors import DataError
 from tasks.files import reading
 
+T = TypeVar("T")
 ASIDE, LOCK = ".building-", ".lock"
 META = "meta.json"  # in every directory of the cache: what it holds, with its content's ``hash``
 
 
 def cache_root(kind: str) -> Path:
-    """Where this kind of data ("c4_lm", "images", ...) is kept."""
+    """Return where this kind of data ("c4_lm", "images", ...) is kept."""
     home = os.environ.get("CASPR_CACHE")
     if home:
         return Path(home).expanduser() / kind
@@ -37,12 +41,12 @@ def cache_root(kind: str) -> Path:
 
 
 def digest(parts: Iterable[str]) -> str:
-    """Sixteen hex digits that stand for these strings."""
+    """Return sixteen hex digits that stand for these strings."""
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def build_once(built: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """The directory ``built``, made now if it is not there.
+    """Return the directory ``built``, made now if it is not there.
 
     Args:
         build: fills the empty directory that it is given, and returns what goes into ``meta.json``.
@@ -63,7 +67,7 @@ def build_once(built: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
 
 @contextmanager
 def building(parent: Path) -> Iterator[Path]:
-    """An empty directory in the folder ``parent`` of the cache to build something in, and away with it at the end.
+    """Give an empty directory in the folder ``parent`` of the cache to build something in, and delete it at the end.
 
     Raises:
         DataError: the cache cannot be written.
@@ -83,7 +87,7 @@ def building(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(parent: Path) -> Iterator[Path]:
-    """A new directory, whose lock this process holds. One whose lock nobody holds was left by the dead, and goes."""
+    """Give a new directory, whose lock this process holds; delete those whose lock no process holds any more."""
     with (parent / LOCK).open("a") as gate:
         _lock(gate, fcntl.LOCK_EX)  # between making a directory and locking it, nobody looks
         for left in parent.glob(f"{ASIDE}*"):
@@ -101,7 +105,7 @@ def _claimed(parent: Path) -> Iterator[Path]:
 
 
 def _lock(file: IO[str], kind: int) -> bool:
-    """Whether the lock is had; never on a file system without locks, where nothing is deleted then."""
+    """Return whether the lock is held; never on a file system without locks, where nothing is deleted then."""
     try:
         fcntl.flock(file, kind)
     except OSError:
@@ -120,8 +124,43 @@ def move_into_place(whole: Path, built: Path) -> None:
             raise
 
 
+class Built(ABC):
+    """The data of one recipe as files in a directory of the cache. Nothing is built before it is asked for."""
+
+    @abstractmethod
+    def build(self) -> Path:
+        """Return the directory, built now if it is not there."""
+
+    @cached_property
+    def directory(self) -> Path:
+        return self.build()
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        return read_meta(self.directory)
+
+    def array(self, name: str, shape: Iterable[int] | None = None) -> np.ndarray[Any, Any]:
+        """Return the array of a ``.npy`` file. Raises :class:`DataError` where it is damaged, or of another shape."""
+        path = self.directory / f"{name}.npy"
+        array = read_array(path)
+        with whole(path):
+            if shape is not None and array.shape != tuple(shape):
+                raise damaged(path)
+        return array
+
+
+class MappedData(Dataset[T]):
+    """A data set over memory-mapped files. It is pickled as its arguments: a pickled map would be a full copy."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments
+
+
 def read_meta(built: Path) -> dict[str, Any]:
-    """What ``meta.json`` says. Raises :class:`DataError` where it is damaged."""
+    """Return what ``meta.json`` says. Raises :class:`DataError` where it is damaged."""
     with whole(built / META):
         meta: dict[str, Any] = json.loads((built / META).read_text(encoding="utf8"))
         if meta.keys():
@@ -130,13 +169,13 @@ def read_meta(built: Path) -> dict[str, Any]:
 
 
 def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    """A ``.npy`` file, as ``np.save`` writes it, which gives no reason where the disk is full."""
+    """Write a ``.npy`` file as ``np.save`` does, which gives no reason where the disk is full."""
     with array_file(path, array.dtype, array.shape) as file:
         file.write(np.ascontiguousarray(array).data)
 
 
 def array_file(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> IO[bytes]:
-    """A ``.npy`` file to write the numbers into, in C order. (In a mapped file a full disk would kill the process.)"""
+    """Open a ``.npy`` file to write the numbers into, in C order (a full disk kills a process that writes a map)."""
     file = path.open("wb")
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, described)
@@ -144,7 +183,7 @@ def array_file(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> IO[b
 
 
 def read_array(path: Path) -> np.ndarray[Any, Any]:
-    """A ``.npy`` file of the cache, memory-mapped. Raises :class:`DataError` where it is damaged."""
+    """Return a ``.npy`` file of the cache, memory-mapped. Raises :class:`DataError` where it is damaged."""
     with whole(path):
         array: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
@@ -152,7 +191,7 @@ def read_array(path: Path) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[None]:
-    """Around what reads a file of the cache: whatever goes wrong, :class:`DataError` says that it is damaged."""
+    """Around what reads a file of the cache: for any error, :class:`DataError` says that the file is damaged."""
     try:
         with reading(str(path)):
             yield
@@ -161,5 +200,5 @@ def whole(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path) -> DataError:
-    """What to say of a file of the cache that is not as it was written."""
+    """Return the error of a file of the cache that is not as it was written."""
     return DataError(f"{path}: damaged; delete {path.parent} and start again")

@@ -1,7 +1,7 @@
-"""What is said of data that cannot be used. Imports no torch."""
+"""The error of data that cannot be used. Imports no torch."""
 
 from __future__ import annotations
 
 
 class DataError(Exception):
-    """What a user can mend: one to three lines that name the key, or the file and line."""
+    """An error that a user can correct: one to three lines that name the key, or the file and line."""

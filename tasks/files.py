@@ -1,4 +1,4 @@
-"""Reading a user's files: which there are, and one clear line, with file and line, for whatever is wrong with them."""
+"""Reading a user's files and the hub: which there are, and one clear line for whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import TaskConf
 from tasks.errors import DataError
-from tasks.names import is_dropping, refuse_unfinished
+from tasks.names import is_ignored, refuse_unfinished
 
 LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
 
@@ -44,7 +44,7 @@ def reading(what: str | Callable[[], str], problem: str = "cannot be read") -> I
 
 
 def reason(error: Exception) -> str:
-    """An error in a few words on one line."""
+    """Return an error in a few words on one line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):
@@ -57,11 +57,32 @@ def reason(error: Exception) -> str:
     return words
 
 
+@contextmanager
+def reaching(what: str, instead: str) -> Iterator[None]:
+    """Around every use of the hub, also where rows are streamed from it.
+
+    Args:
+        what: "the Hugging Face hub", or whose server it is.
+        instead: what a user without it can do, for the second line of the message.
+
+    Raises:
+        DataError: it cannot be reached.
+        OSError: the disk is full that it is fetched to.
+    """
+    try:
+        yield
+    except OSError as error:  # ConnectionError, and every error of huggingface_hub
+        if disk_error(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise DataError(f"{what} cannot be reached ({first})\n{instead}") from error
+
+
 # ---- which files there are -----------------------------------------------------------------------------------------
 
 
 def root_of(conf: TaskConf, holds: str) -> Path:
-    """The directory ``task.root``.
+    """Return the directory ``task.root``.
 
     Args:
         holds: what should be in it, for the message: "the *.conllu files of a treebank".
@@ -75,7 +96,7 @@ def root_of(conf: TaskConf, holds: str) -> Path:
 
 
 def data_files(root: Path) -> list[Path]:
-    """The files that the data at ``root`` consist of, in order of their paths: ``root`` itself where it is a file.
+    """Return the files that the data at ``root`` consist of, in order of their paths; ``root`` itself if it is a file.
 
     See :func:`entries_below` for what is passed over, followed and refused.
     """
@@ -85,7 +106,7 @@ def data_files(root: Path) -> list[Path]:
 
 
 def entries_below(root: Path, *, deep: bool = True) -> list[str]:
-    """Paths of all files and folders below a directory, relative to it and sorted; a folder's ends in a slash.
+    """Return the sorted paths of all files and folders below a directory, relative to it; a folder's ends in a slash.
 
     Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`tasks.names`).
 
@@ -105,14 +126,14 @@ def entries_below(root: Path, *, deep: bool = True) -> list[str]:
         if here in above:
             raise DataError(f"{folder}: is a link to a folder that it lies in")
         for entry in entries:
-            if is_dropping(entry.name, folder=True):
+            if is_ignored(entry.name, folder=True):
                 continue
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and stat.S_ISDIR(mode_of(path))):
                 found.append(f"{prefix}{entry.name}/")
                 if deep:
                     walk(path, found[-1], above | {here})
-            elif not is_dropping(entry.name):
+            elif not is_ignored(entry.name):
                 if not entry.is_file(follow_symlinks=False):
                     regular(path)
                 refuse_unfinished(f"{prefix}{entry.name}")
@@ -132,7 +153,7 @@ KINDS = {
 
 
 def mode_of(path: Path) -> int:
-    """What kind of file this is, behind all links. Raises :class:`DataError` where a link leads nowhere."""
+    """Return what kind of file this is, behind all links. Raises :class:`DataError` where a link leads nowhere."""
     with reading(str(path)):
         try:
             return path.stat().st_mode
@@ -143,14 +164,14 @@ def mode_of(path: Path) -> int:
 
 
 def regular(path: Path) -> Path:
-    """``path``, if it is a file: whoever opens a pipe may wait for ever. Raises :class:`DataError`."""
+    """Return ``path``, if it is a file: whoever opens a pipe may wait for ever. Raises :class:`DataError`."""
     if not stat.S_ISREG(mode := mode_of(path)):
         raise DataError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file")
     return path
 
 
 def stamps(paths: Iterable[Path]) -> list[str]:
-    """Path, size and time of change of each file: strings that change when a file may have changed."""
+    """Return path, size and time of change of each file: strings that change when a file may have changed."""
     found = []
     for path in paths:
         with reading(str(path)):
@@ -163,7 +184,7 @@ def stamps(paths: Iterable[Path]) -> list[str]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file in UTF-8, gzipped where its name ends in ``.gz``, without their ends, from number 1.
+    """Yield number, from 1, and text of the lines of a file in UTF-8, gzipped where its name ends in ``.gz``.
 
     A byte order mark at its beginning is left out.
 

@@ -1,6 +1,6 @@
-"""What names of files and folders mean: which are no data, which are unfinished, which name a split.
+"""Names of files and folders: which are no data, which are unfinished, which name a split.
 
-Every reader asks here, whether its files lie in a directory or in an archive.
+Every reader uses this, whether its files lie in a directory or in an archive.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tasks.base import Split
 
 # What systems, editors and file servers leave in folders, beside all that begins with a dot; in small letters.
-DROPPINGS = {
+IGNORED = {
     "__macosx", "icon\r", "network trash folder", "temporary items",  # macOS
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",  # Windows
     "@eadir", "#recycle", "@recycle", "@recently-snapshot", "lost+found",  # file servers, Linux
@@ -34,13 +34,13 @@ SPLIT_NAMES: dict[str, Split] = {
 }
 
 
-def is_dropping(name: str, *, folder: bool = False) -> bool:
-    """Whether a file or folder of this name is no data, and is passed over: hidden files, traces of programs, backups.
+def is_ignored(name: str, *, folder: bool = False) -> bool:
+    """Return whether a file or folder is passed over by its name: hidden files, traces of programs, backups.
 
     Args:
         folder: it is one; a ``~`` at its end means nothing then.
     """
-    if name.startswith(".") or name.lower() in DROPPINGS:
+    if name.startswith(".") or name.lower() in IGNORED:
         return True
     return not folder and (name.endswith("~") or (len(name) > 2 and name[0] == name[-1] == "#"))
 
@@ -52,18 +52,18 @@ def refuse_unfinished(name: str) -> None:
 
 
 def split_named(name: str) -> Split | None:
-    """The split that a folder or a part of a file name stands for, in any case; None where it is no split."""
+    """Return the split that a folder or a part of a file name stands for, in any case; None where it is no split."""
     return SPLIT_NAMES.get(name.lower())
 
 
 def call_split(names: dict[Split, str], split: Split, name: str, where: str) -> None:
-    """Enter the name that a split goes by. Raises :class:`DataError` where it goes by another one already."""
+    """Enter the name of a split's folder or file. Raises :class:`DataError` where the split has another one already."""
     if names.setdefault(split, name) != name:
         raise DataError(f"{where}: {names[split]} and {name} both name the {split} split; rename or remove one")
 
 
 def resembles_split(name: str) -> bool:
-    """Whether a name is no split, but so near to one that somebody may mean it: "testing", "val2", "Train set"."""
+    """Return whether a name is no split, but near one that somebody may mean: "testing", "val2", "Train set"."""
     if split_named(name):
         return False
     words = re.findall(r"[a-z]+", name.lower())

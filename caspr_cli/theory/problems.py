@@ -229,7 +229,7 @@ def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
     from tasks.ogbg_molpcba.data import Library  # here: a task brings its own libraries
     from tasks.ogbg_molpcba.measured import LABELS
 
-    graphs = Library(MolPCBAConf()).graphs("train")
+    graphs = Library(MolPCBAConf()).dataset("train")
     medians = [i for i, (_, quantile) in enumerate(LABELS) if quantile == 0.5]
     some = np.random.default_rng(0).permutation(len(graphs))[: 20 * samples * rounds]
     labels = np.stack([graphs[i].labels[medians] for i in some])  # [N, 14]

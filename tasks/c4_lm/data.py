@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from platform import python_version
 from typing import Any
@@ -11,17 +10,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import C4LMConf, Source
 from tasks.base import SPLITS, DataError, Split
 from tasks.c4_lm.sources import documents
 from tasks.c4_lm.tokens import byte_lengths, token_files
-from tasks.cache import META, damaged, read_meta, whole
+from tasks.cache import META, Built, MappedData, damaged, whole
 from tasks.files import reading
 
 
-class Windows(Dataset[Tensor]):
+class Windows(MappedData[Tensor]):
     """Consecutive windows of a token file.
 
     Item ``i`` holds the tokens ``[i T, i T + T]``, both ends included: a LongTensor ``[T + 1]`` whose first ``T``
@@ -35,7 +33,7 @@ class Windows(Dataset[Tensor]):
     """
 
     def __init__(self, path: Path, dtype: str, sequence: int) -> None:
-        self._arguments = (path, dtype, sequence)
+        super().__init__(path, dtype, sequence)
         self._sequence = sequence
         self._tokens = np.memmap(path, dtype=dtype, mode="r")
 
@@ -47,33 +45,19 @@ class Windows(Dataset[Tensor]):
         window = self._tokens[start : start + self._sequence + 1]
         return torch.from_numpy(window.astype(np.int64))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (
-            Windows,
-            self._arguments,
-        )  # spawned workers map the file themselves: a pickled map is a full copy
 
-
-class Corpus:
-    """The text of one recipe, as token files. Nothing is read or built before it is asked for."""
+class Corpus(Built):
+    """The text of one recipe, as token files, see :mod:`tasks.c4_lm.tokens`."""
 
     def __init__(self, conf: C4LMConf) -> None:
         self._conf = conf
 
-    @cached_property
     @reading("task.data: the documents")
-    def directory(self) -> Path:
-        """Where the token files are; builds them if need be, see :mod:`tasks.c4_lm.tokens`."""
+    def build(self) -> Path:
         return token_files(documents(self._conf), self._conf.vocab_size)
-
-    @cached_property
-    def meta(self) -> dict[str, Any]:
-        """What ``meta.json`` says of them."""
-        return read_meta(self.directory)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of these files."""
         path = self.directory / "tokenizer.json"
         with whole(path):
             return Tokenizer.from_file(str(path))
@@ -94,17 +78,17 @@ class Corpus:
                     f"the {split} split; lower task.sequence or raise task.{key}"
                 )
 
-    def windows(self, split: Split) -> Windows:
-        """The data set of a split; raises as :meth:`check`."""
+    def dataset(self, split: Split) -> Windows:
+        """Return the data set of a split; raises as :meth:`check`."""
         self.check()
         return Windows(self.directory / f"{split}.bin", self.meta["dtype"], self._conf.sequence)
 
     def byte_lengths(self) -> Tensor:
-        """UTF-8 bytes of each token id, LongTensor ``[vocab_size]``."""
+        """Return the number of UTF-8 bytes of each token id, LongTensor ``[vocab_size]``."""
         return torch.tensor(byte_lengths(self.tokenizer, self._conf.vocab_size))
 
     def describe(self) -> dict[str, Any]:
-        """Name, source, vocabulary, hash of the content, and documents, tokens and UTF-8 bytes of each split."""
+        """Return also the vocabulary; a split's sizes are documents, tokens and UTF-8 bytes."""
         sizes = {
             split: {key: self.meta["splits"][split][key] for key in ("documents", "tokens", "bytes")}
             for split in SPLITS

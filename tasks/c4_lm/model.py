@@ -8,49 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.encoder import SelfAttention, Tables
 
-def rotary_tables(length: int, size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, two tensors ``[length, size / 2]`` (Su et al., RoFormer, eq. 15)."""
+
+def rotary_tables(length: int, size: int) -> Tables:
+    """Return cosines and sines of the rotary angles, ``[length, size / 2]`` each (Su et al., RoFormer, eq. 15)."""
     frequencies = 10_000.0 ** (-torch.arange(0, size, 2) / size)  # [size / 2]
     angles = torch.outer(torch.arange(length), frequencies)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[j], x[j + D/2]) by its position's angle; ``x`` is ``[..., T, D]``, the tables ``[T, D/2]``.
-
-    The product of two vectors so turned depends on their positions' difference alone.
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        # Three square matrices and not one [3 w, w]: a matrix optimizer keeps a factor for each axis, and the
-        # factor of an axis of 3 w costs 9 times the memory and 27 times the root of one of w.
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
-        self.heads = heads
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, W = x.shape
-        # one head's D = W / heads columns each
-        q, k, v = (
-            layer(x).view(B, T, self.heads, W // self.heads).transpose(1, 2)  # [B, H, T, D]
-            for layer in (self.query, self.key, self.value)
-        )
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-        # fused kernels never hold the T x T scores, and skip the half above the diagonal
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        out: Tensor = self.output(y.transpose(1, 2).reshape(B, T, W))
-        return out
 
 
 class Block(nn.Module):
@@ -59,14 +24,14 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
-        self.attention = Attention(width, heads, dropout)
+        self.attention = SelfAttention(width, heads, dropout, bias=False)
         self.mlp_norm = nn.RMSNorm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
+    def forward(self, x: Tensor, tables: Tables) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), causal=tables))
         x = x + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
         return x
 
@@ -110,11 +75,10 @@ class Decoder(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of the token after each of ``tokens`` ``[B, T]``; ``T`` is at most ``sequence``."""
+        """Return logits ``[B, T, V]`` of the token after each of ``tokens`` ``[B, T]``, ``T`` at most ``sequence``."""
         T = tokens.shape[1]
-        cos, sin = self.cos[:T], self.sin[:T]
         x = self.dropout(self.embedding(tokens))  # [B, T, w]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, (self.cos[:T], self.sin[:T]))
         # Most of a small model's time and memory goes here: V is much larger than w.
         return F.linear(self.norm(x), self.embedding.weight)

@@ -13,7 +13,7 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,46 +21,38 @@ from platform import python_implementation, python_version
 from typing import Protocol
 
 from caspr_cli.recipe.schema import C4LMConf, Source
-from tasks.base import DataError, Split, place_of
-from tasks.files import entries_below, lines, reading, regular, root_of, stamps
-from tasks.hub import reaching
+from tasks.base import DataError, Split, split_of
+from tasks.files import entries_below, lines, reaching, reading, regular, root_of, stamps
 from tasks.names import call_split, split_named
 
 log = logging.getLogger("caspr")
 
 # Parts of the standard library that are no English of its own: tests, and what was installed beside it.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+HELD_OUT = 0.05  # of the sample's documents, for validation and for test each
 # Paragraphs at least this long (characters) are kept where they come first and left out where they are repeated.
 LONG = 80
 
 
 class Documents(Protocol):
-    """The documents of a data set."""
-
     name: str
 
     def identity(self) -> list[str]:
-        """Strings that change whenever the documents may have changed. Reads no document."""
+        """Return strings that change whenever the documents may have changed. Reads no document."""
 
     def split(self, split: Split) -> Iterator[str]:
-        """The documents of a split, in a fixed order."""
+        """Return the documents of a split, in a fixed order."""
 
 
 def documents(conf: C4LMConf) -> Documents:
-    """The source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing."""
-    if conf.data is Source.files:
-        return Shards(conf)
-    if conf.data is Source.hub:
-        return Hub(conf)
-    return StandardLibrary(conf)
-
-
-def _limit(conf: C4LMConf, split: Split) -> int | None:
-    return conf.train_documents if split == "train" else conf.eval_documents
+    """Return the source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing."""
+    kinds: dict[Source, Callable[[C4LMConf], Documents]]
+    kinds = {Source.sample: StandardLibrary, Source.files: Shards, Source.hub: Hub}
+    return kinds[conf.data](conf)
 
 
 def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[str]:
-    """Every second document: C4 has no test split, so its validation split serves as both."""
+    """Return every second document: C4 has no test split, so its validation split serves as both."""
     first = 0 if split == "validation" else 1
     return islice(held_out, first, None if conf.eval_documents is None else 2 * conf.eval_documents, 2)
 
@@ -82,7 +74,6 @@ class StandardLibrary:
         self._conf = conf
 
     def identity(self) -> list[str]:
-        """Version of Python, and path, size and time of change of each file."""
         root = stdlib_root()
         stats = [(path.relative_to(root).as_posix(), path.stat()) for path in _python_files(root)]
         files = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
@@ -90,12 +81,11 @@ class StandardLibrary:
         return [self.name, python_implementation(), python_version(), limits, *files]
 
     def split(self, split: Split) -> Iterator[str]:
-        """See :class:`Documents`. The first call takes seconds: it parses the whole library."""
-        chosen = (text for name, text in self._documents.items() if split_of(name) == split)
-        return islice(chosen, _limit(self._conf, split))
+        chosen = (text for name, text in self._documents.items() if split_of(name, HELD_OUT) == split)
+        return islice(chosen, self._conf.train_documents if split == "train" else self._conf.eval_documents)
 
     @cached_property
-    def _documents(self) -> dict[str, str]:
+    def _documents(self) -> dict[str, str]:  # takes seconds: it parses the whole library
         root = stdlib_root()
         log.info("reading the docstrings of %s", root)
         found = {f"topic:{name}": text for name, text in sorted(stdlib_topics().items())}
@@ -107,12 +97,12 @@ class StandardLibrary:
 
 
 def stdlib_root() -> Path:
-    """The directory of the standard library's sources."""
+    """Return the directory of the standard library's sources."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def stdlib_topics() -> dict[str, str]:
-    """The texts behind ``help("topics")``, by topic."""
+    """Return the texts behind ``help("topics")``, by topic."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -137,14 +127,8 @@ def _no_stdlib(missing: str) -> DataError:
     )
 
 
-def split_of(name: str) -> Split:
-    """The split of a document of the sample, by its name alone."""
-    part = place_of(name)
-    return "validation" if part < 0.05 else "test" if part < 0.10 else "train"
-
-
 def docstrings(source: bytes) -> str:
-    """All docstrings of a module in the order of its source; empty where it cannot be parsed."""
+    """Return all docstrings of a module in the order of its source; empty where it cannot be parsed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old modules hold escapes that newer parsers warn of
         try:
@@ -199,12 +183,10 @@ class Shards:
                 raise DataError(f"task.root: no c4-{split}.*.json.gz in {conf.root}")
 
     def identity(self) -> list[str]:
-        """Path, size and time of change of each shard, and how many documents are read."""
         limits = f"{self._conf.train_documents} {self._conf.eval_documents}"
         return [self.name, limits, *stamps([*self._shards["train"], *self._shards["validation"]])]
 
     def split(self, split: Split) -> Iterator[str]:
-        """See :class:`Documents`."""
         log.info("reading the %s documents in %s", split, self._root)
         if split == "train":
             return islice(_read_shards(self._shards["train"]), self._conf.train_documents)
@@ -243,11 +225,10 @@ class Hub:
                 raise DataError(f"task.{key}: task.data=hub needs a number of documents (C4 has 364 million)")
 
     def identity(self) -> list[str]:
-        """What is asked for; so that data fetched once serve without a network."""
+        # what is asked for alone: data that were fetched once serve without a network
         return [self.name, f"{self._conf.train_documents} {self._conf.eval_documents}"]
 
     def split(self, split: Split) -> Iterator[str]:
-        """See :class:`Documents`."""
         log.info("fetching the %s documents of %s", split, self.name)
         if split == "train":
             return islice(_stream("train"), self._conf.train_documents)

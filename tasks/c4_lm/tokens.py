@@ -27,9 +27,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tasks.base import SPLITS
+from tasks.base import SPLITS, Split
 from tasks.c4_lm.sources import Documents
-from tasks.cache import META, building, cache_root, digest, move_into_place
+from tasks.cache import META, build_once, building, cache_root, digest
 
 log = logging.getLogger("caspr")
 
@@ -45,7 +45,7 @@ BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
 
 
 def token_files(documents: Documents, vocab_size: int) -> Path:
-    """The directory of the token files of ``documents``, built now if it is not there.
+    """Return the directory of the token files of ``documents``, built now if it is not there.
 
     Raises as :func:`tasks.cache.building`, and :class:`DataError` where the source does.
     """
@@ -56,43 +56,35 @@ def token_files(documents: Documents, vocab_size: int) -> Path:
         if (built / META).is_file():
             return built
     with building(root) as aside:
-        built = _build(documents, vocab_size, aside, root)
+        splits = {split: _spool(documents.split(split), aside / f"{split}.jsonl") for split in SPLITS}
+        texts = [f"{split} {splits[split]['sha256']}" for split in SPLITS]
+        name = digest([*texts, *_settings(vocab_size)])
+        about = {"data": documents.name, "hash": name}
+        built = build_once(root / name, lambda whole: about | _write(whole, aside, splits, vocab_size))
         (aside / "pointer").write_text(built.name)
         pointer.parent.mkdir(exist_ok=True)
         os.replace(aside / "pointer", pointer)
     return built
 
 
-def _build(documents: Documents, vocab_size: int, aside: Path, root: Path) -> Path:
-    """Spool the documents, name the result by their hash, and build it in ``root`` if it is new."""
-    splits = {split: _spool(documents.split(split), aside / f"{split}.jsonl") for split in SPLITS}
-    texts = [f"{split} {splits[split]['sha256']}" for split in SPLITS]
-    built = root / digest([*texts, *_settings(vocab_size)])
-    if (built / META).is_file():
-        return built
-    whole = aside / "whole"
-    whole.mkdir()
+def _write(whole: Path, spools: Path, splits: dict[Split, dict[str, Any]], vocab_size: int) -> dict[str, Any]:
+    """Write tokenizer and tokens of the spooled documents into ``whole``, and return what ``meta.json`` is to hold."""
     # A process that forks later (a DataLoader's workers) draws a warning from `tokenizers` unless this is set.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     log.info("training the tokenizer (%d types)", vocab_size)
-    tokenizer = train_tokenizer(map(shortened, islice(_spooled(aside / "train.jsonl"), COUNTED)), vocab_size)
+    tokenizer = train_tokenizer(map(shortened, islice(_spooled(spools / "train.jsonl"), COUNTED)), vocab_size)
     tokenizer.save(str(whole / "tokenizer.json"))
     dtype = np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
+    tokens = {}
     for split in SPLITS:
         log.info("encoding the %s documents", split)
-        texts_of_split = _spooled(aside / f"{split}.jsonl")
-        splits[split]["tokens"] = _encode(tokenizer, texts_of_split, whole / f"{split}.bin", dtype)
-    meta = {
-        "data": documents.name,
-        "hash": built.name,
+        tokens[split] = _encode(tokenizer, _spooled(spools / f"{split}.jsonl"), whole / f"{split}.bin", dtype)
+    return {
         "vocabulary": tokenizer.get_vocab_size(),
         "dtype": dtype.name,
         "tokenizers": tokenizers.__version__,
-        "splits": splits,
+        "splits": {split: splits[split] | {"tokens": tokens[split]} for split in SPLITS},
     }
-    (whole / META).write_text(json.dumps(meta, indent=1))
-    move_into_place(whole, built)
-    return built
 
 
 def _settings(vocab_size: int) -> list[str]:
@@ -118,7 +110,7 @@ def _spooled(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` types. Deterministic; any text can be encoded and comes back whole."""
+    """Return a byte-level BPE of at most ``vocab_size`` types. Deterministic; any text comes back whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -133,7 +125,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: np.dtype[Any]) -> int:
-    """Write the ids of all documents, each closed by END; returns how many."""
+    """Write the ids of all documents, each closed by END, and return how many."""
     tokenizer.encode_special_tokens = True  # a document that spells out END is text like any other
     end = tokenizer.token_to_id(END)
     count = 0
@@ -149,7 +141,7 @@ def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: np.dt
 
 
 def pieces(text: str) -> list[str]:
-    """The text, cut within each word of more than LONGEST_WORD characters; in one piece where there is none."""
+    """Return the text, cut within each word of more than LONGEST_WORD characters; in one piece where there is none."""
     if not _has_long_word(text):
         return [text]
     found = [""]
@@ -162,24 +154,24 @@ def pieces(text: str) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """The text with the first LONGEST_WORD characters of each word."""
+    """Return the text with the first LONGEST_WORD characters of each word."""
     return "".join(word[:LONGEST_WORD] for word in _words(text)) if _has_long_word(text) else text
 
 
 def _has_long_word(text: str) -> bool:
-    """Whether there may be one: quick, as it is asked of every document."""
+    """Return whether there may be one: quick, as it is asked of every document."""
     if len(text) <= LONGEST_WORD:
         return False
     return max(map(len, text.split()), default=0) > LONGEST_WORD or LONG_SPACE.search(text) is not None
 
 
 def _words(text: str) -> list[str]:
-    """Runs of letters, of digits, of spaces, and of the rest: a byte-level BPE joins nothing beyond these."""
+    """Return the runs of letters, digits, spaces, and the rest: a byte-level BPE joins nothing beyond these."""
     return RUN.findall(text)
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """UTF-8 bytes that each id stands for: 0 for END and for ids the vocabulary does not reach."""
+    """Return the UTF-8 bytes that each id stands for: 0 for END and for ids the vocabulary does not reach."""
     # The byte-level alphabet writes each byte as one character.
     names = (tokenizer.id_to_token(i) for i in range(vocab_size))
     return [0 if name is None or name == END else len(name) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,15 +18,6 @@ LONGEST = 1000  # times an image may be as long as it is wide: a strip of a mill
 SMALL = 64  # pixels a side, up to which whole images are not worth keeping, and larger crops neither
 
 
-class Album(Protocol):
-    """Images with their labels."""
-
-    labels: Array  # [N], int64
-
-    def image(self, index: int) -> Image.Image:
-        """In RGB. Raises :class:`DataError` where it cannot be read."""
-
-
 class ArrayAlbum:
     """Images in memory: uint8 ``[N, H, W]`` (grey) or ``[N, H, W, 3]``."""
 
@@ -35,7 +26,7 @@ class ArrayAlbum:
         self.labels = np.asarray(labels, np.int64)
 
     def image(self, index: int) -> Image.Image:
-        """See :class:`Album`."""
+        """Return an image in RGB."""
         return Image.fromarray(self._images[index]).convert("RGB")
 
 
@@ -48,7 +39,7 @@ class FileAlbum:
         self.files = files
 
     def image(self, index: int) -> Image.Image:
-        """See :class:`Album`."""
+        """Return an image in RGB. Raises :class:`DataError` where it cannot be read."""
         name = self.names[index]
         where = f"{self.files.root.name}: {name}"
         with reading(where), self.files.open(name) as file:
@@ -56,12 +47,15 @@ class FileAlbum:
         return decode(content, where)
 
     def size(self, index: int) -> int:
-        """Bytes of the file."""
+        """Return the number of bytes of the file."""
         return self.files.size(self.names[index])
 
 
+Album = ArrayAlbum | FileAlbum
+
+
 def decode(content: bytes, name: str) -> Image.Image:
-    """An image file as RGB. Raises :class:`DataError`, which begins with ``name``, where it is none."""
+    """Return an image file as RGB. Raises :class:`DataError`, which begins with ``name``, where it is none."""
     # Pillow raises OSError for most, SyntaxError for a broken PNG, ValueError and others from inside its readers.
     with reading(name, "cannot be decoded"):
         try:
@@ -79,7 +73,7 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 
 def centred(image: Image.Image, size: int) -> Image.Image:
-    """The square middle of an image, ``size`` pixels a side; of a large one 7/8 (224 of 256, as is usual)."""
+    """Return the square middle of an image, ``size`` pixels a side; of a large one 7/8 (224 of 256, as is usual)."""
     if image.size == (size, size):
         return image
     short = size if size <= SMALL else size * 8 // 7

@@ -1,4 +1,4 @@
-"""What training images go through. All of it draws from torch's global generator."""
+"""Augmentation of training images. All of it draws from torch's global generator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -17,7 +16,7 @@ SHIFT = 8  # images are shifted by up to an eighth of their side
 
 
 def image_augmentation(augment: Augment, size: int) -> Callable[[Image.Image], Image.Image] | None:
-    """What is done to each image as it is read, which makes it ``size`` x ``size``; None: nothing.
+    """Return what is done to each image as it is read, which makes it ``size`` x ``size``; None: nothing.
 
     A random resized crop of 8 % to all of the image (Szegedy et al., "Going Deeper with Convolutions"), mirrored half
     of the time; and two operations of RandAugment at magnitude 9 (Cubuk et al., arXiv:1909.13719, sections 3 and 4).
@@ -32,7 +31,7 @@ def image_augmentation(augment: Augment, size: int) -> Callable[[Image.Image], I
 
 
 def shift_and_mirror(images: Tensor) -> Tensor:
-    """Each image shifted by up to an eighth of its side both ways, and mirrored half of the time.
+    """Return each image shifted by up to an eighth of its side both ways, and mirrored half of the time.
 
     What a shift leaves empty is filled with the image's own reflection.
 
@@ -43,7 +42,7 @@ def shift_and_mirror(images: Tensor) -> Tensor:
     device = images.device
 
     def places(side: int) -> Tensor:
-        """Where the pixels of one axis come from, ``[B, side]``."""
+        """Return where the pixels of one axis come from, ``[B, side]``."""
         reach = side // SHIFT
         at = torch.arange(side, device=device) + torch.randint(-reach, reach + 1, (B, 1), device=device)
         last = side - 1
@@ -57,7 +56,7 @@ def shift_and_mirror(images: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Each image, and its target, mixed with its neighbour's in the batch, in one proportion from Beta(alpha, alpha).
+    """Return images and targets mixed with their neighbours' in the batch, in one proportion from Beta(alpha, alpha).
 
     Args:
         images: ``[B, ...]``, floating point.
@@ -71,8 +70,3 @@ def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
         return share * part + (1 - share) * part.roll(1, 0)
 
     return mixed(images), mixed(targets)
-
-
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Float ``[B, classes]``."""
-    return F.one_hot(labels, classes).float()

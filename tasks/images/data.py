@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from tasks.archives import files_of
 from tasks.base import SPLITS, Split
 from tasks.cache import (
     META,
+    Built,
+    MappedData,
     array_file,
     build_once,
     cache_root,
     damaged,
     digest,
     read_array,
-    read_meta,
     whole,
     write_array,
 )
@@ -54,11 +55,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # to
 Sample = tuple[Tensor, int]
 
 
-class Decoded(Dataset[Sample]):
+class Decoded(MappedData[Sample]):
     """Images that were decoded ahead: uint8 tensors ``[size, size, 3]``, each with its label."""
 
     def __init__(self, pixels: Path, labels: Path) -> None:
-        self._arguments = (pixels, labels)
+        super().__init__(pixels, labels)
         self._pixels, self._labels = read_array(pixels), read_array(labels)
 
     def __len__(self) -> int:
@@ -66,9 +67,6 @@ class Decoded(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return torch.from_numpy(self._pixels[index].copy()), int(self._labels[index])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Decoded, self._arguments  # spawned workers map the files themselves: a pickled map is a full copy
 
 
 class Opened(Dataset[Sample]):
@@ -85,58 +83,36 @@ class Opened(Dataset[Sample]):
         return torch.from_numpy(np.array(image)), int(self._album.labels[index])
 
 
-class Centred:
-    """:func:`centred` of one size, with a pickle."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return centred(image, self._size)
-
-
-class Gallery:
-    """The images of one recipe. Nothing is read or built before it is asked for."""
+class Gallery(Built):
+    """The images of one recipe."""
 
     def __init__(self, conf: ImagesConf) -> None:
         self._conf = conf
         # A random crop of an image wants all of it, unless the whole is hardly larger.
         self._whole = conf.augment in (Augment.imagenet, Augment.rand_augment) and conf.size > SMALL
 
-    @cached_property
     @reading("task.data: the images")
-    def directory(self) -> Path:
-        """Where the arrays or lists are; builds them if need be."""
+    def build(self) -> Path:
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
 
-        def build(aside: Path) -> dict[str, Any]:
-            return {"data": source.name} | self._build(source.load(aside), aside)
-
-        return build_once(cache_root("images") / digest([*source.identity(), *settings]), build)
-
-    @cached_property
-    def meta(self) -> dict[str, Any]:
-        """What ``meta.json`` says of them."""
-        return read_meta(self.directory)
+        return build_once(
+            cache_root("images") / digest([*source.identity(), *settings]),
+            lambda aside: {"data": source.name} | self._write(source.load(aside), aside),
+        )
 
     @property
     def classes(self) -> int:
-        """Number of classes. Where the data set fixes it, no file is read for it."""
+        """The number of classes. Where the data set fixes it, no file is read for it."""
         known = None if self._conf.data is Source.sample else CLASSES.get(self._conf.images)
         return known or len(self.meta["classes"])
 
-    @property
-    def mean(self) -> Tensor:
-        """Of each channel of the training split, float ``[3]``, where white is 1."""
-        return torch.tensor(self.meta["mean"])
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the training split, float ``[3]``, where white is 1."""
+        return torch.tensor(self.meta["mean"]), torch.tensor(self.meta["std"])
 
-    @property
-    def std(self) -> Tensor:
-        """As :attr:`mean`."""
-        return torch.tensor(self.meta["std"])
-
-    def _build(self, found: Found, aside: Path) -> dict[str, Any]:
+    def _write(self, found: Found, aside: Path) -> dict[str, Any]:
         counts = {split: len(found.albums[split].labels) for split in SPLITS}
         content = hashlib.sha256(json.dumps(found.classes).encode())
         for split in SPLITS:
@@ -172,33 +148,31 @@ class Gallery:
         with whole(self.directory / META):
             counts = {split: self.meta["splits"][split]["images"] for split in SPLITS}
         for split, count in counts.items():
-            labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
-            if read_array(labels).shape != (count,):
-                raise damaged(labels)
-            if not self._names(split).is_file() and read_array(pixels).shape != (count, *2 * [self._conf.size], 3):
-                raise damaged(pixels)
+            self.array(f"{split}_labels", (count,))
+            if not self._names(split).is_file():
+                self.array(split, (count, self._conf.size, self._conf.size, 3))
 
     def _names(self, split: Split) -> Path:
         return self.directory / f"{split}.json"
 
     def dataset(self, split: Split) -> Dataset[Sample]:
-        """The data set of a split; raises as :meth:`check`."""
+        """Return the data set of a split; raises as :meth:`check`."""
         self.check()
         change = image_augmentation(self._conf.augment, self._conf.size) if split == "train" else None
-        labels, pixels = self.directory / f"{split}_labels.npy", self.directory / f"{split}.npy"
+        labels = self.array(f"{split}_labels")
         if not self._names(split).is_file():
             if change is None:
-                return Decoded(pixels, labels)
-            return Opened(ArrayAlbum(read_array(pixels), read_array(labels)), change)
+                return Decoded(self.directory / f"{split}.npy", self.directory / f"{split}_labels.npy")
+            return Opened(ArrayAlbum(self.array(split), labels), change)
         with whole(self._names(split)):
             names = json.loads(self._names(split).read_text(encoding="utf8"))
-            if len(names) != len(read_array(labels)):
+            if len(names) != len(labels):
                 raise damaged(self._names(split))
-        album = FileAlbum(files_of(Path(str(self._conf.root)).expanduser()), names, read_array(labels))
-        return Opened(album, change or Centred(self._conf.size))
+        album = FileAlbum(files_of(Path(str(self._conf.root)).expanduser()), names, labels)
+        return Opened(album, change or partial(centred, size=self._conf.size))
 
     def describe(self) -> dict[str, Any]:
-        """Name, source, hash of the content, number of classes, and images of each split."""
+        """Return also the number of classes."""
         return {
             "name": self.meta["data"],
             "source": self._conf.data.value,
@@ -209,7 +183,7 @@ class Gallery:
 
 
 def _decode(album: Album, size: int, path: Path) -> Array:
-    """Write all images of an album as one array ``[N, size, size, 3]``, and give it back, memory-mapped."""
+    """Write all images of an album as one array ``[N, size, size, 3]``, and return it, memory-mapped."""
     with array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
         for i in range(len(album.labels)):
             file.write(np.asarray(centred(album.image(i), size)).tobytes())
@@ -217,7 +191,7 @@ def _decode(album: Album, size: int, path: Path) -> Array:
 
 
 def _moments(pixels: Array) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over ``[N, H, W, 3]``, where white is 1."""
+    """Return mean and standard deviation of each channel over ``[N, H, W, 3]``, where white is 1."""
     counts = np.stack([np.bincount(pixels[..., channel].ravel(), minlength=256) for channel in range(3)])  # [3, 256]
     share = counts / counts.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255

@@ -28,7 +28,7 @@ NOISE = (0.02, 0.05)  # standard deviation
 
 
 def _polygon(u: Array, v: Array, corners: int) -> Array:
-    """Regular, its corners on the unit circle."""
+    """Return the distance to a regular polygon, its corners on the unit circle."""
     sector = 2 * np.pi / corners
     angle = np.mod(np.arctan2(v, u), sector) - sector / 2
     distance: Array = np.hypot(u, v) * np.cos(angle) - np.cos(sector / 2)
@@ -36,7 +36,7 @@ def _polygon(u: Array, v: Array, corners: int) -> Array:
 
 
 def _star(u: Array, v: Array) -> Array:
-    """Five points on the unit circle, five notches on a circle of .45."""
+    """Return the distance to a star: five points on the unit circle, five notches on a circle of .45."""
     sector = 2 * np.pi / 5
     angle = np.abs(np.mod(np.arctan2(v, u), sector) - sector / 2)  # 0 at a notch, sector / 2 at a point
     radius = np.hypot(u, v)
@@ -69,7 +69,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def draw(count: int, seed: int) -> tuple[Array, Array]:
-    """``count`` images, the same for a seed: uint8 ``[count, 32, 32, 3]``, and labels, int64 ``[count]``.
+    """Return ``count`` images, the same for a seed: uint8 ``[count, 32, 32, 3]``, and labels, int64 ``[count]``.
 
     The classes, in the order of :data:`SHAPES`, come equally often.
     """

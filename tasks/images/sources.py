@@ -23,8 +23,7 @@ from torchvision.datasets.utils import check_integrity
 from caspr_cli.recipe.schema import Images, ImagesConf, Source
 from tasks.archives import files_of
 from tasks.base import SPLITS, DataError, Split
-from tasks.files import data_files, entries_below, reading, root_of, stamps
-from tasks.hub import reaching
+from tasks.files import data_files, entries_below, reaching, reading, root_of, stamps
 from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
 from tasks.images.shapes import SHAPES, draw
 from tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
@@ -43,26 +42,24 @@ EXTRACT = (
 
 @dataclass(frozen=True)
 class Found:
-    """What a source holds: its classes in the order of their labels, and an album for each split."""
+    """The classes of a source in the order of their labels, and an album for each split."""
 
     classes: list[str]
     albums: dict[Split, Album]
 
 
 class Pictures(Protocol):
-    """The images of a data set."""
-
     name: str
 
     def identity(self) -> list[str]:
-        """Strings that change whenever the images may have changed. Opens no image."""
+        """Return strings that change whenever the images may have changed. Opens no image."""
 
     def load(self, aside: Path) -> Found:
-        """The images. ``aside`` is a directory for what they need on disk while they are read."""
+        """Return the images. ``aside`` is a directory for what they need on disk while they are read."""
 
 
 def pictures(conf: ImagesConf) -> Pictures:
-    """The source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` where it cannot be one."""
+    """Return the source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` where there is none."""
     if conf.data is Source.sample:
         return Shapes()
     if conf.images is Images.folder:
@@ -80,9 +77,9 @@ def pictures(conf: ImagesConf) -> Pictures:
 
 
 def hold_out(labels: Array) -> tuple[Array, Array]:
-    """Indices to train on and indices to validate on, a tenth of each class (at least one), in order.
+    """Return indices to train on and indices to validate on, a tenth of each class (at least one), in order.
 
-    The choice hangs on the labels alone. Raises :class:`DataError` where a class has a single image.
+    The choice depends on the labels alone. Raises :class:`DataError` where a class has a single image.
     """
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -103,14 +100,11 @@ class Shapes:
     name = "shapes"
 
     def identity(self) -> list[str]:
-        """Their number; what changes the drawing raises ``FORMAT`` in :mod:`tasks.images.data`."""
-        return [self.name, str(SAMPLE)]
+        return [self.name, str(SAMPLE)]  # what changes the drawing raises FORMAT in tasks.images.data
 
     def load(self, aside: Path) -> Found:
-        """See :class:`Pictures`. Takes some four seconds."""
-        return Found(
-            list(SHAPES), {split: ArrayAlbum(*draw(count, seed)) for seed, (split, count) in enumerate(SAMPLE.items())}
-        )
+        albums = {split: ArrayAlbum(*draw(count, seed)) for seed, (split, count) in enumerate(SAMPLE.items())}
+        return Found(list(SHAPES), dict(albums))  # after some four seconds
 
 
 # ---- files: folders and zips -------------------------------------------------------------------------------------
@@ -127,11 +121,9 @@ class Folder:
         self._root = given if given and given.is_file() else root_of(conf, self.holds)
 
     def identity(self) -> list[str]:
-        """Path, size and time of change of every file, or of the zip."""
         return [self.name, *stamps(data_files(self._root))]
 
     def load(self, aside: Path) -> Found:
-        """See :class:`Pictures`."""
         log.info("listing the images in %s", self._root)
         files = files_of(self._root)
         found = sort_out(files.names(), self._root.name)
@@ -155,7 +147,7 @@ class Folder:
 
 
 def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]]:
-    """The image files of each split and class, where "validation" may be missing.
+    """Return the image files of each split and class, where "validation" may be missing.
 
     Args:
         entries: paths; a folder's ends in a slash.
@@ -239,7 +231,7 @@ class ImageNet(Folder):
         self._folders = [self._root / named["train"], self._root / named["validation"]]
 
     def identity(self) -> list[str]:
-        """Path and time of change of every folder: there are a thousand of them, and a million files."""
+        # of folders alone: there are a thousand of them, and a million files
         classes = [folder / name for folder in self._folders for name in entries_below(folder, deep=False)]
         return [self.name, *stamps(classes)]
 
@@ -264,13 +256,11 @@ class Published:
             self._root = root_of(conf, f"the files of torchvision.datasets.{self._class.__name__}")
 
     def identity(self) -> list[str]:
-        """Stamps of the files, or the name of what is fetched: what was fetched once serves without a network."""
         if self._root is None:
-            return [self.name]
+            return [self.name]  # what was fetched once serves without a network
         return [self.name, *stamps(path for path, _ in self._files(self._root))]
 
     def load(self, aside: Path) -> Found:
-        """See :class:`Pictures`."""
         if self._root is not None:
             return self._read(self._root)
         with TemporaryDirectory(dir=aside) as fetched:
@@ -290,7 +280,7 @@ class Published:
                 raise ConnectionError(reason) from error
 
     def _files(self, root: Path) -> list[tuple[Path, str | None]]:
-        """The files that torchvision reads, with their md5 where it knows one; raises where one is missing."""
+        """Return the files that torchvision reads, with their md5 where it knows one; raises where one is missing."""
         name = self._class.__name__
         found: list[tuple[Path, str | None]]
         if self._class is datasets.FashionMNIST:  # torchvision knows the md5 of the packed files alone
@@ -323,12 +313,10 @@ class Published:
         )
 
     def _part(self, root: Path, *, train: bool) -> tuple[Array, Array, list[str]]:
-        """Images, labels ``[N]`` and the names of the classes of a split."""
+        """Return images, labels ``[N]`` and the names of the classes of a split."""
         of_it = ("train", "data_batch") if train else ("t10k", "test")
         where = ", ".join(path.name for path, _ in self._files(root) if path.name.startswith(of_it))
-        with reading(
-            f"{where}:", f"these are not the files of {self.name}"
-        ):  # whatever its readers make of other bytes
+        with reading(f"{where}:", f"these are not the files of {self.name}"):  # whatever their reader makes of others
             part = self._class(str(root), train=train, download=False)
             images, labels, classes = np.asarray(part.data), np.asarray(part.targets, np.int64), list(part.classes)
         if len(images) != len(labels) or not images.size:

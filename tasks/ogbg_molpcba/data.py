@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torch_geometric.data import Batch
 
 from caspr_cli.recipe.schema import MolPCBAConf
 from tasks.base import SPLITS, DataError, Split
-from tasks.cache import META, build_once, cache_root, damaged, digest, read_array, read_meta, whole, write_array
+from tasks.cache import META, Built, MappedData, build_once, cache_root, digest, read_array, whole, write_array
 from tasks.files import reading
 from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from tasks.ogbg_molpcba.sources import Molecules, molecules
@@ -37,7 +35,7 @@ class Graph(NamedTuple):
     labels: Array  # [T]
 
 
-class GraphSet(Dataset[Graph]):
+class GraphSet(MappedData[Graph]):
     """The graphs of a split.
 
     Args:
@@ -46,7 +44,7 @@ class GraphSet(Dataset[Graph]):
     """
 
     def __init__(self, directory: Path, split: Split) -> None:
-        self._arguments = (directory, split)
+        super().__init__(directory, split)
         # as plain arrays, which are still the mapped files: NumPy takes its time over each slice of a memmap
         self._graphs = Graphs(**{name: np.asarray(read_array(directory / f"{name}.npy")) for name in ARRAYS})
         self._places = read_array(directory / f"{split}.npy")
@@ -64,12 +62,9 @@ class GraphSet(Dataset[Graph]):
         whole = self._graphs
         return Graph(whole.nodes[nodes], whole.edges[edges], whole.bonds[edges], whole.labels[i])
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return GraphSet, self._arguments  # spawned workers map the files themselves: a pickled map is a full copy
-
 
 def batch_of(graphs: list[Graph]) -> Batch:
-    """A batch of torch_geometric.
+    """Return a batch of torch_geometric.
 
     It holds ``x`` ``[n, 9]`` uint8, ``edge_index`` ``[2, e]``, ``edge_attr`` ``[e, 3]`` uint8, ``y`` ``[B, T]`` int8
     (0, 1, or MISSING), ``batch`` ``[n]`` and ``ptr`` ``[B + 1]``. ``Batch.from_data_list`` gives the same in fourteen
@@ -89,28 +84,21 @@ def batch_of(graphs: list[Graph]) -> Batch:
     )
 
 
-class Library:
-    """The graphs of one recipe. Nothing is read or built before it is asked for."""
+class Library(Built):
+    """The graphs of one recipe."""
 
     def __init__(self, conf: MolPCBAConf) -> None:
         self._conf = conf
 
-    @cached_property
     @reading("task.data: the graphs")
-    def directory(self) -> Path:
-        """Where the arrays are; builds them if need be."""
+    def build(self) -> Path:
         source = molecules(self._conf)
         name = digest([f"format {FORMAT}", self._conf.data.value, *source.identity()])
         return build_once(cache_root(KIND) / name, lambda whole: _build(source, whole))
 
-    @cached_property
-    def meta(self) -> dict[str, Any]:
-        """What ``meta.json`` says of them."""
-        return read_meta(self.directory)
-
     @property
     def tasks(self) -> int:
-        """Labels of a graph."""
+        """The number of labels of a graph."""
         return int(self.meta["tasks"])
 
     def check(self) -> None:
@@ -118,22 +106,20 @@ class Library:
         with whole(self.directory / META):
             shapes = {name: self.meta["shapes"][name] for name in (*ARRAYS, *SPLITS)}
         for name, shape in shapes.items():
-            path = self.directory / f"{name}.npy"
-            if list(read_array(path).shape) != shape:
-                raise damaged(path)
+            self.array(name, shape)
 
-    def graphs(self, split: Split) -> GraphSet:
-        """The data set of a split; raises as :meth:`check`."""
+    def dataset(self, split: Split) -> GraphSet:
+        """Return the data set of a split; raises as :meth:`check`."""
         self.check()
         return GraphSet(self.directory, split)
 
     def mean_size(self) -> tuple[float, float]:
-        """Nodes and edges of a graph, on average over the training split."""
+        """Return the nodes and the edges of a graph, on average over the training split."""
         train = self.meta["splits"]["train"]
         return train["nodes"] / train["graphs"], train["edges"] / train["graphs"]
 
     def describe(self) -> dict[str, Any]:
-        """Name, source, hash of the content, labels of a graph, and what each split holds."""
+        """Return also the number of labels of a graph."""
         return {
             "name": self.meta["name"],
             "source": self._conf.data.value,
@@ -144,7 +130,7 @@ class Library:
 
 
 def _build(source: Molecules, whole: Path) -> dict[str, Any]:
-    """Write the arrays into the directory ``whole``; returns what ``meta.json`` is to hold."""
+    """Write the arrays into the directory ``whole``, and return what ``meta.json`` is to hold."""
     graphs, splits = source.read()
     described = {split: _describe(graphs, splits[split], split, source.name) for split in SPLITS}
     arrays = {name: getattr(graphs, name) for name in ARRAYS} | splits
@@ -163,7 +149,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
 
 
 def _describe(graphs: Graphs, places: Array, split: Split, name: str) -> dict[str, int]:
-    """Sizes of a split; raises :class:`DataError` where no score can be had of it."""
+    """Return the sizes of a split. Raises :class:`DataError` where no score can be had of it."""
     if not len(places):
         raise DataError(f"{name}: the {split} split is empty")
     labels = graphs.labels[places]  # [graphs, T]

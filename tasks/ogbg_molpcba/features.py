@@ -15,33 +15,15 @@ from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, Array, both_ways
 
 RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]  # it writes a line for each odd valence and each SMILES that it cannot read
 
-_CHIRALITY = {
-    Chem.ChiralType.CHI_UNSPECIFIED: 0,
-    Chem.ChiralType.CHI_TETRAHEDRAL_CW: 1,
-    Chem.ChiralType.CHI_TETRAHEDRAL_CCW: 2,
-    Chem.ChiralType.CHI_OTHER: 3,
-}
-_HYBRIDIZATION = {
-    Chem.HybridizationType.SP: 0,
-    Chem.HybridizationType.SP2: 1,
-    Chem.HybridizationType.SP3: 2,
-    Chem.HybridizationType.SP3D: 3,
-    Chem.HybridizationType.SP3D2: 4,
-}
-_BOND = {
-    Chem.BondType.SINGLE: 0,
-    Chem.BondType.DOUBLE: 1,
-    Chem.BondType.TRIPLE: 2,
-    Chem.BondType.AROMATIC: 3,
-}
-_STEREO = {
-    Chem.BondStereo.STEREONONE: 0,
-    Chem.BondStereo.STEREOZ: 1,
-    Chem.BondStereo.STEREOE: 2,
-    Chem.BondStereo.STEREOCIS: 3,
-    Chem.BondStereo.STEREOTRANS: 4,
-    Chem.BondStereo.STEREOANY: 5,
-}
+
+def _places(kind: Any, names: str) -> dict[Any, int]:
+    return {getattr(kind, name): place for place, name in enumerate(names.split())}
+
+
+_CHIRALITY = _places(Chem.ChiralType, "CHI_UNSPECIFIED CHI_TETRAHEDRAL_CW CHI_TETRAHEDRAL_CCW CHI_OTHER")
+_HYBRIDIZATION = _places(Chem.HybridizationType, "SP SP2 SP3 SP3D SP3D2")
+_BOND = _places(Chem.BondType, "SINGLE DOUBLE TRIPLE AROMATIC")
+_STEREO = _places(Chem.BondStereo, "STEREONONE STEREOZ STEREOE STEREOCIS STEREOTRANS STEREOANY")
 # where the lists of numbers begin; the last place of each is for all others
 _FIRST_ELEMENT, _FIRST_CHARGE = 1, -5
 
@@ -51,7 +33,7 @@ def _place(number: int, first: int, size: int) -> int:
 
 
 def atom_features(atom: Any) -> list[int]:
-    """The nine features of an RDKit atom."""
+    """Return the nine features of an RDKit atom."""
     elements, chiralities, degrees, charges, hydrogens, radicals, hybrids, *_ = ATOM_SIZES
     return [
         _place(atom.GetAtomicNum(), _FIRST_ELEMENT, elements),
@@ -67,7 +49,7 @@ def atom_features(atom: Any) -> list[int]:
 
 
 def bond_features(bond: Any) -> list[int]:
-    """The three features of an RDKit bond (OGB refuses atropisomers, a newer kind of stereo: last place, too)."""
+    """Return the three features of an RDKit bond (atropisomers, a newer stereo that OGB refuses: last place, too)."""
     types, stereos, _ = BOND_SIZES
     return [
         _BOND.get(bond.GetBondType(), types - 1),
@@ -77,17 +59,17 @@ def bond_features(bond: Any) -> list[int]:
 
 
 def parse(smiles: str) -> Any:
-    """The RDKit molecule that a SMILES string stands for; None where it stands for none."""
+    """Return the RDKit molecule that a SMILES string stands for; None where it stands for none."""
     return Chem.MolFromSmiles(smiles)
 
 
 def canonical(molecule: Any) -> tuple[str, str]:
-    """The canonical SMILES of a molecule with stereo, and without."""
+    """Return the canonical SMILES of a molecule with stereo, and without."""
     return Chem.MolToSmiles(molecule), Chem.MolToSmiles(molecule, isomericSmiles=False)
 
 
 def graph(molecule: Any) -> tuple[Array, Array, Array]:
-    """Nodes ``[n, 9]`` uint8, edges ``[2 b, 2]`` uint16 and their features ``[2 b, 3]`` uint8, without hydrogens."""
+    """Return nodes ``[n, 9]`` uint8, edges ``[2 b, 2]`` uint16 and their features ``[2 b, 3]`` uint8; no hydrogens."""
     nodes = np.array([atom_features(atom) for atom in molecule.GetAtoms()], np.uint8).reshape(-1, len(ATOM_SIZES))
     bonds = list(molecule.GetBonds())
     ends = np.array([(b.GetBeginAtomIdx(), b.GetEndAtomIdx()) for b in bonds], np.uint16).reshape(-1, 2)

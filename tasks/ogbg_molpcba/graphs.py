@@ -35,10 +35,10 @@ class Graphs:
 
     @classmethod
     def joined(cls, parts: list[Graphs]) -> Graphs:
-        """The graphs of all ``parts`` (one or more), in order."""
+        """Return the graphs of all ``parts`` (one or more), in order."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def both_ways(bonds: Array, features: Array) -> tuple[Array, Array]:
-    """Two edges for each bond ``[B, 2]``, one after the other as OGB has them; features ``[B, F]`` are repeated."""
+    """Return two edges for each bond ``[B, 2]``, one after the other as OGB has them, and features for each."""
     return np.stack((bonds, bonds[:, ::-1]), axis=1).reshape(-1, 2), features.repeat(2, axis=0)

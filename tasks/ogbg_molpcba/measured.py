@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import DataError, Split
+from tasks.base import SPLITS, DataError, Split
 from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 
 log = logging.getLogger("caspr")
@@ -70,11 +70,10 @@ class Measured:
         self._paths = {str(file): Path(str(file.locate())) for file in files(PACKAGE) or ()}
 
     def identity(self) -> list[str]:
-        """Versions of the two packages."""
         return self._versions
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
-        """See :class:`tasks.ogbg_molpcba.sources.Molecules`. Takes some twenty seconds."""
+        """Return the graphs and their splits; takes some twenty seconds."""
         from tasks.ogbg_molpcba.features import canonical, graph, parse  # needs RDKit
 
         log.info("reading the properties in %s", self._versions[0])
@@ -99,7 +98,7 @@ class Measured:
             graphs.append(graph(molecule))
             splits.append(split_of(flat))
             values.append(row)
-        places: dict[Split, Array] = {s: np.flatnonzero(np.array(splits) == s) for s in ("train", "validation", "test")}
+        places: dict[Split, Array] = {s: np.flatnonzero(np.array(splits) == s) for s in SPLITS}
         nodes, edges, bonds = zip(*graphs, strict=True)
         return Graphs(
             np.array([len(n) for n in nodes]),
@@ -111,7 +110,7 @@ class Measured:
         ), places
 
     def _structures(self) -> dict[str, str]:
-        """SMILES of each compound by its CAS number."""
+        """Return the SMILES of each compound by its CAS number."""
         found: dict[str, str] = {}
         for name in IDENTIFIERS:
             with self._path(name).open(encoding="utf8") as file:
@@ -121,7 +120,7 @@ class Measured:
         return found
 
     def _measured(self) -> dict[str, Array]:
-        """Values of the properties ``[14]`` by CAS number, NaN where not measured."""
+        """Return the values of the properties ``[14]`` by CAS number, NaN where not measured."""
         found: dict[str, Array] = {}
         for place, (name, column) in enumerate(PROPERTIES):
             path = self._path(name)
@@ -140,13 +139,13 @@ class Measured:
 
 
 def split_of(name: str) -> Split:
-    """The split of a molecule: 80 % train, 10 % validation, 10 % test."""
+    """Return the split of a molecule: 80 % train, 10 % validation, 10 % test."""
     tenth = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
     return "train" if tenth < 8 else "validation" if tenth == 8 else "test"
 
 
 def labels_of(values: Array, train: Array) -> Array:
-    """Labels ``[G, 128]`` int8 of measured values ``[G, 14]``, MISSING where those are NaN.
+    """Return labels ``[G, 128]`` int8 of measured values ``[G, 14]``, MISSING where those are NaN.
 
     A label is 1 below its quantile of the training values where that is a lower one, above it where it is the
     median or a higher one, so that no label is 1 for more than half of the molecules.

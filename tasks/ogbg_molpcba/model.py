@@ -47,7 +47,7 @@ class MessagePassing(nn.Module):
     def forward(
         self, nodes: Tensor, edges: Tensor, u: Tensor, senders: Tensor, receivers: Tensor, graph: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Updated nodes ``[n, w]``, edges ``[e, w]`` and globals ``[B, w]``; ``graph`` ``[n]`` is each node's."""
+        """Return new nodes ``[n, w]``, edges ``[e, w]`` and globals ``[B, w]``; ``graph`` ``[n]`` is each node's."""
         count, edge_graph = len(nodes), graph[senders]
         edges = self.edge(edges, nodes[senders], nodes[receivers], u[edge_graph])
         sent = scatter(edges, senders, dim=0, dim_size=count, reduce="sum")  # [n, w]
@@ -86,7 +86,7 @@ class GraphNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits ``[B, T]`` of a batch as made by :func:`tasks.ogbg_molpcba.data.batch_of`."""
+        """Return logits ``[B, T]`` of a batch as made by :func:`tasks.ogbg_molpcba.data.batch_of`."""
         senders, receivers = batch.edge_index
         dtype = self.decoder.weight.dtype
         nodes = self.node_embedding(batch.x.to(dtype))  # [n, w]

@@ -18,35 +18,30 @@ from caspr_cli.recipe.schema import MolPCBAConf, Source
 from tasks.archives import Files as Archive
 from tasks.archives import Folder, Zip, files_of
 from tasks.base import SPLITS, DataError, Split
-from tasks.files import entries_below, root_of, stamps
-from tasks.hub import reaching
+from tasks.files import entries_below, reaching, root_of, stamps
 from tasks.names import call_split, resembles_split, split_named
 from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from tasks.ogbg_molpcba.measured import Measured
-from tasks.ogbg_molpcba.tables import read_table
+from tasks.ogbg_molpcba.tables import out_of_range, read_table
 
 log = logging.getLogger("caspr")
 
 
 class Molecules(Protocol):
-    """A set of graphs."""
-
     name: str
 
     def identity(self) -> list[str]:
-        """Strings that change whenever the graphs may have changed. Reads no graph."""
+        """Return strings that change whenever the graphs may have changed. Reads no graph."""
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
-        """All graphs, and for each split the indices of its graphs, int64, in order."""
+        """Return all graphs, and for each split the indices of its graphs, int64, in order."""
 
 
 def molecules(conf: MolPCBAConf) -> Molecules:
-    """The source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing or wrong."""
+    """Return the source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
     if conf.data is Source.files:
         return Files(conf)
-    if conf.data is Source.hub:
-        return Hub()
-    return Measured()
+    return Hub() if conf.data is Source.hub else Measured()
 
 
 # ---- files: OGB's own --------------------------------------------------------------------------------------------
@@ -74,14 +69,12 @@ class Files:
                 raise DataError(f"task.root: no {name} in {top}")
 
     def identity(self) -> list[str]:
-        """Path, size and time of change of each file, or of the zip."""
         if self._files.root.is_file():
             return [self.name, *stamps([self._files.root])]
         names = [*(f"raw/{name}.csv.gz" for name in RAW), *self._splits.values()]
         return [self.name, *stamps(self._files.root / name for name in names)]
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
-        """See :class:`Molecules`. Adds the edge back to each that is in the files, where a bond is one edge."""
         log.info("reading the graphs in %s", self._files.root)
         node_counts = self._raw("num-node-list", np.int64, [MOST_NODES + 1])[:, 0]
         edge_counts = self._raw("num-edge-list", np.int64, [2**32])[:, 0]
@@ -103,6 +96,7 @@ class Files:
             edge, end, count = lone
             raise DataError(f"edge.csv.gz:{edge + 1}: node {end} in a graph of {count} (they are numbered from 0)")
         splits = self._read_splits(len(node_counts))
+        # a bond is one edge in the files
         return Graphs(node_counts, 2 * edge_counts, nodes, *both_ways(ends, bonds), labels), splits
 
     def _raw(self, name: str, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False) -> Array:
@@ -127,7 +121,7 @@ class Files:
 
 
 def _split_files(names: set[str], top: Path) -> dict[Split, str]:
-    """The file of each split, named as OGB does where there is none."""
+    """Return the file of each split, named as OGB does where there is none."""
     found: dict[Split, str] = {}
     for name in sorted(names):
         stem = name.removeprefix(SPLIT_FOLDER).removesuffix(".csv.gz")
@@ -142,7 +136,7 @@ def _split_files(names: set[str], top: Path) -> dict[Split, str]:
 
 
 def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
-    """A directory or a zip, and the path in it to the folder with raw/: empty, or with a slash at its end."""
+    """Return a directory or a zip, and the path in it to the folder with raw/: empty, or with a slash at its end."""
     given = Path(conf.root or "").expanduser()
     disk = given if given.suffix.lower() == ".zip" and given.is_file() else root_of(conf, HOLDS)
     if disk.is_dir():
@@ -169,7 +163,7 @@ def _agree(name: str, what: str, count: int, other: str, others: str, expected: 
 
 
 def lone_end(ends: Array, node_counts: Array, edge_counts: Array) -> tuple[int, int, int] | None:
-    """The first edge of ``[E, 2]`` with an end that its graph lacks: its index, that end, and the graph's nodes."""
+    """Return the first edge ``[E, 2]`` with an end that its graph lacks: its index, that end, the graph's nodes."""
     count = np.repeat(node_counts, edge_counts)[:, None]  # of each edge's graph
     beyond = ends >= count
     if not beyond.any():
@@ -190,11 +184,9 @@ class Hub:
     name = "OGB/ogbg-molpcba"
 
     def identity(self) -> list[str]:
-        """What is asked for; so that data fetched once serve without a network."""
-        return [self.name]
+        return [self.name]  # data that were fetched once serve without a network
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
-        """See :class:`Molecules`. The graphs of the hub have both edges of each bond already."""
         import datasets  # takes a second, and only this source needs it
 
         instead = (
@@ -226,7 +218,7 @@ def _columns(where: str, names: list[str]) -> None:
 
 
 def graphs_of(table: Any, where: str, first: int) -> Graphs:
-    """The graphs of an Arrow table with the columns ``node_feat``, ``edge_index``, ``edge_attr`` and ``y`` of the hub.
+    """Return the graphs of an Arrow table of the hub: columns ``node_feat``, ``edge_index``, ``edge_attr`` and ``y``.
 
     Args:
         where: the table's name, for messages.
@@ -272,14 +264,14 @@ class _Rows:
             raise self.error(int(np.argmax(bad)), column, problem)
 
     def lists(self, column: str) -> tuple[Array, Array, Array]:
-        """How many lists a row has ``[rows]``, how many numbers a list has ``[lists]``, and all numbers, flat."""
+        """Return how many lists a row has ``[rows]``, how many numbers a list has ``[lists]``, and all numbers."""
         outer = self._table[column].combine_chunks()
         inner = outer.flatten()
         counts, lengths = (a.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) for a in (outer, inner))
         return counts.astype(np.int64), lengths.astype(np.int64), inner.flatten().to_numpy(zero_copy_only=False)
 
     def matrices(self, column: str, sizes: Sequence[int], *, missing: bool = False) -> tuple[Array, Array]:
-        """How many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked.
+        """Return how many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked.
 
         Args:
             sizes, missing: as of :func:`tasks.ogbg_molpcba.tables.read_table`.
@@ -289,17 +281,13 @@ class _Rows:
         if (bad := np.flatnonzero(lengths != len(sizes))).size:
             raise self.error(owners[bad[0]], column, f"has {lengths[bad[0]]} numbers in a list, not {len(sizes)}")
         values = values.reshape(-1, len(sizes))
-        wrong = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))
-        if missing:
-            wrong &= ~np.isnan(values)
-        if wrong.any():
-            at, place = np.argwhere(wrong)[0]
-            kind = f"a whole number from 0 to {sizes[place] - 1}{', or missing' if missing else ''}"
-            raise self.error(owners[at], column, f"holds {values[at, place]:g}, it must be {kind}")
+        if wrong := out_of_range(values, sizes, "missing" if missing else ""):
+            at, place, must = wrong
+            raise self.error(owners[at], column, f"holds {values[at, place]:g}, it must be {must}")
         return counts, values
 
     def pairs(self, column: str, expected: Array) -> Array:
-        """The two lists of each row, ``expected`` ``[rows]`` long, as pairs ``[sum of expected, 2]``."""
+        """Return the two lists of each row, ``expected`` ``[rows]`` long, as pairs ``[sum of expected, 2]``."""
         counts, lengths, values = self.lists(column)
         self.refuse(counts != 2, column, "must be two lists")
         self.refuse((lengths.reshape(-1, 2) != expected[:, None]).any(1), column, "and edge_attr differ in length")

@@ -22,7 +22,7 @@ NEWLINE, COMMA = b"\n,"
 def read_table(
     files: Files, name: str, dtype: type[np.generic], sizes: Sequence[int] | int, *, missing: bool = False
 ) -> Array:
-    """All cells of the file ``name``, ``[rows, columns]``.
+    """Return all cells of the file ``name``, ``[rows, columns]``.
 
     Args:
         sizes: for each column, how many values it can take, 0 the first; or one number for as many columns as the
@@ -46,7 +46,7 @@ def read_table(
 
 
 def _blocks(files: Files, name: str) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, some BLOCK bytes at a time, each closed by a newline, with the number of the first."""
+    """Yield whole lines, some BLOCK bytes at a time, each closed by a newline, with the number of the first."""
     short = name.rpartition("/")[2]
     line, size = 1, 0
     rest: list[bytes] = []
@@ -80,20 +80,31 @@ def _parse(block: bytes, sizes: Sequence[int], missing: bool, name: str, first: 
     values = _numbers(block)
     if len(values) != len(ends):
         raise DataError(f"{name}:{first}: a carriage return within a line, somewhere from here on")
-    bad = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))  # [rows, columns]
-    empty = np.isnan(values)
-    if missing:
-        bad &= ~empty
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
+    if bad := out_of_range(values, sizes, "empty" if missing else ""):
+        row, column, must = bad
         cell = block[starts[row] : ends[row]].decode(errors="replace").rstrip("\r").split(",")[column]
-        kind = f"a whole number from 0 to {sizes[column] - 1}{', or empty' if missing else ''}"
-        raise DataError(f"{name}:{first + row}: column {column + 1} is '{cell}', it must be {kind}")
-    return np.where(empty, MISSING, values)
+        raise DataError(f"{name}:{first + row}: column {column + 1} is '{cell}', it must be {must}")
+    return np.where(np.isnan(values), MISSING, values)
+
+
+def out_of_range(values: Array, sizes: Sequence[int], missing: str) -> tuple[int, int, str] | None:
+    """Return row and column of the first of ``values`` ``[rows, len(sizes)]`` that is wrong, and what it must be.
+
+    Args:
+        sizes: as of :func:`read_table`.
+        missing: the word for NaN where it may be; empty where it may not.
+    """
+    wrong = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))
+    if missing:
+        wrong &= ~np.isnan(values)
+    if not wrong.any():
+        return None
+    row, column = map(int, np.argwhere(wrong)[0])
+    return row, column, f"a whole number from 0 to {sizes[column] - 1}{missing and f', or {missing}'}"
 
 
 def _numbers(block: bytes) -> Array:
-    """Cells as numbers: NaN where they are empty, infinite where they are no numbers."""
+    """Return the cells as numbers: NaN where they are empty, infinite where they are no numbers."""
     if not block.strip(b"\r\n"):  # pandas finds no columns in empty lines alone
         return np.full((block.count(b"\n"), 1), np.nan)
     how = {"header": None, "keep_default_na": False, "skip_blank_lines": False, "quoting": 3}  # 3: quotes are text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,15 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
 from caspr_cli.recipe.schema import MolPCBAConf
-from tasks.base import DataError, Split, Task
-from tasks.ogbg_molpcba.data import Graph, GraphSet, Library, batch_of
+from tasks.base import Task, require
+from tasks.metrics import Sums
+from tasks.ogbg_molpcba.data import Graph, Library, batch_of
 from tasks.ogbg_molpcba.graphs import MISSING
 from tasks.ogbg_molpcba.model import GraphNetwork
 
 
-class MeanAveragePrecision(Metric):
-    """Cross entropy and average precision over all graphs seen, whatever the batches they came in.
+class MeanAveragePrecision(Sums):
+    """Cross entropy and average precision over all graphs.
 
     ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
     gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
@@ -30,7 +31,7 @@ class MeanAveragePrecision(Metric):
         tasks: labels of a graph (``T``).
     """
 
-    full_state_update = False
+    sums = ("nats", "cells")
     nats: Tensor
     cells: Tensor
     logits: list[Tensor] | Tensor
@@ -39,9 +40,6 @@ class MeanAveragePrecision(Metric):
     def __init__(self, tasks: int) -> None:
         super().__init__()
         self._tasks = tasks
-        for state in ("nats", "cells"):
-            # float64: a float32 sum stops counting single cells at 2^24
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for state in ("logits", "labels"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
@@ -54,7 +52,7 @@ class MeanAveragePrecision(Metric):
         self.labels.append(labels)  # type: ignore[union-attr]
 
     def compute(self) -> dict[str, Tensor]:
-        """Scalars by name."""
+        """Return the scalars by name."""
         loss = self.nats / self.cells
         logits, labels = self._whole(self.logits), self._whole(self.labels)
         scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]
@@ -62,14 +60,14 @@ class MeanAveragePrecision(Metric):
         return {"loss": loss, "map": torch.stack(found).mean() if found else torch.full_like(loss, torch.nan)}
 
     def _whole(self, parts: list[Tensor] | Tensor) -> Tensor:
-        """One tensor of the batches, which is what torchmetrics has made of them already where there are ranks."""
+        """Return the batches as one tensor, which torchmetrics has made of them already where there are ranks."""
         if isinstance(parts, Tensor):
             return parts
         return torch.cat(parts) if parts else torch.empty(0, self._tasks)
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Of one label's ``logits`` ``[n]`` and values ``[n]``; None where the observed ones are not of both classes."""
+    """Return that of one label's ``logits`` ``[n]`` and values ``[n]``; None unless both classes were observed."""
     observed = labels != MISSING
     logits, truth = logits[observed], labels[observed].long()
     positive = truth.sum()
@@ -81,7 +79,7 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the observed cells, in nats, and how many there are."""
+    """Return the sum over the observed cells, in nats, and how many there are."""
     observed = labels != MISSING
     losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
     return (losses * observed).sum(), observed.sum()
@@ -101,28 +99,18 @@ class MolPCBA(Task):
 
     def __init__(self, conf: MolPCBAConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits are the data's own, and nothing is drawn.
-        _check(conf)
+        require(conf, positive=("steps", "width", "batch_size"), share=("dropout",))
         self.conf = conf
-        self._library = Library(conf)
-
-    def prepare(self) -> None:
-        """Build the arrays of the graphs, or find them in the cache."""
-        self._library.check()
-
-    def dataset(self, split: Split) -> GraphSet:
-        """The graphs of a split."""
-        return self._library.graphs(split)
+        self.data: Library = Library(conf)
 
     def collate(self, samples: list[Graph]) -> Batch:
-        """See :func:`tasks.ogbg_molpcba.data.batch_of`."""
         return batch_of(samples)
 
     def model(self) -> GraphNetwork:
-        """A fresh graph network, with an output for each label of the data."""
-        return GraphNetwork(self._library.tasks, self.conf.width, self.conf.steps, self.conf.dropout)
+        return GraphNetwork(self.data.tasks, self.conf.width, self.conf.steps, self.conf.dropout)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross entropy over the observed cells of the batch, in nats; 0 where none was observed.
+        """Return the mean cross entropy over the observed cells of the batch, in nats; 0 where none was observed.
 
         A batch that is dealt out to ranks or to several passes is averaged over these parts, each with its own number
         of cells: a cell in a part with few weighs a little more.
@@ -131,23 +119,21 @@ class MolPCBA(Task):
         return nats / cells.clamp(min=1)
 
     def metrics(self) -> MeanAveragePrecision:
-        """An empty :class:`MeanAveragePrecision`."""
-        return MeanAveragePrecision(self._library.tasks)
+        return MeanAveragePrecision(self.data.tasks)
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:
-        """Add a batch to ``metrics``."""
         metrics.update(model(batch), batch.y)
 
     def units(self, batch: Batch) -> int:
-        """Graphs in a batch."""
+        """Return the number of graphs in a batch."""
         return int(batch.num_graphs)
 
     def train_flops(self, model: nn.Module) -> float:
-        """FLOPs of one global batch of graphs of the training split's mean size: the matrix products, 2 a multiply-add.
+        """Return the FLOPs of the matrix products of one global batch, its graphs of the training split's mean size.
 
         The backward pass is twice the forward pass, but once for the embeddings: features need no gradient.
         """
-        nodes, edges = self._library.mean_size()
+        nodes, edges = self.data.mean_size()
         total = 0.0
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear):
@@ -155,15 +141,3 @@ class MolPCBA(Task):
                 passes = 2 if name.endswith("embedding") else 3
                 total += 2 * passes * rows * layer.weight.numel()
         return total * self.conf.batch_size
-
-    def describe_data(self) -> dict[str, Any]:
-        """See :meth:`tasks.ogbg_molpcba.data.Library.describe`."""
-        return self._library.describe()
-
-
-def _check(conf: MolPCBAConf) -> None:
-    for key in ("steps", "width", "batch_size"):
-        if getattr(conf, key) < 1:
-            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1")
-    if not 0 <= conf.dropout < 1:
-        raise DataError(f"task.dropout: {conf.dropout} is not in [0, 1)")

@@ -15,7 +15,7 @@ def _conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """What both kinds share: the sum of a branch and the input, which is projected where their shapes differ."""
+    """The sum of a branch and the input, which is projected where their shapes differ."""
 
     expansion: int
 
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of ``images`` ``[B, 3, H, W]``."""
+        """Return logits ``[B, classes]`` of ``images`` ``[B, 3, H, W]``."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

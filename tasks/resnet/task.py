@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from caspr_cli.recipe.schema import ResNetConf
-from tasks.base import DataError
+from tasks.base import DataError, require
 from tasks.images.task import Classification
 from tasks.resnet.model import DEPTHS, ResNet
 
@@ -29,12 +29,11 @@ class ResNetTask(Classification):
             raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
         if conf.stem not in (1, 2, 4):
             raise DataError(f"task.stem: {conf.stem} is none of 1, 2, 4")
-        if conf.width < 1:
-            raise DataError(f"task.width: {conf.width} is too small, it must be at least 1")
+        require(conf, positive=("width",))
 
     def model(self) -> ResNet:
         """Return a fresh network, its weights channels last in memory, as convolutions on most devices want them."""
-        model = ResNet(self.conf.depth, self.gallery.classes, self.conf.width, stem=self.conf.stem)
+        model = ResNet(self.conf.depth, self.data.classes, self.conf.width, stem=self.conf.stem)
         return model.to(memory_format=self._memory)
 
     def inputs(self, model: nn.Module, images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Sentence(NamedTuple):
 
 
 def read(path: Path, tags: Tags) -> Iterator[Sentence]:
-    """The sentences of a file (``.conllu``, or gzipped).
+    """Yield the sentences of a file (``.conllu``, or gzipped).
 
     Words are the *syntactic* words, those with a whole number for ID: of a multiword token its parts are read, and
     empty nodes are not. Every word must have a UPOS, as the format demands; an XPOS is optional, and ``_`` is kept.

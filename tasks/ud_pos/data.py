@@ -65,11 +65,11 @@ class Lexicon:
 
     @property
     def alphabet(self) -> int:
-        """How many ids characters have."""
+        """The number of character ids."""
         return END + 1 + len(self.characters)
 
     def tag_id(self, tag: str) -> int:
-        """The class of a tag, or UNTAGGED or UNSEEN."""
+        """Return the class of a tag, or UNTAGGED or UNSEEN."""
         return UNTAGGED if tag == MISSING else self.tags.get(tag, UNSEEN)
 
 
@@ -112,7 +112,7 @@ class Sentences(Dataset[Sample]):
 
 
 def batch_of(samples: Sequence[Sample], lexicon: Lexicon, *, characters: bool) -> Batch:
-    """A batch ``[B, T]``, padded to its longest sample.
+    """Return a batch ``[B, T]``, padded to its longest sample.
 
     Returns:
         ``words`` (PADDING, UNKNOWN or a known word), ``tags`` (a class, UNTAGGED or UNSEEN) and ``counts`` (how often
@@ -167,15 +167,18 @@ class Corpus:
 
     @cached_property
     def lexicon(self) -> Lexicon:
-        """Words, tags and characters."""
         return Lexicon(self.sentences, self._conf.vocab_size)
 
-    def samples(self, split: Split) -> Sentences:
-        """The data set of a split."""
+    def check(self) -> None:
+        """Read the treebank: nothing is kept on disk."""
+        _ = self.lexicon
+
+    def dataset(self, split: Split) -> Sentences:
+        """Return sentences of at most ``max_length`` words: cut off in training, else in pieces with every word."""
         return Sentences(self.sentences[split], self.lexicon, self._conf.max_length, whole=split != "train")
 
     def describe(self) -> dict[str, Any]:
-        """Name, source, hash of words and tags, tags, and of each split sentences, words and share of unknown words."""
+        """Return also the numbers of tags and known words; ``unknown`` is the share of a split's words that are not."""
         sums, lexicon = hashlib.sha256(), self.lexicon
         splits = {}
         for split in SPLITS:

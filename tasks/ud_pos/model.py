@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.encoder import EncoderBlock
+from tasks.encoder import NORM_EPS, EncoderBlock
 from tasks.ud_pos.data import PADDING
 
 CHARACTER = 32  # width of a character's embedding
@@ -14,7 +14,7 @@ REACH = 5  # characters that one filter sees
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Positions as sines and cosines of geometric wavelengths, ``[length, width]`` (Vaswani et al. 2017, 3.5)."""
+    """Return sines and cosines of geometric wavelengths, ``[length, width]`` (Vaswani et al. 2017, 3.5)."""
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2) / width)  # [width / 2]
     angles = torch.outer(torch.arange(length), frequencies)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -32,7 +32,7 @@ class Spelling(nn.Module):
         self.filters = nn.Conv1d(CHARACTER, width, REACH, padding=REACH // 2)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """``characters`` is ``[U, C]``, padded; the result ``[U, width]`` and does not depend on the padding."""
+        """Return ``[U, width]`` for ``characters`` ``[U, C]``, padded; the result does not depend on the padding."""
         answers = self.filters(self.embedding(characters).transpose(1, 2))  # [U, width, C]
         answers = answers.masked_fill((characters == PADDING)[:, None], -torch.inf)
         return F.relu(answers.amax(dim=2))  # a row of padding alone, which no word is, gives 0
@@ -70,10 +70,9 @@ class Tagger(nn.Module):
         self.spelling = None if alphabet is None else Spelling(alphabet, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            EncoderBlock(width, heads, dropout, hidden=4 * width, activation=F.elu, bias=False, norm_eps=1e-6)
-            for _ in range(layers)
+            EncoderBlock(width, heads, dropout, activation=F.elu, bias=False) for _ in range(layers)
         )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, tags)
         # not persistent: they follow from the shapes, so no checkpoint need hold them
         self.register_buffer("positions", sinusoids(max_length, width), persistent=False)
@@ -92,7 +91,7 @@ class Tagger(nn.Module):
                     module.weight[PADDING] = 0
 
     def forward(self, words: Tensor, spellings: Tensor | None = None, spelled: Tensor | None = None) -> Tensor:
-        """Logits ``[B, T, tags]`` of ``words`` ``[B, T]``; the others as in :func:`tasks.ud_pos.data.batch_of`."""
+        """Return logits ``[B, T, tags]``; the arguments are those of :func:`tasks.ud_pos.data.batch_of`."""
         x = self.embedding(words)  # [B, T, w]
         if self.spelling is not None:
             assert spellings is not None

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from caspr_cli.recipe.schema import Source, TaggingConf, Tags
-from tasks.base import DataError, Split, place_of
-from tasks.files import entries_below, regular, root_of
-from tasks.hub import reaching
+from tasks.base import DataError, Split, split_of
+from tasks.files import entries_below, reaching, regular, root_of
 from tasks.names import call_split, split_named
 from tasks.ud_pos.conllu import MISSING, Sentence, read
 
+HELD_OUT = 0.1  # of the sample's sentences, for validation and for test each
+
 
 class Treebank(Protocol):
-    """The sentences of a data set."""
-
     name: str
 
     def split(self, split: Split) -> Iterable[Sentence]:
-        """The sentences of a split, in a fixed order. Raises :class:`DataError` where they cannot be read."""
+        """Return the sentences of a split, in a fixed order. Raises :class:`DataError` where they cannot be read."""
 
 
 def treebank(conf: TaggingConf) -> Treebank:
-    """The source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
-    if conf.data is Source.files:
-        return Files(conf)
-    if conf.data is Source.hub:
-        return Hub(conf)
-    return Sample(conf)
+    """Return the source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
+    kinds: dict[Source, Callable[[TaggingConf], Treebank]]
+    kinds = {Source.sample: Sample, Source.files: Files, Source.hub: Hub}
+    return kinds[conf.data](conf)
 
 
 # ---- sample: Turkish, from a package --------------------------------------------------------------------------------
@@ -58,12 +55,11 @@ class Sample:
         return [sentence for path in self._files for sentence in read(path, self._tags)]
 
     def split(self, split: Split) -> Iterator[Sentence]:
-        """See :class:`Treebank`."""
-        return (sentence for sentence in self._sentences if split_of("".join(sentence.words)) == split)
+        return (sentence for sentence in self._sentences if split_of("".join(sentence.words), HELD_OUT) == split)
 
 
 def sample_files(package: str) -> list[Path]:
-    """The CoNLL-U files that an installed package brings along, by name."""
+    """Return the CoNLL-U files that an installed package brings along, by name."""
     try:
         found = sorted(Path(str(f.locate())) for f in metadata.files(package) or [] if f.suffix == ".conllu")
     except metadata.PackageNotFoundError:
@@ -74,12 +70,6 @@ def sample_files(package: str) -> list[Path]:
             "or take task.data=files task.root=DIR with a treebank of Universal Dependencies"
         )
     return found
-
-
-def split_of(text: str) -> Split:
-    """The split of a sentence of the sample, by its text (without spaces) alone."""
-    part = place_of(text)
-    return "validation" if part < 0.1 else "test" if part < 0.2 else "train"
 
 
 # ---- files: a treebank of Universal Dependencies --------------------------------------------------------------------
@@ -128,7 +118,6 @@ class Files:
                 raise DataError(f"task.root: no {self.name}-ud-{part}.conllu (or .conllu.gz) in {conf.root}")
 
     def split(self, split: Split) -> Iterator[Sentence]:
-        """See :class:`Treebank`."""
         for path in self._files[split]:
             yield from read(path, self._tags)
 
@@ -166,7 +155,6 @@ class Hub:
                 raise
 
     def split(self, split: Split) -> Iterator[Sentence]:
-        """See :class:`Treebank`."""
         names = ("dev", "validation") if split == "validation" else (split,)  # the older releases' name comes second
         name = next((name for name in names if name in self._dataset), None)
         if name is None:

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.encoder import EncoderBlock
-
-EPS = 1e-6  # of the norms, torchvision's
+from tasks.encoder import NORM_EPS, EncoderBlock
 
 
 class VisionTransformer(nn.Module):
@@ -37,11 +35,8 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, (size // patch) ** 2 + 1, width))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(width, heads, dropout, hidden=4 * width, activation=F.gelu, norm_eps=EPS)
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, dropout, activation=F.gelu) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, classes)
         self._init_weights()
 
@@ -56,7 +51,7 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of ``images`` ``[B, 3, size, size]``."""
+        """Return logits ``[B, classes]`` of ``images`` ``[B, 3, size, size]``."""
         x = self.patches(images).flatten(2).mT  # [B, T, w]
         x = torch.cat((self.class_token.expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x + self.position)

@@ -8,9 +8,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import socket
-import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from written import write_fashion
 
 import tasks
 from caspr_cli.recipe import schema
@@ -26,7 +27,7 @@ from caspr_cli.recipe.schema import Augment, Images, Source
 from tasks import files
 from tasks.archives import Zip
 from tasks.base import SPLITS, DataError, Task
-from tasks.names import is_dropping, resembles_split, split_named
+from tasks.names import is_ignored, resembles_split, split_named
 
 Damage = Callable[[Path], Any]
 
@@ -84,17 +85,6 @@ def pack(path: Path, content: dict[str, bytes]) -> None:
             file.writestr(name, data)
 
 
-def write_fashion(root: Path) -> None:
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, count in (("train", 40), ("t10k", 10)):
-        header = struct.pack(">4I", 0x803, count, 28, 28)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + bytes(i % 251 for i in range(28 * 28 * count)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2I", 0x801, count) + bytes(i % 10 for i in range(count))
-        )
-
-
 def write_ogb(root: Path) -> None:
     tables = {"num-node-list": ["2"] * 12, "num-edge-list": ["1"] * 12, "node-feat": ["5" + ",0" * 8] * 24,
               "edge": ["0,1"] * 12, "edge-feat": ["0,0,0"] * 12, "graph-label": ["0", "1"] * 6}  # fmt: skip
@@ -130,12 +120,6 @@ READERS: dict[str, tuple[Callable[[Path], None], str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def written(reader: str, tmp_path: Path) -> Path:
     """The data of a reader, whole."""
     root = tmp_path / ("data.zip" if reader.endswith("zip") else "data")
@@ -143,10 +127,10 @@ def written(reader: str, tmp_path: Path) -> Path:
     return root
 
 
-def read(reader: str, root: Path, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
+def read(reader: str, root: Path | str | None, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
     """All that a run reads, as it reads it."""
     _, name, small = READERS[reader]
-    conf = schema.TASKS[name](**{"data": Source.files, "root": str(root), "batch_size": 2, **small, **changes})
+    conf = schema.TASKS[name](**{"data": Source.files, "root": root and str(root), "batch_size": 2, **small, **changes})
     task = tasks.load(conf, 0)
     task.prepare()
     found: dict[str, list[Any]] = {}
@@ -196,6 +180,10 @@ def listen(path: Path) -> None:
 
 def rename(name: str, to: str) -> Damage:
     return lambda root: (root / name).rename(root / to)
+
+
+def remove(*names: str) -> Damage:
+    return lambda root: [shutil.rmtree(root / n) if (root / n).is_dir() else (root / n).unlink() for n in names]
 
 
 def copy(name: str, to: str) -> Damage:
@@ -257,6 +245,9 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("deep", put(TRAIN, b'{"text": "a", "b": ' + b"[" * 100_000 + b"\n", packed=True),
          rf"^{TRAIN}:1: brackets nested too deeply$"),
         ("number", put(TRAIN, b"9" * 5000 + b"\n", packed=True), rf"^{TRAIN}:1: not a JSON object with a 'text'"),
+        *((f"line-{line}", put(TRAIN, b'{"text": "fine"}\n' * 3 + line.encode(), packed=True),
+           rf"^{TRAIN}:4: not a JSON object with a 'text' field$")
+          for line in ("{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}')),
         ("folder", instead(SECOND, Path.mkdir), rf"{SECOND}: is a folder, not a file$"),
         ("pipe", instead(SECOND, os.mkfifo), rf"{SECOND}: is a pipe, not a file$"),
         ("socket", instead(SECOND, listen), rf"{SECOND}: is a socket, not a file$"),
@@ -298,6 +289,20 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
          r"/train/cat/up: is a link to a folder that it lies in$"),
         ("unfinished", put("train/cat/9.png.crdownload", b""), r"^train/cat/9\.png\.crdownload: is a download"),
         ("strip", lambda root: Image.new("RGB", (5000, 1)).save(root / "train/cat/0.png"), r"5000 x 1 pixels"),
+        ("stray", put("train/cat/a.txt", b"a cat"), r"^data: train/cat/a\.txt is not an image \(\.jpg"),
+        ("deep", lambda root: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(root / "test/dog/1.png"),
+         r"^data: test/dog/1\.png: more than 8 bits a channel"),
+        ("more-classes", copy("test/cat", "test/fox"), r"^data: the test split has the class 'fox', which the tr"),
+        ("no-class", remove("test/cat"), r"^data: the test split has no folder of the class 'cat'$"),
+        ("empty-class", instead("train/dog", Path.mkdir), r"^data: no images of the class 'dog' in the train split$"),
+        ("empty-split", instead("test", Path.mkdir), r"^data: no images in the test split$"),
+        ("no-test", remove("test"), r"^task\.root: no folder test \(nor validation\) in data"),
+        ("no-train", remove("train"), r"^task\.root: no folder train in data; the layout is "),
+        ("training", rename("train", "training"), r"^data: training is no name of a split \(they are train, val, .*\)"),
+        ("no-folder", rename("train/cat/0.png", "train/0.png"), r"^data: train/0\.png lies in no folder of a class"),
+        ("one-image", remove("train/dog/0.png", "train/dog/1.png", "train/dog/2.png"),
+         r"class number 1 has one training image"),
+        ("one-class", remove("train/cat", "test/cat"), r"^data: one class alone \(dog\)"),
     ],
     "opened": [
         ("cut", cut("test/cat/0.png"), r"^data: test/cat/0\.png cannot be decoded \("),
@@ -314,6 +319,8 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("outside", repacked(lambda c: c.update({"../train/cat/9.png": image()})), r"^data\.zip: \.\./train/cat/9"),
         ("absolute", repacked(lambda c: c.update({"/train/cat/9.png": image()})), r"a path that leads out of the zip$"),
         ("drive", repacked(lambda c: c.update({"C:\\train\\9.png": image()})), r"a path that leads out of the zip$"),
+        ("crc", lambda root: root.write_bytes(root.read_bytes().replace(image(12)[60:70], bytes(10))),
+         r"^data\.zip: train/dog/2\.png cannot be read \(Bad CRC-32"),
         ("split", repacked(lambda c: c.update({"testing/cat/9.png": image()})), r"^data\.zip: testing is no name"),
     ],
     "fashion": [
@@ -321,6 +328,10 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("test-label", idx("t10k-labels-idx1-ubyte", 9, 10), r"t10k-labels-idx1-ubyte: label 10, but fashion_mnist"),
         ("magic", idx("train-images-idx3-ubyte", 2, 99), r"train-images.*: these are not the files of fashion_mnist"),
         ("empty", put("FashionMNIST/raw/t10k-labels-idx1-ubyte", b""), r"t10k-labels.*: these are not the files"),
+        ("cut", cut("FashionMNIST/raw/train-images-idx3-ubyte"), r"these are not the files of fashion_mnist \("),
+        ("swapped", lambda root: shutil.copy(root / "FashionMNIST/raw/train-labels-idx1-ubyte",
+                                             root / "FashionMNIST/raw/t10k-labels-idx1-ubyte"),
+         r"^t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte: 10 images and 40 labels$"),
         ("pipe", instead("FashionMNIST/raw/t10k-labels-idx1-ubyte", os.mkfifo), r"^task\.root: no FashionMNIST/raw/t1"),
     ],
     "ogb": [
@@ -358,6 +369,15 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, reader: str, dam
     with pytest.raises(DataError, match=words) as caught:
         read(reader, root)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_root_that_is_none(tmp_path: Path, reader: str) -> None:
+    (tmp_path / "empty").mkdir()
+    for root, words in ((None, "task.data=files needs the directory of "), ("/nowhere", "no such directory: /nowhere"),
+                        (tmp_path / "empty", "no ")):  # fmt: skip
+        with pytest.raises(DataError, match=rf"^task\.root: {re.escape(words)}"):
+            read(reader, root)
 
 
 @pytest.mark.parametrize("reader", DAMAGED)
@@ -431,16 +451,16 @@ def test_imagenet_may_be_links(tmp_path: Path) -> None:
     assert sizes("imagenet", root) == {"train": 6, "validation": 2, "test": 4}
 
 
-DROPPINGS = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/0.png", "@eaDir/0.png", "0.png~",
+IGNORED = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints/0.png", "@eaDir/0.png", "0.png~",
              "__MACOSX/0.png", ".git/HEAD", ".nfs0001", "Icon\r", "#0.png#")  # fmt: skip
 
 
 @pytest.mark.parametrize("reader", ["images", "zip", "opened", "ud", "c4", "ogb", "ogb_zip"])
-def test_droppings_are_passed_over(tmp_path: Path, reader: str) -> None:
+def test_ignored_files_are_passed_over(tmp_path: Path, reader: str) -> None:
     root = written(reader, tmp_path)
     expected = read(reader, root)[0].describe_data()
     if reader == "zip":
-        repacked(lambda c: c.update({f"train/cat/{name}": b"no image" for name in DROPPINGS}))(root)
+        repacked(lambda c: c.update({f"train/cat/{name}": b"no image" for name in IGNORED}))(root)
     elif reader == "ogb_zip":
         with zipfile.ZipFile(root, "a") as file:
             for folder in ("", "pcba/raw/", "__MACOSX/pcba/raw/"):
@@ -448,7 +468,7 @@ def test_droppings_are_passed_over(tmp_path: Path, reader: str) -> None:
                     file.writestr(folder + name, b"no table")
     else:
         for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-            for name in DROPPINGS:
+            for name in IGNORED:
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(b"no data")
         (root / ".dangling").symlink_to("nowhere")
@@ -581,10 +601,10 @@ def test_a_full_disk_is_no_fault_of_the_data(error: Exception) -> None:
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_a_dropping() -> None:
-    assert all(is_dropping(name.partition("/")[0]) for name in DROPPINGS)
-    assert not any(map(is_dropping, ("cat", "0.png", "a#b", "Icon", "MACOSX", "git", "thumbs")))
-    assert not is_dropping("cat~", folder=True)
+def test_what_is_ignored() -> None:
+    assert all(is_ignored(name.partition("/")[0]) for name in IGNORED)
+    assert not any(map(is_ignored, ("cat", "0.png", "a#b", "Icon", "MACOSX", "git", "thumbs")))
+    assert not is_ignored("cat~", folder=True)
 
 
 def test_what_names_a_split() -> None:

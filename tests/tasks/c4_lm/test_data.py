@@ -4,7 +4,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +97,7 @@ def test_sample_without_sources(tmp_path, monkeypatch):
         Corpus(C4LMConf()).check()
 
 
-def test_sample_start_reads_nothing_twice(library, cache, monkeypatch):
+def test_sample_start_reads_nothing_twice(library, monkeypatch):
     first = Corpus(C4LMConf(vocab_size=300, sequence=8))
     first.check()
     monkeypatch.setattr(sources, "docstrings", lambda _: pytest.fail("parsed again"))
@@ -126,43 +125,6 @@ def test_limits_take_the_first_documents_of_each_split(conf):
         assert list(few.split(split)) == list(everything.split(split))[:count]
 
 
-def test_errors_of_the_root(conf, tmp_path):
-    with pytest.raises(DataError, match=r"^task\.root: task\.data=files needs the directory"):
-        documents(conf(root=None))
-    with pytest.raises(DataError, match=r"^task\.root: no such directory: /nowhere \(it should hold c4-train"):
-        documents(conf(root="/nowhere"))
-    with pytest.raises(DataError, match=r"^task\.root: no c4-train\.\*\.json\.gz in "):
-        documents(conf(root=str(tmp_path)))
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}', ""])
-def test_malformed_line_names_file_and_line(conf, shards, line, cache):
-    name = "c4-train.00001-of-00002.json.gz"
-    with gzip.open(shards / name, "wb") as file:
-        file.write(b'{"text": "fine"}\n' * 16 + line.encode() + b"\n")
-    with pytest.raises(DataError) as caught:
-        Corpus(conf()).check()
-    assert str(caught.value) == f"{name}:17: not a JSON object with a 'text' field"
-    assert not list(cache.glob("[!.]*"))  # nothing half built is left
-    assert not list(cache.glob(".building-*"))
-
-
-def test_what_is_no_text_names_file_and_line(conf, shards):
-    name = "c4-train.00001-of-00002.json.gz"
-    with gzip.open(shards / name, "wb") as file:
-        file.write(b'{"text": "fine"}\n' * 16 + b"\xff\n")
-    with pytest.raises(DataError, match=rf"^{name}:17: not UTF-8"):
-        Corpus(conf()).check()
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"plain text"])
-def test_damaged_gzip_names_the_file(conf, shards, damage):
-    shard = shards / "c4-train.00000-of-00002.json.gz"
-    shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(DataError, match=r"^c4-train\.00000-of-00002\.json\.gz:\d+: cannot be read from here on"):
-        Corpus(conf()).check()
-
-
 def test_real_shards(shared):
     source = documents(C4LMConf(data=Source.files, root=str(shared / "c4" / "en"), train_documents=200))
     assert len(list(source.split("train"))) == 200
@@ -182,7 +144,7 @@ def test_hub_needs_numbers_of_documents(key):
         documents(hub(**{key: None}))
 
 
-def test_hub_takes_the_first_documents_once(monkeypatch, cache):
+def test_hub_takes_the_first_documents_once(monkeypatch):
     import datasets
 
     def load(path, name, *, split, streaming):
@@ -201,22 +163,6 @@ def test_hub_takes_the_first_documents_once(monkeypatch, cache):
     assert first.meta["splits"]["train"]["documents"] == 5
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("fetched again"))
     assert Corpus(hub(sequence=4)).directory == first.directory
-
-
-def test_hub_offline_says_what_to_do(monkeypatch):
-    import datasets
-
-    def load(*_, **__):
-        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub (OfflineModeIsEnabled)\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError) as caught:
-        Corpus(hub()).check()
-    message = str(caught.value)
-    assert message.startswith("the Hugging Face hub cannot be reached (Couldn't reach 'allenai/c4'")
-    assert "task.data=sample" in message
-    assert "task.data=files task.root=DIR" in message
-    assert len(message.splitlines()) <= 3
 
 
 # ---- token files ------------------------------------------------------------------------------------------------
@@ -298,21 +244,12 @@ def test_directory_follows_content_and_vocabulary(conf, shards):
     assert len(set(directories)) == 4
 
 
-def test_what_a_killed_build_leaves_is_not_read_and_goes(conf, cache):
-    left = cache / ".building-left"
-    (left / "whole").mkdir(parents=True)
-    (left / "whole" / "meta.json").write_text("{")
-    corpus = Corpus(conf())
-    corpus.check()
-    assert {path.name for path in cache.iterdir()} == {".lock", "sources", corpus.directory.name}
-
-
 def test_a_failed_build_leaves_nothing_and_is_repeated(conf, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "_encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Corpus(conf()).check()
-    assert [path.name for path in cache.iterdir()] == [".lock"]
+    assert [path.name for path in (cache / "c4_lm").iterdir()] == [".lock"]
     Corpus(conf()).check()
 
 
@@ -331,7 +268,7 @@ def test_two_processes_build_at_once(conf, cache):
         arguments = documents(conf()), 300
         one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
     assert one == other == Corpus(conf()).directory
-    assert {path.name for path in cache.iterdir()} == {".lock", "sources", one.name}
+    assert {path.name for path in (cache / "c4_lm").iterdir()} == {".lock", "sources", one.name}
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):
@@ -342,14 +279,7 @@ def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkey
 
     monkeypatch.setattr(tokens, "_encode", encode_while_another_finishes)
     Corpus(conf()).check()
-    assert len(list(cache.glob("[!.]*"))) == 2
-
-
-def test_damaged_file_is_named(conf):
-    corpus = Corpus(conf())
-    (corpus.directory / "train.bin").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train\.bin: damaged; delete "):
-        corpus.check()
+    assert len(list((cache / "c4_lm").glob("[!.]*"))) == 2
 
 
 def test_cache_root_follows_the_environment(monkeypatch):
@@ -361,13 +291,6 @@ def test_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert tokens.cache_root("c4_lm") == Path("/c/.cache/caspr/c4_lm")
-
-
-def test_cache_that_cannot_be_written(conf, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build in "):
-        Corpus(conf()).check()
 
 
 # ---- windows ----------------------------------------------------------------------------------------------------
@@ -384,14 +307,6 @@ def test_windows(tmp_path, count):
     with pytest.raises(IndexError):
         windows[len(windows)]
     assert torch.equal(windows[-1], windows[len(windows) - 1])
-
-
-def test_windows_are_pickled_by_path(tmp_path):
-    np.arange(100_000, dtype=np.uint16).tofile(tmp_path / "ids")
-    windows = Windows(tmp_path / "ids", "uint16", 4)
-    pickled = pickle.dumps(windows)
-    assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[7], windows[7])
 
 
 @pytest.mark.parametrize(("split", "key"), [("train", "train_documents"), ("validation", "eval_documents")])

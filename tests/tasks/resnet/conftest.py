@@ -1,6 +1,4 @@
-"""A cache of its own for each test, and few of the drawn shapes."""
-
-from pathlib import Path
+"""Few of the drawn shapes."""
 
 import pytest
 
@@ -8,6 +6,5 @@ from tasks.images import sources
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "cache"))
+def few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SAMPLE", {"train": 60, "validation": 20, "test": 20})

@@ -6,12 +6,10 @@ from references.drive import BARE, relative_error
 from references.kronecker import damped, gram, on_axis, spectral_power
 from references.stream import random_stream
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
 from caspr_cli.optim import CASPR
 from caspr_cli.recipe.schema import ResNetConf
-from tasks.base import DataError
 
 
 def load(**changes):
@@ -28,58 +26,11 @@ def batch_of(task, count):
     return task.collate([data[i] for i in range(count)])
 
 
-def test_loss_falls(task):
-    torch.manual_seed(0)
-    model, batch = task.model(), batch_of(task, 20)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = task.loss(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-3:]) / 3 < losses[0] - 0.5
-
-
-def test_preconditioned_are_the_convolutions(task):
-    model = task.model()
-    plain, parameters = task.plain(model), dict(model.named_parameters())
-    chosen = set(parameters) - set(plain)
-    assert chosen == {name for name, p in parameters.items() if p.ndim == 4}
-    assert plain["fc.weight"] == "head"
-    assert plain["fc.bias"] == "bias"
-    assert plain["layer2.0.downsample.1.weight"] == "norm"
-    assert plain["bn1.bias"] == "norm"
-
-
-def test_train_flops_agree_with_torchs_counter(task):
-    model, batch = task.model(), batch_of(task, 6)
-    with FlopCounterMode(display=False) as counter:
-        task.loss(model, batch).backward()
-    # the gradient by the images themselves is counted, and nobody asks for it
-    first = 2 * 6 * 16 * 16 * 4 * 3 * 7 * 7
-    assert task.train_flops(model) == counter.get_total_flops() + first
-
-
 def test_resnet_50_takes_the_published_flops():
     task = load(depth=50, width=64, size=224, batch_size=1)
-    task.gallery.__dict__["meta"] = {"classes": [""] * 1000}
+    task.data.__dict__["meta"] = {"classes": [""] * 1000}
     # 4.09 billion multiply-adds, torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta
     assert task.train_flops(nn.Identity()) == pytest.approx(3 * 2 * 4.09e9, rel=0.01)
-
-
-def test_describe_data(task):
-    found = task.describe_data()
-    assert found["name"] == "shapes"
-    assert found["source"] == "sample"
-    assert found["splits"]["train"] == {"images": 60}
-
-
-def test_impossible_shapes_name_their_key():
-    for change in ({"depth": 20}, {"width": 0}, {"stem": 3}, {"size": 0}):
-        with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
-            load(**change)
 
 
 # ---- channels last -----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tasks
 from caspr_cli.recipe.schema import Source, TaggingConf
-from tasks.base import DataError
 from tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED
 from tasks.ud_pos.task import Accuracy, Tagging
 
@@ -43,18 +42,6 @@ def test_loss_is_the_mean_cross_entropy_of_the_words(task):
     assert task.unit == "words"
 
 
-def test_loss_falls(task):
-    torch.manual_seed(0)
-    model, batch = task.model(), batch_of(task, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    start = task.loss(model, batch).item()
-    for _ in range(30):
-        optimizer.zero_grad()
-        task.loss(model, batch).backward()
-        optimizer.step()
-    assert task.loss(model, batch).item() < start - 1
-
-
 def test_training_hides_words_as_often_as_they_are_rare(conf):
     seen = []
 
@@ -77,36 +64,6 @@ def test_training_hides_words_as_often_as_they_are_rare(conf):
     Tagging(conf(word_dropout=0.0), seed=0).loss(Spy(), batch)
     assert torch.equal(seen[2], words)
     assert torch.equal(seen[3], words)
-
-
-@torch.no_grad()
-def test_metric_is_the_direct_value_whatever_the_batches(conf):
-    task = Tagging(conf(max_length=6, vocab_size=5), seed=0)
-    torch.manual_seed(0)
-    model, data = task.model().double().eval(), task.dataset("validation")
-    nats, right = [], []
-    unknown = []
-    for sample in data:
-        batch = task.collate([sample])  # one at a time: no padding at all
-        logs = model(*arguments(batch))[0].log_softmax(-1)
-        nats += [-logs[t, tag].item() for t, tag in enumerate(sample[1].tolist())]
-        right += (logs.argmax(-1) == sample[1]).tolist()
-        unknown += (batch["words"][0] == UNKNOWN).tolist()
-    assert len(right) == sum(len(sentence.words) for sentence in task._corpus.sentences["validation"])
-    assert 0 < sum(unknown) < len(unknown)
-    for size in (1, 3, len(data)):
-        metric = task.metrics()
-        for batch in DataLoader(data, size, collate_fn=task.collate):
-            task.evaluate(model, batch, metric)
-        found = {name: value.item() for name, value in metric.compute().items()}
-        assert found == pytest.approx(
-            {
-                "loss": sum(nats) / len(nats),
-                "accuracy": sum(right) / len(right),
-                "unknown_accuracy": sum(r for r, u in zip(right, unknown, strict=True) if u) / sum(unknown),
-            },
-            rel=1e-6,
-        )
 
 
 def test_metric_by_hand():
@@ -147,16 +104,6 @@ def test_no_unknown_words_and_no_words():
     assert metric.compute()["accuracy"].item() == pytest.approx(1 / 3)
 
 
-def test_metric_sums_are_double_and_summed_over_ranks():
-    metric = Accuracy()
-    for state in ("nats", "scored", "right", "words", "unknown_right", "unknown"):
-        assert getattr(metric, state).dtype == torch.float64
-        assert metric._reductions[state] is torch.sum or "sum" in str(metric._reductions[state])
-    metric.half()  # a model's precision must not reach the sums
-    assert metric.nats.dtype == torch.float64
-    assert not metric.state_dict()
-
-
 def test_a_tag_that_training_has_not(conf, root):
     path = root / "xx_small-ud-dev.conllu"
     path.write_text(path.read_text().replace("ADJ", "SYM"))
@@ -170,19 +117,8 @@ def test_a_tag_that_training_has_not(conf, root):
     assert metric.words == task.units(batch) > metric.scored
 
 
-def test_preconditioned_are_the_matrices_of_the_blocks_and_the_filters(task):
-    model = task.model()
-    plain, parameters = task.plain(model), dict(model.named_parameters())
-    kept = {name for name in parameters if name not in plain}
-    assert len(kept) == 6 * 2 + 1
-    assert "spelling.filters.weight" in kept
-    assert plain["head.weight"] == "head"
-    assert plain["embedding.weight"] == plain["spelling.embedding.weight"] == "embedding"
-
-
-@pytest.mark.parametrize("characters", [True, False])
-def test_train_flops_agree_with_torchs_counter(conf, characters):
-    task = Tagging(conf(characters=characters, batch_size=40), seed=0)
+def test_train_flops_without_characters_agree_with_torchs_counter(conf):
+    task = Tagging(conf(characters=False, batch_size=40), seed=0)
     model, batch = task.model(), batch_of(task, 40)  # one batch is the whole training split
     # only the kernel that spells attention out is seen by torch's counter on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -197,54 +133,14 @@ def test_train_flops_are_those_of_a_mean_batch(task):
     assert task.train_flops(model) == pytest.approx(sum(batches) / len(batches), rel=0.2)
 
 
-def test_model_follows_torchs_seed(conf):
-    states = []
-    for seed in (0, 1):  # the task's own seed has no part in it
-        torch.manual_seed(7)
-        states.append(Tagging(conf(), seed).model().state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 def test_describe_data(task):
     found = task.describe_data()
-    assert (found["name"], found["source"], found["tags"]) == ("xx_small", "files", 4)
-    assert len(found["hash"]) == 16
-    assert set(found["splits"]) == {"train", "validation", "test"}
-    assert found["splits"]["train"] == {
-        "sentences": 40,
-        "words": sum(len(sentence.words) for sentence in task._corpus.sentences["train"]),
-        "unknown": 0.0,
-    }
+    assert (found["name"], found["tags"], found["vocab_size"]) == ("xx_small", 4, 7 + 2)
+    assert (found["splits"]["train"]["sentences"], found["splits"]["train"]["unknown"]) == (40, 0.0)
     assert found["splits"]["test"]["unknown"] > 0.1
-    assert found["vocab_size"] == 7 + 2
 
 
-def test_every_process_has_the_same_data(conf, task):
-    other = Tagging(conf(), seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(other.dataset("test")[0], task.dataset("test")[0], strict=True))
-    one, same = batch_of(task, 4), batch_of(other, 4)
-    assert one.pop("size") == same.pop("size")
-    assert all(torch.equal(one[key], same[key]) for key in one)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"heads": 3},
-        {"width": 17, "heads": 1},
-        {"dropout": 1.0},
-        {"word_dropout": -0.1},
-        {"layers": 0},
-        {"max_length": 0},
-        {"vocab_size": 0},
-        {"batch_size": 0},
-    ],
-)
-def test_impossible_shapes_name_their_key(conf, change):
-    with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
-        Tagging(conf(**change), seed=0)
-
-
+@pytest.mark.slow
 def test_real_treebank_trains(ewt):
     conf = TaggingConf(data=Source.files, root=str(ewt), layers=1, width=32, heads=2, batch_size=16)
     task = Tagging(dataclasses.replace(conf, max_length=40), seed=0)
