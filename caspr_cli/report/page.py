@@ -78,6 +78,8 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         found: the profile of these tables; left out if it is None or of fewer than two tasks.
         command: what made the page, as one would type it.
     """
+    if found and len(found.tasks) < 2:
+        found = None  # of one task it says what the table says
     across = labels_across([table.rows for table in tables])
     own = [row.label for table in tables for row in table.rows]
     styles = style.styles([*own, *(label for labels in across for label in labels)])
@@ -96,7 +98,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         styles=styles,
         by_label=by_label,
         ranked=_by_place(by_label),
-        profile_of=found if found and len(found.tasks) > 1 else None,  # of one task it says what the table says
+        profile_of=found,
         profile_svg=figures.profile(found, styles) if found else "",
         first_command=shlex.join(next(filter(None, map(provenance.command, runs)), [])),
         provenance=_provenance(tables),
