@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, finite, listed, wrapped
-from caspr_cli.common.format import table as aligned
+from caspr_cli.report import render
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,9 +85,6 @@ def table(
     return made
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------
-
-
 def cell(value: Any, form: str = "") -> str:
     """Return a value as people read it; a dash where it is not known."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -121,9 +118,6 @@ def visible(answer: Answer) -> dict[str, DataFrame]:
     return {name: made for name, made in answer.tables.items() if len(made) and made.attrs["shown"] != 0}
 
 
-# ---- a terminal --------------------------------------------------------------------------------------------------
-
-
 def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
     """Yield question, finding, claims and tables."""
     yield from textwrap.wrap(answer.question, width)
@@ -144,24 +138,16 @@ def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
 def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
     """Yield title, as many columns as there is room for, and the note."""
     yield from textwrap.wrap(made.attrs["title"], width)
-    cells = grid(made)
-    if _width(cells) > width:
+    cells, right = grid(made), numeric(made)
+    lines, omitted = render.terminal(cells, width, right=right)
+    if omitted or max(map(len, lines)) > width:
         cells = [[text if len(text) <= WIDEST else text[: WIDEST - 1] + "…" for text in row] for row in cells]
-    fits = len(cells[0])
-    while fits > 2 and _width([row[:fits] for row in cells]) > width:
-        fits -= 1
-    yield from aligned([row[:fits] for row in cells], numeric(made))
-    omitted = f"no room for: {listed(cells[0][fits:])}" if fits < len(cells[0]) else ""
-    if said := "; ".join(filter(None, [omitted, rest(name, made)])):
-        yield from textwrap.wrap(f"({said})", width)
+        lines, omitted = render.terminal(cells, width, right=right)
+    yield from lines
+    said = [f"no room for: {listed(omitted)}" if omitted else "", rest(name, made)]
+    if any(said):
+        yield from textwrap.wrap(f"({'; '.join(filter(None, said))})", width)
     yield from textwrap.wrap(made.attrs["note"], width)
-
-
-def _width(cells: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) - 2
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
 
 
 def write(answer: Answer, directory: Path) -> list[Path]:
@@ -172,12 +158,10 @@ def write(answer: Answer, directory: Path) -> list[Path]:
     Raises:
         UserError: nothing can be written there.
     """
-    from caspr_cli.report.format import to_csv
-
     contents = {
         f"{answer.name}.md": as_markdown(answer),
         f"{answer.name}.json": as_json(answer),
-        **{f"{name}.csv": to_csv(made) for name, made in answer.tables.items()},
+        **{f"{name}.csv": render.csv(made) for name, made in answer.tables.items()},
         **{f"{figure.name}.svg": figure.svg for figure in answer.figures},
     }
     for name, content in contents.items():
@@ -216,25 +200,19 @@ def as_markdown(answer: Answer) -> str:
     """Return a page that stands beside its figures."""
     claims = [f"- {MARKS[held][0]} {text} ({MARKS[held][1]})" for text, held in answer.claims]
     claims += [f"- not true in general: {text}" for text in answer.counterexamples]
-    figures = [f"![{_label(figure.alt)}]({figure.name}.svg)\n\n{figure.title}" for figure in answer.figures]
-    made = f"Made by\n\n    {answer.command}" if answer.command else ""
-    tables = [_markdown_table(name, made) for name, made in visible(answer).items()]
-    parts = [f"# {answer.question}", answer.finding, *answer.text, "\n".join(claims), *tables, *figures, made]
+    figures = []
+    for figure in answer.figures:
+        label = re.sub(r"[\[\]\s]+", " ", figure.alt).strip()  # can stand in the brackets of a link
+        figures.append(f"![{label}]({figure.name}.svg)\n\n{figure.title}")
+    tables = []
+    for name, made in visible(answer).items():
+        more = rest(name, made)
+        note = " ".join(filter(None, [made.attrs["note"], f"({more}.)" if more else ""]))
+        lines = render.markdown(grid(made), numeric(made))
+        tables.append("\n\n".join(filter(None, [f"## {made.attrs['title']}", lines, note])))
+    made_by = f"Made by\n\n    {answer.command}" if answer.command else ""
+    parts = [f"# {answer.question}", answer.finding, *answer.text, "\n".join(claims), *tables, *figures, made_by]
     return "\n\n".join(filter(None, [*parts, origin(answer)])) + "\n"
-
-
-def _label(text: str) -> str:
-    """Return a text that can stand in the brackets of a link."""
-    return re.sub(r"[\[\]\s]+", " ", text).strip()
-
-
-def _markdown_table(name: str, made: DataFrame) -> str:
-    heads, *rows = [[text.replace("|", "\\|") for text in row] for row in grid(made)]
-    rule = ["---:" if right else "---" for right in numeric(made)]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
-    more = rest(name, made)
-    note = " ".join(filter(None, [made.attrs["note"], f"({more}.)" if more else ""]))
-    return "\n\n".join(filter(None, [f"## {made.attrs['title']}", body, note]))
 
 
 def origin(answer: Answer) -> str:

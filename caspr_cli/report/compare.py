@@ -11,9 +11,9 @@ from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
-from caspr_cli.report.consistency import Built
 from caspr_cli.report.format import verdict
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
+from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
     ALWAYS_TUNED,
     Group,
@@ -120,10 +120,6 @@ def subjects(runs: Sequence[Run]) -> dict[Subject, list[Run]]:
     return found
 
 
-def data_hash(run: Run) -> str | None:
-    return (run.provenance.get("data") or {}).get("hash")
-
-
 def _other_data(table: Table, made: Sequence[Table]) -> Iterator[str]:
     """Yield where the same task on other data has a table of its own."""
     same = [other for other in made if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)]
@@ -148,9 +144,6 @@ def _debug(runs: Sequence[Run]) -> str:
     return listed(sorted({f"{DEBUG}={run.config[DEBUG]}" for run in runs}))
 
 
-# ---- rows --------------------------------------------------------------------------------------------------------
-
-
 def _table(
     subject: Subject, runs: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None, given: float | None
 ) -> Table:
@@ -159,14 +152,14 @@ def _table(
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
-    built = []
+    rows = []
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        built += [_built(name, group, keys, higher, target) for group in grouped(own, keys)]
-    built.sort(key=lambda each: _place(each.row, higher))
-    rows, chosen, unmatched = compared([each.row for each in built], baseline, higher_is_better=higher)
+        rows += [_row(name, group, keys, higher, target) for group in grouped(own, keys)]
+    rows.sort(key=lambda row: _place(row, higher))
+    rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []
-    warnings = (*consistency.warnings(built), *differ, *unmatched)
+    warnings = (*consistency.warnings(rows), *differ, *unmatched)
     return Table(**vars(subject), target=target, baseline=chosen, rows=tuple(rows), warnings=warnings)
 
 
@@ -175,7 +168,7 @@ def _place(row: Row, higher: bool) -> tuple[bool, bool, float, str]:
     return row.mean is None, row.failed > 0, 0.0 if row.mean is None else -row.mean if higher else row.mean, row.label
 
 
-def _built(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target: float | None) -> Built:
+def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target: float | None) -> Row:
     made, duplicates = trials(group.runs, tuned)
     selection = select(made, higher_is_better=higher)
     runs = selection.runs
@@ -185,7 +178,7 @@ def _built(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, targe
     mean, sd = stats.mean_sd(finals)
     low, high = stats.interval(finals)
     test_mean, test_sd = stats.mean_sd(tests)
-    row = Row(
+    return Row(
         task=str(group.runs[0].config["task.name"]),
         optim=optim,
         label=group.label,
@@ -207,8 +200,12 @@ def _built(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, targe
         best_of=stats.best_of(selection.scores, higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
+        tuned=tuned,
+        records=group.runs,
+        duplicates=duplicates,
+        selecting=selection.seeds,
+        unscored=selection.left_out,
     )
-    return Built(row, selection, tuned, group.runs, duplicates)
 
 
 def _outcome(trial: Trial, selection: Selection) -> str:
@@ -219,9 +216,6 @@ def _outcome(trial: Trial, selection: Selection) -> str:
         return deciding[0].state
     enough = all if selection.seeds else any
     return DONE if enough(final is not None for final in ends) else FAILED
-
-
-# ---- comparison with the baseline --------------------------------------------------------------------------------
 
 
 def compared(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
+from caspr_cli.report import provenance
 from caspr_cli.report.format import interval
 from caspr_cli.report.model import Row, Run, Trial
 from caspr_cli.report.selection import (
     ABSENT,
     HELD_OUT,
     SPACE,
-    Duplicate,
-    Selection,
     frozen,
     plain,
     searched_keys,
@@ -30,23 +27,10 @@ from caspr_cli.report.selection import (
 FEW = 3  # a mean over fewer seeds gets a warning
 EDGE = 3  # so many values make a range
 BOUNDED = ("accuracy", "map")  # metrics from 0 to 1
-NO_DIFF = hashlib.sha256(b"").hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Built:
-    """A row, and how it was made: ``runs`` are all its records, also the duplicates."""
-
-    row: Row
-    selection: Selection
-    tuned: tuple[str, ...]
-    runs: tuple[Run, ...]
-    duplicates: tuple[Duplicate, ...]
-
-
-def warnings(built: Sequence[Built]) -> list[str]:
+def warnings(rows: Sequence[Row]) -> list[str]:
     """Return all warnings about the rows of a table, the most important first."""
-    rows = [each.row for each in built]
     return [
         *(line for row in rows for line in _unfinished(row)),
         *_list(f"fewer than {FEW} seeds", [f"{row.label} (n = {row.n})" for row in rows if 0 < row.n < FEW]),
@@ -54,14 +38,14 @@ def warnings(built: Sequence[Built]) -> list[str]:
             "the reported seeds selected the trial, too, which flatters it",
             [row.label for row in rows if row.runs and not row.held_out],
         ),
-        *(line for each in built for line in _selected_oddly(each)),
-        *_unequal_tuning(built),
-        *(line for each in built for line in (*_budget(each), *_duplicates(each), *_edges(each))),
+        *(line for row in rows for line in _selected_oddly(row)),
+        *_unequal_tuning(rows),
+        *(line for row in rows for line in (*_budget(row), *_duplicates(row), *_edges(row))),
         *_list(
             "intervals beyond what the metric can be, so they cover less than 95 %",
             [f"{row.label} ({interval(row)})" for row in rows if _beyond(row)],
         ),
-        *_differences(built),
+        *_differences(rows),
     ]
 
 
@@ -72,9 +56,6 @@ def _list(what: str, names: Sequence[str], most: int = 5) -> Iterator[str]:
 
 def _numbers(seeds: Iterable[int]) -> str:
     return listed([str(seed) for seed in sorted(seeds)])
-
-
-# ---- seeds and trials --------------------------------------------------------------------------------------------
 
 
 def _unfinished(row: Row) -> Iterator[str]:
@@ -97,17 +78,16 @@ def _why(run: Run) -> str:
     return f"failed: {error[:60]}{'...' * (len(error) > 60)}" if error else "failed"
 
 
-def _selected_oddly(each: Built) -> Iterator[str]:
+def _selected_oddly(row: Row) -> Iterator[str]:
     """Yield where nothing selected the trial, or another one has the held-out seeds."""
-    row, selection = each.row, each.selection
-    if row.selected is None or not selection.seeds:
+    if row.selected is None or not row.selecting:
         return
 
     def held_out(trial: Trial) -> int:
-        return sum(run.ended and run.seed not in selection.seeds for run in trial.runs)
+        return sum(run.ended and run.seed not in row.selecting for run in trial.runs)
 
-    chosen, seeds = settings(row.selected.values), _numbers(selection.seeds)
-    if all(score is None for score in selection.scores):
+    chosen, seeds = settings(row.selected.values), _numbers(row.selecting)
+    if not row.best_of:
         yield f"{row.label}: every trial failed with seed {seeds}, which selects: nothing selected {chosen}"
     if not row.held_out:
         most = max(row.trials, key=held_out)
@@ -116,51 +96,41 @@ def _selected_oddly(each: Built) -> Iterator[str]:
             yield f"{row.label}: {values}, but seed {seeds} selects {chosen}: run held-out seeds of that"
 
 
-def _unequal_tuning(built: Sequence[Built]) -> Iterator[str]:
+def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
     """Yield where rows have other numbers of trials, or of seeds that selected one."""
-    trials = {each.row.label: len(each.row.trials) for each in built}
-    selecting = {each.row.label: len(each.selection.seeds) for each in built if each.selection.seeds}
+    trials = {row.label: len(row.trials) for row in rows}
+    selecting = {row.label: len(row.selecting) for row in rows if row.selecting}
     for what, numbers in (("trials", trials), ("seeds that select", selecting)):
         if len(set(numbers.values())) > 1:
             yield f"unequal tuning, {what}: {listed([f'{label} {n}' for label, n in numbers.items()], 6)}"
 
 
-def _budget(each: Built) -> Iterator[str]:
-    row = each.row
+def _budget(row: Row) -> Iterator[str]:
     ended = row.budget.get(DONE, 0) + row.budget.get(FAILED, 0)
-    planned = max(
-        int(run.config.get("search.trials") or 0) if run.config.get("search.name") else 0 for run in each.runs
-    )
-    if ended < (total := max(planned, len(row.trials))):
+    planned = [int(run.config.get("search.trials") or 0) for run in row.records if run.config.get("search.name")]
+    if ended < (total := max(*planned, len(row.trials), 0)):
         rest = [f", {n} {state}" for state, n in row.budget.items() if state not in (DONE, FAILED)]
         yield f"{row.label}: {ended} of {total} trials ended{''.join(rest)}"
-    if n := each.selection.left_out:
-        yield f"{row.label}: {count(n, 'trial')} without seed {_numbers(each.selection.seeds)}, which selects, left out"
+    if n := row.unscored:
+        yield f"{row.label}: {count(n, 'trial')} without seed {_numbers(row.selecting)}, which selects, left out"
 
 
-def _duplicates(each: Built) -> Iterator[str]:
-    if each.duplicates:
-        keys = _differing(each.duplicates)
-        how = f"differing in {listed(keys, 5)}" if keys else "with the same settings"
-        what = f"{count(len(each.duplicates), 'record')} of a trial and seed that another has too, {how}"
-        yield f"{each.row.label}: {what}: the one that came further, or later, counts"
-
-
-def _differing(duplicates: Iterable[Duplicate]) -> list[str]:
-    """Return the keys in which records of one trial and seed differ, and ``code`` where it is another."""
+def _duplicates(row: Row) -> Iterator[str]:
+    """Yield the keys in which records of one trial and seed differ, and ``code`` where it is another."""
     found = set()
-    for one in duplicates:
-        ours, theirs = one.left_out.config, one.kept.config
-        keys = (ours.keys() | theirs.keys()) - {"output_dir", "resume"}
-        found |= {key for key in keys if frozen(ours.get(key)) != frozen(theirs.get(key))}
-        found |= {"code"} if _code(one.left_out) != _code(one.kept) else set()
-    return sorted(found)
+    for left_out, kept in row.duplicates:
+        keys = (left_out.config.keys() | kept.config.keys()) - {"output_dir", "resume"}
+        found |= {key for key in keys if frozen(left_out.config.get(key)) != frozen(kept.config.get(key))}
+        found |= {"code"} if provenance.code(left_out) != provenance.code(kept) else set()
+    if row.duplicates:
+        how = f"differing in {listed(sorted(found), 5)}" if found else "with the same settings"
+        what = f"{count(len(row.duplicates), 'record')} of a trial and seed that another has too, {how}"
+        yield f"{row.label}: {what}: the one that came further, or later, counts"
 
 
-def _edges(each: Built) -> Iterator[str]:
+def _edges(row: Row) -> Iterator[str]:
     """Yield selected values that are the smallest or largest of those tried."""
-    row = each.row
-    for key in each.tuned if row.selected else ():
+    for key in row.tuned if row.selected else ():
         values = [trial.values[key] for trial in row.trials if key in trial.values and any(r.ended for r in trial.runs)]
         tried = sorted({v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)})
         best = row.selected.values.get(key) if row.selected else None
@@ -186,27 +156,25 @@ def targets_differ(rows: Sequence[Row], target: float | None) -> list[str]:
     return [f"targets of the runs differ ({given}): times are to {plain(target)}; --target TASK=VALUE sets one for all"]
 
 
-# ---- what should be the same in all runs -------------------------------------------------------------------------
-
-
-def _differences(built: Sequence[Built]) -> Iterator[str]:
+def _differences(rows: Sequence[Row]) -> Iterator[str]:
     """Yield settings, ranges of a search, code, versions and hardware of which rows or runs have several."""
+    searched = sorted(searched_keys(run for row in rows for run in row.records))
     asked: list[tuple[str, Callable[[Row, Run], str | None]]] = [
-        *((key, partial(_setting, key)) for key in _unequal([each.row for each in built])),
-        ("trainer.val_every", lambda _, run: _value(run, "trainer.val_every")),  # when a target is noticed
-        *((f"{SPACE}{key}", partial(_range, key)) for key in sorted(searched_keys(r for e in built for r in e.runs))),
-        ("code", lambda _, run: _code(run)),
+        *((key, lambda row, _, key=key: _shown(row.settings, key)) for key in _unequal(rows)),
+        ("trainer.val_every", lambda _, run: _shown(run.config, "trainer.val_every")),  # when a target is noticed
+        *((f"{SPACE}{key}", partial(_range, key)) for key in searched),
+        ("code", lambda _, run: provenance.code(run) or None),
         ("torch", lambda _, run: (run.provenance.get("packages") or {}).get("torch")),
-        ("hardware", lambda _, run: _hardware(run)),
+        ("hardware", lambda _, run: provenance.hardware(run) or None),
     ]
     for what, of in asked:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for each in built:
-            for run in each.runs:
-                if run.ended and (value := of(each.row, run)) is not None:
-                    counts[value][each.row.label] += 1
+        for row in rows:
+            for run in row.records:
+                if run.ended and (value := of(row, run)) is not None:
+                    counts[value][row.label] += 1
         if len(counts) > 1:
-            yield f"different {what}: {'; '.join(_groups(counts, len(built)))}"
+            yield f"different {what}: {'; '.join(_groups(counts, len(rows)))}"
 
 
 def _groups(counts: dict[str, Counter[str]], rows: int, most: int = 4) -> Iterator[str]:
@@ -233,38 +201,11 @@ def _unequal(rows: Sequence[Row]) -> list[str]:
     return sorted(key for key, own in found.items() if len(own) > 1 and not key.startswith("optim."))
 
 
-def _setting(key: str, row: Row, run: Run) -> str | None:
-    return plain(row.settings[key]) if row.settings.get(key, ABSENT) != ABSENT else None
-
-
-def _value(run: Run, key: str) -> str | None:
-    return plain(run.config[key]) if key in run.config else None
+def _shown(settings: Mapping[str, Any], key: str) -> str | None:
+    return None if settings.get(key, ABSENT) == ABSENT else plain(settings[key])
 
 
 def _range(key: str, row: Row, run: Run) -> str | None:
     """Return ``log 0.001,0.1``; None if this run's search does not vary the key."""
     kinds = (name for name in run.config if name.rpartition(".")[0] == f"{SPACE}{key}")
     return " ".join(f"{name.rpartition('.')[2]} {plain(run.config[name])}" for name in sorted(kinds)) or None
-
-
-def _code(run: Run) -> str | None:
-    code: dict[str, Any] | None = run.provenance.get("code")
-    if not code:
-        version = run.provenance.get("caspr_cli")
-        return f"version {version}" if version else None
-    commit, diff = str(code.get("commit"))[:8], code.get("diff_sha256")
-    return commit if diff in (None, NO_DIFF) else f"{commit} with changes {str(diff)[:8]}"
-
-
-def _hardware(run: Run) -> str | None:
-    device = run.provenance.get("device") or {}
-    if not device:
-        return None
-    machine = run.provenance.get("machine") or {}
-    name = device.get("name") if device.get("type") != "cpu" else machine.get("processor") or "cpu"
-    return f"{name}, {processes_and_threads(device)}"
-
-
-def processes_and_threads(device: dict[str, Any]) -> str:
-    processes, threads = (int(device.get(key) or 1) for key in ("processes", "threads"))
-    return f"{count(processes, 'process', 'es')}, {count(threads, 'thread')}"

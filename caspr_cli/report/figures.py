@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from textwrap import fill
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from caspr_cli.common.format import count, listed
 from caspr_cli.report.format import interval as interval_text
 from caspr_cli.report.format import number
-from caspr_cli.report.model import Point, Row, Run, Table
+from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import LONGEST, Profile, rho
 from caspr_cli.report.stats import interval
 from caspr_cli.report.style import MUTED, Style, drawing, to_svg
@@ -51,36 +54,27 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
     with drawing():
         figure, axes = _axes(table.metric, unit)
         for c in shown:
-            style, x, marker = styles[c.label], xs[c.label], "o" if len(c.steps) == 1 else None
-            _line(axes, x, c.mean, style, marker=marker, markersize=4, zorder=3)
+            marker = "o" if len(c.steps) == 1 else None
+            axes.plot(xs[c.label], c.mean, **_drawn(styles[c.label]), marker=marker, markersize=4, zorder=3)
             if c.low is not None and c.high is not None:
                 alpha = 0.16 if len(shown) <= LABELLED else 0.08
-                axes.fill_between(x, c.low, c.high, color=style.colour, alpha=alpha, linewidth=0)
+                axes.fill_between(xs[c.label], c.low, c.high, color=styles[c.label].colour, alpha=alpha, linewidth=0)
         axes.set_ylim(_range_of(table, shown))
         low, high = axes.get_ylim()
         last = max(x[-1] for x in xs.values())
         first = min(_first(xs[c.label], c.mean, low, high) for c in shown)
         axes.set_xlim(max(first - 0.08 * (last - first), 0), last)
         _target(axes, table)
-        ends = [(c.label, xs[c.label][-1], c.mean[-1]) for c in shown]
-        _labelled(figure, axes, ends, styles, {c.label: _more(c) for c in shown})
+        more = {c.label: ", not finished" if not c.finished else ", n = 1" if c.n == 1 else "" for c in shown}
+        _labelled(figure, axes, [(c.label, xs[c.label][-1], c.mean[-1]) for c in shown], styles, more)
         missing = [row.label for row in table.rows if row.label not in xs]
         _note(axes, "no curve" if over == "steps" else "times unknown", missing)
-        return to_svg(figure, f"{_name(table)} curves {over}", _alt_of_curves(table, shown, over))
-
-
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, **more: Any) -> None:
-    axes.plot(x, y, **_drawn(style) | more)
+        ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
+        return _svg(figure, table, f"curves {over}", f"{table.metric} on {table.task} over {over}. {ends}")
 
 
 def _drawn(style: Style) -> dict[str, Any]:
     return {"color": style.colour, "linestyle": style.dash, "linewidth": 1.6}
-
-
-def _more(c: Curve) -> str:
-    if not c.finished:
-        return ", not finished"
-    return ", n = 1" if c.n == 1 else ""
 
 
 def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
@@ -89,7 +83,8 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
     order = max if table.higher_is_better else min
     ends = [c.mean[-1] for c in finished]
     best = finished[ends.index(order(ends))]
-    wanted = [settled(best), order(value for c in finished for value in c.mean)]
+    settled = bisect_left(best.steps, SETTLED * best.steps[-1])
+    wanted = [best.mean[settled], order(value for c in finished for value in c.mean)]
     low, high = window(ends, wanted, higher=table.higher_is_better)
     if table.target is not None and low - 0.5 * (high - low) < table.target < high + 0.5 * (high - low):
         low, high = window(ends, [*wanted, table.target], higher=table.higher_is_better)
@@ -119,39 +114,33 @@ def _target(axes: Axes, table: Table) -> None:
         axes.set_title(f"target {table.target:g}: {place} this range", loc="left", color=MUTED, fontsize=8)
 
 
-def _labelled(figure: Figure, axes: Axes, ends: Ends, styles: Styles, more: Mapping[str, str]) -> None:
+def _labelled(
+    figure: Figure, axes: Axes, ends: Ends, styles: Styles, more: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write names at the ends of lines, or a legend under the axes where names are too many or too long.
 
     A line that ends outside of the axes has its value beside its name.
     """
     low, high = sorted(axes.get_ylim())
-    names = {label: f"{label}{more.get(label, '')}{_outside(y, low, high)}" for label, _, y in ends}
-    if len(ends) > LABELLED or max(map(len, names.values())) > LONGEST_LABEL:
-        handles = [Line2D([], [], **_drawn(styles[label])) for label in names]
-        longest = max(map(len, names.values()))
+    outside = {label: f" ↑ {y:.3g}" if y > high else f" ↓ {y:.3g}" if y < low else "" for label, _, y in ends}
+    names = {label: f"{label}{more.get(label, '')}{outside[label]}" for label in outside}
+    longest = max(map(len, names.values()))
+    if len(ends) > LABELLED or longest > LONGEST_LABEL:
         columns = 1 if longest > 36 else 2 if longest > 14 else 3
-        names = {label: fill(name, 80) for label, name in names.items()}
-        lines = sum(name.count("\n") + 1 for name in names.values())
-        figure.set_figheight(HEIGHT + 0.17 * math.ceil(lines / columns))
-        figure.legend(
-            handles, list(names.values()), loc="outside lower left", ncols=columns, fontsize=8, handlelength=3
-        )
+        wrapped = [fill(name, 80) for name in names.values()]
+        figure.set_figheight(HEIGHT + 0.17 * math.ceil(sum(name.count("\n") + 1 for name in wrapped) / columns))
+        handles = [Line2D([], [], **_drawn(styles[label])) for label in names]
+        figure.legend(handles, wrapped, loc="outside lower left", ncols=columns, fontsize=8, handlelength=3)
         return
     wished = [min(max((y - low) / (high - low), 0.0), 1.0) for _, _, y in ends]
-    inverted = axes.yaxis_inverted()
-    places = apart([1 - w if inverted else w for w in wished], 0.062, 0.0, 1.0)
-    right = axes.get_xlim()[1]
+    places = apart([1 - w for w in wished] if axes.yaxis_inverted() else wished, 0.062, 0.0, 1.0)
     for (label, x, y), place in zip(ends, places, strict=True):
         axes.annotate(
             names[label], (x, min(max(y, low), high)), xytext=(1.035, place), textcoords="axes fraction",
             color=styles[label].colour, fontsize=8.5, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": styles[label].colour, "linewidth": 0.6, "shrinkA": 1,
-                        "shrinkB": 1, "alpha": 0.9 if x == right else 0.5},
+                        "shrinkB": 1, "alpha": 0.9 if x == axes.get_xlim()[1] else 0.5},
         )  # fmt: skip
-
-
-def _outside(y: float, low: float, high: float) -> str:
-    return f" ↑ {y:.3g}" if y > high else f" ↓ {y:.3g}" if y < low else ""
 
 
 def intervals(table: Table, styles: Styles | None = None) -> str:
@@ -179,7 +168,8 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         _note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
-        return to_svg(figure, f"{_name(table)} intervals", _alt_of_intervals(table))
+        means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r)} (n = {r.n})" for r in table.rows)
+        return _svg(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
 
 
 def _with_near(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
@@ -215,16 +205,19 @@ def best_of(table: Table, styles: Styles | None = None) -> str:
         figure, axes = _axes(f"best {table.metric}", "trials")
         for row in rows:
             trials = range(1, len(row.best_of) + 1)
-            _line(axes, trials, row.best_of, styles[row.label], marker="o", markersize=3)
+            axes.plot(trials, row.best_of, **_drawn(styles[row.label]), marker="o", markersize=3)
         wanted = [median(row.best_of[0] for row in rows)]
         axes.set_ylim(window([row.best_of[-1] for row in rows], wanted, higher=table.higher_is_better))
         axes.set_xlim(1, max(len(row.best_of) for row in rows))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ends = [(row.label, len(row.best_of), row.best_of[-1]) for row in rows]
-        _labelled(figure, axes, ends, styles, {})
-        missing = [row.label for row in table.rows if len(row.best_of) < 2]
-        _note(axes, "fewer than two trials", missing)
-        return to_svg(figure, f"{_name(table)} trials", _alt_of_best(table, rows))
+        _labelled(figure, axes, [(row.label, len(row.best_of), row.best_of[-1]) for row in rows], styles)
+        _note(axes, "fewer than two trials", [row.label for row in table.rows if len(row.best_of) < 2])
+        ends = "; ".join(
+            f"{row.label} {number(row.best_of[0])} after 1, {number(row.best_of[-1])} after {len(row.best_of)}"
+            for row in rows
+        )
+        alt = f"Expected best {table.metric} on {table.task} by number of trials. {ends}"
+        return _svg(figure, table, "trials", alt)
 
 
 def profile(found: Profile, styles: Styles | None = None) -> str:
@@ -234,27 +227,28 @@ def profile(found: Profile, styles: Styles | None = None) -> str:
     styles = styles or styles_for(found.ratios)
     with drawing():
         figure, axes = _axes(f"share of {count(len(found.tasks), 'task')}", f"{found.unit} to target / fastest")
-        for place, (label, ratios) in enumerate((label, found.ratios[label]) for label in found.scores):
+        for place, label in enumerate(found.scores):
+            ratios = found.ratios[label]
             x = [1.0, *sorted(ratio for ratio in ratios if 1 < ratio <= LONGEST), LONGEST]
             width = min(1.4 + 0.6 * (len(found.scores) - 1 - place), 5)  # of lines that coincide all are seen
-            _line(axes, x, [rho(ratios, tau) for tau in x], styles[label], drawstyle="steps-post", linewidth=width)
+            how = _drawn(styles[label]) | {"drawstyle": "steps-post", "linewidth": width}
+            axes.plot(x, [rho(ratios, tau) for tau in x], **how)
         axes.set_xlim(1, LONGEST)
         axes.set_ylim(0, 1.03)
-        ends = [(label, LONGEST, rho(found.ratios[label], LONGEST)) for label in found.scores]
-        _labelled(figure, axes, ends, styles, {})
-        alt = f"Share of tasks within a multiple of the fastest row's {found.unit} to target. Scores: " + ", ".join(
-            f"{label} {value:.2f}" for label, value in found.scores.items()
-        )
+        _labelled(figure, axes, [(label, LONGEST, rho(found.ratios[label], LONGEST)) for label in found.scores], styles)
+        scores = ", ".join(f"{label} {value:.2f}" for label, value in found.scores.items())
+        alt = f"Share of tasks within a multiple of the fastest row's {found.unit} to target. Scores: {scores}"
         return to_svg(figure, f"profile {found.unit}", alt)
 
 
 def _axes(y: str, x: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_axisbelow(True)
+    axes = figure.add_subplot(xlabel=x, ylabel=y, axisbelow=True)
     return figure, axes
+
+
+def _svg(figure: Figure, table: Table, what: str, alt: str) -> str:
+    return to_svg(figure, f"{table.task} {table.scale} {table.data} {table.metric} {what}", alt)
 
 
 def _note(axes: Axes, what: str, labels: Sequence[str]) -> None:
@@ -269,28 +263,6 @@ def _unit(longest: float) -> tuple[str, float]:
     if longest < 180:
         return "seconds of training", 1.0
     return ("minutes of training", 60.0) if longest < 3 * 3600 else ("hours of training", 3600.0)
-
-
-def _name(table: Table) -> str:
-    return f"{table.task} {table.scale} {table.data} {table.metric}"
-
-
-def _alt_of_curves(table: Table, shown: Sequence[Curve], over: str) -> str:
-    ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
-    return f"{table.metric} on {table.task} over {over}. {ends}"
-
-
-def _alt_of_best(table: Table, rows: Sequence[Row]) -> str:
-    ends = (
-        f"{row.label} {number(row.best_of[0])} after 1, {number(row.best_of[-1])} after {len(row.best_of)}"
-        for row in rows
-    )
-    return f"Expected best {table.metric} on {table.task} by number of trials. {'; '.join(ends)}"
-
-
-def _alt_of_intervals(table: Table) -> str:
-    rows = "; ".join(f"{row.label} {number(row.mean)}, {interval_text(row)} (n = {row.n})" for row in table.rows)
-    return f"Mean and 95 % interval of {table.metric} on {table.task}. {rows}"
 
 
 # ---- means of runs, and ranges of axes ---------------------------------------------------------------------------
@@ -321,34 +293,17 @@ def curve(row: Row) -> Curve | None:
     """Return the mean of a row at the steps where all its runs have a finite value; None if there is none."""
     done = [run for run in row.runs if run.final is not None]
     runs = done or [run for run in row.runs if run.curve]
-    columns = _columns(runs)
-    if not columns:
-        return None
-    values = [[float(point.value or 0.0) for point in column] for column in columns]
-    seconds = [[point.seconds for point in column if point.seconds is not None] for column in columns]
-    bands = [interval(each) for each in values]  # none where all values are equal
-    means = tuple(map(fmean, values))
-    return Curve(
-        label=row.label,
-        n=len(runs),
-        finished=bool(done),
-        steps=tuple(column[0].step for column in columns),
-        seconds=tuple(map(median, seconds)) if all(len(s) == len(runs) for s in seconds) else None,
-        mean=means,
-        low=_edges([low for low, _ in bands], means) if len(runs) > 1 else None,
-        high=_edges([high for _, high in bands], means) if len(runs) > 1 else None,
-    )
-
-
-def _edges(edges: Sequence[float | None], means: Sequence[float]) -> tuple[float, ...]:
-    return tuple(mean if edge is None else edge for edge, mean in zip(edges, means, strict=True))
-
-
-def _columns(runs: Sequence[Run]) -> list[list[Point]]:
-    """Return the points of all runs at each step that all have."""
     by_step = [{point.step: point for point in run.curve if point.value is not None} for run in runs]
-    common = set.intersection(*map(set, by_step)) if by_step else set()
-    return [[points[step] for points in by_step] for step in sorted(common)]
+    steps = sorted(set.intersection(*map(set, by_step))) if runs else []
+    if not steps:
+        return None
+    values = [[float(points[step].value or 0.0) for points in by_step] for step in steps]
+    times = [[time for points in by_step if (time := points[step].seconds) is not None] for step in steps]
+    mean, bands = tuple(map(fmean, values)), map(interval, values)  # no band where all values are equal
+    edges = [(m, m) if low is None or high is None else (low, high) for m, (low, high) in zip(mean, bands, strict=True)]
+    low, high = zip(*edges, strict=True) if len(runs) > 1 else (None, None)
+    seconds = tuple(map(median, times)) if all(len(own) == len(runs) for own in times) else None
+    return Curve(row.label, len(runs), bool(done), tuple(steps), seconds, mean, low, high)
 
 
 def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool) -> tuple[float, float]:
@@ -371,30 +326,18 @@ def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool)
     return min(edges), max(edges)
 
 
-def settled(curve: Curve) -> float:
-    """Return the value after the first part of the training."""
-    start = SETTLED * curve.steps[-1]
-    return next(value for step, value in zip(curve.steps, curve.mean, strict=True) if step >= start)
-
-
 def apart(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Return the positions, moved as little as possible, so that no two are nearer than ``gap``, within [low, high].
 
-    Least in the sum of squares: isotonic regression, by pooling. Where not all fit, they are spread evenly.
+    Least in the sum of squares. Where not all fit, they are spread evenly.
     """
-    if not positions:
-        return []
-    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
-    order = sorted(range(len(positions)), key=lambda k: (positions[k], -k))  # of equal ones the first is the highest
-    blocks: list[list[float]] = []  # mean of what its members, moved to its start, would like; members
-    for rank, k in enumerate(order):
-        blocks.append([positions[k] - rank * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    wished = [start for start, n in blocks for _ in range(int(n))]
-    moved = [0.0] * len(positions)
-    for rank, k in enumerate(order):
-        first = min(max(wished[rank], low), high - (len(order) - 1) * gap)
-        moved[k] = first + rank * gap
-    return moved
+    from scipy.optimize import isotonic_regression  # slow to import
+
+    count = len(positions)
+    offsets = np.arange(count) * min(gap, (high - low) / max(count - 1, 1))
+    order = sorted(range(count), key=lambda k: (positions[k], -k))  # of equal ones the first is the highest
+    moved = np.empty(count)
+    if count:
+        wished = isotonic_regression(np.asarray(positions)[order] - offsets).x
+        moved[order] = np.clip(wished, low, high - offsets[-1]) + offsets
+    return [float(place) for place in moved]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from caspr_cli.common.format import duration, finite
 from caspr_cli.common.shape import DONE
-from caspr_cli.report import stats
+from caspr_cli.report import render, stats
 from caspr_cli.report.model import Difference, Row, Table
+from caspr_cli.report.render import markdown_text
 from caspr_cli.report.selection import settings
 from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 NOT_SIGNIFICANT, NOT_TESTED = "no significant difference", "not tested"
 FEW = 5  # with fewer seeds the spread is too uncertain to say how many seeds would find the observed difference
@@ -191,12 +188,17 @@ class Column:
 
 def columns(table: Table) -> list[Column]:
     """Return the columns that this table needs."""
+
+    def test(row: Row) -> str:
+        n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
+        return f"{mean_sd(row.test_mean, row.test_sd)}{n}"
+
     found = [
         Column("optimizer", lambda row: row.label),
         Column("n", seeds),
         Column("mean ± sd", lambda row: mean_sd(row.mean, row.sd)),
         Column("95 % interval", interval, 2),
-        Column("test", _test, 3),
+        Column("test", test, 3),
     ]
     if table.target is not None:
         found += [
@@ -209,11 +211,6 @@ def columns(table: Table) -> list[Column]:
 def seeds(row: Row) -> str:
     """Return ``5``, or ``4 of 5`` where one failed or is not finite."""
     return f"{row.n} of {len(row.runs)}" if row.failed else str(row.n)
-
-
-def _test(row: Row) -> str:
-    n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
-    return f"{mean_sd(row.test_mean, row.test_sd)}{n}"
 
 
 def steps_to_target(row: Row) -> str:
@@ -266,13 +263,6 @@ def cells(table: Table) -> list[list[str]]:
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
-# What LaTeX and Markdown would take for more than text; for Markdown an underscore within a word is none of it.
-LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
-}  # fmt: skip
-MARKDOWN = re.compile(r"[\\`*|\[]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes what begins with one of these
 OF_TABLE = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
 OF_ROW = (
     "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target",
@@ -322,59 +312,19 @@ def as_csv(tables: Sequence[Table]) -> str:
     """Return the same as CSV, with lists and objects as JSON."""
     from pandas import DataFrame  # slow to import
 
-    return to_csv(DataFrame(entries(tables), dtype=object))
-
-
-def to_csv(frame: DataFrame) -> str:
-    """Return a table as CSV, in which no text is a formula to a spreadsheet; numbers stay numbers."""
-    from pandas import DataFrame
-
-    cells = {key: [_harmless(value) for value in frame[key]] for key in frame.columns}
-    return str(DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n"))
-
-
-def _harmless(value: Any) -> Any:
-    """Return a cell of a CSV: lists and objects as JSON, and a quote before what a spreadsheet would compute."""
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, str):
-        return value
-    quote = "'" * value.startswith(FORMULA)
-    return f"{quote}{value}".replace("\r", "\n")  # the csv module leaves a \r without quotes
+    return render.csv(DataFrame(entries(tables), dtype=object))
 
 
 def as_markdown(tables: Sequence[Table], command: str) -> str:
     parts = []
     for table in tables:
-        heads, *rows = cells(table)
-        lines = [heads, ["---"] * len(heads), *(map(_markdown, row) for row in rows)]
-        parts.append(f"## {_markdown(title(table))}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(f"## {markdown_text(title(table))}\n\n{render.markdown(cells(table))}")
         if table.warnings:
-            parts.append("\n".join(f"- {_markdown(warning)}" for warning in table.warnings))
+            parts.append("\n".join(f"- {markdown_text(warning)}" for warning in table.warnings))
     return "\n\n".join([*parts, f"{LEGEND}\n\n    {command}\n"])
-
-
-def _markdown(text: str) -> str:
-    return MARKDOWN.sub(r"\\\g<0>", text)
 
 
 def as_latex(tables: Sequence[Table], command: str) -> str:
     """Return tables for the package booktabs, with their warnings as notes."""
-    return "\n".join([f"% {command}\n% \\usepackage{{booktabs}}\n", *map(_latex_table, tables)])
-
-
-def _latex_table(table: Table) -> str:
-    from pandas import DataFrame
-
-    heads, *rows = [list(map(_latex, line)) for line in cells(table)]
-    made = DataFrame(rows, columns=heads).style.hide(axis="index").to_latex(
-        hrules=True,
-        column_format="l" + "r" * (len(heads) - 3) + r"lp{0.3\linewidth}",  # verdicts are sentences
-        caption=f"{_latex(title(table))}. {_latex(LEGEND)}",
-    )  # fmt: skip
-    notes = (rf"\par\smallskip\raggedright\footnotesize Note: {_latex(text)}" for text in table.warnings)
-    return str(made).replace(r"\end{table}", "\n".join([*notes, r"\end{table}"]))
-
-
-def _latex(text: str) -> str:
-    return re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+    made = [render.latex(cells(table), f"{title(table)}. {LEGEND}", table.warnings) for table in tables]
+    return "\n".join([f"% {command}\n% \\usepackage{{booktabs}}\n", *made])

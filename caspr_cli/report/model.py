@@ -54,6 +54,11 @@ class Run:
         return int(self.config["seed"])
 
     @property
+    def folder(self) -> str:
+        """The directory of all its seeds."""
+        return self.path.rpartition("/")[0] or self.path
+
+    @property
     def metric(self) -> str:
         return str(self.config["task.target.metric"])
 
@@ -128,6 +133,11 @@ class Row:
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
         test_n: how many of the ``n`` have a test value.
         settings: the keys that distinguish rows, whether the label shows them or not.
+        tuned: the keys that its trials differ in.
+        records: all its runs.
+        duplicates: each run that does not count, and the one of the same trial and seed that does.
+        selecting: the seeds by which the trial was selected; empty if there was nothing to choose.
+        unscored: how many trials that ended have no run with these seeds.
     """
 
     task: str
@@ -153,6 +163,18 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     difference: Difference | None = None  # None for a baseline, or without one
     is_baseline: bool = False
+    tuned: tuple[str, ...] = ()
+    records: tuple[Run, ...] = ()
+    duplicates: tuple[tuple[Run, Run], ...] = ()
+    selecting: frozenset[int] = frozenset()
+    unscored: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The verdict in a word or three, "baseline", or nothing."""
+        if self.difference:
+            return self.difference.verdict.partition(":")[0]
+        return "baseline" if self.is_baseline else ""
 
     @property
     def failed(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from statistics import fmean
 from typing import Any
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from caspr_cli.common.format import count, listed
-from caspr_cli.report import answer, figures, format, profile, style
+from caspr_cli.report import answer, figures, format, profile, provenance, style
 from caspr_cli.report.answer import Answer
 from caspr_cli.report.format import NOT_SIGNIFICANT, NOT_TESTED
 from caspr_cli.report.model import Row, Run, Table
@@ -54,23 +54,15 @@ def inline(svg: str) -> Markup:
     return Markup(re.sub(r'style="[^"]*"', coloured, f"{head}>{rest}"))
 
 
-# ---- answers -----------------------------------------------------------------------------------------------------
-
-
 def answers(made: Sequence[Answer], title: str) -> str:
     """Return answers of ``caspr-verify`` as one page: the questions first."""
-    return _templates().get_template("answers.html.j2").render(title=title, answers=made, summary=_all_claims(made))
-
-
-def _all_claims(made: Sequence[Answer]) -> str:
-    broken = [text for one in made for text, held in one.claims if not held]
-    total = count(sum(len(one.claims) for one in made), "statement")
-    if broken:
-        return f"{len(broken)} of {total} that should hold did not: {'; '.join(broken)}."
-    return f"{count(len(made), 'question')}; all {total} that should hold did."
-
-
-# ---- comparisons -------------------------------------------------------------------------------------------------
+    claims = [claim for one in made for claim in one.claims]
+    failed = [text for text, held in claims if not held]
+    total = count(len(claims), "statement")
+    summary = f"{count(len(made), 'question')}; all {total} that should hold did."
+    if failed:
+        summary = f"{len(failed)} of {total} that should hold did not: {'; '.join(failed)}."
+    return _templates().get_template("answers.html.j2").render(title=title, answers=made, summary=summary)
 
 
 def compared(tables: Sequence[Table], command: str) -> str:
@@ -86,6 +78,8 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         found: the profile of these tables; left out if it is None or of fewer than two tasks.
         command: what made the page, as one would type it.
     """
+    if found and len(found.tasks) < 2:
+        found = None  # of one task it says what the table says
     across = labels_across([table.rows for table in tables])
     own = [row.label for table in tables for row in table.rows]
     styles = style.styles([*own, *(label for labels in across for label in labels)])
@@ -93,7 +87,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
     runs = [run for table in tables for row in table.rows for run in row.runs]
     sections = [
         {"name": name, "anchor": f"task-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{k}", "table": table}
-        | {"figures": [(svg, caption) for caption, draw in _figures(table, styles) if (svg := draw())]}
+        | {"figures": _figures(table, styles)}
         for k, (name, table) in enumerate(zip(names(tables), tables, strict=True))
     ]
     return _templates().get_template("comparison.html.j2").render(
@@ -104,16 +98,12 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         styles=styles,
         by_label=by_label,
         ranked=_by_place(by_label),
-        profile_of=found if found and len(found.tasks) > 1 else None,  # of one task it says what the table says
+        profile_of=found,
         profile_svg=figures.profile(found, styles) if found else "",
-        first_command=next(filter(None, map(_command, runs)), ""),
+        first_command=shlex.join(next(filter(None, map(provenance.command, runs)), [])),
         provenance=_provenance(tables),
-        kind=kind,
         in_per_cent=lambda table: any(row.difference and row.difference.share_of is not None for row in table.rows),
         marks=MARKS,
-        trial=_trial,
-        seeds_of=_reported_seeds,
-        records_of=_records,
     )  # fmt: skip
 
 
@@ -159,55 +149,24 @@ def _by_place(tables: Sequence[Mapping[str, Row]]) -> list[str]:
     return sorted(places, key=lambda label: fmean(places[label]))
 
 
-def kind(row: Row) -> str:
-    """Return the verdict as one of the keys of ``MARKS``; empty without one."""
-    if row.difference:
-        return row.difference.verdict.partition(":")[0]
-    return "baseline" if row.is_baseline else ""
-
-
-def _figures(table: Table, styles: Styles) -> list[tuple[str, Callable[[], str]]]:
+def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
+    """Return each figure that there is, with its caption."""
     counts: dict[int, list[str]] = {}
     for row in table.rows:
         if row.n:
             counts.setdefault(row.n, []).append(row.label)
-    several = "; ".join(f"n = {n}: {listed(labels)}" for n, labels in sorted(counts.items(), reverse=True))
-    n = several if len(counts) > 1 else "".join(f"n = {n}" for n in counts)
-    return [
-        (f"Mean over training, with its 95 % interval; {n}.", lambda: figures.curves(table, "steps", styles)),
-        ("The same by time: seconds are medians over seeds.", lambda: figures.curves(table, "seconds", styles)),
+    n = "; ".join(f"n = {n}{f': {listed(counts[n])}' * (len(counts) > 1)}" for n in sorted(counts, reverse=True))
+    drawn = [
+        (figures.curves(table, "steps", styles), f"Mean over training, with its 95 % interval; {n}."),
+        (figures.curves(table, "seconds", styles), "The same by time: seconds are medians over seeds."),
+        (figures.intervals(table, styles), f"Means with their 95 % intervals; small dots are single seeds; {n}."),
         (
-            f"Means with their 95 % intervals; small dots are single seeds; {n}.",
-            lambda: figures.intervals(table, styles),
-        ),
-        (
+            figures.best_of(table, styles),
             "The expected best of so many trials, of those that were run, with the seeds that select: the last value "
             "is the winner's, which was lucky, so that held-out seeds end worse.",
-            lambda: figures.best_of(table, styles),
         ),
     ]
-
-
-# ---- settings and provenance -------------------------------------------------------------------------------------
-
-
-def _trial(row: Row) -> str:
-    index = row.selected.index if row.selected else None
-    return format.budget(row) if index is None else f"number {index}, of {format.budget(row)}"
-
-
-def _reported_seeds(row: Row) -> str:
-    seeds = ", ".join(f"{run.seed}{'' if run.final is not None else f' ({run.state})'}" for run in row.runs)
-    return f"{seeds or '-'}{', held out' if row.held_out and row.runs else ''}"
-
-
-def _records(row: Row) -> str:
-    """Return the directories of the seeds."""
-    return ", ".join(dict.fromkeys(run.path.rpartition("/")[0] or run.path for run in row.runs)) or "-"
-
-
-def _command(run: Run) -> str:
-    return shlex.join(str(word) for word in run.provenance.get("command") or ())
+    return [(svg, caption) for svg, caption in drawn if svg]
 
 
 def _provenance(tables: Sequence[Table]) -> dict[str, Any]:
@@ -217,12 +176,10 @@ def _provenance(tables: Sequence[Table]) -> dict[str, Any]:
         for table in tables
     ]
     every = [run for runs in by_table for run in runs.values()]
-    asked = {"hardware": _machine, "system": _system, "versions": _versions, "code": _code}
-    rows = {what: _counted(map(of, every)) for what, of in asked.items()}
-    rows |= {
-        f"data of {name}": _counted(map(_data, runs.values()))
-        for name, runs in zip(names(tables), by_table, strict=True)
-    }
+    asked = (provenance.hardware, provenance.machine, provenance.versions, provenance.code)
+    rows = {of.__name__: _counted(map(of, every)) for of in asked}
+    for name, runs in zip(names(tables), by_table, strict=True):
+        rows[f"data of {name}"] = _counted(map(provenance.data, runs.values()))
     return {"records": count(len(every), "record"), "rows": {what: value for what, value in rows.items() if value}}
 
 
@@ -232,36 +189,3 @@ def _counted(values: Iterable[str]) -> str:
     if len(counts) < 2:
         return "".join(counts)
     return "; ".join(f"{value} ({count(n, 'run')})" for value, n in counts.most_common())
-
-
-def _machine(run: Run) -> str:
-    machine, device = run.provenance.get("machine") or {}, run.provenance.get("device") or {}
-    if not machine and not device:
-        return ""
-    gpu = f"{device.get('name')}, " if device.get("type") not in (None, "cpu") else ""
-    processes = int(device.get("processes") or 1)
-    ranks = f"{processes} processes of " if processes > 1 else ""
-    threads = f", {ranks}{count(int(device['threads']), 'thread')}" if device.get("threads") else ""
-    return f"{gpu}{machine.get('processor') or 'unknown processor'}, {machine.get('cores') or '?'} cores{threads}"
-
-
-def _system(run: Run) -> str:
-    return (run.provenance.get("machine") or {}).get("system") or ""
-
-
-def _versions(run: Run) -> str:
-    known = {"python": run.provenance.get("python"), **(run.provenance.get("packages") or {})}
-    return ", ".join(f"{name} {version}" for name, version in known.items() if version)
-
-
-def _code(run: Run) -> str:
-    code, version = run.provenance.get("code") or {}, run.provenance.get("caspr_cli")
-    commit = f"commit {str(code['commit'])[:12]}" if code.get("commit") else ""
-    changed = f"with changes, diff {code['diff_sha256']}" if code.get("diff") else ""
-    return ", ".join(filter(None, [f"caspr-cli {version}" if version else "", commit, changed]))
-
-
-def _data(run: Run) -> str:
-    data = run.provenance.get("data") or {}
-    named = {"": data.get("name"), "source ": data.get("source"), "hash ": data.get("hash")}
-    return ", ".join(f"{text}{value}" for text, value in named.items() if value)

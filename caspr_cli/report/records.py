@@ -36,10 +36,6 @@ class Records:
     warnings: list[str] = field(default_factory=list)
 
 
-class UnreadableError(Exception):
-    """The record is left out; the message is a warning."""
-
-
 def find(paths: Sequence[Path]) -> Records:
     """Return all records below these directories, and in packs; each once, sorted by path.
 
@@ -59,8 +55,8 @@ def find(paths: Sequence[Path]) -> Records:
             seen.add(real)
             try:
                 found.runs.append(read(Path(directory), found.warnings))
-            except UnreadableError as reason:
-                found.warnings.append(str(reason))
+            except DamagedError as reason:
+                found.warnings.append(f"{reason}: left out")
     found.runs.sort(key=lambda run: run.path)
     return found
 
@@ -82,17 +78,17 @@ def read(path: Path, warnings: list[str]) -> Run:
     """Return one record.
 
     Raises:
-        UnreadableError: it has to be left out.
+        DamagedError: it has to be left out; the message begins with the file.
     """
     config = _part(path / "config.yaml")
     status = _part(path / "status.json")  # before the result, which is written first
     result = _part(path / "result.json")
     if shape.lost(status, result):
-        raise UnreadableError(f"{path / 'result.json'}: missing or damaged, though the run is done: left out")
+        raise DamagedError(f"{path / 'result.json'}: missing or damaged, though the run is done")
     try:
         provenance = _part(path / "provenance.json")
-    except UnreadableError as reason:
-        warnings.append(f"{reason}: where the run came from is not known".replace(": left out", ""))
+    except DamagedError as reason:
+        warnings.append(f"{reason}: where the run came from is not known")
         provenance = {}
     curve = tuple(_curve(path / "metrics.jsonl", config["task.target.metric"], warnings))
     return Run(shape.encodable(str(path)), config, status, result, provenance, curve)
@@ -110,11 +106,11 @@ def _part(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if file.suffix == ".json":
             return {}
-        raise UnreadableError(f"{file}: not there (yet): left out") from None
+        raise DamagedError(f"{file}: not there (yet)") from None
     except OSError as error:
-        raise UnreadableError(f"{file}: cannot be read ({error.strerror}): left out") from error
+        raise DamagedError(f"{file}: cannot be read ({error.strerror})") from error
     except DamagedError as error:
-        raise UnreadableError(f"{file}: {error}: left out") from error
+        raise DamagedError(f"{file}: {error}") from error
 
 
 def _yaml(content: bytes) -> dict[str, Any]:

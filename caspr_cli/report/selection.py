@@ -99,7 +99,14 @@ def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
 
     A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
     """
-    configs = [_distinguishing(run, tuned) for run in runs]
+    configs = [
+        {
+            key: value
+            for key, value in expanded(run.config, tuned).items()
+            if key not in IGNORED and key not in tuned and not key.startswith(IGNORED_GROUPS)
+        }
+        for run in runs
+    ]
     missing = {
         key: None if frozen(None) in seen else next(iter(seen.values())) if len(seen) == 1 else ABSENT
         for key, seen in values_of(configs).items()
@@ -111,23 +118,14 @@ def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
         found[identity].append(run)
         own.setdefault(identity, missing | config)
     shown = differing(own.values())
-    labels = numbered([label(config, shown) for config in own.values()])
-    return [Group(name, own[identity], tuple(found[identity])) for name, identity in zip(labels, own, strict=True)]
-
-
-def numbered(labels: Sequence[str]) -> list[str]:
-    """Return the labels, with a number where one is there already: null and the word null read the same."""
-    return [
-        f"{label} ({before + 1})" if (before := labels[:k].count(label)) else label for k, label in enumerate(labels)
-    ]
-
-
-def _distinguishing(run: Run, tuned: Sequence[str]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in expanded(run.config, tuned).items()
-        if key not in IGNORED and key not in tuned and not key.startswith(IGNORED_GROUPS)
-    }
+    labels: Counter[str] = Counter()
+    groups = []
+    for identity, config in own.items():
+        label = " ".join([config["optim.name"], *sorted(setting(key, config.get(key)) for key in shown)])
+        labels[label] += 1
+        number = f" ({labels[label]})" if labels[label] > 1 else ""  # null and the word null read the same
+        groups.append(Group(f"{label}{number}", config, tuple(found[identity])))
+    return groups
 
 
 def expanded(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
@@ -136,11 +134,6 @@ def expanded(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     lists = {owner for owner in owners if isinstance(config.get(owner), (list, tuple))}
     parts = {f"{owner}.{index}": value for owner in lists for index, value in enumerate(config[owner])}
     return {key: value for key, value in config.items() if key not in lists} | parts
-
-
-def label(config: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """Return the optimizer's name, and ``key=value`` for each of the keys in alphabetical order."""
-    return " ".join([str(config["optim.name"]), *sorted(setting(key, config.get(key)) for key in keys)])
 
 
 def labels_across(tables: Sequence[Sequence[Row]]) -> list[list[str]]:
@@ -202,18 +195,11 @@ def _normal(word: str) -> str:
 # ---- trials ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Duplicate:
-    """A record that is not counted, and the one of the same trial and seed that is."""
+def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...], tuple[tuple[Run, Run], ...]]:
+    """Return the trials of a row, in the order of a search or of their values, and the duplicates.
 
-    left_out: Run
-    kept: Run
-
-
-def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...], tuple[Duplicate, ...]]:
-    """Return the trials of a row, in the order of a search or of their values, and the records that are duplicates.
-
-    Of two records with the same values and the same seed, the one that has come further counts, then the later one.
+    A duplicate is a run that does not count, and the one of the same values and seed that does: the one that has come
+    further, then the later one.
     """
     found: dict[str, dict[int, list[Run]]] = defaultdict(lambda: defaultdict(list))
     values: dict[str, dict[str, Any]] = {}
@@ -227,7 +213,7 @@ def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...]
         kept = {seed: max(same, key=_progress) for seed, same in sorted(seeds.items())}
         index = next((k for run in kept.values() if isinstance(k := run.config.get("trial"), int)), None)
         made.append(Trial(values[name], tuple(kept.values()), index))
-        duplicates += [Duplicate(run, kept[s]) for s, same in seeds.items() for run in same if run is not kept[s]]
+        duplicates += [(run, kept[s]) for s, same in seeds.items() for run in same if run is not kept[s]]
     made.sort(key=lambda trial: [_sortable(trial.index), *(_sortable(trial.values.get(key)) for key in tuned)])
     return tuple(made), tuple(duplicates)
 

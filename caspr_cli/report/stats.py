@@ -96,17 +96,13 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Compariso
     value = float(a.mean() - b.mean()) if n else None
     if n < 2 or value is None:
         return Comparison(paired, n, value, base)
-    spread = _paired(a - b) if paired else _welch(a, b)
+    sd = float((a - b).std(ddof=1)) if paired else 0.0
+    spread = Spread(sd / math.sqrt(n), n - 1.0, sd) if paired else _welch(a, b)
     if spread.error <= NO_SPREAD * max(np.abs(a).max(), np.abs(b).max()):  # equal values say nothing of a spread
         return Comparison(paired, n, value, base)
     half = quantile(spread.freedom) * spread.error
     p = float(2 * special.stdtr(spread.freedom, -abs(value) / spread.error))
     return Comparison(paired, n, value, base, value - half, value + half, p, spread)
-
-
-def _paired(differences: np.ndarray) -> Spread:
-    n, sd = len(differences), float(differences.std(ddof=1))
-    return Spread(sd / math.sqrt(n), n - 1.0, sd)
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> Spread:
@@ -199,12 +195,9 @@ def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[
 
 
 def _expected_best(ranked: Sequence[float], k: int) -> float:
-    total, left = 0.0, len(ranked)
-    probability = k / left  # that the best of all is drawn
-    for value in ranked:
-        total += probability * value
-        if left == k:
-            break  # the best cannot be worse than this one
-        probability *= (left - k) / (left - 1)
-        left -= 1
+    probability = k / len(ranked)  # that the first is drawn; then, that it is the best of those that are drawn
+    total = 0.0
+    for left in range(len(ranked), k - 1, -1):
+        total += probability * ranked[len(ranked) - left]
+        probability *= (left - k) / max(left - 1, 1)
     return total

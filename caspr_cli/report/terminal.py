@@ -9,23 +9,15 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common.format import count, duration, listed, table, wrapped
-from caspr_cli.report import format
-from caspr_cli.report.consistency import processes_and_threads
-from caspr_cli.report.format import Column, number
-from caspr_cli.report.model import Point, Row, Run, Table
+from caspr_cli.report import format, provenance, render
+from caspr_cli.report.format import number
+from caspr_cli.report.model import Point, Run, Table
 from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile, rho, times
 from caspr_cli.report.selection import IGNORED_GROUPS, differing, settings
 
 BARS = "▁▂▃▄▅▆▇█"
 INDENT = "  "
 NOT_LISTED = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # have columns, or interest nobody
-LEGEND = [
-    "mean     of validation at the end, ± standard deviation, over n seeds; 95 % interval of the mean (Student's t); "
-    f"{format.BOUNDED}; rows with failed seeds stand behind the others",
-    f"verdict  {format.TESTS}, at 5 % after Holm's correction for the rows of a table; {format.DIFFERENCES}; "
-    f"{format.POWERED}; {format.NOT_CORRECTED}",
-    f"caution  {format.ABOUT_SETTINGS}",
-]
 
 
 def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int) -> Iterator[str]:
@@ -36,36 +28,25 @@ def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], 
         yield ""
         yield from table_lines(each, width)
     yield ""
-    for line in LEGEND:
-        yield from wrapped(line, width)
+    yield from wrapped(f"legend   {format.LEGEND}", width)
 
 
 def table_lines(made: Table, width: int) -> Iterator[str]:
     """Yield title, a line for each row with its settings and verdict below, and the warnings."""
     yield from textwrap.wrap(format.title(made), width, subsequent_indent=INDENT)
     columns = format.columns(made)
-    shown = fitting(columns, made.rows, width)
-    heads, *lines = table([[c.head for c in shown], *([c.cell(row) for c in shown] for row in made.rows)])
+    cells = [[c.head for c in columns], *([c.cell(row) for c in columns] for row in made.rows)]
+    (heads, *lines), omitted = render.terminal(cells, width, spare=[c.spare for c in columns])
     yield heads
     for row, line in zip(made.rows, lines, strict=True):
         yield line
         if said := "; ".join(filter(None, [format.selected(row), format.comparison(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
-    if gone := [column.head for column in columns if column not in shown]:
-        yield from textwrap.wrap(f"(no room for: {', '.join(gone)}; a wider terminal, --json or --to has all)", width)
+    if omitted:
+        said = f"(no room for: {', '.join(omitted)}; a wider terminal, --json or --to has all)"
+        yield from textwrap.wrap(said, width)
     for warning in made.warnings:
         yield from wrapped(f"warning  {warning}", width)
-
-
-def fitting(columns: Sequence[Column], rows: Sequence[Row], width: int) -> list[Column]:
-    """Return the columns for which there is room."""
-    shown = list(columns)
-    while sum(max(len(c.head), *(len(c.cell(row)) for row in rows)) + 2 for c in shown) - 2 > width:
-        least = max(shown, key=lambda column: column.spare)
-        if not least.spare:
-            break
-        shown.remove(least)
-    return shown
 
 
 def profiled(found: Profile) -> Iterator[str]:
@@ -88,9 +69,6 @@ def profiled(found: Profile) -> Iterator[str]:
     yield f"score    AlgoPerf's integral, the mean of rho from 1 to {LONGEST:g}: 1 is the fastest everywhere"
     yield f"         ({NOT_ALGOPERF})"
     yield from notes
-
-
-# ---- records -----------------------------------------------------------------------------------------------------
 
 
 def listing(runs: Sequence[Run]) -> list[str]:
@@ -154,23 +132,17 @@ def record_lines(run: Run) -> Iterator[str]:
         values = [point.value for point in run.curve if point.value is not None]
         validations = count(len(run.curve), "validation")
         yield f"curve    {bars}  {number(values[0])} to {number(values[-1])} in {validations}"
-    yield from _origin(run.provenance)
+    origin = {
+        "command": " ".join(provenance.command(run)),
+        "data": provenance.data(run),
+        "machine": provenance.hardware(run),
+        "code": provenance.code(run),
+        "versions": provenance.versions(run),
+    }
+    for what, text in origin.items():
+        if text:
+            yield from wrapped(f"{what:<9}{text}", 110)
     yield f"record   {run.path}"
-
-
-def _origin(origin: dict[str, Any]) -> Iterator[str]:
-    code, data, device, machine = (origin.get(key) or {} for key in ("code", "data", "device", "machine"))
-    if command := origin.get("command"):
-        yield f"command  {' '.join(map(str, command))}"
-    if data:
-        yield f"data     {data.get('name')} ({data.get('source')}), hash {data.get('hash')}"
-    if origin:
-        where = f"{machine.get('processor') or '-'}; {device.get('name') or 'cpu'}"
-        yield f"machine  {where}, {processes_and_threads(device)}"
-        yield (
-            f"code     caspr-cli {origin.get('caspr_cli')}, commit {str(code.get('commit') or '-')[:10]}, "
-            f"torch {(origin.get('packages') or {}).get('torch')}, Python {origin.get('python')}"
-        )
 
 
 def sparkline(curve: Sequence[Point], most: int = 40) -> str:

@@ -63,6 +63,8 @@ def test_cells():
     assert answers.cell(True, ",") == "yes"
     assert answers.cell(12345, ",") == "12,345"
     assert answers.cell("as it is", ".2f") == "as it is"
+    made = answers.table(DataFrame({"n": [1, 2], "x": [0.5, math.inf], "yes": [True, False]}), "Frame")
+    assert answers.grid(made) == [["n", "x", "yes"], ["1", "0.5", "yes"], ["2", "inf", "no"]]
 
 
 def test_lines_for_a_terminal():
@@ -73,6 +75,10 @@ def test_lines_for_a_terminal():
     assert re.search(r"^up <1>  1\.3e-03  a\|b$|^up <1>  1\.2e-03  a\|b$", text, re.M)
     assert "Everything" not in text  # for files alone
     assert "failed   predicted is measured" in "\n".join(answers.lines(broken(), 80))
+    bare = Answer(name="a", question="Is it?", finding="Yes.")
+    assert list(answers.lines(bare)) == ["Is it?", "", "Yes."]
+    assert answers.as_markdown(bare) == "# Is it?\n\nYes.\n"
+    assert "details" not in page.answers([bare], "Theory").partition("<body>")[2]
 
 
 def test_a_table_that_is_too_wide_says_what_it_leaves_out():
@@ -80,50 +86,28 @@ def test_a_table_that_is_too_wide_says_what_it_leaves_out():
     lines = list(answers.table_lines("wide", wide, 80))
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("(no room for: column 2,") for line in lines)
-
-
-def test_long_cells_are_cut_only_where_there_is_no_room():
     long = table([{"a": "x" * 60, "b": "y"}])
     assert "x" * 60 in "\n".join(answers.table_lines("long", long, 80))
     assert "x" * 39 + "…" in "\n".join(answers.table_lines("long", long, 50))
-
-
-def test_rows_that_are_not_shown_are_in_the_file(tmp_path):
-    short = table(shown=1)
-    assert "(2 more rows in gaps.csv)" in "\n".join(answers.table_lines("gaps", short, 80))
-    answers.write(answer(tables={"gaps": short}), tmp_path)
-    assert len(list(csv.DictReader(io.StringIO((tmp_path / "gaps.csv").read_text())))) == 3
-
-
-def test_where_all_rows_are_shown_none_is_missed():
-    whole = table(shown=3)
-    assert answers.rest("gaps", whole) == answers.rest("gaps", table()) == ""
+    assert "(2 more rows in gaps.csv)" in answers.table_lines("gaps", table(shown=1), 80)
+    assert answers.rest("gaps", table(shown=3)) == answers.rest("gaps", table()) == ""
     assert answers.rest("gaps", table(shown=2)) == "1 more row in gaps.csv"
-    assert "csv" not in page.answers([answer(tables={"gaps": whole})], "Theory")
 
 
-def test_an_answer_of_one_sentence_has_no_empty_parts():
-    bare = Answer(name="a", question="Is it?", finding="Yes.")
-    assert list(answers.lines(bare)) == ["Is it?", "", "Yes."]
-    assert answers.as_markdown(bare) == "# Is it?\n\nYes.\n"
-    assert "details" not in page.answers([bare], "Theory").partition("<body>")[2]
-
-
-def test_csv_has_full_precision_and_no_formulas(tmp_path):
+def test_files_are_written_whole_with_all_rows_in_full_precision_and_no_formulas(tmp_path):
     rows = [{"n": 7, "gap": 1 / 3, "which": "=HYPERLINK()"}, {"n": None, "gap": -1e-300, "which": "-x"}]
-    answers.write(answer(tables={"gaps": table(rows)}), tmp_path)
-    found = list(csv.DictReader(io.StringIO((tmp_path / "gaps.csv").read_text())))
+    made = answer(tables={"gaps": table(rows, shown=1), "all": table(title="Everything", shown=0)})
+    written = answers.write(made, tmp_path / "new" / "order")
+    names = ["order.md", "order.json", "gaps.csv", "all.csv", "traces.svg"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "new" / "order").iterdir()) == sorted(names)
+    found = list(csv.DictReader(io.StringIO((tmp_path / "new/order/gaps.csv").read_text())))
     assert [row["n"] for row in found] == ["7", ""]
     assert [float(row["gap"]) for row in found] == [1 / 3, -1e-300]
     assert [row["which"] for row in found] == ["'=HYPERLINK()", "'-x"]
-
-
-def test_a_frame_is_a_table_with_its_numbers_as_they_are():
-    made = answers.table(DataFrame({"n": [1, 2], "x": [0.5, math.inf], "yes": [True, False]}), "Frame")
-    assert answers.grid(made) == [["n", "x", "yes"], ["1", "0.5", "yes"], ["2", "inf", "no"]]
-    assert json.loads(answers.as_json(answer(tables={"t": made})))["tables"]["t"]["rows"][1] == {
-        "n": 2, "x": "inf", "yes": False,
-    }  # fmt: skip
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write there"):
+        answers.write(answer(), tmp_path / "file")
 
 
 def test_json_is_json():
@@ -144,16 +128,6 @@ def test_markdown():
     assert "    caspr-verify order\n" in text
     assert "torch 2.9" in text
     assert "nested" not in text
-
-
-def test_files_are_written_whole(tmp_path):
-    written = answers.write(answer(), tmp_path / "new" / "order")
-    names = ["order.md", "order.json", "gaps.csv", "all.csv", "traces.svg"]
-    assert [path.name for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "new" / "order").iterdir()) == sorted(names)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write there"):
-        answers.write(answer(), tmp_path / "file")
 
 
 class Parsed(HTMLParser):
@@ -187,12 +161,8 @@ def test_page_stands_alone():
     assert text.count("<svg") >= 3
     assert "prefers-color-scheme: dark" in text
     assert "Yes, 3 &lt; 4 &amp; so on." in text
-
-
-def test_page_begins_with_the_questions_and_what_failed():
-    text = page.answers([answer(), broken()], "Theory")
     start = text[: text.index("<main")]
     assert "Is order so?" in start
     assert "Is cost so?" in start
-    assert "1 of 3 statements that should hold did not: predicted is measured." in start
+    assert "1 of 5 statements that should hold did not: predicted is measured." in start
     assert "all 2 statements that should hold did" in page.answers([answer()], "Theory")

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from caspr_cli.report import figures, style
-from caspr_cli.report.model import Point, Row, Table
+from caspr_cli.report.model import Point, Table
 from caspr_cli.report.profile import profile
 
 FIGURES: dict[str, Callable[[Table], str]] = {
@@ -43,16 +43,12 @@ def identifiers(svg: str) -> list[str]:
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_all_labels_are_there_as_text(figure: str) -> None:
-    seen = "\n".join(texts(drawn("language", figure)))
-    for label in synthetic.ENDS:
-        assert label in seen
-
-
-@pytest.mark.parametrize("figure", FIGURES)
 def test_it_stands_alone(figure: str) -> None:
-    """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own."""
+    """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own, no colours
+    but those that a page replaces; labels are text."""
     svg = drawn("language", figure)
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {light for light, _ in style.PALETTE.values()}
+    assert all(label in "\n".join(texts(svg)) for label in synthetic.ENDS)
     assert re.findall(r"https?://[^\s\"<]+", svg) == [style.NAMESPACE]
     assert set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg)) == set(identifiers(svg))
     assert "<metadata" not in svg
@@ -68,13 +64,6 @@ def test_bytes_are_the_same_in_another_process() -> None:
     assert found.stdout == drawn("language", "steps")
 
 
-def test_only_colours_of_the_palette_are_used() -> None:
-    """A page replaces these alone."""
-    known = {light for light, _ in style.PALETTE.values()}
-    for figure in FIGURES:
-        assert set(re.findall(r"#[0-9a-f]{6}\b", drawn("language", figure))) <= known
-
-
 def test_what_cannot_be_drawn_is_empty() -> None:
     empty = synthetic.table([synthetic.row("muon", [])], baseline=None)
     assert [draw(empty) for draw in FIGURES.values()] == ["", "", "", ""]
@@ -87,6 +76,11 @@ def test_a_row_without_a_curve_or_times_is_named() -> None:
     assert "times unknown: adamw and muon" in texts(drawn("bare", "seconds"))
     assert any("sgd, not finished" in text for text in texts(drawn("bare", "steps")))
     assert any("adamw, n = 1" in text for text in texts(drawn("bare", "steps")))
+    ablation = figures.curves(synthetic.ablation())
+    assert {row.label for row in synthetic.ablation().rows} <= set(texts(ablation))  # in a legend
+    svg = figures.intervals(synthetic.bare(), {row.label: style.KNOWN["soap"] for row in synthetic.bare().rows})
+    assert style.PALETTE["green"][0] in svg
+    assert style.PALETTE["grey"][0] not in svg
 
 
 def test_a_diverged_row_flattens_nothing_and_has_its_value() -> None:
@@ -163,23 +157,24 @@ def test_points_and_bars_of_intervals(axes: Callable[..., Axes]) -> None:
     low, high = shown.get_xlim()
     assert all(low < row.ci_low and row.ci_high < high for row in rows)
     assert high < 6
+    strips = [patch for patch in shown.patches if patch.get_alpha() == 0.14]
+    adamw = next(row for row in table.rows if row.label == "adamw")
+    assert [(s.get_x(), s.get_x() + s.get_width()) for s in strips] == [pytest.approx((adamw.ci_low, adamw.ci_high))]
 
 
-def test_steps_of_a_profile(axes: Callable[..., Axes]) -> None:
-    found = profile(synthetic.study(), "steps")
-    shown = axes(figures.profile, found)
-    for line, label in zip(shown.lines, found.scores, strict=True):
-        x = line.get_xdata()
-        assert (x[0], x[-1]) == shown.get_xlim() == (1, 4)
-        assert list(line.get_ydata()) == [sum(ratio <= tau for ratio in found.ratios[label]) / 4 for tau in x]
-
-
-def test_the_best_of_trials(axes: Callable[..., Axes]) -> None:
+def test_lines_of_trials_and_of_a_profile(axes: Callable[..., Axes]) -> None:
     table = synthetic.language()
     shown = axes(figures.best_of, table)
     for line, row in zip(shown.lines, table.rows, strict=True):
         assert (list(line.get_xdata()), tuple(line.get_ydata())) == ([1, 2, 3, 4, 5, 6], row.best_of)
     assert shown.get_xlim() == (1, 6)
+    found = profile(synthetic.study(), "steps")
+    assert "caspr 1.00" in figures.profile(found)
+    shown = axes(figures.profile, found)
+    for line, label in zip(shown.lines, found.scores, strict=True):
+        x = line.get_xdata()
+        assert (x[0], x[-1]) == shown.get_xlim() == (1, 4)
+        assert list(line.get_ydata()) == [sum(ratio <= tau for ratio in found.ratios[label]) / 4 for tau in x]
 
 
 @pytest.mark.parametrize(
@@ -194,34 +189,20 @@ def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str) -> 
     assert shown.lines[0].get_xdata()[-1] == pytest.approx(seconds / scale)
 
 
-def test_fourteen_rows_have_a_legend() -> None:
-    seen = texts(drawn("ablation", "steps"))
-    assert {row.label for row in synthetic.ablation().rows} <= set(seen)
-
-
-def test_labels_are_text_not_markup_or_mathematics() -> None:
-    label = "caspr <b>&\"' $x_1^2$ \x07"
-    made = synthetic.table(
-        [synthetic.row(label, [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)])], baseline=None
-    )
-    for draw in (figures.curves, figures.intervals):
-        assert "caspr <b>&\"' $x_1^2$ \ufffd" in "\n".join(texts(draw(made)))
-
-
-def test_long_labels_leave_room_for_the_figure() -> None:
-    label = "caspr task.dropout=0.1 trainer.precision=32-true trainer.max_steps=500 task.batch_size=32"
-    made = synthetic.table(
-        [synthetic.row(label, [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)])], baseline=None
-    )
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("caspr <b>&\"' $x_1^2$ \x07", "caspr <b>&\"' $x_1^2$ \ufffd"),  # neither markup nor mathematics
+        ("caspr task.dropout=0.1 trainer.precision=32-true trainer.max_steps=500 task.batch_size=32", "caspr"),
+    ],
+)
+def test_labels_are_text_and_long_ones_leave_room_for_the_figure(label: str, shown: str) -> None:
+    runs = [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)]
+    made = synthetic.table([synthetic.row(label, runs)], baseline=None)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns where a figure has no room for its axes
-        assert figures.intervals(made)
-        assert figures.curves(made)
-
-
-def test_profile_has_scores_for_who_cannot_see_it() -> None:
-    svg = figures.profile(profile(synthetic.study(), "steps"))
-    assert "caspr 1.00" in ElementTree.fromstring(svg).attrib["aria-label"]
+        warnings.filterwarnings("error", message="constrained_layout")  # where a figure has no room for its axes
+        for draw in (figures.curves, figures.intervals):
+            assert shown in "\n".join(texts(draw(made)))
 
 
 def contrast(one: str, other: str) -> float:
@@ -270,23 +251,16 @@ def test_the_mean_and_its_interval_by_hand() -> None:
     assert (found.low[0], found.high[0]) == (pytest.approx(2 - 12.706, abs=1e-3), pytest.approx(2 + 12.706, abs=1e-3))
     assert found.steps == (1, 2)
     assert found.seconds == (2.0, 4.0)
-
-
-def test_a_step_counts_where_all_runs_have_a_value() -> None:
-    found = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
-    assert found is not None
-    assert found.steps == (1, 3)
+    assert found.low[1] == found.high[1] == 5.0  # a band of no width where seeds are equal
+    some = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
+    assert some is not None
+    assert some.steps == (1, 3)  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
-
-
-def test_failed_runs_count_only_where_no_other_does() -> None:
     runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
     both, failed = figures.curve(synthetic.row("caspr", runs)), figures.curve(synthetic.row("caspr", runs[1:]))
     assert both is not None
-    assert both.n == 1
-    assert both.mean[-1] == pytest.approx(4.0)
     assert failed is not None
-    assert not failed.finished
+    assert (both.n, both.mean[-1], both.finished, failed.finished) == (1, pytest.approx(4.0), True, False)
 
 
 def test_a_window_shows_the_ends_and_not_the_diverged_one() -> None:
@@ -315,34 +289,6 @@ def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float
     for a in range(len(positions)):
         for b in range(len(positions)):
             assert not (positions[a] < positions[b] and moved[a] > moved[b])
-
-
-def test_labels_that_are_apart_stay() -> None:
     assert figures.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
     assert figures.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
     assert figures.apart([], 0.1, 0, 1) == []
-
-
-def test_rows_of_a_figure_keep_their_style() -> None:
-    styles = {row.label: style.KNOWN["soap"] for row in synthetic.bare().rows}
-    svg = figures.intervals(synthetic.bare(), styles)
-    assert style.PALETTE["green"][0] in svg
-    assert style.PALETTE["grey"][0] not in svg
-
-
-def test_a_baseline_is_a_strip() -> None:
-    def strips(table: Table) -> int:
-        return len(re.findall(r"opacity: 0\.14\b", figures.intervals(table)))
-
-    table = synthetic.language()
-    assert strips(table) == 1
-    assert strips(replace(table, rows=tuple(replace(row, is_baseline=False) for row in table.rows))) == 0
-    assert strips(replace(table, rows=tuple(replace(row, is_baseline=row.optim != "sgd") for row in table.rows))) == 5
-    rows: tuple[Row, ...] = tuple(replace(row, ci_low=None, ci_high=None) for row in table.rows)
-    assert strips(replace(table, rows=rows)) == 0
-
-
-def test_seeds_that_are_equal_have_a_band_of_no_width() -> None:
-    made = figures.curve(synthetic.row("caspr", [replace(synthetic.run("caspr", 1, 4.0), path=path) for path in "ab"]))
-    assert made is not None
-    assert made.low == made.mean == made.high

@@ -120,20 +120,15 @@ def test_tuned_keys_are_those_of_the_search_and_can_be_said() -> None:
     assert {each.label for each in said.rows} == {"caspr betas=0.8,0.95", "caspr betas=0.9,0.95"}
 
 
-def test_a_record_that_is_there_twice_counts_once_and_the_one_that_has_come_further() -> None:
-    made = table(
-        [run(seed=0, final=4.0), run(seed=0, final=None, state="running", output_dir="b"), run(seed=1, final=4.2)]
-    )
-    assert made.rows[0].mean == pytest.approx(4.1)
-    assert warned(made, "adamw: 1 record of a trial and seed that another has too, with the same settings")
-
-
 def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them() -> None:
     code = {"code": {"commit": "9" * 40}}
     one, other = run(final=4.0), run(final=4.5, trainer__devices=2, trainer__accumulate=2, provenance=code)
     moved = replace(one, path=other.path), replace(other, path=one.path)
     both = [table(records) for records in ([one, other], [other, one], moved)]
     assert len({made.rows[0].mean for made in both}) == 1
+    running = table([one, run(final=None, state="running", output_dir="b"), run(seed=1, final=4.2)])
+    assert running.rows[0].mean == pytest.approx(4.1)  # of those that have come further
+    assert warned(running, "adamw: 1 record of a trial and seed that another has too, with the same settings")
     assert warned(both[0], "another has too, differing in code, trainer.accumulate and trainer.devices: ")
     assert warned(both[0], "different code: ", "99999999")  # also of the one that does not count
 
@@ -150,18 +145,20 @@ def test_validation_selects_and_held_out_seeds_report() -> None:
     assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
     assert found.budget == {"done": 3}
     assert not warned(table(runs), "flatters")
+    up = {"task__target__metric": "val/map", "task__target__higher_is_better": True, "task__target__value": 0.5}
+    made = table(searched("caspr", [0.2, 0.7, 0.5], **up) + seeds("adamw", [0.8], **up))
+    assert [each.label for each in made.rows] == ["adamw", "caspr"]
+    assert made.rows[1].selected.values == {"optim.lr": 1e-3}
+    assert made.rows[0].held_out  # nothing was chosen
+    two = searched("caspr", [4.2, 4.0], optim__eps=1e-4) + searched("caspr", [3.0, 4.4], optim__eps=1e-6)
+    chosen = {each.label: each.selected.values["optim.lr"] for each in table(two).rows}
+    assert chosen == {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}  # no row lends another its trials
 
 
 def test_one_held_out_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:
     made = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))
     assert ([each.seed for each in made.rows[0].runs], made.rows[0].held_out) == ([0, 1], False)
     assert warned(made, "the reported seeds selected the trial, too", "caspr")
-
-
-def test_without_a_choice_every_seed_is_held_out() -> None:
-    made = table(seeds("caspr", [4.0, 4.1, 4.2]))
-    assert (made.rows[0].held_out, made.rows[0].n) == (True, 3)
-    assert made.warnings == ()
 
 
 def test_the_mean_over_common_seeds_selects_and_a_lucky_seed_does_not() -> None:
@@ -185,19 +182,6 @@ def test_where_no_seed_is_common_the_commonest_decides() -> None:
     made = table(runs)
     assert made.rows[0].selected.values == {"optim.lr": 1e-3}
     assert warned(made, "caspr: 1 trial without seed 0, which selects, left out")
-
-
-def test_rows_do_not_lend_each_other_trials() -> None:
-    runs = searched("caspr", [4.2, 4.0], optim__eps=1e-4) + searched("caspr", [3.0, 4.4], optim__eps=1e-6)
-    found = {each.label: each.selected.values["optim.lr"] for each in table(runs).rows}
-    assert found == {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}
-
-
-def test_higher_is_better_selects_the_highest_and_sorts_so() -> None:
-    up = {"task__target__metric": "val/map", "task__target__higher_is_better": True, "task__target__value": 0.5}
-    made = table(searched("caspr", [0.2, 0.7, 0.5], **up) + seeds("adamw", [0.8], **up))
-    assert [each.label for each in made.rows] == ["adamw", "caspr"]
-    assert made.rows[1].selected.values == {"optim.lr": 1e-3}
 
 
 def test_where_every_trial_failed_nothing_selected_the_one_that_is_reported() -> None:
@@ -265,6 +249,10 @@ def test_times_to_the_target_are_medians_in_which_a_miss_is_infinite() -> None:
     assert (found.steps_to_target, found.seconds_to_target, found.reached) == (300, 30.0, 2)
     two = table(three[1:]).rows[0]
     assert (two.steps_to_target, two.seconds_to_target, two.reached) == (None, None, 1)
+    failed = table([run("caspr", 0, 4.0, "failed"), run("caspr", 1, 4.0)]).rows[0]
+    assert (failed.reached, failed.steps_to_target) == (2, 200)
+    without = table([run(task__target__value=None)]).rows[0]
+    assert (without.reached, without.steps_to_target, without.seconds_to_target) == (None, None, None)
 
 
 def test_another_target_is_read_from_the_curves() -> None:
@@ -274,20 +262,9 @@ def test_another_target_is_read_from_the_curves() -> None:
     assert [(each.steps_to_target, each.seconds_to_target) for each in made.rows] == [(100, None), (200, 20.0)]
 
 
-def test_a_run_that_failed_after_it_has_reached_it() -> None:
-    failed = run("caspr", 0, 4.0, "failed")
-    found = table([failed, run("caspr", 1, 4.0)]).rows[0]
-    assert (found.reached, found.steps_to_target) == (2, 200)
-
-
 def test_where_targets_differ_the_commonest_holds_for_all_and_is_said() -> None:
     runs = [*seeds("caspr", [4.0, 4.0]), run("adamw", 0, 4.0, task__target__value=4.9), run("adamw", 1, 4.0)]
     made = table(runs)
     assert made.target == 4.5
     assert row(made, "adamw").reached == 2
     assert warned(made, "targets of the runs differ (4.5, 4.9)", "4.5")
-
-
-def test_without_a_target_nothing_is_reached() -> None:
-    found = table([run(task__target__value=None)]).rows[0]
-    assert (found.reached, found.steps_to_target, found.seconds_to_target) == (None, None, None)
