@@ -124,7 +124,7 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     M = (beta1 * state["exp_avg"] + (1 - beta1) * G) / (1 - beta1**t)
     # With beta2 = 1 there is no second moment to correct; the code divides zero by zero there.
     V = state["exp_avg_sq"] / (1 - beta2**t) if beta2 < 1 else state["exp_avg_sq"]
-    nadam = M / (V.sqrt() + group["eps"])
+    nadam: Tensor = M / (V.sqrt() + group["eps"])
     if not matrix:
         return nadam
     _accumulate(state, blocks_of(G, group["block_size"]), beta2)
@@ -140,7 +140,7 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         X = state["L_root"] @ X + X @ state["R_root"]
     U = whole(X, G.shape)
     length = torch.linalg.vector_norm(U, 4)
-    return U * torch.where(length > 0, torch.linalg.vector_norm(nadam, 4) / length, 0)
+    return U.mul_(torch.where(length > 0, torch.linalg.vector_norm(nadam, 4) / length, 0))
 
 
 def blocks_of(tensor: Tensor, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from references.author import author_weights
 from caspr_cli.optim.author import AuthorCASPR, blocks_of, whole
 
 
-def weights(shape: tuple[int, ...], gradients: list[torch.Tensor], **options: object) -> list[torch.Tensor]:
+def weights(shape: tuple[int, ...], gradients: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
     p = torch.nn.Parameter(torch.linspace(-1, 1, steps=int(np.prod(shape)), dtype=torch.float64).reshape(shape))
-    optimizer = AuthorCASPR([p], **options)  # type: ignore[arg-type]
+    optimizer = AuthorCASPR([p], **options)
     found = []
     for G in gradients:
         p.grad = G.clone()
@@ -41,10 +42,10 @@ def drawn(shape: tuple[int, ...], steps: int, scale: float = 1.0) -> list[torch.
         ((6, 4), 1.0, {"block_size": 64}),  # defaults: 20 and 101
     ],
 )
-def test_it_follows_the_authors_code(shape: tuple[int, ...], scale: float, options: dict[str, object]) -> None:
+def test_it_follows_the_authors_code(shape: tuple[int, ...], scale: float, options: dict[str, Any]) -> None:
     gradients = drawn(shape, 12 if "start_step" in options else 125, scale)
     start = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
-    wanted = author_weights(start, [G.numpy() for G in gradients], lr=0.01, **options)  # type: ignore[arg-type]
+    wanted = author_weights(start, [G.numpy() for G in gradients], lr=0.01, **options)
     for mine, theirs in zip(weights(shape, gradients, lr=0.01, **options), wanted, strict=True):
         np.testing.assert_allclose(mine.numpy(), theirs, rtol=0, atol=1e-11)
 
@@ -52,7 +53,7 @@ def test_it_follows_the_authors_code(shape: tuple[int, ...], scale: float, optio
 def test_a_convolution_is_the_matrix_of_its_output_channels() -> None:
     gradients = drawn((4, 3, 2, 2), 8)
     flat = [G.reshape(4, 12) for G in gradients]
-    options: dict[str, object] = {"interval": 2, "start_step": 3}
+    options: dict[str, Any] = {"interval": 2, "start_step": 3}
     for conv, matrix in zip(
         weights((4, 3, 2, 2), gradients, **options), weights((4, 12), flat, **options), strict=True
     ):
@@ -69,7 +70,8 @@ def test_a_group_without_preconditioning_is_that_of_vectors() -> None:
     gradients = drawn((6, 4), 10)
     p = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
     q = torch.nn.Parameter(torch.zeros(24, dtype=torch.float64))
-    both = AuthorCASPR([{"params": [p], "precondition": False}, {"params": [q]}], start_step=2, interval=2)
+    groups: list[dict[str, Any]] = [{"params": [p], "precondition": False}, {"params": [q]}]
+    both = AuthorCASPR(groups, start_step=2, interval=2)
     for G in gradients:
         p.grad, q.grad = G.clone(), G.reshape(24).clone()
         both.step()
@@ -97,6 +99,6 @@ def test_a_cut_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"interval": 0}, {"block_size": 0}, {"eps": -1e-8}])
-def test_options_out_of_range_are_refused(bad: dict[str, object]) -> None:
+def test_options_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        AuthorCASPR([torch.nn.Parameter(torch.zeros(2, 2))], **bad)  # type: ignore[arg-type]
+        AuthorCASPR([torch.nn.Parameter(torch.zeros(2, 2))], **bad)
