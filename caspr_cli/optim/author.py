@@ -1,0 +1,190 @@
+"""CASPR in the order of operations of its authors' public code, as a row of a comparison.
+
+It is a transcription for PyTorch, a tensor at a time, of ``efficient_caspr`` (JAX) in
+github.com/dvsaisurya/algorithmic-efficiency, branch main, commit 3b068d7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+SMALLEST_DAMPING = 1e-16
+LARGEST_ERROR = 1e-2  # of an entry of a statistic that is rebuilt from its eigenvalues
+
+
+class AuthorCASPR(Optimizer):
+    r"""CASPR of order 2 as its authors' public code computes it.
+
+    Momentum comes first, with Nesterov's look-ahead and bias correction,
+    :math:`\hat M = (\beta_1 M + (1 - \beta_1) G) / (1 - \beta_1^t)`. Statistics are moving averages that begin at
+    ``matrix_eps`` times the identity, without bias correction. Every ``interval`` steps each has new roots
+    :math:`(S + \epsilon I)^{-1/4}`, where :math:`\epsilon` is ``matrix_eps`` times its mean eigenvalue (a side that is
+    smaller than a block counts as padded with zeros), and no eigenvalue is below :math:`\epsilon`. The old roots stay
+    where the eigenvalues rebuild S with an error above 0.01. U = A(A M + M B) + (A M + M B) B has the 4-norm of NAdam's
+    step, a tensor at a time. Up to ``start_step``, and for vectors, NAdam's step itself is taken.
+
+    Args:
+        params: parameters, or param groups. A group with ``precondition=False`` takes NAdam's step alone.
+        lr: learning rate.
+        betas: decay of the momentum, and of the statistics and NAdam's second moment; 1 for the second sums statistics.
+        eps: that of NAdam.
+        matrix_eps: relative damping of the statistics.
+        weight_decay: decoupled, times the learning rate.
+        interval: steps between two computations of the roots.
+        start_step: the last step that is NAdam's.
+        block_size: longer sides are cut into blocks of this size, the last one padded with zeros.
+
+    A tensor of more than two axes is seen as (d_0, product of the rest). (The code has (product, d_last), which are the
+    output channels of a convolution in JAX, as d_0 is in PyTorch.) Each rank of data parallelism does everything.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        matrix_eps: float = 1e-6,
+        weight_decay: float = 1e-4,
+        *,
+        interval: int = 20,
+        start_step: int = 101,
+        block_size: int = 1024,
+        precondition: bool = True,
+    ) -> None:
+        for name, value, valid in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] <= 1),
+            ("eps", eps, eps >= 0),
+            ("matrix_eps", matrix_eps, matrix_eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("interval", interval, interval >= 1),
+            ("start_step", start_step, start_step >= 0),
+            ("block_size", block_size, block_size >= 1),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is out of its range: {value}")
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "matrix_eps": matrix_eps,
+            "weight_decay": weight_decay,
+            "interval": interval,
+            "start_step": start_step,
+            "block_size": block_size,
+            "precondition": precondition,
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = _update(p.grad, self.state[p], group)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        return loss
+
+
+def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Return the step of a tensor over its learning rate, and move its state on."""
+    (beta1, beta2), matrix = group["betas"], group["precondition"] and G.ndim >= 2
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
+    if matrix and "L" not in state:
+        state |= _first_statistics(blocks_of(G, group["block_size"]), group["matrix_eps"])
+    state["step"] += 1
+    t = int(state["step"].item())
+    state["exp_avg"].lerp_(G, 1 - beta1)
+    state["exp_avg_sq"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
+    M = (beta1 * state["exp_avg"] + (1 - beta1) * G) / (1 - beta1**t)
+    # With beta2 = 1 there is no second moment to correct; the code divides zero by zero there.
+    V = state["exp_avg_sq"] / (1 - beta2**t) if beta2 < 1 else state["exp_avg_sq"]
+    nadam: Tensor = M / (V.sqrt() + group["eps"])
+    if not matrix:
+        return nadam
+    _accumulate(state, blocks_of(G, group["block_size"]), beta2)
+    if t % group["interval"] == 0:
+        for side in "LR":
+            padding = (group["block_size"] - state[side].shape[-1]) * group["matrix_eps"] * beta2**t
+            roots = state[f"{side}_root"]
+            roots.copy_(_roots(state[side], roots, group["matrix_eps"], group["block_size"], padding))
+    if t <= group["start_step"]:
+        return nadam
+    X = blocks_of(M, group["block_size"])
+    for _ in range(2):
+        X = state["L_root"] @ X + X @ state["R_root"]
+    U = whole(X, G.shape)
+    length = torch.linalg.vector_norm(U, 4)
+    return U.mul_(torch.where(length > 0, torch.linalg.vector_norm(nadam, 4) / length, 0))
+
+
+def blocks_of(tensor: Tensor, size: int) -> Tensor:
+    """Return the blocks ``[i, j, m, n]`` of a tensor seen as a matrix; only a side longer than ``size`` is padded."""
+    matrix = tensor.reshape(tensor.shape[0], -1)
+    sides = [min(size, d) for d in matrix.shape]
+    (i, m), (j, n) = ((math.ceil(d / side), side) for d, side in zip(matrix.shape, sides, strict=True))
+    matrix = torch.nn.functional.pad(matrix, (0, j * n - matrix.shape[1], 0, i * m - matrix.shape[0]))
+    return matrix.reshape(i, m, j, n).transpose(1, 2)
+
+
+def whole(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """Return the tensor of this shape whose blocks these are."""
+    i, j, m, n = blocks.shape
+    matrix = blocks.transpose(1, 2).reshape(i * m, j * n)
+    return matrix[: shape[0], : math.prod(shape[1:])].reshape(shape)
+
+
+def _first_statistics(blocks: Tensor, eps: float) -> dict[str, Tensor]:
+    i, j, m, n = blocks.shape
+    eyes = {"L": torch.eye(m).to(blocks), "R": torch.eye(n).to(blocks)}
+    sides = {side: (eps * eye).expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
+    return sides | {f"{side}_root": eye.expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
+
+
+def _accumulate(state: dict[str, Any], G: Tensor, beta2: float) -> None:
+    """S <- beta2 S + (1 - beta2) G G^T; the plain sum where beta2 is 1."""
+    new = 1.0 if beta2 == 1 else 1 - beta2
+    state["L"].mul_(beta2).add_(G @ G.mT, alpha=new)
+    state["R"].mul_(beta2).add_(G.mT @ G, alpha=new)
+
+
+def _roots(S: Tensor, old: Tensor, eps: float, size: int, padding: float) -> Tensor:
+    """Return (S + eps I)^(-1/4) of blocks ``[i, j, n, n]``, or the old one where it cannot be had.
+
+    Args:
+        padding: trace of what would pad a smaller block to ``size``.
+    """
+    traces = S.diagonal(dim1=-2, dim2=-1).sum(-1) + padding
+    damping = (eps * traces / size).clamp(min=SMALLEST_DAMPING)[..., None]
+    damped = S + torch.diag_embed(damping.expand(*S.shape[:-1]))
+    if not damped.isfinite().all():  # an eigendecomposition would raise
+        return old
+    values, vectors = torch.linalg.eigh(damped)
+    values = torch.maximum(values, damping)
+    error = ((vectors * values[..., None, :]) @ vectors.mT - S).abs().amax((-2, -1), keepdim=True)
+    return torch.where(error <= LARGEST_ERROR, (vectors * values[..., None, :] ** -0.25) @ vectors.mT, old)
