@@ -387,7 +387,7 @@ def test_a_json_file_without_end_is_left_out(tmp_path: Path, monkeypatch: pytest
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path: Path) -> None:
     for k in range(250):
         optim, trial, seed = ("caspr", "shampoo", "adamw", "muon", "soap")[k % 5], k // 5 % 10, k // 50

@@ -289,7 +289,7 @@ def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, ca
 # ---- as a user runs it -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     words = ["experiment=c4_14m", "optim=adamw", "search=algoperf", "search.trials=2", "seed=1,2", "output_dir=a_table"]
     out = runner(*words)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from running import Runner, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 LONG = "trainer.max_steps=20000"

@@ -80,7 +80,7 @@ def one_machine(runner: Runner) -> Path:
     return runner.record("one_machine")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
     """The same losses as two ranks of one machine; one record; told to stop, both save together and go on."""
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=nodes", STEPS]
@@ -106,7 +106,7 @@ def everything_of(launcher: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     """All its processes at once, as by a power cut. The other one ends, and the two commands again end the run."""
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=machine_lost", STEPS]
@@ -125,7 +125,7 @@ def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     assert losses(record) == losses(one_machine)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_machine_that_waits_alone_says_so(runner: Runner) -> None:
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lonely", "trainer.timeout=4"]
     out = runner(*nodes, expect=143)

@@ -14,7 +14,7 @@ from running import Runner, losses, wait_for
 
 from caspr_cli.recipe import compose
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 DATA = ["task.data=files", "task.images=folder", "task.size=8", "task.batch_size=8"]
 RESNET = ["task=resnet", *DATA, "task.width=4", "task.depth=10"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 SMALL = ["task=ogbg_molpcba", "task.data=files", "task.width=8", "task.steps=2", "task.batch_size=6"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 SMALL = ["task=ud_pos", "task.data=files", "task.width=8", "task.layers=1", "task.heads=2", "task.batch_size=8"]
 
