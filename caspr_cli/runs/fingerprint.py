@@ -109,7 +109,7 @@ def check_done(recipe: Recipe, record: Record) -> None:
     root = root_of(recipe)
     if root is None or not moved(record, root):
         return
-    command = [sys.executable, "-m", "caspr_cli.runs.describe"]
+    command = [sys.executable, "-m", "caspr_cli.training.describe", "data"]
     done = subprocess.run(command, input=compose.save(recipe), capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from caspr_cli.runs.processes import LAUNCHER, command_of, with_variable
+import psutil
+
+from caspr_cli.runs.processes import LAUNCHER, with_variable
 
 SWEEP = "CASPR_SWEEP"  # environment variable of all processes that a launcher starts: the folder
 PATIENCE = 60.0  # seconds for jobs to save
@@ -53,13 +55,14 @@ def end(folder: Path, patience: float) -> None:
     with suppress(OSError), (folder / "stop").open("a", encoding="utf8") as file:
         file.write(f"{int(signal.SIGTERM)}\n")  # no other job starts
     deadline = time.monotonic() + patience
-    while left := [pid for pid in with_variable(SWEEP, str(folder)) if pid != os.getpid()]:
-        saving = set(with_variable(LAUNCHER)) | _busy(folder) if time.monotonic() < deadline else set()
-        for pid in left:
-            # What keeps track of Python's shared memory cleans that up, and ends with the last of the others.
-            if pid not in saving and (time.monotonic() >= deadline or b"resource_tracker" not in command_of(pid)):
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+    while left := [process for process in with_variable(SWEEP, str(folder)) if process.pid != os.getpid()]:
+        late = time.monotonic() >= deadline
+        saving = _busy(folder).union(process.pid for process in with_variable(LAUNCHER))
+        for process in left:
+            with suppress(psutil.Error):
+                # Python's tracker of shared memory cleans up, and ends after the last of the others.
+                if late or not (process.pid in saving or any("resource_tracker" in w for w in process.cmdline())):
+                    process.kill()
         time.sleep(TICK)
     shutil.rmtree(folder, ignore_errors=True)
 

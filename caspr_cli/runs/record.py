@@ -12,7 +12,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import time
@@ -231,26 +230,6 @@ def _locked(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-# What Python, C++ and the system's loader say; they share no exception for it.
-MEMORY = re.compile(
-    r"can.?t allocate memory|cannot allocate memory|out of memory|std::bad_alloc|failed to map segment"
-    r"|can't start new thread|MemoryError",
-    re.IGNORECASE,
-)
-
-
-def memory_error(error: BaseException | None) -> str | None:
-    """What was asked of memory that there was too little of, if that is behind an error."""
-    while error is not None:
-        text = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return text or "it cannot be had"
-        if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
-            return text
-        error = error.__cause__ or error.__context__
-    return None
 
 
 OWNER = ".owner"  # in a folder that is removed at the end of a command: the process that made it

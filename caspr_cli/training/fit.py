@@ -23,12 +23,12 @@ from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint, provenance
-from caspr_cli.runs.describe import prepared
 from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
 from caspr_cli.training.data import TaskData
+from caspr_cli.training.describe import prepared
 from caspr_cli.training.module import TrainingModule, build_options
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.ranks import answering

@@ -52,7 +52,7 @@ def test_a_leader_that_was_replaced_is_not_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
     with record.held():
         record.write("status.json", {"state": "running"} | asdict(Holder.me()))
-        assert launch._join(cast(Recipe, None), record, launch.Place(), gone) is None
+        assert launch._join(cast(Recipe, None), record, launch.Allocation(), gone) is None
         assert record.status["state"] == "running"  # its, and no longer that of the one who is gone
 
 
@@ -60,7 +60,7 @@ def test_a_leader_that_is_gone_leaves_a_run_cut_off(tmp_path: Path, monkeypatch:
     record, gone = Record(tmp_path), Holder("another", 1, 2, "then")
     monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
     record.write("status.json", {"state": "running"} | asdict(gone))
-    outcome = launch._join(cast(Recipe, None), record, launch.Place(), gone)
+    outcome = launch._join(cast(Recipe, None), record, launch.Allocation(), gone)
     assert outcome is not None
     assert outcome.exit_code == 143
     assert record.status["error"] == "process 1 on another (since then) is gone, which led the run"

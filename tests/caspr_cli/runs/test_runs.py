@@ -84,7 +84,7 @@ def workers_of(record: Path) -> list[int]:
             words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"caspr_cli.runs.worker" in words and str(record).encode() in words:
+        if b"caspr_cli.training.worker" in words and str(record).encode() in words:
             found.append(int(process.name))
     return sorted(found)
 

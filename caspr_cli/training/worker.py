@@ -1,4 +1,4 @@
-"""One rank of a run: ``python -m caspr_cli.runs.worker RECORD``. Reads the record's recipe, writes its result."""
+"""One rank of a run: ``python -m caspr_cli.training.worker RECORD``. Reads the record's recipe, writes its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.runs.processes import LAUNCHER, lives
+from caspr_cli.runs.processes import LAUNCHER, lives, memory_error
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -23,7 +23,6 @@ from caspr_cli.runs.record import (
     RUNNING,
     Record,
     RecordDamagedError,
-    memory_error,
 )
 
 NAMES_RANKS = ("rank ", "no rank ")  # a message that says of itself whom it is about
