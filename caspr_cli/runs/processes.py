@@ -23,7 +23,8 @@ def birth(process: int) -> int | None:
     """
     try:
         boot = psutil.boot_time()  # first: older versions of psutil keep this value for create_time()
-        return round((psutil.Process(process).create_time() - boot) * os.sysconf("SC_CLK_TCK"))
+        seconds: float = psutil.Process(process).create_time() - boot
+        return round(seconds * os.sysconf("SC_CLK_TCK"))
     except NO_PROCESS:
         return None
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import socket
@@ -23,6 +22,7 @@ from typing import Any
 
 from caspr_cli.common import shape, streams
 from caspr_cli.common.files import DISK, write_whole
+from caspr_cli.common.format import finite
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
@@ -98,7 +98,7 @@ class Record:
         return content if name == PROVENANCE else found  # the text of a diff stays as it is
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+        write_whole(self.path / name, json.dumps(finite(content, infinities=False), indent=2, allow_nan=False) + "\n")
 
     def update_status(self, **changes: Any) -> None:
         """Merge ``changes`` into ``status.json``."""
@@ -247,15 +247,6 @@ def clear_left(above: Path, pattern: str) -> None:
             host, pid, born = json.loads(file.read_bytes())
             if host == socket.gethostname() and not lives(pid, born):
                 shutil.rmtree(file.parent)
-
-
-def finite(content: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, as deep as they lie."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def now() -> str:

@@ -1,8 +1,8 @@
 """The jobs of one command line, wherever they run: in this process, beside it, or on a cluster.
 
 Launchers run jobs in other processes and drop their results. So each job writes its progress into a file of its own, in
-a folder that all of them see (``<output_dir>/.sweep/<id>/``), from which the command line reads what to print. The folder
-also holds the requests to stop, and the slots by which the jobs of one machine share it.
+a folder that all of them see (``<output_dir>/.sweep/<id>/``), from which the command line reads what to print. The
+folder also holds the requests to stop, and the slots by which the jobs of one machine share it.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Sweep:
             time.sleep(LOOK)
 
     def end(self, *, whole: bool) -> None:
-        """Remove the folder, except where jobs of a cluster may yet start (not ``whole``): they outlive this process."""
+        """Remove the folder, unless jobs of a cluster may yet start (not ``whole``): they outlive this process."""
         if whole or self.at_once is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -257,8 +257,8 @@ def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ..
 def watching(sweep: Sweep, began: Callable[[Job], None], ended: Callable[[Job], None]) -> Iterator[None]:
     """While jobs run elsewhere: report each that starts and ends, and turn signals into requests to stop.
 
-    The signals are blocked, in this process and, by inheritance, in those that a launcher starts: Ctrl-C in the terminal
-    goes to all of them, and would end them before their jobs have saved.
+    The signals are blocked, in this process and, by inheritance, in those that a launcher starts: Ctrl-C in the
+    terminal goes to all of them, and would end them before their jobs have saved.
     """
     over, interrupted = threading.Event(), threading.Event()
     reported: dict[int, str] = {}

@@ -1,7 +1,7 @@
 """Answer a question about a recipe without training: ``python -m caspr_cli.training.describe plan|data``.
 
-The recipe comes on standard input. ``plan`` prints the table of ``debug=plan``, ``data`` a line of JSON with the hash of
-the data.
+The recipe comes on standard input. ``plan`` prints the table of ``debug=plan``, ``data`` a line of JSON with the hash
+of the data.
 """
 
 from __future__ import annotations

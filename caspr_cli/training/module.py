@@ -81,10 +81,10 @@ class TrainingModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.timer.stop("step")
         if before is not None:
-            parameters = [p.detach() for p in self.model.parameters()]
-            changes = torch._foreach_norm(torch._foreach_sub(parameters, before))
-            self.last["update_norm"] = torch.stack(changes).norm()
-            self.last["weight_norm"] = torch.stack(torch._foreach_norm(parameters)).norm()
+            after = [p.detach() for p in self.model.parameters()]
+            changes = [new - old for new, old in zip(after, before, strict=True)]
+            self.last["update_norm"] = nn.utils.get_total_norm(changes)
+            self.last["weight_norm"] = nn.utils.get_total_norm(after)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.task.evaluate(self.model, batch, self.metrics["val"])

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import finite
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError, finite
+from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.training import hparams
 from caspr_cli.training.layout import FIRST, compared, layout
 
@@ -44,7 +45,7 @@ class Recorder:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
-            file.write(json.dumps(finite({"step": step, **values})) + "\n")
+            file.write(json.dumps(finite({"step": step, **values}, infinities=False)) + "\n")
         self.lines += 1
         scalars = dict(values) | {f"{FIRST}/{tag}": values[tag] for tag in self._compared if tag in values}
         for tag, value in scalars.items():
@@ -64,7 +65,7 @@ class Recorder:
     def pages(self) -> None:
         """This run's row of the HPARAMS page, and its part of the CUSTOM SCALARS page."""
         self._writer.add_custom_scalars(layout(self._recipe.task.target.metric))
-        file_writer = self._writer._get_file_writer()
+        file_writer = self._writer.file_writer
         assert file_writer is not None
         for summary in hparams.summaries(self._recipe, self._record.path.parent.name):
             file_writer.add_summary(summary)

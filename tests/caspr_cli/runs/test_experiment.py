@@ -195,9 +195,10 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     assert experiment.seconds(table[0], []) == 40.0  # nothing is run to know it
     lines = experiment.plan(told, table, [40.0, "the training loss is nan"])
     assert "2 rows, each 2 trials at seed 0, then 3 seeds: 10 runs, 2 done" in lines[0]
-    assert any("optim=adamw" in line and "3 runs to do, about 40 s a run, 2 min in all" in line for line in lines)
+    (adamw,) = (line for line in lines if "optim=adamw" in line)
+    assert adamw.endswith("3 runs to do, about 40.0 s a run, 2 min 00 s in all")
     assert lines[-2].endswith("5 runs to do, time: the training loss is nan")
-    assert lines[-1] == "total    about 2 min, one run after the other; without 1 row not timed"
+    assert lines[-1] == "total    about 2 min 00 s, one run after the other; without 1 row not timed"
     assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
 
 
