@@ -46,7 +46,7 @@ RANGES = {
 
 
 def wrong(options: Mapping[str, Any]) -> Wrong | None:
-    """The first option that is out of range; None if all are in it.
+    """Return the first option that is out of range; None if all are in range.
 
     Args:
         options: by name, words and types as such or as strings; those that are not there are not asked for.
@@ -67,7 +67,7 @@ def wrong(options: Mapping[str, Any]) -> Wrong | None:
 
 
 def wrong_betas(betas: Any) -> Wrong | None:
-    """The same of the two decay rates of any optimizer."""
+    """Return the first of two decay rates that is out of range, for any optimizer."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return Wrong("betas", "should be two numbers", betas)
     for i, beta in enumerate(betas):

@@ -1,6 +1,6 @@
-"""Outlives the command line of a sweep whose jobs run beside it: ends what is left when that is killed.
+"""A process that outlives the command line of a sweep, and ends the processes that it leaves when it is killed.
 
-``python -m caspr_cli.runs.guardian FOLDER``, with standard input from the command line: a byte says that it has ended
+``python -m caspr_cli.runs.guardian FOLDER``, with standard input from the command line: a byte means that it ended
 by itself, the end of the stream alone that it was killed. Jobs that run save first; idle processes of the launcher end
 at once, and the sweep's folder is removed.
 """
@@ -29,7 +29,7 @@ TICK = 0.2
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """While a launcher starts processes on this machine."""
+    """Run the guardian while a launcher has processes on this machine."""
     os.environ[SWEEP] = str(folder)
     module = [sys.executable, "-m", "caspr_cli.runs.guardian", str(folder)]
     guardian = subprocess.Popen(
@@ -51,7 +51,7 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 def end(folder: Path, patience: float) -> None:
-    """End the processes of a sweep: idle ones at once, others after they have saved. Removes the folder."""
+    """End the processes of a sweep, idle ones at once and others after they have saved; remove the folder."""
     with suppress(OSError), (folder / "stop").open("a", encoding="utf8") as file:
         file.write(f"{int(signal.SIGTERM)}\n")  # no other job starts
     deadline = time.monotonic() + patience
@@ -68,7 +68,7 @@ def end(folder: Path, patience: float) -> None:
 
 
 def _busy(folder: Path) -> set[int]:
-    """The processes with a job that runs."""
+    """Return the processes whose job runs."""
     found = set()
     for file in folder.glob("job*.json"):
         with suppress(OSError, ValueError, LookupError, TypeError):
@@ -79,7 +79,7 @@ def _busy(folder: Path) -> set[int]:
 
 
 def main(folder: str) -> int:
-    """Exit code 0."""
+    """Return the exit code, 0."""
     if not os.read(0, 1):
         end(Path(folder), PATIENCE)
     return 0

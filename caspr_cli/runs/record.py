@@ -28,15 +28,15 @@ from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
-REFUSED = "refused"  # for its configuration or data, which may be mended outside: it is tried again
+REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
 PROVENANCE = "provenance.json"
-# Held by who runs the record, and by each of its ranks: torch's launcher does not hand the first on to them.
+# The first is held by the launcher, the second by each rank: torch's launcher does not pass the first on to ranks.
 LOCKS = (".lock", ".ranks.lock")
-# What a kill can leave half-written: files on their way to their names.
+# Temporary files that a kill can leave.
 TEMPORARY = (".*.json.????????", ".*.jsonl.????????", ".*.yaml.????????", "checkpoints/.*.ckpt", ".waited.*")
 CUT_OFF = 75  # exit status of a worker that can go on where it stopped
 SECONDS_TO_WAIT = 60  # for the worker of a launcher that was killed: it saves after its step
-# Errors of the place that a run is written to, not of the run: it continues when they are gone.
+# Errors of the directory that a run is written to, not of the run: it continues when they are gone.
 PLACE = DISK | {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -68,7 +68,7 @@ class Record:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Record:
-        """``<output_dir>/<task>/<optim>/<identity>/seed<k>``: the same recipe has the same record."""
+        """Return a recipe's record, ``<output_dir>/<task>/<optim>/<identity>/seed<k>``: equal recipes share it."""
         where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name / identity(recipe)
         return cls(where / f"seed{recipe.seed}")
 
@@ -82,10 +82,10 @@ class Record:
         return self.read("result.json")
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the record, of the shape that its readers need; empty if there is none.
+        """Return a JSON file of the record, checked to have the shape that readers need; empty if there is none.
 
         Raises:
-            RecordDamagedError: it is of another shape.
+            RecordDamagedError: it has another shape.
         """
         file = self.path / name
         try:
@@ -106,10 +106,10 @@ class Record:
 
     @contextmanager
     def held(self, say: Callable[[str], None] = streams.say) -> Iterator[int]:
-        """Hold the record's lock; a child that inherits the descriptor holds it on.
+        """Hold the record's lock; a child that inherits the descriptor goes on holding it.
 
         Args:
-            say: gets one line when the process that held it is dead, and what it left is waited for.
+            say: gets a line if the process that held it is dead, and its workers are waited for.
 
         Raises:
             RecordBusyError: another process holds it.
@@ -119,7 +119,7 @@ class Record:
         try:
             deadline = 0.0
             while not ((claimed := _claimed(descriptor)) and _locked(ranks)):
-                # What has the ranks' lock alone was left by whom status.json names.
+                # A worker that has the ranks' lock alone was left by the process that status.json names.
                 holder = Holder.of(self) if claimed else Holder.of_lock(descriptor, self)
                 if holder.lives:
                     raise RecordBusyError(f"{self.path} is being written by {holder}")
@@ -140,7 +140,7 @@ class Record:
 
     @property
     def leader(self) -> Holder | None:
-        """Who runs the record now, on this machine or another: it holds the lock, and ``status.json`` says it is it."""
+        """The process that runs the record, on any machine: it holds the lock and ``status.json`` names it."""
         try:
             descriptor = os.open(self.path / LOCKS[0], os.O_RDONLY)
         except FileNotFoundError:
@@ -167,7 +167,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that runs a record; each field is None where ``status.json`` does not tell."""
+    """The process that runs a record; a field is None if ``status.json`` does not have it."""
 
     host: str | None
     pid: int | None
@@ -188,7 +188,7 @@ class Holder:
 
     @classmethod
     def of_lock(cls, lock: int, record: Record) -> Holder:
-        """Who holds the lock: as ``status.json`` says, or, where that is not written yet, as the lock does."""
+        """Return who holds the lock: as ``status.json`` says, or as the lock says if that is not written yet."""
         holder = cls.of(record)
         for _ in range(20):  # who gets the lock writes into it at once
             if holder.pid is not None and holder.lives:
@@ -201,12 +201,12 @@ class Holder:
 
     @property
     def mark(self) -> bytes:
-        """What it writes into the lock."""
+        """The bytes that it writes into the lock."""
         return json.dumps([self.host, self.pid, self.born]).encode()
 
     @property
     def lives(self) -> bool:
-        """False only where it is known: of another host, or of a record that names nobody, nothing is."""
+        """Whether it runs, as far as is known: True for another host, and for a record that names no process."""
         return self.host != socket.gethostname() or self.pid is None or lives(self.pid, self.born)
 
     def __str__(self) -> str:
@@ -215,7 +215,7 @@ class Holder:
 
 
 def _claimed(descriptor: int) -> bool:
-    """Whether the lock is this process's now; then it says so in it."""
+    """Return whether this process has got the lock; if so, write its name into it."""
     if not _locked(descriptor):
         return False
     with suppress(OSError):  # a full disk: then nobody joins
@@ -236,12 +236,12 @@ OWNER = ".owner"  # in a folder that is removed at the end of a command: the pro
 
 
 def own(folder: Path) -> None:
-    """Say that this process made a folder."""
+    """Write into a folder that this process made it."""
     (folder / OWNER).write_bytes(Holder.me().mark)
 
 
 def clear_left(above: Path, pattern: str) -> None:
-    """Remove the folders whose process was killed before it could."""
+    """Remove the folders that a killed process left."""
     for file in above.glob(f"{pattern}/{OWNER}"):
         with suppress(OSError, ValueError, TypeError):
             host, pid, born = json.loads(file.read_bytes())
@@ -250,5 +250,5 @@ def clear_left(above: Path, pattern: str) -> None:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
+    """Return the time in UTC, ISO 8601 to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -63,7 +63,7 @@ class Job:
 
 
 def new_folder(above: Path, output_dir: str) -> Path:
-    """An empty folder, named by the time.
+    """Return a new empty folder, named by the time.
 
     Raises:
         ConfigError: ``output_dir`` cannot be written.

@@ -40,7 +40,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     """Train, validate and test; continue from the record's last checkpoint if there is one.
 
     Returns:
-        What belongs into ``result.json``, or None when a signal ended the run early (it is saved).
+        The content of ``result.json``, or None if a signal ended the run early (it is saved).
     """
     _silence()
     task = tasks.load(recipe.task, recipe.seed)
@@ -92,7 +92,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
 
 @contextmanager
 def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
-    """A checkpoint that has the checksums and not the content that it should have is named."""
+    """Name a checkpoint whose checksums are right and whose content does not fit the run."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -104,7 +104,7 @@ def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
 
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
-    """What an optimizer says of its options begins with the name of one."""
+    """Name the key of an option that an optimizer refuses."""
     try:
         yield
     except ValueError as error:
@@ -112,20 +112,20 @@ def _naming_the_key() -> Iterator[None]:
 
 
 def _refuse_options(recipe: Recipe) -> None:
-    """Those that no model could be trained with."""
+    """Refuse options that no model could be trained with."""
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
     with _naming_the_key():
         build(recipe.optim.name, [group], build_options(recipe.optim))
 
 
 def _optimizer(module: TrainingModule) -> Any:
-    """One to look at; refuses what this model cannot have before anything is written or trained."""
+    """Return a throwaway optimizer; refuses options that do not fit this model before anything is written."""
     with _naming_the_key():
         return module.configure_optimizers()["optimizer"]
 
 
 def _check_target(recipe: Recipe, task: Task) -> None:
-    """The metric must be one that validation gives."""
+    """Refuse a target whose metric is not computed in validation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing has been added to it yet
         names = [f"val/{name}" for name in task.metrics().compute()]
@@ -171,7 +171,7 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
 
 
 def _silence() -> None:
-    """Lightning's advice is for those who call it; its loggers answer only after it was imported."""
+    """Silence Lightning's advice, which is for those who call it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -179,7 +179,7 @@ def _silence() -> None:
 
 
 def _show_log(progress: Progress) -> None:
-    """Lines that tasks log ("training the tokenizer ...") go to the screen."""
+    """Show the lines that tasks log, as "training the tokenizer ...", on the screen."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -21,7 +21,7 @@ from tasks.base import Task
 
 
 def build_options(conf: OptimConf) -> dict[str, Any]:
-    """What :func:`caspr_cli.optim.registry.build` takes beside the groups."""
+    """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
     settings = options(conf)
     return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
 
@@ -105,7 +105,7 @@ class TrainingModule(LightningModule):
         self._score("test")
 
     def _score(self, split: str) -> None:
-        """Over all ranks: the metric adds up its states before it computes."""
+        """Compute the metric over all ranks, and reset it."""
         metric = self.metrics[split]
         self.scores[split] = {f"{split}/{name}": float(value) for name, value in metric.compute().items()}
         metric.reset()

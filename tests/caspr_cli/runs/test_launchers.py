@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from running import Runner, losses
 
@@ -85,15 +86,8 @@ def training(runner: Runner, output_dir: str, lines: int = 3) -> list[Path]:
 
 def processes(*words: str) -> list[int]:
     """Those whose command line has all of these words."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().decode()
-        except OSError:
-            continue
-        if all(word in line for word in words):
-            found.append(int(process.name))
-    return found
+    lines = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if all(word in line for word in words)]
 
 
 def no_session_is_left(runner: Runner, output_dir: str) -> bool:

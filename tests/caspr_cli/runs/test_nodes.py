@@ -18,6 +18,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, TrainerConf
 from caspr_cli.runs import launch
 from caspr_cli.runs.nodes import first_host, meeting_place
+from caspr_cli.runs.processes import LAUNCHER, with_variable
 from caspr_cli.runs.record import Holder, Record
 
 STEPS = "trainer.max_steps=80"  # enough to be hit on the way
@@ -97,13 +98,7 @@ def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
 
 def everything_of(launcher: int) -> list[int]:
     """A launcher and what it has started, by what they inherit."""
-    mark = f"CASPR_LAUNCHER={launcher}".encode()
-    found = [launcher]
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
+    return [launcher, *(process.pid for process in with_variable(LAUNCHER, str(launcher)))]
 
 
 @pytest.mark.release

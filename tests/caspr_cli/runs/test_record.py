@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from caspr_cli.common.files import disk_error, write_whole
+from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
@@ -33,20 +33,6 @@ from caspr_cli.runs.sweep import ENDED, Job
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), resume=resume)
-
-
-def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "status.json"
-    write_whole(file, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(file, "new")
-    assert file.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from running import Runner, losses, wait_for
 
@@ -78,15 +79,8 @@ def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Pa
 
 def workers_of(record: Path) -> list[int]:
     """The processes with the record as their last word: those that train, and torch's launcher before them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"caspr_cli.training.worker" in words and str(record).encode() in words:
-            found.append(int(process.name))
-    return sorted(found)
+    wanted = {"caspr_cli.training.worker", str(record)}
+    return sorted(p.pid for p in psutil.process_iter(["cmdline"]) if wanted <= set(p.info["cmdline"] or ()))
 
 
 def worker_of(record: Path) -> int:
