@@ -29,7 +29,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import LAUNCHER, MEMORY, memory_kills, workers
+from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -380,8 +380,3 @@ def _wait_for_ranks(record: Record, patience: float) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

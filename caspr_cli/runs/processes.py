@@ -16,6 +16,11 @@ LAUNCHER = "CASPR_LAUNCHER"
 NO_PROCESS = (psutil.NoSuchProcess, OverflowError, ValueError)  # the last two: it is no number that a process has
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def birth(process: int) -> int | None:
     """Return when a process began, in clock ticks since the machine started; None if there is no such process.
 

@@ -6,7 +6,6 @@ The record's own entries are those of the first attempt; ``attempts`` has what d
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.recipe.compose import PACKAGE
+from caspr_cli.runs.processes import cores
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",
@@ -38,7 +38,7 @@ def collect(command: list[str]) -> dict[str, Any]:
             "host": platform.node(),
             "system": platform.platform(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
         },
     }
 

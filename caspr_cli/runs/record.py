@@ -193,11 +193,18 @@ class Holder:
         for _ in range(20):  # who gets the lock writes into it at once
             if holder.pid is not None and holder.lives:
                 break
-            with suppress(ValueError, TypeError):
-                host, pid, born = json.loads(os.pread(lock, 4096, 0))
-                return cls(host, pid, born, None)
+            if named := cls.of_mark(os.pread(lock, 4096, 0)):
+                return named
             time.sleep(0.05)
         return holder
+
+    @classmethod
+    def of_mark(cls, mark: bytes) -> Holder | None:
+        """Return the process that wrote a mark; None if it is damaged or empty."""
+        with suppress(ValueError, TypeError):
+            host, pid, born = json.loads(mark)
+            return cls(host, int(pid), born, None)
+        return None
 
     @property
     def mark(self) -> bytes:
@@ -243,9 +250,8 @@ def own(folder: Path) -> None:
 def clear_left(above: Path, pattern: str) -> None:
     """Remove the folders that a killed process left."""
     for file in above.glob(f"{pattern}/{OWNER}"):
-        with suppress(OSError, ValueError, TypeError):
-            host, pid, born = json.loads(file.read_bytes())
-            if host == socket.gethostname() and not lives(pid, born):
+        with suppress(OSError):
+            if (owner := Holder.of_mark(file.read_bytes())) and not owner.lives:
                 shutil.rmtree(file.parent)
 
 

@@ -200,14 +200,12 @@ def _header(
     world: int,
 ) -> list[str]:
     size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
-    parameters = sum(p.numel() for p in module.model.parameters())
-    plain = task.plain(module.model)
-    chosen = [p.numel() for n, p in module.model.named_parameters() if n not in plain]
+    parameters, chosen = _sizes(module)
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     lines = [
         f"data     {data['name']} ({data['source']}): {task.unit} {size}",
-        f"model    {parameters:,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
+        f"model    {sum(parameters):,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
         f"run      {recipe.trainer.max_steps} steps of {recipe.task.batch_size} samples on {world} {device}"
         f" process{'es' if world > 1 else ''}{threads}",
     ]
@@ -223,6 +221,13 @@ def _header(
     return lines
 
 
+def _sizes(module: TrainingModule) -> tuple[list[int], list[int]]:
+    """Return the numbers of elements of all tensors, and of those that are preconditioned."""
+    plain = module.task.plain(module.model)
+    named = [(name, p.numel()) for name, p in module.model.named_parameters()]
+    return [n for _, n in named], [n for name, n in named if name not in plain]
+
+
 def _device(trainer: Trainer, world: int) -> dict[str, Any]:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -232,8 +237,7 @@ def _device(trainer: Trainer, world: int) -> dict[str, Any]:
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:
     phases = module.timer.seconds
     parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply", "communication")}
-    plain = module.task.plain(module.model)
-    sizes = {n: p.numel() for n, p in module.model.named_parameters()}
+    parameters, chosen = _sizes(module)
     cuda = torch.cuda.is_available() and module.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -248,8 +252,8 @@ def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Cu
         "test": module.scores["test"],
         "target": {"metric": recipe.task.target.metric, "value": recipe.task.target.value, **curves.target},
         "optimizer_seconds": parts | {"other": phases.get("step", 0.0) - sum(parts.values())},
-        "parameters": sum(sizes.values()),
-        "preconditioned_parameters": sum(size for n, size in sizes.items() if n not in plain),
+        "parameters": sum(parameters),
+        "preconditioned_parameters": sum(chosen),
         "optimizer_state_bytes": curves.state_bytes,  # of this rank
         "peak_memory_bytes": peak,
     }

@@ -63,18 +63,23 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
     assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
-    runner("output_dir=evaluated")
-    record = runner.record("evaluated")
+def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
+    """As a run is left that is killed after its last step, before it has written its result."""
+    shutil.copytree(done.parents[3], runner.home / name)
+    record = runner.record(name)
     result = json.loads((record / "result.json").read_text())
     (record / "result.json").unlink()
     status = json.loads((record / "status.json").read_text())
     (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    runner("output_dir=evaluated")
+    runner(f"output_dir={name}", *words)
     again = json.loads((record / "result.json").read_text())
     for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
         assert again[key] == result[key], key
-    assert losses(record) == losses(whole)
+    assert losses(record) == losses(done)
+
+
+def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
+    only_evaluates(runner, whole, "evaluated")
 
 
 def workers_of(record: Path) -> list[int]:
@@ -155,16 +160,7 @@ def test_two_ranks_take_the_same_batches(whole: Path, ranks: Path) -> None:
 
 def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Path) -> None:
     """They load a whole optimizer, of which each would keep its part in the next step."""
-    shutil.copytree(ranks.parents[3], runner.home / "report")
-    record = runner.record("report")
-    result = json.loads((record / "result.json").read_text())
-    (record / "result.json").unlink()
-    status = json.loads((record / "status.json").read_text())
-    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    runner("output_dir=report", "trainer.devices=2")
-    again = json.loads((record / "result.json").read_text())
-    for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
-        assert again[key] == result[key], key
+    only_evaluates(runner, ranks, "report", "trainer.devices=2")
 
 
 def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
