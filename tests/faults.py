@@ -61,7 +61,7 @@ class Process:
             return "launcher"
         if b"torch.distributed.run" in self.words:
             return "agent"
-        return "rank" if b"caspr_cli.runs.worker" in self.words else "other"
+        return "rank" if b"caspr_cli.training.worker" in self.words else "other"
 
 
 def processes(mark: str) -> list[Process]:

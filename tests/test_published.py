@@ -23,6 +23,7 @@ def report(*words: str, where: Path = PUBLISHED) -> str:
     return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
 def test_caspr_train_finds_the_records_again(pack: Path, tmp_path: Path) -> None:
     """By their names, which come from their recipes: what is done is not run twice."""
@@ -33,6 +34,7 @@ def test_caspr_train_finds_the_records_again(pack: Path, tmp_path: Path) -> None
         assert compose.identity(compose.load(config)) == config.parent.parent.name
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
     """The command in the table's last line gives the table, but for the file it writes."""

@@ -15,12 +15,11 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, table
+from caspr_cli.common.format import Progress, finite, table
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
-from caspr_cli.runs.record import finite
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row
@@ -175,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         rows, lines, chart = _roots(args) if args.roots else _steps(args, what, progress.say, draw=png is not None)
     finally:
         progress.clear()
-    listed = json.dumps([finite(row) for row in rows], indent=2, allow_nan=False) + "\n"
+    listed = json.dumps(finite(rows, infinities=False), indent=2, allow_nan=False) + "\n"
     for kind, path, content in (("json", target, listed), ("png", png, chart)):
         if path:
             write_output(path, content)

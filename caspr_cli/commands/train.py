@@ -254,7 +254,7 @@ def compose_and_run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         if session.sweep is None:
             return INTERRUPTED
-        session.sweep.ask(signal.SIGINT)
+        session.sweep.request_stop(signal.SIGINT)
     except Exception as error:
         if session.here:
             raise

@@ -41,14 +41,17 @@ def size(number: float, unit: str = "B") -> str:
     return f"{value:g} {prefixes[0]}{unit}"
 
 
-def finite(value: Any) -> Any:
-    """Return the value with each NaN as None and each infinity as text, which JSON can hold."""
+def finite(value: Any, *, infinities: bool = True) -> Any:
+    """Return the value as JSON can hold it: each NaN as None, each infinity as text, or as None without ``infinities``.
+
+    A record has no infinities, as whatever reads it expects numbers.
+    """
     if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner, infinities=infinities) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
+        return [finite(inner, infinities=infinities) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
+        return str(value) if infinities and not math.isnan(value) else None
     return value
 
 

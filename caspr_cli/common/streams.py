@@ -57,7 +57,7 @@ def _exit_code(main: Callable[[], int]) -> int:
 
 
 def open_closed() -> None:
-    """Open what is closed, on nothing: no file of a record gets its number, in this process or one that it starts."""
+    """Open closed streams on the null device, so that no file of a record gets the number of a standard stream."""
     for number, (name, mode) in enumerate(STREAMS):
         try:
             os.fstat(number)
@@ -88,12 +88,12 @@ def complain(message: str) -> None:
 
 
 def silence(error: OSError) -> None:
-    """Leave standard output and say why: what it still holds would fail once more when Python ends."""
+    """Replace standard output and say why: what it still holds would fail once more when Python ends."""
     sys.stdout = open(os.devnull, "w", encoding="utf8")  # noqa: SIM115
     if not isinstance(error, BrokenPipeError):
         complain(cause(error))
 
 
 def cause(error: OSError) -> str:
-    """What went wrong with which file; what has no name is standard output."""
+    """Return the file and what went wrong with it; an error without a file is of standard output."""
     return f"{error.filename or 'standard output'}: {error.strerror or error}"

@@ -1,7 +1,7 @@
 """Jobs by Hydra's launchers, in other processes or on other machines.
 
-Hydra would compose each job once more there, and do what its own keys say (change the directory, set variables, build
-loggers). It gets a loader that has composed all, and settings in which nothing of that stands.
+Hydra would compose each job again there, and obey its own keys (change the directory, set variables, build loggers).
+Instead it gets a loader that composes nothing, and settings without those keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOUD: dict[str, Any] = {
 
 
 class Composed:
-    """In place of Hydra's loader: a job is told its words; the rest it reads where the sweep has its files."""
+    """Stands in for Hydra's loader: it gives a job its words; the job reads its config in the sweep's folder."""
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         config = copy.deepcopy(master_config)

@@ -1,8 +1,8 @@
-"""A whole table by one command: every row tuned with the same number of trials, then run at fresh seeds.
+"""A whole table by one command: every row is tuned with the same number of trials, then run at held-out seeds.
 
-``conf/experiment/NAME.yaml`` says which keys the jobs have; a list is several values, and the rows of the table are all
-combinations. It comes to two sweeps of ``caspr-train``: the trials of a search at one seed, and ``trial=best`` at the
-others. No torch.
+``conf/experiment/NAME.yaml`` holds the keys of the jobs. A list means several values; the rows of the table are all
+combinations. An experiment is two sweeps of ``caspr-train``: the trials of a search at one seed, and ``trial=best`` at
+the other seeds.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ import yaml
 from omegaconf import DictConfig
 
 from caspr_cli.common.errors import nearest
+from caspr_cli.common.format import count, duration
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import trials
-from caspr_cli.runs.launch import BAD_USAGE, Place, run
+from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
 
 DEFAULT_SCALE = "sample"
-# Keys of the whole table: rows that differ in them alone would be one and the same.
+# Keys that the whole table shares: rows that differ in nothing else would be one and the same.
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
-STEPS = 30  # of the run that is timed: beyond the first refresh of the roots
-PATIENCE = 120.0  # seconds for it
-TIMING = "caspr-timing-"  # folder of its record
+STEPS = 30  # of a timing run: beyond the first refresh of the roots
+PATIENCE = 120.0  # seconds that a timing run may take
+TIMING = "caspr-timing-"  # begins the name of the folder with its record
 
 
 class StoppedError(Exception):
-    """The signal by which the user ended a timing; the whole experiment ends with it."""
+    """The user ended a timing run by a signal, and the whole experiment with it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -47,12 +48,12 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table.
+    """The jobs of one table.
 
     Args:
         jobs: overrides of ``caspr-train``, without ``trial``; a value may be several, as in ``caspr,adamw``.
-        baseline: label of the row that the others are compared with; settings alone, as ``statistics=ema``, mean each
-            optimizer's own row with them.
+        baseline: label of the row that the others are compared with; without an optimizer, as ``statistics=ema``, it
+            is each optimizer's own row with this setting.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Experiment:
 
     @classmethod
     def read(cls, name: str, given: Iterable[str] = ()) -> Experiment:
-        """An experiment by its name, changed by overrides of the command line.
+        """Return an experiment by its name, changed by overrides of the command line.
 
         Raises:
             ConfigError: there is none of that name, or none at that scale.
@@ -81,7 +82,7 @@ class Experiment:
 
     @property
     def output_dir(self) -> str:
-        """Without the quotes in which Hydra wants blanks, commas and accents."""
+        """The directory, without the quotes that Hydra needs around blanks, commas and accents."""
         return str(words.parse(f"output_dir={self.jobs['output_dir']}").value())
 
     @property
@@ -90,20 +91,20 @@ class Experiment:
         return self.jobs.get("search", "none") != "none"
 
     def shared(self) -> list[str]:
-        """The overrides of both sweeps."""
+        """Return the overrides of both sweeps."""
         return [f"{key}={value}" for key, value in self.jobs.items() if key != "seed"]
 
-    def tuning(self, count: int) -> list[str]:
-        """The overrides of the sweep that tunes with ``count`` trials."""
-        return [*self.shared(), f"trial=range({count})", f"seed={trials.TUNING_SEED}"]
+    def tuning(self, number: int) -> list[str]:
+        """Return the overrides of the sweep that tunes with that number of trials."""
+        return [*self.shared(), f"trial=range({number})", f"seed={trials.TUNING_SEED}"]
 
     def seeds(self) -> list[str]:
-        """The overrides of the sweep whose runs are reported."""
+        """Return the overrides of the sweep whose runs are reported."""
         return [*self.shared(), *(["trial=best"] if self.searches else []), f"seed={self.jobs.get('seed', '0')}"]
 
 
 def _content(name: str) -> dict[str, Any]:
-    """Of its file; what it does not say is as in the experiment that it is ``like``."""
+    """Return the content of its file, completed from the experiment that it is ``like``."""
     known = choices("experiment")
     if name not in known:
         raise ConfigError(
@@ -118,7 +119,7 @@ def _content(name: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """As Hydra reads it: a list is several values, and one in it is a value that is a list."""
+    """Return a value in Hydra's grammar: a list is several values, and a list in it is one value."""
     if isinstance(value, list):
         return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value)
     if value is None or isinstance(value, bool):
@@ -128,12 +129,12 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: its recipes, of which some may be done.
+    """The recipes of one row of the table, of which some may be done.
 
     Args:
         label: its overrides that other rows do not have.
-        tuning: the trials, at the seed that tunes; empty without a search.
-        reported: the other seeds; of the selected trial, or of the first one as long as none can be selected.
+        tuning: the trials, at the tuning seed; empty without a search.
+        reported: the held-out seeds of the selected trial, or of the first trial as long as none can be selected.
     """
 
     label: str
@@ -143,13 +144,16 @@ class Row:
 
     @property
     def left(self) -> int:
-        """How many runs have not ended."""
+        """How many runs are still to do."""
         tuning = sum(not _ended(recipe) for recipe in self.tuning)
         return tuning + (sum(not _ended(recipe) for recipe in self.reported) if self.selected else len(self.reported))
 
 
 def _ended(recipe: Recipe) -> bool:
-    """And is left alone, as ``resume`` says. One whose record is damaged is tried, and refused, as a job of its own."""
+    """Return whether a run has ended and ``resume`` would not start it again.
+
+    One whose record is damaged counts as to do: as a job of its own it will be refused.
+    """
     try:
         state = Record.of(recipe).status.get("state")
     except RecordDamagedError:
@@ -158,7 +162,7 @@ def _ended(recipe: Recipe) -> bool:
 
 
 def rows(experiment: Experiment) -> list[Row]:
-    """Every row of the table.
+    """Return every row of the table.
 
     Raises:
         ConfigError: a recipe cannot be run.
@@ -208,13 +212,13 @@ def _row(label: str, config: DictConfig, given: list[str], seeds: list[int], sea
 
 
 def seconds(row: Row, command: list[str]) -> float | str:
-    """Of one run of a row, from start to end: as the runs of it that are done took, else from a short one.
+    """Return the seconds of one run of a row: those of its runs that are done, else estimated from a short run.
 
-    Why it cannot be said, where it cannot.
+    If they are not known, return why.
 
     Raises:
         ConfigError: the row cannot be run, as its data are missing.
-        StoppedError: by a signal.
+        StoppedError: the user stopped the short run.
     """
     recipes = (*row.tuning, *row.reported)
     if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):
@@ -229,16 +233,16 @@ def seconds(row: Row, command: list[str]) -> float | str:
         short = replace(recipe, output_dir=folder, trainer=replace(recipe.trainer, max_steps=steps, val_every=steps))
         began = time.monotonic()
 
-        def asked() -> list[int]:
+        def stop_requests() -> list[int]:
             return [signal.SIGTERM] if time.monotonic() - began > PATIENCE else []
 
-        outcome = run(short, command, Place(quiet=True, asked=asked))
+        outcome = run(short, command, Allocation(quiet=True, stop_requests=stop_requests))
         result, whole = outcome.record.result, time.monotonic() - began
         error = str(outcome.record.status.get("error") or "").partition("; see ")[0]
-    if outcome.told:
+    if outcome.signal:
         if whole < PATIENCE:
-            raise StoppedError(outcome.told)
-        return f"{steps} steps take more than {about(PATIENCE)}"
+            raise StoppedError(outcome.signal)
+        return f"{steps} steps take more than {duration(PATIENCE)}"
     if outcome.exit_code == BAD_USAGE:
         raise ConfigError(error)
     if outcome.exit_code or not result:
@@ -247,7 +251,7 @@ def seconds(row: Row, command: list[str]) -> float | str:
 
 
 def damaged(table: list[Row]) -> list[str]:
-    """What is wrong with each record of the table that cannot be read, in one line."""
+    """Return a line for each record of the table that cannot be read."""
     found = []
     for recipe in (recipe for row in table for recipe in (*row.tuning, *row.reported)):
         try:
@@ -258,7 +262,7 @@ def damaged(table: list[Row]) -> list[str]:
 
 
 def _lasted(record: Record) -> float | None:
-    """Seconds from the start of a run that is done to its end; None for one in several attempts, with breaks."""
+    """Return the seconds of a run that was done in one attempt; None for any other run."""
     try:
         status = record.status
     except RecordDamagedError:
@@ -268,39 +272,28 @@ def _lasted(record: Record) -> float | None:
     try:
         started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
         return (ended - started).total_seconds()
-    except (KeyError, ValueError, TypeError):  # of a record that was not written here
+    except (KeyError, ValueError, TypeError):  # another program wrote the record
         return None
 
 
-def about(duration: float) -> str:
-    """Seconds in words."""
-    if duration < 90:
-        return f"{duration:.0f} s"
-    return f"{duration / 60:.0f} min" if duration < 5400 else f"{duration / 3600:.1f} h"
-
-
 def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> list[str]:
-    """What will be run, and for how long."""
+    """Return the lines that say what will be run and for how long."""
     left = sum(row.left for row in table)
     whole = sum(len(row.tuning) + len(row.reported) for row in table)
-    tuned = f"{_count(len(table[0].tuning), 'trial')} at seed {trials.TUNING_SEED}, then " if table[0].tuning else ""
-    seeds = _count(len(table[0].reported), "seed")
+    tuned = f"{count(len(table[0].tuning), 'trial')} at seed {trials.TUNING_SEED}, then " if table[0].tuning else ""
+    seeds = count(len(table[0].reported), "seed")
     lines = [
-        f"table    {_count(len(table), 'row')}, each {tuned}{seeds}: {_count(whole, 'run')}, {whole - left} done",
+        f"table    {count(len(table), 'row')}, each {tuned}{seeds}: {count(whole, 'run')}, {whole - left} done",
         f"records  {experiment.output_dir}",
     ]
-    width = max(len(row.label) for row in table)
+    width, times = max(len(row.label) for row in table), []
     for row, one in zip(table, took, strict=True):
-        known = (
-            f"about {about(one)} a run, {about(one * row.left)} in all" if isinstance(one, float) else f"time: {one}"
-        )
-        lines.append(f"row      {row.label:<{width}}  {_count(row.left, 'run')} to do, {known}")
-    times = [one * row.left for row, one in zip(table, took, strict=True) if isinstance(one, float)]
+        known = f"time: {one}"
+        if isinstance(one, float):
+            times.append(one * row.left)
+            known = f"about {duration(one)} a run, {duration(times[-1])} in all"
+        lines.append(f"row      {row.label:<{width}}  {count(row.left, 'run')} to do, {known}")
     unknown = len(table) - len(times)
-    total = f"about {about(sum(times))}, one run after the other" if times else "not known"
-    lines.append(f"total    {total}" + (f"; without {_count(unknown, 'row')} not timed" if unknown and times else ""))
+    total = f"about {duration(sum(times))}, one run after the other" if times else "not known"
+    lines.append(f"total    {total}" + (f"; without {count(unknown, 'row')} not timed" if unknown and times else ""))
     return lines
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"

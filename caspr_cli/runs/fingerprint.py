@@ -1,7 +1,7 @@
 """Whether a run's data are still those that it began with. No torch.
 
-``provenance.json`` has the hash of their content. Beside it a record keeps size and time of change of each of the
-user's files, so that a look at those says in most cases that nothing has changed.
+``provenance.json`` has the hash of their content. A record also keeps the size and the time of change of each of
+the user's files: if these are the same, the content is not read again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Stamps = dict[str, list[int]]  # name of a file or folder below the root: bytes 
 
 
 def root_of(recipe: Recipe) -> Path | None:
-    """Where the user's own files are; None where the data come from elsewhere."""
+    """Return where the user's own files are; None if the data come from elsewhere."""
     if recipe.task.data != Source.files or recipe.task.root is None:
         return None
     return Path(recipe.task.root).expanduser()
 
 
 def stamps(root: Path, names: Iterable[str]) -> Stamps:
-    """Of each of these that is there."""
+    """Return the stamps of those files and folders that exist."""
     found: Stamps = {}
     for name in names:
         try:
@@ -48,18 +48,19 @@ def stamps(root: Path, names: Iterable[str]) -> Stamps:
 
 
 def take(root: Path, files: Iterable[Path]) -> Stamps:
-    """Of the files of a data set and the folders that they are in, which change when a file comes or goes."""
+    """Return the stamps of the files of a data set and of their folders, which change when a file comes or goes."""
     names = [os.path.relpath(path, root) for path in files]
     folders = {os.path.dirname(name) or "." for name in names}
     return stamps(root, sorted(folders.union(names if len(names) <= MOST else ())))
 
 
 def keep(record: Record, taken: Stamps) -> None:
+    """Write the stamps into the record."""
     record.write(FILE, {"files": taken})
 
 
 def moved(record: Record, root: Path) -> list[str] | None:
-    """The files and folders that are not as they were; None where that is not known, or the data are away."""
+    """Return the files and folders that have changed; None if that is not known, or the data are away."""
     try:
         kept = shape.parsed((record.path / FILE).read_bytes())["files"].items()
         before = {str(name): list(stamp) for name, stamp in kept}
@@ -72,13 +73,13 @@ def moved(record: Record, root: Path) -> list[str] | None:
 
 
 def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> None:
-    """Refuse data of another content than those that the run began with.
+    """Refuse data whose content differs from the data that the run began with.
 
     Args:
-        data: what the task says of them now.
+        data: the task's description of the data as they are now.
 
     Raises:
-        ConfigError: their hash is another.
+        ConfigError: their hash differs.
     """
     before = record.read(PROVENANCE).get("data") or {}
     old, new = before.get("hash"), data.get("hash")
@@ -101,15 +102,15 @@ def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> N
 
 
 def check_done(recipe: Recipe, record: Record) -> None:
-    """Refuse where the data of a run that is done are others now; their content is read only where files have moved.
+    """Refuse a run that is done if its data have changed since; reads the content only if stamps differ.
 
     Raises:
-        ConfigError: they are, or cannot be read.
+        ConfigError: the data have changed, or cannot be read.
     """
     root = root_of(recipe)
     if root is None or not moved(record, root):
         return
-    command = [sys.executable, "-m", "caspr_cli.runs.describe"]
+    command = [sys.executable, "-m", "caspr_cli.training.describe", "data"]
     done = subprocess.run(command, input=compose.save(recipe), capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -1,6 +1,6 @@
-"""Outlives the command line of a sweep whose jobs run beside it: ends what is left when that is killed.
+"""A process that outlives the command line of a sweep, and ends the processes that it leaves when it is killed.
 
-``python -m caspr_cli.runs.guardian FOLDER``, with standard input from the command line: a byte says that it has ended
+``python -m caspr_cli.runs.guardian FOLDER``, with standard input from the command line: a byte means that it ended
 by itself, the end of the stream alone that it was killed. Jobs that run save first; idle processes of the launcher end
 at once, and the sweep's folder is removed.
 """
@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from caspr_cli.runs.processes import LAUNCHER, command_of, with_variable
+import psutil
+
+from caspr_cli.runs.processes import LAUNCHER, with_variable
 
 SWEEP = "CASPR_SWEEP"  # environment variable of all processes that a launcher starts: the folder
 PATIENCE = 60.0  # seconds for jobs to save
@@ -27,7 +29,7 @@ TICK = 0.2
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """While a launcher starts processes on this machine."""
+    """Run the guardian while a launcher has processes on this machine."""
     os.environ[SWEEP] = str(folder)
     module = [sys.executable, "-m", "caspr_cli.runs.guardian", str(folder)]
     guardian = subprocess.Popen(
@@ -49,23 +51,24 @@ def guarded(folder: Path) -> Iterator[None]:
 
 
 def end(folder: Path, patience: float) -> None:
-    """End the processes of a sweep: idle ones at once, others after they have saved. Removes the folder."""
+    """End the processes of a sweep, idle ones at once and others after they have saved; remove the folder."""
     with suppress(OSError), (folder / "stop").open("a", encoding="utf8") as file:
         file.write(f"{int(signal.SIGTERM)}\n")  # no other job starts
     deadline = time.monotonic() + patience
-    while left := [pid for pid in with_variable(SWEEP, str(folder)) if pid != os.getpid()]:
-        saving = set(with_variable(LAUNCHER)) | _busy(folder) if time.monotonic() < deadline else set()
-        for pid in left:
-            # What keeps track of Python's shared memory cleans that up, and ends with the last of the others.
-            if pid not in saving and (time.monotonic() >= deadline or b"resource_tracker" not in command_of(pid)):
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+    while left := [process for process in with_variable(SWEEP, str(folder)) if process.pid != os.getpid()]:
+        late = time.monotonic() >= deadline
+        saving = _busy(folder).union(process.pid for process in with_variable(LAUNCHER))
+        for process in left:
+            with suppress(psutil.Error):
+                # Python's tracker of shared memory cleans up, and ends after the last of the others.
+                if late or not (process.pid in saving or any("resource_tracker" in w for w in process.cmdline())):
+                    process.kill()
         time.sleep(TICK)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _busy(folder: Path) -> set[int]:
-    """The processes with a job that runs."""
+    """Return the processes whose job runs."""
     found = set()
     for file in folder.glob("job*.json"):
         with suppress(OSError, ValueError, LookupError, TypeError):
@@ -76,7 +79,7 @@ def _busy(folder: Path) -> set[int]:
 
 
 def main(folder: str) -> int:
-    """Exit code 0."""
+    """Return the exit code, 0."""
     if not os.read(0, 1):
         end(Path(folder), PATIENCE)
     return 0

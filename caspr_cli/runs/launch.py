@@ -1,7 +1,7 @@
-"""Turn one recipe into one record: a fresh process, or one for each device, from here to its end.
+"""Turn one recipe into one record: start a process for each device, wait for them, and write how the run ended.
 
-A fresh process group for each run is what makes sweeps over ``trainer.devices`` safe: nothing of an earlier job
-(environment, process group, random state) can leak into the next.
+Each run has a fresh process group, so that a sweep may change ``trainer.devices``: no environment variable, process
+group or random state of an earlier job reaches the next one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import LAUNCHER, memory_kills, workers
+from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
     FAILED,
     LOCKS,
-    MEMORY,
     PREEMPTED,
     PROVENANCE,
     REFUSED,
@@ -51,8 +50,15 @@ from caspr_cli.runs.record import (
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
-# What a launcher of ours or another's sets for its children; a fresh group must not see it.
+# A launcher of ours or another's sets these for its children; a new process group must not see them.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A worker that ends by one of these is at fault itself; by another signal, someone ended it.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+SECONDS_TO_EXIT = 5.0  # that a rank has when the run is over and its launcher gone
+SECONDS_TO_END = 30.0  # that other machines have when a run is over
+TICK = 0.2  # seconds between two looks at the child and at the requests to stop
+TAIL = 1 << 16  # bytes of a log in which a message is looked for
 
 
 @dataclass(frozen=True)
@@ -61,40 +67,41 @@ class Outcome:
 
     record: Record
     exit_code: int
-    ran: bool  # False: it was done already, or had failed and was not to be retried
-    told: int | None = None  # the signal by which it was asked to stop
+    ran: bool  # False: it was done before, or had failed and was not to be retried
+    signal: int | None = None  # that asked it to stop
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the jobs of a sweep give to a run; one on its own needs nothing."""
+class Allocation:
+    """What a sweep gives to one of its runs; a run on its own needs nothing."""
 
-    environment: Mapping[str, str | None] = field(default_factory=dict)  # to set, or (None) to leave out
+    environment: Mapping[str, str | None] = field(default_factory=dict)  # variables to set, or (None) to leave out
     quiet: bool = False  # others print on this terminal
-    asked: Callable[[], list[int]] = list  # signals by which others have asked it to stop
+    stop_requests: Callable[[], list[int]] = list  # the signals by which others have asked it to stop
 
 
 def plan(recipe: Recipe, record: Record) -> str:
-    """What running this recipe means now: ``new``, ``continue``, ``skip`` (done) or ``failed`` (not retried)."""
+    """Return what running this recipe means now: ``new``, ``continue``, ``skip`` (done) or ``failed`` (not retried)."""
     if recipe.resume == Resume.never:
         return "new"
-    state = record.status.get("state")
+    status = record.status
+    state = status.get("state")
     if state is None:
         if record.checkpoints.exists() or record.result:
             raise RecordDamagedError(record.path / "status.json")
         return "new"
-    if state == DONE and not shape.lost(record.status, record.result):
+    if state == DONE and not shape.lost(status, record.result):
         return "skip"
-    if state == FAILED and recipe.resume != Resume.retry and not record.status.get("user_error"):  # of before: refused
+    if state == FAILED and recipe.resume != Resume.retry and not status.get("user_error"):  # older records: refused
         return "failed"
     if record.last.exists() or record.previous.exists():
         return "continue"
-    if state == DONE or record.status.get("step"):  # it has come further than nothing: what is left may be all there is
+    if state == DONE or status.get("step"):  # it has come further than nothing: what is left may be all there is
         raise RecordDamagedError(record.last)
     return "new"
 
 
-def run(recipe: Recipe, command: list[str], place: Place = Place()) -> Outcome:
+def run(recipe: Recipe, command: list[str], allocation: Allocation = Allocation()) -> Outcome:
     """Run a recipe to its end.
 
     Raises:
@@ -102,19 +109,20 @@ def run(recipe: Recipe, command: list[str], place: Place = Place()) -> Outcome:
     """
     record = Record.of(recipe)
     if recipe.trainer.nodes == 1:
-        return _lead(recipe, record, command, place)
+        return _lead(recipe, record, command, allocation)
     meeting_place(recipe.trainer, os.environ)  # refused now rather than after waiting
-    while True:  # the launcher that comes first has the run in hand
+    while True:  # the launcher that comes first leads the run
         if leader := record.leader:
-            if outcome := _join(recipe, record, place, leader):
+            if outcome := _join(recipe, record, allocation, leader):
                 return outcome
         else:
             with suppress(RecordBusyError):
-                return _lead(recipe, record, command, place)
+                return _lead(recipe, record, command, allocation)
         time.sleep(TICK)
 
 
-def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> Outcome:
+def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Allocation) -> Outcome:
+    """Run a recipe whose record this process holds."""
     with record.held() as lock:
         todo = plan(recipe, record)
         if todo in ("skip", "failed"):
@@ -131,41 +139,43 @@ def _lead(recipe: Recipe, record: Record, command: list[str], place: Place) -> O
         begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
         record.write("status.json", begun | asdict(Holder.me()))
         written, kills = _size(record.log), memory_kills()
-        returned, caught = _supervise(recipe, record, lock, place)
-        exit_code = _settle(record, returned, caught, _why(record.log, written, returned, memory_kills() > kills))
+        returned, stopped_by = _supervise(recipe, record, lock, allocation)
+        why = _why(record.log, written, returned, memory_kills() > kills)
+        exit_code = _settle(record, returned, stopped_by, why)
         if exit_code == OK and not recipe.trainer.keep_checkpoints:
             shutil.rmtree(record.checkpoints, ignore_errors=True)
-        return Outcome(record, exit_code, ran=True, told=caught)
+        return Outcome(record, exit_code, ran=True, signal=stopped_by)
 
 
-def _join(recipe: Recipe, record: Record, place: Place, leader: Holder) -> Outcome | None:
-    """Lend this machine to a run that a launcher on another one has in hand; None if another one took it over."""
-    ended: list[float] = []
+def _join(recipe: Recipe, record: Record, allocation: Allocation, leader: Holder) -> Outcome | None:
+    """Lend this machine to a run that a launcher on another machine leads; None if another launcher took it over."""
+    over: list[float] = []
 
-    def asked() -> list[int]:  # the run is over, and what is left here does not know it
+    def stop_requests() -> list[int]:  # where the run is over, and the ranks of this machine do not know it
         if record.leader == leader:
-            ended.clear()
-            return place.asked()
-        ended.append(time.monotonic())
-        waited = ended[-1] - ended[0]
-        return (
-            place.asked() if waited < SECONDS_TO_END else [signal.SIGTERM] * (1 if waited < 2 * SECONDS_TO_END else 3)
-        )
+            over.clear()
+            return allocation.stop_requests()
+        over.append(time.monotonic())
+        waited = over[-1] - over[0]
+        if waited < SECONDS_TO_END:
+            return allocation.stop_requests()
+        return [signal.SIGTERM] * (1 if waited < 2 * SECONDS_TO_END else 3)
 
-    _, caught = _supervise(recipe, record, None, replace(place, asked=asked))
-    while record.leader == leader:  # it waits for its own ranks, and says how it ended
+    _, stopped_by = _supervise(recipe, record, None, replace(allocation, stop_requests=stop_requests))
+    while record.leader == leader:  # it waits for its own ranks, and says how the run ended
         time.sleep(TICK)
     with suppress(RecordBusyError), record.held():
-        if record.status.get("state") == RUNNING and Holder.of(record) == leader:  # it has not lived to say it
+        # The leader died before it could write how the run ended.
+        if record.status.get("state") == RUNNING and Holder.of(record) == leader:
             record.update_status(state=PREEMPTED, error=f"{leader} is gone, which led the run")
-    if Holder.of(record) != leader and not caught:
+    if Holder.of(record) != leader and not stopped_by:
         return None
-    return Outcome(record, _exit_code(record, caught), ran=True, told=caught)
+    return Outcome(record, _exit_code(record, stopped_by), ran=True, signal=stopped_by)
 
 
 def preflight(recipe: Recipe) -> tuple[int, str]:
-    """The exit code, and what the recipe's optimizer will do to each tensor; nothing is written."""
-    command = [sys.executable, "-m", "caspr_cli.runs.preflight"]
+    """Return the exit code and the table of ``debug=plan``; nothing is written."""
+    command = [sys.executable, "-m", "caspr_cli.training.describe", "plan"]
     done = subprocess.run(command, input=compose.save(recipe), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode < 0:
         return INTERRUPTED if done.returncode == -signal.SIGINT else TERMINATED, done.stdout
@@ -173,7 +183,7 @@ def preflight(recipe: Recipe) -> tuple[int, str]:
 
 
 def _clear(record: Record, kept: Collection[str]) -> None:
-    # What says "done" goes first: cut off in the middle, the rest is not taken for a record.
+    # The files that say "done" go first: if this is cut off in the middle, the rest is not taken for a record.
     for path in sorted(record.path.iterdir(), key=lambda path: path.name not in ("status.json", "result.json")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -182,8 +192,8 @@ def _clear(record: Record, kept: Collection[str]) -> None:
 
 
 def worker_command(recipe: Recipe, record: Record) -> list[str]:
-    """One process, or N under torch's elastic launcher: on a free port of its own, or where the machines meet."""
-    worker, trainer = ["-m", "caspr_cli.runs.worker", str(record.path.resolve())], recipe.trainer
+    """Return the command of one process, or of torch's launcher for several: on a free port, or where machines meet."""
+    worker, trainer = ["-m", "caspr_cli.training.worker", str(record.path.resolve())], recipe.trainer
     if trainer.devices * trainer.nodes == 1:
         return [sys.executable, *worker]
     elastic = ["-m", "torch.distributed.run", f"--nproc-per-node={trainer.devices}"]
@@ -199,143 +209,140 @@ def worker_command(recipe: Recipe, record: Record) -> list[str]:
     return [sys.executable, *elastic, *where, *worker]
 
 
-def _supervise(recipe: Recipe, record: Record, lock: int | None, place: Place) -> tuple[int, int | None]:
-    """Start the worker and wait. Returns its exit status, and the signal that was passed on to it, if any.
+def worker_environment(recipe: Recipe, allocation: Allocation) -> dict[str, str]:
+    """Return the environment variables of the process that :func:`worker_command` starts."""
+    trainer, given = recipe.trainer, allocation.environment
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and k not in given}
+    environment |= {k: v for k, v in given.items() if v is not None} | {LAUNCHER: str(os.getpid())}
+    if trainer.devices > 1:  # ranks share the cores; by default each would take all
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // trainer.devices)))
+    if trainer.devices * trainer.nodes > 1:
+        # After a signal torch's launcher gives its ranks this time to finish a step and save; 30 s may be too few.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(trainer.timeout)))
+    return environment
+
+
+def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: Allocation) -> tuple[int, int | None]:
+    """Start the worker and wait; return its exit status, and the signal that was passed on to it, if any.
 
     Args:
-        lock: of the record; None where another machine holds it.
+        lock: the record's; None where another machine holds it.
     """
-    ranks = recipe.trainer.devices * recipe.trainer.nodes
+    trainer = recipe.trainer
     log_file = record.log if lock is not None else record.log.with_name(f"log.{socket.gethostname()}.txt")
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and k not in place.environment}
-    environment |= {k: v for k, v in place.environment.items() if v is not None} | {LAUNCHER: str(os.getpid())}
-    if recipe.trainer.devices > 1:
-        # Ranks share the cores; left alone, each would take them all.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // recipe.trainer.devices)))
-    if ranks > 1:
-        # That ranks have to finish a step and save, once torch's launcher was told to stop; its own 30 may be too few.
-        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(recipe.trainer.timeout)))
     written = _size(log_file)
-    with log_file.open("ab") as log, _listening() as heard:
+    with log_file.open("ab") as log, _signals() as received:
 
-        def asked() -> list[int]:  # Ctrl-C may come to this process, by way of others, or both
-            return max([heard, place.asked()], key=len)
+        def stop_requests() -> list[int]:  # Ctrl-C may come to this process, by way of others, or both
+            return max([received, allocation.stop_requests()], key=len)
 
         child = None
         try:
-            # A cluster sends SIGUSR2 to every process of a job: it waits until the worker can answer it.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+            # A cluster sends SIGUSR2 to every process of a job: it stays blocked until the worker can answer it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
             try:
-                # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on once.
+                # In its own session: Ctrl-C in the terminal reaches this process alone, which passes it on once.
                 child = subprocess.Popen(
                     worker_command(recipe, record),
-                    stdout=subprocess.DEVNULL if place.quiet else None,  # whatever it says is in the log, too
+                    stdout=subprocess.DEVNULL if allocation.quiet else None,  # the log has all of it, too
                     stderr=log,
-                    env=environment,
+                    env=worker_environment(recipe, allocation),
                     pass_fds=[] if lock is None else [lock],
                     start_new_session=True,
                 )
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            returned = _passing_on(child, asked, _overdue(record, min(recipe.trainer.timeout, SECONDS_TO_WAIT)))
-        except BaseException:  # of a handler that is not ours: a cluster takes this process back
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            overdue = _overdue(record, min(trainer.timeout, SECONDS_TO_WAIT))
+            returned = _wait(child, stop_requests, overdue)
+        except BaseException:  # raised in a signal handler of a launcher: a cluster takes this process back
             if child is not None:
                 child.terminate()
                 returned = child.wait()
                 if lock is not None:
                     _settle(record, returned, signal.SIGTERM, "")
             raise
-    if ranks > 1 and returned > 0:
-        with log_file.open("rb") as said:
-            said.seek(written)
-            report = said.read()
+    if trainer.devices * trainer.nodes > 1 and returned > 0:
+        with log_file.open("rb") as log_read:
+            log_read.seek(written)
+            report = log_read.read()
         returned = _first_cause(report, returned)
         if b"RendezvousTimeoutError" in report:
-            nodes, where = recipe.trainer.nodes, meeting_place(recipe.trainer, os.environ)
-            why = f"fewer than {nodes} machines came to {where} within {recipe.trainer.timeout:g} s (trainer.timeout)"
+            where = meeting_place(trainer, os.environ)
+            why = f"fewer than {trainer.nodes} machines came to {where} within {trainer.timeout:g} s (trainer.timeout)"
             record.update_status(state=PREEMPTED, error=why)
-    return returned, next(iter(asked()), None)
+    return returned, next(iter(stop_requests()), None)
 
 
 def _first_cause(report: bytes, returned: int) -> int:
-    """The exit status that says why several ranks ended. Torch's launcher ends with 1 and reports theirs in the log."""
+    """Return the exit status that says why several ranks ended: torch's launcher returns 1, and logs those of all."""
     ends = [int(end) for end in re.findall(rb"exitcode +: (-?\d+) ", report)]
     if -signal.SIGKILL in ends or -signal.SIGTERM in ends:
         return -signal.SIGKILL  # the others ended as they lost it
-    if b"Watchdog caught collective operation timeout" in report:  # how NCCL ends a rank that waits for another
+    if b"Watchdog caught collective operation timeout" in report:  # NCCL ends a rank that waits for another
         return CUT_OFF
     return next((end for end in ends if end != CUT_OFF), CUT_OFF if ends else returned)
 
 
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SECONDS_TO_EXIT = 5.0  # that a rank has when the run is over and its launcher gone
-TICK = 0.2  # seconds between two looks at what was asked
-SECONDS_TO_END = 30.0  # that other machines have when a run is over
-
-
 @contextmanager
-def _listening() -> Iterator[list[int]]:
-    """Collect the signals of STOP, even where they are blocked. None are in a thread that may not set handlers."""
-    heard: list[int] = []
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals of ``STOP``, even where they are blocked; none in a thread that may not set handlers."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield heard
+        yield received
         return
-    before = {s: signal.signal(s, lambda number, _: heard.append(number)) for s in STOP}
+    before = {s: signal.signal(s, lambda number, _: received.append(number)) for s in STOP}
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     try:
-        yield heard
+        yield received
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, previous in before.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
 
 
-def _passing_on(child: subprocess.Popen[Any], asked: Callable[[], list[int]], overdue: Callable[[], bool]) -> int:
-    """Wait for the child; each time it is asked to stop, tell it: it saves and ends. The third time kills it."""
-    told = 0
+def _wait(child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], overdue: Callable[[], bool]) -> int:
+    """Wait for the child, and pass each request to stop on: it saves and ends. The third request kills it."""
+    passed_on = 0
     while True:
         with suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=TICK)
-        times = len(asked())
-        if times >= 3 or overdue():
+        requests = len(stop_requests())
+        if requests >= 3 or overdue():
             os.killpg(child.pid, signal.SIGKILL)
-        elif times > told:
+        elif requests > passed_on:
             child.terminate()
-        told = times
+        passed_on = requests
 
 
 def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
-    """Whether the first rank has said how the run ended so long ago that whoever is still there hangs."""
-    said: list[float] = []
+    """Return a check whether the record has said for so many seconds how the run ended: what still runs then hangs."""
+    ended: list[float] = []
 
     def overdue() -> bool:
         with suppress(OSError, RecordDamagedError):
-            if not said and record.status.get("state") != RUNNING:
-                said.append(time.monotonic())
-        return bool(said) and time.monotonic() - said[0] > seconds
+            if not ended and record.status.get("state") != RUNNING:
+                ended.append(time.monotonic())
+        return bool(ended) and time.monotonic() - ended[0] > seconds
 
     return overdue
 
 
-# A worker that ends by one of these is at fault itself; by another signal, someone ended it.
-CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
-TAIL = 1 << 16  # bytes of a log
-
-
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Why a worker ended that could not say it.
+    """Return why a worker ended that could not say it.
 
     Args:
-        written: how long the log was when it started.
-        out_of_memory: whether the system has ended some process since, as memory ran out.
+        written: the size of the log when it started.
+        out_of_memory: whether the system has ended some process since then because memory ran out.
     """
     how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
     if returned == -signal.SIGKILL and out_of_memory:
         return f"too little memory: the system ended a worker with {how}; a smaller task.batch_size needs less"
     if returned == -signal.SIGBUS:
         return f"a worker ended with {how}: a full disk, or a file that was cut short while it was read; see {log}"
-    if said := MEMORY.search(_tail(log, written)):
-        return f"too little memory: {said[0]}; see {log}"
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(written, _size(log) - TAIL))
+        if found := MEMORY.search(file.read().decode(errors="replace")):
+            return f"too little memory: {found[0]}; see {log}"
     return f"a worker ended with {how}; see {log}"
 
 
@@ -343,46 +350,29 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _tail(file: Path, since: int) -> str:
-    """What was written to a log since it had this size, its last part."""
-    try:
-        with file.open("rb") as log:
-            log.seek(max(since, _size(file) - TAIL))
-            return log.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _settle(record: Record, returned: int, caught: int | None, why: str) -> int:
-    """The exit code; ``status.json`` gets an end where the worker could not write one itself: ``why`` it ended."""
-    _wait_for_ranks(record, patience=0 if caught and returned == -signal.SIGKILL else SECONDS_TO_WAIT)
-    status = record.status  # after them: they may have written it
-    state = status.get("state")
+def _settle(record: Record, returned: int, stopped_by: int | None, why: str) -> int:
+    """Return the exit code; write the end into ``status.json`` if the worker could not, with ``why`` it ended."""
+    _wait_for_ranks(record, patience=0 if stopped_by and returned == -signal.SIGKILL else SECONDS_TO_WAIT)
+    state = record.status.get("state")  # after they have ended: they may have written it
     killed = returned < 0 and -returned not in CRASHES
-    # It was killed, or told to stop before its first step; or it failed as another rank was killed.
+    # It was killed, or stopped before its first step; or it failed because another rank was killed.
     if state == RUNNING or (state == FAILED and killed):
-        state = PREEMPTED if killed or caught or returned == CUT_OFF else FAILED
+        state = PREEMPTED if killed or stopped_by or returned == CUT_OFF else FAILED
         try:
-            record.update_status(state=state, error=None if caught else why)
-        except OSError as full:  # a disk without room for a line: the state on it stays "running", which is continued
+            record.update_status(state=state, error=None if stopped_by else why)
+        except OSError as full:  # no room for a line: the state on the disk stays "running", which is continued
             complain(f"{record.path}: {full}; the same command continues")
             return TERMINATED
-    return _exit_code(record, caught)
+    return _exit_code(record, stopped_by)
 
 
-def _exit_code(record: Record, caught: int | None) -> int:
-    status = record.status
-    if status.get("state") == DONE:
-        return OK
-    if status.get("state") == REFUSED:
-        return BAD_USAGE
-    if status.get("state") == FAILED:
-        return RUN_FAILED
-    return INTERRUPTED if caught == signal.SIGINT else TERMINATED
+def _exit_code(record: Record, stopped_by: int | None) -> int:
+    codes: dict[Any, int] = {DONE: OK, REFUSED: BAD_USAGE, FAILED: RUN_FAILED}
+    return codes.get(record.status.get("state"), INTERRUPTED if stopped_by == signal.SIGINT else TERMINATED)
 
 
 def _wait_for_ranks(record: Record, patience: float) -> None:
-    """Nothing is left of a run. Ranks whose launcher (torch's) is gone see it after their step, save and end."""
+    """Wait until no rank is left. Ranks whose launcher (torch's) is gone notice it after a step, save and end."""
     deadline, overdue = time.monotonic() + patience, _overdue(record, SECONDS_TO_EXIT)
     while left := workers(record.path, os.getpid()):
         if time.monotonic() > deadline or overdue():
@@ -390,8 +380,3 @@ def _wait_for_ranks(record: Record, patience: float) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ FIRST_PORT, PORTS = 20000, 20000
 
 
 def meeting_place(trainer: TrainerConf, environment: Mapping[str, str]) -> str:
-    """HOST:PORT, as it was given, or of the first machine of a SLURM job.
+    """Return HOST:PORT: the given one, or that of the first machine of a SLURM job.
 
     Raises:
         ConfigError: neither is there.
@@ -30,7 +30,7 @@ def meeting_place(trainer: TrainerConf, environment: Mapping[str, str]) -> str:
 
 
 def first_host(hosts: str) -> str:
-    """Of SLURM's list.
+    """Return the first host of SLURM's list.
 
     >>> first_host("gpu[007-012,031],login1")
     'gpu007'

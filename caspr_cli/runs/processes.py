@@ -1,86 +1,75 @@
-"""The processes of a run, seen from outside. Without /proc, as on macOS, only their numbers are known."""
+"""The processes of a run, seen from outside, and what is known of a machine whose memory ran out."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-# Environment variable that tells a worker who launched it.
+import psutil
+
+# Environment variable of a worker: the process that launched it.
 LAUNCHER = "CASPR_LAUNCHER"
-PROC = Path("/proc")
+NO_PROCESS = (psutil.NoSuchProcess, OverflowError, ValueError)  # the last two: it is no number that a process has
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def birth(process: int) -> int | None:
-    """When a process began, in ticks since this machine did; None where that is not known.
+    """Return when a process began, in clock ticks since the machine started; None if there is no such process.
 
-    With it a number that was given out again is not taken for the process that had it before.
+    It tells a process from an earlier one with the same number. Setting the machine's clock does not change it.
     """
-    fields = _stat(process)
-    return int(fields[19]) if fields else None
+    try:
+        boot = psutil.boot_time()  # first: older versions of psutil keep this value for create_time()
+        seconds: float = psutil.Process(process).create_time() - boot
+        return round(seconds * os.sysconf("SC_CLK_TCK"))
+    except NO_PROCESS:
+        return None
 
 
 def lives(process: int, born: int | None = None) -> bool:
-    """Whether a process is there (a dead one that nobody has waited for is not), and is the one that began then."""
+    """Return whether a process runs (a zombie does not), and, if ``born`` is given, began at that time."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        running = psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except NO_PROCESS:
         return False
-    except PermissionError:
-        pass
-    except OverflowError:  # no number that a process has
-        return False
-    fields = _stat(process)
-    if not fields:
-        return True
-    return fields[0] != "Z" and born in (None, int(fields[19]))
+    return running and born in (None, birth(process))
 
 
 def workers(record: Path, launcher: int) -> dict[int, int | None]:
-    """The processes that a launcher has at work on a record, each with its rank; torch's own launcher has none."""
+    """Return the processes that a launcher has at work on a record, each with its rank; None: torch's own launcher."""
     found: dict[int, int | None] = {}
-    for process, environment in with_variable(LAUNCHER, str(launcher)).items():
-        if os.fsencode(record.resolve()) in command_of(process):
-            rank = next((word[5:] for word in environment if word.startswith(b"RANK=")), None)
-            found[process] = None if rank is None else int(rank)
+    for process in with_variable(LAUNCHER, str(launcher)):
+        with suppress(psutil.Error):
+            if str(record.resolve()) in process.cmdline():
+                rank = process.environ().get("RANK")
+                found[process.pid] = None if rank is None else int(rank)
     return found
 
 
-def with_variable(name: str, value: str | None = None) -> dict[int, list[bytes]]:
-    """The living processes of this user that were started with an environment variable, and their environments.
-
-    Args:
-        value: of the variable; None for any.
-    """
-    found = {}
-    for directory in PROC.glob("[0-9]*"):
-        try:
-            environment = (directory / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or is another user's
-            continue
-        if value is None:
-            there = any(word.startswith(f"{name}=".encode()) for word in environment)
-        else:
-            there = os.fsencode(f"{name}={value}") in environment
-        if there:
-            found[int(directory.name)] = environment
-    return found
-
-
-def command_of(process: int) -> list[bytes]:
-    """The words that started a process; empty where it has ended."""
-    try:
-        return (PROC / str(process) / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []
+def with_variable(name: str, value: str | None = None) -> Iterator[psutil.Process]:
+    """Yield this user's processes that were started with an environment variable, of any value if ``value`` is None."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            found = process.environ().get(name)
+            if found is not None and value in (None, found):
+                yield process
 
 
 def memory_kills() -> int:
-    """How many processes the system has ended so far because memory ran out; 0 where it does not count them."""
-    files = [PROC / "vmstat", Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")]
+    """Return how many processes the system has ended because memory ran out; 0 where it does not count them."""
+    groups = Path("/sys/fs/cgroup")
+    files = [Path("/proc/vmstat"), groups / "memory.events", groups / "memory/memory.oom_control"]
     with suppress(OSError, ValueError):  # of this process's own group
-        group = (PROC / "self" / "cgroup").read_text(encoding="utf8").splitlines()[-1].rpartition(":")[2]
-        files.append(Path(f"/sys/fs/cgroup{group}/memory.events"))
+        group = Path("/proc/self/cgroup").read_text(encoding="utf8").splitlines()[-1].rpartition(":")[2]
+        files.append(Path(f"{groups}{group}/memory.events"))
     count = 0
     for file in files:
         with suppress(OSError, ValueError):
@@ -89,9 +78,21 @@ def memory_kills() -> int:
     return count
 
 
-def _stat(process: int) -> list[str]:
-    """From the state on: the name before it may hold blanks and brackets."""
-    try:
-        return (PROC / str(process) / "stat").read_text(encoding="utf8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
+# Messages of Python, C++ and the system's loader, which share no exception for it.
+MEMORY = re.compile(
+    r"can.?t allocate memory|cannot allocate memory|out of memory|std::bad_alloc|failed to map segment"
+    r"|can't start new thread|MemoryError",
+    re.IGNORECASE,
+)
+
+
+def memory_error(error: BaseException | None) -> str | None:
+    """Return what an error says about too little memory, itself or in its causes; None if it has another cause."""
+    while error is not None:
+        text = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return text or "it cannot be had"
+        if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
+            return text
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,12 +1,11 @@
-"""Where a result came from: command, code, versions, machine, data; of each attempt at it.
+"""Where a result came from: the command, code, versions, machine and data of each attempt.
 
-The first attempt's are the record's own. ``attempts`` has an entry for each later one: what it ran with that differs.
+The record's own entries are those of the first attempt; ``attempts`` has what differed in each later one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -17,17 +16,18 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.recipe.configs import PACKAGE
+from caspr_cli.runs.processes import cores
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",
     "tensorboard", "pytorch-optimizer", "numpy",
 )  # fmt: skip
-# Of these, what no number of a run comes from.
+# Those that may change the numbers of a run.
 ABOUT_NUMBERS = [name for name in PACKAGES if name not in ("hydra-core", "omegaconf", "tensorboard")]
 
 
 def collect(command: list[str]) -> dict[str, Any]:
-    """What can be known without starting the run; the worker adds device and data."""
+    """Return what is known before the run starts; the worker adds device and data."""
     return {
         "command": command,
         "caspr_cli": __version__,
@@ -38,16 +38,16 @@ def collect(command: list[str]) -> dict[str, Any]:
             "host": platform.node(),
             "system": platform.platform(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
         },
     }
 
 
 def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, time: str) -> dict[str, Any]:
-    """The content of ``provenance.json`` when another attempt starts.
+    """Return the content of ``provenance.json`` when another attempt starts.
 
     Args:
-        found: what it was.
+        found: the content before.
         attempt: its number, from 1.
     """
     if not found:
@@ -57,7 +57,7 @@ def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, tim
 
 
 def completed(found: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with what the worker adds: data and device. What no attempt has said yet is the record's own."""
+    """Return the content with data and device, which the worker adds; the record's own are the first attempt's."""
     added = {key: value for key, value in where.items() if key not in found}
     whole = {**found, **added}
     if later := whole.get("attempts"):
@@ -70,7 +70,7 @@ def _differing(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
 
 
 def changes(found: Mapping[str, Any]) -> list[str]:
-    """What the latest attempt runs with that the first had not, where numbers may hang on it."""
+    """Return what differs between the latest attempt and the first, of all that may change numbers."""
     entry = (found.get("attempts") or [{}])[-1]
     return [
         f"{name} {before or 'unknown'}, now {now or 'unknown'}"
@@ -83,7 +83,7 @@ _NAMES = ["caspr-cli", "commit", "uncommitted changes", "python", "device", "pro
 
 
 def _versions(found: Mapping[str, Any]) -> list[Any]:
-    """In the order of ``_NAMES``."""
+    """Return the values of ``_NAMES``."""
     parts = (found.get(key) for key in ("code", "device", "machine", "packages"))
     code, device, machine, packages = (part if isinstance(part, dict) else {} for part in parts)
     own = [found.get("caspr_cli"), str(code.get("commit") or "")[:10], code.get("diff_sha256"), found.get("python")]
@@ -106,7 +106,7 @@ def _processor() -> str:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that the code runs from, and its uncommitted changes; None for an installed wheel."""
+    """Return the commit and the uncommitted changes of the checkout that runs; None for an installed wheel."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(directory), *words]

@@ -10,9 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
-import re
 import shutil
 import socket
 import time
@@ -24,20 +22,21 @@ from typing import Any
 
 from caspr_cli.common import shape, streams
 from caspr_cli.common.files import DISK, write_whole
+from caspr_cli.common.format import finite
 from caspr_cli.recipe.compose import identity
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
-REFUSED = "refused"  # for its configuration or data, which may be mended outside: it is tried again
+REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
 PROVENANCE = "provenance.json"
-# Held by who runs the record, and by each of its ranks: torch's launcher does not hand the first on to them.
+# The first is held by the launcher, the second by each rank: torch's launcher does not pass the first on to ranks.
 LOCKS = (".lock", ".ranks.lock")
-# What a kill can leave half-written: files on their way to their names.
+# Temporary files that a kill can leave.
 TEMPORARY = (".*.json.????????", ".*.jsonl.????????", ".*.yaml.????????", "checkpoints/.*.ckpt", ".waited.*")
 CUT_OFF = 75  # exit status of a worker that can go on where it stopped
 SECONDS_TO_WAIT = 60  # for the worker of a launcher that was killed: it saves after its step
-# Errors of the place that a run is written to, not of the run: it continues when they are gone.
+# Errors of the directory that a run is written to, not of the run: it continues when they are gone.
 PLACE = DISK | {errno.EROFS, errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -69,7 +68,7 @@ class Record:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Record:
-        """``<output_dir>/<task>/<optim>/<identity>/seed<k>``: the same recipe has the same record."""
+        """Return a recipe's record, ``<output_dir>/<task>/<optim>/<identity>/seed<k>``: equal recipes share it."""
         where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name / identity(recipe)
         return cls(where / f"seed{recipe.seed}")
 
@@ -83,10 +82,10 @@ class Record:
         return self.read("result.json")
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the record, of the shape that its readers need; empty if there is none.
+        """Return a JSON file of the record, checked to have the shape that readers need; empty if there is none.
 
         Raises:
-            RecordDamagedError: it is of another shape.
+            RecordDamagedError: it has another shape.
         """
         file = self.path / name
         try:
@@ -99,7 +98,7 @@ class Record:
         return content if name == PROVENANCE else found  # the text of a diff stays as it is
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+        write_whole(self.path / name, json.dumps(finite(content, infinities=False), indent=2, allow_nan=False) + "\n")
 
     def update_status(self, **changes: Any) -> None:
         """Merge ``changes`` into ``status.json``."""
@@ -107,10 +106,10 @@ class Record:
 
     @contextmanager
     def held(self, say: Callable[[str], None] = streams.say) -> Iterator[int]:
-        """Hold the record's lock; a child that inherits the descriptor holds it on.
+        """Hold the record's lock; a child that inherits the descriptor goes on holding it.
 
         Args:
-            say: gets one line when the process that held it is dead, and what it left is waited for.
+            say: gets a line if the process that held it is dead, and its workers are waited for.
 
         Raises:
             RecordBusyError: another process holds it.
@@ -120,7 +119,7 @@ class Record:
         try:
             deadline = 0.0
             while not ((claimed := _claimed(descriptor)) and _locked(ranks)):
-                # What has the ranks' lock alone was left by whom status.json names.
+                # A worker that has the ranks' lock alone was left by the process that status.json names.
                 holder = Holder.of(self) if claimed else Holder.of_lock(descriptor, self)
                 if holder.lives:
                     raise RecordBusyError(f"{self.path} is being written by {holder}")
@@ -141,7 +140,7 @@ class Record:
 
     @property
     def leader(self) -> Holder | None:
-        """Who runs the record now, on this machine or another: it holds the lock, and ``status.json`` says it is it."""
+        """The process that runs the record, on any machine: it holds the lock and ``status.json`` names it."""
         try:
             descriptor = os.open(self.path / LOCKS[0], os.O_RDONLY)
         except FileNotFoundError:
@@ -168,7 +167,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that runs a record; each field is None where ``status.json`` does not tell."""
+    """The process that runs a record; a field is None if ``status.json`` does not have it."""
 
     host: str | None
     pid: int | None
@@ -189,25 +188,32 @@ class Holder:
 
     @classmethod
     def of_lock(cls, lock: int, record: Record) -> Holder:
-        """Who holds the lock: as ``status.json`` says, or, where that is not written yet, as the lock does."""
+        """Return who holds the lock: as ``status.json`` says, or as the lock says if that is not written yet."""
         holder = cls.of(record)
         for _ in range(20):  # who gets the lock writes into it at once
             if holder.pid is not None and holder.lives:
                 break
-            with suppress(ValueError, TypeError):
-                host, pid, born = json.loads(os.pread(lock, 4096, 0))
-                return cls(host, pid, born, None)
+            if named := cls.of_mark(os.pread(lock, 4096, 0)):
+                return named
             time.sleep(0.05)
         return holder
 
+    @classmethod
+    def of_mark(cls, mark: bytes) -> Holder | None:
+        """Return the process that wrote a mark; None if it is damaged or empty."""
+        with suppress(ValueError, TypeError):
+            host, pid, born = json.loads(mark)
+            return cls(host, int(pid), born, None)
+        return None
+
     @property
     def mark(self) -> bytes:
-        """What it writes into the lock."""
+        """The bytes that it writes into the lock."""
         return json.dumps([self.host, self.pid, self.born]).encode()
 
     @property
     def lives(self) -> bool:
-        """False only where it is known: of another host, or of a record that names nobody, nothing is."""
+        """Whether it runs, as far as is known: True for another host, and for a record that names no process."""
         return self.host != socket.gethostname() or self.pid is None or lives(self.pid, self.born)
 
     def __str__(self) -> str:
@@ -216,7 +222,7 @@ class Holder:
 
 
 def _claimed(descriptor: int) -> bool:
-    """Whether the lock is this process's now; then it says so in it."""
+    """Return whether this process has got the lock; if so, write its name into it."""
     if not _locked(descriptor):
         return False
     with suppress(OSError):  # a full disk: then nobody joins
@@ -233,52 +239,22 @@ def _locked(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-# What Python, C++ and the system's loader say; they share no exception for it.
-MEMORY = re.compile(
-    r"can.?t allocate memory|cannot allocate memory|out of memory|std::bad_alloc|failed to map segment"
-    r"|can't start new thread|MemoryError",
-    re.IGNORECASE,
-)
-
-
-def memory_error(error: BaseException | None) -> str | None:
-    """What was asked of memory that there was too little of, if that is behind an error."""
-    while error is not None:
-        text = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return text or "it cannot be had"
-        if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
-            return text
-        error = error.__cause__ or error.__context__
-    return None
-
-
 OWNER = ".owner"  # in a folder that is removed at the end of a command: the process that made it
 
 
 def own(folder: Path) -> None:
-    """Say that this process made a folder."""
+    """Write into a folder that this process made it."""
     (folder / OWNER).write_bytes(Holder.me().mark)
 
 
 def clear_left(above: Path, pattern: str) -> None:
-    """Remove the folders whose process was killed before it could."""
+    """Remove the folders that a killed process left."""
     for file in above.glob(f"{pattern}/{OWNER}"):
-        with suppress(OSError, ValueError, TypeError):
-            host, pid, born = json.loads(file.read_bytes())
-            if host == socket.gethostname() and not lives(pid, born):
+        with suppress(OSError):
+            if (owner := Holder.of_mark(file.read_bytes())) and not owner.lives:
                 shutil.rmtree(file.parent)
 
 
-def finite(content: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, as deep as they lie."""
-    if isinstance(content, dict):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 def now() -> str:
-    """The time in UTC, ISO 8601 to the second."""
+    """Return the time in UTC, ISO 8601 to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

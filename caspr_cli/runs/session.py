@@ -1,4 +1,4 @@
-"""One command line of ``caspr-train``: its jobs, and what is said of them on the terminal."""
+"""One command line of ``caspr-train``: its jobs, and what is printed about them."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ from caspr_cli.runs.launch import (
     RUN_FAILED,
     SOME_FAILED,
     TERMINATED,
+    Allocation,
     Outcome,
-    Place,
     plan,
     preflight,
     run,
 )
-from caspr_cli.runs.record import FULL, Record, RecordBusyError, RecordDamagedError, memory_error
+from caspr_cli.runs.processes import memory_error
+from caspr_cli.runs.record import FULL, Record, RecordBusyError, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
 
 
 @dataclass
 class Session:
-    """One command line. It goes through pickle to wherever its jobs run."""
+    """One command line; launchers pickle it for the processes in which they run its jobs."""
 
     command: list[str]
     sweep: Sweep | None = None
-    only: Job | None = None  # what came of it where it is no sweep
-    best: dict[tuple[str, ...], int] = field(default_factory=dict)  # trial of each row whose trials have ended
+    only: Job | None = None  # the job of a command line that is no sweep, when it has ended
+    best: dict[tuple[str, ...], int] = field(default_factory=dict)  # selected trial of each row whose trials have ended
 
     @property
     def here(self) -> bool:
@@ -71,46 +72,46 @@ class Session:
         composer.check(jobs)
         self.sweep = Sweep.begin(composer, jobs)
         if not self.sweep.here:
-            ours = self.sweep.launcher == "joblib"  # its processes are this one's children
-            with guarded(self.sweep.folder) if ours else nullcontext(), self.watch(self.sweep):
+            children = self.sweep.launcher == "joblib"  # its processes are children of this one
+            with guarded(self.sweep.folder) if children else nullcontext(), self.watch(self.sweep):
                 elsewhere.launch(self.sweep, jobs, self.job, verbose=composer.hydra(jobs[0]).verbose)
             return
         for number, words in enumerate(jobs, 1):
-            if self.sweep.asked():
+            if self.sweep.stop_requests():
                 return
             say(f"\njob {number}: {' '.join(words)}")
             self.note(self.run(composer.config(words), Job(number, words)))
 
     def job(self, _: DictConfig) -> None:
-        """Called by a launcher for each job, in whatever process."""
+        """Run one job of a sweep; a launcher calls this in a process of its own."""
         assert self.sweep is not None
-        if self.sweep.asked():
+        if self.sweep.stop_requests():
             return
-        told = HydraConfig.get()
-        number = told.job.num + 1
+        hydra = HydraConfig.get()
+        number = hydra.job.num + 1
         os.chdir(self.sweep.directory)  # where the command was typed: all paths begin there
-        self.note(self.run(self.sweep.config(number), Job(number, list(told.overrides.task))))
+        self.note(self.run(self.sweep.config(number), Job(number, list(hydra.overrides.task))))
 
     def note(self, job: Job) -> None:
-        """Keep what came of a job, for the table."""
+        """Keep how a job ended, for the table."""
         assert self.sweep is not None
         with suppress(OSError):  # a full disk: the job counts as lost, which the same command continues
             self.sweep.note(job)
 
     def run(self, config: DictConfig, job: Job) -> Job:
-        """What came of a job. In a sweep nothing is raised: one job's end is no other's."""
+        """Run a job and return how it ended. In a sweep nothing is raised: a job that fails ends no other."""
         exit_code = BAD_USAGE
         try:
-            recipe = compose.freeze(config, job.overrides, self.chosen(config, job))
+            recipe = compose.freeze(config, job.overrides, self.trial(config, job))
             if recipe.debug == "plan":
                 return self.plan(recipe, job)
-            with self.sweep.place(recipe) if self.sweep else nullcontext(Place()) as place:
+            with self.sweep.allocation(recipe) if self.sweep else nullcontext(Allocation()) as allocation:
                 job = replace(job, state=STARTED, record=str(Record.of(recipe).path), host=host(), process=os.getpid())
                 if self.sweep:
                     self.sweep.note(job)
-                outcome = self.launch(recipe, job, place)
-            if self.sweep and self.here and outcome.told:
-                self.sweep.ask(outcome.told)
+                outcome = self.launch(recipe, job, allocation)
+            if self.sweep and self.here and outcome.signal:
+                self.sweep.request_stop(outcome.signal)
             return replace(job, state=ENDED, exit_code=outcome.exit_code, ran=outcome.ran)
         except (ConfigError, RecordBusyError, RecordDamagedError) as error:
             why = str(error)
@@ -131,8 +132,8 @@ class Session:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
 
-    def chosen(self, config: DictConfig, job: Job) -> int | None:
-        """What trial=best stands for."""
+    def trial(self, config: DictConfig, job: Job) -> int | None:
+        """Return the trial that ``trial=best`` stands for; None if the job does not ask for it."""
         if config.trial != "best" or config.search.name is None:
             return None
         row = tuple(word for word in job.overrides if not word.startswith("seed="))
@@ -141,35 +142,33 @@ class Session:
             self.best[row] = trials.best(partial(compose.freeze, tuning, job.overrides))
         return self.best[row]
 
-    def launch(self, recipe: Recipe, job: Job, place: Place) -> Outcome:
-        """Run it; where another job of the sweep does the same run, after that."""
+    def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
+        """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""
         brief = self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip"
-        if self.here and brief:
-            say(f"record   {Record.of(recipe).path} (done)")
-        elif self.here:
-            self.announce(recipe, job.overrides)
+        if self.here:
+            say(f"record   {Record.of(recipe).path} (done)") if brief else self.announce(recipe, job.overrides)
         while True:
             try:
-                outcome = run(recipe, self.command, place)
+                outcome = run(recipe, self.command, allocation)
                 break
             except RecordBusyError:
-                if not (self.sweep and self.sweep.twin(job)) or self.sweep.asked():
+                if not (self.sweep and self.sweep.twin(job)) or self.sweep.stop_requests():
                     raise
                 time.sleep(LOOK)
         if self.here and not brief:
-            for line in summary.footer(outcome, anew=recipe.resume == Resume.never):
-                say(line)
+            lines = summary.footer(outcome, anew=recipe.resume == Resume.never)
             if outcome.exit_code == OK and self.sweep is None:
-                for line in summary.next_commands(recipe, self.command):
-                    say(line)
+                lines += summary.next_commands(recipe, self.command)
+            for line in lines:
+                say(line)
         return outcome
 
     @staticmethod
     def announce(recipe: Recipe, overrides: list[str]) -> None:
+        """Print what will be run, and where its record is."""
         record = Record.of(recipe)
         todo = {"new": "new", "continue": "continues", "skip": "done", "failed": "failed before"}[plan(recipe, record)]
-        say(f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} "
-            f"scale={recipe.scale} seed={recipe.seed}")  # fmt: skip
+        say(f"{_title(recipe)} seed={recipe.seed}")
         if given := [o for o in overrides if o.partition("=")[0] not in ("task", "optim", "scale", "seed")]:
             say(f"given    {' '.join(given)}")
         if recipe.search.name:
@@ -180,19 +179,16 @@ class Session:
             say("start    importing torch and Lightning takes some seconds")
 
     def plan(self, recipe: Recipe, job: Job) -> Job:
-        head = (
-            f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} scale={recipe.scale}  "
-            "(debug=plan: nothing is trained)"
-        )
+        """Return a job of ``debug=plan``, with its table."""
         code, text = preflight(recipe)
-        job = replace(job, state=ENDED, exit_code=code, text=f"{head}\n{text}".rstrip())
+        text = f"{_title(recipe)}  (debug=plan: nothing is trained)\n{text}".rstrip()
         if self.here:
-            say(job.text)
-        return job
+            say(text)
+        return replace(job, state=ENDED, exit_code=code, text=text)
 
     @contextmanager
     def watch(self, sweep: Sweep) -> Iterator[None]:
-        """Report jobs that run elsewhere, a line when one starts and when it ends."""
+        """Print a line when a job that runs elsewhere starts, and when it ends."""
         jobs = sweep.jobs()
         names = dict(zip((job.number for job in jobs), summary.names(jobs), strict=True))
 
@@ -200,8 +196,8 @@ class Session:
             return f"job {job.number}: {names.get(job.number) or ' '.join(job.overrides)}"
 
         def ended(job: Job) -> None:
-            state, what, where = summary.result_of(job)
-            say("  ".join(part for part in (f"{state:<7}", name(job), what, where) if part))
+            state, result, where = summary.result_of(job)
+            say("  ".join(part for part in (f"{state:<7}", name(job), result, where) if part))
             if job.text:
                 say(job.text)
 
@@ -211,33 +207,35 @@ class Session:
             yield
 
     def end(self, problem: str | None = None) -> int:
-        """Print what is left to say. Returns the exit code."""
-        if self.sweep is None:
-            if problem:
-                complain(problem)
-                return BAD_USAGE
-            return OK if self.only is None or self.only.exit_code is None else self.only.exit_code
-        asked, left = self.sweep.asked(), self.sweep.at_once is None and problem is not None
-        jobs = [
-            replace(job, state=LOST) if job.state == STARTED and (not left or self.sweep.lost(job)) else job
-            for job in self.sweep.jobs()
-        ]
-        self.sweep.end(whole=bool(asked) or not left)
-        began = any(job.state != WAITING for job in jobs)
+        """Print the problem, if any, and the table of a sweep; return the exit code."""
         if problem:
             complain(problem)
+        if self.sweep is None:
+            if problem:
+                return BAD_USAGE
+            return OK if self.only is None or self.only.exit_code is None else self.only.exit_code
+        requests, left_alone = self.sweep.stop_requests(), self.sweep.at_once is None and problem is not None
+        jobs = [
+            replace(job, state=LOST) if job.state == STARTED and (not left_alone or self.sweep.lost(job)) else job
+            for job in self.sweep.jobs()
+        ]
+        self.sweep.end(whole=bool(requests) or not left_alone)
+        began = any(job.state != WAITING for job in jobs)
         if began and (len(jobs) > 1 or not self.here):
-            say("")
-            for line in summary.table(jobs):
-                say(line)
+            lines = ["", *summary.table(jobs)]
             if any(job.exit_code == OK and job.record for job in jobs):
-                for line in summary.after_sweep(self.sweep.output_dir):
-                    say(line)
-        if asked:
-            return INTERRUPTED if asked[0] == signal.SIGINT else TERMINATED
+                lines += summary.after_sweep(self.sweep.output_dir)
+            for line in lines:
+                say(line)
+        if requests:
+            return INTERRUPTED if requests[0] == signal.SIGINT else TERMINATED
         if not began:
             if not problem:
                 complain("a sweep over no value: there is nothing to run")
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK
+
+
+def _title(recipe: Recipe) -> str:
+    return f"caspr-train {__version__}  task={recipe.task.name} optim={recipe.optim.name} scale={recipe.scale}"

@@ -1,4 +1,4 @@
-"""The last lines of a run, from its record alone."""
+"""The last lines of a run and the table of a sweep, from records alone."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from caspr_cli.common.format import duration, size
+from caspr_cli.common.format import table as aligned
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
-from caspr_cli.runs import record as records
 from caspr_cli.runs.launch import OK, TERMINATED, Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
+from caspr_cli.runs.record import REFUSED as RECORD_REFUSED
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
-# Where TensorBoard gives one colour to all seeds of a recipe.
+# TensorBoard's page on which all seeds of a recipe have one colour.
 COMPARISON = "http://localhost:6006/?runColorGroup=regex:(.*)/&smoothing=0"
 COMPARED = ("caspr", "shampoo", "adamw")  # where a run's own keys allow it
 
 
 def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
-    """What came of it and where it is.
+    """Return the lines that say how a run ended and where its record is.
 
     Args:
-        anew: the command says resume=never, and would delete what there is.
+        anew: the command has resume=never, and would delete the record.
     """
     record, status = outcome.record, outcome.record.status
     state = status.get("state")
@@ -33,10 +35,10 @@ def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
     if state == FAILED:
         again = "add resume=retry to run it again" if not outcome.ran else f"log      {record.log}"
         return [f"failed   {status.get('error')}", again, f"record   {record.path}"]
-    if state == records.REFUSED:
+    if state == RECORD_REFUSED:
         return [f"refused  {status.get('error')}", f"log      {record.log}", f"record   {record.path}"]
     if state == PREEMPTED:
-        saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
+        saved = _saved(record, status)
         why = status.get("error") or "stopped on a signal"
         again = "the same command, without resume=never," if anew else "the same command"
         return [f"cut off  {why}", f"         {saved}; {again} continues", f"record   {record.path}"]
@@ -49,26 +51,30 @@ def _results(result: dict[str, Any], *, ran: bool) -> list[str]:
     metric, seconds = target.get("metric") or "", result.get("seconds")
     tested = "  ".join(f"{name} {_value(test, name)}" for name in test) or "no test"
     lines = [
-        f"{first}{_time(seconds)} of training, {_shown(result.get('steps'))} steps",
+        f"{first}{duration(seconds)} of training, {_shown(result.get('steps'))} steps",
         f"result   {metric} {_value(result['final'], metric)} at the end, best {_value(best, metric)} "
         f"at step {_shown(best.get('step'))}; {tested}",
     ]
     if target.get("value") is not None:
         step = target.get("step")
-        reached = "not reached" if step is None else f"reached at step {step}, after {_time(target.get('seconds'))}"
+        reached = "not reached" if step is None else f"reached at step {step}, after {duration(target.get('seconds'))}"
         lines.append(f"target   {metric} {target['value']:g}: {reached}")
     phases = {name: part for name, part in (result.get("optimizer_seconds") or {}).items() if part}
     if seconds and phases:
         parts = ", ".join(f"{name} {100 * part / seconds:.1f}" for name, part in phases.items())
         lines.append(
             f"optim    {100 * sum(phases.values()) / seconds:.1f} % of the time ({parts}); "
-            f"state {(result.get('optimizer_state_bytes') or 0) / 1e6:.1f} MB"
+            f"state {size(result.get('optimizer_state_bytes') or 0)}"
         )
     return lines
 
 
+def _saved(record: Record, status: dict[str, Any]) -> str:
+    return f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
+
+
 def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
-    """How to see the curves, and how to compare: the command as given, over optimizers and seeds."""
+    """Return the commands that show the curves, and that repeat the given one over optimizers and seeds."""
     kept = [word for word in command[1:] if word.partition("=")[0] not in ("optim", "seed", "resume")]
     keys = {word.split(".")[1].partition("=")[0] for word in kept if word.startswith("optim.")}
     others = [name for name in COMPARED if keys <= {f.name for f in fields(OPTIMIZERS[name])}]
@@ -80,7 +86,7 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
 
 
 def after_sweep(output_dir: str) -> list[str]:
-    """How to compare what a sweep has made."""
+    """Return the commands that compare the runs of a sweep."""
     return [
         f"next     caspr-report compare {shlex.quote(output_dir)}",
         f"         tensorboard --logdir {shlex.quote(output_dir)}    and open {COMPARISON}",
@@ -88,13 +94,13 @@ def after_sweep(output_dir: str) -> list[str]:
 
 
 def names(jobs: list[Job]) -> list[str]:
-    """What tells each job from the others: its overrides without those that all have."""
+    """Return for each job its overrides without those that all jobs have."""
     common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs[1:])) if len(jobs) > 1 else set()
     return [" ".join(word for word in job.overrides if word not in common) for job in jobs]
 
 
 def result_of(job: Job) -> tuple[str, str, str]:
-    """Its state, what came of it in one line, and where to look."""
+    """Return a job's state, its result or error in one line, and where to look."""
     if job.state == WAITING:
         return "not started", "", ""
     if job.state == REFUSED or job.record is None:
@@ -115,19 +121,19 @@ def result_of(job: Job) -> tuple[str, str, str]:
         scores = (
             f"{metric} {_value(result.get('final') or {}, metric)}  {test} {_value(result.get('test') or {}, test)}"
         )
-        return f"done{before}", f"{scores}  {_time(result.get('seconds'))}", job.record
+        return f"done{before}", f"{scores}  {duration(result.get('seconds'))}", job.record
     error = (job.why or status.get("error") or "").partition("\n")[0].removesuffix(f"; see {record.log}")
     if status.get("state") == PREEMPTED:
-        saved = f"saved at step {status.get('step')}" if record.last.exists() else "before the first checkpoint"
+        saved = _saved(record, status)
         return "cut off", f"{error}; {saved}" if error else saved, job.record
-    return "refused" if status.get("state") == records.REFUSED else f"failed{before}", error, str(record.log)
+    return "refused" if status.get("state") == RECORD_REFUSED else f"failed{before}", error, str(record.log)
 
 
 MOST_ROWS = 40  # of a table on the terminal
 
 
 def table(jobs: list[Job]) -> list[str]:
-    """How many jobs came to what, and one line for each; of more than a screen, one for all seeds of a recipe."""
+    """Return the number of jobs by state, and a line for each; if they fill more than a screen, one for each recipe."""
     rows = [(str(job.number), name, *result_of(job)) for job, name in zip(jobs, names(jobs), strict=True)]
     counts = Counter(state for _, _, state, _, _ in rows)
     head = f"sweep    {len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
@@ -136,21 +142,19 @@ def table(jobs: list[Job]) -> list[str]:
         titles = ("jobs", "of", "state", "result: mean ± sd over seeds", "records, or log of what failed")
         rows = _over_seeds(jobs, rows)
     if (cut := len(rows) - MOST_ROWS) > 0:
-        rows.sort(key=lambda row: row[2].startswith("done"))  # what failed is said first
+        rows.sort(key=lambda row: row[2].startswith("done"))  # failures first
         rows, more = rows[:MOST_ROWS], [f"... and {cut} more: caspr-report list"]
-    rows.insert(0, titles)
-    widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    # As wide as the results of those that are done; an error may be longer.
-    widths.append(max(len(row[3]) for row in rows if row[2].startswith(("state", "done"))))
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
-    return [head, *lines, *more]
+    # The column of results is as wide as those of runs that are done; an error may be longer.
+    width = max(len(row[3]) for row in [titles, *rows] if row[2].startswith(("state", "of", "done")))
+    cells = [(*row[:3], f"{row[3]:<{width}}  {row[4]}") for row in [titles, *rows]]
+    return [head, *aligned(cells, right=[False] * 4), *more]
 
 
 Line = tuple[str, str, str, str, str]
 
 
 def _over_seeds(jobs: list[Job], rows: list[Line]) -> list[Line]:
-    """The rows of jobs that are done, one for all seeds of a recipe; the others as they are."""
+    """Return one row for all seeds of a recipe that are done, and the other rows as they are."""
     groups: dict[str, list[tuple[Job, Line]]] = {}
     for job, row in zip(jobs, rows, strict=True):
         done = row[2].startswith("done") and job.record is not None
@@ -160,7 +164,7 @@ def _over_seeds(jobs: list[Job], rows: list[Line]) -> list[Line]:
 
 
 def _mean(folder: str, group: list[tuple[Job, Line]]) -> Line:
-    """One line for the seeds of a recipe."""
+    """Return one row for the seeds of a recipe."""
     results = [Record(Path(job.record)).result for job, _ in group if job.record]
     metric = results[0]["target"]["metric"]
     test = metric.replace("val/", "test/")
@@ -172,7 +176,7 @@ def _mean(folder: str, group: list[tuple[Job, Line]]) -> Line:
 
 
 def _spread(values: list[float | None]) -> str:
-    """Mean and standard deviation of those that are numbers."""
+    """Return mean and standard deviation of the values that are numbers."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return f"{known[0]:.4f}" if known else "-"
@@ -187,10 +191,3 @@ def _value(scores: dict[str, Any], metric: str) -> str:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else str(value)
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

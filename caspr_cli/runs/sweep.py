@@ -1,8 +1,8 @@
 """The jobs of one command line, wherever they run: in this process, beside it, or on a cluster.
 
-Launchers run jobs in other processes and drop what they return. So each job says how far it is in a file of its own, in
-a folder that all of them see (``<output_dir>/.sweep/<id>/``), and the command line reads there what to print. The
-folder also carries the request to stop, and the slots by which the jobs of one machine share it.
+Launchers run jobs in other processes and drop their results. So each job writes its progress into a file of its own, in
+a folder that all of them see (``<output_dir>/.sweep/<id>/``), from which the command line reads what to print. The
+folder also holds the requests to stop, and the slots by which the jobs of one machine share it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -31,17 +32,18 @@ from omegaconf import DictConfig, OmegaConf
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
-from caspr_cli.runs.launch import STOP, Place, cores
+from caspr_cli.runs.launch import STOP, Allocation
+from caspr_cli.runs.processes import cores, lives
 from caspr_cli.runs.record import FULL, clear_left, own
 
 WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"
 
-# The extra that brings each launcher.
+# The extra of the package that installs each launcher.
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
-# Set by the user or by launchers for the processes they start; each job of a machine gets its share anew.
+# A user or a launcher may set these; the jobs of one machine get a share each.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LOOK = 0.5  # seconds between two looks at the files of the jobs
-PATIENCE = 10  # seconds for a launcher to return after all its jobs were told to stop
+PATIENCE = 10  # seconds that a launcher has to return after the request to stop
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class Job:
     record: str | None = None
     exit_code: int | None = None
     ran: bool = True
-    why: str | None = None  # it was refused
-    text: str = ""  # of debug=plan
+    why: str | None = None  # of a job that was refused
+    text: str = ""  # printed by debug=plan
     host: str = ""
     process: int = 0
 
 
 def new_folder(above: Path, output_dir: str) -> Path:
-    """An empty folder, named by the time.
+    """Return a new empty folder, named by the time.
 
     Raises:
         ConfigError: ``output_dir`` cannot be written.
@@ -78,20 +80,20 @@ def new_folder(above: Path, output_dir: str) -> Path:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What every job of a command line is given. It goes through pickle to wherever they run."""
+    """What every job of a command line knows; launchers pickle it for their processes."""
 
     folder: Path
-    launcher: str  # as chosen
-    here: bool  # the process that was called runs the jobs itself, one after the other
-    at_once: int | None  # jobs that share this machine; None: a scheduler gives each what it needs
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the launcher
+    launcher: str
+    here: bool  # this process runs the jobs itself, one after the other
+    at_once: int | None  # how many jobs share this machine; None: a scheduler gives each what it needs
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the launcher's
     directory: str = field(default_factory=os.getcwd)
     gpus: tuple[str, ...] = field(default_factory=lambda: visible_gpus(os.environ, gpu_files()))
     threads: Mapping[str, str] = field(default_factory=lambda: {k: os.environ[k] for k in THREADS if k in os.environ})
 
     @classmethod
     def begin(cls, composer: Composer, jobs: list[list[str]]) -> Sweep:
-        """Make the folder, with a file for each job.
+        """Return a sweep whose folder is made, with a file for each job.
 
         Raises:
             ConfigError: the folder cannot be made, or jobs ask the launcher for different things.
@@ -120,7 +122,7 @@ class Sweep:
         return made
 
     def config(self, number: int) -> DictConfig:
-        """What a job that runs elsewhere is to do, as it was composed where the command was typed."""
+        """Return the config of a job that runs elsewhere, composed where the command was typed."""
         text = (self.folder / f"config{number}.json").read_text(encoding="utf8")
         return cast(DictConfig, OmegaConf.create(json.loads(text)))
 
@@ -129,6 +131,7 @@ class Sweep:
         return os.path.relpath(self.folder.parent.parent, self.directory)
 
     def note(self, job: Job) -> None:
+        """Write how far a job is."""
         with suppress(FileNotFoundError):  # the sweep is over, and its folder is gone
             file = self.folder / f"job{job.number}.json"
             part = file.with_suffix(f".{os.getpid()}")  # not forced to the disk: hundreds of jobs may be done already
@@ -136,59 +139,59 @@ class Sweep:
             part.replace(file)
 
     def jobs(self) -> list[Job]:
-        """As Hydra numbered them."""
+        """Return all jobs, by number."""
         found = [Job(**json.loads(file.read_text(encoding="utf8"))) for file in self.folder.glob("job*.json")]
         return sorted(found, key=lambda job: job.number)
 
-    def ask(self, number: int) -> None:
-        """Ask all jobs to stop: those that run save and end, others do not start."""
+    def request_stop(self, number: int) -> None:
+        """Ask all jobs to stop, as by a signal of this number: those that run save and end, others do not start."""
         with suppress(FileNotFoundError), (self.folder / "stop").open("a", encoding="utf8") as file:
             file.write(f"{number}\n")
 
-    def asked(self) -> list[int]:
-        """The signals by which they were asked; a sweep whose folder is gone is over."""
+    def stop_requests(self) -> list[int]:
+        """Return the signals by which jobs were asked to stop; a sweep whose folder is gone is over."""
         try:
             return [int(line) for line in (self.folder / "stop").read_text(encoding="utf8").splitlines()]
         except FileNotFoundError:
             return [] if self.folder.exists() else [signal.SIGTERM]
 
     def twin(self, job: Job) -> bool:
-        """Whether another job, which runs, has the same record."""
+        """Return whether another job, which runs, has the same record."""
         return any(
             j.record == job.record and j.number != job.number and j.state == STARTED and not self.lost(j)
             for j in self.jobs()
         )
 
     def lost(self, job: Job) -> bool:
-        """Whether the process of a job that runs is known to be gone."""
-        return job.host == socket.gethostname() and not Path(f"/proc/{job.process}").exists()
+        """Return whether the process of a job is known to be gone."""
+        return job.host == socket.gethostname() and not lives(job.process)
 
     @contextmanager
-    def place(self, recipe: Recipe) -> Iterator[Place]:
-        """Where a job runs: its share of the machine, once there is one.
+    def allocation(self, recipe: Recipe) -> Iterator[Allocation]:
+        """Wait until a job has its share of the machine, and hold it.
 
         Raises:
             ConfigError: its share has too few GPUs.
         """
         if self.here:
-            yield Place()  # the signals come to this very process
+            yield Allocation()  # signals come to this very process
             return
         parent = os.getppid()
 
-        def asked() -> list[int]:
-            return self.asked() or ([] if os.getppid() == parent else [signal.SIGTERM])
+        def stop_requests() -> list[int]:
+            return self.stop_requests() or ([] if os.getppid() == parent else [signal.SIGTERM])
 
         if self.at_once is None:
-            yield Place(quiet=True, asked=asked)
+            yield Allocation(quiet=True, stop_requests=stop_requests)
             return
         with self._slot(self.at_once) as slot:
             environment = share(recipe, slot, self.at_once, cores(), self.gpus)
             environment |= {name: self.threads.get(name, environment.get(name)) for name in THREADS}
-            yield Place(environment, quiet=True, asked=asked)
+            yield Allocation(environment, quiet=True, stop_requests=stop_requests)
 
     @contextmanager
     def _slot(self, slots: int) -> Iterator[int]:
-        """One of the slots: a lock, which is free again when the process that has it dies."""
+        """Wait for one of the slots, and hold it: a lock, which is free again when its process dies."""
         while True:
             for slot in range(slots):
                 with (self.folder / f"slot{slot}").open("w") as file:
@@ -201,40 +204,39 @@ class Sweep:
             time.sleep(LOOK)
 
     def end(self, *, whole: bool) -> None:
-        """Remove the folder; not if jobs may yet start (not ``whole``): on a cluster they outlive this process."""
+        """Remove the folder, unless jobs of a cluster may yet start (not ``whole``): they outlive this process."""
         if whole or self.at_once is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def jobs_at_once(launcher: Mapping[str, Any], jobs: int, cores: int) -> int | None:
-    """How many jobs share this machine; None where a scheduler gives each its part."""
+    """Return how many jobs share this machine; None where a scheduler gives each its part."""
     kind = launcher["_target_"].rpartition(".")[2]
     if kind == "BasicLauncher":
         return 1
-    if kind == "LocalLauncher":  # of submitit: all of them
+    if kind == "LocalLauncher":  # submitit starts all at once
         return jobs
-    if kind == "JoblibLauncher":  # joblib counts from behind where it is negative
+    if kind == "JoblibLauncher":  # a negative number counts back from all cores
         n: int = launcher["n_jobs"]
         return min(n if n > 0 else max(1, cores + 1 + n), jobs)
     return None
 
 
 def gpu_files() -> list[Path]:
+    """Return the device files of this machine's GPUs."""
     return list(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def visible_gpus(environment: Mapping[str, str], present: list[Path]) -> tuple[str, ...]:
-    """GPUs as ``CUDA_VISIBLE_DEVICES`` names them: what it says (up to the first that is none), else all there are."""
+    """Return the names in ``CUDA_VISIBLE_DEVICES``, up to the first that is none; if it is not set, all GPUs."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return tuple(str(k) for k in range(len(present)))
-    names = [name.strip() for name in given.split(",")]
-    first_bad = next((k for k, name in enumerate(names) if not name or name.startswith("-")), len(names))
-    return tuple(names[:first_bad])
+    return tuple(takewhile(lambda name: name and not name.startswith("-"), map(str.strip, given.split(","))))
 
 
 def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ...]) -> dict[str, str | None]:
-    """The environment of a job in one of ``slots`` equal parts of the machine.
+    """Return the environment variables of a job in one of ``slots`` equal parts of the machine.
 
     Raises:
         ConfigError: the part has fewer GPUs than the job wants devices.
@@ -253,24 +255,24 @@ def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ..
 
 @contextmanager
 def watching(sweep: Sweep, began: Callable[[Job], None], ended: Callable[[Job], None]) -> Iterator[None]:
-    """While jobs run elsewhere: report each that starts and ends, and turn signals into the request to stop.
+    """While jobs run elsewhere: report each that starts and ends, and turn signals into requests to stop.
 
-    The signals are blocked, in this process and, by inheritance, in those that a launcher starts: a Ctrl-C in the
+    The signals are blocked, in this process and, by inheritance, in those that a launcher starts: Ctrl-C in the
     terminal goes to all of them, and would end them before their jobs have saved.
     """
-    over, enough = threading.Event(), threading.Event()
-    seen: dict[int, str] = {}
+    over, interrupted = threading.Event(), threading.Event()
+    reported: dict[int, str] = {}
 
-    def told(number: int, _: FrameType | None = None) -> None:
-        if enough.is_set():
+    def received(number: int, _: FrameType | None = None) -> None:
+        if interrupted.is_set():
             raise KeyboardInterrupt
-        sweep.ask(number)
+        sweep.request_stop(number)
 
     def report() -> list[Job]:
         jobs = sweep.jobs()
         for job in jobs:
-            if job.state not in (WAITING, seen.get(job.number)):
-                seen[job.number] = job.state
+            if job.state not in (WAITING, reported.get(job.number)):
+                reported[job.number] = job.state
                 (began if job.state == STARTED else ended)(job)
         return jobs
 
@@ -278,17 +280,17 @@ def watching(sweep: Sweep, began: Callable[[Job], None], ended: Callable[[Job], 
         deadline = math.inf
         while not over.is_set():
             if (caught := signal.sigtimedwait(STOP, LOOK)) is not None:
-                told(caught.si_signo)
+                received(caught.si_signo)
             running = [job for job in report() if job.state == STARTED and not sweep.lost(job)]
-            if asked := sweep.asked():
+            if requests := sweep.stop_requests():
                 deadline = min(deadline, time.monotonic() + PATIENCE)
-            if time.monotonic() > deadline and (not running or len(asked) >= 3) and not enough.is_set():
-                enough.set()
+            if time.monotonic() > deadline and (not running or len(requests) >= 3) and not interrupted.is_set():
+                interrupted.set()
                 _thread.interrupt_main()  # the launcher waits for jobs in a queue, which need not start any more
         report()
 
     resource_tracker.ensure_running()  # a launcher that starts it would unblock the signals again
-    handlers = {number: signal.signal(number, told) for number in STOP}  # should a library unblock them all the same
+    handlers = {number: signal.signal(number, received) for number in STOP}  # if a library unblocks them all the same
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

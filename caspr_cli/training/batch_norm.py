@@ -12,28 +12,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as functional
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with every batch norm replaced by one that counts over all ranks; parameters are shared."""
-    if device.type == "cuda":
-        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
+    """Return the model with every batch norm replaced by one that counts over all ranks; parameters are shared."""
+    model = cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    for module in model.modules() if device.type != "cuda" else ():
+        if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = BatchNormOverRanks
     return model
 
 
-class BatchNormOverRanks(_BatchNorm):
-    """What :class:`torch.nn.SyncBatchNorm` is on a GPU, for devices where that refuses to work.
+class BatchNormOverRanks(nn.SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm` for devices on which that refuses to work.
 
-    One collective of 2 C + 1 numbers a layer, forward and backward. In evaluation it is the usual one.
+    Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in evaluation.
     """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions but got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[B, C, ...]``; every rank must call this, with any ``B`` of its own."""

@@ -1,4 +1,4 @@
-"""What happens around the steps: curves, checkpoints, and an orderly end on a signal."""
+"""Callbacks of Lightning: curves, checkpoints, and an orderly end after a signal."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Curves(Callback):
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer's state on this rank after the last step: one that was loaded is whole until the next."""
+        """Bytes of this rank's optimizer state after the last step; a loaded state is whole until the next."""
         return state_bytes(self._stepped.state) if self._stepped else self._state_bytes
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Curves(Callback):
             self._point(trainer, module)
 
     def _point(self, trainer: Trainer, module: TrainingModule) -> None:
-        """One point of the training curves: the only place where the device is waited for."""
+        """Write one point of the training curves; nothing else waits for the device."""
         loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
         step, seconds = trainer.global_step, self.clock.seconds
         a_step = (seconds - self.mark[1]) / (step - self.mark[0])
@@ -163,7 +163,7 @@ class Curves(Callback):
         return a > b if self.recipe.task.target.higher_is_better else a < b
 
     def _diagnostics(self, trainer: Trainer) -> dict[str, float]:
-        """Of all blocks, on the first rank."""
+        """Return the diagnostics of all blocks, on the first rank."""
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if not isinstance(optimizer, KroneckerOptimizer) or (self.recorder is None and optimizer.ranks == 1):
             return {}
@@ -183,7 +183,7 @@ class Curves(Callback):
 
 
 def _of_all_ranks(found: dict[str, Tensor], counts: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Together, what each rank says of the blocks that it owns."""
+    """Return the diagnostics of all ranks together; each has those of the blocks that it owns."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ({name: x.cpu() for name, x in found.items()}, counts))
     parts: dict[str, list[Tensor]] = {}
@@ -195,7 +195,7 @@ def _of_all_ranks(found: dict[str, Tensor], counts: dict[str, int]) -> tuple[dic
 
 
 def _refuse_nan(name: str, loss: float, step: int) -> None:
-    """A run that has diverged has failed, and saves nothing over its last good checkpoint."""
+    """End a run that has diverged, before it saves over its last good checkpoint."""
     if not math.isfinite(loss):
         raise FloatingPointError(f"the {name} is {loss} at step {step}: a lower optim.lr may help")
 
@@ -227,7 +227,7 @@ class Checkpoints(Callback):
             link(self.record.last, self.record.best)  # the validation after the last step, which is saved
 
     def save(self, trainer: Trainer) -> None:
-        """On all ranks."""
+        """Save a checkpoint; all ranks must call this."""
         temporary = self.record.checkpoints / ".writing.ckpt"
         self.record.checkpoints.mkdir(exist_ok=True)
         trainer.save_checkpoint(temporary)
@@ -239,7 +239,7 @@ class Checkpoints(Callback):
         self._keep = True
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Every checkpoint lies between two steps, and says so.
+        """Mark the checkpoint as one between two steps.
 
         Inside the callbacks in which a checkpoint is written Lightning counts the batch as begun but not completed,
         and on resuming would count it again: validations would come a batch late from there on.
@@ -251,22 +251,22 @@ class Checkpoints(Callback):
 
 
 class Stopped(Exception):
-    """The run was told to end early, and is saved. (``should_stop`` would have Lightning validate once more.)"""
+    """The run was asked to stop early, and is saved. (With ``should_stop`` Lightning would validate once more.)"""
 
 
 class StopOnSignal(Callback):
-    """SIGTERM or SIGINT, or a launcher that is gone: finish the step, save, raise :class:`Stopped`."""
+    """After SIGTERM or SIGINT, or without a launcher: finish the step, save, raise :class:`Stopped`."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         # Its launcher is this process's parent, or (several ranks) the parent of torch's launcher.
         self._parent, self._launcher = os.getppid(), int(os.environ.get(LAUNCHER, os.getpid()))
-        self._asked = False
+        self._stop_requested = False
         self._listen()
 
     def _listen(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher holds SIGUSR2 back until now
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -274,8 +274,8 @@ class StopOnSignal(Callback):
         # a collective in the middle of whatever collective the step is in.
         self._listen()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -288,15 +288,15 @@ class StopOnSignal(Callback):
             raise Stopped
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """After :class:`Checkpoints`, which has saved."""
+        """Stop if asked to; :class:`Checkpoints` has saved before."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.global_step < trainer.max_steps and self._agreed(trainer):
             raise Stopped
 
     def _agreed(self, trainer: Trainer) -> bool:
-        """One rank may have been told a step before the other; they stop together."""
+        """Return whether any rank was asked to stop: a signal may reach one a step earlier, and they stop together."""
         # A dead launcher that nobody has waited for still answers to its number, but is no parent any more.
-        asked = self._asked or os.getppid() != self._parent or not lives(self._launcher)
-        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+        stop = self._stop_requested or os.getppid() != self._parent or not lives(self._launcher)
+        return bool(trainer.strategy.reduce_boolean_decision(stop, all=False))
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:

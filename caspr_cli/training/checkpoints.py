@@ -60,7 +60,7 @@ class AnotherRunError(ConfigError):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: a checkpoint, its step, and the lines of ``metrics.jsonl`` it stands for."""
+    """Where a run continues: a checkpoint, its step, and the number of lines of ``metrics.jsonl`` before it."""
 
     checkpoint: Path | None = None
     step: int = 0
@@ -68,11 +68,11 @@ class Start:
 
 
 def find(record: Record, owner: Owner, steps: int) -> Start:
-    """The last checkpoint that is whole and whose curves are there. All ranks come to the same: nobody writes yet.
+    """Return the last checkpoint that is whole and whose curves are there; the same on all ranks, as none writes yet.
 
     Args:
         owner: this run.
-        steps: at its end.
+        steps: of the whole run.
 
     Raises:
         RecordDamagedError: there are checkpoints, but none can be used.
@@ -98,10 +98,10 @@ def find(record: Record, owner: Owner, steps: int) -> Start:
 
 
 def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
-    """Its steps and lines of metrics.
+    """Return the steps of a checkpoint and its lines of metrics.
 
     Raises:
-        DamagedError: it is damaged; every bit that is read later is looked at.
+        DamagedError: it is damaged; every bit that is read later is checked.
         AnotherRunError: it is of another run.
     """
     try:
@@ -121,7 +121,7 @@ def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
 
 
 def _checked(path: Path, checkpoint: Any, owner: Owner, steps: int) -> tuple[int, int]:
-    """What :func:`_read` returns, of a checkpoint that holds what will be read of it."""
+    """Return the steps and lines of a loaded checkpoint, after a check of all that will be read of it."""
     said = _inner(checkpoint, OWNER)
     if said is not None:
         other = Owner(*(_inner(checkpoint, OWNER, key) for key in ("recipe", "seed", "data")))
@@ -148,7 +148,7 @@ def _checked(path: Path, checkpoint: Any, owner: Owner, steps: int) -> tuple[int
 
 
 def _inner(node: Any, *keys: str) -> Any:
-    """What is there, or None."""
+    """Return the value at a path of keys, or None."""
     for key in keys:
         node = node.get(key) if isinstance(node, dict) else None
     return node
@@ -160,7 +160,7 @@ def _short(value: Any) -> str:
 
 
 def _whole_lines(metrics: Path) -> int:
-    """Before the first that is torn or damaged."""
+    """Return the number of lines before the first that is torn or damaged."""
     try:
         lines = metrics.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -174,7 +174,7 @@ def _whole_lines(metrics: Path) -> int:
 
 
 class WholeFile(TorchCheckpointIO):
-    """Straight to where it belongs and onto the disk; Lightning's own goes through memory and ``/tmp``."""
+    """Writes checkpoints directly to the disk; Lightning's own goes through memory and ``/tmp``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         try:
@@ -188,7 +188,7 @@ class WholeFile(TorchCheckpointIO):
 
 
 def put_in_place(written: Path, record: Record, *, best: bool, keep: bool) -> None:
-    """A new last checkpoint; the one before it becomes the previous one, unless it is not worth keeping.
+    """Make a written file the last checkpoint, and the one before it (with ``keep``) the previous one.
 
     At every moment there is a whole one under one of the names.
     """
@@ -205,7 +205,7 @@ def put_in_place(written: Path, record: Record, *, best: bool, keep: bool) -> No
 
 
 def link(source: Path, target: Path) -> None:
-    """A second name for the same file, put in place at once."""
+    """Give a file a second name, in one step."""
     temporary = target.with_name(f".{target.name}")
     temporary.unlink(missing_ok=True)
     os.link(source, temporary)

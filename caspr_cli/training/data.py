@@ -48,7 +48,7 @@ class StepSampler:
 
 
 def mix(*words: int) -> int:
-    """One seed from several numbers, by splitmix64's finisher: neighbours give unrelated streams."""
+    """Return one seed from several numbers, by splitmix64's finisher: neighbours give unrelated streams."""
     mask, state = (1 << 64) - 1, 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & mask
@@ -68,7 +68,7 @@ class Seeded(Dataset[Any]):
         self.dataset = dataset
 
     def __getitems__(self, draws: list[Draw]) -> list[Any]:
-        """The samples of a batch (the loader's own name for this)."""
+        """Return the samples of a batch (the loader calls this name)."""
         samples = []
         with torch.random.fork_rng(devices=[]):
             for index, seed in draws:
@@ -119,7 +119,7 @@ class TaskData(LightningDataModule):
         return self._in_order("test")
 
     def _in_order(self, split: Split) -> DataLoader[Any]:
-        """This rank's share, each sample once: ranks may have one more or less, nothing is repeated to fill up."""
+        """Return a loader of this rank's share: each sample once, so that ranks may have one more or less."""
         share = list(range(self.rank, self._size(split), self.world))
         return DataLoader(
             torch.utils.data.Subset(self._datasets[split], share),

@@ -23,12 +23,12 @@ from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint, provenance
-from caspr_cli.runs.describe import prepared
 from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
 from caspr_cli.training.data import TaskData
+from caspr_cli.training.describe import prepared
 from caspr_cli.training.module import TrainingModule, build_options
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.ranks import answering
@@ -40,7 +40,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     """Train, validate and test; continue from the record's last checkpoint if there is one.
 
     Returns:
-        What belongs into ``result.json``, or None when a signal ended the run early (it is saved).
+        The content of ``result.json``, or None if a signal ended the run early (it is saved).
     """
     _silence()
     task = tasks.load(recipe.task, recipe.seed)
@@ -92,7 +92,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
 
 @contextmanager
 def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
-    """A checkpoint that has the checksums and not the content that it should have is named."""
+    """Name a checkpoint whose checksums are right and whose content does not fit the run."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -104,7 +104,7 @@ def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
 
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
-    """What an optimizer says of its options begins with the name of one."""
+    """Name the key of an option that an optimizer refuses."""
     try:
         yield
     except ValueError as error:
@@ -112,20 +112,20 @@ def _naming_the_key() -> Iterator[None]:
 
 
 def _refuse_options(recipe: Recipe) -> None:
-    """Those that no model could be trained with."""
+    """Refuse options that no model could be trained with."""
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
     with _naming_the_key():
         build(recipe.optim.name, [group], build_options(recipe.optim))
 
 
 def _optimizer(module: TrainingModule) -> Any:
-    """One to look at; refuses what this model cannot have before anything is written or trained."""
+    """Return a throwaway optimizer; refuses options that do not fit this model before anything is written."""
     with _naming_the_key():
         return module.configure_optimizers()["optimizer"]
 
 
 def _check_target(recipe: Recipe, task: Task) -> None:
-    """The metric must be one that validation gives."""
+    """Refuse a target whose metric is not computed in validation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nothing has been added to it yet
         names = [f"val/{name}" for name in task.metrics().compute()]
@@ -171,7 +171,7 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
 
 
 def _silence() -> None:
-    """Lightning's advice is for those who call it; its loggers answer only after it was imported."""
+    """Silence Lightning's advice, which is for those who call it."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
@@ -179,7 +179,7 @@ def _silence() -> None:
 
 
 def _show_log(progress: Progress) -> None:
-    """Lines that tasks log ("training the tokenizer ...") go to the screen."""
+    """Show the lines that tasks log, as "training the tokenizer ...", on the screen."""
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -200,14 +200,12 @@ def _header(
     world: int,
 ) -> list[str]:
     size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
-    parameters = sum(p.numel() for p in module.model.parameters())
-    plain = task.plain(module.model)
-    chosen = [p.numel() for n, p in module.model.named_parameters() if n not in plain]
+    parameters, chosen = _sizes(module)
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     lines = [
         f"data     {data['name']} ({data['source']}): {task.unit} {size}",
-        f"model    {parameters:,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
+        f"model    {sum(parameters):,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
         f"run      {recipe.trainer.max_steps} steps of {recipe.task.batch_size} samples on {world} {device}"
         f" process{'es' if world > 1 else ''}{threads}",
     ]
@@ -223,6 +221,13 @@ def _header(
     return lines
 
 
+def _sizes(module: TrainingModule) -> tuple[list[int], list[int]]:
+    """Return the numbers of elements of all tensors, and of those that are preconditioned."""
+    plain = module.task.plain(module.model)
+    named = [(name, p.numel()) for name, p in module.model.named_parameters()]
+    return [n for _, n in named], [n for name, n in named if name not in plain]
+
+
 def _device(trainer: Trainer, world: int) -> dict[str, Any]:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -232,8 +237,7 @@ def _device(trainer: Trainer, world: int) -> dict[str, Any]:
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:
     phases = module.timer.seconds
     parts = {name: phases.get(name, 0.0) for name in ("statistics", "roots", "apply", "communication")}
-    plain = module.task.plain(module.model)
-    sizes = {n: p.numel() for n, p in module.model.named_parameters()}
+    parameters, chosen = _sizes(module)
     cuda = torch.cuda.is_available() and module.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -248,8 +252,8 @@ def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Cu
         "test": module.scores["test"],
         "target": {"metric": recipe.task.target.metric, "value": recipe.task.target.value, **curves.target},
         "optimizer_seconds": parts | {"other": phases.get("step", 0.0) - sum(parts.values())},
-        "parameters": sum(sizes.values()),
-        "preconditioned_parameters": sum(size for n, size in sizes.items() if n not in plain),
+        "parameters": sum(parameters),
+        "preconditioned_parameters": sum(chosen),
         "optimizer_state_bytes": curves.state_bytes,  # of this rank
         "peak_memory_bytes": peak,
     }

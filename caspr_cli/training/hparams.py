@@ -25,7 +25,7 @@ METRICS = [f"{split}/{name}" for split in ("val", "test") for name in NAMES]
 
 
 def summaries(recipe: Recipe, identity: str) -> list[Summary]:
-    """The session's start (with its group), its end, and the columns of the page.
+    """Return the columns of the page, and the start (with its group) and end of this run.
 
     Args:
         identity: the hash of the recipe without its seed; runs that share it are one group, which the page averages.
@@ -45,7 +45,7 @@ def summaries(recipe: Recipe, identity: str) -> list[Summary]:
 
 
 def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
-    """The recipe as flat names and plain values, without paths and what does not change a number."""
+    """Return the recipe as flat names and plain values, without paths and keys that change no number."""
     left_out = {*NOT_IN_THE_NAME, "debug"} - {"seed"}
     plain = to_plain(recipe)
     del plain["search"]["space"]  # what was drawn from it stands at its own keys
@@ -53,7 +53,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
 
 
 def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
-    """TensorBoard takes the columns from whichever run it finds first, so each names those of all others."""
+    """Return the columns of all runs: TensorBoard takes them from whichever run it finds first."""
     others: dict[str, bool | float | str] = {"search.name": "", "trial": 0}  # null without a search
     for optimizer in OPTIMIZERS.values():
         others |= _flatten({"optim": to_plain(optimizer())})

@@ -15,12 +15,12 @@ Layout = dict[str, dict[str, list[str | list[str]]]]  # category: title: [kind, 
 
 
 def compared(metric: str) -> tuple[str, str]:
-    """The tags of a comparison, where a task is judged by ``metric`` (as ``val/loss``)."""
+    """Return the tags of a comparison by ``metric``, as ``val/loss``."""
     return metric, "train/loss"
 
 
 def layout(metric: str) -> Layout:
-    """The page of a run."""
+    """Return the page of a run."""
     return {
         FIRST: {tag: _lines(tag) for tag in compared(metric)},
         "cost": {
@@ -42,5 +42,5 @@ def layout(metric: str) -> Layout:
 
 
 def _lines(tag: str) -> list[str | list[str]]:
-    """A line for each run. What TensorBoard takes is a regular expression, matched from the start of a tag."""
+    """Return a chart with a line for each run; TensorBoard matches a regular expression from the start of a tag."""
     return ["Multiline", [f"{re.escape(tag)}$"]]

@@ -21,7 +21,7 @@ from tasks.base import Task
 
 
 def build_options(conf: OptimConf) -> dict[str, Any]:
-    """What :func:`caspr_cli.optim.registry.build` takes beside the groups."""
+    """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
     settings = options(conf)
     return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
 
@@ -81,10 +81,10 @@ class TrainingModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.timer.stop("step")
         if before is not None:
-            parameters = [p.detach() for p in self.model.parameters()]
-            changes = torch._foreach_norm(torch._foreach_sub(parameters, before))
-            self.last["update_norm"] = torch.stack(changes).norm()
-            self.last["weight_norm"] = torch.stack(torch._foreach_norm(parameters)).norm()
+            after = [p.detach() for p in self.model.parameters()]
+            changes = [new - old for new, old in zip(after, before, strict=True)]
+            self.last["update_norm"] = nn.utils.get_total_norm(changes)
+            self.last["weight_norm"] = nn.utils.get_total_norm(after)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.task.evaluate(self.model, batch, self.metrics["val"])
@@ -105,7 +105,7 @@ class TrainingModule(LightningModule):
         self._score("test")
 
     def _score(self, split: str) -> None:
-        """Over all ranks: the metric adds up its states before it computes."""
+        """Compute the metric over all ranks, and reset it."""
         metric = self.metrics[split]
         self.scores[split] = {f"{split}/{name}": float(value) for name, value in metric.compute().items()}
         metric.reset()

@@ -1,17 +1,17 @@
-"""``debug=plan``: what an optimizer will do to each tensor and at what cost, before anything is trained."""
+"""``debug=plan``: what an optimizer will do to each tensor, and at what cost; nothing is trained."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tasks
+from caspr_cli.common.format import size
+from caspr_cli.common.format import table as aligned
 from caspr_cli.optim.blocks import TIMES, Layout
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -38,7 +38,7 @@ class Row:
 
 @dataclass
 class Plan:
-    """The table, and what stands under it."""
+    """The rows of the table, and the numbers of the lines under it."""
 
     rows: list[Row]
     parameters: int
@@ -47,10 +47,10 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Build the model, and cost each tensor. Data are read where the model's shape depends on them, and not else.
+    """Return the cost of each tensor. Data are read only if the model's shape depends on them.
 
-    State and products of an optimizer are those of real steps on the "meta" device, which knows shapes and holds no
-    numbers; eigendecompositions of the Kronecker family are costed by :mod:`caspr_cli.optim.cost`.
+    The state and products of an optimizer are those of real steps on the "meta" device, which has shapes and no
+    numbers; :mod:`caspr_cli.optim.cost` has the eigendecompositions of the Kronecker family.
     """
     task = tasks.load(recipe.task, recipe.seed)
     model = task.model()
@@ -73,7 +73,7 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(
         sorted(rows.values(), key=lambda row: order[row.tensor]),
         parameters=sum(sizes.values()),
-        preconditioned=sum(size for name, size in sizes.items() if name not in plain),
+        preconditioned=sum(n for name, n in sizes.items() if name not in plain),
         model_flops=task.train_flops(model),
     )
 
@@ -86,9 +86,9 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
     stand_in = nn.Parameter(torch.empty_like(p, device="meta"))
     settings = build_options(recipe.optim)
     if "start_step" in settings:
-        settings["start_step"] = 1  # from the first step on it does all it will do
+        settings["start_step"] = 1  # it preconditions from the first step on
     optimizer = build(recipe.optim.name, [group | {"params": [stand_in]}], settings)
-    for _ in range(2):  # some only make their state in the first
+    for _ in range(2):  # some optimizers only make their state in the first
         stand_in.grad = torch.empty_like(stand_in)
         flops = called_flops(optimizer)
     own, blocks = recipe.optim.name, "-"
@@ -122,10 +122,10 @@ def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def table(found: Plan) -> Iterator[str]:
-    """The lines to print."""
+def table(found: Plan) -> list[str]:
+    """Return the lines to print."""
     total = found.model_flops + sum(row.count * row.flops for row in found.rows)
-    heads = [*(f.name for f in fields(Row) if f.name not in ("state", "flops")), "state", "FLOPs/step", "share"]
+    heads = ["tensor", "count", "shape", "blocks", "treatment", "reason", "state", "FLOPs/step", "share"]
     cells = [
         [
             row.tensor,
@@ -134,40 +134,18 @@ def table(found: Plan) -> Iterator[str]:
             row.blocks,
             row.treatment,
             row.reason,
-            _bytes(row.count * row.state),
-            _flops(row.count * row.flops),
+            size(row.count * row.state),
+            size(row.count * row.flops, "").strip() if row.flops else "-",
             f"{100 * row.count * row.flops / total:.1f} %" if row.flops else "-",
         ]
         for row in found.rows
     ]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    right = {"count", "state", "FLOPs/step", "share"}
-    for line in [heads, *cells]:
-        padded = [
-            cell.rjust(width) if head in right else cell.ljust(width)
-            for cell, width, head in zip(line, widths, heads, strict=True)
-        ]
-        yield "  ".join(padded).rstrip()
     spent = total - found.model_flops
-    yield ""
-    yield (
+    return [
+        *aligned([heads, *cells], right=[head in ("count", "state", "FLOPs/step", "share") for head in heads]),
+        "",
         f"model    {found.parameters:,} parameters, {found.preconditioned:,} of them preconditioned; "
-        f"{_flops(found.model_flops)} FLOPs forward and backward"
-    )
-    yield (
-        f"optim    {_bytes(sum(row.count * row.state for row in found.rows))} of state; {_flops(spent)} FLOPs a step, "
-        f"{100 * spent / total:.1f} % of the whole, on average (products and roots; what is elementwise is not counted)"
-    )
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, 1000, ["", " k", " M", " G", " T", " P"]) if value else "-"
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1000, [" B", " kB", " MB", " GB", " TB"])
-
-
-def _scaled(value: float, base: int, units: list[str]) -> str:
-    step = min(int(math.log(max(value, 1), base)), len(units) - 1)
-    return f"{value / base**step:.3g}{units[step]}"
+        f"{size(found.model_flops, 'FLOPs')} forward and backward",
+        f"optim    {size(sum(row.count * row.state for row in found.rows))} of state; {size(spent, 'FLOPs')} a step, "
+        f"{100 * spent / total:.1f} % of the whole, on average (products and roots; without elementwise operations)",
+    ]

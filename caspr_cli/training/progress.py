@@ -19,15 +19,15 @@ BAR = 16  # characters
 
 
 class _Console(Console):
-    """One that leaves a reader who goes away to :func:`_heard_or_not`."""
+    """A console whose broken pipe is handled by :func:`_unread`."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 @contextmanager
-def _heard_or_not() -> Iterator[None]:
-    """Nobody has to listen: a reader that goes away (``| head``), or a full disk behind it, does not end a run."""
+def _unread() -> Iterator[None]:
+    """Go on without a reader: one that goes away (``| head``), or a full disk behind it, does not end a run."""
     try:
         yield
     except OSError as error:
@@ -35,7 +35,7 @@ def _heard_or_not() -> Iterator[None]:
 
 
 class Progress:
-    """Used by rank 0. As a context it owns the live line, which is gone when it ends."""
+    """The output of rank 0. As a context it shows a live line."""
 
     def __init__(self, max_steps: int, unit: str) -> None:
         self.console = _Console(highlight=False, soft_wrap=True)
@@ -48,7 +48,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._live:
-            with _heard_or_not():
+            with _unread():
                 self._live.start()
         return self
 
@@ -56,17 +56,17 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            with _heard_or_not():
+            with _unread():
                 self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays, here and in the log (which is this process's standard error)."""
-        with _heard_or_not():
+        """Print a line that stays, on the screen and in the log (this process's standard error)."""
+        with _unread():
             self.console.print(line, markup=False)
         print(line, file=sys.stderr, flush=True)
 
     def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
-        """The live line; in a pipe, one line now and then."""
+        """Update the live line; in a pipe, print a line every ten seconds."""
         left = int(seconds_a_step * (self._max_steps - step))
         line = (
             f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
@@ -75,14 +75,14 @@ class Progress:
         if self._live:
             done = BAR * step // self._max_steps
             bar = self._full * done + (">" + " " * (BAR - done - 1) if done < BAR else "")
-            with _heard_or_not():
+            with _unread():
                 self._live.update(Text(f"{bar} {line}", overflow="crop", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(line)
 
     def validation(self, step: int, scores: dict[str, float], note: str) -> None:
-        """A line that stays for each validation."""
+        """Print a line for a validation."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self._last_line = time.monotonic()
         self.say(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {shown}{note}")

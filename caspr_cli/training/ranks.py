@@ -1,4 +1,4 @@
-"""What became of the other ranks, as far as one of them can tell."""
+"""Errors that come of other ranks, told from errors of this one."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def answering(record: Record, rank: int, world: int, timeout: float) -> Iterator
 
 
 def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> None:
-    """Until the first rank has written how the run ended: what it waits for after its last step, nobody else would.
+    """Wait until the first rank has written how the run ended; that rank may wait for the disk after its last step.
 
     Raises:
-        HungError: it has not in time.
+        HungError: it has not written it in time.
         LostError: it is gone, on another machine perhaps, and has written nothing.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save here
@@ -75,7 +75,7 @@ def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> Non
 
 
 def _silent(record: Record, rank: int, world: int) -> list[int]:
-    """The ranks that do not wait as this one does."""
+    """Return the ranks that do not wait as this one does."""
     marks = [record.path / f".waited.{r}" for r in range(world)]
     with suppress(OSError):  # a full disk
         marks[rank].touch()
@@ -84,6 +84,7 @@ def _silent(record: Record, rank: int, world: int) -> list[int]:
 
 
 def _end(record: Record, ranks: list[int]) -> None:
+    """Kill these ranks."""
     for process, rank in workers(record.path, int(os.environ.get(LAUNCHER, "0"))).items():
         if rank in ranks:
             with suppress(ProcessLookupError):

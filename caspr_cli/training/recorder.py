@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.common.files import write_whole
+from caspr_cli.common.format import finite
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.record import Record, RecordDamagedError, finite
+from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.training import hparams
 from caspr_cli.training.layout import FIRST, compared, layout
 
@@ -44,7 +45,7 @@ class Recorder:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
-            file.write(json.dumps(finite({"step": step, **values})) + "\n")
+            file.write(json.dumps(finite({"step": step, **values}, infinities=False)) + "\n")
         self.lines += 1
         scalars = dict(values) | {f"{FIRST}/{tag}": values[tag] for tag in self._compared if tag in values}
         for tag, value in scalars.items():
@@ -52,7 +53,7 @@ class Recorder:
                 self._writer.add_scalar(tag, value, step)
 
     def spectrum(self, step: int, logarithms: Tensor) -> None:
-        """One histogram of all eigenvalues, in bins of an eighth of a decade that are the same at each step and run.
+        """Write a histogram of all eigenvalues, in bins of an eighth of a decade, the same at each step and run.
 
         Args:
             logarithms: log10 of eigenvalues over the largest of their block: at most 0.
@@ -62,15 +63,15 @@ class Recorder:
         self._writer.add_histogram("optim/spectrum", values, step, bins=edges)
 
     def pages(self) -> None:
-        """This run's row of the HPARAMS page, and its part of the CUSTOM SCALARS page."""
+        """Write this run's row of the HPARAMS page, and its part of the CUSTOM SCALARS page."""
         self._writer.add_custom_scalars(layout(self._recipe.task.target.metric))
-        file_writer = self._writer._get_file_writer()
+        file_writer = self._writer.file_writer
         assert file_writer is not None
         for summary in hparams.summaries(self._recipe, self._record.path.parent.name):
             file_writer.add_summary(summary)
 
     def flush(self) -> None:
-        """What was given so far is on the disk."""
+        """Force everything written so far onto the disk."""
         self._writer.flush()
         for path in (self._record.metrics, max(self._record.path.glob(EVENTS))):
             with path.open("rb") as file:
@@ -81,7 +82,7 @@ class Recorder:
 
 
 def shown(directory: Path, step: int) -> set[str]:
-    """The tags of which TensorBoard has a value at this step: purging what comes after it would leave them.
+    """Return the tags that have a value at this step, which TensorBoard keeps when it purges later steps.
 
     A run that was killed after its test part has written that, at the step of its last checkpoint.
     """
@@ -98,7 +99,7 @@ def shown(directory: Path, step: int) -> set[str]:
 
 
 def _number(directory: Path) -> None:
-    """Earlier attempts' event files, in their order, get names that sort before all to come.
+    """Rename earlier attempts' event files, in their order, so that they sort before all later files.
 
     TensorBoard reads the files in the order of their names, which begin with the time: of a clock that was set back
     it would take the later attempt for the earlier one.

@@ -8,7 +8,7 @@ from caspr_cli.recipe.schema import Decay, ScheduleConf
 
 
 def factor(step: int, max_steps: int, conf: ScheduleConf) -> float:
-    """What the learning rate is multiplied by for the step after ``step`` steps.
+    """Return the factor of the learning rate for the step after ``step`` steps.
 
     Linear from 0 over the first ``warmup`` of the run, then 1, then over the last ``decay`` of the run to 0: linearly
     or along half a cosine. ``warmup=.05 decay=.95`` is the usual cosine schedule, ``decay=.2`` with ``linear`` the

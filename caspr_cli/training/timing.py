@@ -86,7 +86,7 @@ class PhaseTimer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """So far. On CUDA this waits for the last event."""
+        """Seconds of each phase so far. On CUDA this waits for the last event."""
         for phase, began, ended in self._pending:
             ended.synchronize()
             self._seconds[phase] += began.elapsed_time(ended) / 1000

@@ -158,7 +158,7 @@ def test_the_table_of_roots(
     assert call(monkeypatch, "--roots", "--task", "c4_lm") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
     assert call(monkeypatch, *flags) == 0

@@ -208,7 +208,7 @@ def test_a_value_of_several_lines_breaks_no_line_of_a_file(
     assert not any(line.startswith("EVIL") for line in text.splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,7 +219,7 @@ def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "curves", "--over", "seconds", "--to", "c.svg") == 0
     assert call(monkeypatch, "profile", "--to", "p.svg") == 0
@@ -230,7 +230,7 @@ def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "caspr-report compare outputs/vit --to x.html --to x.svg" in Path("x.html").read_text(encoding="utf8")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_figure_for_each_data_set(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(2):
         other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
@@ -262,14 +262,14 @@ def test_ctrl_c_ends_it_quietly(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
     command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("what", ["compare", "--help"])
 def test_a_full_disk_is_said_in_a_line(study: Path, what: str) -> None:
@@ -289,7 +289,7 @@ def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:
     assert done.stdout == "set()\n"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     "argv",
     [

@@ -59,7 +59,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"a\.txt: cannot write there: No space left on device"):
         write_output(tmp_path / "new/a.txt", "c")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]

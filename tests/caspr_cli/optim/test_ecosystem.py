@@ -13,7 +13,7 @@ from caspr_cli.optim import CASPR
 
 OPTIONS = {"lr": 0.02, "start_step": 3, "interval": 2, "betas": (0.9, 0.95), "weight_decay": 0.01}
 EPOCHS = 2
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 class Rows(Dataset):

@@ -20,7 +20,7 @@ from caspr_cli.optim.probe import counters
 from caspr_cli.optim.rows import Holders, all_pieces, shard_rows
 from caspr_cli.optim.stacks import is_factor
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "interval": 3, "start_step": 2, "block_size": 32, "weight_decay": 0.1}
 # Matrices of several blocks that shards cut, uneven shards, and some without a row.

@@ -20,7 +20,7 @@ from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.shard import Loads
 from caspr_cli.optim.stacks import is_factor
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 # Bit for bit is asked where blocks are multiples of 32. Elsewhere a matrix of a stack may begin between two multiples
 # of 64 bytes, or its eigenvalues be the rest that vector instructions leave over, and then the last bit may be another.

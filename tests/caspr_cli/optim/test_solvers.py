@@ -183,7 +183,7 @@ def test_newton_is_not_deceived_by_small_entries(prime: int) -> None:
         assert float(residual(S, newton_root(S, rule(1e-6), p), p)) < 10 * p * rounding(3, prime)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("condition", [1e4, 1e10])
 def test_a_thousand_rows(condition: float) -> None:
     d, p, eps = 1024, 4, 0.01 / condition

@@ -276,7 +276,7 @@ def test_a_pack_that_inflates_without_end_is_refused_in_a_line(
 # ---- speed -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path: Path) -> None:
     for k in range(250):
         optim, trial, seed = ("caspr", "shampoo", "adamw", "muon", "soap")[k % 5], k // 5 % 10, k // 50

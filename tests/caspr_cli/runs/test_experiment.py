@@ -45,28 +45,23 @@ def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
         record.write("result.json", {"final": {"val/x": value}, "best": {"val/x": 100.0}, "seconds": 7.0})
 
 
-@pytest.mark.parametrize(("higher", "best"), [(False, 1), (True, 0)])
-def test_the_best_is_the_best_at_the_end(tmp_path: Path, higher: bool, best: int) -> None:
+@pytest.mark.parametrize(
+    ("finals", "higher", "best"),
+    [
+        ((0.5, 0.3, 0.4), False, 1),
+        ((0.5, 0.3, 0.4), True, 0),
+        ((None, "failed", 8.0), False, 2),  # what is not finite, or failed, is not chosen
+    ],
+)
+def test_the_best_is_the_best_at_the_end(
+    tmp_path: Path, finals: tuple[float | str | None, ...], higher: bool, best: int
+) -> None:
     trial = tuned(tmp_path, higher=higher)
-    for index, value in enumerate((0.5, 0.3, 0.4)):
-        ended(trial(index), value)
-    ended(replace(trial(2), seed=1), 9.0 if higher else 0.0)  # a fresh seed chooses nothing
+    for index, value in enumerate(finals):
+        failed = isinstance(value, str)
+        ended(trial(index), None if failed else value, "failed" if failed else "done")
+    ended(replace(trial(2), seed=1), 9.0 if higher else 0.0)  # a held-out seed chooses nothing
     assert trials.best(trial) == best
-
-
-def test_what_failed_or_is_not_finite_is_not_chosen(tmp_path: Path) -> None:
-    trial = tuned(tmp_path)
-    ended(trial(0), None)
-    ended(trial(1), None, "failed")
-    ended(trial(2), 8.0)
-    assert trials.best(trial) == 2
-
-
-def test_of_equals_the_first(tmp_path: Path) -> None:
-    trial = tuned(tmp_path)
-    for index in range(3):
-        ended(trial(index), 0.25)
-    assert trials.best(trial) == 0
 
 
 def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
@@ -103,7 +98,9 @@ PAPER = ("c4_234m", "merge", "one_sided")
     ("name", "scale"), [*((name, "sample") for name in choices("experiment")), *((name, "paper") for name in PAPER)]
 )
 def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_path: Path) -> None:
-    told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2"])
+    # Every optimizer is composed for c4_14m; two of them do for the same table of another task.
+    fewer = ["optim=caspr,sgd"] if name in ("molpcba", "ud_pos", "c4_234m", "vision") else []
+    told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2", *fewer])
     table = experiment.rows(told)
     assert told.searches
     assert len({row.label for row in table}) == len(table) > 1
@@ -195,9 +192,10 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     assert experiment.seconds(table[0], []) == 40.0  # nothing is run to know it
     lines = experiment.plan(told, table, [40.0, "the training loss is nan"])
     assert "2 rows, each 2 trials at seed 0, then 3 seeds: 10 runs, 2 done" in lines[0]
-    assert any("optim=adamw" in line and "3 runs to do, about 40 s a run, 2 min in all" in line for line in lines)
+    (adamw,) = (line for line in lines if "optim=adamw" in line)
+    assert adamw.endswith("3 runs to do, about 40.0 s a run, 2 min 00 s in all")
     assert lines[-2].endswith("5 runs to do, time: the training loss is nan")
-    assert lines[-1] == "total    about 2 min, one run after the other; without 1 row not timed"
+    assert lines[-1] == "total    about 2 min 00 s, one run after the other; without 1 row not timed"
     assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
 
 
@@ -289,7 +287,7 @@ def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, ca
 # ---- as a user runs it -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     words = ["experiment=c4_14m", "optim=adamw", "search=algoperf", "search.trials=2", "seed=1,2", "output_dir=a_table"]
     out = runner(*words)

@@ -22,7 +22,7 @@ from running import Runner, losses, wait_for
 
 from caspr_cli.runs.processes import workers
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from running import Runner, losses
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 LONG = "trainer.max_steps=20000"
@@ -26,7 +27,7 @@ import atexit, os, sys
 
 def measure():
     dist = sys.modules.get("torch.distributed")
-    if "caspr_cli.runs.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
+    if "caspr_cli.training.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
         world = dist.get_world_size() if dist and dist.is_initialized() else 1
         with open(os.path.join(os.environ["MEASURED"], str(os.getpid())), "w") as file:
             file.write(f"{sys.argv[-1]} {world}")
@@ -85,15 +86,8 @@ def training(runner: Runner, output_dir: str, lines: int = 3) -> list[Path]:
 
 def processes(*words: str) -> list[int]:
     """Those whose command line has all of these words."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().decode()
-        except OSError:
-            continue
-        if all(word in line for word in words):
-            found.append(int(process.name))
-    return found
+    lines = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if all(word in line for word in words)]
 
 
 def no_session_is_left(runner: Runner, output_dir: str) -> bool:
@@ -119,7 +113,7 @@ def test_each_job_has_a_process_group_of_its_own(runner: Runner, tmp_path: Path)
 FAIL = """
 import os, sys
 
-if "caspr_cli.runs.worker" in sys.orig_argv and sys.orig_argv[-1].endswith("seed0"):
+if "caspr_cli.training.worker" in sys.orig_argv and sys.orig_argv[-1].endswith("seed0"):
     os._exit(1)
 """
 
@@ -130,7 +124,7 @@ def test_a_job_that_fails_or_is_killed_harms_no_other(runner: Runner, tmp_path: 
     sweep = ["output_dir=harm", "trainer.max_steps=80", "seed=0,1,2", "optim.eps=1e-6,-1"]
     process = start(runner, *sweep, PYTHONPATH=path)
     (record,) = until(lambda: training(runner, "harm"), "a run that trains")
-    (worker,) = processes("caspr_cli.runs.worker", str(record))
+    (worker,) = processes("caspr_cli.training.worker", str(record))
     os.kill(worker, signal.SIGKILL)
     out = finish(process, expect=3)
     assert "sweep    6 jobs: 1 failed, 3 refused, 1 cut off, 1 done" in out

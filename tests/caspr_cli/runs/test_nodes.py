@@ -18,6 +18,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, TrainerConf
 from caspr_cli.runs import launch
 from caspr_cli.runs.nodes import first_host, meeting_place
+from caspr_cli.runs.processes import LAUNCHER, with_variable
 from caspr_cli.runs.record import Holder, Record
 
 STEPS = "trainer.max_steps=80"  # enough to be hit on the way
@@ -52,7 +53,7 @@ def test_a_leader_that_was_replaced_is_not_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
     with record.held():
         record.write("status.json", {"state": "running"} | asdict(Holder.me()))
-        assert launch._join(cast(Recipe, None), record, launch.Place(), gone) is None
+        assert launch._join(cast(Recipe, None), record, launch.Allocation(), gone) is None
         assert record.status["state"] == "running"  # its, and no longer that of the one who is gone
 
 
@@ -60,7 +61,7 @@ def test_a_leader_that_is_gone_leaves_a_run_cut_off(tmp_path: Path, monkeypatch:
     record, gone = Record(tmp_path), Holder("another", 1, 2, "then")
     monkeypatch.setattr(launch, "_supervise", lambda *_: (1, None))
     record.write("status.json", {"state": "running"} | asdict(gone))
-    outcome = launch._join(cast(Recipe, None), record, launch.Place(), gone)
+    outcome = launch._join(cast(Recipe, None), record, launch.Allocation(), gone)
     assert outcome is not None
     assert outcome.exit_code == 143
     assert record.status["error"] == "process 1 on another (since then) is gone, which led the run"
@@ -80,7 +81,7 @@ def one_machine(runner: Runner) -> Path:
     return runner.record("one_machine")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
     """The same losses as two ranks of one machine; one record; told to stop, both save together and go on."""
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=nodes", STEPS]
@@ -97,16 +98,10 @@ def test_two_machines_are_one_run(runner: Runner, one_machine: Path) -> None:
 
 def everything_of(launcher: int) -> list[int]:
     """A launcher and what it has started, by what they inherit."""
-    mark = f"CASPR_LAUNCHER={launcher}".encode()
-    found = [launcher]
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
+    return [launcher, *(process.pid for process in with_variable(LAUNCHER, str(launcher)))]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     """All its processes at once, as by a power cut. The other one ends, and the two commands again end the run."""
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=machine_lost", STEPS]
@@ -125,7 +120,7 @@ def test_a_machine_is_lost(runner: Runner, one_machine: Path) -> None:
     assert losses(record) == losses(one_machine)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_machine_that_waits_alone_says_so(runner: Runner) -> None:
     nodes = ["trainer.nodes=2", f"trainer.rendezvous=localhost:{free_port()}", "output_dir=lonely", "trainer.timeout=4"]
     out = runner(*nodes, expect=143)

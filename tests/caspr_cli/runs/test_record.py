@@ -14,11 +14,11 @@ from typing import cast
 
 import pytest
 
-from caspr_cli.common.files import disk_error, write_whole
+from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
-from caspr_cli.runs.processes import LAUNCHER, birth, lives
+from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
 from caspr_cli.runs.record import (
     PLACE,
     Holder,
@@ -26,7 +26,6 @@ from caspr_cli.runs.record import (
     RecordBusyError,
     RecordDamagedError,
     clear_left,
-    memory_error,
     own,
 )
 from caspr_cli.runs.sweep import ENDED, Job
@@ -34,20 +33,6 @@ from caspr_cli.runs.sweep import ENDED, Job
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), resume=resume)
-
-
-def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "status.json"
-    write_whole(file, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(file, "new")
-    assert file.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
@@ -449,7 +434,7 @@ def test_a_record_without_a_status_is_not_taken_for_an_empty_directory(tmp_path:
 
 def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path: Path) -> None:
     made = recipe()
-    assert launch.worker_command(made, Record(tmp_path))[1:3] == ["-m", "caspr_cli.runs.worker"]
+    assert launch.worker_command(made, Record(tmp_path))[1:3] == ["-m", "caspr_cli.training.worker"]
     made.trainer.devices = 3
     command = launch.worker_command(made, Record(tmp_path))
     assert command[2:5] == ["torch.distributed.run", "--nproc-per-node=3", "--standalone"]

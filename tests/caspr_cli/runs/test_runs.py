@@ -9,12 +9,13 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from running import Runner, losses, wait_for
 
 from caspr_cli.recipe import compose
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +63,29 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
     assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
-    runner("output_dir=evaluated")
-    record = runner.record("evaluated")
+def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
+    """As a run is left that is killed after its last step, before it has written its result."""
+    shutil.copytree(done.parents[3], runner.home / name)
+    record = runner.record(name)
     result = json.loads((record / "result.json").read_text())
     (record / "result.json").unlink()
     status = json.loads((record / "status.json").read_text())
     (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    runner("output_dir=evaluated")
+    runner(f"output_dir={name}", *words)
     again = json.loads((record / "result.json").read_text())
     for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
         assert again[key] == result[key], key
-    assert losses(record) == losses(whole)
+    assert losses(record) == losses(done)
+
+
+def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
+    only_evaluates(runner, whole, "evaluated")
 
 
 def workers_of(record: Path) -> list[int]:
     """The processes with the record as their last word: those that train, and torch's launcher before them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"caspr_cli.runs.worker" in words and str(record).encode() in words:
-            found.append(int(process.name))
-    return sorted(found)
+    wanted = {"caspr_cli.training.worker", str(record)}
+    return sorted(p.pid for p in psutil.process_iter(["cmdline"]) if wanted <= set(p.info["cmdline"] or ()))
 
 
 def worker_of(record: Path) -> int:
@@ -161,16 +160,7 @@ def test_two_ranks_take_the_same_batches(whole: Path, ranks: Path) -> None:
 
 def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Path) -> None:
     """They load a whole optimizer, of which each would keep its part in the next step."""
-    shutil.copytree(ranks.parents[3], runner.home / "report")
-    record = runner.record("report")
-    result = json.loads((record / "result.json").read_text())
-    (record / "result.json").unlink()
-    status = json.loads((record / "status.json").read_text())
-    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    runner("output_dir=report", "trainer.devices=2")
-    again = json.loads((record / "result.json").read_text())
-    for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
-        assert again[key] == result[key], key
+    only_evaluates(runner, ranks, "report", "trainer.devices=2")
 
 
 def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:

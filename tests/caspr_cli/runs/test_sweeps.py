@@ -85,10 +85,10 @@ def test_how_many_jobs_share_this_machine(kind: str, n_jobs: int | None, at_once
 
 def test_a_slot_is_free_again(tmp_path: Path) -> None:
     one = made(tmp_path)
-    with one.place(recipe(accelerator="cpu")) as first, one.place(recipe(accelerator="cpu")) as second:
+    with one.allocation(recipe(accelerator="cpu")) as first, one.allocation(recipe(accelerator="cpu")) as second:
         assert first.environment["OMP_NUM_THREADS"] == second.environment["OMP_NUM_THREADS"]
         assert {p.name for p in tmp_path.glob("slot*")} == {"slot0", "slot1"}
-    with one.place(recipe()):
+    with one.allocation(recipe()):
         pass
 
 
@@ -98,20 +98,20 @@ def test_threads_are_the_users_where_they_were_given(tmp_path: Path, monkeypatch
     given = made(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")  # as a launcher sets them for its processes
     monkeypatch.setenv("MKL_NUM_THREADS", "64")
-    with given.place(recipe()) as place:
-        assert place.environment["OMP_NUM_THREADS"] == "3"
-        assert place.environment["MKL_NUM_THREADS"] is None
+    with given.allocation(recipe()) as given_share:
+        assert given_share.environment["OMP_NUM_THREADS"] == "3"
+        assert given_share.environment["MKL_NUM_THREADS"] is None
 
 
 def test_a_sweep_whose_folder_is_gone_is_over(tmp_path: Path) -> None:
     one = made(tmp_path / "id")
     one.folder.mkdir()
-    assert one.asked() == []
-    one.ask(signal.SIGINT)
-    one.ask(signal.SIGTERM)
-    assert one.asked() == [signal.SIGINT, signal.SIGTERM]
+    assert one.stop_requests() == []
+    one.request_stop(signal.SIGINT)
+    one.request_stop(signal.SIGTERM)
+    assert one.stop_requests() == [signal.SIGINT, signal.SIGTERM]
     one.end(whole=True)
-    assert one.asked() == [signal.SIGTERM]
+    assert one.stop_requests() == [signal.SIGTERM]
     one.note(Job(1, []))  # and so what it says late is not heard
     assert not one.folder.exists()
 
@@ -245,5 +245,5 @@ def test_a_launcher_that_waits_for_ever_is_left(tmp_path: Path, monkeypatch: pyt
         launch()
     assert time.monotonic() - started < 20
     assert ended == [2]
-    assert one.asked() == [signal.SIGINT]
+    assert one.stop_requests() == [signal.SIGINT]
     assert (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == before

@@ -45,7 +45,7 @@ def test_a_convolution_is_seen_as_a_matrix():
     assert as_matrix(torch.zeros(4, 3, 2, 2)).dtype == torch.float64
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_recorded_again_is_the_same_and_another_seed_is_not():
     state = torch.get_rng_state()
     layers = ("blocks.0.up.weight",)
@@ -62,7 +62,7 @@ def test_recorded_again_is_the_same_and_another_seed_is_not():
     assert first.rank <= 8
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_path_depends_on_the_optimizer_after_the_first_steps():
     layers = ("conv1.weight",)
     (ours,), (adamw,) = (record("resnet", 0, 14, layers, optimizer) for optimizer in ("caspr", "adamw"))
@@ -71,7 +71,7 @@ def test_the_path_depends_on_the_optimizer_after_the_first_steps():
     assert ours.shape == (4, 27)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_what_is_asked_for_is_recorded():
     found = recordings(Choice(quick=True, seed=3, task="vit", parameter="query"), silent)
     assert [(one.parameter, one.seed, one.shape) for one in found] == [("blocks.0.attention.query.weight", 3, (8, 8))]

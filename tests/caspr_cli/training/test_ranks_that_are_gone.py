@@ -108,13 +108,13 @@ def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Meeting]]:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path: Path) -> None:
     with left_alone(tmp_path, "gone") as (record, _), pytest.raises(LostError, match="rank 0 is gone"):
         wait_for_first(record, 1, 2, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(("how", "kind"), [("gone", LostError), ("hangs", HungError)])
 def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(
     tmp_path: Path, how: str, kind: type[Exception]

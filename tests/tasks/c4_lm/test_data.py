@@ -25,7 +25,7 @@ def ids_of(corpus, split):
 # ---- sample -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_true_sample():
     source = documents(C4LMConf())
     texts = {split: list(source.split(split)) for split in SPLITS}
@@ -262,7 +262,7 @@ def test_pointer_to_a_deleted_directory_builds_again(conf):
     Corpus(conf()).check()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_two_processes_build_at_once(conf, cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         arguments = documents(conf()), 300

@@ -395,7 +395,7 @@ def test_hash_covers_pixels_labels_and_classes(conf, folder):
     assert len(set(hashes)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not CIFAR_ZIP.is_file(), reason="needs the zip of CIFAR-10 as JPEG beside the repository")
 def test_cifar_as_jpeg_in_a_zip():
     conf = ImagesConf(name="images", data=Source.files, images=Images.folder, root=str(CIFAR_ZIP))

@@ -76,7 +76,7 @@ def test_canonical_smiles():
     assert left[1] == right[1]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not REAL.is_dir(), reason="the ToxCast files are not beside this repository")
 def test_toxcasts_graphs_are_those_of_ogb():
     conf = MolPCBAConf(data=Source.files, root=str(REAL / "ogb_layout/toxcast128"))

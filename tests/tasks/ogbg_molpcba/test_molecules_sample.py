@@ -16,7 +16,7 @@ from tasks.ogbg_molpcba.measured import LABELS, PROPERTIES, Measured, labels_of,
 from tasks.ogbg_molpcba.sources import SPLITS
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_true_sample():
     library = Library(MolPCBAConf())
     found = library.describe()

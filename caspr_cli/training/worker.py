@@ -1,4 +1,4 @@
-"""One rank of a run: ``python -m caspr_cli.runs.worker RECORD``. Reads the record's recipe, writes its result."""
+"""One rank of a run, ``python -m caspr_cli.training.worker RECORD``: read the recipe, train, write the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.runs.processes import LAUNCHER, lives
+from caspr_cli.runs.processes import LAUNCHER, lives, memory_error
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -23,14 +23,13 @@ from caspr_cli.runs.record import (
     RUNNING,
     Record,
     RecordDamagedError,
-    memory_error,
 )
 
-NAMES_RANKS = ("rank ", "no rank ")  # a message that says of itself whom it is about
+NAMES_RANKS = ("rank ", "no rank ")  # the start of a message that names its rank
 
 
 def main(path: str) -> int:
-    """Returns the exit status."""
+    """Run one rank of a record; return the exit status."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     record = Record(Path(path))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,10 +60,10 @@ def _run(record: Record, rank: int, world: int) -> None:
 
 
 def _end(record: Record, error: Exception, rank: int, world: int) -> int:
-    """Say why in ``status.json``, unless another rank has. Returns the exit status."""
+    """Write the error into ``status.json``, unless another rank has; return the exit status."""
     state, message = _cause(record, error)
     if state is None:
-        return CUT_OFF  # whoever ended first knows why
+        return CUT_OFF  # the rank that ended first knows why
     if world > 1 and not message.startswith(NAMES_RANKS):
         message = f"rank {rank}: {message}"
     with suppress(OSError):  # nor for this: the launcher finds the state "running", and this exit status
@@ -74,7 +73,7 @@ def _end(record: Record, error: Exception, rank: int, world: int) -> int:
 
 
 def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
-    """The state that an error leaves a run in (None: another rank says it), and what there is to say."""
+    """Return the state that an error leaves a run in (None: another rank writes it), and the message."""
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
     from caspr_cli.training.ranks import HungError, LostError

@@ -1,0 +1,66 @@
+"""Answer a question about a recipe without training: ``python -m caspr_cli.training.describe plan|data``.
+
+The recipe comes on standard input. ``plan`` prints the table of ``debug=plan``, ``data`` a line of JSON with the hash
+of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import tasks
+from caspr_cli.common.streams import complain
+from caspr_cli.recipe import compose
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import fingerprint
+from tasks.base import DataError, Task
+from tasks.files import data_files
+
+
+def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dict[str, Any]]:
+    """Prepare a task's data; return the stamps that the user's files had before, and the task's description of them.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    taken = None
+    if (root := fingerprint.root_of(recipe)) is not None:
+        with suppress(DataError, OSError):  # the task reads them next, and says what is wrong
+            taken = fingerprint.take(root, data_files(root))
+    task.prepare()
+    return taken, task.describe_data()
+
+
+def answer(question: str, recipe: Recipe) -> Iterator[str]:
+    """Yield the lines to print."""
+    if question == "plan":
+        from caspr_cli.training.plan import plan, table  # slow, and not needed for the data
+
+        yield from table(plan(recipe))
+    else:
+        taken, data = prepared(recipe, tasks.load(recipe.task, recipe.seed))
+        yield json.dumps({"files": taken or {}, "data": data})
+
+
+def main(question: str) -> int:
+    """Return the exit code: 0, or 2 after one line that says what is wrong."""
+    recipe = compose.parse(sys.stdin.read())
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("caspr").setLevel(logging.INFO)
+    try:
+        for line in answer(question, recipe):
+            print(line)
+    except (ConfigError, DataError, OSError) as error:  # OSError: the disk of the cache is full
+        complain(str(error).splitlines()[0])
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

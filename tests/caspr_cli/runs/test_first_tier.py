@@ -1,0 +1,40 @@
+"""A sweep with real processes, in the first tier: the other tests with whole runs are for releases."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from running import Runner, losses, wait_for
+
+from caspr_cli.runs.processes import workers
+
+
+def ranks(record: Path) -> int:
+    return int(json.loads((record / "provenance.json").read_text())["device"]["processes"])
+
+
+def test_a_sweep_over_ranks_is_cut_off_and_continues(runner: Runner) -> None:
+    """The worker of the first job is killed after a checkpoint; both jobs come to the same losses."""
+    words = ["-m", "output_dir=tier", "trainer.devices=1,2"]
+    process = runner.start(*words)
+    first = wait_for(runner, "tier", 1, "status.json")
+    while not (found := workers(first, process.pid)):
+        time.sleep(0.02)
+    wait_for(runner, "tier", 9)
+    os.kill(next(iter(found)), signal.SIGKILL)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 3, out
+    assert "sweep    2 jobs: 1 cut off, 1 done" in out
+    assert "a worker ended with SIGKILL; saved at step 8" in out
+    again = runner(*words)
+    assert "sweep    2 jobs: 1 done, 1 done before" in again
+    records = {ranks(status.parent): status.parent for status in (runner.home / "tier").glob("*/*/*/seed0/status.json")}
+    assert json.loads((records[1] / "status.json").read_text())["attempts"] == 2
+    one, two = losses(records[1]), losses(records[2])
+    assert sorted(step for step, name in one if name == "val/loss") == [8, 16, 20]
+    assert one == pytest.approx(two, rel=2e-4)
