@@ -9,9 +9,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.fsdp import is_counted
 from caspr_cli.optim.graft import frobenius, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
-from caspr_cli.optim.rows import is_counted
 from caspr_cli.optim.shard import summed
 from caspr_cli.optim.stacks import sent
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from caspr_cli.optim.combine import precondition, root_exponent
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.fsdp import is_sharded
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.placing import fill
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import damping_of
 from caspr_cli.optim.roots import damping_shift, eigendecomposition
-from caspr_cli.optim.rows import is_sharded
+from caspr_cli.optim.scatter import fill
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
 

@@ -2,7 +2,7 @@
 
 Under data parallelism every rank has the same gradients, so each computes the updates of its own blocks alone and gets
 the others' by one collective. A block's statistics and roots are on its owner; moments, a number a weight, are where
-the weights are. Where these are divided by rows, rows go to the owner of a block and back (`rows` says which).
+the weights are. Where these are divided by rows, rows go to the owner of a block and back (`fsdp` says which).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
-from caspr_cli.optim.rows import Holders, is_sharded, local
+from caspr_cli.optim.fsdp import RowSharding, is_sharded, local
 from caspr_cli.optim.schedule import EIGH_FLOPS
 
 SHARDS = ("auto", "none")
@@ -72,10 +72,10 @@ def _step_flops(shape: Shape, sizes: Shape) -> float:
     return 6.0 * math.prod(shape) * sum(sizes)
 
 
-class Post:
+class AllGatherBuffer:
     """Tensors from all ranks to all ranks in one collective.
 
-    Every rank asks for room for the same tensors in the same order, says whose each of them is, and fills its own.
+    Every rank asks for slots for the same tensors in the same order, with the owner of each, and fills its own.
     What is received is what was sent: where tensors travel in a lower type the owner, too, gets the rounded ones.
     """
 
@@ -86,7 +86,7 @@ class Post:
         self._work: Any = None
         self.moved = 0  # bytes that each rank received in the last step
 
-    def room(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def slot(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._ends, owner, shape, dtype)
 
     @property
@@ -95,14 +95,14 @@ class Post:
         return self.ranks * max(self._ends)
 
     def open(self) -> None:
-        """After the last room was asked for. Memory is kept from step to step."""
+        """Allocate the buffers once all slots are known. Memory is kept from step to step."""
         if len(self._received) < self.bytes:
             self._sent = torch.zeros(max(self._ends), dtype=torch.uint8, device=self.device)
             self._received = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
-    def mine(self, parcel: Parcel) -> Tensor:
-        """To write to."""
-        return parcel.view(self._sent, 0)
+    def mine(self, slot: Slot) -> Tensor:
+        """Return the view of a slot to write to."""
+        return slot.view(self._sent, 0)
 
     def send(self) -> None:
         """Start the collective; it runs beside what comes next."""
@@ -114,15 +114,15 @@ class Post:
     def wait(self) -> None:
         self._work.wait()
 
-    def read(self, parcel: Parcel) -> Tensor:
-        return parcel.view(self._received, parcel.owner * max(self._ends))
+    def read(self, slot: Slot) -> Tensor:
+        return slot.view(self._received, slot.owner * max(self._ends))
 
     def clear(self) -> None:
-        """For the next step."""
+        """Forget all slots, for the next step."""
         self._ends = [0] * self.ranks
 
 
-class Exchange:
+class AllToAllBuffer:
     """Tensors from some ranks to others in one collective.
 
     Every rank says what it sends to whom and what it gets from whom; for any two ranks, in the same order on both.
@@ -136,26 +136,26 @@ class Exchange:
         self.clear()
 
     def clear(self) -> None:
-        """For the next step."""
+        """Forget all slots, for the next step."""
         ranks = dist.get_world_size()
         self._to, self._from = [0] * ranks, [0] * ranks  # bytes
 
-    def to(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def to(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._to, rank, shape, dtype)
 
-    def of(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def of(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._from, rank, shape, dtype)
 
     def open(self) -> None:
-        """After all was said. Memory is kept from step to step."""
+        """Allocate the buffers once all slots are known. Memory is kept from step to step."""
         if len(self._sent) < sum(self._to):
             self._sent = torch.zeros(sum(self._to), dtype=torch.uint8, device=self.device)
         if len(self._received) < sum(self._from):
             self._received = torch.empty(sum(self._from), dtype=torch.uint8, device=self.device)
 
-    def mine(self, parcel: Parcel) -> Tensor:
-        """To write to."""
-        return parcel.view(self._sent, sum(self._to[: parcel.owner]))
+    def mine(self, slot: Slot) -> Tensor:
+        """Return the view of a slot to write to."""
+        return slot.view(self._sent, sum(self._to[: slot.owner]))
 
     def send(self) -> None:
         """Start the collective; it runs beside what comes next."""
@@ -166,19 +166,19 @@ class Exchange:
     def wait(self) -> None:
         self._work.wait()
 
-    def read(self, parcel: Parcel) -> Tensor:
-        return parcel.view(self._received, sum(self._from[: parcel.owner]))
+    def read(self, slot: Slot) -> Tensor:
+        return slot.view(self._received, sum(self._from[: slot.owner]))
 
 
-def _next(ends: list[int], rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
-    """Room at the end of a rank's segment."""
-    parcel = Parcel(rank, ends[rank], tuple(shape), dtype)
-    ends[rank] += -(-parcel.size // ALIGNED) * ALIGNED
-    return parcel
+def _next(ends: list[int], rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
+    """Return the next slot of a rank's segment."""
+    slot = Slot(rank, ends[rank], tuple(shape), dtype)
+    ends[rank] += -(-slot.size // ALIGNED) * ALIGNED
+    return slot
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Slot:
     """A tensor's place in a rank's segment."""
 
     owner: int
@@ -219,7 +219,7 @@ def _content(p: Tensor) -> list[float]:
     """What is the same on all ranks; of rows, nothing where there are as many as there should be."""
     if not is_sharded(p):
         return [float(end) for end in torch.aminmax(p.detach())]
-    rows, here = Holders.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
+    rows, here = RowSharding.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
     return [] if here.shape[0] == rows.stop - rows.start else [float(here.shape[0])]
 
 
@@ -234,11 +234,11 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return totals
 
 
-class Meeting:
+class Barrier:
     """All ranks, or an error that says that some did not come. Made by all ranks together."""
 
-    def __init__(self, patience: float) -> None:
-        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=patience)
+    def __init__(self, timeout: float) -> None:
+        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=timeout)
         # Of its own: whatever the others do instead is not taken for an answer.
         self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout) if dist.is_gloo_available() else None
 
@@ -278,12 +278,12 @@ def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
         entries: Entries = defaultdict(dict)
         for i, named in head.items():
             ends = [0] * ranks
-            parcels = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
-            room = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
+            slots = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
+            buffer = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
             if owner == rank:
-                for name, parcel in parcels.items():
-                    parcel.view(room, 0).copy_(mine[i][name])
-            dist.broadcast(room, src=owner)
-            entries[i] = {name: parcel.view(room, 0) for name, parcel in parcels.items()}
+                for name, slot in slots.items():
+                    slot.view(buffer, 0).copy_(mine[i][name])
+            dist.broadcast(buffer, src=owner)
+            entries[i] = {name: slot.view(buffer, 0) for name, slot in slots.items()}
         everyone.append(dict(entries))
     return everyone

@@ -1,8 +1,8 @@
 """Parameters whose rows are divided among ranks, as `torch.distributed.fsdp.fully_shard` does it.
 
 Each rank holds some neighbouring rows. A block is preconditioned whole by the rank that owns it, so rows of gradients
-and momenta go from their holders to the owners, and rows of updates the other way: this module says which.
-Numbers are in `shard.Exchange`.
+and momenta go from their sharding to the owners, and rows of updates the other way: this module says which.
+Numbers are in `shard.AllToAllBuffer`.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def check_placements(p: Tensor, ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class Holders:
+class RowSharding:
     """Which rows of axis 0 each rank has, and which copy of the tensor they are part of (0 but for replicas)."""
 
     rows: list[slice]
     copy: list[int]
 
     @classmethod
-    def of(cls, p: DTensor, size: int) -> Holders:
+    def of(cls, p: DTensor, size: int) -> RowSharding:
         """
         Args:
             size: of axis 0, of p or of what its axes are merged to.
@@ -97,7 +97,7 @@ def shard_rows(size: int, ranks: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BlockShard:
     """Those rows of a block that one rank holds."""
 
     holder: int
@@ -111,39 +111,39 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Route:
+class TransferPlan:
     """Where the rows of a parameter go, seen from one rank."""
 
     layout: Layout  # of what this rank holds: one block
-    held: list[Piece]  # that are here, of blocks that may be anybody's
-    owned: list[Piece]  # of blocks that are this rank's, and may be anywhere
+    held: list[BlockShard]  # that are here, of blocks that may be anybody's
+    owned: list[BlockShard]  # of blocks that are this rank's, and may be anywhere
 
     @classmethod
-    def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> Route:
-        holders = Holders.of(p, layout.shape[0])
-        pieces = [x for x in all_pieces(layout, owners, holders) if rank in (x.holder, x.owner)]
-        mine = holders.rows[rank]
+    def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> TransferPlan:
+        sharding = RowSharding.of(p, layout.shape[0])
+        shards = [x for x in block_shards(layout, owners, sharding) if rank in (x.holder, x.owner)]
+        mine = sharding.rows[rank]
         held = (mine.stop - mine.start, *layout.shape[1:])
         here = Layout(held, layout.axes, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
-        return cls(here, [x for x in pieces if x.holder == rank], [x for x in pieces if x.owner == rank])
+        return cls(here, [x for x in shards if x.holder == rank], [x for x in shards if x.owner == rank])
 
 
-def all_pieces(layout: Layout, owners: dict[Shape, list[int]], holders: Holders) -> list[Piece]:
+def block_shards(layout: Layout, owners: dict[Shape, list[int]], sharding: RowSharding) -> list[BlockShard]:
     """In an order that is the same on all ranks."""
-    pieces = []
-    for shape in layout.parts:
+    shards = []
+    for shape in layout.shapes:
         counts: dict[int, int] = defaultdict(int)
         for block, owner in zip(layout.blocks[shape], owners[shape], strict=True):
-            for holder, mine in enumerate(holders.rows):
+            for holder, mine in enumerate(sharding.rows):
                 start, stop = max(block[0].start, mine.start), min(block[0].stop, mine.stop)
                 if start < stop:
                     rows = slice(start - block[0].start, stop - block[0].start)
                     cut = (slice(start - mine.start, stop - mine.start), *block[1:])
-                    same = holders.copy[holder] == holders.copy[owner]
+                    same = sharding.copy[holder] == sharding.copy[owner]
                     size = (stop - start, *shape[1:])
-                    pieces.append(Piece(holder, owner, same, size, shape, counts[owner], rows, cut))
+                    shards.append(BlockShard(holder, owner, same, size, shape, counts[owner], rows, cut))
             counts[owner] += 1
-    return pieces
+    return shards
 
 
 def is_counted(p: Tensor) -> bool:
@@ -158,5 +158,5 @@ def distribute(whole: Tensor, p: DTensor, rank: int) -> DTensor:
     """This rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
     from torch.distributed.tensor import DTensor
 
-    rows = whole[Holders.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
+    rows = whole[RowSharding.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
     return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
