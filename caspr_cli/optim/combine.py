@@ -28,7 +28,7 @@ def root_exponent(order: float, axes: int, exponent: float) -> int:
 
 
 def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
-    """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
+    """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
     dtype = group["apply_dtype"] or X.dtype
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     if dtype == X.dtype:
@@ -38,7 +38,7 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
 
 
 def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, out: Tensor) -> Tensor:
-    """U for K blocks.
+    """Return U for K blocks.
 
     Args:
         G: ``[K, d_1, ..., d_k]``, overwritten.
@@ -72,6 +72,6 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
 
 
 def on_axis(G: Tensor, A: Tensor, axis: int) -> Tensor:
-    """A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
+    """Return A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
     moved = G.movedim(axis + 1, 1)  # [K, d, *rest]
     return torch.bmm(A, moved.flatten(2) if G.ndim > 2 else moved.unsqueeze(2)).view(moved.shape).movedim(1, axis + 1)

@@ -1,6 +1,6 @@
-"""The work of a step divided among ranks: who owns which block, and what travels before and after its own step.
+"""The work of a step divided among ranks: who owns which block, and what is sent before and after a rank's own step.
 
-For each gradient of rows: :meth:`Division.gather` -> :mod:`caspr_cli.optim.step` -> :meth:`Division.send`
+:meth:`Division.gather` (rows of DTensors) -> :mod:`caspr_cli.optim.step` -> :meth:`Division.send`
 -> :meth:`Division.receive`.
 """
 
@@ -93,7 +93,7 @@ class Division:
 
     @property
     def bytes_received(self) -> int:
-        """By this rank in the last step, its own share included."""
+        """Bytes that this rank received in the last step, its own share included."""
         return sum(buffer.moved for buffer in (*self._gathers.values(), *self._exchanges.values()))
 
     def share(self, p: Tensor, group: Group) -> Layout:

@@ -33,12 +33,12 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def locals_of(tensors: list[Tensor], sharded: bool) -> list[Tensor]:
-    """What is here of each; ``sharded`` says whether one of them may be a DTensor."""
+    """Return the part of each tensor that is on this rank; ``sharded`` says whether one of them may be a DTensor."""
     return [local(t) for t in tensors] if sharded else tensors
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What is here of a tensor: all of it but of a DTensor. A view, and no communication."""
+    """Return the part of a tensor that is on this rank: all of it unless it is a DTensor. A view, no communication."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -91,32 +91,32 @@ class RowSharding:
 
 
 def shard_rows(size: int, ranks: int) -> list[slice]:
-    """Of each rank, as in torch: all have ceil(size / ranks) rows, until there are none left."""
+    """Return the rows of each rank, as in torch: ceil(size / ranks) rows each, until there are none left."""
     each = -(-size // ranks)
     return [slice(min(r * each, size), min((r + 1) * each, size)) for r in range(ranks)]
 
 
 @dataclass(frozen=True)
 class BlockShard:
-    """Those rows of a block that one rank holds."""
+    """The rows of a block that one rank holds."""
 
     holder: int
     owner: int
     same_copy: bool  # of the tensor: an owner asks its own copy alone for rows, and sends its updates to all
     shape: Shape
-    block: Shape  # the shape of the block that it is part of,
-    number: int  # which one that is, of its owner's of this shape,
-    rows: slice  # and which of its rows these are
-    cut: tuple[slice, ...]  # its place in what the holder has
+    block: Shape  # the shape of the block
+    number: int  # index of the block among its owner's blocks of this shape
+    rows: slice  # of the block
+    cut: tuple[slice, ...]  # where they are in what the holder has
 
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """Where the rows of a parameter go, seen from one rank."""
+    """What one rank sends and receives of the rows of a parameter."""
 
-    layout: Layout  # of what this rank holds: one block
-    held: list[BlockShard]  # that are here, of blocks that may be anybody's
-    owned: list[BlockShard]  # of blocks that are this rank's, and may be anywhere
+    layout: Layout  # of the rows that this rank holds: one block
+    held: list[BlockShard]  # rows on this rank, of blocks of any owner
+    owned: list[BlockShard]  # rows of the blocks that this rank owns, on any rank
 
     @classmethod
     def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> TransferPlan:
@@ -129,7 +129,7 @@ class TransferPlan:
 
 
 def block_shards(layout: Layout, owners: dict[Shape, list[int]], sharding: RowSharding) -> list[BlockShard]:
-    """In an order that is the same on all ranks."""
+    """Return the parts of all blocks that ranks hold, in an order that is the same on all ranks."""
     shards = []
     for shape in layout.shapes:
         counts: dict[int, int] = defaultdict(int)
@@ -155,7 +155,7 @@ def is_counted(p: Tensor) -> bool:
 
 
 def distribute(whole: Tensor, p: DTensor, rank: int) -> DTensor:
-    """This rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
+    """Return this rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
     from torch.distributed.tensor import DTensor
 
     rows = whole[RowSharding.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)

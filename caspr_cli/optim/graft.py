@@ -44,7 +44,7 @@ def update_second_moment(exp_avg_sq: list[Tensor], grads: list[Tensor], beta2: f
 def direction(
     graft: str, momenta: list[Tensor], exp_avg_sq: list[Tensor], steps: list[int], beta2: float, eps: float
 ) -> list[Tensor]:
-    """The step that the diagonal method would take, divided by the learning rate.
+    """Return the step that the diagonal method would take, divided by the learning rate.
 
     Args:
         momenta: bias-corrected momentum, or the gradient where momentum comes later.

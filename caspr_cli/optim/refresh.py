@@ -25,7 +25,7 @@ Due = list[tuple[Stack, list[int]]]  # rows of a stack, ascending
 
 
 def refresh(due: Due, group: Group) -> None:
-    """In place: roots of these rows, from their statistics."""
+    """Compute the roots of these rows from their statistics, in place."""
     room = most = torch.get_num_threads() * BATCH
     batch: Due = []
     for stack, rows in due:
@@ -77,6 +77,6 @@ def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
 
 
 def damping_of(stack: Stack, group: Group) -> Tensor:
-    """``[K]``, float64: eps of each block, ten times as large for each refusal in a row."""
+    """Return ``[K]``, float64: eps of each block, ten times as large for each refusal in a row."""
     eps: Tensor = group["eps"] * torch.full_like(stack.retries, 10, dtype=torch.float64).pow(stack.retries)
     return eps.clamp(max=max(1.0, group["eps"])) if group["damping"] == "relative" else eps

@@ -31,13 +31,13 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all
 
 
 def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
+    """Return the number of ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass
 class Loads:
-    """What each rank has to do: FLOPs of every step, and of the roots whose turn is one step of an interval."""
+    """The work of each rank: FLOPs of every step, and of the roots whose turn is one step of an interval."""
 
     ranks: int
     always: list[float] = field(init=False)
@@ -51,8 +51,8 @@ class Loads:
         self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in sizes)
 
     def assign(self, blocks: list[tuple[Shape, Shape, tuple[int, int]]]) -> list[int]:
-        """The owner of each block, given as its shape, those of its axes that have statistics, and the (param group,
-        phase) of its refresh.
+        """Return the owner of each block, given as its shape, the lengths of its axes that have statistics, and the
+        (param group, step of the interval) of its refresh.
 
         The most expensive first, each to the rank whose step, refresh included, is then the shortest: products cost
         6 m n (m + n) FLOPs in every step, roots ``EIGH_FLOPS`` (m^3 + n^3) in one of an interval. Blocks that were
@@ -68,7 +68,7 @@ class Loads:
 
 
 def _step_flops(shape: Shape, sizes: Shape) -> float:
-    """Of statistics and application, without roots."""
+    """Return the FLOPs of statistics and application, without roots."""
     return 6.0 * math.prod(shape) * sum(sizes)
 
 
@@ -91,7 +91,7 @@ class AllGatherBuffer:
 
     @property
     def bytes(self) -> int:
-        """That each rank receives, its own included. Segments are as long as the longest."""
+        """Bytes that each rank receives, its own included. Segments are as long as the longest."""
         return self.ranks * max(self._ends)
 
     def open(self) -> None:
@@ -216,7 +216,7 @@ def agree(params: list[Tensor]) -> None:
 
 
 def _content(p: Tensor) -> list[float]:
-    """What is the same on all ranks; of rows, nothing where there are as many as there should be."""
+    """Return what should be the same on all ranks; of rows, nothing unless their number is wrong."""
     if not is_sharded(p):
         return [float(end) for end in torch.aminmax(p.detach())]
     rows, here = RowSharding.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
@@ -224,7 +224,7 @@ def _content(p: Tensor) -> list[float]:
 
 
 def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Over ranks, by one collective a device: numbers (float64, of one shape) that each has of its rows."""
+    """Return sums over ranks of numbers (float64, of one shape) that each has of its rows: a collective a device."""
     totals: dict[Tensor, Tensor] = {}
     for device in dict.fromkeys(p.device for p in squares):  # in the same order on all ranks
         here = [p for p in squares if p.device == device]
@@ -235,15 +235,16 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
 
 
 class Barrier:
-    """All ranks, or an error that says that some did not come. Made by all ranks together."""
+    """A barrier that raises an error if not all ranks come in time. Made by all ranks together."""
 
     def __init__(self, timeout: float) -> None:
         self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=timeout)
-        # Of its own: whatever the others do instead is not taken for an answer.
+        # A group of its own, so that no other collective of a rank is taken for its arrival.
         self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout) if dist.is_gloo_available() else None
 
     def wait(self) -> None:
-        """
+        """Wait until all ranks have come.
+
         Raises:
             RuntimeError: a rank does not come in time, or is gone; gloo's words for it are in the message.
         """
@@ -262,7 +263,7 @@ Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, .
 
 
 def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
-    """What each rank holds, on all ranks, a broadcast a parameter and owner.
+    """Return what each rank holds, on all ranks, by one broadcast for each parameter and owner.
 
     Args:
         mine: what this rank holds; tensors of one parameter are sent together.

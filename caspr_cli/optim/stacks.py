@@ -20,7 +20,8 @@ RowIndex = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 # the memory that a step takes beside the state.
 CHUNK_CPU, CHUNK = 2**20, 2**24
 
-# Of the scale of now, what an input is divided by at least: what comes out is then far from the end of float32.
+# Lower bound of the input divisor, relative to the current gradient scale: it keeps scaled inputs far from float32's
+# overflow.
 LEAST_SCALE = 1e-20
 
 # How many times the share of a row (or column) in the statistics may grow before new roots are computed at once. A row
@@ -30,13 +31,13 @@ OUTGROWN = 25
 
 
 def sent(small: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is at."""
+    """Return a copy on the device, without waiting for the device."""
     return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What a stack is made of."""
+    """The types in which a stack keeps its factors."""
 
     dtype: torch.dtype  # of the statistics
     root_dtype: torch.dtype
@@ -111,7 +112,7 @@ class Stack:
 
     @property
     def sizes(self) -> Shape:
-        """Of the statistics: the lengths of the axes that have them."""
+        """Sizes of the statistics: the lengths of the axes that have them."""
         return tuple(self.shape[axis] for axis in self.axes)
 
     @property
@@ -120,7 +121,7 @@ class Stack:
         return (self.scale > 0) & (self.root_scale > 0)
 
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
-        """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
+        """Return the entries of ``optimizer.state[p]``, as views. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
         for name, tensors in (("statistics", self.S), ("root", self.A), ("share", self.shares)):
@@ -128,7 +129,7 @@ class Stack:
         return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
     def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
-        """These parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
+        """Yield these parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
         if params is self.members:
             if not self._chunks:
                 self._chunks = list(self._cut(params))
@@ -149,7 +150,7 @@ class Stack:
             yield run, slice(self.rows[run[0]].start, self.rows[run[-1]].stop)
 
     def index(self, rows: list[int]) -> RowIndex:
-        """To take these rows (ascending) by: without a copy where they are neighbours."""
+        """Return an index of these rows (ascending): a slice, which copies nothing, where they are neighbours."""
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(rows[0], rows[-1] + 1)
         return sent(torch.tensor(rows, device="cpu"), self.scale.device)
@@ -194,7 +195,7 @@ class Stack:
         return grown
 
     def remember_shares(self, place: int, at: RowIndex, S: Tensor, shift: Tensor, accepted: Tensor) -> None:
-        """What :meth:`outgrown` compares with: of these rows whose roots of S + shift I are ``accepted`` [k]."""
+        """Keep what :meth:`outgrown` compares with, for these rows whose roots of S + shift I are ``accepted`` [k]."""
         if not self.shares:
             return
         now = S.diagonal(dim1=1, dim2=2).double()
@@ -217,7 +218,7 @@ class Stack:
         return unpack(A, self.sizes[place], dtype) if self.storage.packed else A.to(dtype)
 
     def store(self, place: int, at: RowIndex, root: Root, accepted: Tensor) -> None:
-        """Keep these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
+        """Store these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
         A = root.A
         if A.device.type != "cpu" or not bool(accepted.all()):
             old = self.root(place, at, A.dtype)
@@ -227,7 +228,7 @@ class Stack:
         self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
 
     def forget_roots(self) -> None:
-        """They are made anew, each with its block's next gradient."""
+        """Forget all roots: they are computed anew, each with its block's next gradient."""
         torch._foreach_zero_([*self.A, self.root_scale, *self.shares])
         self.rooted.clear()
 
@@ -256,7 +257,7 @@ def build_stacks(
     storages: dict[Tensor, Storage],
     state: dict[Tensor, dict[str, Tensor]],
 ) -> list[Stack]:
-    """Stack the blocks of ``params``; factors already in ``state`` are copied in, and ``state`` becomes views.
+    """Return stacks of the blocks of ``params``; factors in ``state`` are copied in, and ``state`` becomes views.
 
     What was stored otherwise (packed or not, of another type) is converted.
 
@@ -294,7 +295,7 @@ def build_stacks(
 
 
 def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) -> Tensor:
-    """A stored factor in the form that ``view`` has."""
+    """Return a stored factor in the form that ``view`` has."""
     if old.shape == view.shape:
         return old
     axis = name.partition(".")[0].rpartition("_")[2]
