@@ -19,7 +19,7 @@ from caspr_cli.optim.graft import frobenius
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
 from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.scatter import chunks, copy
+from caspr_cli.optim.scatter import ReceivedRows, chunks, copy
 from caspr_cli.optim.shard import AllGatherBuffer, AllToAllBuffer, Barrier, Loads, Slot, agree, summed, world_size
 from caspr_cli.optim.stacks import Stack, check_factors, is_factor, outdated
 from caspr_cli.optim.step import Active, Received, finish, preconditioned, update_moments
@@ -164,20 +164,21 @@ class Division:
     def gather(self, steps: list[Active]) -> tuple[list[Received], dict[Tensor, Tensor]]:
         """Return what each group's owners received, and how long this rank's rows of the graft's steps are."""
         lengths: dict[Tensor, Tensor] = {}
-        received = [Received() for _ in steps]
-        sends: list[tuple[dict[Tensor, Any], Tensor, Tensor]] = []
-        for x, into in zip(steps, received, strict=True):
+        gradients: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
+        momenta: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
+        sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]] = []
+        for x, of_gradients, of_momenta in zip(steps, gradients, momenta, strict=True):
             for chunk in chunks([p for p in x.layouts if p in self.transfers]):
                 lengths |= update_moments(chunk, x)
             for p in (p for p in x.steps if p in x.grads and p in self.transfers):
-                sends.append((into.gradients, p, x.grads[p]))
+                sends.append((of_gradients, p, x.grads[p]))
                 if p in x.layouts and x.group["precondition"] == "momentum":
-                    sends.append((into.momenta, p, local(x.state[p]["exp_avg"])))
+                    sends.append((of_momenta, p, local(x.state[p]["exp_avg"])))
         if sends:
             self._exchange_rows(sends, steps[0])
-        return received, lengths
+        return [Received(*rows) for rows in zip(gradients, momenta, strict=True)], lengths
 
-    def _exchange_rows(self, sends: list[tuple[dict[Tensor, Any], Tensor, Tensor]], x: Active) -> None:
+    def _exchange_rows(self, sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]], x: Active) -> None:
         """Put what arrives of each parameter's rows into the first of each triple; the third is what is here."""
         buffers: dict[torch.device, AllToAllBuffer] = {}
         outgoing, incoming = [], []
@@ -231,23 +232,27 @@ class Division:
         return InFlight(steps, slots, lengths, counted)
 
     def _slots(self, steps: list[Active]) -> Slots:
-        slots = Slots({}, {}, {}, {})
+        """Return the slots of all blocks, in buffers that are large enough."""
+        buffers: dict[tuple[bool, torch.device], Buffer] = {}
+        blocks: dict[tuple[Tensor, Shape], list[Slot]] = {}
+        outgoing: dict[Tensor, list[Slot]] = {}
+        incoming: dict[Tensor, list[Slot]] = {}
         for x in steps:
             for p, layout in x.layouts.items():
                 dtype = x.group["gather_dtype"] or factor_dtype(p, x.group)
                 if p in self.transfers:
                     plan, exchange = self.transfers[p], self._exchange("updates", p.device)
-                    slots.buffers[True, p.device] = exchange
-                    slots.outgoing[p] = [exchange.to(s.holder, s.shape, dtype) for s in plan.owned]
-                    slots.incoming[p] = [exchange.of(s.owner, s.shape, dtype) for s in plan.held]
+                    buffers[True, p.device] = exchange
+                    outgoing[p] = [exchange.to(s.holder, s.shape, dtype) for s in plan.owned]
+                    incoming[p] = [exchange.of(s.owner, s.shape, dtype) for s in plan.held]
                     continue
                 gather = self._gathers.setdefault(p.device, AllGatherBuffer(p.device))
-                slots.buffers[False, p.device] = gather
+                buffers[False, p.device] = gather
                 for shape in layout.shapes:
-                    slots.blocks[p, shape] = [gather.slot(owner, shape, dtype) for owner in self.owners[p][shape]]
-        for buffer in slots.buffers.values():
+                    blocks[p, shape] = [gather.slot(owner, shape, dtype) for owner in self.owners[p][shape]]
+        for buffer in buffers.values():
             buffer.open()
-        return slots
+        return Slots(buffers, blocks, outgoing, incoming)
 
     def _put(self, U: Tensor, stack: Stack, members: list[Tensor], x: Active, slots: Slots) -> None:
         """Copy U of these parameters' blocks ``[k, d_1, ..., d_k]`` to what is sent."""
