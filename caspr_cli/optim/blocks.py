@@ -71,8 +71,8 @@ class Layout:
     shape: Shape
     axes: tuple[int, ...]  # of each block, those that have statistics
     blocks: dict[Shape, list[tuple[slice, ...]]]
-    numbers: dict[Shape, list[int]]  # of these blocks, among all of their shape that the parameter has
-    parts: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
+    indices: dict[Shape, list[int]]  # of these blocks, among all of their shape that the parameter has
+    shapes: tuple[Shape, ...]  # all shapes that it has: an entry of its state is numbered by its place here
     long: tuple[int, ...] = ()  # axes without statistics because they are too long, see LONG
 
     @classmethod
@@ -99,25 +99,25 @@ class Layout:
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
         for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)
-        numbers = {s: list(range(len(cuts))) for s, cuts in blocks.items()}
+        indices = {s: list(range(len(cuts))) for s, cuts in blocks.items()}
         sizes = [max(s.stop - s.start for s in part) for part in parts]
         limits = [max(LONG, TIMES * math.prod(sizes) // d) for d in sizes]
         checked = axes == "all" and not is_vector(merged[in_front:])
         long = tuple(i for i, d in enumerate(sizes) if checked and d > limits[i])
         having = tuple(i for i in range(len(merged))[chosen] if i not in long)
-        return cls(merged, having, dict(blocks), numbers, tuple(blocks), long)
+        return cls(merged, having, dict(blocks), indices, tuple(blocks), long)
 
     def only(self, chosen: dict[Shape, list[int]]) -> Layout:
-        """Some of the blocks of a whole layout: of each shape those with these numbers."""
-        numbers = {shape: n for shape, n in chosen.items() if n}
-        blocks = {s: [self.blocks[s][i] for i in n] for s, n in numbers.items()}
-        return Layout(self.shape, self.axes, blocks, numbers, self.parts, self.long)
+        """Return the layout of some blocks of a whole one: of each shape those with these indices."""
+        indices = {shape: n for shape, n in chosen.items() if n}
+        blocks = {s: [self.blocks[s][i] for i in n] for s, n in indices.items()}
+        return Layout(self.shape, self.axes, blocks, indices, self.shapes, self.long)
 
     def sizes(self, shape: Shape) -> Shape:
-        """Of the statistics of a block of this shape: the lengths of the axes that have them."""
+        """Return the sizes of the statistics of a block of this shape: the lengths of the axes that have them."""
         return tuple(shape[axis] for axis in self.axes)
 
     def views(self, tensor: Tensor, shape: Shape) -> list[Tensor]:
-        """The blocks of ``shape`` in ``tensor`` (of the parameter's shape, contiguous or not)."""
+        """Return the blocks of ``shape`` in ``tensor`` (of the parameter's shape, contiguous or not)."""
         merged = tensor.reshape(self.shape)
         return [merged[cut] for cut in self.blocks[shape]]

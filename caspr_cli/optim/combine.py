@@ -27,51 +27,51 @@ def root_exponent(order: float, axes: int, exponent: float) -> int:
     return round(roots / exponent)
 
 
-def precondition(X: Tensor, spare: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
-    """U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``spare`` are overwritten."""
+def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
+    """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
     dtype = group["apply_dtype"] or X.dtype
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     if dtype == X.dtype:
-        return apply_roots(X, A, stack.axes, group["order"], spare)
+        return apply_roots(X, A, stack.axes, group["order"], out)
     low = X.to(dtype)
     return X.copy_(apply_roots(low, A, stack.axes, group["order"], torch.empty_like(low)))
 
 
-def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, spare: Tensor) -> Tensor:
-    """U for K blocks.
+def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, out: Tensor) -> Tensor:
+    """Return U for K blocks.
 
     Args:
         G: ``[K, d_1, ..., d_k]``, overwritten.
         A: for each of ``axes`` ``[K, d_i, d_i]``, symmetric, of the type of G.
         axes: one of G's, or all of them.
         order: q, or ``math.inf`` for the product.
-        spare: room of the size of G. For matrices the result is in G or here, and nothing is allocated.
+        out: memory of the size of G. For matrices the result is in G or here, and nothing is allocated.
 
     Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product); 2 m n d for one axis of size d.
     """
     k = len(A)
     if k > 1 and axes[0] == 1:  # one member of a batch in each block
         inner = tuple(axis - 1 for axis in axes)
-        return apply_roots(G.squeeze(1), A, inner, order, spare.squeeze(1)).unsqueeze(1)
+        return apply_roots(G.squeeze(1), A, inner, order, out.squeeze(1)).unsqueeze(1)
     if k == 1:
         if G.ndim != 3:
             return on_axis(G, A[0], axes[0])
-        return torch.bmm(A[0], G, out=spare) if axes[0] == 0 else torch.bmm(G, A[0], out=spare)
+        return torch.bmm(A[0], G, out=out) if axes[0] == 0 else torch.bmm(G, A[0], out=out)
     if math.isinf(order):
         if k == 2:
-            return torch.bmm(torch.bmm(A[0], G, out=spare), A[1], out=G)
+            return torch.bmm(torch.bmm(A[0], G, out=out), A[1], out=G)
         for axis, A_i in enumerate(A):
             G = on_axis(G, A_i, axis)
         return G
     for _ in range(int(order)):
         if k == 2:  # (A G + G B)/2 with the addition inside the product
-            G, spare = torch.bmm(A[0], G, out=spare).baddbmm_(G, A[1], beta=0.5, alpha=0.5), G
+            G, out = torch.bmm(A[0], G, out=out).baddbmm_(G, A[1], beta=0.5, alpha=0.5), G
         else:
             G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in enumerate(A)]).mean(0)
     return G
 
 
 def on_axis(G: Tensor, A: Tensor, axis: int) -> Tensor:
-    """A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
+    """Return A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
     moved = G.movedim(axis + 1, 1)  # [K, d, *rest]
     return torch.bmm(A, moved.flatten(2) if G.ndim > 2 else moved.unsqueeze(2)).view(moved.shape).movedim(1, axis + 1)

@@ -18,8 +18,8 @@ from caspr_cli.optim.symmetric import packed_length
 
 
 def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, Shape, Shape, int]]:
-    """For all that is preconditioned: group, parameter, lengths of a block's axes that have statistics, shape of the
-    block, number of such blocks."""
+    """Return for all that is preconditioned: group, parameter, lengths of a block's axes that have statistics, shape
+    of the block, number of such blocks."""
     return [
         (group, p, layout.sizes(shape), shape, len(blocks))
         for group in optimizer.param_groups
@@ -31,12 +31,12 @@ def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, Shape,
 
 
 def passes(order: float, axes: int) -> int:
-    """How often all roots are applied: q times for the Kronecker sum; once for the product, and where there is one."""
+    """Return how often all roots are applied: q times for the sum; once for the product or one root."""
     return 1 if math.isinf(order) or axes == 1 else int(order)
 
 
 def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
-    """FLOPs of an average step (2 per multiply-add): ``statistics``, ``roots``, ``apply``.
+    """Return the FLOPs of an average step (2 per multiply-add): ``statistics``, ``roots``, ``apply``.
 
     For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
     q for the application (once for a product); and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots. An axis without
@@ -65,7 +65,7 @@ def _added_product(total: Shape, left: Shape, right: Shape, *, out_shape: Shape,
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of an optimizer's state, views of one storage counted once each."""
+    """Return the bytes of an optimizer's state, views of one storage counted once each."""
     return sum(_bytes(value) for entries in state.values() for value in entries.values())
 
 

@@ -9,15 +9,15 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.fsdp import is_counted
 from caspr_cli.optim.graft import frobenius, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
-from caspr_cli.optim.rows import is_counted
 from caspr_cli.optim.shard import summed
 from caspr_cli.optim.stacks import sent
 
 
 class Finite:
-    """Which of some gradients are finite: asked of the device now, read later.
+    """Which of some gradients are finite. The device is asked at once, and the answer is read later.
 
     Reading waits for what was queued before the question, and not for what came after it.
 
@@ -27,7 +27,7 @@ class Finite:
     """
 
     def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
-        """``known``: norms of gradients that are not here as a whole."""
+        """Ask. ``known`` has the norms of gradients of which only some rows are on this rank."""
         self._norms: dict[torch.device, list[Tensor]] = {}  # Frobenius, float64; infinite or NaN where it is not finite
         self._place: dict[int, int] = {}  # of a parameter's norm among those of its device, by its id
         self._answers: list[tuple[list[Tensor], Tensor]] = []
@@ -53,7 +53,7 @@ class Finite:
                 self._answers.append((params, answer))
 
     def norms(self, params: list[Tensor]) -> Tensor:
-        """``[n]``, of parameters of one device that have a gradient."""
+        """Return the norms ``[n]`` of the gradients of these parameters, which are on one device."""
         device = params[0].device
         if len(self._norms[device]) > 1:
             self._norms[device] = [torch.cat(self._norms[device])]
@@ -63,7 +63,7 @@ class Finite:
         return norms[sent(torch.tensor(places, device="cpu"), device)]
 
     def others(self) -> list[Tensor]:
-        """The parameters whose gradient is not."""
+        """Return the parameters whose gradient is not finite. Waits for the device."""
         for event in self._events:
             event.synchronize()
         return [
@@ -72,7 +72,7 @@ class Finite:
 
 
 def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Frobenius norms of tensors like DTensors, of which each rank has some rows: a collective."""
+    """Return the Frobenius norms of tensors of which each rank has some rows: a collective operation."""
     squares = [frobenius([G])[0].square() for G in rows.values()]
     own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
     return {p: total.sqrt() for p, total in summed(own).items()}

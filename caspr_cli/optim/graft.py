@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from caspr_cli.optim.rows import local
+from caspr_cli.optim.fsdp import local
 
 GRAFTS = ("adam", "rmsprop", "sgd", "none")
 
@@ -44,7 +44,7 @@ def update_second_moment(exp_avg_sq: list[Tensor], grads: list[Tensor], beta2: f
 def direction(
     graft: str, momenta: list[Tensor], exp_avg_sq: list[Tensor], steps: list[int], beta2: float, eps: float
 ) -> list[Tensor]:
-    """The step that the diagonal method would take, divided by the learning rate.
+    """Return the step that the diagonal method would take, divided by the learning rate.
 
     Args:
         momenta: bias-corrected momentum, or the gradient where momentum comes later.
@@ -73,7 +73,7 @@ def fusible(*lists: list[Tensor]) -> bool:
 
 
 def adam_length(
-    room: list[Tensor],
+    out: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
@@ -84,11 +84,11 @@ def adam_length(
 ) -> Tensor:
     """One step of Adam's moments and counters; returns the length of the step that Adam would take, over its rate.
 
-    torch's fused kernel takes that step on ``room``, zeros of the parameters' shapes: one pass over memory instead of
+    torch's fused kernel takes that step on ``out``, zeros of the parameters' shapes: one pass over memory instead of
     fifteen. On a CPU and for contiguous tensors only.
     """
     adamw(
-        room,
+        out,
         grads,
         exp_avg,
         exp_avg_sq,
@@ -103,7 +103,7 @@ def adam_length(
         eps=eps,
         maximize=False,
     )
-    return frobenius(room)
+    return frobenius(out)
 
 
 def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: list[Tensor] | None = None) -> None:

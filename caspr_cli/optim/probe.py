@@ -8,13 +8,13 @@ from torch import Tensor
 
 from caspr_cli.optim.combine import precondition, root_exponent
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.fsdp import is_sharded
 from caspr_cli.optim.graft import direction, needs_second_moment
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.placing import fill
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import damping_of
 from caspr_cli.optim.roots import damping_shift, eigendecomposition
-from caspr_cli.optim.rows import is_sharded
+from caspr_cli.optim.scatter import fill
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
 
@@ -23,9 +23,9 @@ LOWEST = -16.0  # decades: about the rounding of float64
 
 @torch.no_grad()
 def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
-    """What the statistics and roots look like now.
+    """Return what the statistics and roots look like now.
 
-    Returns, for all stacked blocks and their axes with statistics (1-D, float64):
+    For all stacked blocks and their axes with statistics (1-D, float64):
         ``condition``: of the damped statistics, lambda_max / lambda_min.
         ``damping_share``: part of the trace of the damped statistics that is damping.
         ``residual``: ``||A^p S~ - I||_F / sqrt(d)`` recomputed from the root in use and the statistics of now: the
@@ -54,7 +54,7 @@ def diagnose(optimizer: KroneckerOptimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
-    """What was refused since the optimizer was made (waits for the device); roots, of the blocks that this rank owns.
+    """Return counts of what was refused since the optimizer was made: roots, of the blocks that this rank owns.
 
     Returns:
         ``rejected_roots``: new roots that were not finite or whose residual was too large, and were not used.
@@ -67,7 +67,7 @@ def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
 
 
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
-    """Of all blocks whose roots are of a gradient."""
+    """Return the values that belong to axes, of all blocks whose roots are of a gradient."""
     seen = stack.known
     unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
     p = root_exponent(group["order"], len(stack.axes), group["exponent"])
@@ -90,13 +90,13 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
 
 
 def _logarithms(damped: Tensor) -> Tensor:
-    """1-D, of eigenvalues ``[K, d]``, ascending; without those of matrices of zeros."""
+    """Return a 1-D tensor, of eigenvalues ``[K, d]``, ascending; without those of matrices of zeros."""
     damped = damped[damped[:, -1] > 0]
     return (damped / damped[:, -1:]).log10().clamp(min=LOWEST).flatten()
 
 
 def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group) -> dict[str, Tensor]:
-    """Length and angle of U against the graft's step, for tensors that fill a block or more in one stack."""
+    """Return length and angle of U against the graft's step, for tensors that fill a block or more in one stack."""
     if group["graft"] == "none":
         return {}
     beta1, beta2 = group["betas"]

@@ -15,7 +15,7 @@ from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import bound
 from caspr_cli.optim.solve import Problem, Solution, solve_all
-from caspr_cli.optim.stacks import Rows, Stack
+from caspr_cli.optim.stacks import RowIndex, Stack
 
 ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
 MOST_RETRIES = 24  # times that damping is raised
@@ -25,7 +25,7 @@ Due = list[tuple[Stack, list[int]]]  # rows of a stack, ascending
 
 
 def refresh(due: Due, group: Group) -> None:
-    """In place: roots of these rows, from their statistics."""
+    """Compute the roots of these rows from their statistics, in place."""
     room = most = torch.get_num_threads() * BATCH
     batch: Due = []
     for stack, rows in due:
@@ -48,7 +48,7 @@ def _refresh(due: Due, group: Group) -> None:
         _take(stack, at, problems, [next(solutions) for _ in problems], group)
 
 
-def _take(stack: Stack, at: Rows, problems: list[Problem], solutions: list[Solution], group: Group) -> None:
+def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[Solution], group: Group) -> None:
     """Keep the roots of all axes of these blocks where those of all of them are good."""
     accepted = torch.stack(
         [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
@@ -77,6 +77,6 @@ def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
 
 
 def damping_of(stack: Stack, group: Group) -> Tensor:
-    """``[K]``, float64: eps of each block, ten times as large for each refusal in a row."""
+    """Return ``[K]``, float64: eps of each block, ten times as large for each refusal in a row."""
     eps: Tensor = group["eps"] * torch.full_like(stack.retries, 10, dtype=torch.float64).pow(stack.retries)
     return eps.clamp(max=max(1.0, group["eps"])) if group["damping"] == "relative" else eps

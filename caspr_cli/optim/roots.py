@@ -42,7 +42,7 @@ class Root:
 
 
 def damping_shift(largest: Tensor, unit: Tensor, eps: Tensor, damping: str) -> Tensor:
-    """What is added to the diagonal of S / c^2: eps lambda_max (``relative``) or eps / c^2 (``absolute``).
+    """Return what is added to the diagonal of S / c^2: eps lambda_max (``relative``) or eps / c^2 (``absolute``).
 
     Args:
         largest: ``[K]``, the largest eigenvalue of S / c^2.
@@ -56,7 +56,7 @@ def damping_shift(largest: Tensor, unit: Tensor, eps: Tensor, damping: str) -> T
 
 
 def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``[K, d]``, ascending, and eigenvectors ``[K, d, d]`` of K symmetric matrices that have no
+    """Return eigenvalues ``[K, d]``, ascending, and eigenvectors ``[K, d, d]`` of K symmetric matrices that have no
     negative eigenvalue but by rounding.
 
     MKL's divide-and-conquer (2024.2) does not converge where exact zeros alternate with a full block, and such is the
@@ -77,7 +77,7 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:
-    """By eigendecomposition. Rounding may have left negative eigenvalues; they count as zero.
+    """Return inverse roots by eigendecomposition. Rounding may have left negative eigenvalues; they count as zero.
 
     Only the lower triangle is read. Cost: the decomposition, about 10 products of d x d on a CPU, and half a product.
     """
@@ -90,7 +90,7 @@ def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:
 
 
 def newton_steps(condition: float, p: int) -> int:
-    """Steps after which the coupled Newton iteration is done with matrices of at most this condition.
+    """Return the steps after which the coupled Newton iteration is done with matrices of at most this condition.
 
     The smallest eigenvalue has the longest way, or, where it starts near its goal, the largest.
     """
@@ -107,7 +107,7 @@ def newton_steps(condition: float, p: int) -> int:
 
 
 def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf) -> Root:
-    """By the coupled Newton iteration, M -> ((1 + 1/p) I - M / p)^p M and H -> H ((1 + 1/p) I - M / p).
+    """Return inverse roots by coupled Newton: M -> ((1 + 1/p) I - M / p)^p M and H -> H ((1 + 1/p) I - M / p).
 
     M -> I and H -> S~^(-1/p) for M = z S~, H = z^(1/p) I with eigenvalues of M in (0, p + 1). Each matrix stops by
     itself: when the largest entry of M - I is at rounding, or grows again. M and H part in finite precision, so that
@@ -163,7 +163,7 @@ def largest_eigenvalue(S: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def probe_vectors(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[PROBES, d]`` of independent signs, always the same."""
+    """Return ``[PROBES, d]`` of independent signs, always the same."""
     generator = torch.Generator("cpu").manual_seed(d)
     signs = torch.randint(0, 2, (PROBES, d), generator=generator, device="cpu") * 2 - 1
     probes: Tensor = signs.to(device, dtype)
@@ -171,7 +171,7 @@ def probe_vectors(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def residual(S: Tensor, root: Root, p: int) -> Tensor:
-    """``[K]``: an estimate of ||A^(p/2) S~ A^(p/2) - I||_F / sqrt(d), recomputed from A (one A
+    """Return ``[K]``, an estimate of ||A^(p/2) S~ A^(p/2) - I||_F / sqrt(d), recomputed from A (one A
     more on one side for an odd p).
 
     With V of random signs, E ||R V||_F^2 = PROBES ||R||_F^2 for any R. Anything in A that is not finite makes it so.
@@ -191,7 +191,7 @@ def residual(S: Tensor, root: Root, p: int) -> Tensor:
 
 
 def bound(condition: Tensor, dtype: torch.dtype, least: float) -> Tensor:
-    """``[K]``: the residual that a root may have: ``least``, or what rounding alone makes of a condition number.
+    """Return ``[K]``, the residual that a root may have: ``least``, or what rounding alone makes of a condition number.
 
     Roundings of an eigendecomposition are relative to the largest eigenvalue, so the relative error of the smallest is
     ``condition`` times as large. Never more than .9: a root of zero has 1. (Measured at a condition of 1e6, of which

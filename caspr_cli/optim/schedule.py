@@ -1,4 +1,4 @@
-"""Which step of an interval is whose turn."""
+"""At which step of an interval each block has new roots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_ONCE = 1e11
 
 
 def phases(costs: Sequence[float], interval: int) -> list[int]:
-    """A step of the interval (0 ... interval - 1) for each item, such that all steps cost about the same.
+    """Return a step of the interval (0 ... interval - 1) for each item, such that all steps cost about the same.
 
     The longest item first, each to the step that has least so far: at most 4/3 of the best there is (Graham 1969).
     Fewer items than steps are spread evenly. The result is a pure function of the arguments: a run that was cut off

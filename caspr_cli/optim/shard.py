@@ -2,7 +2,7 @@
 
 Under data parallelism every rank has the same gradients, so each computes the updates of its own blocks alone and gets
 the others' by one collective. A block's statistics and roots are on its owner; moments, a number a weight, are where
-the weights are. Where these are divided by rows, rows go to the owner of a block and back (`rows` says which).
+the weights are. Where these are divided by rows, rows go to the owner of a block and back (`fsdp` says which).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
-from caspr_cli.optim.rows import Holders, is_sharded, local
+from caspr_cli.optim.fsdp import RowSharding, is_sharded, local
 from caspr_cli.optim.schedule import EIGH_FLOPS
 
 SHARDS = ("auto", "none")
@@ -31,13 +31,13 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all
 
 
 def world_size() -> int:
-    """Ranks of the default process group; 1 without one."""
+    """Return the number of ranks of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass
 class Loads:
-    """What each rank has to do: FLOPs of every step, and of the roots whose turn is one step of an interval."""
+    """The work of each rank: FLOPs of every step, and of the roots whose turn is one step of an interval."""
 
     ranks: int
     always: list[float] = field(init=False)
@@ -51,8 +51,8 @@ class Loads:
         self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in sizes)
 
     def assign(self, blocks: list[tuple[Shape, Shape, tuple[int, int]]]) -> list[int]:
-        """The owner of each block, given as its shape, those of its axes that have statistics, and the (param group,
-        phase) of its refresh.
+        """Return the owner of each block, given as its shape, the lengths of its axes that have statistics, and the
+        (param group, step of the interval) of its refresh.
 
         The most expensive first, each to the rank whose step, refresh included, is then the shortest: products cost
         6 m n (m + n) FLOPs in every step, roots ``EIGH_FLOPS`` (m^3 + n^3) in one of an interval. Blocks that were
@@ -68,14 +68,14 @@ class Loads:
 
 
 def _step_flops(shape: Shape, sizes: Shape) -> float:
-    """Of statistics and application, without roots."""
+    """Return the FLOPs of statistics and application, without roots."""
     return 6.0 * math.prod(shape) * sum(sizes)
 
 
-class Post:
+class AllGatherBuffer:
     """Tensors from all ranks to all ranks in one collective.
 
-    Every rank asks for room for the same tensors in the same order, says whose each of them is, and fills its own.
+    Every rank asks for slots for the same tensors in the same order, with the owner of each, and fills its own.
     What is received is what was sent: where tensors travel in a lower type the owner, too, gets the rounded ones.
     """
 
@@ -86,23 +86,23 @@ class Post:
         self._work: Any = None
         self.moved = 0  # bytes that each rank received in the last step
 
-    def room(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def slot(self, owner: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._ends, owner, shape, dtype)
 
     @property
     def bytes(self) -> int:
-        """That each rank receives, its own included. Segments are as long as the longest."""
+        """Bytes that each rank receives, its own included. Segments are as long as the longest."""
         return self.ranks * max(self._ends)
 
     def open(self) -> None:
-        """After the last room was asked for. Memory is kept from step to step."""
+        """Allocate the buffers once all slots are known. Memory is kept from step to step."""
         if len(self._received) < self.bytes:
             self._sent = torch.zeros(max(self._ends), dtype=torch.uint8, device=self.device)
             self._received = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
 
-    def mine(self, parcel: Parcel) -> Tensor:
-        """To write to."""
-        return parcel.view(self._sent, 0)
+    def mine(self, slot: Slot) -> Tensor:
+        """Return the view of a slot to write to."""
+        return slot.view(self._sent, 0)
 
     def send(self) -> None:
         """Start the collective; it runs beside what comes next."""
@@ -114,15 +114,15 @@ class Post:
     def wait(self) -> None:
         self._work.wait()
 
-    def read(self, parcel: Parcel) -> Tensor:
-        return parcel.view(self._received, parcel.owner * max(self._ends))
+    def read(self, slot: Slot) -> Tensor:
+        return slot.view(self._received, slot.owner * max(self._ends))
 
     def clear(self) -> None:
-        """For the next step."""
+        """Forget all slots, for the next step."""
         self._ends = [0] * self.ranks
 
 
-class Exchange:
+class AllToAllBuffer:
     """Tensors from some ranks to others in one collective.
 
     Every rank says what it sends to whom and what it gets from whom; for any two ranks, in the same order on both.
@@ -136,26 +136,26 @@ class Exchange:
         self.clear()
 
     def clear(self) -> None:
-        """For the next step."""
+        """Forget all slots, for the next step."""
         ranks = dist.get_world_size()
         self._to, self._from = [0] * ranks, [0] * ranks  # bytes
 
-    def to(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def to(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._to, rank, shape, dtype)
 
-    def of(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
+    def of(self, rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
         return _next(self._from, rank, shape, dtype)
 
     def open(self) -> None:
-        """After all was said. Memory is kept from step to step."""
+        """Allocate the buffers once all slots are known. Memory is kept from step to step."""
         if len(self._sent) < sum(self._to):
             self._sent = torch.zeros(sum(self._to), dtype=torch.uint8, device=self.device)
         if len(self._received) < sum(self._from):
             self._received = torch.empty(sum(self._from), dtype=torch.uint8, device=self.device)
 
-    def mine(self, parcel: Parcel) -> Tensor:
-        """To write to."""
-        return parcel.view(self._sent, sum(self._to[: parcel.owner]))
+    def mine(self, slot: Slot) -> Tensor:
+        """Return the view of a slot to write to."""
+        return slot.view(self._sent, sum(self._to[: slot.owner]))
 
     def send(self) -> None:
         """Start the collective; it runs beside what comes next."""
@@ -166,19 +166,19 @@ class Exchange:
     def wait(self) -> None:
         self._work.wait()
 
-    def read(self, parcel: Parcel) -> Tensor:
-        return parcel.view(self._received, sum(self._from[: parcel.owner]))
+    def read(self, slot: Slot) -> Tensor:
+        return slot.view(self._received, sum(self._from[: slot.owner]))
 
 
-def _next(ends: list[int], rank: int, shape: Iterable[int], dtype: torch.dtype) -> Parcel:
-    """Room at the end of a rank's segment."""
-    parcel = Parcel(rank, ends[rank], tuple(shape), dtype)
-    ends[rank] += -(-parcel.size // ALIGNED) * ALIGNED
-    return parcel
+def _next(ends: list[int], rank: int, shape: Iterable[int], dtype: torch.dtype) -> Slot:
+    """Return the next slot of a rank's segment."""
+    slot = Slot(rank, ends[rank], tuple(shape), dtype)
+    ends[rank] += -(-slot.size // ALIGNED) * ALIGNED
+    return slot
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Slot:
     """A tensor's place in a rank's segment."""
 
     owner: int
@@ -216,15 +216,15 @@ def agree(params: list[Tensor]) -> None:
 
 
 def _content(p: Tensor) -> list[float]:
-    """What is the same on all ranks; of rows, nothing where there are as many as there should be."""
+    """Return what should be the same on all ranks; of rows, nothing unless their number is wrong."""
     if not is_sharded(p):
         return [float(end) for end in torch.aminmax(p.detach())]
-    rows, here = Holders.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
+    rows, here = RowSharding.of(p, p.shape[0]).rows[dist.get_rank()], local(p)
     return [] if here.shape[0] == rows.stop - rows.start else [float(here.shape[0])]
 
 
 def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Over ranks, by one collective a device: numbers (float64, of one shape) that each has of its rows."""
+    """Return sums over ranks of numbers (float64, of one shape) that each has of its rows: a collective a device."""
     totals: dict[Tensor, Tensor] = {}
     for device in dict.fromkeys(p.device for p in squares):  # in the same order on all ranks
         here = [p for p in squares if p.device == device]
@@ -234,16 +234,17 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return totals
 
 
-class Meeting:
-    """All ranks, or an error that says that some did not come. Made by all ranks together."""
+class Barrier:
+    """A barrier that raises an error if not all ranks come in time. Made by all ranks together."""
 
-    def __init__(self, patience: float) -> None:
-        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=patience)
-        # Of its own: whatever the others do instead is not taken for an answer.
+    def __init__(self, timeout: float) -> None:
+        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=timeout)
+        # A group of its own, so that no other collective of a rank is taken for its arrival.
         self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout) if dist.is_gloo_available() else None
 
     def wait(self) -> None:
-        """
+        """Wait until all ranks have come.
+
         Raises:
             RuntimeError: a rank does not come in time, or is gone; gloo's words for it are in the message.
         """
@@ -262,7 +263,7 @@ Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, .
 
 
 def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
-    """What each rank holds, on all ranks, a broadcast a parameter and owner.
+    """Return what each rank holds, on all ranks, by one broadcast for each parameter and owner.
 
     Args:
         mine: what this rank holds; tensors of one parameter are sent together.
@@ -278,12 +279,12 @@ def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
         entries: Entries = defaultdict(dict)
         for i, named in head.items():
             ends = [0] * ranks
-            parcels = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
-            room = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
+            slots = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
+            buffer = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
             if owner == rank:
-                for name, parcel in parcels.items():
-                    parcel.view(room, 0).copy_(mine[i][name])
-            dist.broadcast(room, src=owner)
-            entries[i] = {name: parcel.view(room, 0) for name, parcel in parcels.items()}
+                for name, slot in slots.items():
+                    slot.view(buffer, 0).copy_(mine[i][name])
+            dist.broadcast(buffer, src=owner)
+            entries[i] = {name: slot.view(buffer, 0) for name, slot in slots.items()}
         everyone.append(dict(entries))
     return everyone

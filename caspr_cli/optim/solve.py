@@ -27,7 +27,7 @@ PIECE = 2**20
 
 
 def choose(solver: str, device: torch.device, d: int) -> str:
-    """What ``"auto"`` stands for.
+    """Return the solver that ``"auto"`` stands for.
 
     On a CPU an eigendecomposition takes as long as 7 to 13 products of d x d (measured on two cores, d from 256 to
     1024), and coupled Newton needs four for each of its 8 to 25 steps. On a GPU (not measured here) torch decomposes
@@ -50,16 +50,16 @@ class Problem:
     condition: float = math.inf  # at least that of each damped matrix
 
     def take(self, at: slice | Tensor) -> Problem:
-        """Some of the matrices."""
+        """Return the problem of some of the matrices."""
         return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition)
 
     @property
     def cost(self) -> int:
-        """In proportion to the time of its decompositions."""
+        """A number in proportion to the time of its decompositions."""
         return len(self.S) * self.S.shape[-1] ** 3
 
     def shift(self, largest: Tensor) -> Tensor:
-        """Largest eigenvalues ``[K]`` to what is added to the diagonal."""
+        """Return, for largest eigenvalues ``[K]``, what is added to the diagonal."""
         return damping_shift(largest, self.unit, self.eps, self.damping)
 
 
@@ -91,7 +91,7 @@ class Solution:
 
 
 def solve(problem: Problem, solver: str) -> Solution:
-    """Inverse roots of all matrices of a problem, by ``"eigh"`` or ``"newton"``.
+    """Return the inverse roots of all matrices of a problem, by ``"eigh"`` or ``"newton"``.
 
     Raises nothing but for want of memory: where a solver raises, the matrix at fault is found and given to eigh in
     float64; where that raises too, its root is NaN.
@@ -128,7 +128,7 @@ SOLVERS = {"eigh": _eigh, "newton": _newton}
 
 
 def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
-    """Inverse roots of all matrices of all problems; ``solver`` may be ``"auto"``.
+    """Return the inverse roots of all matrices of all problems; ``solver`` may be ``"auto"``.
 
     On a CPU each matrix has one thread, the largest first. LAPACK's eigendecomposition gains little from a second: two
     at a time were 8 % faster at d = 1024 and 19 % at 512. And with two threads that wait for each other it takes many
@@ -158,7 +158,7 @@ def _chosen(solver: str, problem: Problem) -> Solution:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Workers that use one thread each.
+    """Return workers that use one thread each.
 
     To set a thread's own number also sets what threads that start later begin with: all workers are started here, and
     that is put back. (A thread takes its number when it first asks for it.)

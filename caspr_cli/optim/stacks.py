@@ -14,13 +14,14 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import Root
 from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
 
-Rows = slice | Tensor  # of a stack: neighbours, or their numbers [k]
+RowIndex = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 
 # Numbers that a step works on at once. On a CPU they and what becomes of them stay in the cache; elsewhere it bounds
 # the memory that a step takes beside the state.
 CHUNK_CPU, CHUNK = 2**20, 2**24
 
-# Of the scale of now, what an input is divided by at least: what comes out is then far from the end of float32.
+# Lower bound of the input divisor, relative to the current gradient scale: it keeps scaled inputs far from float32's
+# overflow.
 LEAST_SCALE = 1e-20
 
 # How many times the share of a row (or column) in the statistics may grow before new roots are computed at once. A row
@@ -30,13 +31,13 @@ OUTGROWN = 25
 
 
 def sent(small: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for what it is at."""
+    """Return a copy on the device, without waiting for the device."""
     return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What a stack is made of."""
+    """The types in which a stack keeps its factors."""
 
     dtype: torch.dtype  # of the statistics
     root_dtype: torch.dtype
@@ -80,12 +81,12 @@ class Stack:
     rows: dict[Tensor, slice] = field(default_factory=dict)
     rooted: set[Tensor] = field(default_factory=set)  # parameters whose roots have been computed
     members: list[Tensor] = field(default_factory=list)  # the parameters of ``rows``
-    numbers: frozenset[int] = frozenset()  # and their ids: to hash a tensor takes ten times as long
+    ids: frozenset[int] = frozenset()  # and their ids: to hash a tensor takes ten times as long
     plan: object = None  # what it was built by
     whole: bool = False  # whether each of these parameters is one block
     marks: dict[Tensor, tuple[str, Tensor]] = field(default_factory=dict)  # an entry of the state of each, see is_in()
     interval: int = 1
-    phase: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
+    refresh_offset: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
     _chunks: list[tuple[list[Tensor], slice]] = field(default_factory=list)  # of all members
 
     @classmethod
@@ -111,7 +112,7 @@ class Stack:
 
     @property
     def sizes(self) -> Shape:
-        """Of the statistics: the lengths of the axes that have them."""
+        """Sizes of the statistics: the lengths of the axes that have them."""
         return tuple(self.shape[axis] for axis in self.axes)
 
     @property
@@ -120,7 +121,7 @@ class Stack:
         return (self.scale > 0) & (self.root_scale > 0)
 
     def state(self, p: Tensor, part: int) -> dict[str, Tensor]:
-        """What belongs to p, as views: the entries of ``optimizer.state[p]``. ``part`` counts p's block shapes."""
+        """Return the entries of ``optimizer.state[p]``, as views. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
         for name, tensors in (("statistics", self.S), ("root", self.A), ("share", self.shares)):
@@ -128,7 +129,7 @@ class Stack:
         return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
     def chunks(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
-        """These parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
+        """Yield these parameters (in the stack's order) a few at a time, with their rows, which are neighbours."""
         if params is self.members:
             if not self._chunks:
                 self._chunks = list(self._cut(params))
@@ -148,15 +149,15 @@ class Stack:
         if run:
             yield run, slice(self.rows[run[0]].start, self.rows[run[-1]].stop)
 
-    def index(self, rows: list[int]) -> Rows:
-        """To take these rows (ascending) by: without a copy where they are neighbours."""
+    def index(self, rows: list[int]) -> RowIndex:
+        """Return an index of these rows (ascending): a slice, which copies nothing, where they are neighbours."""
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(rows[0], rows[-1] + 1)
         return sent(torch.tensor(rows, device="cpu"), self.scale.device)
 
     def is_due(self, row: int, age: int) -> bool:
         """Whether it is this row's turn, ``age`` steps after its first root."""
-        return (age - self.phase[row]) % self.interval == 0
+        return (age - self.refresh_offset[row]) % self.interval == 0
 
     def unit(self, group: Group) -> Tensor:
         """``[K]``: c, where S is the statistic over c^2 with the bias of a moving average corrected; 1 without one.
@@ -170,7 +171,7 @@ class Stack:
             corrected = corrected * self._trace().sqrt()
         return torch.where(self.scale > 0, corrected, 1)
 
-    def statistics(self, place: int, at: Rows, group: Group) -> Tensor:
+    def statistics(self, place: int, at: RowIndex, group: Group) -> Tensor:
         """``[k, d, d]`` of these rows, in the units of unit()."""
         S = unpack(self.S[place][at], self.sizes[place])
         return S / self._trace()[at].view(-1, 1, 1) if group["exponent"] == 1 else S
@@ -193,8 +194,8 @@ class Stack:
             grown |= ((now > OUTGROWN * now.sum(1, keepdim=True) * known) & (known > 0)).any(1)
         return grown
 
-    def remember_shares(self, place: int, at: Rows, S: Tensor, shift: Tensor, accepted: Tensor) -> None:
-        """What :meth:`outgrown` compares with: of these rows whose roots of S + shift I are ``accepted`` [k]."""
+    def remember_shares(self, place: int, at: RowIndex, S: Tensor, shift: Tensor, accepted: Tensor) -> None:
+        """Keep what :meth:`outgrown` compares with, for these rows whose roots of S + shift I are ``accepted`` [k]."""
         if not self.shares:
             return
         now = S.diagonal(dim1=1, dim2=2).double()
@@ -211,13 +212,13 @@ class Stack:
         known = torch.where(self.root_scale > 0, self.root_scale, self.unit(group))
         return torch.maximum(known, self.scale * LEAST_SCALE)
 
-    def root(self, place: int, at: Rows, dtype: torch.dtype) -> Tensor:
+    def root(self, place: int, at: RowIndex, dtype: torch.dtype) -> Tensor:
         """``[k, d, d]`` of these rows, of the axis at this place of ``axes``."""
         A = self.A[place][at]
         return unpack(A, self.sizes[place], dtype) if self.storage.packed else A.to(dtype)
 
-    def store(self, place: int, at: Rows, root: Root, accepted: Tensor) -> None:
-        """Keep these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
+    def store(self, place: int, at: RowIndex, root: Root, accepted: Tensor) -> None:
+        """Store these roots; of rows that are not ``accepted`` [k] the old one, or the identity if there is none."""
         A = root.A
         if A.device.type != "cpu" or not bool(accepted.all()):
             old = self.root(place, at, A.dtype)
@@ -227,7 +228,7 @@ class Stack:
         self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
 
     def forget_roots(self) -> None:
-        """They are made anew, each with its block's next gradient."""
+        """Forget all roots: they are computed anew, each with its block's next gradient."""
         torch._foreach_zero_([*self.A, self.root_scale, *self.shares])
         self.rooted.clear()
 
@@ -256,7 +257,7 @@ def build_stacks(
     storages: dict[Tensor, Storage],
     state: dict[Tensor, dict[str, Tensor]],
 ) -> list[Stack]:
-    """Stack the blocks of ``params``; factors already in ``state`` are copied in, and ``state`` becomes views.
+    """Return stacks of the blocks of ``params``; factors in ``state`` are copied in, and ``state`` becomes views.
 
     What was stored otherwise (packed or not, of another type) is converted.
 
@@ -269,7 +270,7 @@ def build_stacks(
             del state[p][name]
         check_axes(state[p], p, layouts[p])
         for shape, blocks in layouts[p].blocks.items():
-            part = layouts[p].parts.index(shape)
+            part = layouts[p].shapes.index(shape)
             key = shape, layouts[p].axes, storages[p], p.device
             counts.setdefault(key, []).append((p, part, len(blocks)))
     stacks = []
@@ -288,13 +289,13 @@ def build_stacks(
                         stack.rooted.add(p)
                 state[p][name] = view
             stack.marks[p] = f"scale.{part}", state[p][f"scale.{part}"]
-        stack.members, stack.numbers = list(stack.rows), frozenset(map(id, stack.rows))
+        stack.members, stack.ids = list(stack.rows), frozenset(map(id, stack.rows))
         stacks.append(stack)
     return stacks
 
 
 def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) -> Tensor:
-    """A stored factor in the form that ``view`` has."""
+    """Return a stored factor in the form that ``view`` has."""
     if old.shape == view.shape:
         return old
     axis = name.partition(".")[0].rpartition("_")[2]
@@ -311,7 +312,7 @@ def outdated(state: Iterable[str], layout: Layout) -> list[str]:
     """Return the names of factors that older versions kept: of an axis that is too long, the roots with them, and
     eigenvectors."""
     names = list(state)
-    old = {part for part in range(len(layout.parts)) if any(f"statistics_{i}.{part}" in names for i in layout.long)}
+    old = {part for part in range(len(layout.shapes)) if any(f"statistics_{i}.{part}" in names for i in layout.long)}
     kept = tuple(f"statistics_{axis}" for axis in layout.axes)
     kinds = ("statistics_", "root_", "share_")
     long = [n for n in names if n.startswith(kinds) and not n.startswith(kept) and int(n.rpartition(".")[2]) in old]
@@ -324,7 +325,7 @@ def check_axes(state: Iterable[str], p: Tensor, layout: Layout) -> None:
     Raises:
         ValueError: the same on all ranks, of a state that is whole.
     """
-    for part in range(len(layout.parts)):
+    for part in range(len(layout.shapes)):
         found = {name for name in state if name.startswith("statistics_") and name.endswith(f".{part}")}
         wanted = {f"statistics_{axis}.{part}" for axis in layout.axes}
         if found and (different := sorted(found ^ wanted)):
@@ -341,7 +342,7 @@ def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
     check_axes(names, p, layout)
     for name in names:
         kind, _, part = name.rpartition(".")
-        shape, axis = dict(enumerate(layout.parts)).get(int(part)), kind.rpartition("_")[2]
+        shape, axis = dict(enumerate(layout.shapes)).get(int(part)), kind.rpartition("_")[2]
         if shape is None or len(state[name]) != len(layout.blocks[shape]):
             raise ValueError(other_blocks(name, p))
         if axis.isdigit():

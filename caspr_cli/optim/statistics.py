@@ -22,12 +22,12 @@ SMALLEST = 16
 
 
 def unfold(G: Tensor, axis: int) -> Tensor:
-    """Blocks ``[K, d_1, ..., d_k]`` as matrices ``[K, d_axis, rest]``, rows along ``axis`` (0-based)."""
+    """Return blocks ``[K, d_1, ..., d_k]`` as matrices ``[K, d_axis, rest]``, rows along ``axis`` (0-based)."""
     return G.movedim(axis + 1, 1).reshape(G.shape[0], G.shape[axis + 1], -1)
 
 
 def per_block(x: Tensor, like: Tensor) -> Tensor:
-    """``[K]`` with trailing axes of size one, to multiply ``like`` ``[K, ...]`` block by block."""
+    """Return ``[K]`` with trailing axes of size one, to multiply ``like`` ``[K, ...]`` block by block."""
     return x.view(-1, *(1,) * (like.ndim - 1))
 
 
@@ -42,7 +42,7 @@ def accumulate(
     beta: float,
     weight: float,
 ) -> None:
-    """In place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
+    """Add a gradient in place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
 
     Args:
         S: for each of ``axes`` the statistics divided by ``scale**2``, packed ``[K, packed_length(d_i)]``.

@@ -18,7 +18,7 @@ LEAST_ROWS = 128  # thinner panels cost more in small products than they save
 
 @lru_cache(maxsize=4096)
 def panels(d: int) -> tuple[slice, ...]:
-    """The rows of each panel of a d x d matrix."""
+    """Return the rows of each panel of a d x d matrix."""
     count = min(MOST_PANELS, max(1, d // LEAST_ROWS))
     return tuple(slice(i * d // count, (i + 1) * d // count) for i in range(count))
 
@@ -29,7 +29,7 @@ def packed_length(d: int) -> int:
 
 
 def panel_views(packed: Tensor, d: int) -> list[Tensor]:
-    """Of packed matrices ``[K, packed_length(d)]`` the panels ``[K, rows, columns]``, as views."""
+    """Return the panels ``[K, rows, columns]`` of packed matrices ``[K, packed_length(d)]``, as views."""
     views, start = [], 0
     for rows in panels(d):
         height, width = rows.stop - rows.start, rows.stop
@@ -39,7 +39,7 @@ def panel_views(packed: Tensor, d: int) -> list[Tensor]:
 
 
 def add_gram(packed: Tensor, X: Tensor, weight: float) -> None:
-    """In place: S <- S + weight X X^T for K packed S and X ``[K, d, r]``.
+    """Add in place: S <- S + weight X X^T for K packed S and X ``[K, d, r]``.
 
     Cost: 2 r packed_length(d) FLOPs a matrix.
     """
@@ -49,8 +49,10 @@ def add_gram(packed: Tensor, X: Tensor, weight: float) -> None:
 
 
 def product(X: Tensor, Y: Tensor) -> Tensor:
-    """X Y^T ``[K, d, d]`` for X, Y ``[K, d, r]`` of which it is known to be symmetric: of its two triangles the lower
-    is computed and the upper copied."""
+    """Return X Y^T ``[K, d, d]``, which must be symmetric, for X, Y ``[K, d, r]``.
+
+    The lower triangle is computed, and the upper one copied.
+    """
     d = X.shape[1]
     full = X.new_empty(X.shape[0], d, d)
     for rows in panels(d):
@@ -60,7 +62,7 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def diagonal(packed: Tensor, d: int) -> Tensor:
-    """``[K, d]``, of packed matrices ``[K, packed_length(d)]``."""
+    """Return the diagonals ``[K, d]`` of packed matrices ``[K, packed_length(d)]``."""
     diagonals = [
         view[:, :, rows.start :].diagonal(dim1=1, dim2=2)
         for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
@@ -69,7 +71,7 @@ def diagonal(packed: Tensor, d: int) -> Tensor:
 
 
 def trace(packed: Tensor, d: int) -> Tensor:
-    """``[K]``, of packed matrices ``[K, packed_length(d)]``."""
+    """Return the traces ``[K]`` of packed matrices ``[K, packed_length(d)]``."""
     diagonals = (
         view[:, :, rows.start :].diagonal(dim1=1, dim2=2).sum(1)
         for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
@@ -78,12 +80,12 @@ def trace(packed: Tensor, d: int) -> Tensor:
 
 
 def pack(full: Tensor) -> Tensor:
-    """``[K, d, d]`` to ``[K, packed_length(d)]``; what is above the panels is not looked at."""
+    """Return ``[K, d, d]`` packed to ``[K, packed_length(d)]``; what is above the panels is not looked at."""
     return torch.cat([full[:, rows, : rows.stop].flatten(1) for rows in panels(full.shape[-1])], dim=1)
 
 
 def unpack(packed: Tensor, d: int, dtype: torch.dtype | None = None) -> Tensor:
-    """``[K, packed_length(d)]`` to ``[K, d, d]``, of another type if one is given."""
+    """Return ``[K, packed_length(d)]`` unpacked to ``[K, d, d]``, of another type if one is given."""
     if len(panels(d)) == 1:
         return packed.view(-1, d, d).to(dtype or packed.dtype)
     full = packed.new_empty(packed.shape[0], d, d, dtype=dtype or packed.dtype)

@@ -85,7 +85,7 @@ class Curves(Callback):
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, KroneckerOptimizer):
             optimizer.phase = self._timer
-            optimizer.patience = self.recipe.trainer.timeout
+            optimizer.timeout = self.recipe.trainer.timeout
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.clock.start()  # from its pause: validations and checkpoints are no training

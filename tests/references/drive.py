@@ -22,7 +22,7 @@ def turns_of(optimizer, parameter: Tensor, index: int = 0) -> dict[tuple[tuple[i
         if parameter in stack.rows
         for cut, phase in zip(
             optimizer.layout(parameter, optimizer.param_groups[index]).blocks[stack.shape],
-            stack.phase[stack.rows[parameter]],
+            stack.refresh_offset[stack.rows[parameter]],
             strict=True,
         )
     }

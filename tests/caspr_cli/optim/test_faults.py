@@ -157,7 +157,7 @@ def test_all_gradients_bad(bad: float, at: int) -> None:
 
 def test_without_the_defence_weights_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the tests above can fail."""
-    monkeypatch.setattr("caspr_cli.optim.engine.Finite.others", lambda self: [])
+    monkeypatch.setattr("caspr_cli.optim.finite.Finite.others", lambda self: [])
     params = model()
     optimizer = optimizer_of(params)
     play(params, optimizer, range(8), with_bad(6, KINDS, NAN))
@@ -829,7 +829,7 @@ def turns(optimizer: CASPR, index: int = 0) -> dict[tuple[int, tuple[int, ...]],
     """(number of the parameter, block shape) to the steps of the interval at which its roots are made anew."""
     members = optimizer.param_groups[index]["params"]
     return {
-        (i, stack.shape): stack.phase[stack.rows[p]]
+        (i, stack.shape): stack.refresh_offset[stack.rows[p]]
         for i, p in enumerate(members)
         for stack in optimizer.stacks(index)
         if p in stack.rows
@@ -940,7 +940,7 @@ def test_preconditioning_may_be_switched_off_and_on(name: str, on: Any, meanwhil
     assert all(float(optimizer.state[p]["step"]) == 25 for p in params)
     assert all(float((p.detach() - 1).norm()) > 0.1 for p in params)
     assert all(bool(torch.isfinite(value).all()) for state in optimizer.state.values() for value in state.values())
-    assert all(len(stack.phase) == len(stack.scale) for stack in optimizer.stacks(0))
+    assert all(len(stack.refresh_offset) == len(stack.scale) for stack in optimizer.stacks(0))
     fresh = tensors([*COMING_AND_GOING, (9,)])
     never_off = CASPR(fresh, **(TURNING | {"precondition_1d": True}))
     never_off.param_groups[0]["interval"] = optimizer.param_groups[0]["interval"]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.blocks import Layout
-from caspr_cli.optim.engine import COUNTERS
+from caspr_cli.optim.fsdp import RowSharding, block_shards, shard_rows
 from caspr_cli.optim.probe import counters
-from caspr_cli.optim.rows import Holders, all_pieces, shard_rows
 from caspr_cli.optim.stacks import is_factor
+from caspr_cli.optim.state import COUNTERS
 
 pytestmark = pytest.mark.release
 
@@ -485,7 +485,7 @@ def test_pieces_cover_each_block_once(shape: tuple[int, ...], merge: str, axes: 
         assert torch.equal(flat[part].flatten(), numbers[mine].flatten())
     owners = {s: [i % 3 for i in range(len(cuts))] for s, cuts in layout.blocks.items()}
     seen: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
-    for piece in all_pieces(layout, owners, Holders(rows, [0] * 5)):
+    for piece in block_shards(layout, owners, RowSharding(rows, [0] * 5)):
         block = seen.setdefault((piece.owner, piece.block, piece.number), torch.full(piece.block, -1))
         assert bool((block[piece.rows] == -1).all())
         block[piece.rows] = numbers[rows[piece.holder]][piece.cut]

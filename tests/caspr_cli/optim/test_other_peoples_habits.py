@@ -113,7 +113,7 @@ def test_a_zero_in_a_float16_gradient_is_not_a_nan() -> None:
 @pytest.mark.parametrize("missing", [{0}, {2}, {1, 3}, {0, 1, 2, 4}])
 def test_gaps_between_gradients(missing: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters without a gradient change neither themselves nor what their neighbours do."""
-    monkeypatch.setattr("caspr_cli.optim.engine.phases", lambda costs, interval: [0] * len(costs))
+    monkeypatch.setattr("caspr_cli.optim.plan.phases", lambda costs, interval: [0] * len(costs))
     params, alone = parameters(*[(4, 3)] * 5), parameters(*[(4, 3)] * 5)
     together = CASPR(params, start_step=2, interval=2)
     separate = [CASPR([p], start_step=2, interval=2) for p in alone]

@@ -11,7 +11,7 @@ from references.drive import bare_updates, relative_error, run
 from references.stream import random_stream
 from torch import Tensor
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine, refresh, solve, stacks
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, refresh, solve, stacks
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 
@@ -66,7 +66,7 @@ def test_another_interval_deals_the_turns_anew() -> None:
     advance(params, optimizer, range(4))
     optimizer.param_groups[0]["interval"] = 2
     advance(params, optimizer, range(4, 5))
-    assert {phase for stack in optimizer.stacks(0) for phase in stack.phase} == {0, 1}
+    assert {phase for stack in optimizer.stacks(0) for phase in stack.refresh_offset} == {0, 1}
 
 
 # ---- solvers
@@ -135,7 +135,7 @@ def test_small_chunks_are_the_same_as_large_ones(options: dict[str, Any], monkey
 def test_the_fused_moments_are_those_of_the_plain_ones(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, optimizer = family(dtype)
     advance(fused, optimizer, range(9))
-    monkeypatch.setattr(engine, "fusible", lambda *tensors: False)
+    monkeypatch.setattr("caspr_cli.optim.step.fusible", lambda *tensors: False)
     plain, optimizer = family(dtype)
     advance(plain, optimizer, range(9))
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]

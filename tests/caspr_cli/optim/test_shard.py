@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import Ranks, alone
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo, engine
+from caspr_cli.optim import CASPR, Shampoo, plan
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.shard import Loads
@@ -106,7 +106,7 @@ def test_blocks_of_any_size(ranks: Ranks) -> None:
 
 def after_waking_and_waiting(rank: int) -> list[Tensor]:
     """First roots at their turns, and then a row without gradients until step 12."""
-    engine.AT_ONCE, before = 0, engine.AT_ONCE
+    plan.AT_ONCE, before = 0, plan.AT_ONCE
     try:
         params = weights(shapes=[(64, 32), (32, 64), (64, 64), (2048, 32)])
         optimizer = CASPR(params, **OPTIONS | {"interval": 6})
@@ -117,7 +117,7 @@ def after_waking_and_waiting(rank: int) -> list[Tensor]:
                 p.grad[5] = 0
             optimizer.step()
     finally:
-        engine.AT_ONCE = before
+        plan.AT_ONCE = before
     return values(params)
 
 
@@ -237,7 +237,7 @@ def saved_on_the_first_alone(rank: int) -> str:
     """As many training loops do."""
     params = weights()
     optimizer = CASPR(params, **OPTIONS)
-    optimizer.patience = 1
+    optimizer.timeout = 1
     train(params, range(3), optimizer)
     try:
         return "" if rank else str(optimizer.state_dict())

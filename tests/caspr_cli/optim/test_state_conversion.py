@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, engine
-from caspr_cli.optim.engine import COUNTERS
+from caspr_cli.optim import CASPR
+from caspr_cli.optim.state import COUNTERS
 from caspr_cli.optim.symmetric import pack, packed_length, unpack
 
 # Whole and cut, alike and alone, with statistics in one panel and in two (270), in one type and in another.
@@ -120,8 +120,10 @@ def test_cut_off_in_the_middle_of_an_interval(solver: str, stored: str) -> None:
     advance(whole, optimizer, range(12, 20))
     advance(others, other, range(12, 20))
     assert_equal(whole, optimizer, others, other)
-    assert [stack.phase for stack in optimizer.stacks(0)] == [stack.phase for stack in other.stacks(0)]
-    assert len({phase for stack in other.stacks(0) for phase in stack.phase}) > 3
+    assert [stack.refresh_offset for stack in optimizer.stacks(0)] == [
+        stack.refresh_offset for stack in other.stacks(0)
+    ]
+    assert len({phase for stack in other.stacks(0) for phase in stack.refresh_offset}) > 3
     assert [p.dtype for p in others].count(torch.bfloat16) == 1
 
 
@@ -385,7 +387,7 @@ def test_skips_and_refusals_are_part_of_a_checkpoint(monkeypatch: pytest.MonkeyP
     params = parameters(SHAPES[:4])
     optimizer = CASPR(params, **(OPTIONS | {"interval": 2}))
     advance(params, optimizer, range(4))
-    monkeypatch.setattr(engine, "accumulate", lambda *_, **__: None)  # what is spoiled stays as it is
+    monkeypatch.setattr("caspr_cli.optim.step.accumulate", lambda *_, **__: None)  # what is spoiled stays as it is
     for stack in optimizer.stacks(0):
         S = unpack(stack.S[0], stack.shape[0])
         values, Q = torch.linalg.eigh(S)

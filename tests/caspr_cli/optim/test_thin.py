@@ -13,7 +13,7 @@ from references.stream import random_stream
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caspr_cli.optim import CASPR, Shampoo, blocks, engine
+from caspr_cli.optim import CASPR, Shampoo, blocks, plan
 from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -74,6 +74,7 @@ def test_a_state_from_before_there_was_a_limit_goes_on_with_new_roots(
     p = nn.Parameter(torch.zeros(300, 5))
     with monkeypatch.context() as patched:
         patched.setattr(blocks, "LONG", 10**6)
+        patched.setattr(plan, "_layout", Layout.of)  # without its cache
         old = optimizer_class([p], start_step=2)
         advance([p], old, range(4))
         assert "statistics_0.0" in old.state[p]
@@ -114,7 +115,7 @@ def test_types_may_be_mixed() -> None:
 
 
 def spread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "AT_ONCE", 0)
+    monkeypatch.setattr(plan, "AT_ONCE", 0)
 
 
 def test_first_roots_that_are_many_come_at_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:

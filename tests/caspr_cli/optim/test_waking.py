@@ -71,7 +71,7 @@ def test_only_the_blocks_that_hold_it_have_new_roots_and_a_cut_changes_nothing()
     p = torch.nn.Parameter(torch.zeros(32, 16))
     optimizer = CASPR([p], **options)
     advance(p, optimizer, range(36))
-    assert optimizer.stacks(0)[0].phase == [0, 10]  # and 36 is nobody's turn
+    assert optimizer.stacks(0)[0].refresh_offset == [0, 10]  # and 36 is nobody's turn
     q = torch.nn.Parameter(p.detach().clone())
     other = CASPR([q], **options)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))

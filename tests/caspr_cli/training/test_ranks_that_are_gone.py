@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from caspr_cli.optim.shard import Meeting
+from caspr_cli.optim.shard import Barrier
 from caspr_cli.runs.record import Record
 from caspr_cli.training import ranks
 from caspr_cli.training.ranks import HungError, LostError, answering, wait_for_first
@@ -79,10 +79,10 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def leaves(rank: int, store: str, how: str) -> Meeting:
+def leaves(rank: int, store: str, how: str) -> Barrier:
     """Rank 0 meets the other one, and is gone or hangs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    meeting = Meeting(60 if how == "gone" else 1)
+    meeting = Barrier(60 if how == "gone" else 1)
     dist.barrier()
     if rank == 0:
         if how == "hangs":
@@ -92,7 +92,7 @@ def leaves(rank: int, store: str, how: str) -> Meeting:
 
 
 @contextmanager
-def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Meeting]]:
+def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Barrier]]:
     """As rank 1 of two. Nobody but the connection tells: no launcher of this machine is the other's parent."""
     record, store = Record(tmp_path), str(tmp_path / "store")
     record.write("status.json", {"state": "running"})

@@ -1,8 +1,8 @@
 """Parameters whose rows are divided among ranks, as `torch.distributed.fsdp.fully_shard` does it.
 
 Each rank holds some neighbouring rows. A block is preconditioned whole by the rank that owns it, so rows of gradients
-and momenta go from their holders to the owners, and rows of updates the other way: this module says which.
-Numbers are in `shard.Exchange`.
+and momenta go from their sharding to the owners, and rows of updates the other way: this module says which.
+Numbers are in `shard.AllToAllBuffer`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def any_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def locals_of(tensors: list[Tensor], sharded: bool) -> list[Tensor]:
-    """What is here of each; ``sharded`` says whether one of them may be a DTensor."""
+    """Return the part of each tensor that is on this rank; ``sharded`` says whether one of them may be a DTensor."""
     return [local(t) for t in tensors] if sharded else tensors
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What is here of a tensor: all of it but of a DTensor. A view, and no communication."""
+    """Return the part of a tensor that is on this rank: all of it unless it is a DTensor. A view, no communication."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -65,14 +65,14 @@ def check_placements(p: Tensor, ranks: int) -> None:
 
 
 @dataclass(frozen=True)
-class Holders:
+class RowSharding:
     """Which rows of axis 0 each rank has, and which copy of the tensor they are part of (0 but for replicas)."""
 
     rows: list[slice]
     copy: list[int]
 
     @classmethod
-    def of(cls, p: DTensor, size: int) -> Holders:
+    def of(cls, p: DTensor, size: int) -> RowSharding:
         """
         Args:
             size: of axis 0, of p or of what its axes are merged to.
@@ -91,59 +91,59 @@ class Holders:
 
 
 def shard_rows(size: int, ranks: int) -> list[slice]:
-    """Of each rank, as in torch: all have ceil(size / ranks) rows, until there are none left."""
+    """Return the rows of each rank, as in torch: ceil(size / ranks) rows each, until there are none left."""
     each = -(-size // ranks)
     return [slice(min(r * each, size), min((r + 1) * each, size)) for r in range(ranks)]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Those rows of a block that one rank holds."""
+class BlockShard:
+    """The rows of a block that one rank holds."""
 
     holder: int
     owner: int
     same_copy: bool  # of the tensor: an owner asks its own copy alone for rows, and sends its updates to all
     shape: Shape
-    block: Shape  # the shape of the block that it is part of,
-    number: int  # which one that is, of its owner's of this shape,
-    rows: slice  # and which of its rows these are
-    cut: tuple[slice, ...]  # its place in what the holder has
+    block: Shape  # the shape of the block
+    number: int  # index of the block among its owner's blocks of this shape
+    rows: slice  # of the block
+    cut: tuple[slice, ...]  # where they are in what the holder has
 
 
 @dataclass(frozen=True)
-class Route:
-    """Where the rows of a parameter go, seen from one rank."""
+class TransferPlan:
+    """What one rank sends and receives of the rows of a parameter."""
 
-    layout: Layout  # of what this rank holds: one block
-    held: list[Piece]  # that are here, of blocks that may be anybody's
-    owned: list[Piece]  # of blocks that are this rank's, and may be anywhere
+    layout: Layout  # of the rows that this rank holds: one block
+    held: list[BlockShard]  # rows on this rank, of blocks of any owner
+    owned: list[BlockShard]  # rows of the blocks that this rank owns, on any rank
 
     @classmethod
-    def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> Route:
-        holders = Holders.of(p, layout.shape[0])
-        pieces = [x for x in all_pieces(layout, owners, holders) if rank in (x.holder, x.owner)]
-        mine = holders.rows[rank]
+    def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> TransferPlan:
+        sharding = RowSharding.of(p, layout.shape[0])
+        shards = [x for x in block_shards(layout, owners, sharding) if rank in (x.holder, x.owner)]
+        mine = sharding.rows[rank]
         held = (mine.stop - mine.start, *layout.shape[1:])
         here = Layout(held, layout.axes, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
-        return cls(here, [x for x in pieces if x.holder == rank], [x for x in pieces if x.owner == rank])
+        return cls(here, [x for x in shards if x.holder == rank], [x for x in shards if x.owner == rank])
 
 
-def all_pieces(layout: Layout, owners: dict[Shape, list[int]], holders: Holders) -> list[Piece]:
-    """In an order that is the same on all ranks."""
-    pieces = []
-    for shape in layout.parts:
+def block_shards(layout: Layout, owners: dict[Shape, list[int]], sharding: RowSharding) -> list[BlockShard]:
+    """Return the parts of all blocks that ranks hold, in an order that is the same on all ranks."""
+    shards = []
+    for shape in layout.shapes:
         counts: dict[int, int] = defaultdict(int)
         for block, owner in zip(layout.blocks[shape], owners[shape], strict=True):
-            for holder, mine in enumerate(holders.rows):
+            for holder, mine in enumerate(sharding.rows):
                 start, stop = max(block[0].start, mine.start), min(block[0].stop, mine.stop)
                 if start < stop:
                     rows = slice(start - block[0].start, stop - block[0].start)
                     cut = (slice(start - mine.start, stop - mine.start), *block[1:])
-                    same = holders.copy[holder] == holders.copy[owner]
+                    same = sharding.copy[holder] == sharding.copy[owner]
                     size = (stop - start, *shape[1:])
-                    pieces.append(Piece(holder, owner, same, size, shape, counts[owner], rows, cut))
+                    shards.append(BlockShard(holder, owner, same, size, shape, counts[owner], rows, cut))
             counts[owner] += 1
-    return pieces
+    return shards
 
 
 def is_counted(p: Tensor) -> bool:
@@ -155,8 +155,8 @@ def is_counted(p: Tensor) -> bool:
 
 
 def distribute(whole: Tensor, p: DTensor, rank: int) -> DTensor:
-    """This rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
+    """Return this rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
     from torch.distributed.tensor import DTensor
 
-    rows = whole[Holders.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
+    rows = whole[RowSharding.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
     return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

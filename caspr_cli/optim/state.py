@@ -1,0 +1,158 @@
+"""What an optimizer keeps of a parameter: begun, checked and adopted from a state_dict, and made whole for one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caspr_cli.optim.blocks import Shape
+from caspr_cli.optim.fsdp import distribute, is_sharded
+from caspr_cli.optim.graft import needs_second_moment
+from caspr_cli.optim.options import Group, adopted, validate
+from caspr_cli.optim.plan import is_preconditioned, layout_of
+from caspr_cli.optim.shard import collect
+from caspr_cli.optim.stacks import check_factors, is_factor
+
+# Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
+# precondition="gradient", gradients that were not finite.
+COUNTERS = ("step", "gradients", "updates", "skipped")
+
+Content = dict[str, Any]  # a state_dict
+State = dict[str, Any]  # of one parameter
+
+
+def counter(value: Tensor | float = 0) -> Tensor:
+    """Return a counter in float32 on the CPU, as in torch, where reading it does not wait for the device."""
+    return torch.as_tensor(value).to("cpu", torch.float32)
+
+
+def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
+    """Yield each parameter with its group, in the order of a state_dict."""
+    return ((p, group) for group in groups for p in group["params"])
+
+
+def begin(state: State, p: Tensor, group: Group) -> None:
+    """Make the entries that every step needs, where they are not there."""
+    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(group["graft"]) else ("exp_avg",)
+    if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
+        state["step"] = counter()
+        state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
+        state.pop("updates", None)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if (moment := state.get(name)) is not None and moment.dtype != p.dtype:  # the model was cast
+            state[name] = moment.to(p.dtype)
+
+
+def begin_counters(states: list[State], group: Group) -> None:
+    """Make the counters of parameters that are preconditioned some day, where they are not there."""
+    for name in ("gradients", "updates") if group["precondition"] == "gradient" else ("gradients",):
+        for state in states:
+            if name not in state:
+                state[name] = counter()
+
+
+def next_counts(states: dict[Tensor, State], name: str) -> dict[Tensor, int]:
+    """Return what this counter of each state will be after the step. All are read at once: there may be thousands."""
+    values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
+    return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+
+
+def count_as_before(state: State, group: Group, owned: bool) -> None:
+    """Complete the counters of an older version, which had one: its runs had statistics from the first step on."""
+    if "gradients" not in state and (owned or any(map(is_factor, state))):
+        step = counter(state.get("step", 0))
+        state["gradients"] = step.clone()
+        if group["precondition"] == "gradient":
+            state["updates"] = (step - group["start_step"] + 1).clamp(min=0)
+
+
+def accepted(content: Content, groups: list[Group], fixed: Group) -> Content:
+    """Return a state_dict as it is taken into ``groups``, of whose options some are not the state's to say.
+
+    Args:
+        fixed: options that make the class what it is.
+
+    Raises:
+        ValueError: an option that cannot be, or parameters of other shapes or blocks; names the option, or the
+            parameter by its number in the groups.
+    """
+    saved = list(content["param_groups"])
+    for i, (theirs, mine) in enumerate(zip(saved, groups, strict=False)):
+        saved[i] = adopted(theirs, mine, fixed)
+    content = content | {"param_groups": saved}
+    _check(content, groups)
+    return _with_own_rows(content, groups)
+
+
+def _check(content: Content, groups: list[Group]) -> None:
+    saved = content["param_groups"]
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
+        return  # which torch refuses
+    for group in saved:
+        validate(group)
+    for number, ((p, _), (i, group)) in enumerate(zip(params_of(groups), params_of(saved), strict=True)):
+        state = content["state"].get(i, {})
+        for shape in {tuple(state[name].shape) for name in ("exp_avg", "exp_avg_sq") if name in state}:
+            if shape != tuple(p.shape):
+                raise ValueError(
+                    f"parameter {number} has shape {tuple(p.shape)} here and {shape} in the state: "
+                    "param groups or their parameters were in another order when it was saved"
+                )
+        if is_preconditioned(p, group):
+            check_factors(state, p, layout_of(p, group))
+
+
+def _with_own_rows(content: Content, groups: list[Group]) -> Content:
+    """Return a state_dict with this rank's rows of moments that were saved whole; torch compares the groups later."""
+    state = dict(content["state"])
+    for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=False):
+        if is_sharded(p):
+            state[i] = {
+                name: distribute(value, p, dist.get_rank()) if _is_whole(name, value, p) else value
+                for name, value in state.get(i, {}).items()
+            }
+    return content | {"state": state}
+
+
+def _is_whole(name: str, value: object, p: Tensor) -> bool:
+    """Whether this entry of a state has a number for each of p's, and all of them are here."""
+    return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
+
+
+def restore_types(state: Any, content: Content, groups: list[Group]) -> None:
+    """Give factors and counters of a loaded state the types that they were saved with, which torch has changed."""
+    for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=True):
+        for name, value in content["state"].get(i, {}).items():
+            if is_factor(name):
+                state[p][name] = value.to(p.device)
+            elif name in COUNTERS:
+                state[p][name] = counter(value)
+
+
+def without_factors(state: State) -> State:
+    """Return the entries of a state that are no statistics or roots."""
+    return {name: value for name, value in state.items() if not is_factor(name)}
+
+
+def whole_factors(
+    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]]
+) -> dict[int, dict[str, Tensor]]:
+    """Return the factors of all ranks, of each parameter that has owners, by its number: a collective operation."""
+    everyone = dict(enumerate(params_of(groups)))
+    mine = {
+        i: {k: v for k, v in state.get(p, {}).items() if is_factor(k)} for i, (p, _) in everyone.items() if p in owners
+    }
+    whole: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for rank, entries in enumerate(collect(mine, {i: p.device for i, (p, _) in everyone.items()})):
+        for i, named in entries.items():
+            p, group = everyone[i]
+            for name, rows in named.items():
+                ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
+                blank = rows.new_empty(len(ranks), *rows.shape[1:])
+                whole[i].setdefault(name, blank)[[j for j, r in enumerate(ranks) if r == rank]] = rows
+    return whole

@@ -1,0 +1,327 @@
+"""One rank's step of one param group, from top to bottom in the order in which a gradient goes through it.
+
+gradients -> :func:`add_statistics` -> :func:`drop_broken` -> :func:`refresh_roots` -> :func:`update_moments`
+-> :func:`preconditioned` -> :func:`finish` -> weights
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.combine import precondition
+from caspr_cli.optim.finite import Finite
+from caspr_cli.optim.fsdp import local, locals_of
+from caspr_cli.optim.graft import (
+    adam_length,
+    diagonal_step,
+    direction,
+    frobenius,
+    fusible,
+    needs_second_moment,
+    transfer_length,
+    update_second_moment,
+)
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.plan import Plan
+from caspr_cli.optim.precision import full_precision
+from caspr_cli.optim.refresh import refresh
+from caspr_cli.optim.scatter import ReceivedRows, Workspace, fill, fill_whole, placed
+from caspr_cli.optim.stacks import Stack, outgrown, sent
+from caspr_cli.optim.state import counter
+from caspr_cli.optim.statistics import accumulate, per_block
+
+Pieces = dict[Tensor, dict[Shape, Tensor]]  # a parameter's U by block shape, [blocks, d_1, ..., d_k]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The step of a param group, before it is known which of its gradients are finite."""
+
+    group: Group
+    plan: Plan
+    state: Any  # of the optimizer
+    stacks: list[Stack]
+    shares: dict[Tensor, Layout]  # of each parameter of the plan the blocks that are this rank's
+    shared: bool  # whether ranks share the work
+    grads: dict[Tensor, Tensor]  # the part of each gradient that is on this rank
+    steps: dict[Tensor, int]  # the number of this step, for each parameter of the plan that has a gradient
+    seen: dict[Tensor, int]  # for each of these, the number of this gradient among those in its statistics
+    finite: Finite
+    workspace: Workspace
+    phase: Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Active(Inputs):
+    """The same with finite gradients only, and who is preconditioned in this step."""
+
+    layouts: dict[Tensor, Layout]  # of the parameters that are past ``start_step``
+    rest: list[Tensor]  # those that the graft method takes
+    broken: list[Tensor]  # those left out for the first time: a gradient is not finite
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parameters that have a stack are past ``start_step`` and have a gradient."""
+        return len(self.layouts) == len(self.plan.layouts)
+
+    def members(self, stack: Stack) -> list[Tensor]:
+        """Return the stack's parameters that are preconditioned in this step."""
+        return stack.members if self.complete else [p for p in stack.members if p in self.layouts]
+
+
+@dataclass(frozen=True)
+class Received:
+    """Rows of parameters that are divided by rows, for the blocks that this rank owns."""
+
+    gradients: dict[Tensor, ReceivedRows] = field(default_factory=dict)
+    momenta: dict[Tensor, ReceivedRows] = field(default_factory=dict)
+
+
+def add_statistics(x: Inputs, received: Received) -> None:
+    """Add the gradients to the statistics of all blocks that have one."""
+    group, due = x.group, [p for p in x.seen if p in x.grads]
+    beta, weight = (group["betas"][1], 1 - group["betas"][1]) if group["statistics"] == "ema" else (1.0, 1.0)
+    everyone = len(due) == len(x.plan.layouts)
+    with x.phase("statistics"):
+        for stack in x.stacks:
+            present = stack.members if everyone else [p for p in stack.members if p in x.grads]
+            for members, rows in stack.chunks(present):
+                X, _ = x.workspace.blocks(stack, rows)
+                _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
+                numbers = [math.sqrt(p.numel()) for p in members]
+                size = (x.finite.norms(members) / _constants(numbers, X.device)).to(X.dtype)
+                if len(X) > len(members):
+                    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+                    size = torch.cat([s.expand(n) for s, n in zip(size, counts, strict=True)])
+                S = [S_i[rows] for S_i in stack.S]
+                scale, total = stack.scale[rows], stack.total[rows]
+                accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
+
+
+def drop_broken(x: Inputs) -> Active:
+    """Return the step without parameters whose gradients are not finite. This waits for the device, as a refresh does.
+
+    Counts gradients, and those that were skipped.
+    """
+    group, state, grads, broken = x.group, x.state, dict(x.grads), []
+    for p in x.finite.others():
+        del grads[p]
+        if "skipped" not in state[p]:
+            state[p]["skipped"] = counter()
+            broken.append(p)
+        state[p]["skipped"] += 1
+    if seen := [p for p in x.seen if p in grads]:
+        torch._foreach_add_([state[p]["gradients"] for p in seen], 1)
+    start, waits, whole = group["start_step"], x.plan.waits, x.plan.layouts
+    ready = [p for p in seen if x.seen[p] >= start + waits[p]]
+    layouts = whole if len(ready) == len(whole) else {p: whole[p] for p in ready}
+    rest = [p for p in grads if p not in layouts] if len(layouts) < len(grads) else []
+    for p in grads if group["precondition"] != "gradient" else rest:
+        if state[p].get("updates", 0) > 0:  # its momentum is of updates, which are 100 times as long as gradients
+            local(state[p]["exp_avg"]).zero_()
+            state[p]["updates"].zero_()
+    return Active(**vars(x) | {"grads": grads}, layouts=layouts, rest=rest, broken=broken)
+
+
+def refresh_roots(x: Active) -> None:
+    """Compute the roots of the blocks whose turn it is, or whose statistics have outgrown the roots."""
+    if not x.seen or max(x.seen.values()) < x.group["start_step"]:
+        return
+    due = []
+    for stack, grown in zip(x.stacks, outgrown(x.stacks), strict=True):
+        if rows := _due(stack, grown, x):
+            due.append((stack, rows))
+    if due:
+        with x.phase("roots"):
+            refresh(due, x.group)
+
+
+def _due(stack: Stack, grown: list[bool], x: Active) -> list[int]:
+    """Return the rows of a stack that get new roots in this step."""
+    start, ages = x.group["start_step"], set(x.seen.values())
+    if x.complete and len(ages) == 1 and len(stack.rooted) == len(stack.members):  # as in most steps
+        age = next(iter(ages)) - start
+        return [row for row, yes in enumerate(grown) if yes or stack.is_due(row, age)] if age > 0 else []
+    due: list[int] = []
+    for p, rows in stack.rows.items():
+        age = x.seen.get(p, 0) - start
+        if age < 0 or p not in x.grads:
+            continue
+        # First roots that are many come at their turns. A state that has no roots although their turns are over, such
+        # as that of another optimizer, gets all of them at once.
+        wait = x.plan.waits[p]
+        first = age == wait == 0 or (age >= wait and p not in stack.rooted)
+        due += [row for row in range(rows.start, rows.stop) if first or grown[row] or stack.is_due(row, age)]
+        if age >= wait or age <= min(stack.refresh_offset[rows]):
+            stack.rooted.add(p)
+    return due
+
+
+def update_rest(x: Active) -> None:
+    """Take the graft method's step for the parameters that are not preconditioned now."""
+    if x.rest:
+        diagonal_step(x.rest, [x.grads[p] for p in x.rest], x.state, x.group)
+
+
+def update_weights(x: Active) -> None:
+    """Take the step of the preconditioned parameters, a chunk at a time, where this rank has all of their blocks."""
+    if not x.layouts:
+        return
+    with full_precision(next(iter(x.layouts)).device.type):
+        scattered = [p for p in x.plan.scattered if p in x.layouts]
+        lengths = update_moments(scattered, x)
+        pieces: Pieces = {p: {} for p in scattered}
+        for stack in x.stacks:
+            for members, rows in stack.chunks(x.members(stack)):
+                if stack.whole and x.group["precondition"] == "momentum":
+                    own = _lengths(members, x)
+                    _finish_whole(members, preconditioned(stack, members, rows, x, Received()), own, x)
+                    continue
+                whole = [p for p in members if p not in pieces]
+                lengths |= update_moments(whole, x)
+                U = preconditioned(stack, members, rows, x, Received())
+                at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
+                finish({p: {stack.shape: at[p]} for p in whole}, lengths, x, x.layouts)
+                for p in members:
+                    if p in pieces:
+                        pieces[p][stack.shape] = at[p].clone()
+        finish(pieces, lengths, x, x.layouts)
+
+
+def update_moments(params: list[Tensor], x: Active) -> dict[Tensor, Tensor]:
+    """Count the step, update the moments, and return how long the graft's steps are; nothing without a graft."""
+    lengths = _lengths(params, x) if params else None
+    return {} if lengths is None else dict(zip(params, lengths.unbind(), strict=True))
+
+
+def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
+    """Do the work of :func:`update_moments`, and return the lengths ``[n]``, or None without a graft."""
+    if len(types := {p.dtype for p in params}) != 1:  # torch's kernel takes one type at a time
+        found: dict[Tensor, Tensor] = {}
+        for t in types:
+            found |= update_moments([p for p in params if p.dtype == t], x)
+        return torch.stack([found[p] for p in params]) if found else None
+    group, states, sharded = x.group, [x.state[p] for p in params], x.plan.sharded
+    (beta1, beta2), graft = group["betas"], group["graft"]
+    grads, steps = [x.grads[p] for p in params], [s["step"] for s in states]
+    first = group["precondition"] == "momentum"
+    moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
+    exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
+    here = locals_of(params, sharded)
+    if graft == "adam" and first and fusible(here, grads, exp_avg, moments):
+        out = x.workspace.like("graft", here)
+        return adam_length(out, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
+    torch._foreach_add_(steps, 1)
+    if moments:
+        update_second_moment(moments, grads, beta2)
+    if first:
+        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    if graft == "none":
+        return None
+    T = [x.steps[p] for p in params]
+    inputs = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T])) if first else grads
+    return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
+
+
+def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, received: Received) -> Tensor:
+    """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient."""
+    group = x.group
+    with x.phase("apply"):
+        X, out = x.workspace.blocks(stack, rows)
+        if group["precondition"] == "momentum":
+            _fill(X, stack, members, x, [x.state[p]["exp_avg"] for p in members], received.momenta)
+            weights = [1 - group["betas"][0] ** x.steps[p] for p in members]
+        else:
+            _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
+            weights = [1.0]
+        factor = stack.input_scale(group)[rows].reciprocal()
+        if len(set(weights)) == 1:
+            factor = factor / weights[0]
+        else:
+            counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+            repeated = [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
+            factor = factor / _constants(repeated, factor.device).to(factor.dtype)
+        X.mul_(per_block(factor, X))
+        return precondition(X, out, stack, rows, group)
+
+
+def _fill(
+    X: Tensor,
+    stack: Stack,
+    members: list[Tensor],
+    x: Inputs,
+    tensors: list[Tensor],
+    received: dict[Tensor, ReceivedRows],
+) -> None:
+    """Copy the tensors of these parameters, or their rows from other ranks, to X ``[k, d_1, ..., d_k]``."""
+    if stack.whole and not received:
+        fill_whole(X, tensors)
+    else:
+        fill(X, members, x.shares, [received.get(p, t) for p, t in zip(members, tensors, strict=True)])
+
+
+def _finish_whole(members: list[Tensor], U: Tensor, lengths: Tensor | None, x: Active) -> None:
+    """Do as :func:`finish` for parameters that are one block each, in few calls however many they are."""
+    lr, decay = float(x.group["lr"]), x.group["weight_decay"]
+    if lengths is not None:
+        have = frobenius(U.unbind())
+        U.mul_(per_block(torch.where(have > 0, lengths / have, 0).to(U.dtype), U))
+    if decay:
+        torch._foreach_mul_(members, 1 - lr * decay)
+    updates = [u if u.shape == p.shape else u.view(p.shape) for p, u in zip(members, U.unbind(), strict=True)]
+    torch._foreach_add_(members, updates, alpha=-lr)
+
+
+def finish(
+    pieces: Pieces,
+    lengths: dict[Tensor, Tensor],
+    x: Active,
+    layouts: dict[Tensor, Layout],
+    known: list[Tensor] | None = None,
+) -> None:
+    """Graft, momentum where it comes after, decay, weights.
+
+    Args:
+        pieces: U of each parameter, or its rows that are on this rank.
+        lengths: of the graft's steps, which U gets.
+        layouts: of what is on this rank.
+        known: the norms of U, where a piece is of rows.
+    """
+    if not pieces:
+        return
+    group, params = x.group, {p: local(p) for p in pieces}
+    beta1, lr = group["betas"][0], float(group["lr"])
+    if wanted := [lengths[p] for p in pieces if p in lengths]:
+        transfer_length([list(U.values()) for U in pieces.values()], wanted, known)
+    if group["weight_decay"]:
+        torch._foreach_mul_(list(params.values()), 1 - lr * group["weight_decay"])
+    if group["precondition"] == "momentum":
+        targets, sources = placed(pieces, layouts, params)
+        torch._foreach_add_(targets, sources, alpha=-lr)
+        return
+    exp_avg = {p: local(x.state[p]["exp_avg"]) for p in params}
+    counters = [x.state[p]["updates"] for p in params]
+    torch._foreach_add_(counters, 1)
+    ages = [int(n.item()) for n in counters]
+    # Until the first update this buffer was the diagonal method's momentum, of raw gradients: begin anew.
+    if fresh := [m for m, age in zip(exp_avg.values(), ages, strict=True) if age == 1]:
+        torch._foreach_zero_(fresh)
+    targets, sources = placed(pieces, layouts, exp_avg)
+    torch._foreach_lerp_(targets, [u.to(m.dtype) for u, m in zip(sources, targets, strict=True)], 1 - beta1)
+    updates = torch._foreach_div(list(exp_avg.values()), [1 - beta1**age for age in ages])
+    torch._foreach_add_(list(params.values()), updates, alpha=-lr)
+
+
+def _constants(values: list[float], device: torch.device) -> Tensor:
+    """Return ``[n]`` in float64; of equal ones one number on the CPU, for which nothing is sent to the device."""
+    if len(set(values)) == 1:
+        return torch.tensor(values[0], dtype=torch.float64, device="cpu")
+    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
