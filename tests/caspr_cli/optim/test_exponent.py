@@ -55,8 +55,7 @@ def test_the_size_of_gradients_does_not_matter(optimizer, exponent: float, block
     assert relative_error(one, two) < 1e-9
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
-@pytest.mark.parametrize("solver", ["newton", "warm"])
+@pytest.mark.parametrize(("order", "solver"), [(1, "newton"), (2, "warm"), (3, "newton"), (math.inf, "warm")])
 def test_every_solver_has_the_roots(order: float, solver: str) -> None:
     """Odd roots, too, and the first."""
     weight, *gradients = random_stream(6, 5, steps=13, seed=4)
@@ -66,7 +65,7 @@ def test_every_solver_has_the_roots(order: float, solver: str) -> None:
     assert relative_error(weight - found[-1], weight - expected[-1]) < 1e-3
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("p", [1, 3, 4])
 def test_the_residual_of_odd_roots(p: int) -> None:
     x = random_stream(8, 8, steps=1, seed=5)[0]
     S = (x @ x.mT + torch.eye(8)).unsqueeze(0)

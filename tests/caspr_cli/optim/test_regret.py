@@ -63,8 +63,7 @@ PLAYERS = [(CASPR, {"order": 1}, 1), (CASPR, {}, 2), (CASPR, {"order": 3}, 3), (
 
 
 @pytest.mark.parametrize(("optimizer", "options", "order"), PLAYERS)
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("lr", [0.03, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize(("lr", "samples"), [(0.03, 1), (1.0, 2)])
 def test_regret_bound_at_any_learning_rate(lr, samples, optimizer, options, order):
     x, y, best = online_least_squares(seed=1, samples=samples)
     regret, distance, gradients = play(optimizer, x, y, best, lr, **options)
@@ -72,20 +71,3 @@ def test_regret_bound_at_any_learning_rate(lr, samples, optimizer, options, orde
     assert rank == samples
     bound = (distance**2 / (2 * lr) + lr * rank) * trace_of_preconditioner(gradients, order)
     assert 0 < regret <= bound
-
-
-@pytest.mark.parametrize(("optimizer", "options", "order"), PLAYERS)
-@pytest.mark.parametrize("seed", range(3))
-def test_regret_bound_at_the_learning_rate_of_the_theorem(seed, optimizer, options, order):
-    """lr = D / sqrt(2 r) with a D that turns out to bound the distances: Regret_T <= sqrt(2 r) D tr(X_T)."""
-    x, y, best = online_least_squares(seed=10 * seed, samples=2)
-    limit = torch.linalg.matrix_norm(best).item()  # the distance at the start
-    for _ in range(8):
-        regret, distance, gradients = play(optimizer, x, y, best, limit / 2, **options)  # sqrt(2 r) = 2
-        if distance <= limit:
-            break
-        limit *= 1.5
-    assert distance <= limit
-    trace = trace_of_preconditioner(gradients, order)
-    shampoo = trace_of_preconditioner(gradients, math.inf)
-    assert 0 < regret <= 2 * limit * trace <= 2 * limit * shampoo * (1 + 1e-9)
