@@ -53,7 +53,7 @@ def test_a_run_of_eight_steps(options):
     rates = [0.1, 0.1, 0.2, 0.05, 0.1, 0.1, 0.3, 0.1]
     optimizer, known = library(method, rest)
     weights, turns = run_with_turns(optimizer, weight, gradients, lr=rates, **known)
-    expected = reference_weights(weight, gradients, method, lr=rates, turns=turns, **rest)
+    expected = reference_weights(weight, gradients, method, lr=rates, turns=turns, **known)
     for step, (w, w_expected) in enumerate(zip(weights, expected, strict=True), start=1):
         assert relative_error(w, w_expected) < 1e-9, f"step {step}"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pairs import pairs
 from ranks import Ranks, alone
-from stepping import advance, assert_finite, assert_same, copies, distance, noise, resumed, through_disk, weights
+from stepping import advance, assert_finite, assert_same, copies, distance, noise, through_disk, weights
 from torch import nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
@@ -205,11 +205,11 @@ def test_a_late_group_is_an_optimizer_of_its_own(row: dict[str, Any]) -> None:
 @each_row
 def test_a_model_that_is_cast_goes_on(row: dict[str, Any], when: str) -> None:
     """``.double()``: factors and moments follow, in steps near those of the type before."""
-    row = row | {"dtype": torch.float32, "eps": 1e-2, "refresh_above": 0.0}
+    row = exact(row) | {"dtype": torch.float32, "refresh_above": 0.0}
     params, optimizer = make(row)
     advance(params, optimizer, range(6))
     if when == "after loading":
-        others, other = resumed(params, optimizer)
+        others, other = from_disk(row, params, optimizer)
         for q in others:
             q.data, q.grad = q.data.double(), None
     else:
