@@ -7,9 +7,8 @@ import pytest
 import torch
 from pairs import pairs
 from references.drive import relative_error, run, run_with_turns
-from references.kronecker import precondition
 from references.optimizer import reference_weights
-from references.stream import random_stream, statistics
+from references.stream import random_stream
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 
@@ -69,30 +68,6 @@ def test_the_defaults_are_those_of_the_reference(optimizer):
     defaults = optimizer([torch.nn.Parameter(weight)]).defaults
     for name, value in {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}.items():
         assert defaults[name] == value
-
-
-def test_roots_are_refreshed_at_their_steps_only():
-    """Between refreshes the roots are those of the last one, whatever came since."""
-    gradients = random_stream(3, 4, steps=9, seed=3)
-    options = {"graft": "none", "betas": (0.0, 0.9), "start_step": 2, "interval": 3, "eps": 1e-4}
-    weights = run(CASPR, torch.zeros(3, 4).double(), gradients, lr=1.0, **options)
-    for step in range(2, 10):
-        refresh = step - (step - 2) % 3  # 2, 2, 2, 5, 5, 5, 8, 8
-        held = statistics(gradients[:refresh], "ema", 0.9)
-        expected = precondition(gradients[step - 1], held, 1e-4, "relative", 2)
-        assert relative_error(weights[step - 2] - weights[step - 1], expected) < 1e-9
-
-
-def test_statistics_are_gathered_before_the_start():
-    """The first preconditioned step at t = 4 knows the gradients of t = 1, 2, 3."""
-    gradients = random_stream(3, 4, steps=4, seed=4)
-    options = {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "lr": 1.0}
-    late = run(CASPR, torch.zeros(3, 4).double(), gradients, start_step=4, **options)
-    early = run(CASPR, torch.zeros(3, 4).double(), gradients, start_step=1, **options)
-    alone = run(CASPR, torch.zeros(3, 4).double(), gradients[3:], start_step=1, **options)
-    u_late = late[2] - late[3]
-    assert relative_error(u_late, early[2] - early[3]) < 1e-9
-    assert relative_error(u_late, -alone[0]) > 1e-2
 
 
 WAKING = [{}, {"axes": "last"}, {"exponent": 1.0}, {"statistics": "accumulate"}, {"merge": "none"}, {"order": 1},

@@ -8,31 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pairs import pairs
 from references.drive import bare_updates, relative_error
 from references.kronecker import one_sided, row_by_row
 from references.stream import random_stream, statistics
 from stepping import advance
-from torch import Tensor, nn
+from torch import nn
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.optim.blocks import AXES, Layout
 from caspr_cli.optim.cost import EIGH_FLOPS, state_bytes, step_flops
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.theory.work import work_of
 
-modest = settings(deadline=None, max_examples=25, derandomize=True)
-seeds = st.integers(0, 10_000)
-sizes = st.integers(1, 6)
-kinds = st.sampled_from(["ema", "accumulate"])
 ONE = ("first", "last", "row")
 MERGED = [((4, 3), (4, 3)), ((2, 5), (2, 5)), ((4, 3, 2, 2), (4, 12))]
-
-
-def orthogonal(size: int, seed: int) -> Tensor:
-    return torch.linalg.qr(random_stream(size, size, steps=1, seed=seed)[0])[0]
 
 
 # ---- the formulas ------------------------------------------------------------------------------------------------
@@ -61,96 +51,7 @@ def test_each_against_its_formula(
         assert relative_error(update.reshape(merged), expected) < 1e-9
 
 
-@pytest.mark.parametrize("axes", ONE)
-def test_of_a_vector_there_is_one_axis(axes: str) -> None:
-    gradients = random_stream(5, steps=4, seed=2)
-    for options in ({}, {"precondition_1d": True}, {"precondition_1d": True, "block_size": 3}):
-        expected = bare_updates(CASPR, gradients, **options)
-        for u, same in zip(bare_updates(CASPR, gradients, axes=axes, **options), expected, strict=True):
-            assert torch.equal(u, same)
-
-
-@pytest.mark.parametrize(("precondition", "graft"), [("momentum", "adam"), ("gradient", "none")])
-def test_a_matrix_by_rows_is_full_matrix_adagrad_of_each_row(precondition: str, graft: str) -> None:
-    """The same weights but for the graft, whose length is that of the whole tensor: there, in the same direction."""
-    gradients = random_stream(4, 6, steps=8, seed=3)
-    options: dict[str, Any] = {"lr": 1.0, "start_step": 2, "interval": 1, "graft": graft, "precondition": precondition}
-    options["betas"] = (0.9 if graft == "none" else 0.0, 0.9)
-    matrix, rows = nn.Parameter(torch.zeros(4, 6).double()), [nn.Parameter(torch.zeros(6).double()) for _ in range(4)]
-    one, many = CASPR([matrix], axes="row", **options), FullAdagrad(rows, **options | {"graft": "none"})
-    for G in gradients:
-        with torch.no_grad():
-            for p in (matrix, *rows):
-                p.zero_()
-        matrix.grad = G.clone()
-        for row, g in zip(rows, G, strict=True):
-            row.grad = g.clone()
-        one.step()
-        many.step()
-    found, expected = matrix.detach(), torch.stack([row.detach() for row in rows])
-    if graft != "none":
-        found, expected = found / found.norm(), expected / expected.norm()
-    assert relative_error(found, expected) < 1e-10
-
-
-@pytest.mark.parametrize("axes", ONE)
-def test_where_one_axis_has_statistics_all_orders_are_the_same(axes: str) -> None:
-    gradients = random_stream(4, 3, steps=3, seed=5)
-    expected = bare_updates(Shampoo, gradients, axes=axes)[-1]
-    for order in (1, 2, 3, math.inf):
-        assert torch.equal(bare_updates(CASPR, gradients, axes=axes, order=order)[-1], expected)
-    assert relative_error(bare_updates(CASPR, gradients)[-1], expected) > 1e-2
-
-
-@pytest.mark.parametrize("axes", ["first", "last"])
-def test_of_three_axes_one(axes: str) -> None:
-    gradients = random_stream(2, 3, 4, steps=3, seed=6)
-    axis = 0 if axes == "first" else 2
-    update = bare_updates(CASPR, gradients, axes=axes, merge="none", eps=1e-4, beta=0.9)[-1]
-    expected = one_sided(gradients[-1], statistics(gradients, "ema", 0.9)[axis], axis, 1e-4, "relative")
-    assert relative_error(update, expected) < 1e-9
-
-
-def test_a_row_of_a_tensor_is_all_but_its_first_axis() -> None:
-    gradients = random_stream(3, 2, 4, steps=3, seed=7)
-    flat = bare_updates(CASPR, [g.view(3, 8) for g in gradients], axes="row")[-1]
-    for merge in ("matrix", "none"):
-        assert torch.equal(bare_updates(CASPR, gradients, axes="row", merge=merge)[-1], flat.view(3, 2, 4))
-
-
 # ---- what holds for every gradient -------------------------------------------------------------------------------
-
-
-@modest
-@given(seed=seeds, rows=sizes, columns=sizes, kind=kinds)
-def test_one_side_turns_with_its_rotations_and_does_not_see_those_of_the_other(
-    seed: int, rows: int, columns: int, kind: str
-) -> None:
-    """U(Q G) = Q U(G) for the first axis, and U(G K) = U(G) K, with the same L."""
-    gradients = random_stream(rows, columns, steps=3, seed=seed)
-    Q, K = orthogonal(rows, seed + 1), orthogonal(columns, seed + 2)
-    for axes in ("first", "last"):
-        options = {"axes": axes, "statistics": kind, "eps": 1e-4}
-        plain = bare_updates(CASPR, gradients, **options)[-1]
-        left = bare_updates(CASPR, [Q @ g for g in gradients], **options)[-1]
-        right = bare_updates(CASPR, [g @ K for g in gradients], **options)[-1]
-        assert relative_error(left, Q @ plain) < 1e-8
-        assert relative_error(right, plain @ K) < 1e-8
-
-
-@modest
-@given(seed=seeds, rows=sizes, columns=sizes, kind=kinds)
-def test_rows_know_nothing_of_each_other(seed: int, rows: int, columns: int, kind: str) -> None:
-    """They may change places, each may have a scale of its own, and all may be turned alike."""
-    gradients = random_stream(rows, columns, steps=3, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    moved, K = torch.randperm(rows, generator=generator), orthogonal(columns, seed + 1)
-    scale = torch.randn(rows, 1, generator=generator, dtype=torch.float64).exp()
-    options = {"axes": "row", "statistics": kind, "eps": 1e-4}
-    plain = bare_updates(CASPR, gradients, **options)[-1]
-    assert relative_error(bare_updates(CASPR, [g[moved] for g in gradients], **options)[-1], plain[moved]) < 1e-10
-    assert relative_error(bare_updates(CASPR, [scale * g for g in gradients], **options)[-1], plain) < 1e-8
-    assert relative_error(bare_updates(CASPR, [g @ K for g in gradients], **options)[-1], plain @ K) < 1e-8
 
 
 @pytest.mark.parametrize(

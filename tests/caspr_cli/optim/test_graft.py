@@ -4,8 +4,8 @@ import pytest
 import torch
 from pairs import pairs
 from references.drive import relative_error, run
-from references.optimizer import graft_direction, reference_weights
-from references.stream import average, random_stream
+from references.optimizer import reference_weights
+from references.stream import random_stream
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 
@@ -107,29 +107,3 @@ def test_momentum_of_the_other_grafts_is_a_corrected_average(graft, way):
     assert_same(way(CASPR, weight, gradients, **options), expected)
     if graft != "rmsprop":  # the first step by hand: M^ is the gradient itself
         assert relative_error(expected[0], weight - 0.02 * weight - 0.1 * gradients[0]) < 1e-12
-
-
-@pytest.mark.parametrize(("optimizer", "graft"), [(CASPR, "adam"), (Shampoo, "rmsprop"), (FullAdagrad, "sgd")])
-def test_the_update_has_the_length_of_the_graft_direction(optimizer, graft):
-    weight, gradients = problem(3, 4, seed=7)
-    start = 3
-    weights = run(optimizer, weight, gradients, lr=1.0, betas=(0.8, 0.95), graft=graft, start_step=start, interval=2)
-    steps = zip([weight, *weights[:-1]], weights, strict=True)
-    for step, (before, after) in enumerate(steps, start=1):
-        seen = gradients[:step]
-        direction = graft_direction(average(seen, 0.8), seen, graft, 0.95, 1e-8)
-        ratio = torch.linalg.vector_norm(before - after) / torch.linalg.vector_norm(direction)
-        assert ratio.item() == pytest.approx(1, abs=1e-9)
-        # From start_step on it is another direction than the graft method's.
-        assert (relative_error(before - after, direction) > 1e-3) == (step >= start)
-
-
-def test_with_accumulated_statistics_the_second_beta_is_the_grafts_alone():
-    weight, gradients = problem(3, 4, seed=9)
-    options = {"statistics": "accumulate", "interval": 1, "start_step": 1, "lr": 0.1, "betas": (0.0, 0.95)}
-    bare = run(CASPR, weight, gradients, graft="none", **options)
-    other = run(CASPR, weight, gradients, graft="none", **{**options, "betas": (0.0, 0.5)})
-    assert_same(bare, other)
-    grafted = run(CASPR, weight, gradients, graft="adam", **options)
-    other = run(CASPR, weight, gradients, graft="adam", **{**options, "betas": (0.0, 0.5)})
-    assert relative_error(grafted[-1], other[-1]) > 1e-3

@@ -176,10 +176,3 @@ def test_named_parameters_are_accepted():
     optimizer.step()
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert (layer.weight.detach() - before).abs().max() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_repr_shows_the_options():
-    text = repr(CASPR([parameter(2, 3)], order=3, statistics="accumulate"))
-    assert text.startswith("CASPR")
-    assert "order: 3" in text
-    assert "statistics: accumulate" in text

@@ -9,7 +9,7 @@ from references.kronecker import precondition
 from references.optimizer import axis_parts, merged_shape, reference_weights
 from references.stream import random_stream, statistics
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim import CASPR, Shampoo
 
 BETA = 0.9
 
@@ -80,78 +80,11 @@ def test_a_vector_takes_the_graft_method_however_it_is_written(optimizer, shape,
         assert relative_error(w, expected) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "shape"), [(CASPR, (5,)), (Shampoo, (1, 5, 1)), (FullAdagrad, ()), (FullAdagrad, (5,))]
-)
-def test_precondition_1d_is_full_matrix_adagrad(optimizer, shape):
-    gradients = random_stream(*shape, steps=4, seed=5)
-    # FullAdagrad has one axis to precondition whatever the rank, so it has no such option.
-    options = {} if optimizer is FullAdagrad else {"precondition_1d": True}
-    updates = bare_updates(optimizer, gradients, eps=1e-4, beta=BETA, **options)
-    flat = [gradient.flatten() for gradient in gradients]
-    for step, update in enumerate(updates, start=1):
-        expected = precondition(flat[step - 1], statistics(flat[:step], "ema", BETA), 1e-4, "relative", 1)
-        assert relative_error(update.flatten(), expected) < 1e-9
-
-
-def test_a_long_vector_is_cut_in_blocks_too():
-    gradients = random_stream(7, steps=3, seed=6)
-    update = bare_updates(CASPR, gradients, precondition_1d=True, block_size=3, beta=BETA)[-1]
-    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        alone = bare_updates(CASPR, [g[part] for g in gradients], precondition_1d=True, beta=BETA)[-1]
-        assert relative_error(update[part], alone) < 1e-9
-
-
 def test_axis_parts_are_those_of_tensor_split():
     for size, block_size in [(1100, 1024), (7, 3), (6, 3), (1, 1), (5, 1), (10, 4), (4096, 1024)]:
         count = math.ceil(size / block_size)
         expected = [len(part) for part in torch.tensor_split(torch.arange(size), count)]
         assert [part.stop - part.start for part in axis_parts(size, block_size)] == expected
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "shape", "merge"),
-    [(CASPR, (5, 7), "matrix"), (Shampoo, (7, 2), "matrix"), (CASPR, (4, 2, 5), "none")],
-)
-def test_blocks_are_separate_parameters(optimizer, shape, merge):
-    """Without graft nothing joins the blocks: each is its own small tensor."""
-    gradients = random_stream(*shape, steps=4, seed=7)
-    options = {"merge": merge, "eps": 1e-4, "beta": BETA}
-    update = bare_updates(optimizer, gradients, block_size=3, **options)[-1]
-    grids = torch.cartesian_prod(*(torch.arange(len(axis_parts(size, 3))) for size in shape))
-    assert len(grids) > 1
-    for grid in grids:
-        block = tuple(axis_parts(size, 3)[i] for size, i in zip(shape, grid.tolist(), strict=True))
-        alone = bare_updates(optimizer, [g[block].contiguous() for g in gradients], **options)[-1]
-        assert relative_error(update[block], alone) < 1e-9
-
-
-def test_one_block_is_the_same_at_any_larger_block_size():
-    gradients = random_stream(5, 4, steps=4, seed=8)
-    exact = bare_updates(CASPR, gradients, block_size=5)
-    for u, u_large in zip(exact, bare_updates(CASPR, gradients, block_size=4096), strict=True):
-        assert torch.equal(u, u_large)
-    smaller = bare_updates(CASPR, gradients, block_size=4)
-    assert relative_error(smaller[-1], exact[-1]) > 1e-2
-
-
-def test_eleven_hundred_rows_are_two_blocks_of_550():
-    gradients = random_stream(1100, 2, steps=1, seed=9)
-    update = bare_updates(CASPR, gradients)[0]
-    for rows in (slice(0, 550), slice(550, 1100)):
-        alone = bare_updates(CASPR, [g[rows].contiguous() for g in gradients])[0]
-        assert relative_error(update[rows], alone) < 1e-9
-
-
-@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd"])
-def test_the_graft_length_is_that_of_the_whole_tensor(graft):
-    """The blocks keep their lengths relative to each other; only the whole is rescaled."""
-    gradients = random_stream(5, 7, steps=3, seed=10)
-    plain = bare_updates(CASPR, gradients, block_size=3, eps=1e-4)
-    grafted = bare_updates(CASPR, gradients, block_size=3, eps=1e-4, graft=graft)
-    for u, u_grafted in zip(plain, grafted, strict=True):
-        ratio = u_grafted / u
-        assert (ratio / ratio[0, 0] - 1).abs().max() < 1e-8
 
 
 def test_one_parameter_in_many_equals_the_parameter_alone():
