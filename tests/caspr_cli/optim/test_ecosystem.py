@@ -12,7 +12,6 @@ from caspr_cli.optim import CASPR
 
 OPTIONS = {"lr": 0.02, "start_step": 3, "interval": 2, "betas": (0.9, 0.95), "weight_decay": 0.01}
 EPOCHS = 2
-pytestmark = pytest.mark.release
 
 
 class Rows(Dataset):
@@ -116,6 +115,7 @@ def test_lightning_resumes_to_the_same_weights(tmp_path):
     assert torch.equal(weights_of(module), bare_loop())
 
 
+@pytest.mark.release
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_trainer_gives_the_bare_loop(tmp_path):
     """With its own clipping and its own linear schedule."""
@@ -148,6 +148,7 @@ def test_transformers_trainer_gives_the_bare_loop(tmp_path):
     assert torch.allclose(weights_of(model), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.release
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate_gives_the_bare_loop_and_its_state_returns():
     accelerate = pytest.importorskip("accelerate")
