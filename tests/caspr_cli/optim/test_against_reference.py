@@ -40,7 +40,7 @@ ROWS = [*pairs(GRID), *pairs(GRID | MATRICES, 1), *pairs(GRID | MATRICES | {"met
 def library(method, options):
     """The class, and the options it knows: FullAdagrad has no order, exponent, merge or axes, Shampoo no order."""
     cls = {"caspr": CASPR, "shampoo": Shampoo, "full": FullAdagrad}[method]
-    return cls, {name: value for name, value in options.items() if name in inspect.signature(cls.__init__).parameters}
+    return cls, {name: value for name, value in options.items() if name in inspect.signature(cls).parameters}
 
 
 @pytest.mark.parametrize("options", ROWS, ids=itertools.count())
