@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import faults
 import pytest
 
 
 @pytest.mark.release
 def test_runs_that_are_hit_lose_nothing() -> None:
+    import faults  # reads TensorBoard, which takes a second
+
     if not faults.can_mount():
         pytest.skip(f"{' and '.join(faults.MOUNTED)} need a machine on which a file system can be mounted")
     command = [sys.executable, faults.__file__, "--count", str(2 * len(faults.KINDS) - len(faults.OF_RANKS))]
