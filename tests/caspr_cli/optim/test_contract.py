@@ -248,7 +248,7 @@ def train(rank: int, row: dict[str, Any], first: int, content: Any = None) -> tu
         with torch.no_grad():
             for p, w in zip(params, content[0], strict=True):
                 p.copy_(w)
-        optimizer.load_state_dict(content[1])
+        optimizer.load_state_dict(copy.deepcopy(content[1]))  # ranks get tensors in memory that they share
     halfway = content
     for step in range(first, STEPS):
         if step == 6:
