@@ -87,9 +87,13 @@ def apart(*three: list[nn.Parameter]) -> float:
 
 
 def from_disk(row: dict[str, Any], params: list[nn.Parameter], optimizer: Any) -> Pair:
-    """Into an optimizer whose options are the defaults: those of the state count."""
-    others = copies(params)
-    other = row["cls"]([{"params": others[:PLAIN]}, {"params": others[PLAIN:]}])
+    """Into an optimizer whose options are the defaults: those of the state count, but for sum or product."""
+    return load(row, copies(params), optimizer)
+
+
+def load(row: dict[str, Any], others: list[nn.Parameter], optimizer: Any) -> Pair:
+    product = {"order": math.inf} if row["cls"] is CASPR and row["order"] == math.inf else {}
+    other = row["cls"]([{"params": others[:PLAIN]}, {"params": others[PLAIN:]}], **product)
     other.load_state_dict(through_disk(optimizer.state_dict()))
     return others, other
 
@@ -214,9 +218,7 @@ def test_a_model_that_is_cast_goes_on(row: dict[str, Any], when: str) -> None:
         for q in others:
             q.data, q.grad = q.data.double(), None
     else:
-        others = [nn.Parameter(p.detach().double()) for p in params]
-        other = row["cls"]([{"params": others[:PLAIN]}, {"params": others[PLAIN:]}])
-        other.load_state_dict(through_disk(optimizer.state_dict()))
+        others, other = load(row, [nn.Parameter(p.detach().double()) for p in params], optimizer)
     start = copies(params)
     advance(params, optimizer, range(6, STEPS))
     advance(others, other, range(6, STEPS))
