@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from written import SMALL
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 
 FOLDER = ["task.images=folder", "task.size=8", "task.batch_size=8"]
 WORDS = {

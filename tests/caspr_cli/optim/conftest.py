@@ -20,7 +20,7 @@ def four() -> Iterator[Ranks]:
     processes.close()
 
 
-@pytest.fixture(params=["two", "four"])
+@pytest.fixture(params=["two", pytest.param("four", marks=pytest.mark.release)])
 def ranks(request: pytest.FixtureRequest) -> Ranks:
     processes: Ranks = request.getfixturevalue(request.param)
     return processes

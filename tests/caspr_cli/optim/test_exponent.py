@@ -34,16 +34,6 @@ def test_shampoo_is_the_product_as_an_approximation_of_the_statistic() -> None:
     assert relative_error(last_update(Shampoo, gradients), expected) < 1e-9
 
 
-def test_of_statistics_that_are_a_product_it_is_full_matrix_adagrad() -> None:
-    """F = A x B has L = tr(B) A and R = tr(A) B, and L x R / tr(L) is F: what the exponent of 1/4 cannot give."""
-    A, B = (x @ x.mT + torch.eye(len(x)) for x in random_stream(3, 3, steps=2, seed=2))
-    L, R = B.trace() * A, A.trace() * B
-    F = torch.kron(A, B)
-    assert relative_error(torch.kron(L, R) / L.trace(), F) < 1e-12
-    quarter = torch.kron(spectral_power(L, -0.25), spectral_power(R, -0.25))
-    assert relative_error(quarter, spectral_power(F, -0.5)) > 0.1
-
-
 @pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
 @settings(max_examples=25, deadline=None)
 @given(exponent=st.floats(-12, 12), blocks=st.sampled_from([2, 1024]))
@@ -65,7 +55,7 @@ def test_newton_has_the_roots(order: float) -> None:
     assert relative_error(weight - found[-1], weight - expected[-1]) < 1e-3
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("p", [1, 3, 4])
 def test_the_residual_of_odd_roots(p: int) -> None:
     x = random_stream(8, 8, steps=1, seed=5)[0]
     S = (x @ x.mT + torch.eye(8)).unsqueeze(0)

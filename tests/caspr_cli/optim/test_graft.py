@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from pairs import pairs
 from references.drive import relative_error, run
-from references.optimizer import graft_direction, reference_weights
-from references.stream import average, random_stream
+from references.optimizer import reference_weights
+from references.stream import random_stream
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 
@@ -35,24 +36,21 @@ def assert_same(weights, expected, bound=1e-12):
         assert relative_error(w, w_expected) < bound
 
 
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
-@pytest.mark.parametrize("way", [grouped, before_the_start])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_adam_graft_alone_is_adamw(optimizer, way, maximize, weight_decay):
+WAYS = {"way": [grouped, before_the_start], "maximize": [False, True], "weight_decay": [0.0, 0.3]}
+EACH = [tuple(row.values()) for row in pairs(WAYS)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precondition", "way", "maximize", "weight_decay"),
+    [tuple(row.values()) for row in pairs({"optimizer": [CASPR, Shampoo, FullAdagrad],
+                                           "precondition": ["momentum", "gradient"], **WAYS})],
+)  # fmt: skip
+def test_adam_graft_alone_is_adamw(optimizer, precondition, way, maximize, weight_decay):
     weight, gradients = problem(3, 4)
     shared = {"lr": RATES, "betas": (0.8, 0.95), "weight_decay": weight_decay, "maximize": maximize}
     expected = run(torch.optim.AdamW, weight, gradients, eps=1e-3, **shared)
-    assert_same(way(optimizer, weight, gradients, graft="adam", graft_eps=1e-3, **shared), expected)
-
-
-@pytest.mark.parametrize("precondition", ["momentum", "gradient"])
-@pytest.mark.parametrize("way", [grouped, before_the_start])
-def test_what_is_preconditioned_does_not_change_the_graft_method(way, precondition):
-    weight, gradients = problem(3, 4, seed=2)
-    options = {"lr": 0.1, "betas": (0.8, 0.95), "weight_decay": 0.1}
-    expected = run(torch.optim.AdamW, weight, gradients, **options)
-    assert_same(way(CASPR, weight, gradients, precondition=precondition, **options), expected)
+    own = {"graft": "adam", "graft_eps": 1e-3} | ({"precondition": precondition} if way is before_the_start else {})
+    assert_same(way(optimizer, weight, gradients, **own, **shared), expected)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
@@ -79,9 +77,7 @@ def decayed(optimizer_class, weight, gradients, *, lr, weight_decay, **options):
     return weights
 
 
-@pytest.mark.parametrize("way", [grouped, before_the_start])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize(("way", "maximize", "weight_decay"), EACH)
 def test_rmsprop_graft_alone_is_rmsprop(way, maximize, weight_decay):
     weight, gradients = problem(3, 4, seed=4)
     shared = {"lr": RATES, "weight_decay": weight_decay, "maximize": maximize}
@@ -90,10 +86,10 @@ def test_rmsprop_graft_alone_is_rmsprop(way, maximize, weight_decay):
     assert_same(way(CASPR, weight, gradients, **options, **shared), expected)
 
 
-@pytest.mark.parametrize("graft", ["sgd", "none"])
-@pytest.mark.parametrize("way", [grouped, before_the_start])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("graft", "way", "maximize", "weight_decay"),
+    [tuple(row.values()) for row in pairs({"graft": ["sgd", "none"], **WAYS})],
+)
 def test_sgd_graft_alone_is_sgd(graft, way, maximize, weight_decay):
     weight, gradients = problem(3, 4, seed=5)
     shared = {"lr": RATES, "weight_decay": weight_decay, "maximize": maximize}
@@ -101,8 +97,9 @@ def test_sgd_graft_alone_is_sgd(graft, way, maximize, weight_decay):
     assert_same(way(CASPR, weight, gradients, graft=graft, betas=(0.0, 0.95), **shared), expected)
 
 
-@pytest.mark.parametrize("graft", ["sgd", "none", "rmsprop"])
-@pytest.mark.parametrize("way", [grouped, before_the_start])
+@pytest.mark.parametrize(
+    ("graft", "way"), [("sgd", grouped), ("none", before_the_start), ("rmsprop", before_the_start)]
+)
 def test_momentum_of_the_other_grafts_is_a_corrected_average(graft, way):
     weight, gradients = problem(3, 4, seed=6)
     options = {"lr": 0.1, "betas": (0.8, 0.95), "graft": graft, "graft_eps": 1e-3, "weight_decay": 0.2}
@@ -110,38 +107,3 @@ def test_momentum_of_the_other_grafts_is_a_corrected_average(graft, way):
     assert_same(way(CASPR, weight, gradients, **options), expected)
     if graft != "rmsprop":  # the first step by hand: M^ is the gradient itself
         assert relative_error(expected[0], weight - 0.02 * weight - 0.1 * gradients[0]) < 1e-12
-
-
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
-@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd"])
-def test_the_update_has_the_length_of_the_graft_direction(optimizer, graft):
-    weight, gradients = problem(3, 4, seed=7)
-    start = 3
-    weights = run(optimizer, weight, gradients, lr=1.0, betas=(0.8, 0.95), graft=graft, start_step=start, interval=2)
-    steps = zip([weight, *weights[:-1]], weights, strict=True)
-    for step, (before, after) in enumerate(steps, start=1):
-        seen = gradients[:step]
-        direction = graft_direction(average(seen, 0.8), seen, graft, 0.95, 1e-8)
-        ratio = torch.linalg.vector_norm(before - after) / torch.linalg.vector_norm(direction)
-        assert ratio.item() == pytest.approx(1, abs=1e-9)
-        # From start_step on it is another direction than the graft method's.
-        assert (relative_error(before - after, direction) > 1e-3) == (step >= start)
-
-
-def test_adam_graft_with_the_start_in_the_middle_is_adamw_up_to_it():
-    weight, gradients = problem(3, 4, seed=8)
-    adamw = run(torch.optim.AdamW, weight, gradients, lr=0.1, weight_decay=0.0)
-    weights = run(CASPR, weight, gradients, lr=0.1, start_step=5, interval=100)
-    assert_same(weights[:4], adamw[:4])
-    assert relative_error(weights[4], adamw[4]) > 1e-3
-
-
-def test_with_accumulated_statistics_the_second_beta_is_the_grafts_alone():
-    weight, gradients = problem(3, 4, seed=9)
-    options = {"statistics": "accumulate", "interval": 1, "start_step": 1, "lr": 0.1, "betas": (0.0, 0.95)}
-    bare = run(CASPR, weight, gradients, graft="none", **options)
-    other = run(CASPR, weight, gradients, graft="none", **{**options, "betas": (0.0, 0.5)})
-    assert_same(bare, other)
-    grafted = run(CASPR, weight, gradients, graft="adam", **options)
-    other = run(CASPR, weight, gradients, graft="adam", **{**options, "betas": (0.0, 0.5)})
-    assert relative_error(grafted[-1], other[-1]) > 1e-3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 from collections.abc import Iterator
@@ -12,31 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import advance, weights
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import OPTIMIZERS
-
-
-def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(*shape).to(dtype)) for shape in shapes]
-
-
-def run(params: list[Any], optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    """Steps on gradients that depend on step and parameter alone; the change of the first parameter in each."""
-    moved = []
-    for step in steps:
-        for i, p in enumerate(params):
-            if p is not None:
-                generator = torch.Generator().manual_seed(1000 * step + i)
-                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        before = params[0].detach().clone()
-        optimizer.step()
-        moved.append(float((params[0].detach() - before).norm()))
-    return moved
 
 
 @pytest.fixture
@@ -53,55 +34,39 @@ def precision() -> Iterator[None]:
 def test_the_precision_of_each_backend_is_put_back(setting: str) -> None:
     torch.backends.cuda.matmul.fp32_precision = setting
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    params = parameters((4, 4))
-    run(params, CASPR(params, start_step=1), range(2))
+    params = weights([(4, 4)])
+    advance(params, CASPR(params, start_step=1), range(2))
     assert torch.backends.cuda.matmul.fp32_precision == setting
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-
-
-@pytest.mark.parametrize(
-    "replace", [lambda t: t.clone(), lambda t: t.to("meta").new_empty(t.shape, device="cpu").copy_(t)]
-)
-def test_a_loop_that_moves_the_state_about_loses_nothing(replace: Any) -> None:
-    """Lightning moves state tensors at its end, offloading loops at each step: the views are replaced by copies."""
-    whole, cut = parameters((6, 5), (6, 5)), parameters((6, 5), (6, 5))
-    expected, first = CASPR(whole, start_step=2, interval=3), CASPR(cut, start_step=2, interval=3)
-    run(whole, expected, range(20))
-    run(cut, first, range(7))
-    for state in first.state.values():
-        state.update({name: replace(value) for name, value in state.items()})
-    run(cut, first, range(7, 13))
-    second = CASPR(cut)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    run(cut, second, range(13, 20))
-    for p, q in zip(whole, cut, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", [("start_step", 100, 13), ("precondition", False, "momentum")])
 def test_a_tensor_whose_turn_comes_between_refreshes_is_not_frozen(change: tuple[str, Any, Any]) -> None:
     name, before, after = change
-    params = parameters((5, 4))
+    params = weights([(5, 4)])
     optimizer = CASPR(params, lr=0.1, **({"interval": 50, "start_step": 10} | {name: before}))
-    run(params, optimizer, range(20))
+    advance(params, optimizer, range(20))
     optimizer.param_groups[0][name] = after
-    assert min(run(params, optimizer, range(20, 30))) > 0.05
+    assert min(advance(params, optimizer, range(20, 30))) > 0.05
 
 
 def test_late_statistics_are_divided_by_their_own_weight() -> None:
     """Statistics that begin at step 201 are those of a fresh optimizer, not an average over 200 steps of nothing."""
-    params, fresh = parameters((5, 4)), parameters((5, 4))
+    params, fresh = weights([(5, 4)]), weights([(5, 4)])
     options = {"lr": 1.0, "graft": "none", "betas": (0.0, 0.99), "start_step": 1, "interval": 1}
     late = CASPR([{"params": params, "precondition": False}], **options)
-    run(params, late, range(200))
+    advance(params, late, range(200))
     late.param_groups[0]["precondition"] = "momentum"
     torch.testing.assert_close(
-        run(params, late, range(200, 206)), run(fresh, CASPR(fresh, **options), range(200, 206)), rtol=1e-3, atol=0
+        advance(params, late, range(200, 206)),
+        advance(fresh, CASPR(fresh, **options), range(200, 206)),
+        rtol=1e-3,
+        atol=0,
     )
 
 
 def test_a_zero_in_a_float16_gradient_is_not_a_nan() -> None:
-    (p,) = params = parameters((8, 8), dtype=torch.float16)
+    (p,) = params = weights([(8, 8)], dtype=torch.float16)
     optimizer = CASPR(params, start_step=1)
     for _ in range(3):
         p.grad = torch.randn(8, 8).half()
@@ -110,60 +75,23 @@ def test_a_zero_in_a_float16_gradient_is_not_a_nan() -> None:
         assert bool(torch.isfinite(p).all())
 
 
-@pytest.mark.parametrize("missing", [{0}, {2}, {1, 3}, {0, 1, 2, 4}])
-def test_gaps_between_gradients(missing: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters without a gradient change neither themselves nor what their neighbours do."""
-    monkeypatch.setattr("caspr_cli.optim.plan.phases", lambda costs, interval: [0] * len(costs))
-    params, alone = parameters(*[(4, 3)] * 5), parameters(*[(4, 3)] * 5)
-    together = CASPR(params, start_step=2, interval=2)
-    separate = [CASPR([p], start_step=2, interval=2) for p in alone]
-    for step in range(9):
-        for i, pair in enumerate(zip(params, alone, strict=True)):
-            generator = torch.Generator().manual_seed(10 * step + i)
-            G = torch.randn(4, 3, generator=generator)
-            for p in pair:
-                p.grad = None if i in missing and step in (3, 4, 6) else G.clone()
-        together.step()
-        for optimizer in separate:
-            optimizer.step()
-        for p, q in zip(params, alone, strict=True):
-            torch.testing.assert_close(p, q)
-
-
 def test_a_removed_parameter_is_let_go() -> None:
-    params = parameters((4, 4), (4, 4))
+    params = weights([(4, 4), (4, 4)])
     optimizer = CASPR(params, start_step=1)
-    run(params, optimizer, range(3))
+    advance(params, optimizer, range(3))
     gone = weakref.ref(params[1])
     del optimizer.state[params[1]]
     optimizer.param_groups[0]["params"].pop()
     params.pop()
-    run(params, optimizer, range(3, 5))
+    advance(params, optimizer, range(3, 5))
     gc.collect()
     assert gone() is None
 
 
-def test_a_changed_block_size_says_so_at_once() -> None:
-    params = parameters((8, 8))
-    optimizer = CASPR(params, start_step=1)
-    run(params, optimizer, range(2))
-    optimizer.param_groups[0]["block_size"] = 4
-    with pytest.raises(ValueError, match="block_size, merge or axes were others when it was made"):
-        run(params, optimizer, range(2, 3))
-
-
-def test_a_changed_graft_begins_its_moment() -> None:
-    params = parameters((4, 4))
-    optimizer = CASPR(params, graft="sgd", start_step=1)
-    run(params, optimizer, range(2))
-    optimizer.param_groups[0]["graft"] = "adam"
-    assert min(run(params, optimizer, range(2, 5))) > 0
-
-
 def test_hooks_around_loading_see_what_torch_shows_them() -> None:
-    params = parameters((4, 4), dtype=torch.bfloat16)
+    params = weights([(4, 4)], dtype=torch.bfloat16)
     optimizer = CASPR(params, start_step=1)
-    run(params, optimizer, range(3))
+    advance(params, optimizer, range(3))
     saved = copy.deepcopy(optimizer.state_dict())
 
     def halve(_: Any, content: dict[str, Any]) -> None:
@@ -186,35 +114,24 @@ def test_hooks_around_loading_see_what_torch_shows_them() -> None:
     }
 
 
-def test_a_pickle_is_no_larger_than_what_it_holds() -> None:
-    params = parameters(*[(16, 16)] * 20)
-    optimizer = CASPR(params, start_step=1)
-    run(params, optimizer, range(2))
-    tensors = sum(v.nbytes for s in optimizer.state.values() for v in s.values()) + sum(p.nbytes for p in params)
-    assert len(pickle.dumps(optimizer)) < 1.5 * tensors + 50_000
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    assert file.tell() < 1.5 * tensors + 100_000
-
-
 def test_the_state_of_adamw_is_a_warm_start() -> None:
-    params = parameters((4, 4))
+    params = weights([(4, 4)])
     adamw = torch.optim.AdamW(params, lr=0.1)
-    run(params, adamw, range(12))
+    advance(params, adamw, range(12))
     optimizer = CASPR(params)
     optimizer.load_state_dict(adamw.state_dict())
-    assert min(run(params, optimizer, range(12, 16))) > 0.05
+    assert min(advance(params, optimizer, range(12, 16))) > 0.05
     assert float(optimizer.state[params[0]]["step"]) == 16
 
 
 def test_a_group_that_cannot_be_is_not_added() -> None:
-    params = parameters((4, 4))
+    params = weights([(4, 4)])
     optimizer = CASPR(params)
     for wrong, error in (({"lr": "fast"}, TypeError), ({"eps": 0.0}, ValueError), ({}, ValueError)):
         extra = (
             [nn.Parameter(torch.zeros(2, 2, dtype=torch.int64), requires_grad=False)]
             if not wrong
-            else parameters((2, 2))
+            else weights([(2, 2)])
         )
         with pytest.raises(error):
             optimizer.add_param_group({"params": extra, **wrong})
@@ -231,24 +148,24 @@ def test_a_mixed_optimizer_is_copied_with_its_parts(copied: Any) -> None:
     ]
     optimizer = build("muon", groups, conf)
     flat: list[Tensor] = list(model.parameters())
-    run(flat, optimizer, range(2))
+    advance(flat, optimizer, range(2))
     twin = copied(optimizer)
     mine = [p for g in optimizer.param_groups for p in g["params"]]
     theirs = [p for g in twin.param_groups for p in g["params"]]
-    run(mine, optimizer, range(2, 4))
-    run(theirs, twin, range(2, 4))
+    advance(mine, optimizer, range(2, 4))
+    advance(theirs, twin, range(2, 4))
     for p, q in zip(mine, theirs, strict=True):
         assert p is not q
         torch.testing.assert_close(p, q, rtol=0, atol=0)
     with pytest.raises(ValueError, match="takes no further param groups"):
-        optimizer.add_param_group({"params": parameters((2, 2))})
+        optimizer.add_param_group({"params": weights([(2, 2)])})
 
 
 def test_options_that_a_state_does_not_have_are_those_of_its_group() -> None:
-    params = parameters((4, 4), (4, 4))
+    params = weights([(4, 4), (4, 4)])
     groups = [{"params": [p]} for p in params]
     adamw = torch.optim.AdamW(groups, lr=0.1)
-    run(params, adamw, range(2))
+    advance(params, adamw, range(2))
     optimizer = CASPR([{"params": params[:1], "interval": 3}, {"params": params[1:], "precondition": False}])
     saved = adamw.state_dict()
     optimizer.load_state_dict(saved)

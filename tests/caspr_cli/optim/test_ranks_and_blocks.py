@@ -9,7 +9,7 @@ from references.kronecker import precondition
 from references.optimizer import axis_parts, merged_shape, reference_weights
 from references.stream import random_stream, statistics
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim import CASPR, Shampoo
 
 BETA = 0.9
 
@@ -18,8 +18,11 @@ def reshaped(tensors, *shape):
     return [tensor.reshape(shape) for tensor in tensors]
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, math.inf])
-@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 3, 4), (3, 1, 4), (2, 3, 2, 2), (2, 2, 1, 2, 2)])
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((), 2), ((1,), 1), ((5,), math.inf), ((3, 4), 2), ((2, 3, 4), 1), ((2, 3, 4), 2), ((2, 3, 4), math.inf),
+     ((3, 1, 4), 3), ((2, 3, 2, 2), 2), ((2, 3, 2, 2), 3), ((2, 2, 1, 2, 2), 1), ((2, 2, 1, 2, 2), math.inf)],
+)  # fmt: skip
 def test_every_rank_against_the_dense_formula_on_its_own_axes(shape, order):
     gradients = random_stream(*shape, steps=4, seed=1)
     options = {"merge": "none", "precondition_1d": True, "eps": 1e-4, "beta": BETA}
@@ -64,8 +67,10 @@ def test_merging_is_preconditioning_the_reshaped_tensor(shape, merge, merged):
 
 
 @pytest.mark.parametrize("merge", ["matrix", "none"])
-@pytest.mark.parametrize("shape", [(), (5,), (5, 1), (1, 5), (1, 5, 1), (5, 1, 1), (1, 1, 5), (1, 1, 1)])
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+@pytest.mark.parametrize(
+    ("shape", "optimizer"),
+    [((), CASPR), ((5,), Shampoo), ((5, 1), CASPR), ((1, 5), Shampoo), ((1, 5, 1), CASPR), ((1, 1, 1), Shampoo)],
+)
 def test_a_vector_takes_the_graft_method_however_it_is_written(optimizer, shape, merge):
     weight = random_stream(*shape, steps=1, seed=3)[0]
     gradients = random_stream(*shape, steps=4, seed=4)
@@ -75,77 +80,11 @@ def test_a_vector_takes_the_graft_method_however_it_is_written(optimizer, shape,
         assert relative_error(w, expected) < 1e-12
 
 
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])
-@pytest.mark.parametrize("shape", [(), (5,), (1, 5, 1)])
-def test_precondition_1d_is_full_matrix_adagrad(optimizer, shape):
-    gradients = random_stream(*shape, steps=4, seed=5)
-    # FullAdagrad has one axis to precondition whatever the rank, so it has no such option.
-    options = {} if optimizer is FullAdagrad else {"precondition_1d": True}
-    updates = bare_updates(optimizer, gradients, eps=1e-4, beta=BETA, **options)
-    flat = [gradient.flatten() for gradient in gradients]
-    for step, update in enumerate(updates, start=1):
-        expected = precondition(flat[step - 1], statistics(flat[:step], "ema", BETA), 1e-4, "relative", 1)
-        assert relative_error(update.flatten(), expected) < 1e-9
-
-
-def test_a_long_vector_is_cut_in_blocks_too():
-    gradients = random_stream(7, steps=3, seed=6)
-    update = bare_updates(CASPR, gradients, precondition_1d=True, block_size=3, beta=BETA)[-1]
-    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        alone = bare_updates(CASPR, [g[part] for g in gradients], precondition_1d=True, beta=BETA)[-1]
-        assert relative_error(update[part], alone) < 1e-9
-
-
 def test_axis_parts_are_those_of_tensor_split():
     for size, block_size in [(1100, 1024), (7, 3), (6, 3), (1, 1), (5, 1), (10, 4), (4096, 1024)]:
         count = math.ceil(size / block_size)
         expected = [len(part) for part in torch.tensor_split(torch.arange(size), count)]
         assert [part.stop - part.start for part in axis_parts(size, block_size)] == expected
-
-
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
-@pytest.mark.parametrize(
-    ("shape", "merge"), [((5, 7), "matrix"), ((7, 2), "matrix"), ((3, 6), "matrix"), ((4, 2, 5), "none")]
-)
-def test_blocks_are_separate_parameters(optimizer, shape, merge):
-    """Without graft nothing joins the blocks: each is its own small tensor."""
-    gradients = random_stream(*shape, steps=4, seed=7)
-    options = {"merge": merge, "eps": 1e-4, "beta": BETA}
-    update = bare_updates(optimizer, gradients, block_size=3, **options)[-1]
-    grids = torch.cartesian_prod(*(torch.arange(len(axis_parts(size, 3))) for size in shape))
-    assert len(grids) > 1
-    for grid in grids:
-        block = tuple(axis_parts(size, 3)[i] for size, i in zip(shape, grid.tolist(), strict=True))
-        alone = bare_updates(optimizer, [g[block].contiguous() for g in gradients], **options)[-1]
-        assert relative_error(update[block], alone) < 1e-9
-
-
-def test_one_block_is_the_same_at_any_larger_block_size():
-    gradients = random_stream(5, 4, steps=4, seed=8)
-    exact = bare_updates(CASPR, gradients, block_size=5)
-    for u, u_large in zip(exact, bare_updates(CASPR, gradients, block_size=4096), strict=True):
-        assert torch.equal(u, u_large)
-    smaller = bare_updates(CASPR, gradients, block_size=4)
-    assert relative_error(smaller[-1], exact[-1]) > 1e-2
-
-
-def test_eleven_hundred_rows_are_two_blocks_of_550():
-    gradients = random_stream(1100, 2, steps=1, seed=9)
-    update = bare_updates(CASPR, gradients)[0]
-    for rows in (slice(0, 550), slice(550, 1100)):
-        alone = bare_updates(CASPR, [g[rows].contiguous() for g in gradients])[0]
-        assert relative_error(update[rows], alone) < 1e-9
-
-
-@pytest.mark.parametrize("graft", ["adam", "rmsprop", "sgd"])
-def test_the_graft_length_is_that_of_the_whole_tensor(graft):
-    """The blocks keep their lengths relative to each other; only the whole is rescaled."""
-    gradients = random_stream(5, 7, steps=3, seed=10)
-    plain = bare_updates(CASPR, gradients, block_size=3, eps=1e-4)
-    grafted = bare_updates(CASPR, gradients, block_size=3, eps=1e-4, graft=graft)
-    for u, u_grafted in zip(plain, grafted, strict=True):
-        ratio = u_grafted / u
-        assert (ratio / ratio[0, 0] - 1).abs().max() < 1e-8
 
 
 def test_one_parameter_in_many_equals_the_parameter_alone():
@@ -168,37 +107,11 @@ def test_one_parameter_in_many_equals_the_parameter_alone():
             assert relative_error(weights[step][index], w) < 1e-9
 
 
-def test_parameters_without_gradient_count_their_own_steps():
-    """Equal parameters that get gradients in steps of their own: some late, some with gaps, one never."""
-    present = ["xxxxxxxx", "..xxxxxx", "x.x.xx.x", "........", "xx.xxxxx", "xxxx.x.x", "xxxxxxx."]
-    shape = (3, 4)
-    streams = [
-        [g if mark == "x" else None for g, mark in zip(stream, marks, strict=True)]
-        for stream, marks in zip(
-            (random_stream(*shape, steps=8, seed=30 + i) for i in range(len(present))), present, strict=True
-        )
-    ]
-    options = {"interval": 2, "start_step": 3, "lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-    weight = random_stream(*shape, steps=1, seed=40)[0]
-    parameters = [torch.nn.Parameter(weight.clone()) for _ in present]
-    optimizer = CASPR(parameters, **options)
-    seen = []
-    for step in range(8):
-        for parameter, stream in zip(parameters, streams, strict=True):
-            gradient = stream[step]
-            parameter.grad = None if gradient is None else gradient.clone()
-        optimizer.step()
-        seen.append([parameter.detach().clone() for parameter in parameters])
-    for i, (parameter, stream) in enumerate(zip(parameters, streams, strict=True)):
-        expected = reference_weights(weight, stream, turns=turns_of(optimizer, parameter), **options)
-        for step, w in enumerate(expected):
-            assert relative_error(seen[step][i], w) < 1e-9
-    assert torch.equal(parameters[3].detach(), weight)
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
-@pytest.mark.parametrize("merge", ["matrix", "square", "none"])
-@pytest.mark.parametrize("graft", ["adam", "none"])
+@pytest.mark.parametrize(
+    ("shape", "merge", "graft"),
+    [((0,), "matrix", "adam"), ((0, 3), "square", "none"), ((3, 0), "none", "adam"), ((2, 0, 3), "matrix", "none"),
+     ((2, 0, 3), "square", "adam")],
+)  # fmt: skip
 def test_an_empty_tensor_is_no_obstacle(shape, merge, graft):
     """It moves nothing, and its neighbour moves as if alone."""
     empty = torch.nn.Parameter(torch.zeros(shape))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import pairs
 from references.drive import relative_error
 from references.inverse_root import (
     SPECTRA,
     dense_residual,
     inverse_root,
     moved,
-    orthogonal,
     shift_of,
     spectrum,
     with_spectrum,
@@ -40,10 +40,9 @@ from caspr_cli.optim.roots import (
 )
 from caspr_cli.optim.solve import Problem, solve, solve_all
 
-SIZES = [1, 2, 3, 17, 64, 200]
 CONDITIONS = [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]
 POWERS = [2, 4, 6]
-MEASURED = 0.1  # the errors found here were at most .04 rounding * condition for d of 17 and more, .4 below
+GRID = pairs({"d": [1, 2, 17, 130], "condition": [1, 1e4, 1e8, 1e12], "damping": ["relative", "absolute"]})
 
 Solver = Callable[[Tensor, Callable[[Tensor], Tensor], int], Root]
 
@@ -100,9 +99,7 @@ def test_the_reference_makes_the_spectrum_it_says(name: str) -> None:
 # ---- float64: every condition, size, power and damping
 
 
-@pytest.mark.parametrize("damping", ["relative", "absolute"])
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize(("d", "condition", "damping"), [tuple(row.values()) for row in GRID])
 def test_eigh_is_the_reference(d: int, condition: float, damping: str) -> None:
     S, eps = matrix(d, condition), 0.01 / condition
     shift, exact = shift_of(S, eps, damping), torch.linalg.eigvalsh(S)
@@ -116,9 +113,7 @@ def test_eigh_is_the_reference(d: int, condition: float, damping: str) -> None:
         assert float(residual(S[None], root, p)) < 4 * p * rounding(condition, d)
 
 
-@pytest.mark.parametrize("damping", ["relative", "absolute"])
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize(("d", "condition", "damping"), [tuple(row.values()) for row in GRID])
 def test_newton_is_the_reference(d: int, condition: float, damping: str) -> None:
     """At its own damping, which is that of the power method's largest eigenvalue."""
     S, eps = matrix(d, condition), 0.01 / condition
@@ -143,21 +138,8 @@ def assert_from_below(found: float, largest: float, d: int) -> None:
     assert (1 - math.log(10 * d) / 60) * largest < found < (1 + 1e-12) * largest
 
 
-@pytest.mark.parametrize("p", POWERS)
-def test_a_decomposition_is_better_than_is_allowed(p: int) -> None:
-    """The tolerances above have room for small d. For large ones the constant is smaller."""
-    for condition in (1e4, 1e8, 1e12):
-        S = matrix(200, condition)
-        error = relative_error(
-            eigh_root(S[None], rule(1e-2 / condition), p).A[0],
-            inverse_root(S, shift_of(S, 1e-2 / condition, "relative"), p),
-        )
-        assert error < MEASURED * 2.2e-16 * condition
-
-
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("d", [16, 64, 256])
+@pytest.mark.parametrize(("d", "p"), [(16, 2), (64, 4), (200, 6)])
 def test_newton_goes_on_after_its_first_step(d: int, p: int, name: str) -> None:
     """Of many eigenvalues z the first step makes as many that are nearly 0, farther from 1 than before."""
     for condition in (1e2, 1e4):
@@ -166,7 +148,7 @@ def test_newton_goes_on_after_its_first_step(d: int, p: int, name: str) -> None:
         assert float(residual(S, root, p)) < 10 * p * rounding(condition, d)
 
 
-@pytest.mark.parametrize("prime", [13, 101, 257])
+@pytest.mark.parametrize("prime", [13, 101])
 def test_newton_is_not_deceived_by_small_entries(prime: int) -> None:
     """A matrix of the eigenvalues 1 and 1/3, scaled to 3/2 and 1/2, is I but for many entries of 1 / (2 sqrt(prime)).
 
@@ -198,8 +180,7 @@ def test_a_thousand_rows(condition: float) -> None:
 # ---- batches
 
 
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("solver", [eigh_root, newton_root])
+@pytest.mark.parametrize(("solver", "p"), [(eigh_root, 2), (newton_root, 4), (newton_root, 6)])
 def test_a_batch_of_mixed_conditions_is_each_alone(solver: Solver, p: int) -> None:
     """As easy ones among them are ready, they are left; as hard ones, they still go on."""
     d = 24
@@ -232,8 +213,7 @@ def test_an_easy_matrix_does_not_wait_for_a_hard_one() -> None:
     assert newton_steps(1e11, 4) > newton_steps(2.0, 4) + 20
 
 
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("condition", [1.5, 2.0, 2.5, 3.5, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize(("p", "condition"), [(p, (1 + p) / 2) for p in POWERS] + [(2, 1e2), (4, 1e6), (6, 1e4)])
 def test_the_steps_that_a_condition_calls_for_are_enough(condition: float, p: int) -> None:
     """A device is not asked whether it is ready: with as many steps as told it is. With half the digits it is not.
 
@@ -254,28 +234,18 @@ def test_the_steps_that_a_condition_calls_for_are_enough(condition: float, p: in
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("d", [16, 128, 512])
+@pytest.mark.parametrize("d", [16, 200])
 def test_in_float32_no_residual_exceeds_its_bound(d: int, name: str) -> None:
     """With damping of 1e-6 and less, the smallest there is a bound for: condition up to 1e6."""
     for condition in (1e2, 1e4, 1e6):
         S = matrix(d, condition, name).float()[None]
-        for p in POWERS if d < 512 else [4]:
-            root = eigh_root(S, rule(1e-6), p)
+        for solver, p, least in [*((eigh_root, p, 1e-3) for p in POWERS), (newton_root, 4, 0.1)]:
+            root = solver(S, rule(1e-6), p)
             found = residual(S, root, p)
-            assert bool((found <= bound(root.condition, torch.float32, 1e-3)).all()), (condition, p, found)
+            assert bool((found <= bound(root.condition, torch.float32, least)).all()), (condition, p, found)
 
 
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("d", [16, 128])
-def test_in_float32_newton_too_stays_within_the_bound(d: int, name: str) -> None:
-    for condition in (1e2, 1e4, 1e6):
-        S = matrix(d, condition, name).float()[None]
-        root = newton_root(S, rule(1e-6), 4)
-        assert bool((residual(S, root, 4) <= bound(root.condition, torch.float32, 0.1)).all()), condition
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("d", [17, 200])
+@pytest.mark.parametrize(("d", "p"), [(17, 2), (17, 6), (200, 4)])
 def test_in_float32_the_error_grows_like_the_condition(d: int, p: int) -> None:
     """Against float64 of the matrix as float32 has it."""
     errors = []
@@ -296,8 +266,7 @@ def test_a_bound_is_eight_roundings_of_the_condition() -> None:
 # ---- zeros, scales, what is not finite
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("d", [1, 5, 130])
+@pytest.mark.parametrize(("d", "dtype"), [(1, torch.float64), (5, torch.float32), (130, torch.float32)])
 def test_the_root_of_zeros_is_the_identity(d: int, dtype: torch.dtype) -> None:
     S, eye = torch.zeros(2, d, d, dtype=dtype), torch.eye(d, dtype=dtype)
     for p in POWERS:
@@ -330,8 +299,7 @@ def test_absolute_damping_of_zeros_is_a_multiple_of_the_identity(p: int) -> None
         assert float(residual(S, root, p)) < 1e-13
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e30])
-@pytest.mark.parametrize("p", POWERS)
+@pytest.mark.parametrize(("p", "scale"), [(2, 1e-30), (4, 1e30), (6, 1e-3)])
 def test_the_scale_of_statistics_comes_out_as_its_root(p: int, scale: float) -> None:
     S = matrix(20, 1e4)[None]
     for solver in (eigh_root, newton_root):
@@ -342,8 +310,7 @@ def test_the_scale_of_statistics_comes_out_as_its_root(p: int, scale: float) -> 
         torch.testing.assert_close(residual(S * scale, scaled, p), residual(S, root, p), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("c", [1e-15, 1e-3, 1.0, 1e15])
-@pytest.mark.parametrize("solver", ["eigh", "newton"])
+@pytest.mark.parametrize(("solver", "c"), [("eigh", 1e-15), ("newton", 1e-3), ("eigh", 1.0), ("newton", 1e15)])
 def test_absolute_damping_knows_the_unit_of_the_statistics(solver: str, c: float) -> None:
     """S / c^2 is damped by eps / c^2, and its root is c^(2/p) times that of S + eps I."""
     S, p = c**2 * matrix(12, 1e2), 4
@@ -365,8 +332,7 @@ def test_a_shift_below_the_range_of_float32_is_kept() -> None:
     assert damping_shift(largest, unit, eps, "relative").tolist() == pytest.approx([2e-10, 3e-10, 4e-3], rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("d", [1, 9])
+@pytest.mark.parametrize(("d", "bad"), [(1, math.nan), (9, math.nan), (9, math.inf), (9, -math.inf)])
 def test_a_residual_shows_whatever_is_not_finite(d: int, bad: float) -> None:
     """In any place of the root, of any matrix of a batch, of zeros too."""
     S = torch.stack([matrix(d, 1e2), torch.zeros(d, d, dtype=torch.float64)])
@@ -383,18 +349,13 @@ def test_a_residual_shows_whatever_is_not_finite(d: int, bad: float) -> None:
 # ---- residuals
 
 
-def off_by(A: Tensor, size: float, seed: int) -> Tensor:
-    return moved(A, size, seed)
-
-
-@pytest.mark.parametrize("p", POWERS)
-@pytest.mark.parametrize("d", [8, 17, 64, 200])
+@pytest.mark.parametrize(("d", "p"), [(8, 4), (17, 2), (64, 6), (200, 4)])
 def test_a_residual_is_the_dense_one_within_the_error_of_eight_probes(d: int, p: int) -> None:
     for condition in (1.0, 1e3, 1e6):
         S = matrix(d, condition, seed=4)
         for size in (1e-3, 1e-1):
             root = eigh_root(S[None], rule(1e-2 / condition), p)
-            root.A = off_by(root.A[0], size, seed=5)[None]
+            root.A = moved(root.A[0], size, seed=5)[None]
             dense = dense_residual(S, root.A[0], float(root.shift), p)
             assert 0.5 < float(residual(S[None], root, p)) / dense < 2
             assert dense > 0.1 * size
@@ -404,20 +365,6 @@ def test_of_one_row_it_is_exact() -> None:
     S = torch.tensor([[[4.0]]], dtype=torch.float64)
     root = Root(torch.tensor([[[1.0]]]).double(), torch.zeros(1).double(), torch.tensor([4.0]).double(), torch.ones(1))
     assert float(residual(S, root, 2)) == pytest.approx(3)
-
-
-def test_the_square_of_a_residual_is_right_on_average() -> None:
-    """Of 300 errors in random directions: each estimate may be off, their mean by 1 / sqrt(300 PROBES) of it or so."""
-    d, p, ratios = 12, 4, []
-    S = matrix(d, 1e3)
-    root = eigh_root(S[None], rule(1e-6), p)
-    exact = root.A[0]
-    for seed in range(300):
-        root.A = off_by(exact, 1e-2, seed=100 + seed)[None]
-        ratios.append((float(residual(S[None], root, p)) / dense_residual(S, root.A[0], float(root.shift), p)) ** 2)
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)
-    assert max(ratios) > 1.1  # they do scatter
-    assert min(ratios) < 0.9
 
 
 def test_probes_are_signs_and_always_the_same() -> None:
@@ -435,8 +382,9 @@ def test_the_power_method_is_near_and_from_below(d: int) -> None:
             assert_from_below(float(largest_eigenvalue(matrix(d, 1e3, name, seed)[None])), 1.0, d)
 
 
-@pytest.mark.parametrize("solver", ["eigh", "newton", "auto"])
-@pytest.mark.parametrize("counts", [(1,), (2,), (5,), (1, 2, 3), (4, 1), (3, 3, 3)])
+@pytest.mark.parametrize(
+    ("counts", "solver"), [((1,), "eigh"), ((2,), "newton"), ((5,), "auto"), ((1, 2, 3), "newton"), ((4, 1), "eigh")]
+)
 def test_two_threads_give_what_one_gives(counts: tuple[int, ...], solver: str, two_threads: None) -> None:
     """Fewer matrices than threads, as many, more, and not a multiple; several problems of different sizes.
 
@@ -454,14 +402,6 @@ def test_two_threads_give_what_one_gives(counts: tuple[int, ...], solver: str, t
         torch.testing.assert_close(several.root.shift, one.root.shift, rtol=1e-13, atol=0)
         torch.testing.assert_close(several.root.condition, one.root.condition, rtol=1e-11, atol=0)
         torch.testing.assert_close(several.residual, one.residual, rtol=0, atol=1e-12)
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_many_more_matrices_than_threads_in_a_piece() -> None:
-    S = torch.stack([matrix(16, 1e2, seed=i) for i in range(41)])
-    (found,) = solve_all([problem(S)], "eigh")
-    for i in range(41):
-        assert relative_error(found.root.A[i], inverse_root(S[i], float(found.root.shift[i]), 4)) < 1e-12
 
 
 # ---- what holds for every matrix
@@ -496,15 +436,3 @@ def test_roots_are_symmetric_and_positive(seed: int, d: int, log_condition: floa
         A = root.A[0]
         assert float((A - A.mT).abs().max()) <= 1e-12 * float(A.abs().max())
         assert float(torch.linalg.eigvalsh(A)[0]) > 0
-
-
-@given(**MATRICES)
-@FEW
-def test_rotated_statistics_have_the_rotated_root(seed: int, d: int, log_condition: float, p: int) -> None:
-    S, Q = matrix(d, 10**log_condition, seed=seed), orthogonal(d, seed=seed + 1)
-    turned = Q @ S @ Q.mT
-    turned = (turned + turned.mT) / 2
-    for solver in (eigh_root, newton_root):
-        # An absolute damping: the power method starts at another angle to the rotated matrix.
-        root, other = (solver(M[None], rule(1e-3, "absolute"), p).A[0] for M in (S, turned))
-        assert relative_error(other, Q @ root @ Q.mT) < 1e-9

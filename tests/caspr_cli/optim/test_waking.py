@@ -38,14 +38,10 @@ def woken(
     [
         (CASPR, {"silent": 304}),
         (CASPR, {"axis": 1}),
-        (CASPR, {"order": 1}),
         (CASPR, {"statistics": "accumulate"}),
         (CASPR, {"precondition": "gradient"}),
-        (CASPR, {"interval": 100}),
         (CASPR, {"block_size": 32}),
-        (CASPR, {"dtype": torch.bfloat16}),
-        (CASPR, {"graft": "sgd"}),
-        (CASPR, {"axes": "first"}),
+        (CASPR, {"dtype": torch.bfloat16, "axes": "first"}),
         (Shampoo, {"axis": 1}),
     ],
 )

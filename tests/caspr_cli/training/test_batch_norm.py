@@ -49,8 +49,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.release
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.release)])
 def test_ranks_train_the_model_that_one_process_trains(world: int, tmp_path: Path) -> None:
     mp.spawn(_rank, (world, str(tmp_path)), nprocs=world)
     alone = network()

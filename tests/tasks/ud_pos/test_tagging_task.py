@@ -140,7 +140,7 @@ def test_describe_data(task):
     assert found["splits"]["test"]["unknown"] > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_real_treebank_trains(ewt):
     conf = TaggingConf(data=Source.files, root=str(ewt), layers=1, width=32, heads=2, batch_size=16)
     task = Tagging(dataclasses.replace(conf, max_length=40), seed=0)
