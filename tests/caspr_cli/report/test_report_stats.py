@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from itertools import permutations
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import special
 from scipy import stats as reference
 
 from caspr_cli.report import format, stats
 
+VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 6)), min_size=2, max_size=8)
+DRAWS = 10_000
 
-def by_seed(values: object, first: int = 0) -> dict[int, float]:
-    return dict(enumerate(np.asarray(values, dtype=float).tolist(), first))
+
+def by_seed(values: object) -> dict[int, float]:
+    return dict(enumerate(np.asarray(values, dtype=float).tolist()))
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -30,29 +35,34 @@ def test_mean_spread_and_interval() -> None:
     assert sd == pytest.approx(np.std(values, ddof=1))
     expected = reference.t.interval(0.95, 3, loc=mean, scale=reference.sem(values))
     assert stats.interval(values) == pytest.approx(expected)
-    assert (stats.mean_sd([2.0]), stats.mean_sd([])) == ((2.0, None), (None, None))
+
+
+def test_of_one_value_there_is_no_spread_and_of_none_nothing() -> None:
+    assert stats.mean_sd([2.0]) == (2.0, None)
+    assert stats.mean_sd([]) == (None, None)
     assert stats.interval([2.0]) == stats.interval([]) == (None, None)
 
 
-@pytest.mark.parametrize(("n", "m", "paired"), [(5, 5, True), (2, 3, True), (4, 6, False), (10, 10, False)])
-def test_tests_are_scipys_and_swapping_sides_flips_the_verdict(n: int, m: int, paired: bool) -> None:
-    """Of the ten seeds a side that are not all common, two are, which do not throw the others away."""
-    a, b = random(n, n), 2 * random(m + 9, m) + 0.7
-    first = 0 if paired else n - 2
-    common = b[:n] if paired else b
-    expected = reference.ttest_rel(a, common) if paired else reference.ttest_ind(a, common, equal_var=False)
-    found, turned = (stats.compare(*sides) for sides in permutations((by_seed(a), by_seed(b, first))))
-    assert (found.paired, found.n, found.base) == (paired, min(n, m), pytest.approx(tuple(common)))
-    assert found.p_value == turned.p_value == pytest.approx(expected.pvalue)
+def test_paired_is_scipys() -> None:
+    a, b = random(1, 5), random(2, 5) + 0.7
+    expected = reference.ttest_rel(a, b)
+    found = stats.compare(by_seed(a), by_seed(b))
+    assert (found.paired, found.n) == (True, 5)
+    assert found.p_value == pytest.approx(expected.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
-    assert (found.value, found.low) == pytest.approx((-turned.value, -turned.high))
-    error = (found.high - found.low) / 2 / reference.t.ppf(0.975, found.spread.freedom)
-    for tests in (1, 5):
-        bound = reference.t.ppf(1 - 0.025 / tests, found.spread.freedom) * error
-        assert stats.detectable(found.spread, tests) == pytest.approx(bound)
-    said = [format.verdict(each, 0.049, 1, 1.0, "", higher_is_better=True) for each in (found, turned)]
-    assert said == (["better", "worse"] if found.value > 0 else ["worse", "better"])
-    assert format.verdict(found, 0.05, 1, 1.0, "", higher_is_better=True).startswith(format.NOT_SIGNIFICANT)
+    error = np.std(a - b, ddof=1) / math.sqrt(5)
+    assert found.base == pytest.approx(b)
+    assert stats.detectable(found.spread) == pytest.approx(reference.t.ppf(0.975, 4) * error)
+    assert stats.detectable(found.spread, 5) == pytest.approx(reference.t.ppf(0.995, 4) * error)
+
+
+def test_welch_is_scipys_where_seeds_are_not_common() -> None:
+    a, b = random(1, 4), 3 * random(2, 6) + 0.7
+    expected = reference.ttest_ind(a, b, equal_var=False)
+    found = stats.compare(by_seed(a), {100 + k: v for k, v in by_seed(b).items()})
+    assert (found.paired, found.n) == (False, 4)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
 def test_pairs_need_all_seeds_of_one_side_and_two_of_them() -> None:
@@ -63,6 +73,15 @@ def test_pairs_need_all_seeds_of_one_side_and_two_of_them() -> None:
     assert found.base == (1.0, 1.0, 1.0)
     assert not stats.compare({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}).paired
     assert not stats.compare({0: 1.0}, {0: 1.0, 1: 5.0}).paired
+
+
+def test_a_few_common_seeds_do_not_throw_the_others_away() -> None:
+    """Ten seeds a side, two of them common, two standard deviations apart: pairs of these two find nothing."""
+    ours, theirs = by_seed(random(7, 10)), {8 + k: value + 2 for k, value in by_seed(random(8, 10)).items()}
+    found = stats.compare(ours, theirs)
+    assert (found.paired, found.n) == (False, 10)
+    assert found.p_value == pytest.approx(reference.ttest_ind([*ours.values()], [*theirs.values()], equal_var=False)[1])
+    assert found.value == pytest.approx(stats.mean_sd([*ours.values()])[0] - stats.mean_sd([*theirs.values()])[0])
 
 
 def test_holm_by_hand() -> None:
@@ -98,6 +117,10 @@ def test_seeds_needed_by_the_textbook_and_by_simulation() -> None:
     assert stats.seeds_needed(0.01, one_seed()) is stats.seeds_needed(0.0, one_seed()) is None
     assert stats.seeds_needed(1000.0, one_seed()) == 2
     assert stats.seeds_needed(1000.0, one_seed(), 1000) == 3  # two: a bound of 12,732 at one degree of freedom
+    n = stats.seeds_needed(1.0, one_seed())
+    draws = random(3, DRAWS, n) + 1
+    t = draws.mean(1) / draws.std(1, ddof=1) * math.sqrt(n)
+    assert 0.78 < np.mean(np.abs(t) > special.stdtrit(n - 1, 0.975)) < 0.9
 
 
 def test_seeds_needed_where_scipy_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +193,90 @@ def test_equal_values_have_no_interval() -> None:
     assert stats.interval([4.0, 4.0]) == stats.interval([0.0, 0.0]) == (None, None)
     assert stats.interval([0.1 + 0.2, 0.3, 0.3]) == (None, None)  # equal but for rounding
     assert stats.interval([4.0, 4.0 + 1e-9])[0] is not None
+
+
+# ---- by simulation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
+    draws = 7 + 0.3 * random(n, DRAWS, n)
+    covered = [low <= 7 <= high for low, high in map(stats.interval, draws)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.008)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(paired: bool) -> None:
+    """Five rows of three seeds without a difference: how often does any row get a verdict?"""
+    tables = random(5, DRAWS, 5, 3)
+    rows, base = tables[:, 1:], tables[:, :1]
+    p_values = (
+        reference.ttest_rel(rows, base, axis=2) if paired else reference.ttest_ind(rows, base, axis=2, equal_var=False)
+    ).pvalue  # [tables, rows]
+    first = 10 * (not paired)  # other seeds: Welch
+    for table, p in zip(tables[:200], p_values, strict=False):
+        theirs = {first + seed: value for seed, value in by_seed(table[0]).items()}
+        assert [stats.compare(by_seed(row), theirs).p_value for row in table[1:]] == pytest.approx(p.tolist())
+    corrected = [stats.holm(p) for p in p_values.tolist()]
+    claimed = sum(any(p < 0.05 for p in own) for own in corrected)
+    seen = stats.Comparison(paired, 3, 1.0, (1.0,), -1.0, 3.0, spread=stats.Spread(1.0, 2.0, 1.0))
+    for raw, own in zip(p_values[:200].tolist(), corrected, strict=False):
+        for one, holm in zip(raw, own, strict=True):
+            said = format.verdict(replace(seen, p_value=one), holm, len(raw), 1.0, "", higher_is_better=True)
+            assert (said == "better") == (holm < 0.05)
+    assert claimed <= 0.055 * DRAWS  # 0.05 and two standard errors
+    assert (p_values < 0.05).any(axis=1).mean() > 0.08  # without the correction it would not hold
+
+
+@pytest.mark.parametrize(("difference", "tests"), [(0.8, 1), (0.8, 5), (1.2, 5)])
+def test_as_many_seeds_as_are_promised_find_the_difference(difference: float, tests: int) -> None:
+    """One row of the table differs, the others do not: how often is it significant, after Holm's correction?"""
+    n = stats.seeds_needed(difference, one_seed(), tests)
+    draws = random(9, DRAWS, tests, n)
+    draws[:, 0] += difference
+    t = draws.mean(2) / draws.std(2, ddof=1) * math.sqrt(n)
+    found = [stats.holm(p)[0] < 0.05 for p in (2 * special.stdtr(n - 1, -np.abs(t))).tolist()]
+    assert 0.79 < np.mean(found) < 0.87
+
+
+# ---- properties --------------------------------------------------------------------------------------------------
+
+
+def pairs(ours: list[float], theirs: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+    n = min(len(ours), len(theirs))
+    found = stats.compare(by_seed(ours[:n]), by_seed(theirs[:n]))
+    assume(found.p_value is not None and found.high - found.low > 1e-4)
+    return by_seed(ours[:n]), by_seed(theirs[:n])
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.randoms(use_true_random=False))
+def test_the_order_of_seeds_does_not_matter(ours: list[float], theirs: list[float], shuffler: object) -> None:
+    a, b = pairs(ours, theirs)
+    seeds = list(a)
+    shuffler.shuffle(seeds)
+    assert stats.compare({s: a[s] for s in seeds}, b) == stats.compare(a, b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.floats(-50, 50), st.floats(0.1, 10))
+def test_shifts_change_nothing_and_scales_the_units_alone(
+    ours: list[float], theirs: list[float], shift: float, scale: float
+) -> None:
+    a, b = pairs(ours, theirs)
+    before = stats.compare(a, b)
+    after = stats.compare({s: scale * v + shift for s, v in a.items()}, {s: scale * v + shift for s, v in b.items()})
+    assert after.p_value == pytest.approx(before.p_value, rel=1e-5, abs=1e-12)
+    assert after.value == pytest.approx(scale * before.value, rel=1e-6, abs=1e-8)
+    assert after.spread.error == pytest.approx(scale * before.spread.error, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(VALUES, VALUES, st.booleans())
+def test_swapping_sides_flips_the_verdict(ours: list[float], theirs: list[float], higher: bool) -> None:
+    a, b = pairs(ours, theirs)
+    one, other = stats.compare(a, b), stats.compare(b, a)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+    flipped = {"better": "worse", "worse": "better"}
+    first, second = (format.verdict(c, c.p_value, 1, 1.0, "", higher_is_better=higher) for c in (one, other))
+    assert flipped.get(first, format.NOT_SIGNIFICANT) == second.partition(":")[0]
