@@ -94,7 +94,8 @@ class Division:
     @property
     def bytes_received(self) -> int:
         """Bytes that this rank received in the last step, its own share included."""
-        return sum(buffer.moved for buffer in (*self._gathers.values(), *self._exchanges.values()))
+        buffers: list[Buffer] = [*self._gathers.values(), *self._exchanges.values()]
+        return sum(buffer.moved for buffer in buffers)
 
     def share(self, p: Tensor, group: Group) -> Layout:
         """Return the blocks of p that this rank owns: all of them but under data parallelism."""

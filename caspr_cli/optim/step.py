@@ -146,10 +146,10 @@ def refresh_roots(x: Active) -> None:
 
 def _due(stack: Stack, grown: list[bool], x: Active) -> list[int]:
     """Return the rows of a stack that get new roots in this step."""
-    start, ages = x.group["start_step"], set(x.seen.values())
-    if x.complete and len(ages) == 1 and len(stack.rooted) == len(stack.members):  # as in most steps
-        age = next(iter(ages)) - start
-        return [row for row, yes in enumerate(grown) if yes or stack.is_due(row, age)] if age > 0 else []
+    start, seen = x.group["start_step"], set(x.seen.values())
+    if x.complete and len(seen) == 1 and len(stack.rooted) == len(stack.members) and min(seen) > start:
+        age = min(seen) - start  # as in most steps
+        return [row for row, yes in enumerate(grown) if yes or stack.is_due(row, age)]
     due: list[int] = []
     for p, rows in stack.rows.items():
         age = x.seen.get(p, 0) - start
