@@ -13,7 +13,7 @@ import psutil
 
 # Environment variable of a worker: the process that launched it.
 LAUNCHER = "CASPR_LAUNCHER"
-NO_PROCESS = (psutil.NoSuchProcess, OverflowError, ValueError)  # the last two: it is no number that a process has
+NO_PROCESS = (psutil.Error, OverflowError, ValueError)  # the last two: it is no number that a process has
 
 
 def cores() -> int:
@@ -38,6 +38,8 @@ def lives(process: int, born: int | None = None) -> bool:
     """Return whether a process runs (a zombie does not), and, if ``born`` is given, began at that time."""
     try:
         running = psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:  # another user's
+        return True
     except NO_PROCESS:
         return False
     return running and born in (None, birth(process))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from caspr_cli.common.format import duration
 from caspr_cli.common.streams import silence
 
 SECONDS_BETWEEN_LINES = 10
@@ -67,10 +68,10 @@ class Progress:
 
     def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
         """Update the live line; in a pipe, print a line every ten seconds."""
-        left = int(seconds_a_step * (self._max_steps - step))
+        left = duration(seconds_a_step * (self._max_steps - step))
         line = (
             f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{seconds_a_step * 1000:.0f} ms  {units_a_second:,.0f} {self._unit}/s  {left // 60}:{left % 60:02d} left"
+            f"{seconds_a_step * 1000:.0f} ms  {units_a_second:,.0f} {self._unit}/s  {left} left"
         )
         if self._live:
             done = BAR * step // self._max_steps

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -65,8 +66,7 @@ class Recorder:
     def pages(self) -> None:
         """Write this run's row of the HPARAMS page, and its part of the CUSTOM SCALARS page."""
         self._writer.add_custom_scalars(layout(self._recipe.task.target.metric))
-        file_writer = self._writer.file_writer
-        assert file_writer is not None
+        file_writer: Any = self._writer.file_writer
         for summary in hparams.summaries(self._recipe, self._record.path.parent.name):
             file_writer.add_summary(summary)
 

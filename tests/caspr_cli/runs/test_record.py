@@ -257,22 +257,26 @@ def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp
 
 
 def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
-    """Idle processes at once; one with a job and its worker when they have saved."""
+    """Idle processes at once; one with a job and its worker when they have saved; Python's tracker by itself."""
     environment = os.environ | {guardian.SWEEP: str(tmp_path)}
     idle, busy = (subprocess.Popen(["sleep", "60"], env=environment) for _ in range(2))
     worker = subprocess.Popen(["sleep", "60"], env=environment | {LAUNCHER: str(busy.pid)})
+    words = ["sh", "-c", "read line", "multiprocessing.resource_tracker"]
+    tracker = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE)
     job = {"state": "started", "process": busy.pid}
     (tmp_path / "job1.json").write_text(json.dumps(job))
     thread = threading.Thread(target=guardian.end, args=(tmp_path, 30))
     thread.start()
     assert idle.wait(10) == -9
     time.sleep(0.5)
-    assert (busy.poll(), worker.poll()) == (None, None)
+    assert (busy.poll(), worker.poll(), tracker.poll()) == (None, None, None)
     assert (tmp_path / "stop").read_text() == "15\n"
     worker.kill()
     worker.wait()
     (tmp_path / "job1.json").write_text(json.dumps(job | {"state": "ended"}))
     assert busy.wait(10) == -9
+    assert tracker.poll() is None
+    tracker.communicate(b"\n", 10)
     thread.join(10)
     assert not tmp_path.exists()
 
