@@ -240,7 +240,8 @@ def test_lower_types_and_other_solvers_change_little(row: dict[str, Any]) -> Non
     start = copies(params)
     advance(params, optimizer, range(STEPS))
     advance(others, other, range(STEPS))
-    assert apart(params, others, start) < 0.1
+    # bfloat16 products are off by .27 where both sides have a condition of 1e4, as help(CASPR) says.
+    assert apart(params, others, start) < (0.1 if row["apply_dtype"] is None else 0.3)
 
 
 # ---- two ranks

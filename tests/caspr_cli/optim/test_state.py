@@ -57,11 +57,11 @@ def test_large_statistics_are_cut_off_in_the_middle_of_an_interval() -> None:
 # ---- other options after loading
 
 
-@pytest.mark.parametrize(("loaded", "solver"), [(True, "eigh"), (False, "newton")])
-def test_roots_are_packed_and_unpacked_bit_for_bit(loaded: bool, solver: str) -> None:
+@pytest.mark.parametrize("loaded", [True, False])
+def test_roots_are_packed_and_unpacked_bit_for_bit(loaded: bool) -> None:
     """pack_roots False, True, False: a run like the one that never changed."""
-    params, steady = trained(6, solver=solver)
-    others, other = trained(6, solver=solver)
+    params, steady = trained(6)
+    others, other = trained(6)
     for packed, steps in ((True, range(6, 11)), (False, range(11, 16))):
         if loaded:
             others, other = resumed(others, other)
@@ -193,7 +193,8 @@ def test_without_roots_in_the_file_they_are_made_at_once() -> None:
 
 def test_skips_and_refusals_are_part_of_a_checkpoint() -> None:
     """A block whose damping was raised goes on with it, bit for bit."""
-    params, optimizer = trained(4, SHAPES[:4], interval=2, betas=(0.9, 1 - 1e-9))
+    params, optimizer = trained(4, SHAPES[:4], interval=2)
+    optimizer.param_groups[0]["betas"] = (0.9, 1 - 1e-7)  # from here on the statistics hardly change
     for p in params[:3]:
         statistics = optimizer.state[p]["statistics_0.0"]
         values, Q = torch.linalg.eigh(unpack(statistics, p.shape[0]))
