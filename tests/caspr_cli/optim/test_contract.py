@@ -39,6 +39,7 @@ GRID: dict[str, list[Any]] = {
     "precondition_1d": [False, True],
     "graft": ["adam", "rmsprop", "sgd", "none"],
     "precondition": ["momentum", "gradient"],
+    "nesterov": [False, True],
     "solver": ["auto", "newton"],
     "factor_dtype": [None, torch.float64],
     "root_dtype": [None, torch.bfloat16],
