@@ -168,8 +168,8 @@ def _due(stack: Stack, grown: list[bool], x: Active) -> list[int]:
 
 def update_rest(x: Active) -> None:
     """Take the graft method's step for the parameters that are not preconditioned now."""
-    waiting = [p for p in x.rest if x.group["nesterov"] and p in x.plan.layouts]
-    for params, nesterov in (([p for p in x.rest if p not in waiting] if waiting else x.rest, False), (waiting, True)):
+    for nesterov in (True, False):
+        params = [p for p in x.rest if nesterov == (x.group["nesterov"] and p in x.plan.layouts)]
         if params:
             diagonal_step(params, [x.grads[p] for p in params], x.state, x.group, nesterov=nesterov)
 
