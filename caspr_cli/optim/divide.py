@@ -174,7 +174,7 @@ class Division:
             for p in (p for p in x.steps if p in x.grads and p in self.transfers):
                 sends.append((of_gradients, p, x.grads[p]))
                 if p in x.layouts and x.group["precondition"] == "momentum":
-                    sends.append((of_momenta, p, *momenta([p], x)))
+                    sends.append((of_momenta, p, momenta([p], x)[0]))
         if sends:
             self._exchange_rows(sends, steps[0])
         return [Received(*rows) for rows in zip(gradients, averages, strict=True)], lengths
