@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
@@ -18,6 +17,9 @@ __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+)  # fmt: skip
 
 
 def split_of(name: str, held_out: float) -> Split:
@@ -125,7 +127,7 @@ class Task(ABC):
         for prefix, module in model.named_modules():
             head = any(prefix == name or prefix.startswith(f"{name}.") for name in self.heads)
             for name, p in module.named_parameters(prefix, recurse=False):
-                if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)):
+                if isinstance(module, NORMS):
                     found[name] = "norm"
                 elif p.ndim < 2:
                     found[name] = "bias" if name.endswith("bias") else "vector"

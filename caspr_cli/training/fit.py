@@ -65,12 +65,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            origin = provenance.completed(
-                record.read(PROVENANCE), {"data": described, "device": _device(trainer, world)}
-            )
-            record.write(PROVENANCE, origin)
-            if files is not None:
-                fingerprint.keep(record, files)
+            origin = _keep_origin(record, described, files, _device(trainer, world))
             recorder.pages()
             for line in _header(recipe, task, described, module, optimizer, trainer, world):
                 progress.say(line)
@@ -88,6 +83,15 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
             return None
         recorder.scalars(trainer.global_step, module.scores["test"])
         return _result(recipe, module, trainer, curves)
+
+
+def _keep_origin(record: Record, described: object, files: fingerprint.Stamps | None, device: object) -> dict[str, Any]:
+    """Write what this attempt runs with into the record, and return what all attempts ran with."""
+    origin = provenance.completed(record.read(PROVENANCE), {"data": described, "device": device})
+    record.write(PROVENANCE, origin)
+    if files is not None:
+        fingerprint.keep(record, files)
+    return origin
 
 
 @contextmanager
