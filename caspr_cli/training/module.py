@@ -47,7 +47,10 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
-        optimizer = build(conf.name, param_groups(self.task, self.model), build_options(conf))
+        settings = build_options(conf)
+        if settings.get("ramp_steps") == 0:
+            settings["ramp_steps"] = self.recipe.trainer.max_steps
+        optimizer = build(conf.name, param_groups(self.task, self.model), settings)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
         )
