@@ -73,3 +73,34 @@ def ademamix_weights(
         weight = weight - lr * (update + weight_decay * weight)
         weights.append(weight)
     return weights
+
+
+def schedule_free_weights(
+    weight: np.ndarray,
+    gradients: list[np.ndarray],
+    *,
+    rates: list[float],
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The weights after every step to take gradients at (y) and to evaluate (x): Schedule-Free AdamW, arXiv:2405.15682.
+
+    The paper's Algorithm 1 has sqrt(1 - beta2**t) in the rate, and with it in the weight decay and in the weights of
+    the average. Here, as in its authors' code since version 1.3, it corrects the second moment alone.
+
+    Args:
+        rates: the learning rate of each step, with its warmup; it must not fall.
+    """
+    b1, b2 = betas
+    x = z = y = weight
+    second, trained, averaged = np.zeros_like(weight), [], []
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        second = b2 * second + (1 - b2) * gradient**2
+        z = z - rate * (gradient / (np.sqrt(second / (1 - b2**t)) + eps) + weight_decay * y)
+        share = rate**2 / sum(each**2 for each in rates[:t])
+        x = (1 - share) * x + share * z
+        y = (1 - b1) * z + b1 * x
+        trained.append(y)
+        averaged.append(x)
+    return trained, averaged
