@@ -14,24 +14,25 @@ class ScheduleFree(ScheduleFreeAdamW):
 
     :meth:`eval` puts the averaged weights into the parameters, :meth:`train` puts those of training back. The parent
     computes the latter from the average, and rounding makes them others: how often a run validates, or where it was cut
-    off, would change it. Here they are kept in the state, as ``y``, until then.
+    off, would change it. Here they are kept until then, as ``y`` of their group, which is part of ``state_dict()``.
     """
 
     @torch.no_grad()
     def eval(self) -> None:
         """Put the averaged weights into the parameters."""
         for group in self.param_groups:
-            for p in group["params"] if group["train_mode"] else ():
-                if "z" in (state := self.state.get(p, {})):
-                    state["y"] = p.detach().clone()
-                    p.lerp_(state["z"].to(p.device), 1 - 1 / group["betas"][0])
+            if group["train_mode"]:
+                group["y"] = [p.detach().clone() for p in group["params"]]
+                for p in group["params"]:
+                    if "z" in (state := self.state.get(p, {})):
+                        p.lerp_(state["z"].to(p.device), 1 - 1 / group["betas"][0])
             group["train_mode"] = False
 
     @torch.no_grad()
     def train(self) -> None:
         """Put the weights of training back into the parameters."""
         for group in self.param_groups:
-            for p in () if group["train_mode"] else group["params"]:
-                if "y" in (state := self.state.get(p, {})):
-                    p.copy_(state.pop("y"))
+            if not group["train_mode"]:
+                for p, y in zip(group["params"], group.pop("y"), strict=True):
+                    p.copy_(y)
             group["train_mode"] = True
