@@ -105,9 +105,31 @@ class MuonKeys(AdamWKeys, AdamWRate):
 
 
 @dataclass
+class NorMuonKeys(MuonKeys):
+    beta2: float = option(0.95, "decay rate of the second moment of each row", BELOW_ONE)
+
+
+@dataclass
 class SOAPKeys(AdamWKeys, AdamWRate):
     betas: tuple[float, float] = option((0.95, 0.95), "decay rates of the two moments", PAIR)
     interval: int = option(10, "steps between two updates of the eigenbases", COUNT)
+
+
+@dataclass
+class ScheduleFreeKeys(AdamWKeys):
+    lr: float = option(2.5e-3, "learning rate", NOT_NEGATIVE)
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "share of the average where gradients are taken; decay rate", PAIR
+    )
+
+
+@dataclass
+class AdEMAMixKeys(AdamWKeys):
+    beta3: float = option(0.9999, "decay rate of the slow momentum, when it has grown", INSIDE)
+    alpha: float = option(5.0, "weight of the slow momentum, when it has grown", NOT_NEGATIVE)
+    ramp_steps: int = option(
+        0, "steps over which beta3 and alpha grow; 0: all steps of the run, as in the paper", COUNT_OR_ZERO
+    )
 
 
 def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
@@ -164,7 +186,9 @@ def _torch(name: str, **fixed: Any) -> Builder:
 
 
 # Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
-TAKES: dict[str, Callable[[Tensor], bool]] = dict.fromkeys(("muon", "soap", "caspr_author"), lambda p: p.ndim >= 2)
+TAKES: dict[str, Callable[[Tensor], bool]] = dict.fromkeys(
+    ("muon", "normuon", "soap", "caspr_author"), lambda p: p.ndim >= 2
+)
 
 
 def _only(groups: list[Group], takes: Callable[[Group, Tensor], bool]) -> list[Group]:
@@ -227,6 +251,46 @@ def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any
     return _matrices_and_rest("muon", groups, matrix, **options)
 
 
+def _normuon(groups: list[Group], *, momentum: float, ns_steps: int, beta2: float, **options: Any) -> Optimizer:
+    """Build NorMuon, Algorithm 1 of arXiv:2510.05491, with the Nesterov momentum of its authors' code and of Muon here.
+
+    An update has a root mean square of 0.2, as Muon's with ``match_rms_adamw``.
+    """
+
+    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+        from pytorch_optimizer import NorMuon  # it sees a convolution as one filter a row
+
+        groups = [group | {"use_muon": True} for group in groups]
+        return [NorMuon(groups, momentum=momentum, ns_steps=ns_steps, beta2=beta2, update_scale="match_rms", **shared)]
+
+    return _matrices_and_rest("normuon", groups, matrix, **options)
+
+
+def _ademamix(
+    groups: list[Group],
+    *,
+    betas: tuple[float, float],
+    beta3: float,
+    alpha: float,
+    ramp_steps: int,
+    **options: Any,
+) -> Optimizer:
+    """Build AdEMAMix, Algorithm 1 of arXiv:2409.03137; with ``ramp_steps=0`` beta3 and alpha are constant."""
+    from pytorch_optimizer import AdEMAMix
+
+    if not 0 < betas[0] <= beta3:
+        raise ValueError(f"betas: the first should be above 0 and at most beta3, {beta3:g}, but is {betas[0]:g}")
+    return AdEMAMix(
+        groups, betas=(*betas, beta3), alpha=alpha, t_alpha_beta3=ramp_steps or None, weight_decouple=True, **options
+    )
+
+
+def _schedule_free(groups: list[Group], **options: Any) -> Optimizer:
+    from caspr_cli.optim.schedule_free import ScheduleFree  # here, because importing it takes a second
+
+    return ScheduleFree(groups, **options)
+
+
 def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
     def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
         from pytorch_optimizer import SOAP  # here, because importing it takes a second
@@ -262,6 +326,17 @@ OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
     "muon": Entry(
         "Muon of torch.optim for matrices, of pytorch-optimizer for convolutions; AdamW for the rest", MuonKeys, _muon
+    ),
+    "normuon": Entry(
+        "NorMuon of pytorch-optimizer (a Muon that scales each row) for matrices, AdamW for the rest",
+        NorMuonKeys,
+        _normuon,
+    ),
+    "ademamix": Entry("AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _ademamix),
+    "schedule_free": Entry(
+        "Schedule-Free AdamW of pytorch-optimizer: an average of the weights in place of the rate's decay",
+        ScheduleFreeKeys,
+        _schedule_free,
     ),
     "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
 }

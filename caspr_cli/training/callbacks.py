@@ -230,7 +230,10 @@ class Checkpoints(Callback):
         """Save a checkpoint; all ranks must call this."""
         temporary = self.record.checkpoints / ".writing.ckpt"
         self.record.checkpoints.mkdir(exist_ok=True)
+        module = cast(TrainingModule, trainer.lightning_module)
+        module.weights("eval")
         trainer.save_checkpoint(temporary)
+        module.weights("train")
         if self.curves.recorder:
             self.curves.recorder.flush()  # a checkpoint stands for lines that are on the disk
             best = self.curves.best.get("step") == trainer.global_step

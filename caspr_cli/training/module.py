@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -12,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.schema import OptimConf, Recipe
+from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
 from caspr_cli.training.data import mix
 from caspr_cli.training.groups import param_groups
 from caspr_cli.training.schedule import factor
@@ -47,9 +48,15 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
-        optimizer = build(conf.name, param_groups(self.task, self.model), build_options(conf))
+        settings = build_options(conf)
+        if settings.get("ramp_steps") == 0:
+            settings["ramp_steps"] = self.recipe.trainer.max_steps
+        optimizer = build(conf.name, param_groups(self.task, self.model), settings)
+        schedule = self.recipe.schedule
+        if hasattr(optimizer, "eval"):  # an average of the weights replaces the decay
+            schedule = replace(schedule, name=Decay.constant)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, self.recipe.schedule)
+            optimizer, lambda step: factor(step, self.recipe.trainer.max_steps, schedule)
         )
         each_step: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": each_step}
@@ -91,6 +98,31 @@ class TrainingModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.task.evaluate(self.model, batch, self.metrics["test"])
+
+    def weights(self, mode: Literal["train", "eval"]) -> None:
+        """Put the weights to train with, or those to evaluate and to save, into the model.
+
+        They are two where the optimizer averages its weights, and then has methods of these names. Nothing happens
+        where they are in the model already.
+        """
+        for optimizer in self.trainer.optimizers:
+            if switch := getattr(optimizer, mode, None):
+                switch()
+
+    def on_train_start(self) -> None:
+        self.weights("train")  # a checkpoint has those to evaluate
+
+    def on_validation_start(self) -> None:
+        self.weights("eval")
+
+    def on_validation_end(self) -> None:
+        self.weights("train")
+
+    def on_test_start(self) -> None:
+        self.weights("eval")
+
+    def on_test_end(self) -> None:
+        self.weights("train")
 
     def on_validation_epoch_start(self) -> None:
         self.metrics["val"].to(self.device)

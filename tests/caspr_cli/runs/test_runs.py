@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from running import Runner, losses, wait_for
 
 from caspr_cli.recipe import compose
@@ -261,8 +262,41 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     assert "resume=retry" in runner(*diverging, expect=1)
 
 
-@pytest.mark.parametrize("optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad"])
+@pytest.mark.parametrize(
+    "optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad", "normuon", "ademamix"]
+)
 def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
     runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")
     seen = losses(runner.record(f"all_{optim}"))
     assert seen[8, "val/loss"] < seen[4, "val/loss"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_bit(
+    runner: Runner, devices: int
+) -> None:
+    words = ["optim=schedule_free", f"trainer.devices={devices}"]
+    runner(f"output_dir=free{devices}", *words)
+    whole = runner.record(f"free{devices}")
+    saved = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    optimizer = saved["optimizer_states"][0]
+    weights = [w for name, w in saved["state_dict"].items() if name.startswith("model.")]
+    for group in optimizer["param_groups"]:
+        for i, y in zip(group["params"], group["y"], strict=True):
+            average = y.lerp(optimizer["state"][i]["z"], 1 - 1 / group["betas"][0])
+            assert not torch.equal(average, y)
+            assert any(torch.equal(average, w) for w in weights)
+    # Validation and test see what the checkpoint has: from it alone they come out the same.
+    only_evaluates(runner, whole, f"free_evaluated{devices}", *words)
+    name = f"free_cut{devices}"
+    process = runner.start(f"output_dir={name}", *words)
+    record = wait_for(runner, name, 11)
+    process.send_signal(signal.SIGTERM)  # it saves in the middle between two validations
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    runner(f"output_dir={name}", *words)
+    assert losses(record) == losses(whole)
+    if devices == 2:
+        one = losses(runner.record("free1"))
+        for key, value in losses(whole).items():
+            assert value == pytest.approx(one[key], rel=2e-4), key
