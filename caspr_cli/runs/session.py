@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from socket import gethostname as host
 from typing import cast
 
@@ -50,7 +49,7 @@ class Session:
     command: list[str]
     sweep: Sweep | None = None
     only: Job | None = None  # the job of a command line that is no sweep, when it has ended
-    best: dict[tuple[str, ...], int] = field(default_factory=dict)  # selected trial of each row whose trials have ended
+    trials: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)  # of jobs that differ in their seed alone
 
     @property
     def here(self) -> bool:
@@ -102,7 +101,7 @@ class Session:
         """Run a job and return how it ended. In a sweep nothing is raised: a job that fails ends no other."""
         exit_code = BAD_USAGE
         try:
-            recipe = compose.freeze(config, job.overrides, self.trial(config, job))
+            recipe = compose.freeze(self.resolved(config, job), job.overrides)
             if recipe.debug == "plan":
                 return self.plan(recipe, job)
             with self.sweep.allocation(recipe) if self.sweep else nullcontext(Allocation()) as allocation:
@@ -132,15 +131,14 @@ class Session:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
 
-    def trial(self, config: DictConfig, job: Job) -> int | None:
-        """Return the trial that ``trial=best`` stands for; None if the job does not ask for it."""
-        if config.trial != "best" or config.search.name is None:
-            return None
+    def resolved(self, config: DictConfig, job: Job) -> DictConfig:
+        """Return the config with its trial as a number, where the records say which."""
         row = tuple(word for word in job.overrides if not word.startswith("seed="))
-        if row not in self.best:  # once it is known it stays: all trials have ended
-            tuning = cast(DictConfig, OmegaConf.merge(config, {"seed": trials.TUNING_SEED}))
-            self.best[row] = trials.best(partial(compose.freeze, tuning, job.overrides))
-        return self.best[row]
+        if row not in self.trials:
+            if (found := trials.resolve(config, job.overrides)) is config:
+                return config
+            self.trials[row] = found  # once it is known it stays: the trials that decide have ended
+        return cast(DictConfig, OmegaConf.merge(self.trials[row], {"seed": config.seed}))
 
     def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
         """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""
