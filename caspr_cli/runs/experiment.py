@@ -267,7 +267,7 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
         yield f"trials   {count(number, 'trial')} of each row", experiment.tuning(range(number))
         more = further(search.trials)
         for round in range(search.rounds):
-            if not (grown := growing(table, round)):
+            if not (grown := growing(rows(experiment), round)):
                 break
             line = f"further  {count(more, 'trial')} of each row, as best values lie at the edge: {listed(grown, 4)}"
             yield line, experiment.tuning(range(number, number + more))

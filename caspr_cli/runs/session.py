@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from socket import gethostname as host
-from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
@@ -49,7 +48,7 @@ class Session:
     command: list[str]
     sweep: Sweep | None = None
     only: Job | None = None  # the job of a command line that is no sweep, when it has ended
-    trials: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)  # of jobs that differ in their seed alone
+    searches: dict[tuple[str, ...], trials.Tuning] = field(default_factory=dict)  # that its jobs have asked for
 
     @property
     def here(self) -> bool:
@@ -101,7 +100,7 @@ class Session:
         """Run a job and return how it ended. In a sweep nothing is raised: a job that fails ends no other."""
         exit_code = BAD_USAGE
         try:
-            recipe = compose.freeze(self.resolved(config, job), job.overrides)
+            recipe = compose.freeze(trials.resolve(config, job.overrides, self.searches), job.overrides)
             if recipe.debug == "plan":
                 return self.plan(recipe, job)
             with self.sweep.allocation(recipe) if self.sweep else nullcontext(Allocation()) as allocation:
@@ -130,15 +129,6 @@ class Session:
         if self.here:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
-
-    def resolved(self, config: DictConfig, job: Job) -> DictConfig:
-        """Return the config with its trial as a number, where the records say which."""
-        row = tuple(word for word in job.overrides if not word.startswith("seed="))
-        if row not in self.trials:
-            if (found := trials.resolve(config, job.overrides)) is config:
-                return config
-            self.trials[row] = found  # once it is known it stays: the trials that decide have ended
-        return cast(DictConfig, OmegaConf.merge(self.trials[row], {"seed": config.seed}))
 
     def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
         """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""

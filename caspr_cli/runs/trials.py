@@ -62,6 +62,8 @@ class Tuning:
                 f"trial={index}: search={self.first.search.name} has {self.trials} trials, and {self.rounds} x "
                 f"{further(self.trials)} more with search.extend=true"
             )
+        if not number:
+            return self._config
         return cast(DictConfig, OmegaConf.merge(self._config, {"search": {"space": self.space(number)[1]}}))
 
     def count(self, number: int) -> int:
@@ -102,8 +104,12 @@ class Tuning:
         return found
 
 
-def resolve(config: DictConfig, given: Sequence[str]) -> DictConfig:
+def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
     """Return the config of a job with its trial as a number, where the records say which, and with its space.
+
+    Args:
+        given: the overrides of the command line.
+        known: the searches of other jobs, by the overrides without trial and seed.
 
     Raises:
         ConfigError: there is no such trial, or the trials that decide have not ended.
@@ -114,7 +120,8 @@ def resolve(config: DictConfig, given: Sequence[str]) -> DictConfig:
     later = isinstance(trial, int) and own.extend and trial >= own.trials
     if own.name is None or not (word or later):
         return config
-    tuning = Tuning(config, given)
+    row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed")))
+    tuning = known.setdefault(row, known.get(row) or Tuning(config, given))
     index = trial if later else best(tuning) if trial == BEST else top(tuning, int(trial.removeprefix("top")))
     return cast(DictConfig, OmegaConf.merge(tuning.config(index), {"seed": config.seed, "trial": index}))
 

@@ -221,25 +221,27 @@ def write(recipe: Recipe, value: float | None, **status: str) -> None:
         record.write("result.json", {"final": {recipe.task.target.metric: value}, "seconds": 30.0})
 
 
-def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(tmp_path: Path) -> None:
+def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if each sweep were run: what comes next follows from the command and the records alone."""
     given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
 
     def quality(recipe: Recipe) -> float:  # adamw likes large steps, sgd those in the middle of its range
         return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
 
-    told, seen = Experiment.read("molpcba", given), []
-    for _ in range(8):  # a command that is stopped after each sweep, and started again
-        planned = experiment.rows(told)
-        sweep = next((s for s in experiment.sweeps(told, planned) if tuple(s[1]) not in seen), None)
-        if sweep is None:
-            break
-        seen.append(tuple(sweep[1]))
-        composer = Composer(sweep[1], sweeps=True)
-        for job in composer.jobs():
-            config = trials.resolve(composer.config(job), job)
+    told, seen = Experiment.read("molpcba", given), list[tuple[str, ...]]()
+    composer = Composer(told.shared(), sweeps=True)
+    monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
+    searches: dict[tuple[str, ...], trials.Tuning] = {}
+    for _, sweep in experiment.sweeps(told, experiment.rows(told)):
+        seen.append(tuple(sweep))
+        for job in words.split(sweep):
+            config = trials.resolve(composer.config(job), job, searches)
             write(recipe := compose.freeze(config, job), quality(recipe))
-    assert [[word for word in words if word.startswith(("trial=", "seed="))] for words in seen] == [
+    # the same command later, which knows the records alone
+    assert [tuple(sweep) for _, sweep in experiment.sweeps(told, experiment.rows(told))] == seen
+    assert [[word for word in sweep if word.startswith(("trial=", "seed="))] for sweep in seen] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
         ["trial=range(6,8)", "seed=0"],  # twice, and no more
@@ -292,9 +294,9 @@ def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
     for trial, message in ((2, r"2 of 2 trials of optim=adamw have not ended"), (4, r"has 2 trials, and 2 x 1 more")):
         words = [*given, f"trial={trial}"]
         with pytest.raises(ConfigError, match=message):
-            trials.resolve(composer.config(words), words)
+            trials.resolve(composer.config(words), words, {})
     words = [*given, "trial=1"]
-    assert trials.resolve(config := composer.config(words), words) is config  # a function of its index
+    assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
 
 
 def test_the_best_waits_until_the_best_three_were_run_again(tmp_path: Path) -> None:
