@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
-from caspr_cli.optim.fsdp import TransferPlan, is_counted, is_sharded, local
+from caspr_cli.optim.fsdp import TransferPlan, is_counted, is_sharded
 from caspr_cli.optim.graft import frobenius
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
@@ -22,7 +22,7 @@ from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import ReceivedRows, chunks, copy
 from caspr_cli.optim.shard import AllGatherBuffer, AllToAllBuffer, Barrier, Loads, Slot, agree, summed, world_size
 from caspr_cli.optim.stacks import Stack, check_factors, is_factor, outdated
-from caspr_cli.optim.step import Active, Received, finish, preconditioned, update_moments
+from caspr_cli.optim.step import Active, Received, finish, momenta, preconditioned, update_moments
 
 Buffer = AllGatherBuffer | AllToAllBuffer
 
@@ -166,18 +166,18 @@ class Division:
         """Return what each group's owners received, and how long this rank's rows of the graft's steps are."""
         lengths: dict[Tensor, Tensor] = {}
         gradients: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
-        momenta: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
+        averages: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
         sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]] = []
-        for x, of_gradients, of_momenta in zip(steps, gradients, momenta, strict=True):
+        for x, of_gradients, of_momenta in zip(steps, gradients, averages, strict=True):
             for chunk in chunks([p for p in x.layouts if p in self.transfers]):
                 lengths |= update_moments(chunk, x)
             for p in (p for p in x.steps if p in x.grads and p in self.transfers):
                 sends.append((of_gradients, p, x.grads[p]))
                 if p in x.layouts and x.group["precondition"] == "momentum":
-                    sends.append((of_momenta, p, local(x.state[p]["exp_avg"])))
+                    sends.append((of_momenta, p, momenta([p], x)[0]))
         if sends:
             self._exchange_rows(sends, steps[0])
-        return [Received(*rows) for rows in zip(gradients, momenta, strict=True)], lengths
+        return [Received(*rows) for rows in zip(gradients, averages, strict=True)], lengths
 
     def _exchange_rows(self, sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]], x: Active) -> None:
         """Put what arrives of each parameter's rows into the first of each triple; the third is what is here."""

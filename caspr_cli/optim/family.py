@@ -165,6 +165,12 @@ class FullAdagradOptions:
         the graft method alone, which with ``graft="adam"`` is exactly :class:`torch.optim.AdamW`. Use ``False`` for
         embeddings, output layers and norms.""",
     )
+    nesterov: bool = option(
+        False,
+        """Nesterov's look-ahead: the momentum b1 M + (1 - b1) G in place of M, in the preconditioned tensors and in the
+        graft's step that lends them its length. Muon and the authors' own code have it, so set it in a comparison with
+        them. What is left to the graft method for good stays AdamW.""",
+    )
     solver: Literal["auto", "eigh", "newton"] = option(
         "auto",
         """method of the inverse roots: ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration.

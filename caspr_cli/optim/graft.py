@@ -41,6 +41,11 @@ def update_second_moment(exp_avg_sq: list[Tensor], grads: list[Tensor], beta2: f
     torch._foreach_addcmul_(exp_avg_sq, grads, grads, value=1 - beta2)
 
 
+def look_ahead(exp_avg: list[Tensor], grads: list[Tensor], beta1: float) -> list[Tensor]:
+    """Return Nesterov's momentum b1 M + (1 - b1) G, where M has G already."""
+    return list(torch._foreach_lerp(exp_avg, [G.to(M.dtype) for M, G in zip(exp_avg, grads, strict=True)], 1 - beta1))
+
+
 def direction(
     graft: str, momenta: list[Tensor], exp_avg_sq: list[Tensor], steps: list[int], beta2: float, eps: float
 ) -> list[Tensor]:
@@ -132,8 +137,10 @@ def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
     return [t.float() if t.dtype == torch.float16 else t for t in tensors]
 
 
-def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any]) -> None:
-    """The graft method alone. With ``graft="adam"`` this is torch's own AdamW.
+def diagonal_step(
+    params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any], *, nesterov: bool = False
+) -> None:
+    """Take a step of the graft method alone. With ``graft="adam"`` and no ``nesterov`` this is torch's own AdamW.
 
     Args:
         grads: what is here of them.
@@ -143,7 +150,7 @@ def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: 
     exp_avg_sq = [local(state[p]["exp_avg_sq"]) for p in params] if needs_second_moment(graft) else []
     counters = [state[p]["step"] for p in params]
     params = [local(p) for p in params]
-    if graft == "adam":
+    if graft == "adam" and not nesterov:
         adamw(
             params,
             grads,
@@ -165,7 +172,8 @@ def diagonal_step(params: list[Tensor], grads: list[Tensor], state: Any, group: 
     torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
     if needs_second_moment(graft):
         update_second_moment(exp_avg_sq, grads, beta2)
-    momenta = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T]))
+    ahead = look_ahead(exp_avg, grads, beta1) if nesterov else exp_avg
+    momenta = list(torch._foreach_div(ahead, [1 - beta1**t for t in T]))
     D = direction(graft, momenta, exp_avg_sq, T, beta2, group["graft_eps"])
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

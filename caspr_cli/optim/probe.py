@@ -9,7 +9,7 @@ from torch import Tensor
 from caspr_cli.optim.combine import precondition, root_exponent
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.fsdp import is_sharded
-from caspr_cli.optim.graft import direction, needs_second_moment
+from caspr_cli.optim.graft import direction, look_ahead, needs_second_moment
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import damping_of
@@ -104,15 +104,17 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     seen = [p for stack, rooted in known for p, rows in stack.rows.items() if any(rooted[rows])]
     layouts = {p: optimizer.layout(p, group) for p in seen}
     params = [p for p, layout in layouts.items() if len(layout.blocks) == 1 and optimizer.share(p, group) == layout]
-    params = [p for p in params if (group["precondition"] == "momentum" or p.grad is not None) and not is_sharded(p)]
+    without_gradient = group["precondition"] == "momentum" and not group["nesterov"]
+    params = [p for p in params if (without_gradient or p.grad is not None) and not is_sharded(p)]
     if not params:
         return {}
     states = [optimizer.state[p] for p in params]
     steps = [int(s["step"]) for s in states]
+    inputs = grads = [-p.grad if group["maximize"] else p.grad for p in params if p.grad is not None]
     if group["precondition"] == "momentum":
-        inputs = [s["exp_avg"] / (1 - beta1**t) for s, t in zip(states, steps, strict=True)]
-    else:
-        inputs = [p.grad for p in params if p.grad is not None]
+        exp_avg = [s["exp_avg"] for s in states]
+        momenta = look_ahead(exp_avg, grads, beta1) if group["nesterov"] else exp_avg
+        inputs = [M / (1 - beta1**t) for M, t in zip(momenta, steps, strict=True)]
     moments = [s["exp_avg_sq"] for s in states] if needs_second_moment(group["graft"]) else []
     graft = direction(group["graft"], inputs, moments, steps, beta2, group["graft_eps"])
     ratios, cosines = [], []

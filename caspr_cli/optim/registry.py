@@ -9,15 +9,17 @@ matrix methods leave the group to AdamW; for the diagonal methods it makes no di
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from caspr_cli.optim.family import (
     BELOW_ONE,
     COUNT,
+    COUNT_OR_ZERO,
     INSIDE,
     NOT_NEGATIVE,
     PAIR,
+    POSITIVE,
     CASPROptions,
     FullAdagradOptions,
     ShampooOptions,
@@ -43,6 +45,43 @@ class Entry(NamedTuple):
 
 
 @dataclass
+class AdamWRate:
+    """The key of every optimizer that leaves some tensors to AdamW."""
+
+    _: KW_ONLY
+    adamw_lr_scale: float = option(
+        1.0, "learning rate of what AdamW takes (embeddings, output layers, norms, biases), over lr", POSITIVE
+    )
+
+
+@dataclass
+class FullAdagradKeys(FullAdagradOptions, AdamWRate):
+    pass
+
+
+@dataclass
+class ShampooKeys(ShampooOptions, AdamWRate):
+    pass
+
+
+@dataclass
+class CASPRKeys(CASPROptions, AdamWRate):
+    pass
+
+
+@dataclass
+class AuthorKeys(AdamWRate):
+    lr: float = option(1e-3, "learning rate", NOT_NEGATIVE)
+    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the momentum, and of statistics and v", PAIR)
+    eps: float = option(1e-8, "added to the root of the second moment of NAdam", NOT_NEGATIVE)
+    matrix_eps: float = option(1e-6, "damping, times the mean eigenvalue of the statistics", NOT_NEGATIVE)
+    interval: int = option(20, "steps between two computations of the roots", COUNT)
+    start_step: int = option(101, "the last step that is NAdam's", COUNT_OR_ZERO)
+    block_size: int = option(1024, "longer sides are cut into blocks of this size", COUNT)
+
+
+@dataclass
 class SGDKeys:
     lr: float = option(0.1, "learning rate", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "weight decay, added to the gradient", NOT_NEGATIVE)
@@ -58,7 +97,7 @@ class AdamWKeys:
 
 
 @dataclass
-class MuonKeys(AdamWKeys):
+class MuonKeys(AdamWKeys, AdamWRate):
     """betas and eps are those of AdamW, which takes the tensors that are no matrices."""
 
     momentum: float = option(0.95, "momentum of the matrices", BELOW_ONE)
@@ -66,7 +105,7 @@ class MuonKeys(AdamWKeys):
 
 
 @dataclass
-class SOAPKeys(AdamWKeys):
+class SOAPKeys(AdamWKeys, AdamWRate):
     betas: tuple[float, float] = option((0.95, 0.95), "decay rates of the two moments", PAIR)
     interval: int = option(10, "steps between two updates of the eigenbases", COUNT)
 
@@ -79,11 +118,19 @@ def build(name: str, groups: list[Group], options: dict[str, Any]) -> Optimizer:
 def _family(name: str) -> Builder:
     """Return the builder of a class of ours. It knows ``precondition=False`` itself; elsewhere the option decides."""
 
-    def make(groups: list[Group], **options: Any) -> Optimizer:
+    def make(groups: list[Group], *, adamw_lr_scale: float = 1.0, **options: Any) -> Optimizer:
         import torch
 
         from caspr_cli.optim import caspr
+        from caspr_cli.optim.plan import is_preconditioned
 
+        if adamw_lr_scale != 1:
+            settings = vars(CASPROptions([])) | getattr(caspr, name).fixed | options
+
+            def taken(group: Group, p: Tensor) -> bool:
+                return group["precondition"] and is_preconditioned(p, settings)
+
+            groups = _with_rate(groups, options.get("lr", settings["lr"]) * adamw_lr_scale, taken)
         for group in groups:
             if group["precondition"]:
                 del group["precondition"]
@@ -92,6 +139,16 @@ def _family(name: str) -> Builder:
         return made
 
     return make
+
+
+def _author(groups: list[Group], *, adamw_lr_scale: float, **options: Any) -> Optimizer:
+    from caspr_cli.optim.author import AuthorCASPR
+
+    if adamw_lr_scale != 1:
+        taken = TAKES["caspr_author"]
+        rate = options["lr"] * adamw_lr_scale
+        groups = _with_rate(groups, rate, lambda group, p: group["precondition"] and taken(p))
+    return AuthorCASPR(groups, **options)
 
 
 def _torch(name: str, **fixed: Any) -> Builder:
@@ -106,14 +163,20 @@ def _torch(name: str, **fixed: Any) -> Builder:
     return make
 
 
-# Which tensors of a preconditioned group each of these takes; AdamW gets the others.
-TAKES: dict[str, Callable[[Tensor], bool]] = {"muon": lambda p: p.ndim >= 2, "soap": lambda p: p.ndim >= 2}
+# Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
+TAKES: dict[str, Callable[[Tensor], bool]] = dict.fromkeys(("muon", "soap", "caspr_author"), lambda p: p.ndim >= 2)
 
 
 def _only(groups: list[Group], takes: Callable[[Group, Tensor], bool]) -> list[Group]:
     """Return the groups with those parameters alone that are taken, and no group that is empty then."""
     kept = [[p for p in group["params"] if takes(group, p)] for group in groups]
     return [group | {"params": params} for group, params in zip(groups, kept, strict=True) if params]
+
+
+def _with_rate(groups: list[Group], rate: float, takes: Callable[[Group, Tensor], bool]) -> list[Group]:
+    """Return the groups, with this learning rate for the parameters that are not taken."""
+    rest = _only(groups, lambda group, p: not takes(group, p))
+    return [*_only(groups, takes), *(group | {"lr": rate} for group in rest)]
 
 
 def _matrices_and_rest(
@@ -125,6 +188,7 @@ def _matrices_and_rest(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    adamw_lr_scale: float = 1.0,
 ) -> Optimizer:
     import torch
 
@@ -136,7 +200,8 @@ def _matrices_and_rest(
     matrices, rest = _only(groups, taken), _only(groups, lambda group, p: not taken(group, p))
     parts = matrix(matrices, lr=lr, weight_decay=weight_decay) if matrices else []
     if rest:
-        parts.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        rate = lr * adamw_lr_scale
+        parts.append(torch.optim.AdamW(rest, lr=rate, weight_decay=weight_decay, betas=betas, eps=eps))
     return MixedOptimizer(parts)
 
 
@@ -172,17 +237,22 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPROptions, _family("CASPR")),
+    "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
     "caspr_paper": Entry(
-        "CASPR with momentum after preconditioning (the order of Shampoo for Optax)",
-        CASPROptions,
+        "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
+        CASPRKeys,
         _family("CASPR"),
         {"precondition": "gradient"},
     ),
-    "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooOptions, _family("Shampoo")),
+    "caspr_author": Entry(
+        "CASPR as its authors' public code has it: Nesterov first, NAdam's length by the 4-norm",
+        AuthorKeys,
+        _author,
+    ),
+    "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
     "full_adagrad": Entry(
         "full-matrix Adagrad in blocks: what the others approximate (for small models)",
-        FullAdagradOptions,
+        FullAdagradKeys,
         _family("FullAdagrad"),
     ),
     "adamw": Entry("AdamW of torch.optim", AdamWKeys, _torch("AdamW")),

@@ -25,6 +25,7 @@ from caspr_cli.optim.graft import (
     direction,
     frobenius,
     fusible,
+    look_ahead,
     needs_second_moment,
     transfer_length,
     update_second_moment,
@@ -167,8 +168,10 @@ def _due(stack: Stack, grown: list[bool], x: Active) -> list[int]:
 
 def update_rest(x: Active) -> None:
     """Take the graft method's step for the parameters that are not preconditioned now."""
-    if x.rest:
-        diagonal_step(x.rest, [x.grads[p] for p in x.rest], x.state, x.group)
+    for nesterov in (True, False):
+        params = [p for p in x.rest if nesterov == (x.group["nesterov"] and p in x.plan.layouts)]
+        if params:
+            diagonal_step(params, [x.grads[p] for p in params], x.state, x.group, nesterov=nesterov)
 
 
 def update_weights(x: Active) -> None:
@@ -216,7 +219,7 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
     moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
     exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
     here = locals_of(params, sharded)
-    if graft == "adam" and first and fusible(here, grads, exp_avg, moments):
+    if graft == "adam" and first and not group["nesterov"] and fusible(here, grads, exp_avg, moments):
         out = x.workspace.like("graft", here)
         return adam_length(out, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
     torch._foreach_add_(steps, 1)
@@ -227,8 +230,14 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
     if graft == "none":
         return None
     T = [x.steps[p] for p in params]
-    inputs = list(torch._foreach_div(exp_avg, [1 - beta1**t for t in T])) if first else grads
+    inputs = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
     return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
+
+
+def momenta(params: list[Tensor], x: Active) -> list[Tensor]:
+    """Return what is preconditioned in ``precondition="momentum"``, without bias correction, as this rank has it."""
+    exp_avg = locals_of([x.state[p]["exp_avg"] for p in params], x.plan.sharded)
+    return look_ahead(exp_avg, [x.grads[p] for p in params], x.group["betas"][0]) if x.group["nesterov"] else exp_avg
 
 
 def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, received: Received) -> Tensor:
@@ -237,7 +246,7 @@ def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, 
     with x.phase("apply"):
         X, out = x.workspace.blocks(stack, rows)
         if group["precondition"] == "momentum":
-            _fill(X, stack, members, x, [x.state[p]["exp_avg"] for p in members], received.momenta)
+            _fill(X, stack, members, x, momenta(members, x), received.momenta)
             weights = [1 - group["betas"][0] ** x.steps[p] for p in members]
         else:
             _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
@@ -316,7 +325,12 @@ def finish(
         torch._foreach_zero_(fresh)
     targets, sources = placed(pieces, layouts, exp_avg)
     torch._foreach_lerp_(targets, [u.to(m.dtype) for u, m in zip(sources, targets, strict=True)], 1 - beta1)
-    updates = torch._foreach_div(list(exp_avg.values()), [1 - beta1**age for age in ages])
+    ahead = exp_avg
+    if group["nesterov"]:
+        ahead = {p: beta1 * m for p, m in exp_avg.items()}
+        targets, sources = placed(pieces, layouts, ahead)
+        torch._foreach_add_(targets, sources, alpha=1 - beta1)
+    updates = torch._foreach_div(list(ahead.values()), [1 - beta1**age for age in ages])
     torch._foreach_add_(list(params.values()), updates, alpha=-lr)
 
 

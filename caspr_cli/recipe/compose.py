@@ -32,7 +32,9 @@ NOT_IN_THE_NAME = (
 UNTUNED = "default"  # the trial that is none
 # Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
 # the name, so that those records are found again.
-CAME_LATER = {"optim.axes": "all", "optim.exponent": 0.5}
+CAME_LATER = {
+    "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.adamw_lr_scale": 1.0,
+}  # fmt: skip
 
 
 def register_schemas() -> None:

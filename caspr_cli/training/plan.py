@@ -110,8 +110,10 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
         chosen = group["precondition"] and TAKES[own](p)
     else:
         chosen = True
+    scale = settings.get("adamw_lr_scale", 1.0)
+    adamw = ("NAdam" if own == "caspr_author" else "AdamW") + (f", lr x {scale:g}" if scale != 1 else "")
     state = state_bytes(optimizer.state)
-    return Row(_pattern(name), 1, tuple(p.shape), blocks, own if chosen else "AdamW", reason, state, flops)
+    return Row(_pattern(name), 1, tuple(p.shape), blocks, own if chosen else adamw, reason, state, flops)
 
 
 def _blocks(layout: Layout) -> str:

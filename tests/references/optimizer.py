@@ -117,6 +117,7 @@ def reference_weights(
     graft: str = "adam",
     graft_eps: float = 1e-8,
     precondition: str = "momentum",
+    nesterov: bool = False,
     maximize: bool = False,
     use_preconditioner: bool = True,
     turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
@@ -147,14 +148,19 @@ def reference_weights(
     def plain(direction: Tensor, step: int) -> Tensor:
         return graft_direction(direction, history[:step], graft, betas[1], graft_eps)
 
+    def momentum(terms: list[Tensor]) -> Tensor:
+        """The bias-corrected average M / (1 - b1^t), or (b1 M + (1 - b1) G) / (1 - b1^t) with Nesterov's look-ahead."""
+        if not (nesterov and active):
+            return average(terms, betas[0])
+        return betas[0] * average(terms, betas[0]) + (1 - betas[0]) / (1 - betas[0] ** len(terms)) * terms[-1]
+
     def update() -> Tensor:
         step = len(history)
-        momentum = average(history, betas[0])
         if not active or step < start_step + wait:
-            return plain(momentum, step)
+            return plain(momentum(history), step)
         if precondition == "momentum":
-            return grafted(momentum, step)
-        return average([grafted(history[s - 1], s) for s in range(start_step + wait, step + 1)], betas[0])
+            return grafted(momentum(history), step)
+        return momentum([grafted(history[s - 1], s) for s in range(start_step + wait, step + 1)])
 
     weight = weight.double().clone()
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)

@@ -29,6 +29,7 @@ GRID = {
     "graft": ["adam", "rmsprop", "sgd", "none"],
     "graft_eps": [1e-8, 1e-2],
     "precondition": ["momentum", "gradient"],
+    "nesterov": [False, True],
     "betas": [(0.9, 0.99), (0.0, 0.9), (0.5, 0.5)],
     "weight_decay": [0.0, 0.1],
     "maximize": [False, True],

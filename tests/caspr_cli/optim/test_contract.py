@@ -39,6 +39,7 @@ GRID: dict[str, list[Any]] = {
     "precondition_1d": [False, True],
     "graft": ["adam", "rmsprop", "sgd", "none"],
     "precondition": ["momentum", "gradient"],
+    "nesterov": [False, True],
     "solver": ["auto", "newton"],
     "factor_dtype": [None, torch.float64],
     "root_dtype": [None, torch.bfloat16],
@@ -70,6 +71,8 @@ def make(row: dict[str, Any], params: list[nn.Parameter] | None = None) -> Pair:
             params[LOW].data = params[LOW].data.bfloat16()
     known = inspect.signature(cls).parameters
     options = {name: value for name, value in row.items() if name in known}
+    if dtype == torch.float16:
+        options["eps"] = 1e-2  # with less, a step without a graft is beyond the numbers of float16
     groups = [{"params": params[:PLAIN]}, {"params": params[PLAIN:], "precondition": False}]
     return params, cls([group for group in groups if group["params"]], lr=0.05, **options)
 

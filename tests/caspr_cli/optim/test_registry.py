@@ -157,3 +157,25 @@ def test_muon_of_a_convolution_continues_from_its_own_state() -> None:
     second = new(half)
     second[1].load_state_dict(torch.load(file, weights_only=True))
     torch.testing.assert_close(moved(*second, range(3, 6)), whole, rtol=0, atol=0)
+
+
+MIXING = sorted(name for name in OPTIMIZERS if "adamw_lr_scale" in options(OPTIMIZERS[name]()))
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("vectors", ["apart", "among the matrices"])
+def test_what_adamw_takes_has_a_rate_of_its_own(name: str, vectors: str) -> None:
+    """A quarter of it moves embedding and biases a quarter as far, and the matrices as far as before."""
+    moved = []
+    for scale in (1.0, 0.25):
+        net = model()
+        found = groups(net)
+        if vectors == "among the matrices":
+            found = [{"params": [*found[0]["params"], *found[2]["params"]], "precondition": True}, found[1]]
+        optimizer = build(name, found, settings(name, weight_decay=0.0, adamw_lr_scale=scale))
+        before = [p.detach().clone() for p in net.parameters()]
+        train(net, optimizer, 1)
+        moved.append([p.detach() - q for p, q in zip(net.parameters(), before, strict=True)])
+    matrices = {1, 3} if name != "full_adagrad" or vectors == "apart" else {1, 2, 3, 4}
+    for i, (whole, less) in enumerate(zip(*moved, strict=True)):
+        torch.testing.assert_close(less, whole if i in matrices else whole / 4, rtol=2e-3, atol=1e-7)

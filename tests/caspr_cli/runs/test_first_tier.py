@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -25,12 +26,12 @@ def test_a_sweep_over_ranks_is_cut_off_and_continues(runner: Runner) -> None:
     first = wait_for(runner, "tier", 1, "status.json")
     while not (found := workers(first, process.pid)):
         time.sleep(0.02)
-    wait_for(runner, "tier", 9)
+    wait_for(runner, "tier", 10)  # a step after the first checkpoint
     os.kill(next(iter(found)), signal.SIGKILL)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 3, out
     assert "sweep    2 jobs: 1 cut off, 1 done" in out
-    assert "a worker ended with SIGKILL; saved at step 8" in out
+    assert re.search(r"a worker ended with SIGKILL; saved at step (8|16) ", out), out
     again = runner(*words)
     assert "sweep    2 jobs: 1 done, 1 done before" in again
     records = {ranks(status.parent): status.parent for status in (runner.home / "tier").glob("*/*/*/seed0/status.json")}
