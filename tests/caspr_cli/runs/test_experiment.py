@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running import Runner
+from running import Runner, wait_for
 
 from caspr_cli.commands import train
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
@@ -408,23 +409,36 @@ def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, ca
 
 @pytest.mark.release
 def test_a_table_from_nothing_and_again(runner: Runner) -> None:
-    words = ["experiment=c4_14m", "optim=adamw", "search=algoperf", "search.trials=2", "seed=1,2", "output_dir=a_table"]
-    out = runner(*words)
-    assert "1 row, each 2 trials at seed 0, then 2 seeds: 4 runs, 0 done" in out
-    assert "optim.betas.0=" in out
-    found = sorted((runner.home / "a_table").glob("c4_lm/adamw/*/seed*"))
-    assert [record.name for record in found].count("seed0") == 2
-    assert len(found) == 4
-    ends = {
-        r.parent: json.loads((r / "result.json").read_text())["final"]["val/loss"] for r in found if r.name == "seed0"
-    }
-    fresh = [record for record in found if record.name != "seed0"]
-    assert {record.parent for record in fresh} == {min(ends, key=lambda parent: ends[parent])}
+    """All sweeps of an experiment, stopped once on the way."""
+    given = [
+        "experiment=c4_14m",
+        "optim=adamw,sgd",
+        "search=joint",
+        "search.trials=2",
+        "seed=1,2",
+        "output_dir=a_table",
+    ]
+    process = runner.start(*given)
+    wait_for(runner, "a_table", 8)
+    process.terminate()
+    stopped, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, stopped
+    assert "goes on" in stopped
+    out = runner(*given)
+    each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"
+    assert f"2 rows, {each}: 20 runs" in out
+    found = sorted((runner.home / "a_table").glob("c4_lm/*/*/seed*"))
+    states = [json.loads((record / "status.json").read_text())["state"] for record in found]
+    assert set(states) == {"done"}
+    numbers = {optim: Counter(r.name for r in found if r.parent.parent.name == optim) for optim in ("adamw", "sgd")}
+    assert numbers["adamw"] == numbers["sgd"]  # the same number of trials, whose ranges ever grew
+    assert 2 <= numbers["sgd"].pop("seed0") <= 4
+    again = min(3, numbers["adamw"]["seed0"])
+    assert numbers["sgd"] == {"seed1001": again, "seed1002": again, "seed1": 2, "seed2": 2}
     assert not list((runner.home / "a_table").glob("**/*.ckpt"))  # a table of hundreds of runs fits the disk
     page = runner.home / "a_table" / "report.html"
-    assert "adamw" in page.read_text(encoding="utf8")
-    assert "n = 2" in out or "adamw  2 " in out
+    assert "adamw untuned" in page.read_text(encoding="utf8")
     page.unlink()
-    again = runner(*words, "plan=true")
-    assert "4 runs, 4 done" in again
+    planned = runner(*given, "plan=true")
+    assert f"{len(found)} runs, {len(found)} done" in planned
     assert not page.exists()
