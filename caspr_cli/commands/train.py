@@ -48,7 +48,6 @@ caspr-train {version}: train a task with an optimizer, and keep a record of it
   caspr-train task=c4_lm optim=caspr                       one run
   caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep: nine runs and a table
   caspr-train -m search=lr trial='range(6)'                a search of six trials; then trial=best seed=1,2,3
-  caspr-train -m trial=default seed=1,2,3                  the optimizer untuned, as it comes
   caspr-train experiment=c4_14m plan=true                  the plan of a whole table, tuned and seeded
   caspr-train scale=paper task.data=files task.root=DIR    the paper's size, on your C4 shards
 
