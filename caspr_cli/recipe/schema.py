@@ -259,9 +259,9 @@ class SearchConf:
 
     name: str | None = None  # null: no search
     trials: int = 20  # that every optimizer is given; trial=best chooses among them
+    space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
     rerank: int = 0  # so many of the best trials are run at two more seeds before trial=best chooses; 0, 1: none
     extend: bool = False  # trials after the first search.trials: from ranges that grow where the best lies at an edge
-    space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
 
 
 @dataclass

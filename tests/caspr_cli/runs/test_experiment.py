@@ -410,14 +410,7 @@ def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, ca
 @pytest.mark.release
 def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     """All sweeps of an experiment, stopped once on the way."""
-    given = [
-        "experiment=c4_14m",
-        "optim=adamw,sgd",
-        "search=joint",
-        "search.trials=2",
-        "seed=1,2",
-        "output_dir=a_table",
-    ]
+    given = ["experiment=c4_14m", "optim=adamw", "search.trials=2", "seed=1,2", "output_dir=a_table"]
     process = runner.start(*given)
     wait_for(runner, "a_table", 8)
     process.terminate()
@@ -426,15 +419,13 @@ def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     assert "goes on" in stopped
     out = runner(*given)
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"
-    assert f"2 rows, {each}: 20 runs" in out
+    assert f"1 row, {each}: 10 runs" in out
     found = sorted((runner.home / "a_table").glob("c4_lm/*/*/seed*"))
-    states = [json.loads((record / "status.json").read_text())["state"] for record in found]
-    assert set(states) == {"done"}
-    numbers = {optim: Counter(r.name for r in found if r.parent.parent.name == optim) for optim in ("adamw", "sgd")}
-    assert numbers["adamw"] == numbers["sgd"]  # the same number of trials, whose ranges ever grew
-    assert 2 <= numbers["sgd"].pop("seed0") <= 4
-    again = min(3, numbers["adamw"]["seed0"])
-    assert numbers["sgd"] == {"seed1001": again, "seed1002": again, "seed1": 2, "seed2": 2}
+    assert {json.loads((record / "status.json").read_text())["state"] for record in found} == {"done"}
+    numbers = Counter(record.name for record in found)
+    trials = numbers.pop("seed0")
+    assert 2 <= trials <= 4  # where the best lies is not ours to say
+    assert numbers == dict.fromkeys(("seed1001", "seed1002"), min(3, trials)) | {"seed1": 2, "seed2": 2}
     assert not list((runner.home / "a_table").glob("**/*.ckpt"))  # a table of hundreds of runs fits the disk
     page = runner.home / "a_table" / "report.html"
     assert "adamw untuned" in page.read_text(encoding="utf8")
