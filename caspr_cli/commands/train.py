@@ -29,7 +29,7 @@ from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds
+from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds, sweeps
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
@@ -149,13 +149,18 @@ def tables(told: Experiment, argv: list[str]) -> int:
     if planned_only:
         say(f"next     {shlex.join(command)}")
         return OK
-    sweeps = [told.tuning(len(table[0].tuning))] * told.searches + [told.seeds()]
-    code = one_after_the_other(partial(compose_and_run, ["-m", *sweep]) for sweep in sweeps)
+    code = one_after_the_other(partial(announced, *sweep) for sweep in sweeps(told, table))
     if code in (INTERRUPTED, TERMINATED):
         say(f"         {shlex.join(command)}    goes on")
     elif code != BAD_USAGE:
         report(told)
     return code
+
+
+def announced(line: str, sweep: list[str]) -> int:
+    """Print what a sweep is for, and run it. Return its exit code."""
+    say(f"\n{line}")
+    return compose_and_run(["-m", *sweep])
 
 
 def report(told: Experiment) -> None:

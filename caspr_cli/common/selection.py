@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+TUNING_SEED = 0  # every trial of a search is run with it
+AGAIN = (1001, 1002)  # seeds with which the best trials are run again (search.rerank); other seeds are held out
 LARGEST = 1e50  # of a metric: far beyond float32, and the square of its square is finite
 
 
@@ -22,39 +24,60 @@ class Choice:
     Args:
         best: its index; None if no trial has a run with a finite value.
         seeds: those that decided.
-        scores: of each trial that was compared, by index, the mean over these seeds; None if one is not finite.
+        scores: of each trial that was compared, by index, its mean over the seeds of all; None if one is not finite.
+        order: these trials by that mean, the best first.
+        finalists: those that are, or have to be, run again.
     """
 
     best: int | None
     seeds: frozenset[int]
     scores: dict[int, float | None]
+    order: tuple[int, ...] = ()
+    finalists: tuple[int, ...] = ()
 
 
-def choose(trials: Sequence[Mapping[int, float | None]], *, higher_is_better: bool) -> Choice:
+def choose(trials: Sequence[Mapping[int, float | None]], *, higher_is_better: bool, rerank: int = 0) -> Choice:
     """Return the trial with the best mean over the seeds that all trials share.
 
     If no seed is common to all, the one that most trials have (the lowest of several) decides among those that have
     it. Of trials with the same mean, or of failed ones, the one with the most finite values is taken, then the first.
+    With ``rerank`` > 1 the seeds ``AGAIN`` are for so many of the best trials: among these the mean over the seeds
+    before and those of ``AGAIN`` that all of them have decides.
 
     Args:
         trials: for each, the metric at the end of its runs that have ended, by seed; None: failed, or not finite.
     """
-    candidates = {k: finals for k, finals in enumerate(trials) if finals}
+    again = frozenset(AGAIN if rerank > 1 else ())
+    before = [{seed: value for seed, value in finals.items() if seed not in again} for finals in trials]
+    candidates = {k: finals for k, finals in enumerate(before) if finals}
     if not candidates:
         return Choice(None, frozenset(), {})
     seeds = frozenset.intersection(*map(frozenset, candidates.values()))
     if not seeds:
         counts = Counter(seed for finals in candidates.values() for seed in finals)
         seeds = frozenset({min(counts, key=lambda seed: (-counts[seed], seed))})
-    scores = {k: _mean([finals[seed] for seed in seeds]) for k, finals in candidates.items() if seeds <= finals.keys()}
-    finite = {k: sum(value is not None for value in trials[k].values()) for k in scores}
+    compared = [k for k, finals in candidates.items() if seeds <= finals.keys()]
+    finite = {k: sum(value is not None for value in before[k].values()) for k in compared}
 
-    def rank(k: int) -> tuple[float, int, int]:
-        score = scores[k]
-        return math.inf if score is None else -score if higher_is_better else score, -finite[k], k
+    def ranked(indices: Sequence[int], seeds: frozenset[int]) -> dict[int, float | None]:
+        """Return the means over these seeds, the best first."""
+        scores = {k: _mean([trials[k][seed] for seed in seeds]) for k in indices}
 
-    best = min(scores, key=rank)
-    return Choice(best if finite[best] else None, seeds, scores)
+        def rank(k: int) -> tuple[float, int, int]:
+            score = scores[k]
+            return math.inf if score is None else -score if higher_is_better else score, -finite[k], k
+
+        return {k: scores[k] for k in sorted(indices, key=rank)}
+
+    scores = ranked(compared, seeds)
+    order = tuple(scores)
+    finalists = tuple(k for k in order[:rerank] if scores[k] is not None) if again and len(order) > 1 else ()
+    best = order[0]
+    if finalists and (shared := again.intersection(*(trials[k].keys() for k in finalists))):
+        seeds |= shared
+        best = next(iter(ranked(finalists, seeds)))
+    scores = {k: scores[k] for k in compared}
+    return Choice(best if finite[best] else None, seeds, scores, order, finalists)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -29,7 +29,7 @@ SHAPE: dict[str, dict[str, str]] = {
         "task": "mapping", "task.name": "text", "task.data": "text", "task.target": "mapping",
         "task.target.metric": "text", "task.target.value": "number", "task.target.higher_is_better": "truth value",
         "optim": "mapping", "optim.name": "text", "scale": "text", "seed": "integer",
-        "search": "mapping", "search.space": "mapping", "search.trials": "integer",
+        "search": "mapping", "search.space": "mapping", "search.trials": "integer", "search.rerank": "integer",
     },
     "status": {
         "state": "text", "error": "text", "user_error": "truth value", "step": "integer", "attempts": "integer",

@@ -16,6 +16,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.common.errors import nearest
 from caspr_cli.optim.family import REMOVED, without_removed
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check
@@ -25,9 +26,10 @@ from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, KroneckerConf, OptimConf,
 
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
-    "seed", "resume", "output_dir", "search.trials",
+    "seed", "resume", "output_dir", "search.trials", "search.rerank", "search.extend",
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
+UNTUNED = "default"  # the trial that is none
 # Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
 # the name, so that those records are found again.
 CAME_LATER = {
@@ -58,7 +60,8 @@ def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = No
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     plain.pop("hydra", None)
     changes = {} if trial is None else {"trial": trial}
-    changes |= _drawn(plain, changes.get("trial", plain["trial"]), given)
+    chosen = changes.get("trial", plain["trial"])
+    changes |= _untuned(plain, given) if chosen == UNTUNED else _drawn(plain, chosen, given)
     search.put(plain, changes)
     recipe = _typed(config, changes) or _build(plain)
     now = to_plain(recipe)
@@ -89,11 +92,44 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
     if trial is None:
         raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
     if not isinstance(trial, int):
-        raise ConfigError(f"trial should be an integer, or best, but is '{trial}'")
+        raise ConfigError(f"trial should be an integer, best, top1, top2, ..., or {UNTUNED}, but is '{trial}'")
+    space = {key: kinds for key, kinds in space.items() if not _lacks(plain, key)}
     values = search.draw(space, trial)  # from the whole space, so that a given key changes no other value
     if not (left := {key: space[key] for key in space.keys() - search.fixed(space, given)}):
         raise ConfigError(f"search={name} draws nothing: {', '.join(sorted(space))} is given; add search=none")
     return {"search.space": left} | {key: values[key] for key in left}
+
+
+def _lacks(plain: Mapping[str, Any], key: str) -> bool:
+    """Return whether a key is one of other optimizers: it is not drawn for this one.
+
+    Raises:
+        ConfigError: no optimizer has it.
+    """
+    group, _, rest = key.partition(".")
+    if group != "optim" or search.has(plain, key):
+        return False
+    known = {name for optimizer in OPTIMIZERS.values() for name in vars(optimizer())}
+    if (name := rest.partition(".")[0]) not in known:
+        raise ConfigError(f"search.space: {key} is a key of no optimizer.{nearest(name, known)}")
+    return True
+
+
+def _untuned(plain: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """Return the optimizer's own values by key, but for keys that are given; and no search."""
+    own = {f"optim.{key}": value for key, value in to_plain(OPTIMIZERS[plain["optim"]["name"]]()).items()}
+    return {"search.name": None, "search.space": {}} | {key: own[key] for key in own.keys() - search.fixed(own, given)}
+
+
+def valid(recipe: Recipe, values: Mapping[str, Any]) -> bool:
+    """Return whether a recipe could be run with these values of dotted keys."""
+    plain = to_plain(recipe)
+    try:
+        search.put(plain, values)
+        check(_build(plain), plain)
+    except ConfigError:
+        return False
+    return True
 
 
 def _searches() -> list[str]:

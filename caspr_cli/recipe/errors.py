@@ -78,7 +78,7 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'"
     if key == "trial" and (match := re.search(r"Value '(.*)' of type '.*' is incompatible", message)):
-        return f"trial should be an integer, or best, but is '{match[1]}'"
+        return f"trial should be an integer, best, top1, top2, ..., or default, but is '{match[1]}'"
     if match := re.search(r"Value '(.*)' is not a valid bool", message):
         return f"{key} should be true or false but is '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):

@@ -260,6 +260,8 @@ class SearchConf:
     name: str | None = None  # null: no search
     trials: int = 20  # that every optimizer is given; trial=best chooses among them
     space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
+    rerank: int = 0  # so many of the best trials are run at two more seeds before trial=best chooses; 0, 1: none
+    extend: bool = False  # trials after the first search.trials: from ranges that grow where the best lies at an edge
 
 
 @dataclass
@@ -273,7 +275,9 @@ class Recipe:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     schedule: ScheduleConf = field(default_factory=ScheduleConf)
     search: SearchConf = field(default_factory=SearchConf)
-    trial: int | str | None = None  # of the search, from 0; best: the one that ended best in validation
+    # of the search, from 0; best: the one that ended best in validation; top1, top2, ...: those that ended best at the
+    # tuning seed; default: none, but the optimizer's own values
+    trial: int | str | None = None
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"

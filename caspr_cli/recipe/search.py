@@ -13,9 +13,13 @@ from typing import Any
 from caspr_cli.common.errors import nearest
 from caspr_cli.recipe.errors import ConfigError
 
-Space = Mapping[str, Mapping[str, list[Any]]]
+Range = Mapping[str, list[Any]]
+Space = Mapping[str, Range]
 KINDS = ("log", "linear", "one_minus_log", "choice")
 SCRAMBLE = 1766  # among the best of 3,000 seeds: its first 4 to 20 points are even in one to five dimensions
+EDGE = 0.1  # the outer part of a range, on the scale on which it is drawn
+FACTOR = 4.0  # by which a range grows beyond an edge; a linear one grows by so many parts of its width
+ROUNDS = 2  # how often ranges grow
 MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
 
@@ -77,19 +81,49 @@ def _value(kind: str, values: list[Any], u: float) -> Any:
     return x if kind == "log" else round(1 - x, 15)  # keeps the digits of x, the distance from 1
 
 
+def further(trials: int) -> int:
+    """Return the number of trials that every row is given each time that a range grows."""
+    return (trials + 1) // 2
+
+
+def edges(space: Space, values: Mapping[str, Any]) -> dict[str, int]:
+    """Return the keys whose value lies in the outer part of its range: -1 at the low end, 1 at the high one."""
+    found = {}
+    for key, kinds in space.items():
+        kind, ends = _range(key, kinds)
+        if kind == "choice":
+            continue
+        (low, high), x = ends, 1 - values[key] if kind == "one_minus_log" else values[key]
+        place = (x - low) / (high - low) if kind == "linear" else math.log(x / low) / math.log(high / low)
+        if not EDGE < place < 1 - EDGE:
+            found[key] = -1 if place < 0.5 else 1
+    return found
+
+
+def grown(kinds: Range, side: int) -> tuple[Range, Range]:
+    """Return a range that is grown at an edge, and the part of it from which further trials are drawn.
+
+    This part reaches from the edge as far beyond it as back into the range. A distance from 1 is at most 1.
+    """
+    kind, (low, high) = next(iter(kinds.items()))
+    edge = low if side < 0 else high
+    if kind == "linear":
+        least, most = edge - (high - low) / FACTOR, edge + (high - low) / FACTOR
+    else:
+        least, most = edge / FACTOR, edge * FACTOR
+    if kind == "one_minus_log":
+        most = min(most, 1.0)
+    part = [_short(least), _short(most)]
+    return {kind: [min(low, part[0]), max(high, part[1])]}, {kind: part}
+
+
 def _short(x: float) -> float:
     return float(f"{x:.4g}")
 
 
 def drawn(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe's values at the keys of its search space."""
-    values = {}
-    for key in sorted(plain["search"]["space"]):
-        node: Any = plain
-        for word in key.split("."):
-            node = node[_index(node, word)]
-        values[key] = node
-    return values
+    return {key: _at(plain, key) for key in sorted(plain["search"]["space"])}
 
 
 def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -99,16 +133,27 @@ def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
         ConfigError: there is no such key.
     """
     for key, value in values.items():
-        *groups, last = key.split(".")
-        node: Any = plain
-        try:
-            for group in groups:
-                node = node[_index(node, group)]
-            node[_index(node, last)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            owner = f" of optim={plain['optim']['name']}" if key.startswith("optim.") else ""
-            raise ConfigError(f"search.space: {key} is not a key{owner}") from None
+        if not has(plain, key):
+            raise ConfigError(f"search.space: {key} is not a key")
+        group, _, last = key.rpartition(".")
+        node = _at(plain, group)
         node[_index(node, last)] = value
+
+
+def has(plain: Mapping[str, Any], key: str) -> bool:
+    """Return whether a config has a dotted key."""
+    try:
+        _at(plain, key)
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _at(plain: Mapping[str, Any], key: str) -> Any:
+    node: Any = plain
+    for word in filter(None, key.split(".")):
+        node = node[_index(node, word)]
+    return node
 
 
 def _index(node: Any, word: str) -> Any:

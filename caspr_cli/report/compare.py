@@ -16,6 +16,7 @@ from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
     ALWAYS_TUNED,
+    UNTUNED,
     Group,
     Selection,
     common_target,
@@ -155,7 +156,9 @@ def _table(
     rows = []
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        rows += [_row(name, group, keys, higher, target) for group in grouped(own, keys)]
+        for untuned in (False, True):
+            part = [run for run in own if (UNTUNED in run.config.items()) == untuned]
+            rows += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []
@@ -254,8 +257,12 @@ def compared(
 
 
 def _baselines(rows: Sequence[Row], wanted: str | None) -> tuple[dict[str, Row], list[str]]:
-    """Return the baseline of each row that has one, by the row's label; and why others have none."""
+    """Return the baseline of each row that has one, by the row's label; and why others have none.
+
+    Untuned rows are compared with nothing, unless one is wanted: each test would take power from the others.
+    """
     label = wanted or DEFAULT_BASELINE
+    rows = [row for row in rows if not row.untuned or "untuned" in label.split()]
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.optim if without_name(label) else ""].append(row)

@@ -40,6 +40,10 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         ),
         *(line for row in rows for line in _selected_oddly(row)),
         *_unequal_tuning(rows),
+        *_list(
+            "ranges that grew, as the best value lay at the edge",
+            [f"{row.label} ({listed(keys)})" for row in rows if (keys := _grown(row))],
+        ),
         *(line for row in rows for line in (*_budget(row), *_duplicates(row), *_edges(row))),
         *_list(
             "intervals beyond what the metric can be, so they cover less than 95 %",
@@ -98,11 +102,30 @@ def _selected_oddly(row: Row) -> Iterator[str]:
 
 def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
     """Yield where rows have other numbers of trials, or of seeds that selected one."""
-    trials = {row.label: len(row.trials) for row in rows}
+    trials = {row.label: len(row.trials) for row in rows if not row.untuned}
     selecting = {row.label: len(row.selecting) for row in rows if row.selecting}
     for what, numbers in (("trials", trials), ("seeds that select", selecting)):
         if len(set(numbers.values())) > 1:
             yield f"unequal tuning, {what}: {listed([f'{label} {n}' for label, n in numbers.items()], 6)}"
+
+
+def _further(run: Run) -> bool:
+    """Return whether a trial is one of those that come after a best value at the edge."""
+    trial, planned = run.config.get("trial"), run.config.get("search.trials")
+    return bool(run.config.get("search.extend")) and isinstance(trial, int) and planned is not None and trial >= planned
+
+
+def _grown(row: Row) -> list[str]:
+    """Return the keys of which further trials have other ranges than the first."""
+    first = {name for run in row.records if not _further(run) for name in _ranges(run)}
+    grown = {name for run in row.records if _further(run) for name in _ranges(run)} - first
+    return sorted({key for key, _ in grown})
+
+
+def _ranges(run: Run) -> set[tuple[str, str]]:
+    """Return the ranges from which a trial is drawn, each with its key."""
+    names = [name for name in run.config if name.startswith(SPACE)]
+    return {(name.removeprefix(SPACE).rpartition(".")[0], plain(run.config[name])) for name in names}
 
 
 def _budget(row: Row) -> Iterator[str]:
@@ -206,6 +229,6 @@ def _shown(settings: Mapping[str, Any], key: str) -> str | None:
 
 
 def _range(key: str, row: Row, run: Run) -> str | None:
-    """Return ``log 0.001,0.1``; None if this run's search does not vary the key."""
-    kinds = (name for name in run.config if name.rpartition(".")[0] == f"{SPACE}{key}")
+    """Return ``log 0.001,0.1``; None if this run's search does not vary the key, or its range may have grown."""
+    kinds = (name for name in run.config if not _further(run) and name.rpartition(".")[0] == f"{SPACE}{key}")
     return " ".join(f"{name.rpartition('.')[2]} {plain(run.config[name])}" for name in sorted(kinds)) or None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caspr_cli.common.format import duration, finite
+from caspr_cli.common.selection import AGAIN
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import render, stats
 from caspr_cli.report.model import Difference, Row, Table
@@ -224,9 +225,13 @@ def steps_to_target(row: Row) -> str:
 
 
 def budget(row: Row) -> str:
-    """Return the number of trials, and how many of them are not done."""
+    """Return the number of trials, how many of them are not done, and how many runs of the best came after them."""
+    if row.untuned:
+        return "0"
     total = sum(row.budget.values())
     others = [f"{number} {state}" for state, number in row.budget.items() if state != DONE]
+    if again := sum(run.seed in row.selecting.intersection(AGAIN) for trial in row.trials for run in trial.runs):
+        others.append(f"+{again} again")
     return f"{total} ({', '.join(others)})" if others and total > 1 else str(total)
 
 

@@ -170,6 +170,11 @@ class Row:
     unscored: int = 0
 
     @property
+    def untuned(self) -> bool:
+        """Whether it is an optimizer as it comes, which nothing tuned."""
+        return self.settings.get("trial") == "default"
+
+    @property
     def kind(self) -> str:
         """The verdict in a word or three, "baseline", or nothing."""
         if self.difference:

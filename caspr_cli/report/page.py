@@ -112,7 +112,7 @@ def opening(tables: Sequence[Table]) -> list[str]:
     labels = list(dict.fromkeys(label for own in labels_across([table.rows for table in tables]) for label in own))
     every = [row for table in tables for row in table.rows]
     reported = [run for row in every for run in row.runs]
-    trials = count(sum(len(row.trials) for row in every), "trial")
+    trials = count(sum(len(row.trials) for row in every if not row.untuned), "trial")
     finite = sum(run.final is not None for run in reported)
     going = sum(not run.ended for row in every if row.selected for run in row.selected.runs)
     bases = list(dict.fromkeys(format.baseline(table) for table in tables if table.baseline))

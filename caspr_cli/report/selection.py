@@ -16,6 +16,7 @@ from caspr_cli.report.model import Row, Run, Trial
 
 ALWAYS_TUNED = "optim.lr"
 SPACE = "search.space."
+UNTUNED = ("trial", "default")  # runs of an optimizer's own values are a row of their own
 ABSENT = "-"  # a key that an older version did not have, where the others differ in it
 # Keys that make no rows of their own: they change no number, or only the order of sums, or make tables of their own.
 IGNORED = {
@@ -95,7 +96,7 @@ def searched_keys(runs: Iterable[Run]) -> set[str]:
 
 
 def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
-    """Return the rows of one optimizer, with labels that distinguish them.
+    """Return the rows of one optimizer, tuned or untuned, with labels that distinguish them.
 
     A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
     """
@@ -103,7 +104,9 @@ def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
         {
             key: value
             for key, value in expanded(run.config, tuned).items()
-            if key not in IGNORED and key not in tuned and not key.startswith(IGNORED_GROUPS)
+            if (key not in IGNORED or (key, value) == UNTUNED)
+            and key not in tuned
+            and not key.startswith(IGNORED_GROUPS)
         }
         for run in runs
     ]
@@ -121,7 +124,8 @@ def grouped(runs: Sequence[Run], tuned: Sequence[str]) -> list[Group]:
     labels: Counter[str] = Counter()
     groups = []
     for identity, config in own.items():
-        label = " ".join([config["optim.name"], *sorted(setting(key, config.get(key)) for key in shown)])
+        name = [config["optim.name"], *(["untuned"] if UNTUNED in config.items() else [])]
+        label = " ".join([*name, *sorted(setting(key, config.get(key)) for key in shown)])
         labels[label] += 1
         number = f" ({labels[label]})" if labels[label] > 1 else ""  # null and the word null read the same
         groups.append(Group(f"{label}{number}", config, tuple(found[identity])))
@@ -142,14 +146,14 @@ def labels_across(tables: Sequence[Sequence[Row]]) -> list[list[str]]:
     They have all settings in which any table has variants: the only ``caspr`` of one table is the ``caspr eps=1e-06``
     of another, and not its ``caspr eps=0.0001``.
     """
-    keys: dict[str, set[str]] = defaultdict(set)
+    keys: dict[tuple[str, bool], set[str]] = defaultdict(set)
     for rows in tables:
-        for optim in {row.optim for row in rows}:
-            keys[optim].update(differing(row.settings for row in rows if row.optim == optim))
+        for kind in {(row.optim, row.untuned) for row in rows}:
+            keys[kind].update(differing(row.settings for row in rows if (row.optim, row.untuned) == kind))
 
     def label(row: Row) -> str:
         name, *own = row.label.split(" ")
-        more = {setting(key, row.settings[key]) for key in keys[row.optim] if key in row.settings}
+        more = {setting(key, row.settings[key]) for key in keys[row.optim, row.untuned] if key in row.settings}
         return " ".join([name, *sorted({*own, *more})])
 
     return [[label(row) for row in rows] for rows in tables]
@@ -253,7 +257,8 @@ class Selection:
 def select(trials: Sequence[Trial], *, higher_is_better: bool) -> Selection:
     """Return the trial with the best validation at the end, and its runs with held-out seeds, if there are enough."""
     finals = [{run.seed: run.final for run in trial.runs if run.ended} for trial in trials]
-    choice, ended = choose(finals, higher_is_better=higher_is_better), sum(map(bool, finals))
+    rerank = max((run.config.get("search.rerank") or 0 for trial in trials for run in trial.runs), default=0)
+    choice, ended = choose(finals, higher_is_better=higher_is_better, rerank=rerank), sum(map(bool, finals))
     trial = None if choice.best is None else trials[choice.best]
     seeds = choice.seeds if ended > 1 else frozenset[int]()
     runs = tuple(run for run in trial.runs if run.ended) if trial else ()

@@ -112,7 +112,8 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
 def record_lines(run: Run) -> Iterator[str]:
     """Yield one record in words."""
     config, result, status = run.config, run.result, run.status
-    trial = "" if config.get("trial") is None else f" search={config.get('search.name')} trial={config['trial']}"
+    words = {"search": config.get("search.name"), "trial": config.get("trial")}
+    trial = "".join(f" {key}={value}" for key, value in words.items() if value is not None)
     names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
     yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
     own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}

@@ -1,8 +1,10 @@
 """A whole table by one command: every row is tuned with the same number of trials, then run at held-out seeds.
 
 ``conf/experiment/NAME.yaml`` holds the keys of the jobs. A list means several values; the rows of the table are all
-combinations. An experiment is two sweeps of ``caspr-train``: the trials of a search at one seed, and ``trial=best`` at
-the other seeds.
+combinations. An experiment is a few sweeps of ``caspr-train``, one after the other (:func:`sweeps`): the trials of a
+search at one seed, more trials where a best value lies at the edge of its range, the best trials again at two more
+seeds, and at held-out seeds the best trial and the untuned one. What is left to do follows from the command and the
+records alone, so that an experiment goes on wherever it was stopped.
 """
 
 from __future__ import annotations
@@ -11,27 +13,29 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
 from caspr_cli.common.errors import nearest
-from caspr_cli.common.format import count, duration
+from caspr_cli.common.format import count, duration, listed
+from caspr_cli.common.selection import AGAIN, TUNING_SEED
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import CONF, choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume
-from caspr_cli.runs import trials
+from caspr_cli.recipe.search import ROUNDS, further
 from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
+from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
 
 DEFAULT_SCALE = "sample"
+DEFAULTS: dict[str, Any] = {"trainer.keep_checkpoints": False, "search.rerank": 3, "search.extend": True}
 # Keys that the whole table shares: rows that differ in nothing else would be one and the same.
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of a timing run: beyond the first refresh of the roots
@@ -77,7 +81,7 @@ class Experiment:
         if scale not in scales:
             raise ConfigError(f"scale={scale}: experiment={name} has {', '.join(scales)}.{nearest(scale, scales)}")
         where = {"output_dir": f"outputs/experiments/{name}" + ("" if scale == DEFAULT_SCALE else f"_{scale}")}
-        jobs = {"scale": scale} | content["jobs"] | scales[scale] | where | {"trainer.keep_checkpoints": False}
+        jobs = {"scale": scale} | DEFAULTS | content["jobs"] | scales[scale] | where
         return cls(name, {key: _text(value) for key, value in jobs.items()} | changes, content["baseline"])
 
     @property
@@ -94,13 +98,18 @@ class Experiment:
         """Return the overrides of both sweeps."""
         return [f"{key}={value}" for key, value in self.jobs.items() if key != "seed"]
 
-    def tuning(self, number: int) -> list[str]:
-        """Return the overrides of the sweep that tunes with that number of trials."""
-        return [*self.shared(), f"trial=range({number})", f"seed={trials.TUNING_SEED}"]
+    def tuning(self, trials: range) -> list[str]:
+        """Return the overrides of the sweep that runs these trials."""
+        return [*self.shared(), f"trial=range({trials.start},{trials.stop})", f"seed={TUNING_SEED}"]
+
+    def again(self, number: int) -> list[str]:
+        """Return the overrides of the sweep that runs so many of the best trials at other seeds."""
+        return [*self.shared(), f"trial={','.join(tops(number))}", f"seed={','.join(map(str, AGAIN))}"]
 
     def seeds(self) -> list[str]:
         """Return the overrides of the sweep whose runs are reported."""
-        return [*self.shared(), *(["trial=best"] if self.searches else []), f"seed={self.jobs.get('seed', '0')}"]
+        which = [f"trial={BEST},{compose.UNTUNED}"] if self.searches else []
+        return [*self.shared(), *which, f"seed={self.jobs.get('seed', '0')}"]
 
 
 def _content(name: str) -> dict[str, Any]:
@@ -129,24 +138,40 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """The recipes of one row of the table, of which some may be done.
+    """The runs of one row of the table, of which some may be done.
 
     Args:
         label: its overrides that other rows do not have.
         tuning: the trials, at the tuning seed; empty without a search.
-        reported: the held-out seeds of the selected trial, or of the first trial as long as none can be selected.
+        again: the best trials at other seeds, as soon as all trials have ended.
+        reported: the held-out seeds of the selected trial, as soon as there is one; without a search, of the recipe.
+        untuned: the same seeds of the optimizer's own values.
+        unknown: how many more runs there will be, of which the records do not say yet what they are.
+        search: draws the trials.
     """
 
     label: str
     tuning: tuple[Recipe, ...]
+    again: tuple[Recipe, ...]
     reported: tuple[Recipe, ...]
-    selected: bool
+    untuned: tuple[Recipe, ...]
+    unknown: int = 0
+    search: Tuning | None = None
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """All runs that are known."""
+        return self.tuning + self.again + self.reported + self.untuned
+
+    @property
+    def whole(self) -> int:
+        """How many runs it has."""
+        return len(self.recipes) + self.unknown
 
     @property
     def left(self) -> int:
         """How many runs are still to do."""
-        tuning = sum(not _ended(recipe) for recipe in self.tuning)
-        return tuning + (sum(not _ended(recipe) for recipe in self.reported) if self.selected else len(self.reported))
+        return sum(not _ended(recipe) for recipe in self.recipes) + self.unknown
 
 
 def _ended(recipe: Recipe) -> bool:
@@ -176,8 +201,80 @@ def rows(experiment: Experiment) -> list[Row]:
     found = []
     for overrides in combinations:
         label = " ".join(word for word in overrides if word not in common) or " ".join(overrides[:3])
-        found.append(_row(label, composer.config(overrides), overrides, seeds, experiment.searches))
+        config = composer.config(overrides)
+        if not experiment.searches:
+            recipe = compose.freeze(config, overrides)
+            found.append(Row(label, (), (), tuple(replace(recipe, seed=seed) for seed in seeds), ()))
+            continue
+        tuning = Tuning(config, overrides)
+        trials = tuple(map(tuning, range(tuning.trials)))
+        config.trial = compose.UNTUNED
+        untuned = compose.freeze(config, overrides)
+        found.append(Row(label, trials, (), (), tuple(replace(untuned, seed=seed) for seed in seeds), search=tuning))
+    if not experiment.searches:
+        return found
+    rounds = next((number for number in range(ROUNDS) if not growing(found, number)), ROUNDS)
+    return [_completed(row, rounds, seeds) for row in found]
+
+
+def growing(table: Sequence[Row], number: int) -> list[str]:
+    """Return what grows after so many rounds, for each row the keys whose best value lies at an edge.
+
+    A row of which trials have not ended, or cannot be read, does not say yet.
+    """
+    found = []
+    for row in table:
+        assert row.search is not None
+        try:
+            grown = row.search.growth(number) if number < row.search.rounds else {}
+        except (ConfigError, RecordDamagedError):
+            continue
+        if grown:
+            found.append(f"{', '.join(grown)} of {row.label}")
     return found
+
+
+def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
+    """Return a row of a search with all runs that the records say, after so many rounds."""
+    search, tuning, unknown = row.search, row.tuning, 0
+    assert search is not None
+    for index in range(search.trials, search.count(rounds)):
+        try:
+            tuning += (search(index),)
+        except (ConfigError, RecordDamagedError):  # not yet
+            unknown += 1
+    again = min(search.first.search.rerank, search.count(rounds))
+    again = again if again > 1 else 0
+    runs: tuple[Recipe, ...] = ()
+    try:
+        if unknown or not all(map(_ended, tuning)):
+            raise ConfigError("not yet")
+        finalists = chosen(search)[0].finalists
+        again = len(finalists)
+        runs = tuple(replace(search(index), seed=seed) for index in finalists for seed in AGAIN)
+        selected = search(best(search))
+        reported = tuple(replace(selected, seed=seed) for seed in seeds)
+    except (ConfigError, RecordDamagedError):  # not yet
+        unknown += again * len(AGAIN) - len(runs) + len(seeds)
+        reported = ()
+    return replace(row, tuning=tuning, again=runs, reported=reported, unknown=unknown)
+
+
+def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
+    """Yield for each sweep a line that says what it is, and its overrides. Each is known when those before have run."""
+    if experiment.searches and (search := table[0].search):
+        number = search.trials
+        yield f"trials   {count(number, 'trial')} of each row", experiment.tuning(range(number))
+        more = further(search.trials)
+        for round in range(search.rounds):
+            if not (grown := growing(rows(experiment), round)):
+                break
+            line = f"further  {count(more, 'trial')} of each row, as best values lie at the edge: {listed(grown, 4)}"
+            yield line, experiment.tuning(range(number, number + more))
+            number += more
+        if (again := min(search.first.search.rerank, number)) > 1:
+            yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
+    yield "seeds    the runs that are reported", experiment.seeds()
 
 
 def _seeds(experiment: Experiment) -> list[int]:
@@ -188,27 +285,11 @@ def _seeds(experiment: Experiment) -> list[int]:
         raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
     if not seeds:
         raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
-    if experiment.searches and trials.TUNING_SEED in seeds:
+    if experiment.searches and (choosing := {TUNING_SEED, *AGAIN}.intersection(seeds)):
         raise ConfigError(
-            f"seed={given}: seed {trials.TUNING_SEED} chooses among the trials, and what chose is not to be reported"
+            f"seed={given}: seed {min(choosing)} chooses among the trials, and what chose is not to be reported"
         )
     return seeds
-
-
-def _row(label: str, config: DictConfig, given: list[str], seeds: list[int], searches: bool) -> Row:
-    if not searches:
-        recipe = compose.freeze(config, given)
-        return Row(label, (), tuple(replace(recipe, seed=seed) for seed in seeds), selected=True)
-
-    tuning = tuple(
-        replace(compose.freeze(config, given, index), seed=trials.TUNING_SEED)
-        for index in range(max(1, config.search.trials))  # at least one: freezing it refuses a wrong number
-    )
-    try:
-        selected: int | None = trials.best(tuning.__getitem__)
-    except (ConfigError, RecordDamagedError):  # not yet
-        selected = None
-    return Row(label, tuning, tuple(replace(tuning[selected or 0], seed=seed) for seed in seeds), selected is not None)
 
 
 def seconds(row: Row, command: list[str]) -> float | str:
@@ -220,7 +301,7 @@ def seconds(row: Row, command: list[str]) -> float | str:
         ConfigError: the row cannot be run, as its data are missing.
         StoppedError: the user stopped the short run.
     """
-    recipes = (*row.tuning, *row.reported)
+    recipes = row.recipes
     if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):
         raise ConfigError(f"task.root: no such directory: {root}")
     if took := sorted(found for recipe in recipes if (found := _lasted(Record.of(recipe))) is not None):
@@ -253,7 +334,7 @@ def seconds(row: Row, command: list[str]) -> float | str:
 def damaged(table: list[Row]) -> list[str]:
     """Return a line for each record of the table that cannot be read."""
     found = []
-    for recipe in (recipe for row in table for recipe in (*row.tuning, *row.reported)):
+    for recipe in (recipe for row in table for recipe in row.recipes):
         try:
             _ = Record.of(recipe).status
         except RecordDamagedError as damage:
@@ -279,11 +360,23 @@ def _lasted(record: Record) -> float | None:
 def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> list[str]:
     """Return the lines that say what will be run and for how long."""
     left = sum(row.left for row in table)
-    whole = sum(len(row.tuning) + len(row.reported) for row in table)
-    tuned = f"{count(len(table[0].tuning), 'trial')} at seed {trials.TUNING_SEED}, then " if table[0].tuning else ""
-    seeds = count(len(table[0].reported), "seed")
+    whole = sum(row.whole for row in table)
+    seeds = count(len(_seeds(experiment)), "seed")
+    parts, more = [seeds], list[str]()
+    if search := table[0].search:
+        again = min(search.first.search.rerank, len(table[0].tuning))
+        parts = [
+            f"{count(len(table[0].tuning), 'trial')} at seed {TUNING_SEED}",
+            *([f"the best {again} again at seeds {' and '.join(map(str, AGAIN))}"] if again > 1 else []),
+            f"{seeds} of the best and untuned",
+        ]
+        if (rounds := search.rounds - (len(table[0].tuning) - search.trials) // further(search.trials)) > 0:
+            trials = count(further(search.trials), "trial")
+            more = [f"further  up to {rounds} x {trials} a row, while a best value lies at the edge of its range"]
+    each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"
     lines = [
-        f"table    {count(len(table), 'row')}, each {tuned}{seeds}: {count(whole, 'run')}, {whole - left} done",
+        f"table    {each}: {count(whole, 'run')}, {whole - left} done",
+        *more,
         f"records  {experiment.output_dir}",
     ]
     width, times = max(len(row.label) for row in table), []

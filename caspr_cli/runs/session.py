@@ -9,12 +9,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from socket import gethostname as host
-from typing import cast
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
@@ -50,7 +48,7 @@ class Session:
     command: list[str]
     sweep: Sweep | None = None
     only: Job | None = None  # the job of a command line that is no sweep, when it has ended
-    best: dict[tuple[str, ...], int] = field(default_factory=dict)  # selected trial of each row whose trials have ended
+    searches: dict[tuple[str, ...], trials.Tuning] = field(default_factory=dict)  # that its jobs have asked for
 
     @property
     def here(self) -> bool:
@@ -102,7 +100,7 @@ class Session:
         """Run a job and return how it ended. In a sweep nothing is raised: a job that fails ends no other."""
         exit_code = BAD_USAGE
         try:
-            recipe = compose.freeze(config, job.overrides, self.trial(config, job))
+            recipe = compose.freeze(trials.resolve(config, job.overrides, self.searches), job.overrides)
             if recipe.debug == "plan":
                 return self.plan(recipe, job)
             with self.sweep.allocation(recipe) if self.sweep else nullcontext(Allocation()) as allocation:
@@ -131,16 +129,6 @@ class Session:
         if self.here:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
-
-    def trial(self, config: DictConfig, job: Job) -> int | None:
-        """Return the trial that ``trial=best`` stands for; None if the job does not ask for it."""
-        if config.trial != "best" or config.search.name is None:
-            return None
-        row = tuple(word for word in job.overrides if not word.startswith("seed="))
-        if row not in self.best:  # once it is known it stays: all trials have ended
-            tuning = cast(DictConfig, OmegaConf.merge(config, {"seed": trials.TUNING_SEED}))
-            self.best[row] = trials.best(partial(compose.freeze, tuning, job.overrides))
-        return self.best[row]
 
     def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
         """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""

@@ -1,21 +1,133 @@
-"""The best trial of a search, from the records of all its trials, by the rule with which ``caspr-report`` selects."""
+"""The trials of a search, and the best of them: from the records, by the rule with which ``caspr-report`` selects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
-from caspr_cli.common.selection import choose, finite
+from omegaconf import DictConfig, OmegaConf
+
+from caspr_cli.common.selection import AGAIN, TUNING_SEED, Choice, choose, finite
 from caspr_cli.common.shape import lost
+from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.search import ROUNDS, Space, further
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
-TUNING_SEED = 0  # every trial is run with it; other seeds of the selected trial are held out
+BEST, TOP = "best", re.compile(r"top([1-9]\d{0,6})")  # words for trials that the records choose
+
+
+class Tuning:
+    """The trials of one row, at ``TUNING_SEED``, by index.
+
+    With ``search.extend`` those after the first ``search.trials`` come in rounds. Before each, the best trial so far
+    decides: where its value lies at the edge of its range, the trials of the round are drawn from about that edge.
+
+    Args:
+        config: as Hydra composes it.
+        given: the overrides of the command line.
+
+    Raises:
+        ConfigError: its trials cannot be run.
+    """
+
+    def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
+        self._config = cast(DictConfig, OmegaConf.merge(config, {"seed": TUNING_SEED}))
+        self._given = list(given)
+        self.first = compose.freeze(self._config, self._given, 0)
+        self.trials = self.first.search.trials
+        self.rounds = ROUNDS if self.first.search.extend else 0
+        self._recipes: dict[int, Recipe] = {0: self.first}
+        self._spaces: list[tuple[Space, Space]] = [(self.first.search.space, self.first.search.space)]
+
+    def __call__(self, index: int) -> Recipe:
+        """Return a trial.
+
+        Raises:
+            ConfigError: there is none, or it is not known yet from where it is drawn.
+            RecordDamagedError: a record that decides this cannot be read.
+        """
+        if index not in self._recipes:
+            self._recipes[index] = compose.freeze(self.config(index), self._given, index)
+        return self._recipes[index]
+
+    def config(self, index: int) -> DictConfig:
+        """Return the config of a trial, with the space from which it is drawn."""
+        number = 0 if not self.rounds or index < self.trials else 1 + (index - self.trials) // further(self.trials)
+        if number > self.rounds:
+            raise ConfigError(
+                f"trial={index}: search={self.first.search.name} has {self.trials} trials, and {self.rounds} x "
+                f"{further(self.trials)} more with search.extend=true"
+            )
+        if not number:
+            return self._config
+        return cast(DictConfig, OmegaConf.merge(self._config, {"search": {"space": self.space(number)[1]}}))
+
+    def count(self, number: int) -> int:
+        """Return the number of trials after so many rounds."""
+        return self.trials + number * further(self.trials)
+
+    def space(self, number: int) -> tuple[Space, Space]:
+        """Return the ranges after so many rounds, and those from which the trials of the last round are drawn."""
+        while number >= len(self._spaces):
+            last = len(self._spaces) - 1
+            grown = self.growth(last)
+            whole = {key: grown[key][0] if key in grown else kinds for key, kinds in self._spaces[last][0].items()}
+            self._spaces.append((whole, whole | {key: part for key, (_, part) in grown.items()}))
+        return self._spaces[number]
+
+    def growth(self, number: int) -> dict[str, tuple[search.Range, search.Range]]:
+        """Return the ranges that grow after so many rounds, as :func:`search.grown` does.
+
+        A range that would not grow to valid values stays.
+
+        Raises:
+            ConfigError: not all trials have ended.
+            RecordDamagedError: a record cannot be read.
+        """
+        whole = self.space(number)[0]
+        ends = [{TUNING_SEED: finals[TUNING_SEED]} for finals in ended(self, self.count(number))]
+        choice = choose(ends, higher_is_better=self.first.task.target.higher_is_better)
+        if choice.best is None:
+            return {}
+        best, found = self(choice.best), {}
+        for key, side in search.edges(whole, search.drawn(compose.to_plain(best))).items():
+            grown, part = search.grown(whole[key], side)
+            low, high = next(iter(part.values()))
+            far = low if side < 0 else high
+            value = 1 - far if "one_minus_log" in part else far
+            if grown != whole[key] and compose.valid(best, {key: value}):
+                found[key] = (grown, part)
+        return found
+
+
+def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
+    """Return the config of a job with its trial as a number, where the records say which, and with its space.
+
+    Args:
+        given: the overrides of the command line.
+        known: the searches of other jobs, by the overrides without trial and seed.
+
+    Raises:
+        ConfigError: there is no such trial, or the trials that decide have not ended.
+        RecordDamagedError: a record that decides cannot be read.
+    """
+    trial, own = config.trial, config.search
+    word = isinstance(trial, str) and (trial == BEST or TOP.fullmatch(trial))
+    later = isinstance(trial, int) and own.extend and trial >= own.trials
+    if own.name is None or not (word or later):
+        return config
+    row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed")))
+    tuning = known.setdefault(row, known.get(row) or Tuning(config, given))
+    index = trial if later else best(tuning) if trial == BEST else top(tuning, int(trial.removeprefix("top")))
+    return cast(DictConfig, OmegaConf.merge(tuning.config(index), {"seed": config.seed, "trial": index}))
 
 
 def best(trial: Callable[[int], Recipe]) -> int:
-    """Return the trial with the best validation at its end, of the first ``search.trials``.
+    """Return the trial with the best validation at its end.
 
     :func:`caspr_cli.common.selection.choose` has the rule: what is run at other seeds is what a report selects.
 
@@ -26,22 +138,76 @@ def best(trial: Callable[[int], Recipe]) -> int:
         ConfigError: some have not ended, or all failed.
         RecordDamagedError: a record cannot be read.
     """
+    choice, finals = chosen(trial)
     first = trial(0)
-    count, target = first.search.trials, first.task.target
-    finals = [_finals(Record.of(trial(index)).path.parent, target.metric) for index in range(count)]
-    missing = [index for index in range(count) if TUNING_SEED not in finals[index]]
-    if missing:
+    if left := [k for k in choice.finalists if not set(AGAIN) <= finals[k].keys()]:
+        raise ConfigError(
+            f"trial=best of search={first.search.name}: {len(left)} of the best {len(choice.finalists)} trials of "
+            f"optim={first.optim.name} have not ended at other seeds (search.rerank): first run -m "
+            f"trial={','.join(tops(len(choice.finalists)))} seed={','.join(map(str, AGAIN))}"
+        )
+    if choice.best is None or all(score is None for score in choice.scores.values()):
+        every = f"all {len(finals)} trials of {first.optim.name}"
+        raise ConfigError(f"trial=best of search={first.search.name}: {every} failed")
+    return choice.best
+
+
+def top(trial: Callable[[int], Recipe], place: int) -> int:
+    """Return the trial at a place, from 1, in the order before any trial is run again.
+
+    Where fewer have a finite value, it is the last of these.
+
+    Raises:
+        ConfigError: some trials have not ended, or all failed.
+        RecordDamagedError: a record cannot be read.
+    """
+    choice, _ = chosen(trial)
+    finite = [k for k in choice.order if choice.scores[k] is not None]
+    if not finite:
+        raise ConfigError(f"trial=top{place} of search={trial(0).search.name}: all trials failed")
+    return finite[min(place, len(finite)) - 1]
+
+
+def tops(number: int) -> list[str]:
+    """Return the words for the first places."""
+    return [f"top{place}" for place in range(1, number + 1)]
+
+
+def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, float | None]]]:
+    """Return the choice among the trials of a row, and their metric at the end by seed.
+
+    These are the first ``search.trials``, and those of each later round of which a trial has begun.
+    """
+    first = trial(0)
+    own, count = first.search, first.search.trials
+    for _ in range(ROUNDS if own.extend else 0):
+        finals = ended(trial, count)  # before it, the next round is not known
+        more = range(count, count + further(own.trials))
+        if not any(Record.of(trial(index)).path.exists() for index in more):
+            break
+        count = more.stop
+    finals = ended(trial, count)
+    return choose(finals, higher_is_better=first.task.target.higher_is_better, rerank=own.rerank), finals
+
+
+def ended(trial: Callable[[int], Recipe], count: int) -> list[Mapping[int, float | None]]:
+    """Return the metric at the end of the first trials, by seed.
+
+    Raises:
+        ConfigError: some have not ended at ``TUNING_SEED``.
+        RecordDamagedError: a record cannot be read.
+    """
+    first = trial(0)
+    finals = [_finals(Record.of(trial(index)).path.parent, first.task.target.metric) for index in range(count)]
+    if missing := [index for index in range(count) if TUNING_SEED not in finals[index]]:
         raise ConfigError(
             f"trial=best of search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "
             f"have not ended in {first.output_dir}: first run -m trial={','.join(map(str, missing))} seed={TUNING_SEED}"
         )
-    choice = choose(finals, higher_is_better=target.higher_is_better)
-    if choice.best is None or all(score is None for score in choice.scores.values()):
-        raise ConfigError(f"trial=best of search={first.search.name}: all {count} trials of {first.optim.name} failed")
-    return choice.best
+    return finals
 
 
-def _finals(trial: Path, metric: str) -> dict[int, float | None]:
+def _finals(trial: Path, metric: str) -> Mapping[int, float | None]:
     """Return the metric at the end of each run of a trial that has ended, by seed; None: failed, or not finite."""
     found: dict[int, float | None] = {}
     for path in trial.glob("seed*"):

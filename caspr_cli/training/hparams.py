@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-from caspr_cli.recipe.compose import NOT_IN_THE_NAME, to_plain
+from caspr_cli.recipe.compose import NOT_IN_THE_NAME, UNTUNED, to_plain
 from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, Recipe
 
 # The page opens with its first five columns; those that "differ" come first.
@@ -49,6 +49,8 @@ def hyperparameters(recipe: Recipe) -> dict[str, bool | float | str]:
     left_out = {*NOT_IN_THE_NAME, "debug"} - {"seed"}
     plain = to_plain(recipe)
     del plain["search"]["space"]  # what was drawn from it stands at its own keys
+    if plain["trial"] == UNTUNED:  # no number, as the column has it
+        plain["trial"] = None
     return {k: v for k, v in _flatten(plain).items() if k not in left_out}
 
 

@@ -70,7 +70,7 @@ def test_help_fits_a_screen_and_lists_everything(
         ),
         (["output_dir="], "output_dir is empty"),
         (["search=lr", "trial=best", "output_dir=nowhere"], "6 of 6 trials of optim=caspr have not ended in nowhere"),
-        (["trial=best"], "trial=best needs a search: add search=NAME (choices: algoperf, lr, lr_wide, paper)"),
+        (["trial=best"], "trial=best needs a search: add search=NAME (choices: algoperf, joint, lr, lr_wide, paper)"),
         (["experiment=dampin"], "experiment=dampin: no such choice. Did you mean experiment=damping?"),
         (["experiment=damping", "-m"], "-m: with experiment=NAME give keys as key=value alone"),
         (["experiment=damping", "trial=3"], "an experiment runs all of its trials; search.trials=N says how many"),

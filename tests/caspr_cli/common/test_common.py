@@ -12,7 +12,7 @@ import pytest
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, count, duration, finite, listed, size, table, wrapped
-from caspr_cli.common.selection import choose, reaches
+from caspr_cli.common.selection import AGAIN, choose, reaches
 
 
 def parser() -> Parser:
@@ -120,6 +120,26 @@ def test_failed_trials_and_equal_ones() -> None:
     assert choose([{0: None}, {0: None, 1: 5.0}], higher_is_better=False).best == 1  # nothing chose it
     assert choose([{0: 1.0}, {0: 1.0}], higher_is_better=False).best == 0
     assert choose([{0: 1.0}, {0: 1.0, 1: 2.0}], higher_is_better=False).best == 1  # it has been run at other seeds
+
+
+def test_the_best_three_are_compared_by_the_mean_of_their_seeds() -> None:
+    """Only these three, and only by seeds that all of them have and that are for it."""
+    trials = [{0: 1.0}, {0: 2.0}, {0: 3.0}, {0: 4.0}]
+    assert choose(trials, higher_is_better=False, rerank=3).finalists == (0, 1, 2)
+    for k, value in ((0, 9.0), (1, 0.5), (2, 3.0), (3, 0.0)):
+        trials[k] |= dict.fromkeys(AGAIN, value)
+    trials[0] |= {1: 0.0, 2: 0.0}  # held-out seeds choose nothing
+    found = choose(trials, higher_is_better=False, rerank=3)
+    assert (found.best, found.seeds) == (1, {0, *AGAIN})
+    assert found.scores == {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}  # of all trials, by the seed that all have
+    assert choose(trials, higher_is_better=False, rerank=4).best == 1
+    del trials[2][AGAIN[1]]
+    assert choose(trials, higher_is_better=False, rerank=3).seeds == {0, AGAIN[0]}
+    trials[1][AGAIN[0]] = None
+    assert choose(trials, higher_is_better=False, rerank=3).best == 2
+    for rerank in (0, 1):  # off: as before there was such a thing
+        assert choose(trials, higher_is_better=False, rerank=rerank) == choose(trials, higher_is_better=False)
+    assert choose([{0: 1.0, AGAIN[0]: 2.0}], higher_is_better=True, rerank=3).finalists == ()  # nothing to choose
 
 
 def test_a_target_is_reached_where_it_is_equalled() -> None:

@@ -33,7 +33,7 @@ def test_what_is_run_at_other_seeds_is_what_a_report_selects(
 
     def trial(index: int) -> Recipe:
         task = C4LMConf(target=Target("val/x", None, higher))
-        search = SearchConf("lr", len(made), {"optim.lr": {"log": [1e-3, 1e-1]}})
+        search = SearchConf("lr", len(made), space={"optim.lr": {"log": [1e-3, 1e-1]}})
         recipe = Recipe(task=task, optim=CasprConf(lr=0.1 / (index + 1)), search=search, trial=index)
         return replace(recipe, output_dir=folder)
 
