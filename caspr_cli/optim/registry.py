@@ -324,9 +324,7 @@ OPTIMIZERS: dict[str, Entry] = {
         "NAdam of torch.optim with decoupled weight decay", AdamWKeys, _torch("NAdam", decoupled_weight_decay=True)
     ),
     "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
-    "muon": Entry(
-        "Muon of torch.optim for matrices, of pytorch-optimizer for convolutions; AdamW for the rest", MuonKeys, _muon
-    ),
+    "muon": Entry("Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest", MuonKeys, _muon),
     "normuon": Entry(
         "NorMuon of pytorch-optimizer (a Muon that scales each row) for matrices, AdamW for the rest",
         NorMuonKeys,
