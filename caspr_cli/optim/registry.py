@@ -326,13 +326,13 @@ OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
     "muon": Entry("Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest", MuonKeys, _muon),
     "normuon": Entry(
-        "NorMuon of pytorch-optimizer (a Muon that scales each row) for matrices, AdamW for the rest",
+        "NorMuon of pytorch-optimizer: Muon that scales each row; AdamW for the rest",
         NorMuonKeys,
         _normuon,
     ),
     "ademamix": Entry("AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _ademamix),
     "schedule_free": Entry(
-        "Schedule-Free AdamW of pytorch-optimizer: an average of the weights in place of the rate's decay",
+        "Schedule-Free AdamW of pytorch-optimizer: weights are averaged in place of a decay",
         ScheduleFreeKeys,
         _schedule_free,
     ),
