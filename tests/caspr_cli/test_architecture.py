@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -115,3 +116,9 @@ def test_the_rule_finds_what_it_forbids(tmp_path: Path) -> None:
     assert not is_in("caspr_cli.optim.CASPR", {"opt", "recipe"})
     assert is_in("torch.nn", {"torch"})
     assert not is_in("caspr_cli.report.page", {"report.answer"})
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """Two of one name cannot be collected together, and ranks of a test import it by its name."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
