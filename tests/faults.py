@@ -253,8 +253,10 @@ class Run:
         self.faults.append(fault)
         last = self.text().strip().splitlines()[-3:]
         why = next((line for line in last if line.startswith(("cut off", "failed", "error", "done"))), "")
+        if fault.lost:  # at once: the summary is lost itself where this command is ended
+            why = f"LOST: {'; '.join(fault.lost)}"
         self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {fault.kind:<15} {fault.done:<24} "
-                 f"exit {self.process.returncode:>4}  {why[:90]}")  # fmt: skip
+                 f"exit {self.process.returncode:>4}  {why if fault.lost else why[:90]}")  # fmt: skip
         return True
 
     def freeze(self, fault: Fault) -> list[Process]:

@@ -99,8 +99,9 @@ def main() -> int:
     try:
         named, argv = experiments(argv)
         if named:
-            told = [Experiment.read(name, [word for word in argv if not word.startswith("plan=")]) for name in named]
-            return one_after_the_other(partial(tables, each, argv) for each in told)
+            given = [word for word in argv if not word.startswith("plan=")]
+            asked = [Experiment.read(name, given) for name in named]  # all, before any of them runs
+            return one_after_the_other(partial(tables, each, argv) for each in asked)
     except (*MISTAKES, RecordDamagedError) as error:
         complain(reason(error, lambda: Composer(argv, sweeps=True).keys(), argv))
         return TERMINATED if full(error) else BAD_USAGE
@@ -126,16 +127,16 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
     return [name for word in named for name in word.partition("=")[2].split(",")], rest
 
 
-def tables(told: Experiment, argv: list[str]) -> int:
+def tables(experiment: Experiment, argv: list[str]) -> int:
     """Run one experiment: print its plan and duration, tune, run the seeds, report. Return the exit code."""
     plans = [word for word in argv if word.startswith("plan=")]
-    folder = Path(told.output_dir)  # refuses several directories before anything is printed
-    command = ["caspr-train", f"experiment={told.name}", *(word for word in argv if word not in plans)]
-    say(f"caspr-train {__version__}  experiment={told.name}: {choices('experiment')[told.name]}")
+    folder = Path(experiment.output_dir)  # refuses several directories before anything is printed
+    command = ["caspr-train", f"experiment={experiment.name}", *(word for word in argv if word not in plans)]
+    say(f"caspr-train {__version__}  experiment={experiment.name}: {choices('experiment')[experiment.name]}")
     planned_only = plans[-1:] == ["plan=true"]
-    table, took = rows(told), list[float | str]()
+    table, took = rows(experiment), list[float | str]()
     if not planned_only:
-        new_folder(folder, told.output_dir).rmdir()  # refused now and not after the timing
+        new_folder(folder, experiment.output_dir).rmdir()  # refused now and not after the timing
     for number, row in enumerate(table, 1):
         say(f"timing   row {number} of {len(table)}: {row.label}")
         try:
@@ -144,16 +145,16 @@ def tables(told: Experiment, argv: list[str]) -> int:
             if not planned_only:
                 raise ConfigError(f"{row.label}: {error}") from error
             took.append(str(error))
-    for line in [*plan_of(told, table, took), *damaged(table)]:
+    for line in [*plan_of(experiment, table, took), *damaged(table)]:
         say(line)
     if planned_only:
         say(f"next     {shlex.join(command)}")
         return OK
-    code = one_after_the_other(partial(announced, *sweep) for sweep in sweeps(told, table))
+    code = one_after_the_other(partial(announced, *sweep) for sweep in sweeps(experiment, table))
     if code in (INTERRUPTED, TERMINATED):
         say(f"         {shlex.join(command)}    goes on")
     elif code != BAD_USAGE:
-        report(told)
+        report(experiment)
     return code
 
 
@@ -163,20 +164,20 @@ def announced(line: str, sweep: list[str]) -> int:
     return compose_and_run(["-m", *sweep])
 
 
-def report(told: Experiment) -> None:
+def report(experiment: Experiment) -> None:
     """Compare the runs of a table that have ended, on the terminal and in a page beside the records."""
     from caspr_cli.common.files import write_output
     from caspr_cli.report import records, terminal  # slow to import, and not needed before
     from caspr_cli.report.compare import tables
     from caspr_cli.report.page import compared
 
-    folder = Path(told.output_dir)
+    folder = Path(experiment.output_dir)
     command, page = ["caspr-report", "compare", str(folder)], folder / "report.html"
     try:
         runs = records.find([folder]).runs
         try:
-            made = tables(runs, baseline=told.baseline)
-            command += ["--baseline", told.baseline] if told.baseline else []
+            made = tables(runs, baseline=experiment.baseline)
+            command += ["--baseline", experiment.baseline] if experiment.baseline else []
         except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")

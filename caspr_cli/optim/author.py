@@ -12,7 +12,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer
+
+from caspr_cli.optim.caspr import takes
+from caspr_cli.optim.family import AuthorOptions, wrong
+from caspr_cli.optim.options import Group
 
 SMALLEST_DAMPING = 1e-16
 LARGEST_ERROR = 1e-2  # of an entry of a statistic that is rebuilt from its eigenvalues
@@ -29,62 +33,19 @@ class AuthorCASPR(Optimizer):
     where the eigenvalues rebuild S with an error above 0.01. U = A(A M + M B) + (A M + M B) B has the 4-norm of NAdam's
     step, a tensor at a time. Up to ``start_step``, and for vectors, NAdam's step itself is taken.
 
-    Args:
-        params: parameters, or param groups. A group with ``precondition=False`` takes NAdam's step alone.
-        lr: learning rate.
-        betas: decay of the momentum, and of the statistics and NAdam's second moment; 1 for the second sums statistics.
-        eps: that of NAdam.
-        matrix_eps: relative damping of the statistics.
-        weight_decay: decoupled, times the learning rate.
-        interval: steps between two computations of the roots.
-        start_step: the last step that is NAdam's.
-        block_size: longer sides are cut into blocks of this size, the last one padded with zeros.
-
     A tensor of more than two axes is seen as (d_0, product of the rest). (The code has (product, d_last), which are the
-    output channels of a convolution in JAX, as d_0 is in PyTorch.) Each rank of data parallelism does everything.
+    output channels of a convolution in JAX, as d_0 is in PyTorch.) Each rank of data
+    parallelism does everything. ``AuthorOptions`` in ``family.py`` describes the options.
 
     Raises:
         ValueError: an option is out of its range.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        matrix_eps: float = 1e-6,
-        weight_decay: float = 1e-4,
-        *,
-        interval: int = 20,
-        start_step: int = 101,
-        block_size: int = 1024,
-        precondition: bool = True,
-    ) -> None:
-        for name, value, valid in (
-            ("lr", lr, lr >= 0),
-            ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] <= 1),
-            ("eps", eps, eps >= 0),
-            ("matrix_eps", matrix_eps, matrix_eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("interval", interval, interval >= 1),
-            ("start_step", start_step, start_step >= 0),
-            ("block_size", block_size, block_size >= 1),
-        ):
-            if not valid:
-                raise ValueError(f"{name} is out of its range: {value}")
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "matrix_eps": matrix_eps,
-            "weight_decay": weight_decay,
-            "interval": interval,
-            "start_step": start_step,
-            "block_size": block_size,
-            "precondition": precondition,
-        }
-        super().__init__(params, defaults)
+    @takes(AuthorOptions)
+    def __init__(self, options: Group) -> None:
+        if found := wrong(AuthorOptions, options):
+            raise ValueError(f"{found.key} {found.should} but is: {found.value}")
+        super().__init__(options.pop("params"), options)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -122,8 +83,7 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     state["exp_avg"].lerp_(G, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
     M = (beta1 * state["exp_avg"] + (1 - beta1) * G) / (1 - beta1**t)
-    # With beta2 = 1 there is no second moment to correct; the code divides zero by zero there.
-    V = state["exp_avg_sq"] / (1 - beta2**t) if beta2 < 1 else state["exp_avg_sq"]
+    V = state["exp_avg_sq"] / (1 - beta2**t)
     nadam: Tensor = M / (V.sqrt() + group["eps"])
     if not matrix:
         return nadam
@@ -167,10 +127,9 @@ def _first_statistics(blocks: Tensor, eps: float) -> dict[str, Tensor]:
 
 
 def _accumulate(state: dict[str, Any], G: Tensor, beta2: float) -> None:
-    """S <- beta2 S + (1 - beta2) G G^T; the plain sum where beta2 is 1."""
-    new = 1.0 if beta2 == 1 else 1 - beta2
-    state["L"].mul_(beta2).add_(G @ G.mT, alpha=new)
-    state["R"].mul_(beta2).add_(G.mT @ G, alpha=new)
+    """S <- beta2 S + (1 - beta2) G G^T."""
+    state["L"].mul_(beta2).add_(G @ G.mT, alpha=1 - beta2)
+    state["R"].mul_(beta2).add_(G.mT @ G, alpha=1 - beta2)
 
 
 def _roots(S: Tensor, old: Tensor, eps: float, size: int, padding: float) -> Tensor:

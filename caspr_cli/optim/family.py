@@ -1,4 +1,4 @@
-"""The options of CASPR, Shampoo and full-matrix Adagrad: the one place where each is written. Imports no torch.
+"""The options of CASPR and its kin: the one place where each is written. Imports no torch.
 
 The signatures and docstrings of the classes, the checks of the library, and the keys of recipes come from here. To add
 an option, add a field.
@@ -260,6 +260,27 @@ class CASPROptions(ShampooOptions):
         """q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.""",
         ORDER,
     )
+
+
+@dataclass
+class AuthorOptions:
+    """The options of AuthorCASPR, with the defaults of the authors' public code."""
+
+    params: ParamsT
+    lr: float = option(1e-3, "learning rate.", NOT_NEGATIVE)
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "decay rates of the momentum, and of the statistics and NAdam's second moment.", PAIR
+    )
+    eps: float = option(1e-8, "that of NAdam.", NOT_NEGATIVE)
+    matrix_eps: float = option(1e-6, "damping, times the mean eigenvalue of the statistics.", NOT_NEGATIVE)
+    weight_decay: float = option(1e-4, "decoupled, times the learning rate.", NOT_NEGATIVE)
+    _: KW_ONLY
+    interval: int = option(20, "steps between two computations of the roots.", COUNT)
+    start_step: int = option(101, "the last step that is NAdam's.", COUNT_OR_ZERO)
+    block_size: int = option(
+        1024, "longer sides are cut into blocks of this size, the last one padded with zeros.", COUNT
+    )
+    precondition: bool = option(True, "False in a param group: NAdam's step alone.", in_recipe=False)
 
 
 # Options of older versions, with the value at which an optimizer did what it does without them.

@@ -20,6 +20,7 @@ from caspr_cli.optim.family import (
     NOT_NEGATIVE,
     PAIR,
     POSITIVE,
+    AuthorOptions,
     CASPROptions,
     FullAdagradOptions,
     ShampooOptions,
@@ -70,15 +71,8 @@ class CASPRKeys(CASPROptions, AdamWRate):
 
 
 @dataclass
-class AuthorKeys(AdamWRate):
-    lr: float = option(1e-3, "learning rate", NOT_NEGATIVE)
-    weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
-    betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the momentum, and of statistics and v", PAIR)
-    eps: float = option(1e-8, "added to the root of the second moment of NAdam", NOT_NEGATIVE)
-    matrix_eps: float = option(1e-6, "damping, times the mean eigenvalue of the statistics", NOT_NEGATIVE)
-    interval: int = option(20, "steps between two computations of the roots", COUNT)
-    start_step: int = option(101, "the last step that is NAdam's", COUNT_OR_ZERO)
-    block_size: int = option(1024, "longer sides are cut into blocks of this size", COUNT)
+class AuthorKeys(AuthorOptions, AdamWRate):
+    pass
 
 
 @dataclass

@@ -266,8 +266,8 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
         number = search.trials
         yield f"trials   {count(number, 'trial')} of each row", experiment.tuning(range(number))
         more = further(search.trials)
-        for round in range(search.rounds):
-            if not (grown := growing(rows(experiment), round)):
+        for past in range(search.rounds):
+            if not (grown := growing(table, past)):
                 break
             line = f"further  {count(more, 'trial')} of each row, as best values lie at the edge: {listed(grown, 4)}"
             yield line, experiment.tuning(range(number, number + more))

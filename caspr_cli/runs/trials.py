@@ -121,7 +121,9 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
     if own.name is None or not (word or later):
         return config
     row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed")))
-    tuning = known.setdefault(row, known.get(row) or Tuning(config, given))
+    if row not in known:
+        known[row] = Tuning(config, given)
+    tuning = known[row]
     index = trial if later else best(tuning) if trial == BEST else top(tuning, int(trial.removeprefix("top")))
     return cast(DictConfig, OmegaConf.merge(tuning.config(index), {"seed": config.seed, "trial": index}))
 
@@ -180,13 +182,13 @@ def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, fl
     """
     first = trial(0)
     own, count = first.search, first.search.trials
+    finals = ended(trial, count)
     for _ in range(ROUNDS if own.extend else 0):
-        finals = ended(trial, count)  # before it, the next round is not known
         more = range(count, count + further(own.trials))
         if not any(Record.of(trial(index)).path.exists() for index in more):
             break
         count = more.stop
-    finals = ended(trial, count)
+        finals = ended(trial, count)  # before the next round is known
     return choose(finals, higher_is_better=first.task.target.higher_is_better, rerank=own.rerank), finals
 
 
