@@ -85,4 +85,6 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
         choices = match[2].split(", ")
         return f"{key} should be one of {match[2]} but is '{match[1]}'.{nearest(match[1], choices, f'{key}=')}"
     typed = next((a for a in argv if a.lstrip("+~").startswith(f"{key}=")), key)
+    if "is not a ListConfig, list or tuple" in message:
+        return f"{typed}: {key} should be a list in brackets, as in {key}=[A,B]"
     return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -50,6 +50,7 @@ def test_help_fits_a_screen_and_lists_everything(
         (["trainer.max_step=3"], "trainer.max_step is not a key of trainer. Did you mean trainer.max_steps?"),
         (["optmi=caspr"], "optmi is not a key. Did you mean optim?"),
         (["optim.lr=abc"], "optim.lr should be a number but is 'abc'"),
+        (["optim.betas=0.9"], "optim.betas=0.9: optim.betas should be a list in brackets, as in optim.betas=[A,B]"),
         (["seed=1.5"], "seed should be an integer but is '1.5'"),
         (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
         (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),
