@@ -200,7 +200,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         steps_to_target=median([step for step, _ in times]),
         seconds_to_target=median([seconds for _, seconds in times]),
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of(selection.scores, higher_is_better=higher),
+        best_of=stats.best_of([*selection.scores.values()], higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
         tuned=tuned,
@@ -208,6 +208,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         duplicates=duplicates,
         selecting=selection.seeds,
         unscored=selection.left_out,
+        scores=selection.scores,
     )
 
 

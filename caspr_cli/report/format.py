@@ -13,7 +13,6 @@ from caspr_cli.common.selection import AGAIN
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import render, stats
 from caspr_cli.report.model import Difference, Row, Table
-from caspr_cli.report.render import markdown_text
 from caspr_cli.report.selection import settings
 from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
 
@@ -318,15 +317,6 @@ def as_csv(tables: Sequence[Table]) -> str:
     from pandas import DataFrame  # slow to import
 
     return render.csv(DataFrame(entries(tables), dtype=object))
-
-
-def as_markdown(tables: Sequence[Table], command: str) -> str:
-    parts = []
-    for table in tables:
-        parts.append(f"## {markdown_text(title(table))}\n\n{render.markdown(cells(table))}")
-        if table.warnings:
-            parts.append("\n".join(f"- {markdown_text(warning)}" for warning in table.warnings))
-    return "\n\n".join([*parts, f"{LEGEND}\n\n    {command}\n"])
 
 
 def as_latex(tables: Sequence[Table], command: str) -> str:

@@ -129,6 +129,8 @@ class Row:
         steps_to_target, seconds_to_target: medians over ``runs``, where one that did not reach the target is infinite;
             None where the median is infinite or there is no target.
         reached: how many of ``runs`` reached the target; None if there is none.
+        scores: the mean of each trial that was compared, by its place in ``trials``, over the seeds that all of them
+            share; None if one failed or is not finite.
         best_of: the expected validation of the best of k trials, for k = 1, 2, ...
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
         test_n: how many of the ``n`` have a test value.
@@ -168,6 +170,7 @@ class Row:
     duplicates: tuple[tuple[Run, Run], ...] = ()
     selecting: frozenset[int] = frozenset()
     unscored: int = 0
+    scores: dict[int, float | None] = field(default_factory=dict)
 
     @property
     def untuned(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from pandas import DataFrame
 from recorded import run
 
-from caspr_cli.report import format, render, terminal
+from caspr_cli.report import format, markdown, render, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Table
 from caspr_cli.report.stats import Comparison
@@ -106,13 +106,15 @@ def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(mad
     ],
 )
 def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
-    text = format.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    text = markdown.compared(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
     assert f"| adamw graft={said} | 1 |" in text
     assert f"adamw graft={said} (n = 1)" in text
-    assert sum(line.startswith("| --- |") for line in text.splitlines()) == 1
+    results, settings = (re.findall(r"(?m)^\|.*", part) for part in text.split("What the reported seeds ran with"))
+    assert [lines[1][:7] for lines in (results, settings)] == ["| --- |"] * 2
     assert "- fewer than 3 seeds" in text
     assert text.endswith("    caspr-report\n")
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1
+    for lines in (results, settings):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_latex_escapes_and_balances(made: list[Table]) -> None:
