@@ -12,6 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
+from caspr_cli.report.horizon import with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -159,6 +160,7 @@ def _table(
         for untuned in (False, True):
             part = [run for run in own if (UNTUNED in run.config.items()) == untuned]
             rows += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+    rows = with_own_schedules(rows, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []
