@@ -33,7 +33,8 @@ UNTUNED = "default"  # the trial that is none
 # Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
 # the name, so that those records are found again.
 CAME_LATER = {
-    "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.adamw_lr_scale": 1.0,
+    "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.polar": False,
+    "optim.adamw_lr_scale": 1.0,
 }  # fmt: skip
 
 
