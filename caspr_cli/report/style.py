@@ -66,8 +66,6 @@ KNOWN = {
     "sgd": Style("ink", SOLID),
     "full_adagrad": Style("amber", SOLID),
     "caspr_paper": Style("blue", DASHED),
-    "caspr_polar": Style("blue", DASHDOT),
-    "shampoo_polar": Style("vermilion", DASHDOT),
     "nadamw": Style("grey", DASHED),
 }
 
