@@ -76,8 +76,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     """Return the state that an error leaves a run in (None: another rank writes it), and the message."""
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
+    from caspr_cli.tasks.errors import DataError
     from caspr_cli.training.ranks import HungError, LostError
-    from tasks.errors import DataError
 
     # A loader's process hands an error on as the text of its traceback, which ends in what it said.
     message = str(error).rpartition(f"{DataError.__qualname__}: ")[2].strip() or type(error).__name__
