@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
-from caspr_cli.common.errors import UserError
+from caspr_cli.common.errors import UserError, not_installed
 
 OK, RUN_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes, as documented in the README
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
@@ -52,6 +52,11 @@ def _exit_code(main: Callable[[], int]) -> int:
         return int(stop.code or OK)
     except UserError as error:
         complain(str(error))
+        return BAD_USAGE
+    except ModuleNotFoundError as error:
+        if (message := not_installed(error)) is None:
+            raise
+        complain(message)
         return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED

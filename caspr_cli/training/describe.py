@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from caspr_cli import tasks
+from caspr_cli.common.errors import not_installed
 from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
@@ -58,6 +59,11 @@ def main(question: str) -> int:
             print(line)
     except (ConfigError, DataError, OSError) as error:  # OSError: the disk of the cache is full
         complain(str(error).splitlines()[0])
+        return 2
+    except ModuleNotFoundError as error:
+        if (missing := not_installed(error)) is None:
+            raise
+        complain(missing)
         return 2
     return 0
 

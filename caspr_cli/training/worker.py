@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from caspr_cli.common.errors import not_installed
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
@@ -85,6 +86,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
         return None, message
     if isinstance(error, HungError):
         return PREEMPTED, message
+    if isinstance(error, ModuleNotFoundError) and (missing := not_installed(error)):
+        return REFUSED, missing
     refused = isinstance(error, (DataError, ConfigError, RecordDamagedError))
     disk = disk_error(error, PLACE)
     if disk and (not refused or disk.errno in FULL):  # else what a user has to mend

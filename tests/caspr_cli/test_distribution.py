@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from caspr_cli.common.errors import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -47,6 +51,58 @@ def test_the_loop_of_the_readme_runs_as_it_stands() -> None:
 
     exec(code, {"model": model, "loss": loss, "batches": [torch.arange(5)] * 200})
     assert losses[-1] < losses[0] / 2
+
+
+WITHOUT = """\
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def without(names: Iterable[str], code: str) -> subprocess.CompletedProcess[str]:
+    """Run code where some modules cannot be found, as if they were not installed."""
+    command = [sys.executable, "-c", WITHOUT.format(names=set(names)) + code]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_every_module_of_an_extra_is_known_by_it() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    modules = {"hydra-core": "hydra", "pytorch-optimizer": "pytorch_optimizer", "pyyaml": "yaml",
+               "torch-geometric": "torch_geometric", "turkish-treebanks": "turkish_treebanks"}  # fmt: skip
+    for extra, known in EXTRAS.items():
+        names = [re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("caspr")]  # type: ignore[index]
+        assert {modules.get(name, name) for name in names} <= set(known)
+
+
+def test_the_optimizer_needs_torch_alone() -> None:
+    code = (
+        "import torch; from caspr_cli import CASPR, Shampoo\n"
+        "p = torch.nn.Parameter(torch.ones(3, 3)); o = CASPR([p], lr=0.1, interval=1); p.grad = torch.ones(3, 3)\n"
+        "o.step(); o.load_state_dict(o.state_dict()); print(float(p.sum()) < 9, Shampoo.__name__)"
+    )
+    done = without([*EXTRAS["run"], *EXTRAS["graphs"]], code)
+    assert done.stdout == "True Shampoo\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        *((name, ("hydra", "numpy", "rich"), "run") for name in ("train", "bench", "report compare", "verify roots")),
+        ("bench --task ogbg_molpcba", ("rdkit",), "graphs"),
+    ],
+)
+def test_a_command_says_which_extra_it_needs(command: str, missing: tuple[str, ...], extra: str) -> None:
+    name, *words = command.split()
+    code = f"sys.argv[1:] = {words!r}\nfrom caspr_cli.commands import scripts\nsys.exit(scripts.{name}())"
+    done = without(missing, code)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(rf"error: this needs \w+, which is not installed: pip install 'caspr-cli\[{extra}\]'", line)
 
 
 FOREIGN = ("tasks", "datasets", "utils", "token", "conf", "caspr_cli", "experiments")
