@@ -14,11 +14,11 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
+from caspr_cli.tasks.base import Task
 from caspr_cli.training.data import mix
 from caspr_cli.training.groups import param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.timing import PhaseTimer
-from tasks.base import Task
 
 
 def build_options(conf: OptimConf) -> dict[str, Any]:
