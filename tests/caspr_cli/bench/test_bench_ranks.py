@@ -12,7 +12,7 @@ from caspr_cli.bench.ranks import joined
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
     """Before anything is sent: what torch sends of Python's objects goes by the current device."""
     calls: list[Any] = []
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: calls.append(device))
+    monkeypatch.setattr("torch.cuda.set_device", calls.append)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: calls.append((a, k["device_id"])))
     own = torch.device("cuda", 3) if kind == "cuda" else torch.device("cpu")
     assert joined(kind, 3, count, "store") == own
