@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from caspr_cli.recipe.schema import TaskConf
-    from tasks.base import Task
+    from caspr_cli.tasks.base import Task
 
 # name in conf/task -> "module:class"
 TASKS = {
-    "c4_lm": "tasks.c4_lm.task:C4LM",
-    "ogbg_molpcba": "tasks.ogbg_molpcba.task:MolPCBA",
-    "ud_pos": "tasks.ud_pos.task:Tagging",
-    "resnet": "tasks.resnet.task:ResNetTask",
-    "vit": "tasks.vit.task:ViTTask",
+    "c4_lm": "caspr_cli.tasks.c4_lm.task:C4LM",
+    "ogbg_molpcba": "caspr_cli.tasks.ogbg_molpcba.task:MolPCBA",
+    "ud_pos": "caspr_cli.tasks.ud_pos.task:Tagging",
+    "resnet": "caspr_cli.tasks.resnet.task:ResNetTask",
+    "vit": "caspr_cli.tasks.vit.task:ViTTask",
 }
 
 

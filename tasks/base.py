@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
 from caspr_cli.recipe.schema import TaskConf
-from tasks.errors import DataError
+from caspr_cli.tasks.errors import DataError
 
 __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"]
 

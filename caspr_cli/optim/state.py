@@ -12,10 +12,10 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.fsdp import distribute, is_sharded
-from caspr_cli.optim.graft import needs_second_moment
+from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate
 from caspr_cli.optim.plan import is_preconditioned, layout_of
-from caspr_cli.optim.shard import collect
+from caspr_cli.optim.shard import collected
 from caspr_cli.optim.stacks import check_factors, is_factor
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
@@ -38,7 +38,8 @@ def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
 
 def begin(state: State, p: Tensor, group: Group) -> None:
     """Make the entries that every step needs, where they are not there."""
-    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(group["graft"]) else ("exp_avg",)
+    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if group["graft"] == "rms" else group["graft"]
+    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(graft) else ("exp_avg",)
     if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
         state["step"] = counter()
         state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
@@ -124,14 +125,21 @@ def _is_whole(name: str, value: object, p: Tensor) -> bool:
     return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
 
 
-def restore_types(state: Any, content: Content, groups: list[Group]) -> None:
-    """Give factors and counters of a loaded state the types that they were saved with, which torch has changed."""
+def restore(state: Any, content: Content, groups: list[Group]) -> None:
+    """Put the factors of a loaded state, which torch has not seen, and its counters, whose type torch has changed, into
+    the optimizer's. Factors stay where they are."""
     for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=True):
         for name, value in content["state"].get(i, {}).items():
             if is_factor(name):
-                state[p][name] = value.to(p.device)
+                state[p][name] = value
             elif name in COUNTERS:
                 state[p][name] = counter(value)
+
+
+def move(state: Any) -> None:
+    """Move factors to the device of their parameter."""
+    for p, entries in state.items():
+        entries |= {name: value.to(p.device) for name, value in entries.items() if is_factor(name)}
 
 
 def without_factors(state: State) -> State:
@@ -140,19 +148,26 @@ def without_factors(state: State) -> State:
 
 
 def whole_factors(
-    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]]
+    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]], to: int | None
 ) -> dict[int, dict[str, Tensor]]:
-    """Return the factors of all ranks, of each parameter that has owners, by its number: a collective operation."""
+    """Return the factors of all ranks, of each parameter that has owners, by its number, in the memory of the CPU: a
+    collective operation.
+
+    Args:
+        to: the rank that wants them; None: all do. Others get nothing.
+    """
     everyone = dict(enumerate(params_of(groups)))
     mine = {
         i: {k: v for k, v in state.get(p, {}).items() if is_factor(k)} for i, (p, _) in everyone.items() if p in owners
     }
     whole: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for rank, entries in enumerate(collect(mine, {i: p.device for i, (p, _) in everyone.items()})):
-        for i, named in entries.items():
-            p, group = everyone[i]
-            for name, rows in named.items():
-                ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
-                blank = rows.new_empty(len(ranks), *rows.shape[1:])
-                whole[i].setdefault(name, blank)[[j for j, r in enumerate(ranks) if r == rank]] = rows
+    for i, owner, named in collected(mine, {i: p.device for i, (p, _) in everyone.items()}):
+        if to not in (None, dist.get_rank()):
+            continue
+        p, group = everyone[i]
+        for name, rows in named.items():
+            ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
+            if name not in whole[i]:
+                whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
+            whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()
     return whole

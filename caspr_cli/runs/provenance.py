@@ -10,11 +10,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
+from caspr_cli.common.packages import installed
 from caspr_cli.recipe.configs import PACKAGE
 from caspr_cli.runs.processes import cores
 
@@ -33,7 +33,7 @@ def collect(command: list[str]) -> dict[str, Any]:
         "caspr_cli": __version__,
         "code": _git(PACKAGE.parent),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -88,13 +88,6 @@ def _versions(found: Mapping[str, Any]) -> list[Any]:
     code, device, machine, packages = (part if isinstance(part, dict) else {} for part in parts)
     own = [found.get("caspr_cli"), str(code.get("commit") or "")[:10], code.get("diff_sha256"), found.get("python")]
     return [*own, device.get("name"), machine.get("processor"), *(packages.get(name) for name in ABOUT_NUMBERS)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

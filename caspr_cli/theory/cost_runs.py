@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.bench.roots import least_seconds, product_rate
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tasks.base import Task
+from caspr_cli.tasks.base import Task
 
 
 def param_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:

@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 from written import write_fashion
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.recipe import schema
 from caspr_cli.recipe.schema import Augment, Images, Source
-from tasks import files
-from tasks.archives import Zip
-from tasks.base import SPLITS, DataError, Task
-from tasks.names import is_ignored, resembles_split, split_named
+from caspr_cli.tasks import files
+from caspr_cli.tasks.archives import Zip
+from caspr_cli.tasks.base import SPLITS, DataError, Task
+from caspr_cli.tasks.names import is_ignored, resembles_split, split_named
 
 Damage = Callable[[Path], Any]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from caspr_cli.recipe import schema
 from caspr_cli.recipe.schema import Augment, Images, Source, TaskConf
-from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import cast
 import pytest
 
 from caspr_cli.common.files import disk_error
+from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
@@ -75,7 +76,25 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
     path = Record.of(made).path
     assert path.parts[-4:-2] == ("c4_lm", "adamw")
     assert path.name == "seed4"
-    assert len(path.parent.name) == 8
+    assert path.parent.name == compose.identity(made)  # all of its values are defaults
+    made.optim.lr, made.optim.betas = 6e-3, [0.9, 0.95]
+    path = Record.of(made).path
+    assert path.parent.name == f"lr0.006-betas0.9_0.95-{compose.identity(made)}"
+    older = path.parent.with_name(compose.identity(made))
+    older.mkdir(parents=True)
+    assert Record.of(made).path == older / "seed4"
+
+
+def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
+    made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
+    made.optim.polar, made.optim.eps, made.optim.order = True, 1e-9, math.inf
+    name = Record.of(made).path.parent.name
+    assert name == f"eps1e-9-polar-orderinf-{compose.identity(made)}"
+    for key in ("interval", "start_step", "block_size", "weight_decay"):
+        setattr(made.optim, key, 77)
+    name = Record.of(made).path.parent.name
+    assert len(name) <= compose.LONGEST_NAME + len("-more-") + 8
+    assert name.endswith(f"-more-{compose.identity(made)}")
 
 
 def test_one_writer(tmp_path: Path) -> None:
