@@ -27,7 +27,7 @@ from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, KroneckerConf, OptimConf,
 
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
-    "seed", "resume", "output_dir", "search.trials", "search.rerank", "search.extend",
+    "seed", "resume", "output_dir", "horizon", "search.trials", "search.rerank", "search.extend",
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
