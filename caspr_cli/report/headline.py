@@ -81,8 +81,9 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) ->
             if row.difference is not None:
                 tested[label].append(row.kind)
     if not tested:
-        if sum(map(len, by_label)) > 1:
-            yield "There is no baseline, so nothing is tested"
+        if max(map(len, by_label)) > 1:
+            why = f"No other row is tested against {listed(bases)}"
+            yield why if bases else "There is no baseline, so no row is tested"
         return
     parts = []
     many = max(map(len, tested.values())) > 1
