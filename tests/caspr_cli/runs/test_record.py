@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -65,6 +66,10 @@ def test_what_comes_next_can_be_run() -> None:
     ):
         made = summary.next_commands(Recipe(task=C4LMConf(), optim=CasprConf()), ["caspr-train", *command])
         assert f" optim={optim} " in made[1]
+    given = ["optim=lion", "optim.lr=3e-4", "debug=fast", "task.layers=3"]
+    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
+    expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
+    assert shlex.split(made[1]) == expected
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
