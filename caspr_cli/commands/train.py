@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.commands import topics
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
@@ -63,6 +64,7 @@ keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
+help     caspr-train help {topics}
 see      caspr-report --help   tensorboard --logdir outputs
 """
 
@@ -78,6 +80,7 @@ def usage() -> str:
         scales=listing(choices("scale")),
         searches=", ".join(name for name in choices("search") if name != "none"),
         experiments=wrapped(choices("experiment")),
+        topics=" | ".join(topics.titles()),
     )
 
 
@@ -97,6 +100,9 @@ def main() -> int:
         print(f"caspr-train {__version__}")
         return OK
     try:
+        if argv[:1] == ["help"]:
+            topics.show(argv[1:])
+            return OK
         named, argv = experiments(argv)
         if named:
             given = [word for word in argv if not word.startswith("plan=")]
