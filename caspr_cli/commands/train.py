@@ -64,8 +64,7 @@ keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
 tab      completion: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
-help     caspr-train help {topics}
-see      caspr-report --help   tensorboard --logdir outputs
+see      caspr-train help {topics}   caspr-report --help
 """
 
 
