@@ -84,8 +84,8 @@ def usage() -> str:
 
 
 def wrapped(names: Iterable[str]) -> str:
-    """Return names in lines of at most 100 columns, indented below the first."""
-    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
+    """Return names in lines of at most 100 columns, of which the first begins in column 20 and the others in 9."""
+    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 9).lstrip()
 
 
 @console_script

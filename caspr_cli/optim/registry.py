@@ -311,7 +311,7 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
     "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
     "caspr_polar": Entry(
-        "CASPR, of which each update is replaced by its polar factor, with Nesterov momentum as in Muon",
+        "CASPR, of which each update is replaced by its polar factor; Nesterov momentum as in Muon",
         CASPRKeys,
         _family("CASPR"),
         POLAR,
