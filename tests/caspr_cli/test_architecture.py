@@ -17,7 +17,8 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
     "common": {"rich"},
-    "commands": {"hydra", "omegaconf", "rich", "common", "optim.registry", "recipe", "runs", "report", "bench", "theory"},
+    "commands": {"hydra", "omegaconf", "rich", "common", "optim.registry", "recipe", "runs", "report", "bench",
+                 "theory"},
     "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry"},
     "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
