@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from textwrap import fill
@@ -139,7 +139,9 @@ def _labelled(
         )  # fmt: skip
 
 
-def legend(figure: Figure, names: Mapping[str, str], styles: Styles) -> None:
+def legend(
+    figure: Figure, names: Mapping[str, str], styles: Styles, drawn: Callable[[Style], dict[str, Any]] = drawn
+) -> None:
     """Write the names of lines under the axes, by label, and make room for them."""
     longest = max(map(len, names.values()))
     columns = 1 if longest > 36 else 2 if longest > 14 else 3
@@ -261,8 +263,9 @@ def svg_of(figure: Figure, table: Table, what: str, alt: str) -> str:
 def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
     """Write a line under the axis, if it is about any row; many or long labels are only counted."""
     named = listed(labels)
+    named = named if len(what) + len(named) < 80 else count(len(labels), "row")
     if labels:
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named if len(named) < 60 else count(len(labels), 'row')}")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named}")
 
 
 def _unit(longest: float) -> tuple[str, float]:

@@ -14,13 +14,15 @@ from caspr_cli.report import format
 from caspr_cli.report.figures import WIDTH, axes_of, drawn, legend, note, svg_of, window
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.selection import ALWAYS_TUNED, plain
-from caspr_cli.report.style import Style, drawing
+from caspr_cli.report.style import DASHDOT, DASHED, DOTTED, SOLID, Style, drawing
 from caspr_cli.report.style import styles as styles_for
 from caspr_cli.report.trials import kinds, number, outcomes, tried, varied, width
 
 Styles = Mapping[str, Style]
 COLUMNS, PANEL = 2, 1.75  # of small multiples; inches of the height of each
 DECADE = 10.0  # values over more than this factor stand on a logarithmic axis
+DASHES = (SOLID, DASHED, DASHDOT, DOTTED)
+MARKERS = (("o", True), ("o", False), ("s", True), ("s", False))  # shape, and whether it is filled, for each dash
 BY_RATE = (
     "Each trial by its learning rate, at the seed that selects; star: the selected one. ×: the factor over which rates "
     "are within 1 % of the best value, interpolated along the line (≥: up to an end of what was tried). Crosses at "
@@ -49,7 +51,7 @@ def by_rate(table: Table, styles: Styles | None = None) -> str:
         axes.set_xscale("log")
         axes.set_ylim(_range(rows, higher=higher))
         for place, row in enumerate(rows):
-            axes.plot(*zip(*found[row.label].line, strict=True), **drawn(styles[row.label]), zorder=2)
+            axes.plot(*zip(*found[row.label].line, strict=True), **drawn(styles[row.label]), zorder=1.9)
             _dots(axes, row, ALWAYS_TUNED, place, styles[row.label], higher=higher, inverted=False)
         _ticks(axes)
         legend(figure, {label: f"{label}, {wide.factor}" for label, wide in found.items()}, styles)
@@ -85,7 +87,7 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
         for panel in panels[len(keys) :]:
             panel.set_visible(False)
         figure.supylabel(table.metric, fontsize=9)
-        legend(figure, {row.label: row.label for row in rows}, styles)
+        legend(figure, {row.label: row.label for row in rows}, styles, _dot)
         what = ", ".join(key.removeprefix("optim.") for key in keys)
         return svg_of(figure, table, "keys", f"{table.metric} on {table.task} of all trials by {what}, each in a panel")
 
@@ -103,17 +105,24 @@ def _dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: b
     """Draw the trials of a row: those without a value, and those far off, at the edge where the worst would be."""
     (low, high), at_edge = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
     edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}
-    how: dict[str, Any] = {"color": style.colour, "linestyle": "none", "markeredgewidth": 1.2}
+    how = _dot(style)
     for one in outcomes(row, higher_is_better=higher):
         if (value := one.trial.values.get(key)) is None or not one.ended:
             continue
         x = (1 - value if inverted else value) if number(value) else plain(value)
         mark = "x" if one.value is None else "v" if one.value < low else "^"
         if one.value is not None and low <= one.value <= high:
-            size = 11 if one.best else 3.6
-            axes.plot([x], [one.value], "*" if one.best else "o", **how, markersize=size, zorder=4 if one.best else 3)
+            star = {"marker": "*", "markersize": 11, "zorder": 4} if one.best else {}
+            axes.plot([x], [one.value], **how | {"zorder": 3} | star)
         else:
-            axes.plot([x], [at_edge if higher else 1 - at_edge], mark, **how, markersize=4.5, **edge)
+            axes.plot([x], [at_edge if higher else 1 - at_edge], **how | edge | {"marker": mark, "markersize": 4.5})
+
+
+def _dot(style: Style) -> dict[str, Any]:
+    """Return the mark of a trial, which tells rows of one hue apart, as dashes of lines do."""
+    marker, filled = MARKERS[DASHES.index(style.dash)]
+    how: dict[str, Any] = {"color": style.colour, "linestyle": "none", "marker": marker, "markersize": 3.8}
+    return how | {"markeredgewidth": 1.1} | ({} if filled else {"markerfacecolor": "none"})
 
 
 def _logarithmic(rows: Sequence[Row], key: str, kind: str | None) -> bool:

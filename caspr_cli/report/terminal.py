@@ -45,15 +45,18 @@ def trials(made: Sequence[Table], width: int) -> Iterator[str]:
         if len(cells := tuning.trials(each)) > 1:
             yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
             yield from cell_lines(tuning.widths(each), width)
-            keys = range(5, len(cells[0]))  # these go first where there is no room
-            yield from ["", *cell_lines(cells, width, [0, 0, 0, 1, *keys, 0]), ""]
+            keys = len(cells[0]) - 5  # these go first where there is no room
+            aligned, spare = [False, *[True] * (keys + 3), False], [0, 0, 0, 1, *range(2, keys + 2), 0]
+            yield from ["", *cell_lines(cells, width, aligned, spare), ""]
     yield from wrapped(f"rates    {tuning.WIDTHS}", width)
     yield from wrapped(f"trials   {tuning.TRIALS}", width)
 
 
-def cell_lines(cells: render.Cells, width: int, spare: Sequence[int] | None = None) -> Iterator[str]:
-    """Yield a table, and which of its columns have no room; ``spare`` as in :func:`render.terminal`."""
-    lines, omitted = render.terminal(cells, width, spare=spare)
+def cell_lines(
+    cells: render.Cells, width: int, right: Sequence[bool] | None = None, spare: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Yield a table, and which of its columns have no room; arguments as of :func:`render.terminal`."""
+    lines, omitted = render.terminal(cells, width, right=right, spare=spare)
     yield from lines
     if omitted:
         yield from _no_room(omitted, width)

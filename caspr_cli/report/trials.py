@@ -129,8 +129,9 @@ class Width:
 
     @property
     def factor(self) -> str:
-        """``×3.2``, with ``≥`` where the range may be wider."""
-        return f"×{'≥' if any(self.open) else ''}{self.high / self.low:.2g}"
+        """``×3.20``, with ``≥`` where the range may be wider."""
+        ratio = self.high / self.low
+        return f"×{'≥' if any(self.open) else ''}{ratio:.{2 if ratio < 10 else 0}f}"
 
 
 def width(row: Row, *, higher_is_better: bool) -> Width | None:
