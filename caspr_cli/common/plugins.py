@@ -22,12 +22,13 @@ from typing import TypeVar
 from caspr_cli.common.errors import UserError
 
 TASKS, OPTIMIZERS, CONF = "caspr.tasks", "caspr.optimizers", "caspr.conf"
+GROUPS = (TASKS, OPTIMIZERS, CONF)
 E = TypeVar("E")
 
 
 @cache
 def _installed() -> EntryPoints:
-    return entry_points()  # reads a file of every package
+    return EntryPoints(each for group in GROUPS for each in entry_points(group=group))  # reads a file of every package
 
 
 def joined(group: str, ours: dict[str, E]) -> dict[str, E]:

@@ -80,13 +80,14 @@ def option(default: T, about: str, allowed: Range | None = None, *, in_recipe: b
 def options_of(keys: type) -> dict[str, Option]:
     """Return the options that a dataclass declares, by name."""
     hints = get_type_hints(keys)
-    plain = {"about": "", "allowed": None, "key": True}  # of a field that option() has not made
     found = {}
     for f in fields(keys):
         if f.default is not MISSING:
             kind = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
-            about, allowed, in_recipe = (plain | dict(f.metadata)).values()
-            found[f.name] = Option(f.name, kind, f.default, _choices(hints[f.name]), allowed, about, in_recipe)
+            m: dict[str, Any] = {"allowed": None, "about": "", "key": True} | dict(
+                f.metadata
+            )  # option() may not have made it
+            found[f.name] = Option(f.name, kind, f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
     return found
 
 
