@@ -18,12 +18,13 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 MAY_IMPORT = {
     "common": {"rich"},
     "commands": {"hydra", "omegaconf", "rich", "common", "optim.registry", "recipe", "runs", "report", "bench",
-                 "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry"},
+                 "theory", "tasks.registry"},
+    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",
+               "tasks.registry"},
     "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
                  "tasks"},
-    "optim": {"torch", "pytorch_optimizer"},
+    "optim": {"torch", "pytorch_optimizer", "common.plugins"},
     "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
     "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
@@ -31,7 +32,8 @@ MAY_IMPORT = {
                "training.groups", "training.timing",
                "report.answer", "report.style"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
-              "torchvision", "common.files", "recipe.schema"},
+              "torchvision", "common.errors", "common.files", "common.plugins",
+              "optim.groups", "recipe.schema"},
 }  # fmt: skip
 # What single files may not import, against the rule of their package.
 NEVER = {

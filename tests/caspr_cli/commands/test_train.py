@@ -13,8 +13,9 @@ from hydra.core.plugins import Plugins
 
 from caspr_cli import __version__
 from caspr_cli.commands import topics, train
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.recipe.schema import OPTIMIZERS
 from caspr_cli.runs.sweep import EXTRAS
+from caspr_cli.tasks.registry import CONFS
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -37,7 +38,7 @@ def test_help_fits_a_screen_and_lists_everything(
     lines = text.splitlines()
     assert len(lines) <= 44
     assert max(map(len, lines)) <= 110
-    for name in [*TASKS, *OPTIMIZERS]:
+    for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
 
 
