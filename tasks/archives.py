@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.errors import DataError
-from tasks.files import entries_below, reading, regular
-from tasks.names import is_ignored, refuse_unfinished
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import entries_below, reading, regular
+from caspr_cli.tasks.names import is_ignored, refuse_unfinished
 
 ENCRYPTED, IN_UTF8 = 0x1, 0x800  # flags of a member
 # What Python unpacks; zstandard since 3.14.
@@ -27,11 +27,11 @@ class Folder:
         self.root = root
 
     def names(self) -> list[str]:
-        """Return the names of all files and folders, see :func:`tasks.files.entries_below`."""
+        """Return the names of all files and folders, see :func:`caspr_cli.tasks.files.entries_below`."""
         return entries_below(self.root)
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file to read it. Errors are those of the library; put :func:`tasks.files.reading` around it."""
+        """Open a file to read it. Errors are those of the library; use :func:`caspr_cli.tasks.files.reading`."""
         return regular(self.root / name).open("rb")
 
     def size(self, name: str) -> int:

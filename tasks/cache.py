@@ -24,8 +24,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from caspr_cli.common.files import disk_error
-from tasks.errors import DataError
-from tasks.files import reading
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import reading
 
 T = TypeVar("T")
 ASIDE, LOCK = ".building-", ".lock"

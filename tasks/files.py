@@ -12,8 +12,8 @@ from pathlib import Path
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import TaskConf
-from tasks.errors import DataError
-from tasks.names import is_ignored, refuse_unfinished
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.names import is_ignored, refuse_unfinished
 
 LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
 
@@ -108,7 +108,7 @@ def data_files(root: Path) -> list[Path]:
 def entries_below(root: Path, *, deep: bool = True) -> list[str]:
     """Return the sorted paths of all files and folders below a directory, relative to it; a folder's ends in a slash.
 
-    Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`tasks.names`).
+    Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`caspr_cli.tasks.names`).
 
     Args:
         deep: whether to go into its folders.

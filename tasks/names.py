@@ -9,10 +9,10 @@ import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from tasks.errors import DataError
+from caspr_cli.tasks.errors import DataError
 
 if TYPE_CHECKING:
-    from tasks.base import Split
+    from caspr_cli.tasks.base import Split
 
 # What systems, editors and file servers leave in folders, beside all that begins with a dot; in small letters.
 IGNORED = {

@@ -69,9 +69,9 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
             for chosen in (True, False)
         ]
         return _workload(what.name, groups, TRAINING_FLOPS * float(what.parameters) * tokens, dtype, device)
-    import tasks  # here, because the libraries of a task take seconds to import
+    from caspr_cli import tasks  # here, because the libraries of a task take seconds to import
+    from caspr_cli.tasks.base import DataError
     from caspr_cli.training.groups import param_groups
-    from tasks.base import DataError
 
     try:
         task = tasks.load(what.task, what.seed)

@@ -37,6 +37,7 @@ examples
   caspr-report compare                                   a table for each task of outputs/
   caspr-report compare outputs/c4_lm --baseline shampoo  every row against this one
   caspr-report compare --to report.html --to table.tex   a page with figures, a table for a paper
+  caspr-report trials outputs --to trials.svg            all trials, and figures of value by learning rate
   caspr-report curves outputs/c4_lm --to curves.svg      validation by step, mean and 95 % band over seeds
   caspr-report show outputs/c4_lm/caspr/4e9d1440/seed0   one record in words
   caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
@@ -62,6 +63,7 @@ def parser() -> Parser:
 
     compare = command("compare", "a table for each task: mean, interval, test, verdict")
     profile = command("profile", "over all tasks: how often is a row near the fastest?")
+    trials = command("trials", "every trial, its value and what failed; figures of value against each tuned key")
     curves = command("curves", "validation over training, mean and 95-percent band over seeds")
     command("list", "one line a record, the newest last")
     command("show", "one record in words")
@@ -70,10 +72,11 @@ def parser() -> Parser:
     units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
     for one in (compare, profile, curves):
         one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
-        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
-                         "and those of searches)")  # fmt: skip
         one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
                          "target, once for each task; times are then read from the curves")  # fmt: skip
+    for one in (compare, profile, curves, trials):
+        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
+                         "and those of searches)")  # fmt: skip
     compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
     profile.add_argument("--unit", **units)
     curves.add_argument("--over", **units)
@@ -81,6 +84,7 @@ def parser() -> Parser:
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
         (curves, "FILE.svg", "the figure"),
+        (trials, "FILE", ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
         (pack, "FILE.jsonl.gz", "the pack"),
         (unpack, "DIRECTORY", "where the records go"),
     ):
@@ -122,7 +126,7 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
         if len(files) != 1 or files[0].is_file():
             raise UserError("unpack: name a directory with --to")
         return
-    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",)}.get(what, (".svg",))
+    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md")}.get(what, (".svg",))
     for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
@@ -182,11 +186,12 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Print and write what is made from tables: compare, profile, curves."""
+    """Print and write what is made from tables: compare, profile, curves, trials."""
     from caspr_cli.report import format
     from caspr_cli.report.compare import tables
 
-    made = tables(runs, baseline=args.baseline, tuned=args.tuned, wanted=dict(args.target))
+    asked = vars(args)
+    made = tables(runs, baseline=asked.get("baseline"), tuned=args.tuned, wanted=dict(asked.get("target", ())))
     quiet = args.what == "compare" and args.json
     out = sys.stderr if quiet else sys.stdout
     for line in () if quiet else _lines(args, runs, made):
@@ -201,12 +206,14 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
-    if args.what == "compare":
-        from caspr_cli.report import terminal
+    from caspr_cli.report import terminal
 
-        yield from terminal.compared(made, runs, args.paths, shutil.get_terminal_size((WIDTH, 24)).columns)
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    if args.what == "compare":
+        yield from terminal.compared(made, runs, args.paths, width)
+    elif args.what == "trials":
+        yield from terminal.trials(made, width)
     elif args.what == "profile":
-        from caspr_cli.report import terminal
         from caspr_cli.report.profile import profile
 
         yield from terminal.profiled(profile(made, args.unit))
@@ -215,11 +222,11 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
     from caspr_cli.common.shape import printable
-    from caspr_cli.report import format
+    from caspr_cli.report import format, markdown
 
     command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
     writers: dict[str, Callable[[], str]] = {
-        ".md": lambda: format.as_markdown(made, command),
+        ".md": lambda: (markdown.trials if args.what == "trials" else markdown.compared)(made, command),
         ".tex": lambda: format.as_latex(made, command),
         ".csv": lambda: format.as_csv(made),
         ".json": lambda: format.as_json(made),
@@ -236,7 +243,7 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
         yield file, figures.profile(profile(made, args.unit))
     else:
-        from caspr_cli.report import figures, style
+        from caspr_cli.report import figures, sensitivity, style
 
         styles = style.styles(row.label for table in made for row in table.rows)
         parts = [(table.task, table.scale, table.data) for table in made]
@@ -244,7 +251,11 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
             more = (table.metric, (table.data_hash or "")[:8]) if parts.count(own) > 1 else ()
             what = re.sub(r"[^\w.-]", "_", "-".join([*own, *more]))
             name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
-            yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
+            if args.what == "trials":
+                yield name, sensitivity.by_rate(table, styles)
+                yield name.with_stem(f"{name.stem}-keys"), sensitivity.by_others(table, styles)
+            else:
+                yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
 
 
 @console_script

@@ -8,6 +8,21 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+# The modules that an extra of this package installs, beside those of the extras that it builds on.
+EXTRAS = {
+    "graphs": ("chemicals", "rdkit", "torch_geometric"),
+    "run": ("PIL", "datasets", "google", "hydra", "jinja2", "lightning", "matplotlib", "numpy", "omegaconf", "pandas",
+            "psutil", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics", "torchvision",
+            "turkish_treebanks", "yaml"),
+}  # fmt: skip
+
+
+def not_installed(error: ImportError) -> str | None:
+    """Return how to install the module that an import did not find; None if it is not one of :data:`EXTRAS`."""
+    module = (error.name or "").partition(".")[0]
+    extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
+    return extra and f"this needs {module}, which is not installed: pip install 'caspr-cli[{extra}]'"
+
 
 class UserError(Exception):
     """The command cannot do what was asked; the message is for the user."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
-from caspr_cli.common.errors import UserError
+from caspr_cli.common.errors import UserError, not_installed
 
 OK, RUN_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes, as documented in the README
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
@@ -22,6 +22,7 @@ def console_script(main: Callable[[], int]) -> Callable[[], int]:
     @wraps(main)
     def started() -> int:
         open_closed()
+        keep_imports_out_of_the_working_directory()
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         try:
@@ -52,8 +53,20 @@ def _exit_code(main: Callable[[], int]) -> int:
     except UserError as error:
         complain(str(error))
         return BAD_USAGE
+    except ModuleNotFoundError as error:
+        if (message := not_installed(error)) is None:
+            raise
+        complain(message)
+        return BAD_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def keep_imports_out_of_the_working_directory() -> None:
+    """Have the processes that this one starts import nothing from there: a ``utils.py`` of the user would be taken."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if given := os.environ.get("PYTHONPATH"):  # an empty part means the working directory, too
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, given.split(os.pathsep)))
 
 
 def open_closed() -> None:

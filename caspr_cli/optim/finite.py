@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.fsdp import is_counted
-from caspr_cli.optim.graft import frobenius, needs_second_moment
+from caspr_cli.optim.graft import frobenius, graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.shard import summed
 from caspr_cli.optim.stacks import sent
@@ -38,7 +38,7 @@ class Finite:
         for (device, dtype, is_known), params in kinds.items():
             norms = torch.stack([known[p] for p in params]) if is_known else frobenius([grads[p] for p in params])
             limit = torch.finfo(factor_dtype(params[0], group)).max
-            if needs_second_moment(group["graft"]) and dtype != torch.float16:
+            if needs_second_moment(graft_of(group, preconditioned=False)) and dtype != torch.float16:
                 limit = min(limit, math.sqrt(torch.finfo(dtype).max))
             norms = norms.masked_fill(norms > limit, torch.inf)
             earlier = self._norms.setdefault(device, [])

@@ -162,19 +162,19 @@ class Stack:
     def unit(self, group: Group) -> Tensor:
         """``[K]``: c, where S is the statistic over c^2 with the bias of a moving average corrected; 1 without one.
 
-        With an exponent of 1 what is meant by S has a trace of 1, see statistics().
+        With another exponent than 1/2 what is meant by S has a trace of 1, see statistics().
         """
         corrected = self.scale
         if group["statistics"] == "ema":
             corrected = self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
-        if group["exponent"] == 1:
+        if group["exponent"] != 0.5 and self.S:
             corrected = corrected * self._trace().sqrt()
         return torch.where(self.scale > 0, corrected, 1)
 
     def statistics(self, place: int, at: RowIndex, group: Group) -> Tensor:
         """``[k, d, d]`` of these rows, in the units of unit()."""
         S = unpack(self.S[place][at], self.sizes[place])
-        return S / self._trace()[at].view(-1, 1, 1) if group["exponent"] == 1 else S
+        return S / self._trace()[at].view(-1, 1, 1) if group["exponent"] != 0.5 else S
 
     def _trace(self) -> Tensor:
         """``[K]``: the sum of squares that is in S, the same along each axis; 1 without one."""
@@ -285,7 +285,9 @@ def build_stacks(
                 old = state[p].get(name)
                 if old is not None:
                     view.copy_(_converted(old, view, p, name, shape))
-                    if name == f"root_{axes[0]}.{part}" and bool(view.any()):  # waits for the device, once a rebuild
+                    if (
+                        axes and name == f"root_{axes[0]}.{part}" and bool(view.any())
+                    ):  # waits for the device, once a rebuild
                         stack.rooted.add(p)
                 state[p][name] = view
             stack.marks[p] = f"scale.{part}", state[p][f"scale.{part}"]

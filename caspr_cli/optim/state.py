@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.fsdp import distribute, is_sharded
-from caspr_cli.optim.graft import needs_second_moment
+from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate
 from caspr_cli.optim.plan import is_preconditioned, layout_of
 from caspr_cli.optim.shard import collected
@@ -38,7 +38,8 @@ def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
 
 def begin(state: State, p: Tensor, group: Group) -> None:
     """Make the entries that every step needs, where they are not there."""
-    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(group["graft"]) else ("exp_avg",)
+    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if group["graft"] == "rms" else group["graft"]
+    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(graft) else ("exp_avg",)
     if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
         state["step"] = counter()
         state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}

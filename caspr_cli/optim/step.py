@@ -20,11 +20,13 @@ from caspr_cli.optim.combine import precondition
 from caspr_cli.optim.finite import Finite
 from caspr_cli.optim.fsdp import local, locals_of
 from caspr_cli.optim.graft import (
+    RMS,
     adam_length,
     diagonal_step,
     direction,
     frobenius,
     fusible,
+    graft_of,
     look_ahead,
     needs_second_moment,
     transfer_length,
@@ -93,6 +95,8 @@ def add_statistics(x: Inputs, received: Received) -> None:
     everyone = len(due) == len(x.plan.layouts)
     with x.phase("statistics"):
         for stack in x.stacks:
+            if not stack.axes:
+                continue
             present = stack.members if everyone else [p for p in stack.members if p in x.grads]
             for members, rows in stack.chunks(present):
                 X, _ = x.workspace.blocks(stack, rows)
@@ -137,7 +141,8 @@ def refresh_roots(x: Active) -> None:
     if not x.seen or max(x.seen.values()) < x.group["start_step"]:
         return
     due = []
-    for stack, grown in zip(x.stacks, outgrown(x.stacks), strict=True):
+    stacks = [stack for stack in x.stacks if stack.axes]
+    for stack, grown in zip(stacks, outgrown(stacks), strict=True):
         if rows := _due(stack, grown, x):
             due.append((stack, rows))
     if due:
@@ -168,10 +173,11 @@ def _due(stack: Stack, grown: list[bool], x: Active) -> list[int]:
 
 def update_rest(x: Active) -> None:
     """Take the graft method's step for the parameters that are not preconditioned now."""
-    for nesterov in (True, False):
-        params = [p for p in x.rest if nesterov == (x.group["nesterov"] and p in x.plan.layouts)]
+    for waits in (True, False):  # those that are not past ``start_step``, and those that are left to it for good
+        params = [p for p in x.rest if waits == (p in x.plan.layouts)]
         if params:
-            diagonal_step(params, [x.grads[p] for p in params], x.state, x.group, nesterov=nesterov)
+            graft, nesterov = graft_of(x.group, preconditioned=waits), x.group["nesterov"] and waits
+            diagonal_step(params, [x.grads[p] for p in params], x.state, x.group, graft, nesterov=nesterov)
 
 
 def update_weights(x: Active) -> None:
@@ -227,8 +233,10 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
         update_second_moment(moments, grads, beta2)
     if first:
         torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-    if graft == "none":
+    if graft == "none" or (graft == "rms" and group["polar"]):
         return None
+    if graft == "rms":
+        return sent(torch.tensor([RMS * math.sqrt(p.numel()) for p in here], dtype=torch.float64), here[0].device)
     T = [x.steps[p] for p in params]
     inputs = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
     return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))

@@ -12,6 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
+from caspr_cli.report.horizon import with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -159,6 +160,7 @@ def _table(
         for untuned in (False, True):
             part = [run for run in own if (UNTUNED in run.config.items()) == untuned]
             rows += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+    rows = with_own_schedules(rows, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []
@@ -200,7 +202,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         steps_to_target=median([step for step, _ in times]),
         seconds_to_target=median([seconds for _, seconds in times]),
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of(selection.scores, higher_is_better=higher),
+        best_of=stats.best_of([*selection.scores.values()], higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
         tuned=tuned,
@@ -208,6 +210,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         duplicates=duplicates,
         selecting=selection.seeds,
         unscored=selection.left_out,
+        scores=selection.scores,
     )
 
 

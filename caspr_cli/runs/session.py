@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.common.streams import complain, say
+from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_directory, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
@@ -85,6 +85,7 @@ class Session:
         assert self.sweep is not None
         if self.sweep.stop_requests():
             return
+        keep_imports_out_of_the_working_directory()  # a cluster may not have handed the environment on
         hydra = HydraConfig.get()
         number = hydra.job.num + 1
         os.chdir(self.sweep.directory)  # where the command was typed: all paths begin there

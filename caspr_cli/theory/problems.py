@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caspr_cli.recipe.schema import MolPCBAConf, TaggingConf
+from caspr_cli.tasks.registry import MolPCBAConf, TaggingConf
 
 SMOOTHING = 0.1  # of labels: then a best W exists even where a feature never comes with a label
 CLASSES, ENDINGS = 8, 12  # of words: the commonest tags, and the commonest last letters
@@ -196,7 +196,7 @@ def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
 
     From the training split of the tagger's sample, words of letters alone, W is ``[8, 16]``: seven tags and all others.
     """
-    from tasks.ud_pos.data import Corpus  # here: a task brings its own libraries
+    from caspr_cli.tasks.ud_pos.data import Corpus  # here: a task brings its own libraries
 
     pairs = [
         (word, tag)
@@ -226,8 +226,8 @@ def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
     Features are the means of those of its atoms and bonds, its size, and 1. From the training split of the molecules'
     sample, W is ``[8, 10]``; most labels of a molecule are missing.
     """
-    from tasks.ogbg_molpcba.data import Library  # here: a task brings its own libraries
-    from tasks.ogbg_molpcba.measured import LABELS
+    from caspr_cli.tasks.ogbg_molpcba.data import Library  # here: a task brings its own libraries
+    from caspr_cli.tasks.ogbg_molpcba.measured import LABELS
 
     graphs = Library(MolPCBAConf()).dataset("train")
     medians = [i for i, (_, quantile) in enumerate(LABELS) if quantile == 0.5]

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from caspr_cli.recipe.schema import Recipe
-from tasks.base import SPLITS, DataError, Split, Task
+from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
 
 Draw = tuple[int, int]  # index of a sample, and the seed of what it draws when it is read
 

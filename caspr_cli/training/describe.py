@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import tasks
+from caspr_cli import tasks
+from caspr_cli.common.errors import not_installed
 from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint
-from tasks.base import DataError, Task
-from tasks.files import data_files
+from caspr_cli.tasks.base import DataError, Task
+from caspr_cli.tasks.files import data_files
 
 
 def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dict[str, Any]]:
@@ -58,6 +59,11 @@ def main(question: str) -> int:
             print(line)
     except (ConfigError, DataError, OSError) as error:  # OSError: the disk of the cache is full
         complain(str(error).splitlines()[0])
+        return 2
+    except ModuleNotFoundError as error:
+        if (missing := not_installed(error)) is None:
+            raise
+        complain(missing)
         return 2
     return 0
 

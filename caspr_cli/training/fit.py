@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -24,6 +24,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
+from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
@@ -33,7 +34,6 @@ from caspr_cli.training.module import TrainingModule, build_options
 from caspr_cli.training.progress import Progress
 from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
-from tasks.base import Task
 
 
 def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:

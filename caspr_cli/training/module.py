@@ -15,11 +15,11 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
+from caspr_cli.tasks.base import Task
 from caspr_cli.training.data import mix
 from caspr_cli.training.groups import param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.timing import PhaseTimer
-from tasks.base import Task
 
 
 def build_options(conf: OptimConf) -> dict[str, Any]:
@@ -34,13 +34,13 @@ def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     A tensor whose gradient is not finite does not count, so that it breaks no other: it is the optimizer's to leave it
     out. Nothing waits for the device.
     """
-    params = [p for p in params if p.grad is not None]
-    if not params:
+    grads = {p: G for p in params if (G := p.grad) is not None}
+    if not grads:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
     norm: Tensor = torch.linalg.vector_norm(torch.where(torch.isfinite(norms), norms, 0))
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(params, limit, norm)
+        nn.utils.clip_grads_with_norm_(grads, limit, norm)
     return norm
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.common.format import size
 from caspr_cli.common.format import table as aligned
 from caspr_cli.optim.blocks import TIMES, Layout

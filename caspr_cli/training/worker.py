@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from caspr_cli.common.errors import not_installed
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
@@ -76,8 +77,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     """Return the state that an error leaves a run in (None: another rank writes it), and the message."""
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
+    from caspr_cli.tasks.errors import DataError
     from caspr_cli.training.ranks import HungError, LostError
-    from tasks.errors import DataError
 
     # A loader's process hands an error on as the text of its traceback, which ends in what it said.
     message = str(error).rpartition(f"{DataError.__qualname__}: ")[2].strip() or type(error).__name__
@@ -85,6 +86,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
         return None, message
     if isinstance(error, HungError):
         return PREEMPTED, message
+    if isinstance(error, ModuleNotFoundError) and (missing := not_installed(error)):
+        return REFUSED, missing
     refused = isinstance(error, (DataError, ConfigError, RecordDamagedError))
     disk = disk_error(error, PLACE)
     if disk and (not refused or disk.errno in FULL):  # else what a user has to mend

@@ -11,12 +11,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from caspr_cli.recipe.schema import C4LMConf, Source
-from tasks.base import SPLITS, DataError, Split
-from tasks.c4_lm.sources import documents
-from tasks.c4_lm.tokens import byte_lengths, token_files
-from tasks.cache import META, Built, MappedData, damaged, whole
-from tasks.files import reading
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.c4_lm.sources import documents
+from caspr_cli.tasks.c4_lm.tokens import byte_lengths, token_files
+from caspr_cli.tasks.cache import META, Built, MappedData, damaged, whole
+from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.registry import C4LMConf
 
 
 class Windows(MappedData[Tensor]):
@@ -47,7 +48,7 @@ class Windows(MappedData[Tensor]):
 
 
 class Corpus(Built):
-    """The text of one recipe, as token files, see :mod:`tasks.c4_lm.tokens`."""
+    """The text of one recipe, as token files, see :mod:`caspr_cli.tasks.c4_lm.tokens`."""
 
     def __init__(self, conf: C4LMConf) -> None:
         self._conf = conf

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.encoder import SelfAttention, Tables
+from caspr_cli.tasks.encoder import SelfAttention, Tables
 
 
 def rotary_tables(length: int, size: int) -> Tables:

@@ -1,6 +1,6 @@
 """From documents to token files: a byte-level BPE, and one flat file of token ids a split, cached on disk.
 
-In the cache (see :mod:`tasks.cache`) are
+In the cache (see :mod:`caspr_cli.tasks.cache`) are
 
     c4_lm/<hash>/             tokenizer.json, train.bin, validation.bin, test.bin, meta.json
     c4_lm/sources/<identity>  the <hash> that a source of this identity came to
@@ -27,9 +27,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tasks.base import SPLITS, Split
-from tasks.c4_lm.sources import Documents
-from tasks.cache import META, build_once, building, cache_root, digest
+from caspr_cli.tasks.base import SPLITS, Split
+from caspr_cli.tasks.c4_lm.sources import Documents
+from caspr_cli.tasks.cache import META, build_once, building, cache_root, digest
 
 log = logging.getLogger("caspr")
 
@@ -47,7 +47,7 @@ BATCH = 1000  # documents encoded at once, over the tokenizer's own threads
 def token_files(documents: Documents, vocab_size: int) -> Path:
     """Return the directory of the token files of ``documents``, built now if it is not there.
 
-    Raises as :func:`tasks.cache.building`, and :class:`DataError` where the source does.
+    Raises as :func:`caspr_cli.tasks.cache.building`, and :class:`DataError` where the source does.
     """
     root = cache_root(KIND)
     pointer = root / "sources" / digest([*documents.identity(), *_settings(vocab_size)])

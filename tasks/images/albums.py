@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tasks.archives import Files
-from tasks.errors import DataError
-from tasks.files import reading
+from caspr_cli.tasks.archives import Files
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import reading
 
 Array = np.ndarray[Any, Any]
 

@@ -1,7 +1,7 @@
 """The images of a recipe as data sets: decoded once into arrays where they fit, else read file by file.
 
-In the cache (see :mod:`tasks.cache`) is one directory for what a source's identity, the size, and whether whole images
-are wanted come to:
+In the cache (see :mod:`caspr_cli.tasks.cache`) is one directory for what a source's identity, the size, and whether
+whole images are wanted come to:
 
     images/<hash>/  meta.json, and of each split  <split>_labels.npy  with either
                     <split>.npy                     pixels, uint8 [N, size, size, 3], memory-mapped
@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
-from tasks.archives import files_of
-from tasks.base import SPLITS, Split
-from tasks.cache import (
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.archives import files_of
+from caspr_cli.tasks.base import SPLITS, Split
+from caspr_cli.tasks.cache import (
     META,
     Built,
     MappedData,
@@ -40,10 +40,11 @@ from tasks.cache import (
     whole,
     write_array,
 )
-from tasks.files import reading
-from tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
-from tasks.images.augment import image_augmentation
-from tasks.images.sources import Found, pictures
+from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
+from caspr_cli.tasks.images.augment import image_augmentation
+from caspr_cli.tasks.images.sources import Found, pictures
+from caspr_cli.tasks.registry import Augment, Images, ImagesConf
 
 log = logging.getLogger("caspr")
 

@@ -1,8 +1,9 @@
 """Where the images come from: drawn shapes, folders or a zip of files, torchvision's data sets on disk or fetched.
 
-A source gives the images of each split as an :class:`~tasks.images.albums.Album`, and an *identity*: cheap strings that
-change when the images may have changed. Where there is no validation split, a tenth of each class of the training split
-becomes one; where there is no test split (ImageNet publishes no labels of it), the validation split serves as test.
+A source gives the images of each split as an :class:`~caspr_cli.tasks.images.albums.Album`, and an *identity*: cheap
+strings that change when the images may have changed. Where there is no validation split, a tenth of each class of the
+training split becomes one; where there is no test split (ImageNet publishes no labels of it), the validation split
+serves as test.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
-from caspr_cli.recipe.schema import Images, ImagesConf, Source
-from tasks.archives import files_of
-from tasks.base import SPLITS, DataError, Split
-from tasks.files import data_files, entries_below, reaching, reading, root_of, stamps
-from tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
-from tasks.images.shapes import SHAPES, draw
-from tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.archives import files_of
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.files import data_files, entries_below, reaching, reading, root_of, stamps
+from caspr_cli.tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
+from caspr_cli.tasks.images.shapes import SHAPES, draw
+from caspr_cli.tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
+from caspr_cli.tasks.registry import Images, ImagesConf
 
 log = logging.getLogger("caspr")
 
@@ -95,12 +97,12 @@ def hold_out(labels: Array) -> tuple[Array, Array]:
 
 
 class Shapes:
-    """Ten drawn shapes, see :mod:`tasks.images.shapes`."""
+    """Ten drawn shapes, see :mod:`caspr_cli.tasks.images.shapes`."""
 
     name = "shapes"
 
     def identity(self) -> list[str]:
-        return [self.name, str(SAMPLE)]  # what changes the drawing raises FORMAT in tasks.images.data
+        return [self.name, str(SAMPLE)]  # what changes the drawing raises FORMAT in caspr_cli.tasks.images.data
 
     def load(self, aside: Path) -> Found:
         albums = {split: ArrayAlbum(*draw(count, seed)) for seed, (split, count) in enumerate(SAMPLE.items())}

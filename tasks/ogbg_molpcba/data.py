@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
-from caspr_cli.recipe.schema import MolPCBAConf
-from tasks.base import SPLITS, DataError, Split
-from tasks.cache import META, Built, MappedData, build_once, cache_root, digest, read_array, whole, write_array
-from tasks.files import reading
-from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
-from tasks.ogbg_molpcba.sources import Molecules, molecules
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.cache import (
+    META,
+    Built,
+    MappedData,
+    build_once,
+    cache_root,
+    digest,
+    read_array,
+    whole,
+    write_array,
+)
+from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
+from caspr_cli.tasks.ogbg_molpcba.sources import Molecules, molecules
+from caspr_cli.tasks.registry import MolPCBAConf
 
 log = logging.getLogger("caspr")
 
@@ -27,7 +37,7 @@ ARRAYS = tuple(f.name for f in fields(Graphs))
 
 
 class Graph(NamedTuple):
-    """One molecule of ``n`` atoms and ``b`` bonds; see :class:`tasks.ogbg_molpcba.graphs.Graphs`."""
+    """One molecule of ``n`` atoms and ``b`` bonds; see :class:`caspr_cli.tasks.ogbg_molpcba.graphs.Graphs`."""
 
     nodes: Array  # [n, 9]
     edges: Array  # [2 b, 2]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rdkit import Chem, RDLogger
 
-from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, Array, both_ways
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, Array, both_ways
 
 RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]  # it writes a line for each odd valence and each SMILES that it cannot read
 

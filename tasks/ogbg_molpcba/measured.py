@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.base import SPLITS, DataError, Split
-from tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 
 log = logging.getLogger("caspr")
 
@@ -74,7 +74,7 @@ class Measured:
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
         """Return the graphs and their splits; takes some twenty seconds."""
-        from tasks.ogbg_molpcba.features import canonical, graph, parse  # needs RDKit
+        from caspr_cli.tasks.ogbg_molpcba.features import canonical, graph, parse  # needs RDKit
 
         log.info("reading the properties in %s", self._versions[0])
         measured = self._measured()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
 
-from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
 
 
 class Update(nn.Module):
@@ -86,7 +86,7 @@ class GraphNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return logits ``[B, T]`` of a batch as made by :func:`tasks.ogbg_molpcba.data.batch_of`."""
+        """Return logits ``[B, T]`` of a batch as made by :func:`caspr_cli.tasks.ogbg_molpcba.data.batch_of`."""
         senders, receivers = batch.edge_index
         dtype = self.decoder.weight.dtype
         nodes = self.node_embedding(batch.x.to(dtype))  # [n, w]

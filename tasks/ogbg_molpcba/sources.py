@@ -14,15 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from caspr_cli.recipe.schema import MolPCBAConf, Source
-from tasks.archives import Files as Archive
-from tasks.archives import Folder, Zip, files_of
-from tasks.base import SPLITS, DataError, Split
-from tasks.files import entries_below, reaching, root_of, stamps
-from tasks.names import call_split, resembles_split, split_named
-from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
-from tasks.ogbg_molpcba.measured import Measured
-from tasks.ogbg_molpcba.tables import out_of_range, read_table
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.archives import Files as Archive
+from caspr_cli.tasks.archives import Folder, Zip, files_of
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.files import entries_below, reaching, root_of, stamps
+from caspr_cli.tasks.names import call_split, resembles_split, split_named
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
+from caspr_cli.tasks.ogbg_molpcba.measured import Measured
+from caspr_cli.tasks.ogbg_molpcba.tables import out_of_range, read_table
+from caspr_cli.tasks.registry import MolPCBAConf
 
 log = logging.getLogger("caspr")
 
@@ -274,7 +275,7 @@ class _Rows:
         """Return how many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked.
 
         Args:
-            sizes, missing: as of :func:`tasks.ogbg_molpcba.tables.read_table`.
+            sizes, missing: as of :func:`caspr_cli.tasks.ogbg_molpcba.tables.read_table`.
         """
         counts, lengths, values = self.lists(column)
         owners = np.repeat(np.arange(len(counts)), counts)  # the row of each list

@@ -9,10 +9,10 @@ from io import BytesIO
 import numpy as np
 import pandas
 
-from tasks.archives import Files
-from tasks.errors import DataError
-from tasks.files import LONGEST_LINE, reading
-from tasks.ogbg_molpcba.graphs import MISSING, Array
+from caspr_cli.tasks.archives import Files
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import LONGEST_LINE, reading
+from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array
 
 BLOCK = 1 << 23  # bytes of text parsed at once
 EMPTY = ["", "nan", "NaN"]  # cells that hold no value

@@ -11,12 +11,12 @@ from torch_geometric.data import Batch
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
-from caspr_cli.recipe.schema import MolPCBAConf
-from tasks.base import Task, require
-from tasks.metrics import Sums
-from tasks.ogbg_molpcba.data import Graph, Library, batch_of
-from tasks.ogbg_molpcba.graphs import MISSING
-from tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.base import Task, require
+from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
+from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
+from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.registry import MolPCBAConf
 
 
 class MeanAveragePrecision(Sums):
@@ -88,7 +88,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class MolPCBA(Task):
     """A graph network on molecules: a sample of measured properties, an OGB data set on disk, or ogbg-molpcba.
 
-    Batches are those of :func:`tasks.ogbg_molpcba.data.batch_of`.
+    Batches are those of :func:`caspr_cli.tasks.ogbg_molpcba.data.batch_of`.
 
     Raises:
         DataError: a shape that no model has.

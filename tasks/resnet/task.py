@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.recipe.schema import ResNetConf
-from tasks.base import DataError, require
-from tasks.images.task import Classification
-from tasks.resnet.model import DEPTHS, ResNet
+from caspr_cli.tasks.base import DataError, require
+from caspr_cli.tasks.images.task import Classification
+from caspr_cli.tasks.registry import ResNetConf
+from caspr_cli.tasks.resnet.model import DEPTHS, ResNet
 
 # From so many channels on, convolutions are channels last. With fewer, oneDNN (torch 2.14.1, on CPUs with AVX2 alone)
 # writes beyond its memory in the backward pass of a 1 x 1 convolution with stride 2.
@@ -18,7 +18,7 @@ CHANNELS_LAST = 8
 
 
 class ResNetTask(Classification):
-    """A residual network. See :class:`tasks.images.task.Classification` for data, loss and metrics."""
+    """A residual network. See :class:`caspr_cli.tasks.images.task.Classification` for data, loss and metrics."""
 
     heads: ClassVar[tuple[str, ...]] = ("fc",)
     conf: ResNetConf

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from caspr_cli.recipe.schema import TaggingConf
-from tasks.base import SPLITS, DataError, Split
-from tasks.files import reading
-from tasks.ud_pos.conllu import MISSING, Sentence
-from tasks.ud_pos.sources import treebank
+from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.registry import TaggingConf
+from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence
+from caspr_cli.tasks.ud_pos.sources import treebank
 
 PADDING, UNKNOWN = 0, 1  # the first two word ids, and the first two of characters
 BEGIN, END = 2, 3  # characters: a word's two ends

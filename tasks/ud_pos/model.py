@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.encoder import NORM_EPS, EncoderBlock
-from tasks.ud_pos.data import PADDING
+from caspr_cli.tasks.encoder import NORM_EPS, EncoderBlock
+from caspr_cli.tasks.ud_pos.data import PADDING
 
 CHARACTER = 32  # width of a character's embedding
 REACH = 5  # characters that one filter sees
@@ -91,7 +91,7 @@ class Tagger(nn.Module):
                     module.weight[PADDING] = 0
 
     def forward(self, words: Tensor, spellings: Tensor | None = None, spelled: Tensor | None = None) -> Tensor:
-        """Return logits ``[B, T, tags]``; the arguments are those of :func:`tasks.ud_pos.data.batch_of`."""
+        """Return logits ``[B, T, tags]``; the arguments are those of :func:`caspr_cli.tasks.ud_pos.data.batch_of`."""
         x = self.embedding(words)  # [B, T, w]
         if self.spelling is not None:
             assert spellings is not None

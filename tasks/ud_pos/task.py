@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from caspr_cli.recipe.schema import TaggingConf
-from tasks.base import DataError, Task, require
-from tasks.metrics import Sums
-from tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
-from tasks.ud_pos.model import CHARACTER, REACH, Tagger
+from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.registry import TaggingConf
+from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
+from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 
 
 class Accuracy(Sums):
@@ -57,7 +57,7 @@ class Accuracy(Sums):
 class Tagging(Task):
     """Part-of-speech tags of a treebank, by a transformer encoder over word embeddings and spellings.
 
-    Batches are those of :func:`tasks.ud_pos.data.batch_of`.
+    Batches are those of :func:`caspr_cli.tasks.ud_pos.data.batch_of`.
 
     Raises:
         DataError: a shape that no model has.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks.encoder import NORM_EPS, EncoderBlock
+from caspr_cli.tasks.encoder import NORM_EPS, EncoderBlock
 
 
 class VisionTransformer(nn.Module):

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from caspr_cli.recipe.schema import ViTConf
-from tasks.base import DataError, require
-from tasks.images.task import Classification
-from tasks.vit.model import VisionTransformer
+from caspr_cli.tasks.base import DataError, require
+from caspr_cli.tasks.images.task import Classification
+from caspr_cli.tasks.registry import ViTConf
+from caspr_cli.tasks.vit.model import VisionTransformer
 
 
 class ViTTask(Classification):
-    """A vision transformer. See :class:`tasks.images.task.Classification` for data, loss and metrics."""
+    """A vision transformer. See :class:`caspr_cli.tasks.images.task.Classification` for data, loss and metrics."""
 
     heads: ClassVar[tuple[str, ...]] = ("head",)
     conf: ViTConf

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer

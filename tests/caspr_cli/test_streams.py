@@ -43,6 +43,17 @@ def test_no_file_gets_the_number_of_a_stream(closed: str, tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.parametrize("given", ["", "/nowhere:"])  # the last has an empty part
+def test_what_a_command_starts_imports_nothing_from_the_working_directory(given: str, tmp_path: Path) -> None:
+    (tmp_path / "utils.py").write_text("print('taken')")
+    code = (
+        "import os, subprocess, sys; from caspr_cli.common.streams import console_script as script; "
+        f"os.environ['PYTHONPATH'] = '{given}'; child = [sys.executable, '-m', 'utils']; "
+        "sys.exit(script(lambda: subprocess.run(child, capture_output=True).returncode)())"
+    )
+    assert run(f'{sys.executable} -c "{code}"', tmp_path).returncode == 1
+
+
 @pytest.mark.parametrize("command", ["train task=c4_lm", "report list", "bench --help", "verify --help"])
 def test_a_working_directory_that_was_deleted_is_named(command: str, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tasks.base import DataError
-from tasks.cache import META, array_file, build_once, building, read_array, read_meta, write_array
+from caspr_cli.tasks.base import DataError
+from caspr_cli.tasks.cache import META, array_file, build_once, building, read_array, read_meta, write_array
 
 
 def test_what_dead_builders_left_is_deleted_and_what_live_ones_build_is_not(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from written import SMALL, recipe
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.optim import CASPR
 from caspr_cli.recipe.schema import Source
-from tasks.base import SPLITS, DataError, Task
-from tasks.metrics import Sums
+from caspr_cli.tasks.base import SPLITS, DataError, Task
+from caspr_cli.tasks.metrics import Sums
 
 UNITS = {"c4_lm": "tokens", "ud_pos": "words", "ogbg_molpcba": "graphs", "resnet": "images", "vit": "images"}
 # What is preconditioned of each model, and how many parameters that are; of the others, some with their reasons.
@@ -277,8 +277,8 @@ def read_all(task: Task) -> None:
 @pytest.mark.parametrize("name", CACHED)
 def test_what_is_built_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     load().prepare()
-    monkeypatch.setattr("tasks.cache.building", lambda _: pytest.fail("built again"))
-    monkeypatch.setattr("tasks.c4_lm.tokens.building", lambda _: pytest.fail("built again"))
+    monkeypatch.setattr("caspr_cli.tasks.cache.building", lambda _: pytest.fail("built again"))
+    monkeypatch.setattr("caspr_cli.tasks.c4_lm.tokens.building", lambda _: pytest.fail("built again"))
     read_all(load())
 
 

@@ -263,7 +263,21 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize(
-    "optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad", "normuon", "ademamix"]
+    "optim",
+    [
+        "caspr_paper",
+        "caspr_polar",
+        "shampoo_polar",
+        "shampoo",
+        "adamw",
+        "nadamw",
+        "sgd",
+        "muon",
+        "soap",
+        "full_adagrad",
+        "normuon",
+        "ademamix",
+    ],
 )
 def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
     runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from caspr_cli.tasks.base import Task
 from caspr_cli.training.groups import param_groups
 from caspr_cli.training.timing import Clock, PhaseTimer
-from tasks.base import Task
 
 
 class Named:

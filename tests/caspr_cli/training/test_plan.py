@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, TaskConf
+from caspr_cli.tasks.base import Task
 from caspr_cli.training.groups import param_groups
 from caspr_cli.training.module import build_options
 from caspr_cli.training.plan import plan, table
-from tasks.base import Task
 
 
 class Small(Task):

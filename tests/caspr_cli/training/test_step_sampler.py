@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from caspr_cli.tasks.base import DataError
 from caspr_cli.training.data import Seeded, StepSampler, TaskData, mix
-from tasks.base import DataError
 
 shapes = st.tuples(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 11), st.integers(0, 9)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from written import prose, recipe, write_shards
 
-from tasks.c4_lm import sources
+from caspr_cli.tasks.c4_lm import sources
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.c4_lm.model import Decoder, rotary_tables
-from tasks.encoder import rotate
+from caspr_cli.tasks.c4_lm.model import Decoder, rotary_tables
+from caspr_cli.tasks.encoder import rotate
 
 
 def small(dropout=0.0):

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from tasks.ogbg_molpcba.data import Graph, batch_of
-from tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
-from tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.ogbg_molpcba.data import Graph, batch_of
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
+from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
 
 
 def random_graphs(count=4, tasks=5, seed=0):

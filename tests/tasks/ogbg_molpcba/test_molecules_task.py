@@ -10,9 +10,9 @@ from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
 
-import tasks
-from tasks.ogbg_molpcba.graphs import MISSING
-from tasks.ogbg_molpcba.task import MeanAveragePrecision, average_precision
+from caspr_cli import tasks
+from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
+from caspr_cli.tasks.ogbg_molpcba.task import MeanAveragePrecision, average_precision
 
 
 @pytest.fixture

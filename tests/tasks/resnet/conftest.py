@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.images import sources
+from caspr_cli.tasks.images import sources
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import yaml
 from torch import nn
 from torchvision import models
 
-from tasks.resnet.model import DEPTHS, ResNet
+from caspr_cli.tasks.resnet.model import DEPTHS, ResNet
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])

@@ -7,9 +7,9 @@ from references.kronecker import damped, gram, on_axis, spectral_power
 from references.stream import random_stream
 from torch import nn
 
-import tasks
+from caspr_cli import tasks
 from caspr_cli.optim import CASPR
-from caspr_cli.recipe.schema import ResNetConf
+from caspr_cli.tasks.registry import ResNetConf
 
 
 def load(**changes):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from caspr_cli.recipe.schema import Source, TaggingConf, Tags
-from tasks.base import DataError, split_of
-from tasks.ud_pos import data, sources
-from tasks.ud_pos.conllu import Sentence, read
-from tasks.ud_pos.data import (
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.base import DataError, split_of
+from caspr_cli.tasks.registry import TaggingConf, Tags
+from caspr_cli.tasks.ud_pos import data, sources
+from caspr_cli.tasks.ud_pos.conllu import Sentence, read
+from caspr_cli.tasks.ud_pos.data import (
     BEGIN,
     END,
     HALF,
@@ -26,7 +27,7 @@ from tasks.ud_pos.data import (
     Sentences,
     batch_of,
 )
-from tasks.ud_pos.sources import treebank
+from caspr_cli.tasks.ud_pos.sources import treebank
 
 EXAMPLE = """\
 # newdoc id = a

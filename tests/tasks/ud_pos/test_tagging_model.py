@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from tasks.ud_pos.data import PADDING
-from tasks.ud_pos.model import CHARACTER, REACH, Spelling, Tagger, sinusoids
+from caspr_cli.tasks.ud_pos.data import PADDING
+from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Spelling, Tagger, sinusoids
 
 
 def small(alphabet=20, dropout=0.0):

@@ -5,7 +5,7 @@ import torch
 import yaml
 from torchvision.models import VisionTransformer as TorchVision
 
-from tasks.vit.model import VisionTransformer
+from caspr_cli.tasks.vit.model import VisionTransformer
 
 
 def small(dropout=0.0):
