@@ -24,7 +24,7 @@ from caspr_cli.optim.divide import Division, is_shared
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, without_removed
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
-from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, root_options, validate
+from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
@@ -70,6 +70,7 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             without_removed(group)
+            refuse_unknown(group, type(self).__name__)
             validate(group)
             for name, value in self.fixed.items():
                 if group[name] != value:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -80,11 +80,15 @@ def option(default: T, about: str, allowed: Range | None = None, *, in_recipe: b
 def options_of(keys: type) -> dict[str, Option]:
     """Return the options that a dataclass declares, by name."""
     hints = get_type_hints(keys)
-    return {
-        f.name: Option(f.name, str(f.type), f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
-        for f in fields(keys)
-        if (m := f.metadata)
-    }
+    found = {}
+    for f in fields(keys):
+        if f.default is not MISSING:
+            kind = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
+            m: dict[str, Any] = {"allowed": None, "about": "", "key": True} | dict(
+                f.metadata
+            )  # option() may not have made it
+            found[f.name] = Option(f.name, kind, f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
+    return found
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from caspr_cli.common import plugins
 from caspr_cli.recipe import directory, settings, words
 from caspr_cli.recipe.compose import register_schemas
 from caspr_cli.recipe.configs import CONF
@@ -55,7 +56,8 @@ class Composer:
             settings.refuse(parsed.package or parsed.key_or_group)
             if parsed.is_sweep_override():
                 raise ConfigError(f"{parsed.input_line}: all jobs of a sweep have one launcher")
-        self._name, self._checked = name, place is None and not any("@" in word for word in given)
+        ours = place is None and not plugins.folders()
+        self._name, self._checked = name, ours and not any("@" in word for word in given)
         self._composed: dict[tuple[str, ...], Composed] = {}
         register_schemas()
         directory.use(place)

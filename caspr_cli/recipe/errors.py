@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli.common.errors import UserError, nearest
-from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.configs import scales
 
 
 class ConfigError(UserError):
@@ -43,13 +43,15 @@ def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence
 
 def _unknown_choice(e: MissingConfigException) -> str:
     group, _, name = (e.missing_cfg_file or "").rpartition("/")
-    if group.startswith("schema/"):
-        return f"{group.split('/')[1]}={name} has no dataclass in caspr_cli/recipe/schema.py"
     if group.startswith("scale/"):  # scale/<task>/<scale>
-        return f"scale={name} is not defined for task={group.split('/')[1]} (it has: {', '.join(choices(group))})"
+        task = group.split("/")[1]
+        return f"scale={name} is not defined for task={task} (it has: {', '.join(scales(task))})"
     options = [o for o in e.options or [] if "/" not in o]
     listed = ", ".join(options)
-    return f"{group}={name}: no such choice.{nearest(name, options, f'{group}=')} (choices: {listed})"
+    hint = nearest(name, options, f"{group}=")
+    if not hint and group in ("task", "optim"):
+        hint = " Is the package that brings it installed?"
+    return f"{group}={name}: no such choice.{hint} (choices: {listed})"
 
 
 def _unknown_key(key: str, keys: DictConfig) -> str:

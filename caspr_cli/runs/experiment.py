@@ -26,7 +26,7 @@ from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.configs import CONF, choices
+from caspr_cli.recipe.configs import files
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.recipe.search import ROUNDS, further
@@ -127,12 +127,12 @@ class Experiment:
 
 def _content(name: str) -> dict[str, Any]:
     """Return the content of its file, completed from the experiment that it is ``like``."""
-    known = choices("experiment")
+    known = files("experiment")
     if name not in known:
         raise ConfigError(
             f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
         )
-    own: dict[str, Any] = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf8"))
+    own: dict[str, Any] = yaml.safe_load(known[name].read_text(encoding="utf8"))
     if "like" not in own:
         return {"baseline": None, "horizon": False} | own
     base = _content(own["like"])

@@ -135,7 +135,7 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         if todo == "new":
             _clear(record, kept=() if anew else (PROVENANCE, fingerprint.FILE))
         write_whole(record.config, compose.save(recipe))
-        record.write(PROVENANCE, provenance.begun(before, provenance.collect(command), attempt, now()))
+        record.write(PROVENANCE, provenance.begun(before, provenance.collect(command, recipe), attempt, now()))
         begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
         record.write("status.json", begun | asdict(Holder.me()))
         written, kills = _size(record.log), memory_kills()

@@ -20,10 +20,11 @@ from pathlib import Path
 from platform import python_implementation, python_version
 from typing import Protocol
 
-from caspr_cli.recipe.schema import C4LMConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError, Split, split_of
 from caspr_cli.tasks.files import entries_below, lines, reaching, reading, regular, root_of, stamps
 from caspr_cli.tasks.names import call_split, split_named
+from caspr_cli.tasks.registry import C4LMConf
 
 log = logging.getLogger("caspr")
 

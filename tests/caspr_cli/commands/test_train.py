@@ -12,9 +12,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from caspr_cli import __version__
-from caspr_cli.commands import train
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.commands import topics, train
+from caspr_cli.recipe.schema import OPTIMIZERS
 from caspr_cli.runs.sweep import EXTRAS
+from caspr_cli.tasks.registry import CONFS
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -37,8 +38,19 @@ def test_help_fits_a_screen_and_lists_everything(
     lines = text.splitlines()
     assert len(lines) <= 44
     assert max(map(len, lines)) <= 110
-    for name in [*TASKS, *OPTIMIZERS]:
+    for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
+
+
+def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "help") == 0
+    listed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
+    for name in listed:
+        assert call(monkeypatch, "help", name) == 0
+        assert capsys.readouterr().out == (topics.FOLDER / f"{name}.md").read_text()
+    assert call(monkeypatch, "help", "job") == 2
+    assert "Did you mean jobs?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

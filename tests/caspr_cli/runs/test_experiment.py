@@ -19,7 +19,7 @@ from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
+from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
@@ -27,6 +27,7 @@ from caspr_cli.runs import experiment, horizon, trials
 from caspr_cli.runs.experiment import Experiment, Row
 from caspr_cli.runs.launch import BAD_USAGE, SOME_FAILED, Outcome
 from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.tasks.registry import C4LMConf
 
 compose.register_schemas()
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
@@ -30,6 +31,7 @@ from caspr_cli.runs.record import (
     own,
 )
 from caspr_cli.runs.sweep import ENDED, Job
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:
@@ -65,6 +67,10 @@ def test_what_comes_next_can_be_run() -> None:
     ):
         made = summary.next_commands(Recipe(task=C4LMConf(), optim=CasprConf()), ["caspr-train", *command])
         assert f" optim={optim} " in made[1]
+    given = ["optim=lion", "optim.lr=3e-4", "debug=fast", "task.layers=3"]
+    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
+    expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
+    assert shlex.split(made[1]) == expected
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
