@@ -45,7 +45,7 @@ def param_groups(
     return (groups, _table(model, left)) if explain else groups
 
 
-def last_linear(model: nn.Module) -> list[str | nn.Module]:
+def last_linear(model: nn.Module) -> list[nn.Linear]:
     """Return the linear layer that a model defines last, where it has one."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
