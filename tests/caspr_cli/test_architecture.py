@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "optim": {"torch", "pytorch_optimizer", "common.plugins"},
     "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
-    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard", "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
                "training.groups", "training.timing",
                "report.answer", "report.style"},
