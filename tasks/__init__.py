@@ -4,7 +4,31 @@ A task knows nothing of optimizers, Lightning or the command line. :func:`load` 
 recipe carries; importing this package alone imports no torch.
 """
 
-from caspr_cli.recipe.schema import Target, TaskConf
-from caspr_cli.tasks.registry import Entry, load
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from caspr_cli.recipe.task import Target, TaskConf
+
+if TYPE_CHECKING:
+    from caspr_cli.tasks.base import Task
 
 __all__ = ["Entry", "Target", "TaskConf", "load"]
+
+
+class Entry(NamedTuple):
+    """One task that a recipe can name."""
+
+    about: str
+    keys: type[TaskConf]
+    task: str  # "module:class", imported when a run starts; called as ``Task(conf, seed)``
+
+
+def load(conf: TaskConf, seed: int) -> Task:
+    """Build the task that ``conf.name`` names."""
+    from caspr_cli.tasks.registry import TASKS  # here: it imports packages that import this one
+
+    module, _, cls = TASKS[conf.name].task.partition(":")
+    task: Task = getattr(import_module(module), cls)(conf, seed)
+    return task

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
 from caspr_cli.optim.groups import left_to_adamw
-from caspr_cli.recipe.schema import TaskConf
+from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.errors import DataError
 
 __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"]

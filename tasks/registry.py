@@ -7,23 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
 
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import UserError
-from caspr_cli.recipe.schema import Target, TaskConf
-
-if TYPE_CHECKING:
-    from caspr_cli.tasks.base import Task
-
-
-class Entry(NamedTuple):
-    """One task."""
-
-    about: str
-    keys: type[TaskConf]
-    task: str  # "module:class", imported when a run starts; called as ``Task(conf, seed)``
+from caspr_cli.recipe.task import Target, TaskConf
+from caspr_cli.tasks import Entry
 
 
 @dataclass
@@ -157,10 +145,3 @@ CONFS: dict[str, type[TaskConf]] = {name: entry.keys for name, entry in TASKS.it
 for name, keys in CONFS.items():
     if not (issubclass(keys, TaskConf) and keys.name == name):
         raise UserError(f"{keys.__module__}.{keys.__name__}: should be a TaskConf with name: str = '{name}'")
-
-
-def load(conf: TaskConf, seed: int) -> Task:
-    """Build the task that ``conf.name`` names."""
-    module, _, cls = TASKS[conf.name].task.partition(":")
-    task: Task = getattr(import_module(module), cls)(conf, seed)
-    return task

@@ -30,11 +30,10 @@ from caspr_cli.optim.roots import probe_vectors
 optimizers: Any = import_module("torch.optim.optimizer")  # torch.optim hides it
 
 VIEWS = frozenset(
-    "view _unsafe_view slice select unbind split split_with_sizes expand transpose t permute unsqueeze squeeze diagonal "
-    "detach alias as_strided reshape _reshape_alias chunk movedim unfold flatten mT lift_fresh view_as narrow".split()
+    ["view", "_unsafe_view", "slice", "select", "unbind", "split", "split_with_sizes", "expand", "transpose", "t", "permute", "unsqueeze", "squeeze", "diagonal", "detach", "alias", "as_strided", "reshape", "_reshape_alias", "chunk", "movedim", "unfold", "flatten", "mT", "lift_fresh", "view_as", "narrow"]
 )
-NOTHING = frozenset("empty empty_like new_empty empty_strided new_empty_strided device record_stream".split())
-WAITS = frozenset("nonzero masked_select unique _unique2 is_nonzero equal".split())  # for the size of the result
+NOTHING = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "device", "record_stream"])
+WAITS = frozenset(["nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"])  # for the size of the result
 # Of a list of tensors one launch takes so many at once, by how many lists there are, and so many pieces of 65,536.
 TENSORS, PIECES, PIECE = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 ALLOCATED = 512  # bytes that the allocator rounds to

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.commands import topics
+from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
@@ -64,7 +64,7 @@ tables   experiment={experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
-tab      completion: eval "$(caspr-train -sc install=bash)"
+own      caspr-train new task NAME, new optimizer NAME   tab: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      caspr-train help {topics}   caspr-report --help
 """
@@ -114,6 +114,9 @@ def main() -> int:
         return OK
     if "--version" in argv:
         print(f"caspr-train {__version__}")
+        return OK
+    if argv[:1] == ["new"]:
+        new.main(argv[1:])
         return OK
     try:
         if argv[:1] == ["help"]:

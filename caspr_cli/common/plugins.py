@@ -3,7 +3,7 @@
     [project.entry-points."caspr.tasks"]
     blobs = "my_work:BLOBS"        # an Entry of caspr_cli.tasks
     [project.entry-points."caspr.optimizers"]
-    lion = "my_work:LION"          # an Entry of caspr_cli.optim.registry
+    lion = "my_work:LION"          # an Entry of caspr_cli.optim.family
     [project.entry-points."caspr.conf"]
     my_work = "my_work.conf"       # a folder of YAML files as in conf/: experiment, scale, search, tuned
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, g
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim.optimizer import ParamsT
+    from torch.optim.optimizer import Optimizer, ParamsT
 
     FactorDtype = torch.dtype
     LowDtype = torch.dtype
@@ -64,6 +64,18 @@ class Option(NamedTuple):
     allowed: Range | None
     about: str
     in_recipe: bool
+
+
+Builder = Callable[..., "Optimizer"]
+
+
+class Entry(NamedTuple):
+    """One optimizer that a recipe can name."""
+
+    about: str
+    keys: type  # a dataclass of options
+    build: Builder  # called as build(groups, lr=..., weight_decay=..., the other keys)
+    defaults: Mapping[str, Any] = {}  # where they are not those of the keys
 
 
 def option(default: T, about: str, allowed: Range | None = None, *, in_recipe: bool = True) -> T:

@@ -10,9 +10,9 @@ matrix methods leave the group to AdamW; for the diagonal methods it makes no di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common import plugins
 from caspr_cli.optim.family import (
@@ -24,7 +24,9 @@ from caspr_cli.optim.family import (
     PAIR,
     POSITIVE,
     AuthorOptions,
+    Builder,
     CASPROptions,
+    Entry,
     FullAdagradOptions,
     ShampooOptions,
     option,
@@ -35,17 +37,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
 
     from caspr_cli.optim.options import Group
-
-Builder = Callable[..., "Optimizer"]
-
-
-class Entry(NamedTuple):
-    """One optimizer."""
-
-    about: str
-    keys: type  # a dataclass of options
-    build: Builder
-    defaults: Mapping[str, Any] = {}  # where they are not those of the keys
 
 
 @dataclass

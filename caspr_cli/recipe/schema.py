@@ -15,37 +15,10 @@ from omegaconf import MISSING
 
 from caspr_cli.common.errors import UserError
 from caspr_cli.optim import registry
-from caspr_cli.optim.family import FullAdagradOptions, options_of
-from caspr_cli.optim.registry import Entry
-
-
-class Source(Enum):
-    """Where a task's data come from."""
-
-    sample = "sample"  # bundled, nothing to download
-    files = "files"  # local files under task.root
-    hub = "hub"  # the real data set, fetched by `datasets` or torchvision
-
-
-@dataclass
-class Target:
-    """The value of a metric that counts as reached; steps and seconds to it are reported."""
-
-    metric: str = "val/loss"
-    value: float | None = None
-    higher_is_better: bool = False
-
-
-@dataclass
-class TaskConf:
-    """What every task has; each task adds its own keys."""
-
-    name: str = MISSING
-    data: Source = Source.sample
-    root: str | None = None  # directory of the data, for task.data=files
-    batch_size: int = 32  # samples in one optimizer step, over all ranks and accumulation
-    target: Target = field(default_factory=Target)
-
+from caspr_cli.optim.family import Entry, FullAdagradOptions, options_of
+from caspr_cli.recipe.task import Source as Source
+from caspr_cli.recipe.task import Target as Target
+from caspr_cli.recipe.task import TaskConf as TaskConf
 
 # ---- optimizers: their keys are declared in caspr_cli.optim ---------------------------------------------------------
 

@@ -249,7 +249,9 @@ def title(table: Table) -> str:
     better = "higher" if table.higher_is_better else "lower"
     target = "" if table.target is None else f"; target {table.target:g}{_horizon(table)}"
     data = f"{table.data} data{f' {table.data_hash[:8]}' if table.data_hash else ''}"
-    return f"{table.task}, {table.scale} scale, {data}: {table.metric} at the end, {better} is better{target}"
+    named = f"{table.task}, {table.scale} scale, {data}" if (table.scale, table.data) != ("-", "-") else table.task
+    at = {str(run.result.get("at", "at the end")) for row in table.rows for run in row.runs if run.result}
+    return f"{named}: {table.metric} {listed(sorted(at)) if at else 'at the end'}, {better} is better{target}"
 
 
 def _horizon(table: Table) -> str:

@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "optim": {"torch", "pytorch_optimizer", "common.plugins"},
     "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
-    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard", "yaml",
+               "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
                "training.groups", "training.timing",
                "report.answer", "report.style"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
               "torchvision", "common.errors", "common.files", "common.plugins",
-              "optim.groups", "recipe.schema"},
+              "optim.groups", "recipe.schema", "recipe.task"},
 }  # fmt: skip
 # What single files may not import, against the rule of their package.
 NEVER = {
