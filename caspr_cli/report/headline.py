@@ -131,9 +131,12 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(row: Row, base: Row) -> float | None:
-    """Return the ratio of the seconds of a step; None where they are not known or from different hardware."""
-    ours, theirs = _step(row.runs), _step(base.runs)
-    machines = {provenance.hardware(run) for side in (row, base) for run in side.runs if run.final is not None}
+    """Return the ratio of the seconds of a step; None where they are not known or from different hardware.
+
+    All records count: a trial's steps take as long, and the more there are, the less does a busy moment matter.
+    """
+    ours, theirs = _step(row.records), _step(base.records)
+    machines = {provenance.hardware(run) for side in (row, base) for run in side.records if run.state == DONE}
     return ours / theirs if ours and theirs and len(machines) == 1 else None
 
 

@@ -85,6 +85,10 @@ def test_the_table_of_trials_marks_the_selected_one_and_its_edges() -> None:
     assert tuning.trials(table(seeds("caspr", [4.0, 4.1]))) == [["row", "trial", "val/loss", "again", "state"]]
 
 
+def test_a_terminal_says_where_there_are_no_trials() -> None:
+    assert list(terminal.trials([table(seeds("caspr", [4.0, 4.1]))], 100)) == ["trials   no row has several"]
+
+
 @pytest.mark.parametrize("width", [130, 80, 60])
 def test_a_terminal_keeps_the_state_of_a_trial(width: int) -> None:
     text = list(terminal.trials([table(joint())], width))
