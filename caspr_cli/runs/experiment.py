@@ -282,7 +282,8 @@ def _seeds(experiment: Experiment) -> list[int]:
     try:
         seeds = [int(job[0].partition("=")[2]) for job in words.split([f"seed={given}"])]
     except ValueError:
-        raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+        known = "integers, as in seed=1,2,3 or seed='range(1,6)'"
+        raise ConfigError(f"seed should be {known}, but is '{given}'") from None
     if not seeds:
         raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and (choosing := {TUNING_SEED, *AGAIN}.intersection(seeds)):

@@ -34,6 +34,7 @@ from caspr_cli.runs.launch import (
     Outcome,
     plan,
     preflight,
+    refuse_here,
     run,
 )
 from caspr_cli.runs.processes import memory_error
@@ -165,6 +166,7 @@ class Session:
             say(f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(values)}")
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
+            refuse_here(recipe)
             say("start    importing torch and Lightning takes some seconds")
 
     def plan(self, recipe: Recipe, job: Job) -> Job:
