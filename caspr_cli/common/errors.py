@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 EXTRAS = {
     "graphs": ("chemicals", "rdkit", "torch_geometric"),
     "run": ("PIL", "datasets", "google", "hydra", "jinja2", "lightning", "matplotlib", "numpy", "omegaconf", "pandas",
-            "psutil", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics", "torchvision",
-            "turkish_treebanks", "yaml"),
+            "psutil", "pyarrow", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics",
+            "torchvision", "turkish_treebanks", "yaml"),
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import files
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe, Resume
+from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.recipe.search import ROUNDS, further
 from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
@@ -82,6 +82,8 @@ class Experiment:
             raise ConfigError(f"scale={scale}: experiment={name} has {', '.join(scales)}.{nearest(scale, scales)}")
         where = {"output_dir": f"outputs/experiments/{name}" + ("" if scale == DEFAULT_SCALE else f"_{scale}")}
         jobs = {"scale": scale} | DEFAULTS | content["jobs"] | scales[scale] | where
+        if changes.get("task.data", Source.sample.name) != Source.sample.name:
+            jobs.pop("task.target.value", None)  # of other data
         return cls(name, {key: _text(value) for key, value in jobs.items()} | changes, content["baseline"])
 
     @property
