@@ -22,7 +22,7 @@ from caspr_cli.optim.family import REMOVED, without_removed
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check
 from caspr_cli.recipe.configs import choices, leaves
-from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.errors import ConfigError, as_range
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, OptimConf, Recipe, TaskConf
 from caspr_cli.tasks.registry import CONFS
 
@@ -98,7 +98,8 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
     if trial is None:
         raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
     if not isinstance(trial, int):
-        raise ConfigError(f"trial should be an integer, best, top1, top2, ..., or {UNTUNED}, but is '{trial}'")
+        known = f"an integer, best, top1, top2, ..., or {UNTUNED}"
+        raise ConfigError(f"trial should be {known}, but is '{trial}'{as_range('trial', str(trial))}")
     space = {key: kinds for key, kinds in space.items() if not _lacks(plain, key)}
     values = search.draw(space, trial)  # from the whole space, so that a given key changes no other value
     if not (left := {key: space[key] for key in space.keys() - search.fixed(space, given)}):

@@ -28,7 +28,7 @@ from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import files
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe, Resume
+from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.recipe.search import ROUNDS, further
 from caspr_cli.runs.horizon import ROUNDS as HALVINGS
 from caspr_cli.runs.horizon import next_length
@@ -89,6 +89,8 @@ class Experiment:
             raise ConfigError(f"horizon should be true or false for a table but is '{whether}'")
         where = {"output_dir": f"outputs/experiments/{name}" + ("" if scale == DEFAULT_SCALE else f"_{scale}")}
         jobs = {"scale": scale} | DEFAULTS | content["jobs"] | scales[scale] | where
+        if changes.get("task.data", Source.sample.name) != Source.sample.name:
+            jobs.pop("task.target.value", None)  # of other data
         texts = {key: _text(value) for key, value in jobs.items()} | changes
         return cls(name, texts, content["baseline"], whether == "true")
 
@@ -305,7 +307,8 @@ def _seeds(experiment: Experiment) -> list[int]:
     try:
         seeds = [int(job[0].partition("=")[2]) for job in words.split([f"seed={given}"])]
     except ValueError:
-        raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+        known = "integers, as in seed=1,2,3 or seed='range(1,6)'"
+        raise ConfigError(f"seed should be {known}, but is '{given}'") from None
     if not seeds:
         raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and (choosing := {TUNING_SEED, *AGAIN}.intersection(seeds)):
