@@ -8,13 +8,11 @@ from __future__ import annotations
 import csv
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -169,7 +167,7 @@ def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         files = [folder / name for name in names if "tfevents" in name or folder / name == root]
         if not files:
             continue
-        curves, keys = _events(files, into)
+        curves, keys = _events(files, wanted, into)
         yield from curves or keys
         tags = {tag: (folder, tag) for tag in curves}
         tags |= {f"{folder.name}/{tag}": (folder.parent, tag) for tag in curves}  # Keras: validation/epoch_loss
@@ -188,37 +186,71 @@ def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
             into.without.append(log.path)
 
 
-def _events(files: Sequence[Path], into: Logs) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
-    """Return the scalars by tag, and hyperparameters. What a later attempt says to purge is left out."""
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))  # its own way to do without TensorFlow
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import SessionLog
+def _events(
+    files: Sequence[Path], wanted: Wanted, into: Logs
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
+    """Return the scalars by tag, and hyperparameters. What a later attempt says to purge is left out.
+
+    TensorBoard's own loader imports TensorFlow where it is installed, and without it takes three times as long.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from tensorboard.util.tensor_util import make_ndarray
 
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     keys: dict[str, Any] = {}
+    tag = (wanted.metric or "").rpartition("/")[2].encode()
     for file in files:
-        empty = True
-        for event in LegacyEventFileLoader(str(file)).Load():
-            empty = False
-            if event.session_log.status == SessionLog.START:
-                for tag, points in curves.items():
-                    curves[tag] = [point for point in points if point[0] < event.step]
-            for value in event.summary.value:
-                plugin = value.metadata.plugin_data
-                if value.HasField("simple_value"):
-                    curves[value.tag].append((float(event.step), value.simple_value))
-                elif plugin.plugin_name == "scalars" or (value.tag in curves and value.HasField("tensor")):
-                    curves[value.tag].append((float(event.step), float(make_ndarray(value.tensor))))
-                elif plugin.plugin_name == "hparams":
-                    start = HParamsPluginData.FromString(plugin.content).session_start_info
-                    keys |= {
-                        key: getattr(v, kind) for key, v in start.hparams.items() if (kind := v.WhichOneof("kind"))
-                    }
-        if empty:
-            into.warnings.append(f"{file}: is no event file of TensorBoard, or is empty")
+        try:
+            for record in _records(file, tag):
+                event = Event.FromString(record)
+                if event.session_log.status == SessionLog.START:
+                    for name, points in curves.items():
+                        curves[name] = [point for point in points if point[0] < event.step]
+                for value in event.summary.value:
+                    plugin = value.metadata.plugin_data
+                    if value.HasField("simple_value"):
+                        curves[value.tag].append((float(event.step), value.simple_value))
+                    elif plugin.plugin_name == "scalars" or (value.tag in curves and value.HasField("tensor")):
+                        curves[value.tag].append((float(event.step), float(make_ndarray(value.tensor))))
+                    elif plugin.plugin_name == "hparams":
+                        own = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+                        keys |= {key: getattr(v, kind) for key, v in own.items() if (kind := v.WhichOneof("kind"))}
+        except OSError as error:
+            into.warnings.append(f"{file}: cannot be read ({error.strerror})")
+        except (DecodeError, ValueError):
+            into.warnings.append(f"{file}: is no event file of TensorBoard, or is damaged: the rest of it is left out")
     return curves, keys
+
+
+def _records(file: Path, checked: bytes) -> Iterator[bytes]:
+    """Yield the records of an event file, to its end or to where it was cut off.
+
+    Args:
+        checked: the sums of records that hold these bytes are checked, and that of the first.
+
+    Raises:
+        ValueError: a sum is wrong.
+    """
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
+    content, at = file.read_bytes(), 0
+    while at < len(content):  # length (8 bytes), its sum (4), the record, its sum (4)
+        end = at + 12 + int.from_bytes(content[at : at + 8], "little")
+        record, total = content[at + 12 : end], content[end : end + 4]
+        if (
+            (at == 0 or checked in record)
+            and len(total) == 4
+            and int.from_bytes(total, "little") != masked_crc32c(record)
+        ):
+            raise ValueError
+        if len(total) < 4:
+            if at == 0:
+                raise ValueError
+            return
+        yield record
+        at = end + 4
 
 
 # ---- MLflow ----------------------------------------------------------------------------------------------------------

@@ -358,6 +358,7 @@ def test_the_direction_is_guessed_and_said(
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+DAMAGED = "is no event file of TensorBoard, or is damaged: the rest of it is left out"
 OWN = ("--from", "csv", "runs", "--metric", METRIC)
 
 
@@ -420,7 +421,7 @@ def test_other_commands_read_logs_too(
         (["--from", "csv", "empty"], "empty: no CSV files there"),
         (["--from", "csv", "text.txt"], "text.txt: is no CSV with a line of heads and as many values in each line"),
         (["--from", "csv", "binary"], "binary: cannot be read as CSV"),
-        (["--from", "tensorboard", "text.txt"], "text.txt: is no event file of TensorBoard, or is empty"),
+        (["--from", "tensorboard", "text.txt"], f"text.txt: {DAMAGED}"),
         (["--from", "csv", "runs"], "--from csv: name a metric with --metric (metrics: epoch, loss and val/loss)"),
         (["--from", "csv", "runs", "--metric", "val_loss"], "--metric val_loss: no run has it. Did you mean val/loss?"),
         ([*OWN, "--group", "optim"],
@@ -459,10 +460,17 @@ def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
     (tmp_path / "adamw_seed9" / "events.out.tfevents.1.x").write_bytes(b"nonsense")
     found = logs.find([tmp_path], Asked("tensorboard", METRIC))
     assert len(found.runs) == 6
-    assert [line.partition(": ")[2] for line in found.warnings] == ["is no event file of TensorBoard, or is empty"]
+    assert [line.partition(": ")[2] for line in found.warnings] == [DAMAGED]
     whole = next((tmp_path / "caspr_seed0").iterdir())
     whole.write_bytes(whole.read_bytes()[:-5])  # cut off while it was written
-    states = {run.path: run.state for run in logs.find([tmp_path], Asked("tensorboard", METRIC)).runs}
+    flipped = next((tmp_path / "caspr_seed1").iterdir())
+    content = bytearray(flipped.read_bytes())
+    content[-6] ^= 1  # in the last value
+    flipped.write_bytes(content)
+    found = logs.find([tmp_path], Asked("tensorboard", METRIC))
+    assert [line.partition(": ")[0] for line in found.warnings if DAMAGED in line][-1] == str(flipped)
+    states = {run.path: run.state for run in found.runs}
+    assert states.pop(str(tmp_path / "caspr_seed1")) == "failed"
     assert states.pop(str(tmp_path / "caspr_seed0")) == "failed"
     assert set(states.values()) == {"done"}
 
