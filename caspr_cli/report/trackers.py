@@ -6,10 +6,13 @@ Nothing here decides what is a seed or a row; see ``logs``.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
+import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -257,8 +260,13 @@ def _records(file: Path, checked: bytes) -> Iterator[bytes]:
 
 
 def _mlflow(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
-    """Read the runs of a file store: folders with ``meta.yaml``, ``metrics``, ``params`` and ``tags``."""
-    for folder, inner, files in _walk(root, into):
+    """Read the runs of databases, and of file stores: folders with ``meta.yaml``, ``metrics`` and ``params``."""
+    if root.is_file():
+        yield from _database(root, wanted, into)
+    for folder, inner, files in _walk(root, into) if root.is_dir() else ():
+        for name in files:
+            if name.endswith(".db"):
+                yield from _database(folder / name, wanted, into)
         meta = _yaml(folder / "meta.yaml", into) if "meta.yaml" in files else {}
         if "run_id" not in meta or "metrics" not in inner:
             continue
@@ -284,6 +292,35 @@ def _mlflow(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         experiment = _yaml(folder.parent / "meta.yaml", into).get("name", folder.parent.name)
         name = str(meta.get("run_name") or meta["run_id"])
         into.runs.append(Log(str(folder), name, points, keys, str(experiment), state, _updated(folder / "meta.yaml")))
+
+
+def _database(file: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
+    """Read a database of SQLite, in which MLflow keeps runs since 3.7."""
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            into.metrics |= {name for (name,) in database.execute("SELECT DISTINCT key FROM metrics")}
+            keys: dict[str, dict[str, Any]] = defaultdict(dict)
+            for run, key, value in database.execute("SELECT run_uuid, key, value FROM params"):
+                keys[run][key] = value_of(value)
+            values = "SELECT run_uuid, step, value, is_nan FROM metrics WHERE key = ? ORDER BY timestamp, rowid"
+            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for run, step, value, nan in database.execute(values, [wanted.metric]):
+                points[run].append((float(step), math.nan if nan else value))
+            runs = database.execute(
+                "SELECT run_uuid, runs.name, status, end_time, experiments.name FROM runs JOIN experiments "
+                "USING (experiment_id) WHERE runs.lifecycle_stage = 'active' ORDER BY start_time, run_uuid"
+            ).fetchall()
+    except sqlite3.Error:
+        into.warnings.append(f"{file}: is no database of MLflow")
+        return
+    for run, name, status, end, experiment in runs:
+        yield str(run)
+        state = STATE.get(status.casefold())
+        log = Log(f"{file}:{run}", name or run, points[run], keys[run], experiment, state, str(end or ""))
+        if log.points or state == FAILED:
+            into.runs.append(log)
+        else:
+            into.without.append(log.path)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -398,5 +435,5 @@ READERS: dict[str, tuple[Callable[[Path, Wanted, Logs], Iterator[str]], str]] = 
     "tensorboard": (_tensorboard, "no event files of TensorBoard (events.out.tfevents.*) there"),
     "csv": (_csv, "no CSV files there"),
     "wandb": (_csv, "no CSV files there: export runs or a chart of W&B as CSV"),
-    "mlflow": (_mlflow, "no file store of MLflow (mlruns) with runs there"),
+    "mlflow": (_mlflow, "no runs of MLflow (mlflow.db or mlruns) there"),
 }

@@ -6,9 +6,11 @@ import csv
 import json
 import math
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +161,40 @@ def by_mlflow(root: Path) -> Asked:
     return Asked("mlflow", METRIC, group=["optimizer"])
 
 
+def by_mlflow_database(root: Path) -> Asked:
+    """The tables and columns of MLflow 3 that are read."""
+    root.mkdir()
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.executescript(
+            "CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT);"
+            "CREATE TABLE runs (run_uuid TEXT, name TEXT, status TEXT, start_time BIGINT, end_time BIGINT, "
+            "lifecycle_stage TEXT, experiment_id INTEGER);"
+            "CREATE TABLE metrics (key TEXT, value FLOAT, timestamp BIGINT, step BIGINT, is_nan BOOL, run_uuid TEXT);"
+            "CREATE TABLE params (key TEXT, value TEXT, run_uuid TEXT);"
+            "INSERT INTO experiments VALUES (7, 'cifar', 'active');"
+        )
+        for k, (optimizer, seed) in enumerate([*RUNS, ("adamw", 0)]):
+            name, stage = f"{k:032x}", "active" if k < len(RUNS) else "deleted"
+            database.execute("INSERT INTO runs VALUES (?, 'wise', 'FINISHED', ?, ?, ?, 7)", (name, k, k + 1, stage))
+            for key, value in {"optimizer": optimizer, "seed": str(seed)}.items():
+                database.execute("INSERT INTO params VALUES (?, ?, ?)", (key, value, name))
+            for when, (step, value) in enumerate(reversed([(10, 99.0), *curve(optimizer, seed)])):
+                row = (
+                    METRIC,
+                    0.0 if value == 99 else value,
+                    -when,
+                    step,
+                    value == 99,
+                    name,
+                )  # nan, and then logged again
+                database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
+        database.commit()
+    return Asked("mlflow", METRIC, group=["optimizer"])
+
+
 WRITERS: list[Callable[[Path], Asked]] = [
     by_folder, by_add_hparams, by_tensorflow, by_lightning, by_keras, by_long_csv, by_wandb_chart, by_wandb_runs,
-    by_wandb_history, by_mlflow,
+    by_wandb_history, by_mlflow, by_mlflow_database,
 ]  # fmt: skip
 
 
@@ -417,7 +450,8 @@ def test_other_commands_read_logs_too(
         (["--from", "tensorbord", "runs"], "--from tensorbord: no such choice. Did you mean tensorboard?"),
         (["--from", "csv", "nowhere"], "nowhere: no such file or directory"),
         (["--from", "tensorboard", "runs"], "runs: no event files of TensorBoard (events.out.tfevents.*) there"),
-        (["--from", "mlflow", "runs"], "runs: no file store of MLflow (mlruns) with runs there"),
+        (["--from", "mlflow", "runs"], "runs: no runs of MLflow (mlflow.db or mlruns) there"),
+        (["--from", "mlflow", "text.txt"], "text.txt: is no database of MLflow"),
         (["--from", "csv", "empty"], "empty: no CSV files there"),
         (["--from", "csv", "text.txt"], "text.txt: is no CSV with a line of heads and as many values in each line"),
         (["--from", "csv", "binary"], "binary: cannot be read as CSV"),
