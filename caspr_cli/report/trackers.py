@@ -6,15 +6,16 @@ Nothing here decides what is a seed or a row; see ``logs``.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
-import sys
+import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
@@ -169,7 +170,7 @@ def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         files = [folder / name for name in names if "tfevents" in name or folder / name == root]
         if not files:
             continue
-        curves, keys = _events(files, into)
+        curves, keys = _events(files, wanted, into)
         yield from curves or keys
         tags = {tag: (folder, tag) for tag in curves}
         tags |= {f"{folder.name}/{tag}": (folder.parent, tag) for tag in curves}  # Keras: validation/epoch_loss
@@ -188,45 +189,84 @@ def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
             into.without.append(log.path)
 
 
-def _events(files: Sequence[Path], into: Logs) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
-    """Return the scalars by tag, and hyperparameters. What a later attempt says to purge is left out."""
-    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))  # its own way to do without TensorFlow
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import SessionLog
+def _events(
+    files: Sequence[Path], wanted: Wanted, into: Logs
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
+    """Return the scalars by tag, and hyperparameters. What a later attempt says to purge is left out.
+
+    TensorBoard's own loader imports TensorFlow where it is installed, and without it takes three times as long.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from tensorboard.util.tensor_util import make_ndarray
 
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     keys: dict[str, Any] = {}
+    tag = (wanted.metric or "").rpartition("/")[2].encode()
     for file in files:
-        empty = True
-        for event in LegacyEventFileLoader(str(file)).Load():
-            empty = False
-            if event.session_log.status == SessionLog.START:
-                for tag, points in curves.items():
-                    curves[tag] = [point for point in points if point[0] < event.step]
-            for value in event.summary.value:
-                plugin = value.metadata.plugin_data
-                if value.HasField("simple_value"):
-                    curves[value.tag].append((float(event.step), value.simple_value))
-                elif plugin.plugin_name == "scalars" or (value.tag in curves and value.HasField("tensor")):
-                    curves[value.tag].append((float(event.step), float(make_ndarray(value.tensor))))
-                elif plugin.plugin_name == "hparams":
-                    start = HParamsPluginData.FromString(plugin.content).session_start_info
-                    keys |= {
-                        key: getattr(v, kind) for key, v in start.hparams.items() if (kind := v.WhichOneof("kind"))
-                    }
-        if empty:
-            into.warnings.append(f"{file}: is no event file of TensorBoard, or is empty")
+        try:
+            for record in _records(file, tag):
+                event = Event.FromString(record)
+                if event.session_log.status == SessionLog.START:
+                    for name, points in curves.items():
+                        curves[name] = [point for point in points if point[0] < event.step]
+                for value in event.summary.value:
+                    plugin = value.metadata.plugin_data
+                    if value.HasField("simple_value"):
+                        curves[value.tag].append((float(event.step), value.simple_value))
+                    elif plugin.plugin_name == "scalars" or (value.tag in curves and value.HasField("tensor")):
+                        curves[value.tag].append((float(event.step), float(make_ndarray(value.tensor))))
+                    elif plugin.plugin_name == "hparams":
+                        own = HParamsPluginData.FromString(plugin.content).session_start_info.hparams
+                        keys |= {key: getattr(v, kind) for key, v in own.items() if (kind := v.WhichOneof("kind"))}
+        except OSError as error:
+            into.warnings.append(f"{file}: cannot be read ({error.strerror})")
+        except (DecodeError, ValueError):
+            into.warnings.append(f"{file}: is no event file of TensorBoard, or is damaged: the rest of it is left out")
     return curves, keys
+
+
+def _records(file: Path, checked: bytes) -> Iterator[bytes]:
+    """Yield the records of an event file, to its end or to where it was cut off.
+
+    Args:
+        checked: the sums of records that hold these bytes are checked, and that of the first.
+
+    Raises:
+        ValueError: a sum is wrong.
+    """
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
+    content, at = file.read_bytes(), 0
+    while at < len(content):  # length (8 bytes), its sum (4), the record, its sum (4)
+        end = at + 12 + int.from_bytes(content[at : at + 8], "little")
+        record, total = content[at + 12 : end], content[end : end + 4]
+        if (
+            (at == 0 or checked in record)
+            and len(total) == 4
+            and int.from_bytes(total, "little") != masked_crc32c(record)
+        ):
+            raise ValueError
+        if len(total) < 4:
+            if at == 0:
+                raise ValueError
+            return
+        yield record
+        at = end + 4
 
 
 # ---- MLflow ----------------------------------------------------------------------------------------------------------
 
 
 def _mlflow(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
-    """Read the runs of a file store: folders with ``meta.yaml``, ``metrics``, ``params`` and ``tags``."""
-    for folder, inner, files in _walk(root, into):
+    """Read the runs of databases, and of file stores: folders with ``meta.yaml``, ``metrics`` and ``params``."""
+    if root.is_file():
+        yield from _database(root, wanted, into)
+    for folder, inner, files in _walk(root, into) if root.is_dir() else ():
+        for name in files:
+            if name.endswith(".db"):
+                yield from _database(folder / name, wanted, into)
         meta = _yaml(folder / "meta.yaml", into) if "meta.yaml" in files else {}
         if "run_id" not in meta or "metrics" not in inner:
             continue
@@ -252,6 +292,35 @@ def _mlflow(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         experiment = _yaml(folder.parent / "meta.yaml", into).get("name", folder.parent.name)
         name = str(meta.get("run_name") or meta["run_id"])
         into.runs.append(Log(str(folder), name, points, keys, str(experiment), state, _updated(folder / "meta.yaml")))
+
+
+def _database(file: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
+    """Read a database of SQLite, in which MLflow keeps runs since 3.7."""
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            into.metrics |= {name for (name,) in database.execute("SELECT DISTINCT key FROM metrics")}
+            keys: dict[str, dict[str, Any]] = defaultdict(dict)
+            for run, key, value in database.execute("SELECT run_uuid, key, value FROM params"):
+                keys[run][key] = value_of(value)
+            values = "SELECT run_uuid, step, value, is_nan FROM metrics WHERE key = ? ORDER BY timestamp, rowid"
+            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for run, step, value, nan in database.execute(values, [wanted.metric]):
+                points[run].append((float(step), math.nan if nan else value))
+            runs = database.execute(
+                "SELECT run_uuid, runs.name, status, end_time, experiments.name FROM runs JOIN experiments "
+                "USING (experiment_id) WHERE runs.lifecycle_stage = 'active' ORDER BY start_time, run_uuid"
+            ).fetchall()
+    except sqlite3.Error:
+        into.warnings.append(f"{file}: is no database of MLflow")
+        return
+    for run, name, status, end, experiment in runs:
+        yield str(run)
+        state = STATE.get(status.casefold())
+        log = Log(f"{file}:{run}", name or run, points[run], keys[run], experiment, state, str(end or ""))
+        if log.points or state == FAILED:
+            into.runs.append(log)
+        else:
+            into.without.append(log.path)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -366,5 +435,5 @@ READERS: dict[str, tuple[Callable[[Path, Wanted, Logs], Iterator[str]], str]] = 
     "tensorboard": (_tensorboard, "no event files of TensorBoard (events.out.tfevents.*) there"),
     "csv": (_csv, "no CSV files there"),
     "wandb": (_csv, "no CSV files there: export runs or a chart of W&B as CSV"),
-    "mlflow": (_mlflow, "no file store of MLflow (mlruns) with runs there"),
+    "mlflow": (_mlflow, "no runs of MLflow (mlflow.db or mlruns) there"),
 }

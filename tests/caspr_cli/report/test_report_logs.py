@@ -6,9 +6,11 @@ import csv
 import json
 import math
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +161,40 @@ def by_mlflow(root: Path) -> Asked:
     return Asked("mlflow", METRIC, group=["optimizer"])
 
 
+def by_mlflow_database(root: Path) -> Asked:
+    """The tables and columns of MLflow 3 that are read."""
+    root.mkdir()
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.executescript(
+            "CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT);"
+            "CREATE TABLE runs (run_uuid TEXT, name TEXT, status TEXT, start_time BIGINT, end_time BIGINT, "
+            "lifecycle_stage TEXT, experiment_id INTEGER);"
+            "CREATE TABLE metrics (key TEXT, value FLOAT, timestamp BIGINT, step BIGINT, is_nan BOOL, run_uuid TEXT);"
+            "CREATE TABLE params (key TEXT, value TEXT, run_uuid TEXT);"
+            "INSERT INTO experiments VALUES (7, 'cifar', 'active');"
+        )
+        for k, (optimizer, seed) in enumerate([*RUNS, ("adamw", 0)]):
+            name, stage = f"{k:032x}", "active" if k < len(RUNS) else "deleted"
+            database.execute("INSERT INTO runs VALUES (?, 'wise', 'FINISHED', ?, ?, ?, 7)", (name, k, k + 1, stage))
+            for key, value in {"optimizer": optimizer, "seed": str(seed)}.items():
+                database.execute("INSERT INTO params VALUES (?, ?, ?)", (key, value, name))
+            for when, (step, value) in enumerate(reversed([(10, 99.0), *curve(optimizer, seed)])):
+                row = (
+                    METRIC,
+                    0.0 if value == 99 else value,
+                    -when,
+                    step,
+                    value == 99,
+                    name,
+                )  # nan, and then logged again
+                database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
+        database.commit()
+    return Asked("mlflow", METRIC, group=["optimizer"])
+
+
 WRITERS: list[Callable[[Path], Asked]] = [
     by_folder, by_add_hparams, by_tensorflow, by_lightning, by_keras, by_long_csv, by_wandb_chart, by_wandb_runs,
-    by_wandb_history, by_mlflow,
+    by_wandb_history, by_mlflow, by_mlflow_database,
 ]  # fmt: skip
 
 
@@ -358,6 +391,7 @@ def test_the_direction_is_guessed_and_said(
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+DAMAGED = "is no event file of TensorBoard, or is damaged: the rest of it is left out"
 OWN = ("--from", "csv", "runs", "--metric", METRIC)
 
 
@@ -416,11 +450,12 @@ def test_other_commands_read_logs_too(
         (["--from", "tensorbord", "runs"], "--from tensorbord: no such choice. Did you mean tensorboard?"),
         (["--from", "csv", "nowhere"], "nowhere: no such file or directory"),
         (["--from", "tensorboard", "runs"], "runs: no event files of TensorBoard (events.out.tfevents.*) there"),
-        (["--from", "mlflow", "runs"], "runs: no file store of MLflow (mlruns) with runs there"),
+        (["--from", "mlflow", "runs"], "runs: no runs of MLflow (mlflow.db or mlruns) there"),
+        (["--from", "mlflow", "text.txt"], "text.txt: is no database of MLflow"),
         (["--from", "csv", "empty"], "empty: no CSV files there"),
         (["--from", "csv", "text.txt"], "text.txt: is no CSV with a line of heads and as many values in each line"),
         (["--from", "csv", "binary"], "binary: cannot be read as CSV"),
-        (["--from", "tensorboard", "text.txt"], "text.txt: is no event file of TensorBoard, or is empty"),
+        (["--from", "tensorboard", "text.txt"], f"text.txt: {DAMAGED}"),
         (["--from", "csv", "runs"], "--from csv: name a metric with --metric (metrics: epoch, loss and val/loss)"),
         (["--from", "csv", "runs", "--metric", "val_loss"], "--metric val_loss: no run has it. Did you mean val/loss?"),
         ([*OWN, "--group", "optim"],
@@ -459,10 +494,17 @@ def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
     (tmp_path / "adamw_seed9" / "events.out.tfevents.1.x").write_bytes(b"nonsense")
     found = logs.find([tmp_path], Asked("tensorboard", METRIC))
     assert len(found.runs) == 6
-    assert [line.partition(": ")[2] for line in found.warnings] == ["is no event file of TensorBoard, or is empty"]
+    assert [line.partition(": ")[2] for line in found.warnings] == [DAMAGED]
     whole = next((tmp_path / "caspr_seed0").iterdir())
     whole.write_bytes(whole.read_bytes()[:-5])  # cut off while it was written
-    states = {run.path: run.state for run in logs.find([tmp_path], Asked("tensorboard", METRIC)).runs}
+    flipped = next((tmp_path / "caspr_seed1").iterdir())
+    content = bytearray(flipped.read_bytes())
+    content[-6] ^= 1  # in the last value
+    flipped.write_bytes(content)
+    found = logs.find([tmp_path], Asked("tensorboard", METRIC))
+    assert [line.partition(": ")[0] for line in found.warnings if DAMAGED in line][-1] == str(flipped)
+    states = {run.path: run.state for run in found.runs}
+    assert states.pop(str(tmp_path / "caspr_seed1")) == "failed"
     assert states.pop(str(tmp_path / "caspr_seed0")) == "failed"
     assert set(states.values()) == {"done"}
 
