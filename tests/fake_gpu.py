@@ -31,7 +31,8 @@ optimizers: Any = import_module("torch.optim.optimizer")  # torch.optim hides it
 
 VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "permute",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze",
+    "view",
 }  # fmt: skip
 NOTHING = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WAITS = {"nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}  # for the size of the result
@@ -83,11 +84,7 @@ class FakeGPU(TorchDispatchMode):
                 return op(*args, **kwargs)
         if there and name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
             self.wait(name)
-            return (
-                True
-                if args[0].dtype == torch.bool or name in ("is_nonzero", "equal")
-                else args[0].new_ones(1, device="cpu").item()
-            )
+            return 1.0 if args[0].is_floating_point() and name not in ("is_nonzero", "equal") else True
         if name in WAITS:
             self.wait(name)
         if name in ("index", "index_put_", "index_put") and any(_is_mask(i) for i in args[1]):

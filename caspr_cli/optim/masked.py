@@ -72,8 +72,12 @@ class Mask:
 
     def decay(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         """Return what decay multiplies each of these parameters by."""
-        kept = 1 - float(group["lr"]) * group["weight_decay"]
-        return list(torch.where(self.is_finite(params), kept, 1.0).unbind())
+        return self._kept(1 - float(group["lr"]) * group["weight_decay"], params)
+
+    def _kept(self, factor: float, params: list[Tensor]) -> list[Tensor]:
+        """Return the factor of each of these parameters, 0-d, and 1 for broken ones."""
+        steps = self.of_params(self.steps, params)
+        return list(torch.where(self.is_finite(params), torch.full_like(steps, factor), 1).unbind())
 
     def clean(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
         """Return these gradients, zeros for those that are not finite."""
@@ -89,10 +93,10 @@ class Mask:
         betas: tuple[float, float],
     ) -> list[Tensor]:
         """Update momenta, and second moments if there are any, and return the gradients with zeros for broken ones."""
-        clean, finite = self.clean(grads, params), self.is_finite(params)
+        clean = self.clean(grads, params)
         for moments, beta in ((exp_avg, betas[0]), (exp_avg_sq, betas[1])):
             if moments:
-                torch._foreach_mul_(moments, torch.where(finite, beta, 1.0).unbind())
+                torch._foreach_mul_(moments, self._kept(beta, params))
         torch._foreach_add_(exp_avg, clean, alpha=1 - betas[0])
         if exp_avg_sq:
             torch._foreach_addcmul_(exp_avg_sq, clean, clean, value=1 - betas[1])
@@ -171,8 +175,5 @@ def adam_lengths(
 
 def are_alike(*lists: list[Tensor]) -> bool:
     """Whether torch's fused kernel may be given these: it goes through memory by address."""
-    return all(
-        t.dtype == first.dtype and t.stride() == first.stride() and t.is_non_overlapping_and_dense()
-        for first, *others in zip(*lists, strict=True)
-        for t in (first, *others)
-    )
+    first = lists[0][0]
+    return all(t.is_contiguous() and t.dtype == first.dtype for tensors in lists for t in tensors)

@@ -20,22 +20,21 @@ from caspr_cli.optim.roots import (
     residual,
 )
 
-EIGH_ON_CUDA = 32  # rows up to which torch decomposes a batch at once there
-
 # Numbers in the matrices that one thread works on at once: what becomes of them stays in its cache.
 PIECE = 2**20
 
 
-def choose(solver: str, device: torch.device, d: int) -> str:
+def choose(solver: str, device: torch.device) -> str:
     """Return the solver that ``"auto"`` stands for.
 
     On a CPU an eigendecomposition takes as long as 7 to 13 products of d x d (measured on two cores, d from 256 to
     1024), and coupled Newton needs four for each of its 8 to 25 steps. On a GPU (not measured here) torch decomposes
-    batches of more than 32 rows one by one, and coupled Newton is batched.
+    batches of more than 32 rows one by one, and waits after each batch to see whether it has converged; coupled Newton
+    is batched, and nobody waits.
     """
     if solver != "auto":
         return solver
-    return "newton" if device.type == "cuda" and d > EIGH_ON_CUDA else "eigh"
+    return "newton" if device.type == "cuda" else "eigh"
 
 
 @dataclass
@@ -153,7 +152,7 @@ def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
 
 
 def _chosen(solver: str, problem: Problem) -> Solution:
-    return solve(problem, choose(solver, problem.S.device, problem.S.shape[-1]))
+    return solve(problem, choose(solver, problem.S.device))
 
 
 @lru_cache(maxsize=1)
