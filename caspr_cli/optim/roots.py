@@ -24,6 +24,9 @@ PROBES = 8  # vectors on which a residual is estimated
 # Steps of the power iteration, and what part of the largest eigenvalue it finds at least (of flat spectra; measured .83
 # or more). That eigenvalue sets the damping, which is known to no more than its order of magnitude.
 POWER_STEPS, POWER_ACCURACY = 30, 0.8
+# How many of these steps a vector of it grows before it is made one of length 1, where a launch takes as long as they:
+# statistics are below 2^30 (see `statistics.HEADROOM`), and their third power is far from float32's end.
+NORMALIZED = 3
 NEWTON_STEPS = 100
 ROUNDINGS = 8  # of an eigenvalue, in bound()
 
@@ -132,17 +135,18 @@ def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf
     M = (S * (z * scale).to(S.dtype).view(-1, 1, 1)).add_(eye * (z * shift * scale).to(S.dtype).view(-1, 1, 1))
     H = eye.mul(z ** (1 / p)).expand_as(M).clone()
     tolerance = 8 * torch.finfo(S.dtype).eps
-    error = (M - eye).abs().amax((1, 2))
+    error = _farthest(M, eye)
+    first = eye * (1 + 1 / p)
     active = torch.isfinite(error) & (size > 0)
     for step_number in range(newton_steps(condition, p)):
         if S.device.type == "cpu" and not bool(active.any()):  # elsewhere the question would wait for the device
             break
-        step = eye * (1 + 1 / p) - M / p
+        step = torch.add(first, M, alpha=-1 / p)
         new_M, new_H = torch.bmm(torch.linalg.matrix_power(step, p), M), torch.bmm(H, step)
-        new_error = (new_M - eye).abs().amax((1, 2))
+        new_error = _farthest(new_M, eye)
         # In the first step entries may grow: an eigenvalue above 1 lands anywhere in (0, 1]. From then on I - M is
         # positive semidefinite, its largest entry stands on the diagonal, and falls.
-        better = active & ((new_error < 1.2 * error) | (step_number == 0))
+        better = active & (new_error < 1.2 * error) if step_number > 0 else active
         M = torch.where(better.view(-1, 1, 1), new_M, M)
         H = torch.where(better.view(-1, 1, 1), new_H, H)
         error = torch.where(better, new_error, error)
@@ -151,11 +155,20 @@ def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf
     return Root(H, shift, size, torch.where(shift > 0, size / shift, math.inf))
 
 
+def _farthest(M: Tensor, eye: Tensor) -> Tensor:
+    """Return ``[K]``, the largest entry of M - I by size."""
+    distance: Tensor = torch.linalg.vector_norm(M - eye, math.inf, dim=(1, 2))
+    return distance
+
+
 def largest_eigenvalue(S: Tensor) -> Tensor:
     """Return ``[K]`` in float64, from below, by the power method."""
+    every = 1 if S.device.type == "cpu" else NORMALIZED
     v = probe_vectors(S.shape[-1], S.dtype, S.device)[:1].expand(S.shape[0], -1, -1)
-    for _ in range(POWER_STEPS):
+    for number in range(1, POWER_STEPS + 1):
         v = torch.bmm(v, S)
+        if number % every:
+            continue
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
     largest: Tensor = torch.linalg.vector_norm(torch.bmm(v, S), dim=(1, 2))
     return largest.double()
