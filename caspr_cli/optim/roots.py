@@ -28,6 +28,7 @@ POWER_STEPS, POWER_ACCURACY = 30, 0.8
 # statistics are below 2^30 (see `statistics.HEADROOM`), and their third power is far from float32's end.
 NORMALIZED = 3
 NEWTON_STEPS = 100
+HELD = 0.1  # where the scaled iteration holds the largest eigenvalue; without, the residual was up to .74
 ROUNDINGS = 8  # of an eigenvalue, in bound()
 
 # Largest eigenvalue [K] (float64, at least 0) to what is added to the diagonal [K].
@@ -152,6 +153,63 @@ def newton_root(S: Tensor, damping: Damping, p: int, condition: float = math.inf
         error = torch.where(better, new_error, error)
         active = better & (error > tolerance)
     H = torch.where((size > 0).view(-1, 1, 1), H * scale.pow(1 / p).to(S.dtype).view(-1, 1, 1), eye)
+    return Root(H, shift, size, torch.where(shift > 0, size / shift, math.inf))
+
+
+@lru_cache(maxsize=64)
+def scaled_steps(smallest: float, p: int, rounding: float) -> tuple[tuple[float, float], ...]:
+    """Return a and b of the steps x -> x (a - b x)^p that bring all of [smallest, 1] to 1 within ``rounding``.
+
+    Each has the largest lower end of an interval that ends at 1: then (a - b)^p, where the largest eigenvalue goes, is
+    as far as the smallest gets. While that is small the largest is held at ``HELD`` instead: were it to fall as low,
+    its rounding would be lost in that of the matrix.
+    """
+    steps: list[tuple[float, float]] = []
+    low = smallest
+    while 1 - low > rounding and len(steps) < NEWTON_STEPS:
+        if low < HELD / 20:
+            end = HELD ** (1 / p)
+            least, most = max(1 + 1 / p, end * (p + 1) / p), 4.0  # a: the peak of x (a - b x)^p is 1 at one of them
+            for _ in range(60):
+                a = (least + most) / 2
+                peak = a / (p + 1) / (a - end) * (a * p / (p + 1)) ** p
+                least, most = (a, most) if peak < 1 else (least, a)
+            a, b = least, least - end
+        elif 1 - low > 1e-3:
+            ratio = (1 - low ** (1 / p)) / (1 - low ** (1 + 1 / p))  # b / a
+            a = ((p + 1) * ratio * ((p + 1) / p) ** p) ** (1 / p)
+            b = ratio * a
+        else:
+            a, b = 1 + 1 / p, 1 / p
+        steps.append((a, b))
+        low = min((a - b) ** p, low * (a - b * low) ** p, 1.0)
+    return tuple(steps)
+
+
+def scaled_newton_root(S: Tensor, damping: Damping, p: int, condition: float) -> Root:
+    """Return inverse roots by the iteration of :func:`newton_root` with the best coefficients for the known condition:
+    half as many steps, and nothing is asked on the way, so that what did not converge is known by its residual alone.
+
+    Args:
+        condition: finite, at least that of the damped matrices.
+
+    Cost: as there, for 10 steps (p = 4, a condition of 1e6) in place of 21.
+    """
+    largest = largest_eigenvalue(S)
+    shift = damping(largest)
+    size = largest + shift
+    top = torch.where(size > 0, largest / POWER_ACCURACY + shift, 1)  # at least the largest eigenvalue
+    M = S * top.reciprocal().to(S.dtype).view(-1, 1, 1)
+    M.diagonal(dim1=1, dim2=2).add_((shift / top).to(S.dtype).unsqueeze(1))
+    H: Tensor | None = None
+    for a, b in scaled_steps(POWER_ACCURACY / condition, p, 8 * torch.finfo(S.dtype).eps):
+        step = M * -b
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        M = torch.bmm(torch.linalg.matrix_power(step, p), M)
+        H = step if H is None else torch.bmm(H, step)
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    H = eye if H is None else H * top.pow(-1 / p).to(S.dtype).view(-1, 1, 1)
+    H = torch.where((size > 0).view(-1, 1, 1), H, eye)
     return Root(H, shift, size, torch.where(shift > 0, size / shift, math.inf))
 
 
