@@ -29,11 +29,13 @@ from caspr_cli.optim.roots import probe_vectors
 
 optimizers: Any = import_module("torch.optim.optimizer")  # torch.optim hides it
 
-VIEWS = frozenset(
-    ["view", "_unsafe_view", "slice", "select", "unbind", "split", "split_with_sizes", "expand", "transpose", "t", "permute", "unsqueeze", "squeeze", "diagonal", "detach", "alias", "as_strided", "reshape", "_reshape_alias", "chunk", "movedim", "unfold", "flatten", "mT", "lift_fresh", "view_as", "narrow"]
-)
-NOTHING = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "device", "record_stream"])
-WAITS = frozenset(["nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"])  # for the size of the result
+VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "permute",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze",
+    "view",
+}  # fmt: skip
+NOTHING = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+WAITS = {"nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}  # for the size of the result
 # Of a list of tensors one launch takes so many at once, by how many lists there are, and so many pieces of 65,536.
 TENSORS, PIECES, PIECE = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}, 320, 65536
 ALLOCATED = 512  # bytes that the allocator rounds to
@@ -44,12 +46,13 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.turn = 0
         self.answer = 0  # what the host reads of the device
         self._storages: dict[int, int] = {}
         self.reset()
 
     def reset(self) -> None:
+        self.turn += 1
         self.kernels: Counter[str] = Counter()  # launches by operation
         self.waits: Counter[str] = Counter()  # by reason and place
         self.views, self.flops, self.peak = 0, 0.0, self.live
@@ -81,7 +84,7 @@ class FakeGPU(TorchDispatchMode):
                 return op(*args, **kwargs)
         if there and name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
             self.wait(name)
-            return True if args[0].dtype == torch.bool or name in ("is_nonzero", "equal") else args[0].new_ones(1, device="cpu").item()
+            return 1.0 if args[0].is_floating_point() and name not in ("is_nonzero", "equal") else True
         if name in WAITS:
             self.wait(name)
         if name in ("index", "index_put_", "index_put") and any(_is_mask(i) for i in args[1]):
@@ -172,15 +175,16 @@ def _is_dense(x: Tensor) -> bool:
 
 
 class Event:
-    """An event of a stream that has always come to it."""
+    """An event of a stream."""
 
     gpu: FakeGPU
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._turn = self.gpu.turn
+
     def record(self, *args: Any) -> None: ...
-    def wait(self, *args: Any) -> None: ...
     def query(self) -> bool:
-        return True
+        return self.gpu.turn > self._turn  # the device has come to what was recorded before the last reset
 
     def synchronize(self) -> None:
         self.gpu.wait("event.synchronize")
