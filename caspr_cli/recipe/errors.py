@@ -87,7 +87,7 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     prefix = f"{where}." if where else ""
     owner = f"{where}={node.get('name')}" if where in ("optim", "task") and isinstance(node, DictConfig) else where
     what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
-    meant = [f"{k}.{name}" for k, v in keys.items() if isinstance(v, DictConfig) and name in v]
+    meant = [f"{k!s}.{name}" for k, v in keys.items() if isinstance(v, DictConfig) and name in v]
     if not (meant or nearest(name, names)):
         meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs and _has(keys, ours)]
     if meant:
