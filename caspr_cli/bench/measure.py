@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from caspr_cli import __version__
 from caspr_cli.bench.baselines import NEVER, Settings, bytes_of_state, enter, has_interval, make
 from caspr_cli.bench.gemm_bound import gemm_bound
 from caspr_cli.bench.shapes import ShapeSet
 from caspr_cli.bench.workload import Machine, Workload, workload_of
+from caspr_cli.common.packages import installed
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
@@ -66,7 +67,7 @@ class Row:
     dtype: str
     threads: int
     device: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]  # None: it is not installed
     refresh_ms: float | None = None  # from here on for CASPR alone: new roots for all blocks at once
     lapack_ms: float | None = None  # eigendecompositions of as many matrices of the same sizes
     refresh_ratio: float | None = None  # refresh_ms / lapack_ms
@@ -228,7 +229,7 @@ def blamed(name: str) -> Iterator[None]:
     """Turn whatever an optimizer, this project's or not, raises into one line that names it."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, ImportError):  # of the latter the console script says which extra brings it
         raise
     except Exception as error:
         why = (str(error).splitlines() or [""])[0]
@@ -243,7 +244,8 @@ def _row(one: Candidate, workload: Workload, settings: Settings, train: float, a
     mean, step = float(np.mean(seconds[:whole])), one.still.median
     bound = one.bound.median if one.bound else None
     parts = split(seconds, one.own.parts)
-    packages = ("torch", "pytorch-optimizer", "caspr-cli")
+    versions = {"python": platform.python_version(), "torch": installed("torch")}
+    versions |= {"pytorch-optimizer": installed("pytorch-optimizer"), "caspr-cli": __version__}
     return Row(
         optimizer=one.name,
         median_ms=1e3 * one.own.median,
@@ -265,7 +267,7 @@ def _row(one: Candidate, workload: Workload, settings: Settings, train: float, a
         dtype=str(workload.first.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        versions=versions,
     )
 
 

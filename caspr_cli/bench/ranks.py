@@ -173,15 +173,7 @@ def _rank(
     """Answer requests until the process is ended."""
     try:
         torch.set_num_threads(machine.threads or 1)
-        device = torch.device(machine.device, rank) if machine.device == "cuda" else torch.device("cpu")
-        if count > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=count,
-                timeout=datetime.timedelta(seconds=TIMEOUT),
-            )
+        device = joined(machine.device, rank, count, store)
         workload = workload_of(what, 1, getattr(torch, machine.dtype), device)
         optimizer = enter(name, workload.copies(), settings, settings.interval)
         assert isinstance(optimizer, KroneckerOptimizer)
@@ -204,6 +196,23 @@ def _rank(
     except Exception as error:
         traceback.print_exc()
         pipe.send(f"failed: {(str(error) or type(error).__name__).splitlines()[0]}")
+
+
+def joined(kind: str, rank: int, count: int, store: str) -> torch.device:
+    """Return the device of this rank, which is its own from now on, and meet the other ranks."""
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else every rank would take the first for what it sends
+    if count > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=count,
+            timeout=datetime.timedelta(seconds=TIMEOUT),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device
 
 
 def _facts(optimizer: KroneckerOptimizer, name: str, settings: Settings, machine: Machine) -> dict[str, Any]:

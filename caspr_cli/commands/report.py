@@ -22,6 +22,7 @@ from caspr_cli.common.format import count, listed, size
 from caspr_cli.common.streams import OK, console_script
 
 if TYPE_CHECKING:
+    from caspr_cli.report.logs import Found
     from caspr_cli.report.model import Run, Table
 
 WIDTH = 120  # where no terminal says its own
@@ -37,14 +38,31 @@ examples
   caspr-report compare                                   a table for each task of outputs/
   caspr-report compare outputs/c4_lm --baseline shampoo  every row against this one
   caspr-report compare --to report.html --to table.tex   a page with figures, a table for a paper
+  caspr-report trials outputs --to trials.svg            all trials, and figures of value by learning rate
   caspr-report curves outputs/c4_lm --to curves.svg      validation by step, mean and 95 % band over seeds
   caspr-report show outputs/c4_lm/caspr/4e9d1440/seed0   one record in words
   caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
   caspr-report unpack study.jsonl.gz --to outputs        directories again: caspr-train goes on from them
 
+  caspr-report compare --help                            your own logs: TensorBoard, CSV, W&B, MLflow
+
 PATHS are directories with records below them, or packs (default: outputs)
 exits    0 done   2 bad usage   130 interrupted
 """
+OWN_LOGS = """\
+your own logs
+  caspr-report compare --from tensorboard runs --metric val/loss --group optimizer
+  caspr-report compare --from csv lightning_logs --metric val_acc --group optimizer --seed seed --at best
+  caspr-report compare --from wandb export.csv --metric val/loss --names '{optimizer}-{seed}'
+  caspr-report compare --from mlflow mlruns --metric val/loss --group optimizer --tuned lr --to report.html
+
+A run is a folder of event files, a CSV (Lightning, Keras), a column or a line of an export of W&B, or a run of MLflow.
+Seeds are taken from hyperparameters and columns called seed, or from names, as adam_seed3; hyperparameters from
+TensorBoard's HPARAMS, hparams.yaml, params/, columns of W&B's table of runs, and names as lr=0.1. What is guessed is
+said. A run that ends before the others of its row counts as failed; of several values at one step the last counts.
+"""
+LOGS = ("metric", "group", "seed", "names", "step", "at", "higher")  # flags of _add_logs
+SOURCES = ("tensorboard", "csv", "wandb", "mlflow")
 
 
 def parser() -> Parser:
@@ -55,25 +73,29 @@ def parser() -> Parser:
     made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
     commands = made.add_subparsers(title="commands", metavar="command", dest="what")
 
-    def command(name: str, text: str) -> Parser:
-        one: Parser = commands.add_parser(name, help=text, description=text)
+    def command(name: str, text: str, more: str = "") -> Parser:
+        one: Parser = commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=raw)
         one.add_argument("paths", nargs="*", type=Path, metavar="PATHS", help="records or packs (default: outputs)")
         return one
 
-    compare = command("compare", "a table for each task: mean, interval, test, verdict")
+    compare = command("compare", "a table for each task: mean, interval, test, verdict", OWN_LOGS)
     profile = command("profile", "over all tasks: how often is a row near the fastest?")
+    trials = command("trials", "every trial, its value and what failed; figures of value against each tuned key")
     curves = command("curves", "validation over training, mean and 95-percent band over seeds")
-    command("list", "one line a record, the newest last")
+    listing = command("list", "one line a record, the newest last")
     command("show", "one record in words")
     pack = command("pack", "many records in one small file, to be read like a directory")
     unpack = command("unpack", "the records of packs as directories again")
     units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
     for one in (compare, profile, curves):
         one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
-        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
-                         "and those of searches)")  # fmt: skip
         one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
                          "target, once for each task; times are then read from the curves")  # fmt: skip
+    for one in (compare, profile, curves, trials):
+        one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
+                         "and those of searches)")  # fmt: skip
+    for one in (compare, profile, curves, trials, listing):
+        _add_logs(one)
     compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
     profile.add_argument("--unit", **units)
     curves.add_argument("--over", **units)
@@ -81,11 +103,30 @@ def parser() -> Parser:
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
         (curves, "FILE.svg", "the figure"),
+        (trials, "FILE", ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
         (pack, "FILE.jsonl.gz", "the pack"),
         (unpack, "DIRECTORY", "where the records go"),
     ):
         one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
     return made
+
+
+def _add_logs(one: Parser) -> None:
+    """Add the flags that say how logs of other programs are read."""
+    own = one.add_argument_group("your own logs (caspr-report compare --help has examples)")
+    own.add_argument("--from", dest="kind", choices=SOURCES, help="what PATHS hold, in place of records")
+    own.add_argument("--metric", metavar="NAME", help="as it was logged, as val/loss")
+    own.add_argument("--group", metavar="KEYS", type=keys, help="hyperparameters: a row for each value (default: "
+                     "the name of the run without its seed)")  # fmt: skip
+    own.add_argument("--seed", metavar="KEY", help="the hyperparameter that is the seed (default: seed, or the name's)")
+    own.add_argument("--names", metavar="PATTERN", help="how runs are called, as '{optimizer}/lr{lr}-{seed}'")
+    own.add_argument("--step", metavar="COLUMN", help="of a CSV (default: step, or else epoch)")
+    own.add_argument(
+        "--at", metavar="WHICH", type=at, help="the value that counts: end, best, or a step (default: end)"
+    )
+    for word in ("higher", "lower"):
+        own.add_argument(f"--{word}-is-better", dest="higher", action="store_const", const=word == "higher",
+                         help="in place of a guess from the metric's name")  # fmt: skip
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,12 +139,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.what is None:
         raise UserError("say what to do (caspr-report --help)")
     _check_files(args.what, getattr(args, "to", []))
+    args.kind = getattr(args, "kind", None)
+    if args.kind and not args.paths:
+        raise UserError(f"--from {args.kind}: name the folder or the files of the logs")
+    given = [flag for flag in LOGS if getattr(args, flag, None) is not None]
+    if given and not args.kind:
+        raise UserError(f"--{given[0].replace('higher', 'higher-is-better')}: only with --from ({', '.join(SOURCES)})")
     args.paths = args.paths or [Path("outputs")]
     return args
 
 
 def keys(text: str) -> list[str]:
     return [key.strip() for key in text.split(",") if key.strip()]
+
+
+def at(text: str) -> str | int:
+    if text not in ("end", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"should be end, best, or a step, but is {text}")
+    return int(text) if text.isdecimal() else text
 
 
 def target(text: str) -> tuple[str, float]:
@@ -122,7 +175,7 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
         if len(files) != 1 or files[0].is_file():
             raise UserError("unpack: name a directory with --to")
         return
-    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",)}.get(what, (".svg",))
+    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md")}.get(what, (".svg",))
     for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
@@ -140,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from caspr_cli.report import records
 
-    found = records.find(args.paths)
+    found = _logs(args) if args.kind else records.find(args.paths)
     for line in found.warnings[:SHOWN]:
         print(f"warning  {line}", file=sys.stderr)
     if len(found.warnings) > SHOWN:
@@ -148,6 +201,19 @@ def run(args: argparse.Namespace) -> None:
     if not found.runs:
         raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, found.runs)
+
+
+def _logs(args: argparse.Namespace) -> Found:
+    """Return the runs of other programs, and say what was guessed."""
+    from caspr_cli.report import logs
+
+    tuned = getattr(args, "tuned", None) or []
+    given = {flag: value for flag in LOGS if (value := getattr(args, flag)) is not None}
+    found = logs.find(args.paths, logs.Asked(args.kind, given.pop("metric", None), tuned=tuned, **given))
+    args.tuned = list(map(logs.key, tuned))
+    for line in found.notes:
+        print(f"note     {line}", file=sys.stderr)
+    return found
 
 
 def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -182,11 +248,12 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """Print and write what is made from tables: compare, profile, curves."""
+    """Print and write what is made from tables: compare, profile, curves, trials."""
     from caspr_cli.report import format
     from caspr_cli.report.compare import tables
 
-    made = tables(runs, baseline=args.baseline, tuned=args.tuned, wanted=dict(args.target))
+    asked = vars(args)
+    made = tables(runs, baseline=asked.get("baseline"), tuned=args.tuned, wanted=dict(asked.get("target", ())))
     quiet = args.what == "compare" and args.json
     out = sys.stderr if quiet else sys.stdout
     for line in () if quiet else _lines(args, runs, made):
@@ -201,12 +268,14 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 
 def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
-    if args.what == "compare":
-        from caspr_cli.report import terminal
+    from caspr_cli.report import terminal
 
-        yield from terminal.compared(made, runs, args.paths, shutil.get_terminal_size((WIDTH, 24)).columns)
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    if args.what == "compare":
+        yield from terminal.compared(made, runs, args.paths, width)
+    elif args.what == "trials":
+        yield from terminal.trials(made, width)
     elif args.what == "profile":
-        from caspr_cli.report import terminal
         from caspr_cli.report.profile import profile
 
         yield from terminal.profiled(profile(made, args.unit))
@@ -215,11 +284,11 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
     from caspr_cli.common.shape import printable
-    from caspr_cli.report import format
+    from caspr_cli.report import format, markdown
 
     command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
     writers: dict[str, Callable[[], str]] = {
-        ".md": lambda: format.as_markdown(made, command),
+        ".md": lambda: (markdown.trials if args.what == "trials" else markdown.compared)(made, command),
         ".tex": lambda: format.as_latex(made, command),
         ".csv": lambda: format.as_csv(made),
         ".json": lambda: format.as_json(made),
@@ -236,7 +305,7 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
         yield file, figures.profile(profile(made, args.unit))
     else:
-        from caspr_cli.report import figures, style
+        from caspr_cli.report import figures, sensitivity, style
 
         styles = style.styles(row.label for table in made for row in table.rows)
         parts = [(table.task, table.scale, table.data) for table in made]
@@ -244,7 +313,11 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
             more = (table.metric, (table.data_hash or "")[:8]) if parts.count(own) > 1 else ()
             what = re.sub(r"[^\w.-]", "_", "-".join([*own, *more]))
             name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
-            yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
+            if args.what == "trials":
+                yield name, sensitivity.by_rate(table, styles)
+                yield name.with_stem(f"{name.stem}-keys"), sensitivity.by_others(table, styles)
+            else:
+                yield name, figures.curves(table, over=getattr(args, "over", "steps"), styles=styles)
 
 
 @console_script

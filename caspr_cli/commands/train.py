@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.commands import new
+from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
@@ -64,10 +64,9 @@ tables   experiment={experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
-own      caspr-train new task NAME   new optimizer NAME: write a package that adds one
-tab      completion: eval "$(caspr-train -sc install=bash)"
+own      caspr-train new task NAME, new optimizer NAME   tab: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
-see      caspr-report --help   tensorboard --logdir outputs
+see      caspr-train help {topics}   caspr-report --help
 """
 
 
@@ -91,6 +90,7 @@ def usage() -> str:
         scales=listing("scale"),
         searches=", ".join(name for name in ours("search") if name != "none"),
         experiments=wrapped(ours("experiment")),
+        topics=" | ".join(topics.titles()),
     )
     others: dict[str, list[str]] = {}
     for kind, found in kinds.items():
@@ -101,8 +101,8 @@ def usage() -> str:
 
 
 def wrapped(names: Iterable[str]) -> str:
-    """Return names in lines of at most 100 columns, indented below the first."""
-    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 20).lstrip()
+    """Return names in lines of at most 100 columns, of which the first begins in column 20 and the others in 9."""
+    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 9).lstrip()
 
 
 @console_script
@@ -119,6 +119,9 @@ def main() -> int:
         new.main(argv[1:])
         return OK
     try:
+        if argv[:1] == ["help"]:
+            topics.show(argv[1:])
+            return OK
         named, argv = experiments(argv)
         if named:
             given = [word for word in argv if not word.startswith("plan=")]

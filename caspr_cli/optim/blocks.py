@@ -79,9 +79,9 @@ class Layout:
     def of(cls, shape: Shape, merge: str, block_size: int, axes: str = "all", batch_axes: int = 0) -> Layout:
         """
         Args:
-            axes: which of them have statistics. Where there is one axis it has, whatever this says. ``all``: those that
-                are not too long, see ``LONG``. ``row``: the second, of a matrix (more axes become two) whose first is
-                cut into parts of size one.
+            axes: which of them have statistics. ``none``: no axis. Otherwise, where there is one axis, it has. ``all``:
+                those that are not too long, see ``LONG``. ``row``: the second, of a matrix (more axes become two) whose
+                first is cut into parts of size one.
             batch_axes: the first so many count members, each of which is cut like a tensor of its own. They become one
                 axis in front, of size one in each block and without statistics.
         """
@@ -95,7 +95,13 @@ class Layout:
         if by_row or in_front:
             parts[0] = split_axis(merged[0], 1)
         last = slice(len(merged) - 1, None)
-        chosen = {"all": slice(in_front, None), "first": slice(in_front, in_front + 1), "last": last, "row": last}[axes]
+        chosen = {
+            "none": slice(0),
+            "all": slice(in_front, None),
+            "first": slice(in_front, in_front + 1),
+            "last": last,
+            "row": last,
+        }[axes]
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
         for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)

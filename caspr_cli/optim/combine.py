@@ -7,7 +7,10 @@ with the exponent e = 1/2 of Adagrad. Or e = 1, the product's as a Kronecker app
 (arXiv:2406.17748), of statistics in units in which their trace is 1 (see Stack.unit): U is then still of degree 0.
 
 Only axes that have statistics count: k is their number, and others are left as they are. For one axis both are
-S~^(-e) on it: with e = 1/2 full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix.
+S~^(-e) on it: with e = 1/2 full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix. For none, as
+with e = 0, U = G.
+
+After it, U may be replaced by its polar factor (:mod:`caspr_cli.optim.polar`).
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import math
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.graft import RMS
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.polar import matrix_shape, polar_factor
 from caspr_cli.optim.stacks import Stack
 
 
 def root_exponent(order: float, axes: int, exponent: float) -> int:
-    """p in A = S~^(-1/p): q / exponent for the sum, k / exponent for the product."""
+    """p in A = S~^(-1/p): q / exponent for the sum, k / exponent for the product, of k >= 1 axes."""
     roots = 1 if axes == 1 else axes if math.isinf(order) else int(order)
     return round(roots / exponent)
 
@@ -31,10 +36,13 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
     """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
     dtype = group["apply_dtype"] or X.dtype
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
-    if dtype == X.dtype:
-        return apply_roots(X, A, stack.axes, group["order"], out)
     low = X.to(dtype)
-    return X.copy_(apply_roots(low, A, stack.axes, group["order"], torch.empty_like(low)))
+    U = apply_roots(low, A, stack.axes, group["order"], out if low is X else torch.empty_like(low))
+    if group["polar"]:
+        U = polar_factor(U)
+        if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed
+            U = U * (RMS * max(matrix_shape(stack.shape)) ** 0.5)
+    return U if low is X else X.copy_(U)
 
 
 def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, out: Tensor) -> Tensor:
@@ -50,6 +58,8 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
     Cost for m x n blocks: 2 m n (m + n) FLOPs a pass, q passes (one for the product); 2 m n d for one axis of size d.
     """
     k = len(A)
+    if k == 0:
+        return G
     if k > 1 and axes[0] == 1:  # one member of a batch in each block
         inner = tuple(axis - 1 for axis in axes)
         return apply_roots(G.squeeze(1), A, inner, order, out.squeeze(1)).unsqueeze(1)

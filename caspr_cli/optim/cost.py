@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.polar import flops as polar_flops
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.symmetric import packed_length
 
@@ -39,14 +40,16 @@ def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
     """Return the FLOPs of an average step (2 per multiply-add): ``statistics``, ``roots``, ``apply``.
 
     For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
-    q for the application (once for a product); and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the roots. An axis without
-    statistics adds nothing to the sums.
+    q for the application (once for a product), and the polar factor; and ``EIGH_FLOPS`` (m^3 + n^3) / interval for the
+    roots. An axis without statistics adds nothing to the sums.
     """
     flops = {"statistics": 0.0, "roots": 0.0, "apply": 0.0}
     for group, _, sizes, shape, count in blocks_of(optimizer):
         size = 2.0 * count * math.prod(shape)
         flops["statistics"] += size * sum(packed_length(d) / d for d in sizes)
         flops["apply"] += passes(group["order"], len(sizes)) * size * sum(sizes)
+        if group["polar"]:
+            flops["apply"] += count * polar_flops(shape)
         flops["roots"] += EIGH_FLOPS * count * sum(d**3 for d in sizes) / group["interval"]
     return flops
 

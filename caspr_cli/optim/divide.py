@@ -88,6 +88,7 @@ class Division:
     shares: dict[Tensor, Layout] = field(default_factory=dict)  # of parameters that have owners, this rank's blocks
     transfers: dict[Tensor, TransferPlan] = field(default_factory=dict)  # of parameters that are divided by rows
     barrier: Barrier | None = None
+    _unchecked: list[Tensor] = field(default_factory=list)  # parameters that may differ between ranks
     _gathers: dict[torch.device, AllGatherBuffer] = field(default_factory=dict)
     _exchanges: dict[tuple[str, torch.device], AllToAllBuffer] = field(default_factory=dict)
 
@@ -103,10 +104,15 @@ class Division:
 
     # ---- owners
 
-    def divide(self, groups: list[Group], plans: list[Plan], state: Any, timeout: float) -> bool:
+    def divide(self, groups: list[Group], plans: list[Plan], state: Any, *, check: bool = True) -> bool:
         """Give each block an owner where there are several ranks, and return whether the state was cut to this rank's.
 
+        Args:
+            check: whether parameters are the same on all ranks, of those for which that has not been asked yet: a
+                collective operation.
+
         Raises:
+            ValueError: they are not.
             RuntimeError: the state is divided among another number of ranks.
         """
         if self.ranks not in (0, world_size()):
@@ -115,9 +121,14 @@ class Division:
             )
         shared = [group for group, plan in zip(groups, plans, strict=True) if is_shared(group, plan)]
         new = [(g, p) for g in shared for p in g["params"] if p not in self.shares and is_preconditioned(p, g)]
+        unowned = [p for _, p in new if p not in self.owners]
+        self._unchecked += unowned
+        if check and self._unchecked:
+            agree(self._unchecked)
+            self._unchecked = []
         if not new:
             return False
-        self._assign([p for _, p in new if p not in self.owners], groups, plans)
+        self._assign(unowned, groups, plans)
         rank = dist.get_rank()
         for group, p in new:
             mine = {s: [j for j, r in enumerate(ranks) if r == rank] for s, ranks in self.owners[p].items()}
@@ -129,14 +140,13 @@ class Division:
         for group, p in new:
             self._keep_own(state.get(p, {}), p, layout_of(p, group))
         self.ranks = world_size()
-        self.barrier = self.barrier or Barrier(timeout)
+        self.barrier = self.barrier or Barrier()
         return True
 
     def _assign(self, new: list[Tensor], groups: list[Group], plans: list[Plan]) -> None:
         """Choose owners for these parameters' blocks, beside what the ranks own already."""
         if not new:
             return
-        agree(new)
         loads = Loads(world_size())
         blocks: list[tuple[Tensor, Shape, Shape, tuple[int, int]]] = []
         for index, (group, plan) in enumerate(zip(groups, plans, strict=True)):

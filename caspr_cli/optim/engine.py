@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -23,12 +24,13 @@ from caspr_cli.optim.divide import Division, is_shared
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, without_removed
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
+from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.shard import world_size
-from caspr_cli.optim.stacks import Stack, build_stacks
+from caspr_cli.optim.stacks import Question, Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
 MOST_NAMED = 8  # parameters in a warning
@@ -44,7 +46,7 @@ class KroneckerOptimizer(Optimizer):
     #: Options that make a class what it is: no param group and no loaded state changes them.
     fixed: Mapping[str, Any] = types.MappingProxyType({})
 
-    #: Seconds that ``state_dict()`` waits for other ranks; read in the first step.
+    #: Seconds that ``state_dict()`` waits for other ranks.
     timeout: float = 300
 
     _has_warned_of_eps = False
@@ -59,7 +61,11 @@ class KroneckerOptimizer(Optimizer):
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
         self._plans: dict[int, Plan] = {}  # group index -> plan
         self._workspace = Workspace()
+        self._given: dict[tuple[Tensor, str], int] = {}  # counters of a GPU, as the host knows them
+        self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
+        self._told: set[Tensor] = set()  # parameters of which was warned
         self._division = division
+        self._gathered: tuple[int, dict[int, dict[str, Tensor]]] | None = None  # see consolidate_state_dict()
 
     # ---- param groups
 
@@ -142,7 +148,8 @@ class KroneckerOptimizer(Optimizer):
                 loss = closure()
         self._refuse_sparse()
         plans = self._plan()
-        if self._division.divide(self.param_groups, plans, self.state, self.timeout):
+        self._gathered = None
+        if self._division.divide(self.param_groups, plans, self.state):
             self._stacks.clear()
         given = self._gradients(plans)
         sharded = [grads for index, grads in given.items() if plans[index].sharded]
@@ -164,7 +171,7 @@ class KroneckerOptimizer(Optimizer):
                 steps.update_weights(x)
         if flight is not None:
             self._division.receive(flight)
-        if broken := {p for x in active for p in x.broken}:
+        if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
         return loss
 
@@ -204,17 +211,31 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[index]
         for p in grads:
             states.begin(self.state[p], p, group)
-        finite = Finite(grads, group, norms)
+        masked = is_masked(group, list(grads))
+        finite = Finite(grads, group, norms, self._workspace, ask=not masked)
         known = {p: self.state[p] for p in grads if p in plan.layouts}
         states.begin_counters(list(known.values()), group)
-        count, seen = (states.next_counts(known, name) for name in ("step", "gradients"))
+        states.count_there([self.state[p] for p in grads], next(iter(grads)).device, masked=masked)
+        count, seen = (states.next_counts(known, name, self._given) for name in ("step", "gradients"))
         stacks = self._stacks_of(index, group, plan, list(count))
         if count:
             self._keep_roots_of(root_options(group), group, stacks)
         shares = {p: self.share(p, group) for p in plan.layouts} if self._division.shares else plan.layouts
         shared = is_shared(group, plan)
         return steps.Inputs(
-            group, plan, self.state, stacks, shares, shared, grads, count, seen, finite, self._workspace, self.phase
+            group,
+            plan,
+            self.state,
+            stacks,
+            shares,
+            shared,
+            grads,
+            count,
+            seen,
+            finite,
+            masked,
+            self._workspace,
+            self.phase,
         )
 
     def _stacks_of(self, index: int, group: Group, plan: Plan, params: list[Tensor]) -> list[Stack]:
@@ -253,6 +274,17 @@ class KroneckerOptimizer(Optimizer):
             steps.refresh_roots(active)
         return active
 
+    def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
+        """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
+        if x.mask is None:
+            return x.broken
+        params, question = self._asked.get(index, ([], None))
+        self._asked[index] = list(x.grads), Question(~x.mask.finite)
+        answers = question.answer() if question is not None else []
+        broken = [p for p, yes in zip(params, answers, strict=True) if yes and p not in self._told]
+        self._told.update(broken)
+        return broken
+
     def _warn_of_gradients(self, broken: set[Tensor]) -> None:
         """Warn that the gradients of these parameters were not finite."""
         found = [
@@ -272,19 +304,20 @@ class KroneckerOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, and whole: where ranks share the work it holds the statistics and roots of all of them.
 
-        Then it is a collective operation, to be called on every rank. What it returns may be loaded by any number of
-        ranks.
+        Then it is a collective operation, to be called on every rank, unless :meth:`consolidate_state_dict` was called
+        since the last step. They are in the memory of the CPU. What it returns may be loaded by any number of ranks.
 
         Raises:
-            RuntimeError: not all ranks have called it within ``timeout``.
+            RuntimeError: not all ranks have called it within ``timeout``, or the state was gathered on another rank.
         """
         if not self._division.ranks:
             return super().state_dict()
-        if self._division.barrier is not None:
-            self._division.barrier.wait()
+        to, whole = self._gathered or (None, self._gather(None))
+        if to not in (None, dist.get_rank()):
+            raise RuntimeError(f"consolidate_state_dict() has gathered the state on rank {to}: call state_dict() there")
 
         def complete(_: Optimizer, content: dict[str, Any]) -> None:
-            for i, factors in states.whole_factors(self.state, self.param_groups, self._division.owners).items():
+            for i, factors in whole.items():
                 content["state"][i] = states.without_factors(content["state"].get(i, {})) | factors
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
@@ -293,12 +326,31 @@ class KroneckerOptimizer(Optimizer):
         finally:
             handle.remove()
 
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather what ranks have on one of them, in the memory of its CPU, where ``state_dict()`` returns it until the
+        next step without asking the others: a collective operation.
+
+        So that no other rank needs the memory. Lightning calls it, as it calls that of torch's ZeroRedundancyOptimizer.
+
+        Raises:
+            RuntimeError: not all ranks have called it within ``timeout``.
+        """
+        if self._division.ranks:
+            self._gathered = to, self._gather(to)
+
+    def _gather(self, to: int | None) -> dict[int, dict[str, Tensor]]:
+        """Return the factors of all ranks by parameter number, on one rank or on all."""
+        if self._division.barrier is not None:
+            self._division.barrier.wait(self.timeout)
+        return states.whole_factors(self.state, self.param_groups, self._division.owners, to)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with.
 
         torch casts every floating tensor of the state to its parameter's type (pytorch issue 43706), which
-        would round float32 factors of a bfloat16 parameter. Options come from the state, but for those that are not its
-        to say: see :func:`caspr_cli.optim.options.adopted`. Hooks of the user see what they see in torch: this
+        would round float32 factors of a bfloat16 parameter, and moves all of it to the parameter's device; of factors
+        only those of the blocks that this rank owns go there. Options come from the state, but for those that are not
+        its to say: see :func:`caspr_cli.optim.options.adopted`. Hooks of the user see what they see in torch: this
         acts on what the last of their pre-hooks gives, and before the first of their post-hooks. Moments of a
         parameter of ``fully_shard`` may be whole: each rank takes its rows.
 
@@ -310,10 +362,15 @@ class KroneckerOptimizer(Optimizer):
 
         def take(_: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
             given.append(states.accepted(content, self.param_groups, dict(self.fixed)))
-            return given[-1]
+            return given[-1] | {"state": {i: states.without_factors(s) for i, s in given[-1]["state"].items()}}
 
         def restore(_: Optimizer) -> None:
-            states.restore_types(self.state, given[-1], self.param_groups)
+            states.restore(self.state, given[-1], self.param_groups)
+            for p, group in states.params_of(self.param_groups):
+                states.count_as_before(self.state.get(p, {}), group, False)
+            if any(is_factor(name) for entries in self.state.values() for name in entries):
+                self._division.divide(self.param_groups, self._plan(), self.state, check=False)  # before it takes room
+            states.move(self.state)
 
         handles = [
             self.register_load_state_dict_pre_hook(take),

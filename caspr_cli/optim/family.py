@@ -26,7 +26,7 @@ else:  # their names, as a recipe has them
     LowDtype = Literal["bfloat16"]
 
 T = TypeVar("T")
-EXPONENTS = (0.5, 1.0)
+EXPONENTS = (0, 0.25, 0.5, 1)
 SMALLEST_EPS_FLOAT32 = 1e-6  # below it, the damping is lost in the rounding of float32 statistics
 
 
@@ -50,7 +50,7 @@ INSIDE = Range("should be above 0 and below 1", lambda value: 0 < value < 1)
 COUNT = Range("should be a positive integer", _is_count, 10**9)
 COUNT_OR_ZERO = Range("should be a positive integer or 0", lambda value: value == 0 or _is_count(value), 10**9)
 ORDER = Range("should be a positive integer or inf", lambda value: value == math.inf or _is_count(value), 100)
-EXPONENT = Range(f"should be {' or '.join(map(str, EXPONENTS))}", lambda value: value in EXPONENTS)
+EXPONENT = Range(f"should be one of {', '.join(map(str, EXPONENTS))}", lambda value: value in EXPONENTS)
 PAIR = Range("should be two numbers", lambda value: isinstance(value, (tuple, list)) and len(value) == 2)
 
 
@@ -168,10 +168,12 @@ class FullAdagradOptions:
         COUNT_OR_ZERO,
         in_recipe=False,  # the model says it, of a param group
     )
-    graft: Literal["adam", "rmsprop", "sgd", "none"] = option(
+    graft: Literal["adam", "rmsprop", "rms", "sgd", "none"] = option(
         "adam",
-        """method that lends each tensor its step length. With ``"adam"`` the learning rates of AdamW fit; ``"sgd"`` and
-        ``"none"`` need other ones.""",
+        """method that lends each tensor its step length. With ``"adam"`` the learning rates of AdamW fit. With
+        ``"rms"`` all updates have a root mean square of 0.2, about that of AdamW's, as in torch's Muon: use it to save
+        the second moment, 4 bytes a parameter. Until ``start_step`` it is the sign of the momentum times 0.2, and
+        AdamW has what is left to the graft method for good. ``"sgd"`` and ``"none"`` need other learning rates.""",
     )
     graft_eps: float = option(1e-8, "the eps of that method.", NOT_NEGATIVE)
     precondition: Literal["momentum", "gradient", False] = option(
@@ -254,10 +256,17 @@ class ShampooOptions(FullAdagradOptions):
     )
     exponent: float = option(
         0.5,
-        """e, the power of the statistics in the preconditioner: 1/2, as published, or 1, twice as much in every root.
+        """e, the power of the statistics in the preconditioner: 1/2, as published; 1, twice as much in every root; 1/4;
+        or 0, no statistics: with ``polar`` this is Muon.
         With 1 Shampoo is U = tr(L)^(1/2) L^(-1/2) G R^(-1/2), which takes L x R / tr(L) for the statistic of Adagrad
         (Morwani et al., arXiv:2406.17748); for order q A_i = S_i^(-1/q), and U times tr(S)^(1/2), undamped.""",
         EXPONENT,
+    )
+    polar: bool = option(
+        False,
+        """replace what the roots make of a block by its polar factor (five Newton-Schulz steps, as in Muon), of which
+        all singular values are about 1: no direction can then be overshot. Use it with ``nesterov=True`` and
+        ``betas=(0.95, 0.95)``. A tensor that is cut into blocks has that of each block.""",
     )
     precondition_1d: bool = option(
         False,

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from caspr_cli.optim.fsdp import local
 
-GRAFTS = ("adam", "rmsprop", "sgd", "none")
+RMS = 0.2  # of the entries of an update with graft="rms": about that of AdamW's (Liu et al., arXiv:2502.16982)
 
 
 # Between these, a Frobenius norm has neither lost squares at the lower end of float32 nor overflowed at the upper one.
@@ -35,6 +35,15 @@ def needs_second_moment(graft: str) -> bool:
     return graft in ("adam", "rmsprop")
 
 
+def graft_of(group: dict[str, Any], *, preconditioned: bool) -> str:
+    """Return the graft method of a tensor: AdamW has those that are left to it for good, where "rms" is of the others.
+
+    Args:
+        preconditioned: whether the tensor is, from ``start_step`` on.
+    """
+    return "adam" if group["graft"] == "rms" and not preconditioned else str(group["graft"])
+
+
 def update_second_moment(exp_avg_sq: list[Tensor], grads: list[Tensor], beta2: float) -> None:
     """v <- beta2 v + (1 - beta2) g^2."""
     torch._foreach_mul_(exp_avg_sq, beta2)
@@ -57,8 +66,11 @@ def direction(
             ``rmsprop`` (which does not); unused otherwise.
         steps: number of updates in ``exp_avg_sq``, for each tensor.
 
-    ``sgd`` and ``none`` are the momentum itself.
+    ``sgd`` and ``none`` are the momentum itself, ``rms`` is its sign times ``RMS``: no norm of a tensor is needed that
+    several ranks hold.
     """
+    if graft == "rms":
+        return list(torch._foreach_mul(torch._foreach_sign(momenta), RMS))
     if not needs_second_moment(graft):
         return momenta
     # In float16 eps is 0, and a zero gradient would be 0/0.
@@ -138,14 +150,14 @@ def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def diagonal_step(
-    params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any], *, nesterov: bool = False
+    params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any], graft: str, *, nesterov: bool = False
 ) -> None:
-    """Take a step of the graft method alone. With ``graft="adam"`` and no ``nesterov`` this is torch's own AdamW.
+    """Take a step of a graft method alone. With ``"adam"`` and no ``nesterov`` this is torch's own AdamW.
 
     Args:
         grads: what is here of them.
     """
-    (beta1, beta2), lr, graft = group["betas"], float(group["lr"]), group["graft"]
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
     exp_avg = [local(state[p]["exp_avg"]) for p in params]
     exp_avg_sq = [local(state[p]["exp_avg_sq"]) for p in params] if needs_second_moment(graft) else []
     counters = [state[p]["step"] for p in params]

@@ -21,7 +21,8 @@ _layout = lru_cache(maxsize=4096)(Layout.of)
 
 def layout_of(p: Tensor, group: Group) -> Layout:
     """Return how p is merged and cut."""
-    return _layout(tuple(p.shape), group["merge"], group["block_size"], group["axes"], group["batch_axes"])
+    axes = group["axes"] if group["exponent"] else "none"
+    return _layout(tuple(p.shape), group["merge"], group["block_size"], axes, group["batch_axes"])
 
 
 def is_preconditioned(p: Tensor, group: Group) -> bool:
@@ -72,6 +73,6 @@ def plan_key(group: Group) -> tuple[Any, ...]:
     return (
         *(group[name] for name in ("merge", "block_size", "axes", "batch_axes", "precondition_1d", "interval")),
         *(group[name] for name in ("root_dtype", "factor_dtype", "pack_roots", "damping")),
-        *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False),
+        *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["exponent"] == 0),
         *((id(p), p.shape, p.dtype) for p in group["params"]),
     )

@@ -18,6 +18,7 @@ from caspr_cli.optim.scatter import fill
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
 
+AT_ONCE = 2**22  # numbers in the statistics that are decomposed at once: bounds the memory
 LOWEST = -16.0  # decades: about the rounding of float64
 
 
@@ -68,12 +69,13 @@ def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
 
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     """Return the values that belong to axes, of all blocks whose roots are of a gradient."""
-    seen = stack.known
-    unit, eps, root_scale = stack.unit(group)[seen], damping_of(stack, group)[seen], stack.root_scale[seen]
+    seen, units, damping = stack.known.nonzero().flatten(), stack.unit(group), damping_of(stack, group)
     p = root_exponent(group["order"], len(stack.axes), group["exponent"])
     values: dict[str, list[Tensor]] = {"condition": [], "damping_share": [], "residual": [], "spectrum": []}
-    for place, d in enumerate(stack.sizes):
-        S, A = stack.statistics(place, seen, group), stack.root(place, seen, torch.float64)
+    parts = [(i, d, at) for i, d in enumerate(stack.sizes) for at in seen.split(max(1, AT_ONCE // (d * d)))]
+    for place, d, at in parts:
+        unit, eps, root_scale = units[at], damping[at], stack.root_scale[at]
+        S, A = stack.statistics(place, at, group), stack.root(place, at, torch.float64)
         eigenvalues, _ = eigendecomposition(S)
         lam = eigenvalues.double().clamp(min=0)
         shift = damping_shift(lam[:, -1], unit, eps, group["damping"])

@@ -19,14 +19,17 @@ from caspr_cli.optim.stacks import RowIndex, Stack
 
 ACCEPTED = 0.1  # residual of an accepted root, where rounding allows it
 MOST_RETRIES = 24  # times that damping is raised
-BATCH = 2**22  # numbers in the statistics that are decomposed at once, for each thread: bounds the memory
+# Numbers in the statistics that are decomposed at once, for each thread of a CPU, and on another device: bounds the
+# memory.
+BATCH, BATCH_ON_DEVICE = 2**22, 2**25
 
 Due = list[tuple[Stack, list[int]]]  # rows of a stack, ascending
 
 
 def refresh(due: Due, group: Group) -> None:
     """Compute the roots of these rows from their statistics, in place."""
-    room = most = torch.get_num_threads() * BATCH
+    on_cpu = due[0][0].scale.device.type == "cpu"
+    room = most = torch.get_num_threads() * BATCH if on_cpu else BATCH_ON_DEVICE
     batch: Due = []
     for stack, rows in due:
         size = sum(d * d for d in stack.sizes)

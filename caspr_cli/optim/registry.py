@@ -288,6 +288,8 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
     return _matrices_and_rest("soap", groups, matrix, **options)
 
 
+POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
+
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
     plugins.OPTIMIZERS,
     {
@@ -304,6 +306,13 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             _author,
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
+        "caspr_polar": Entry(
+            "CASPR, of which each update is replaced by its polar factor; Nesterov momentum as in Muon",
+            CASPRKeys,
+            _family("CASPR"),
+            POLAR,
+        ),
+        "shampoo_polar": Entry("the same of Shampoo", ShampooKeys, _family("Shampoo"), POLAR),
         "full_adagrad": Entry(
             "full-matrix Adagrad in blocks: what the others approximate (for small models)",
             FullAdagradKeys,

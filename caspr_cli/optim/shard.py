@@ -10,8 +10,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,14 +205,23 @@ def agree(params: list[Tensor]) -> None:
         ValueError: the same on all ranks.
     """
     words = [(tuple(p.shape), str(p.dtype), _content(p)) for p in params]
-    mine = hashlib.sha256(repr(words).encode()).hexdigest()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gathered(hashlib.sha256(repr(words).encode()).hexdigest(), params[0].device)
     if different := [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]:
         raise ValueError(
             f"parameters of rank {different[0]} are not those of rank 0, so ranks cannot share the work on them: "
             'wrap the model in DistributedDataParallel, or use shard="none" where ranks train different models'
         )
+
+
+def gathered(mine: object, device: torch.device) -> list[Any]:
+    """Return what each rank has given, in the order of ranks.
+
+    With NCCL it goes by this device: the current one is that of all ranks where nobody has set it.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def _content(p: Tensor) -> list[float]:
@@ -235,56 +244,70 @@ def summed(squares: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
 
 
 class Barrier:
-    """A barrier that raises an error if not all ranks come in time. Made by all ranks together."""
+    """A barrier that raises an error if not all ranks come in time. Ranks make theirs in the same order.
 
-    def __init__(self, timeout: float) -> None:
-        self._world, self._timeout = dist.group.WORLD, datetime.timedelta(seconds=timeout)
-        # A group of its own, so that no other collective of a rank is taken for its arrival.
-        self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout) if dist.is_gloo_available() else None
+    They meet in the store in which they met first, so it needs no network but the one that is there.
+    """
 
-    def wait(self) -> None:
+    def __init__(self) -> None:
+        self._world, self._store = dist.group.WORLD, dist.distributed_c10d._get_default_store()
+        self._rank, self._ranks, self._round = dist.get_rank(), dist.get_world_size(), 0
+        self._name = f"caspr/{self._store.add(f'caspr/barriers/{self._rank}', 1)}"
+
+    def wait(self, timeout: float) -> None:
         """Wait until all ranks have come.
 
         Raises:
-            RuntimeError: a rank does not come in time, or is gone; gloo's words for it are in the message.
+            RuntimeError: a rank does not come within ``timeout`` seconds, or the store is gone.
         """
-        if self._group is None or self._world is not dist.group.WORLD:
+        if self._world is not dist.group.WORLD:
             return
+        self._round += 1
+        everyone = f"{self._name}/all/{self._round}"
+        self._store.set(self._mark(self._rank), str(self._round))
+        if self._store.add(f"{self._name}/come", 1) == self._ranks * self._round:
+            self._store.set(everyone, "")
         try:
-            dist.monitored_barrier(self._group, timeout=self._timeout)
+            self._store.wait([everyone], datetime.timedelta(seconds=timeout))
         except RuntimeError as error:
+            missing = ", ".join(str(rank) for rank in range(self._ranks) if not self._has_come(rank))
+            self._store.add(f"{self._name}/come", -1)  # it may be tried again
+            self._round -= 1
             raise RuntimeError(
                 "state_dict() gathers what ranks have: call it on every rank, also where only one of them saves "
-                f'(or use shard="none"). {error}'
+                f'(or use shard="none"). After {timeout:g} s timed out waiting for rank {missing}'
             ) from error
+
+    def _mark(self, rank: int) -> str:
+        return f"{self._name}/rank/{rank}"
+
+    def _has_come(self, rank: int) -> bool:
+        mark = self._mark(rank)
+        return bool(self._store.check([mark])) and int(self._store.get(mark)) >= self._round
 
 
 Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]
 
 
-def collect(mine: Entries, devices: dict[int, torch.device]) -> list[Entries]:
-    """Return what each rank holds, on all ranks, by one broadcast for each parameter and owner.
+def collected(mine: Entries, devices: dict[int, torch.device]) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """Yield a parameter's number, a rank, and what that rank holds of the parameter, on all ranks: one broadcast each.
+
+    So no device has more at once than one rank has of one parameter.
 
     Args:
-        mine: what this rank holds; tensors of one parameter are sent together.
+        mine: what this rank holds.
         devices: of each parameter.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    heads: list[Any] = [None] * ranks
-    dist.all_gather_object(
-        heads, {i: {name: (tuple(x.shape), x.dtype) for name, x in named.items()} for i, named in mine.items()}
-    )
-    everyone: list[Entries] = []
-    for owner, head in enumerate(heads):
-        entries: Entries = defaultdict(dict)
-        for i, named in head.items():
+    own = {i: {name: (tuple(x.shape), x.dtype) for name, x in named.items()} for i, named in mine.items()}
+    heads = gathered(own, next(iter(devices.values())))
+    for i in sorted(set().union(*heads)):
+        for owner in (r for r, head in enumerate(heads) if i in head):
             ends = [0] * ranks
-            slots = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in named.items()}
+            slots = {name: _next(ends, owner, shape, dtype) for name, (shape, dtype) in heads[owner][i].items()}
             buffer = torch.empty(ends[owner], dtype=torch.uint8, device=devices[i])
             if owner == rank:
                 for name, slot in slots.items():
                     slot.view(buffer, 0).copy_(mine[i][name])
             dist.broadcast(buffer, src=owner)
-            entries[i] = {name: slot.view(buffer, 0) for name, slot in slots.items()}
-        everyone.append(dict(entries))
-    return everyone
+            yield i, owner, {name: slot.view(buffer, 0) for name, slot in slots.items()}

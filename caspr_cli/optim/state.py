@@ -12,10 +12,10 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.fsdp import distribute, is_sharded
-from caspr_cli.optim.graft import needs_second_moment
+from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate
 from caspr_cli.optim.plan import is_preconditioned, layout_of
-from caspr_cli.optim.shard import collect
+from caspr_cli.optim.shard import collected
 from caspr_cli.optim.stacks import check_factors, is_factor
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
@@ -31,6 +31,18 @@ def counter(value: Tensor | float = 0) -> Tensor:
     return torch.as_tensor(value).to("cpu", torch.float32)
 
 
+def count_there(states: list[State], device: torch.device, *, masked: bool) -> None:
+    """Have the counters where the step changes them: on a GPU where it is not waited for (see `masked`)."""
+    if device.type == "cpu" and not masked:
+        return
+    where = device if masked else torch.device("cpu")
+    for state in states:
+        if masked:
+            state.setdefault("skipped", counter())
+        names = [name for name in COUNTERS if name != "updates" and name in state and state[name].device != where]
+        state |= {name: state[name].to(where) for name in names}
+
+
 def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
     """Yield each parameter with its group, in the order of a state_dict."""
     return ((p, group) for group in groups for p in group["params"])
@@ -38,7 +50,8 @@ def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
 
 def begin(state: State, p: Tensor, group: Group) -> None:
     """Make the entries that every step needs, where they are not there."""
-    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(group["graft"]) else ("exp_avg",)
+    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if group["graft"] == "rms" else group["graft"]
+    needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(graft) else ("exp_avg",)
     if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
         state["step"] = counter()
         state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
@@ -56,10 +69,24 @@ def begin_counters(states: list[State], group: Group) -> None:
                 state[name] = counter()
 
 
-def next_counts(states: dict[Tensor, State], name: str) -> dict[Tensor, int]:
-    """Return what this counter of each state will be after the step. All are read at once: there may be thousands."""
-    values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
-    return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+def next_counts(states: dict[Tensor, State], name: str, given: dict[tuple[Tensor, str], int]) -> dict[Tensor, int]:
+    """Return what this counter of each state will be after the step. All are read at once: there may be thousands.
+
+    Those on a GPU are read once, and what was left out is added: from then on ``given`` counts.
+    """
+    if next((state[name].device.type for state in states.values()), "cpu") == "cpu":
+        values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
+        return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+    if unread := {p: state for p, state in states.items() if (p, name) not in given}:
+        sums = torch.stack(
+            [
+                torch.stack([state[name] for state in unread.values()]),
+                torch.stack([state["skipped"] for state in unread.values()]),
+            ]
+        ).sum(0)
+        given |= {(p, name): int(value) for p, value in zip(unread, sums.cpu().tolist(), strict=True)}
+    given |= {(p, name): given[p, name] + 1 for p in states}
+    return {p: given[p, name] for p in states}
 
 
 def count_as_before(state: State, group: Group, owned: bool) -> None:
@@ -124,14 +151,21 @@ def _is_whole(name: str, value: object, p: Tensor) -> bool:
     return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
 
 
-def restore_types(state: Any, content: Content, groups: list[Group]) -> None:
-    """Give factors and counters of a loaded state the types that they were saved with, which torch has changed."""
+def restore(state: Any, content: Content, groups: list[Group]) -> None:
+    """Put the factors of a loaded state, which torch has not seen, and its counters, whose type torch has changed, into
+    the optimizer's. Factors stay where they are."""
     for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=True):
         for name, value in content["state"].get(i, {}).items():
             if is_factor(name):
-                state[p][name] = value.to(p.device)
+                state[p][name] = value
             elif name in COUNTERS:
                 state[p][name] = counter(value)
+
+
+def move(state: Any) -> None:
+    """Move factors to the device of their parameter."""
+    for p, entries in state.items():
+        entries |= {name: value.to(p.device) for name, value in entries.items() if is_factor(name)}
 
 
 def without_factors(state: State) -> State:
@@ -140,19 +174,26 @@ def without_factors(state: State) -> State:
 
 
 def whole_factors(
-    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]]
+    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]], to: int | None
 ) -> dict[int, dict[str, Tensor]]:
-    """Return the factors of all ranks, of each parameter that has owners, by its number: a collective operation."""
+    """Return the factors of all ranks, of each parameter that has owners, by its number, in the memory of the CPU: a
+    collective operation.
+
+    Args:
+        to: the rank that wants them; None: all do. Others get nothing.
+    """
     everyone = dict(enumerate(params_of(groups)))
     mine = {
         i: {k: v for k, v in state.get(p, {}).items() if is_factor(k)} for i, (p, _) in everyone.items() if p in owners
     }
     whole: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for rank, entries in enumerate(collect(mine, {i: p.device for i, (p, _) in everyone.items()})):
-        for i, named in entries.items():
-            p, group = everyone[i]
-            for name, rows in named.items():
-                ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
-                blank = rows.new_empty(len(ranks), *rows.shape[1:])
-                whole[i].setdefault(name, blank)[[j for j, r in enumerate(ranks) if r == rank]] = rows
+    for i, owner, named in collected(mine, {i: p.device for i, (p, _) in everyone.items()}):
+        if to not in (None, dist.get_rank()):
+            continue
+        p, group = everyone[i]
+        for name, rows in named.items():
+            ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
+            if name not in whole[i]:
+                whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
+            whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()
     return whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -27,14 +28,16 @@ from caspr_cli.tasks.registry import CONFS
 
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
-    "seed", "resume", "output_dir", "search.trials", "search.rerank", "search.extend",
+    "seed", "resume", "output_dir", "horizon", "search.trials", "search.rerank", "search.extend",
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
+LONGEST_NAME = 60  # characters, of what is readable in it
 UNTUNED = "default"  # the trial that is none
 # Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
 # the name, so that those records are found again.
 CAME_LATER = {
-    "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.adamw_lr_scale": 1.0,
+    "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.polar": False,
+    "optim.adamw_lr_scale": 1.0,
 }  # fmt: skip
 
 
@@ -211,6 +214,23 @@ def identity(recipe: Recipe) -> str:
     if isinstance(recipe.optim, KroneckerConf):  # records that were made with these keys are found again, too
         plain["optim"] |= REMOVED
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def readable(recipe: Recipe) -> str:
+    """Return the values of the optimizer that are not its defaults, and the identity: ``lr0.006-polar-3f2a91c0``."""
+    own, given = to_plain(OPTIMIZERS[recipe.optim.name]()), to_plain(recipe.optim)
+    words = [_word(key, value) for key, value in given.items() if value != own[key]]
+    text = re.sub(r"[^\w.+-]", "", "-".join(words))
+    if len(text) > LONGEST_NAME:
+        text = text[:LONGEST_NAME].rpartition("-")[0] + "-more"
+    return f"{text}-{identity(recipe)}" if text else identity(recipe)
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return key if value else f"no_{key}"
+    numbers = value if isinstance(value, list) else [value]
+    return key + "_".join(f"{v:.3g}".replace("e-0", "e-") if isinstance(v, float) else str(v) for v in numbers)
 
 
 def options(conf: TaskConf | OptimConf) -> dict[str, Any]:

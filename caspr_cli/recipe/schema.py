@@ -153,6 +153,8 @@ class Recipe:
     # of the search, from 0; best: the one that ended best in validation; top1, top2, ...: those that ended best at the
     # tuning seed; default: none, but the optimizer's own values
     trial: int | str | None = None
+    # null, or so many steps: a shorter run, of the trial that is chosen for trainer.max_steps
+    horizon: int | None = None
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"

@@ -12,6 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
+from caspr_cli.report.horizon import HORIZON, with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -153,12 +154,16 @@ def _table(
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
-    rows = []
+    rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        for untuned in (False, True):
-            part = [run for run in own if (UNTUNED in run.config.items()) == untuned]
-            rows += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+        whole = [run for run in own if run.config.get(HORIZON) is None] or own
+        parts = [[run for run in whole if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
+        rows += [_row(name, group, keys, higher, target) for part in parts for group in grouped(part, keys)]
+        part = [run for run in own if run.config.get(HORIZON) is not None]
+        if whole is not own:
+            shorter += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+    rows = with_own_schedules(rows, shorter, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []
@@ -200,7 +205,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         steps_to_target=median([step for step, _ in times]),
         seconds_to_target=median([seconds for _, seconds in times]),
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of(selection.scores, higher_is_better=higher),
+        best_of=stats.best_of([*selection.scores.values()], higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
         tuned=tuned,
@@ -208,6 +213,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         duplicates=duplicates,
         selecting=selection.seeds,
         unscored=selection.left_out,
+        scores=selection.scores,
     )
 
 

@@ -23,9 +23,9 @@ from caspr_cli.report.selection import (
     settings,
     values_of,
 )
+from caspr_cli.report.trials import edges, why
 
 FEW = 3  # a mean over fewer seeds gets a warning
-EDGE = 3  # so many values make a range
 BOUNDED = ("accuracy", "map")  # metrics from 0 to 1
 
 
@@ -68,18 +68,11 @@ def _unfinished(row: Row) -> Iterator[str]:
         states = ", ".join(f"{n} {state}" for state, n in row.budget.items())
         yield f"{row.label}: no run is done with a finite value (trials: {states})"
         return
-    if bad := [f"{run.seed} ({_why(run)})" for run in row.runs if run.final is None]:
+    if bad := [f"{run.seed} ({why(run)})" for run in row.runs if run.final is None]:
         counted = f"{row.n} of {len(row.runs)} seeds count"
         yield f"{row.label}: {counted}: not seed {listed(bad)}; the mean is over the others"
     if going := [f"{run.seed} ({run.state})" for run in row.selected.runs if not run.ended]:
         yield f"{row.label}: not finished: seed {listed(going)}"
-
-
-def _why(run: Run) -> str:
-    if run.state == DONE:
-        return "not finite"
-    error = str(run.status.get("error") or "").partition("\n")[0]
-    return f"failed: {error[:60]}{'...' * (len(error) > 60)}" if error else "failed"
 
 
 def _selected_oddly(row: Row) -> Iterator[str]:
@@ -153,14 +146,10 @@ def _duplicates(row: Row) -> Iterator[str]:
 
 def _edges(row: Row) -> Iterator[str]:
     """Yield selected values that are the smallest or largest of those tried."""
-    for key in row.tuned if row.selected else ():
-        values = [trial.values[key] for trial in row.trials if key in trial.values and any(r.ended for r in trial.runs)]
-        tried = sorted({v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)})
-        best = row.selected.values.get(key) if row.selected else None
-        if len(tried) >= EDGE and best in (tried[0], tried[-1]):
-            end = "smallest" if best == tried[0] else "largest"
-            span = f"{len(tried)} tried ({plain(tried[0])} to {plain(tried[-1])})"
-            yield f"{row.label}: {setting(key, best)} is the {end} of {span}: beyond it may be better"
+    for key, end, tried in edges(row):
+        best = setting(key, tried[0 if end == "smallest" else -1])
+        span = f"{len(tried)} tried ({plain(tried[0])} to {plain(tried[-1])})"
+        yield f"{row.label}: {best} is the {end} of {span}: beyond it may be better"
 
 
 def _beyond(row: Row) -> bool:

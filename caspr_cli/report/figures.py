@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from textwrap import fill
@@ -52,10 +52,10 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
     unit, scale = ("steps", 1.0) if over == "steps" else _unit(max(c.seconds[-1] for c in shown if c.seconds))
     xs = {c.label: [x / scale for x in (c.steps if over == "steps" else c.seconds or ())] for c in shown}
     with drawing():
-        figure, axes = _axes(table.metric, unit)
+        figure, axes = axes_of(table.metric, unit)
         for c in shown:
             marker = "o" if len(c.steps) == 1 else None
-            axes.plot(xs[c.label], c.mean, **_drawn(styles[c.label]), marker=marker, markersize=4, zorder=3)
+            axes.plot(xs[c.label], c.mean, **drawn(styles[c.label]), marker=marker, markersize=4, zorder=3)
             if c.low is not None and c.high is not None:
                 alpha = 0.16 if len(shown) <= LABELLED else 0.08
                 axes.fill_between(xs[c.label], c.low, c.high, color=styles[c.label].colour, alpha=alpha, linewidth=0)
@@ -68,12 +68,12 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
         more = {c.label: ", not finished" if not c.finished else ", n = 1" if c.n == 1 else "" for c in shown}
         _labelled(figure, axes, [(c.label, xs[c.label][-1], c.mean[-1]) for c in shown], styles, more)
         missing = [row.label for row in table.rows if row.label not in xs]
-        _note(axes, "no curve" if over == "steps" else "times unknown", missing)
+        note(axes, "no curve" if over == "steps" else "times unknown", missing)
         ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
-        return _svg(figure, table, f"curves {over}", f"{table.metric} on {table.task} over {over}. {ends}")
+        return svg_of(figure, table, f"curves {over}", f"{table.metric} on {table.task} over {over}. {ends}")
 
 
-def _drawn(style: Style) -> dict[str, Any]:
+def drawn(style: Style) -> dict[str, Any]:
     return {"color": style.colour, "linestyle": style.dash, "linewidth": 1.6}
 
 
@@ -88,7 +88,7 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
     low, high = window(ends, wanted, higher=table.higher_is_better)
     if table.target is not None and low - 0.5 * (high - low) < table.target < high + 0.5 * (high - low):
         low, high = window(ends, [*wanted, table.target], higher=table.higher_is_better)
-    return _with_near([edge for c in finished if c.low and c.high for edge in (c.low[-1], c.high[-1])], low, high)
+    return with_near([edge for c in finished if c.low and c.high for edge in (c.low[-1], c.high[-1])], low, high)
 
 
 def _first(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
@@ -126,11 +126,7 @@ def _labelled(
     names = {label: f"{label}{more.get(label, '')}{outside[label]}" for label in outside}
     longest = max(map(len, names.values()))
     if len(ends) > LABELLED or longest > LONGEST_LABEL:
-        columns = 1 if longest > 36 else 2 if longest > 14 else 3
-        wrapped = [fill(name, 80) for name in names.values()]
-        figure.set_figheight(HEIGHT + 0.17 * math.ceil(sum(name.count("\n") + 1 for name in wrapped) / columns))
-        handles = [Line2D([], [], **_drawn(styles[label])) for label in names]
-        figure.legend(handles, wrapped, loc="outside lower left", ncols=columns, fontsize=8, handlelength=3)
+        legend(figure, names, styles)
         return
     wished = [min(max((y - low) / (high - low), 0.0), 1.0) for _, _, y in ends]
     places = apart([1 - w for w in wished] if axes.yaxis_inverted() else wished, 0.062, 0.0, 1.0)
@@ -143,6 +139,19 @@ def _labelled(
         )  # fmt: skip
 
 
+def legend(
+    figure: Figure, names: Mapping[str, str], styles: Styles, drawn: Callable[[Style], dict[str, Any]] = drawn
+) -> None:
+    """Write the names of lines under the axes, by label, and make room for them."""
+    longest = max(map(len, names.values()))
+    columns = 1 if longest > 36 else 2 if longest > 14 else 3
+    wrapped = [fill(name, 80) for name in names.values()]
+    lines = math.ceil(sum(name.count("\n") + 1 for name in wrapped) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * lines)
+    handles = [Line2D([], [], **drawn(styles[label])) for label in names]
+    figure.legend(handles, wrapped, loc="outside lower left", ncols=columns, fontsize=8, handlelength=3)
+
+
 def intervals(table: Table, styles: Styles | None = None) -> str:
     """Draw mean and 95 % interval of each row, with single seeds, and the interval of the baseline as a strip."""
     rows = [row for row in table.rows if row.mean is not None]
@@ -151,12 +160,12 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
     styles = styles or styles_for(row.label for row in table.rows)
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
     edges = [edge for row in rows for edge in (row.ci_low, row.ci_high, *(run.final for run in row.runs))]
-    low, high = _with_near([edge for edge in edges if edge is not None], low, high)
+    low, high = with_near([edge for edge in edges if edge is not None], low, high)
     labels = [fill(f"{row.label} (n\u00a0=\u00a01)" if row.n == 1 else row.label, 28) for row in table.rows]
     lines = max(label.count("\n") + 1 for label in labels)
     room = len(table.rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
     with drawing():
-        figure, axes = _axes("", table.metric, height=0.75 + room)
+        figure, axes = axes_of("", table.metric, height=0.75 + room)
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
@@ -167,12 +176,12 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        _note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
+        note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
         means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r)} (n = {r.n})" for r in table.rows)
-        return _svg(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
+        return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
 
 
-def _with_near(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
+def with_near(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
     """Return the range, extended to those values that are not far outside."""
     room, margin = 0.5 * (high - low), 0.03 * (high - low)
     near = [value for value in values if low - room <= value <= high + room]
@@ -202,22 +211,22 @@ def best_of(table: Table, styles: Styles | None = None) -> str:
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
     with drawing():
-        figure, axes = _axes(f"best {table.metric}", "trials")
+        figure, axes = axes_of(f"best {table.metric}", "trials")
         for row in rows:
             trials = range(1, len(row.best_of) + 1)
-            axes.plot(trials, row.best_of, **_drawn(styles[row.label]), marker="o", markersize=3)
+            axes.plot(trials, row.best_of, **drawn(styles[row.label]), marker="o", markersize=3)
         wanted = [median(row.best_of[0] for row in rows)]
         axes.set_ylim(window([row.best_of[-1] for row in rows], wanted, higher=table.higher_is_better))
         axes.set_xlim(1, max(len(row.best_of) for row in rows))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _labelled(figure, axes, [(row.label, len(row.best_of), row.best_of[-1]) for row in rows], styles)
-        _note(axes, "fewer than two trials", [row.label for row in table.rows if len(row.best_of) < 2])
+        note(axes, "fewer than two trials", [row.label for row in table.rows if len(row.best_of) < 2])
         ends = "; ".join(
             f"{row.label} {number(row.best_of[0])} after 1, {number(row.best_of[-1])} after {len(row.best_of)}"
             for row in rows
         )
         alt = f"Expected best {table.metric} on {table.task} by number of trials. {ends}"
-        return _svg(figure, table, "trials", alt)
+        return svg_of(figure, table, "trials", alt)
 
 
 def profile(found: Profile, styles: Styles | None = None) -> str:
@@ -226,12 +235,12 @@ def profile(found: Profile, styles: Styles | None = None) -> str:
         return ""
     styles = styles or styles_for(found.ratios)
     with drawing():
-        figure, axes = _axes(f"share of {count(len(found.tasks), 'task')}", f"{found.unit} to target / fastest")
+        figure, axes = axes_of(f"share of {count(len(found.tasks), 'task')}", f"{found.unit} to target / fastest")
         for place, label in enumerate(found.scores):
             ratios = found.ratios[label]
             x = [1.0, *sorted(ratio for ratio in ratios if 1 < ratio <= LONGEST), LONGEST]
             width = min(1.4 + 0.6 * (len(found.scores) - 1 - place), 5)  # of lines that coincide all are seen
-            how = _drawn(styles[label]) | {"drawstyle": "steps-post", "linewidth": width}
+            how = drawn(styles[label]) | {"drawstyle": "steps-post", "linewidth": width}
             axes.plot(x, [rho(ratios, tau) for tau in x], **how)
         axes.set_xlim(1, LONGEST)
         axes.set_ylim(0, 1.03)
@@ -241,21 +250,22 @@ def profile(found: Profile, styles: Styles | None = None) -> str:
         return to_svg(figure, f"profile {found.unit}", alt)
 
 
-def _axes(y: str, x: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+def axes_of(y: str, x: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot(xlabel=x, ylabel=y, axisbelow=True)
     return figure, axes
 
 
-def _svg(figure: Figure, table: Table, what: str, alt: str) -> str:
+def svg_of(figure: Figure, table: Table, what: str, alt: str) -> str:
     return to_svg(figure, f"{table.task} {table.scale} {table.data} {table.metric} {what}", alt)
 
 
-def _note(axes: Axes, what: str, labels: Sequence[str]) -> None:
+def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
     """Write a line under the axis, if it is about any row; many or long labels are only counted."""
     named = listed(labels)
+    named = named if len(what) + len(named) < 80 else count(len(labels), "row")
     if labels:
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named if len(named) < 60 else count(len(labels), 'row')}")
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{what}: {named}")
 
 
 def _unit(longest: float) -> tuple[str, float]:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caspr_cli.common.format import duration, finite
+from caspr_cli.common.format import count, duration, finite, listed
 from caspr_cli.common.selection import AGAIN
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import render, stats
 from caspr_cli.report.model import Difference, Row, Table
-from caspr_cli.report.render import markdown_text
 from caspr_cli.report.selection import settings
 from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
 
@@ -206,6 +205,8 @@ def columns(table: Table) -> list[Column]:
             Column(f"steps to {table.target:g}", steps_to_target, 1),
             Column("time to it", lambda row: duration(row.seconds_to_target), 4),
         ]
+    if any(row.own_schedule for row in table.rows):
+        found.append(Column("own schedule", own_schedule, 1))
     return [*found, Column("trials", budget, 5)]
 
 
@@ -224,6 +225,15 @@ def steps_to_target(row: Row) -> str:
     return f"{row.steps_to_target:,.0f} ({of})"
 
 
+def own_schedule(row: Row) -> str:
+    """Return the steps of the shortest whole run that reached the target, and how many lengths were tried."""
+    own = row.own_schedule
+    if own is None:
+        return "-"
+    lengths = count(len(own.tried), "length")
+    return f"not reached in {lengths}" if own.steps is None else f"{own.steps:,} ({lengths})"
+
+
 def budget(row: Row) -> str:
     """Return the number of trials, how many of them are not done, and how many runs of the best came after them."""
     if row.untuned:
@@ -237,9 +247,22 @@ def budget(row: Row) -> str:
 
 def title(table: Table) -> str:
     better = "higher" if table.higher_is_better else "lower"
-    target = "" if table.target is None else f"; target {table.target:g}"
+    target = "" if table.target is None else f"; target {table.target:g}{_horizon(table)}"
     data = f"{table.data} data{f' {table.data_hash[:8]}' if table.data_hash else ''}"
-    return f"{table.task}, {table.scale} scale, {data}: {table.metric} at the end, {better} is better{target}"
+    named = f"{table.task}, {table.scale} scale, {data}" if (table.scale, table.data) != ("-", "-") else table.task
+    at = {str(run.result.get("at", "at the end")) for row in table.rows for run in row.runs if run.result}
+    return f"{named}: {table.metric} {listed(sorted(at)) if at else 'at the end'}, {better} is better{target}"
+
+
+def _horizon(table: Table) -> str:
+    """Return for which length the runs were planned, from whose curves steps to the target are read."""
+    given = [run.config.get("trainer.max_steps") for row in table.rows for run in row.runs]
+    lengths = sorted({int(steps) for steps in given if steps is not None})
+    named = listed([f"{steps:,}" for steps in lengths])
+    planned = f", steps to it read off a schedule of {named} steps" if lengths else ""
+    own = any(row.own_schedule for row in table.rows)
+    more = "; own schedule: the shortest whole run whose mean over the same seeds reaches it"
+    return f"{planned}{more if own else ''}"
 
 
 def baseline(table: Table) -> str:
@@ -296,6 +319,8 @@ def _entry(table: Table, row: Row) -> dict[str, Any]:
         "difference": found and found.value,
         "difference_low": found and found.low,
         "difference_high": found and found.high,
+        "own_schedule_steps": row.own_schedule and row.own_schedule.steps,
+        "own_schedule_seconds": row.own_schedule and row.own_schedule.seconds,
         "test_difference": test and test.value,
         "test_difference_low": test and test.low,
         "test_difference_high": test and test.high,
@@ -318,15 +343,6 @@ def as_csv(tables: Sequence[Table]) -> str:
     from pandas import DataFrame  # slow to import
 
     return render.csv(DataFrame(entries(tables), dtype=object))
-
-
-def as_markdown(tables: Sequence[Table], command: str) -> str:
-    parts = []
-    for table in tables:
-        parts.append(f"## {markdown_text(title(table))}\n\n{render.markdown(cells(table))}")
-        if table.warnings:
-            parts.append("\n".join(f"- {markdown_text(warning)}" for warning in table.warnings))
-    return "\n\n".join([*parts, f"{LEGEND}\n\n    {command}\n"])
 
 
 def as_latex(tables: Sequence[Table], command: str) -> str:

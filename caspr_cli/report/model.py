@@ -116,6 +116,20 @@ class Difference(Comparison):
 
 
 @dataclass(frozen=True)
+class OwnSchedule:
+    """The shortest run whose schedule ends where it reached the target, among whole runs of one recipe.
+
+    Args:
+        steps, seconds: of training; None if no length reached it, or the seconds are not known.
+        tried: the lengths that all seeds of the row were run with.
+    """
+
+    steps: int | None
+    seconds: float | None
+    tried: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a table: an optimizer, or a variant of it, tuned.
 
@@ -129,6 +143,8 @@ class Row:
         steps_to_target, seconds_to_target: medians over ``runs``, where one that did not reach the target is infinite;
             None where the median is infinite or there is no target.
         reached: how many of ``runs`` reached the target; None if there is none.
+        scores: the mean of each trial that was compared, by its place in ``trials``, over the seeds that all of them
+            share; None if one failed or is not finite.
         best_of: the expected validation of the best of k trials, for k = 1, 2, ...
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
         test_n: how many of the ``n`` have a test value.
@@ -138,6 +154,7 @@ class Row:
         duplicates: each run that does not count, and the one of the same trial and seed that does.
         selecting: the seeds by which the trial was selected; empty if there was nothing to choose.
         unscored: how many trials that ended have no run with these seeds.
+        own_schedule: None if no run of its settings is shorter.
     """
 
     task: str
@@ -168,6 +185,8 @@ class Row:
     duplicates: tuple[tuple[Run, Run], ...] = ()
     selecting: frozenset[int] = frozenset()
     unscored: int = 0
+    scores: dict[int, float | None] = field(default_factory=dict)
+    own_schedule: OwnSchedule | None = None
 
     @property
     def untuned(self) -> bool:

@@ -14,9 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from caspr_cli.common.format import count, listed
-from caspr_cli.report import answer, figures, format, profile, provenance, style
+from caspr_cli.report import answer, figures, format, profile, provenance, sensitivity, style, tuning
 from caspr_cli.report.answer import Answer
 from caspr_cli.report.format import NOT_SIGNIFICANT, NOT_TESTED
+from caspr_cli.report.headline import headline
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import Profile, names
 from caspr_cli.report.selection import labels_across
@@ -37,7 +38,7 @@ def _templates() -> Environment:
         undefined=StrictUndefined,
         finalize=lambda value: UNWRITABLE.sub("\ufffd", value) if type(value) is str else value,
     )
-    made.globals.update(palette=PALETTE, inline=inline, format=format, lib=answer, profile=profile)
+    made.globals.update(palette=PALETTE, inline=inline, format=format, lib=answer, profile=profile, tuning=tuning)
     made.filters.update(sentence=format.sentence)
     return made
 
@@ -93,6 +94,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
     return _templates().get_template("comparison.html.j2").render(
         title=title,
         command=command,
+        headline=headline(tables),
         opening=opening(tables),
         sections=sections,
         styles=styles,
@@ -165,6 +167,8 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
             "The expected best of so many trials, of those that were run, with the seeds that select: the last value "
             "is the winner's, which was lucky, so that held-out seeds end worse.",
         ),
+        (sensitivity.by_rate(table, styles), sensitivity.about_rates(table)),
+        (sensitivity.by_others(table, styles), sensitivity.BY_OTHERS),
     ]
     return [(svg, caption) for svg, caption in drawn if svg]
 

@@ -20,7 +20,7 @@ UNTUNED = ("trial", "default")  # runs of an optimizer's own values are a row of
 ABSENT = "-"  # a key that an older version did not have, where the others differ in it
 # Keys that make no rows of their own: they change no number, or only the order of sums, or make tables of their own.
 IGNORED = {
-    "seed", "trial", "resume", "output_dir", "debug", "task.root", "trainer.timeout", "trainer.rendezvous",
+    "seed", "trial", "resume", "output_dir", "debug", "horizon", "task.root", "trainer.timeout", "trainer.rendezvous",
     "trainer.workers", "trainer.log_every", "trainer.accelerator", "trainer.devices", "trainer.nodes",
     "trainer.accumulate", "trainer.compile", "trainer.val_every",
     "trainer.keep_checkpoints", "optim.shard",
@@ -240,7 +240,8 @@ class Selection:
     Args:
         trial: None if no trial has a run that is done.
         seeds: those by which it was chosen; empty if there was one trial, and nothing to choose.
-        scores: the mean of each trial that was compared over these seeds; None if one failed or is not finite.
+        scores: the mean of each trial that was compared, by index, over the seeds that all of them share; None if one
+            failed or is not finite.
         left_out: how many trials that ended have no run with these seeds.
         runs: those that are reported.
         held_out: whether these took no part in the selection.
@@ -248,7 +249,7 @@ class Selection:
 
     trial: Trial | None
     seeds: frozenset[int]
-    scores: tuple[float | None, ...]
+    scores: dict[int, float | None]
     left_out: int
     runs: tuple[Run, ...]
     held_out: bool
@@ -265,7 +266,7 @@ def select(trials: Sequence[Trial], *, higher_is_better: bool) -> Selection:
     fresh = tuple(run for run in runs if run.seed not in seeds)
     held_out = trial is not None and (not seeds or len(fresh) >= HELD_OUT)
     left_out = ended - len(choice.scores)
-    return Selection(trial, seeds, tuple(choice.scores.values()), left_out, fresh if held_out else runs, held_out)
+    return Selection(trial, seeds, choice.scores, left_out, fresh if held_out else runs, held_out)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------

@@ -186,12 +186,15 @@ def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[
     Args:
         values: of the trials; None, one that failed, counts as the worst of the others. Empty if all failed.
     """
-    finite = [value for value in values if value is not None]
-    if not finite:
-        return ()
-    worst = min(finite) if higher_is_better else max(finite)
-    ranked = sorted((worst if value is None else value for value in values), reverse=higher_is_better)
+    ranked = _ranked(values, higher_is_better=higher_is_better)
     return tuple(_expected_best(ranked, k) for k in range(1, len(ranked) + 1))
+
+
+def _ranked(values: Sequence[float | None], *, higher_is_better: bool) -> list[float]:
+    """Return the values, the best first, with failed ones as the worst; none if all failed."""
+    finite = [value for value in values if value is not None]
+    worst = (min if higher_is_better else max)(finite, default=0.0)
+    return sorted((worst if value is None else value for value in values), reverse=higher_is_better) if finite else []
 
 
 def _expected_best(ranked: Sequence[float], k: int) -> float:
@@ -201,3 +204,23 @@ def _expected_best(ranked: Sequence[float], k: int) -> float:
         total += probability * ranked[len(ranked) - left]
         probability *= (left - k) / max(left - 1, 1)
     return total
+
+
+def range_of_best(values: Sequence[float | None], k: int, *, higher_is_better: bool) -> tuple[float, float]:
+    """Return between which values the best of k trials lies with 95 % probability, the lower first; exact.
+
+    The trials are drawn with replacement from those that were run, as a bootstrap of the search draws them: the best is
+    none of the first i of N with probability (1 - i / N)^k.
+
+    Args:
+        values: of the trials, one of them finite; None counts as the worst of the others.
+    """
+    ranked = _ranked(values, higher_is_better=higher_is_better)
+    n = len(ranked)
+
+    def place(probability: float) -> int:
+        """Return the first place at which the best stands with at least this probability, or before it."""
+        return next(i for i in range(n) if 1 - (1 - (i + 1) / n) ** k >= probability)
+
+    edges = ranked[place(LEVEL / 2)], ranked[place(1 - LEVEL / 2)]
+    return min(edges), max(edges)

@@ -9,8 +9,9 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common.format import count, duration, listed, table, wrapped
-from caspr_cli.report import format, provenance, render
+from caspr_cli.report import format, provenance, render, tuning
 from caspr_cli.report.format import number
+from caspr_cli.report.headline import headline
 from caspr_cli.report.model import Point, Run, Table
 from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile, rho, times
 from caspr_cli.report.selection import IGNORED_GROUPS, differing, settings
@@ -24,11 +25,50 @@ def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], 
     """Yield all tables, and how to read them."""
     where = listed([str(path) for path in paths], 3)
     yield f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}"
+    yield from wrapped(f"in short {headline(made)}", width)
+    budgets = False
     for each in made:
         yield ""
         yield from table_lines(each, width)
+        if len(cells := tuning.by_budget(each)) > 1:
+            budgets = True
+            yield from ["", "by number of trials", *cell_lines(cells, width)]
     yield ""
     yield from wrapped(f"legend   {format.LEGEND}", width)
+    if budgets:
+        yield from wrapped(f"trials   {tuning.BY_BUDGET}", width)
+
+
+def trials(made: Sequence[Table], width: int) -> Iterator[str]:
+    """Yield the range of good learning rates of each row, and all trials."""
+    shown = [(each, cells) for each in made if len(cells := tuning.trials(each)) > 1]
+    if not shown:
+        yield "trials   no row has several"
+        return
+    for each, cells in shown:
+        yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
+        if len(widths := tuning.widths(each)) > 1:
+            yield from [*cell_lines(widths, width), ""]
+        keys = len(cells[0]) - 5  # these go first where there is no room
+        aligned, spare = [False, *[True] * (keys + 3), False], [0, 0, 0, 1, *range(2, keys + 2), 0]
+        yield from [*cell_lines(cells, width, aligned, spare), ""]
+    yield from wrapped(f"rates    {tuning.WIDTHS}", width)
+    yield from wrapped(f"trials   {tuning.TRIALS}", width)
+
+
+def cell_lines(
+    cells: render.Cells, width: int, right: Sequence[bool] | None = None, spare: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Yield a table, and which of its columns have no room; arguments as of :func:`render.terminal`."""
+    lines, omitted = render.terminal(cells, width, right=right, spare=spare)
+    yield from lines
+    if omitted:
+        yield from _no_room(omitted, width)
+
+
+def _no_room(omitted: Sequence[str], width: int) -> list[str]:
+    said = f"(no room for: {', '.join(omitted)}; a wider terminal, --json or --to has all)"
+    return textwrap.wrap(said, width)
 
 
 def table_lines(made: Table, width: int) -> Iterator[str]:
@@ -43,8 +83,7 @@ def table_lines(made: Table, width: int) -> Iterator[str]:
         if said := "; ".join(filter(None, [format.selected(row), format.comparison(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
     if omitted:
-        said = f"(no room for: {', '.join(omitted)}; a wider terminal, --json or --to has all)"
-        yield from textwrap.wrap(said, width)
+        yield from _no_room(omitted, width)
     for warning in made.warnings:
         yield from wrapped(f"warning  {warning}", width)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from caspr_cli.common import shape
 from caspr_cli.common.files import write_whole
-from caspr_cli.common.streams import complain
+from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe, Resume, Source
@@ -270,7 +270,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             overdue = _overdue(record, min(trainer.timeout, SECONDS_TO_WAIT))
-            returned = _wait(child, stop_requests, overdue)
+            returned = _wait(child, stop_requests, overdue, quiet=allocation.quiet)
         except BaseException:  # raised in a signal handler of a launcher: a cluster takes this process back
             if child is not None:
                 child.terminate()
@@ -317,7 +317,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
 
 
-def _wait(child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], overdue: Callable[[], bool]) -> int:
+def _wait(
+    child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], overdue: Callable[[], bool], *, quiet: bool
+) -> int:
     """Wait for the child, and pass each request to stop on: it saves and ends. The third request kills it."""
     passed_on = 0
     while True:
@@ -327,6 +329,8 @@ def _wait(child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], 
         if requests >= 3 or overdue():
             os.killpg(child.pid, signal.SIGKILL)
         elif requests > passed_on:
+            if not (passed_on or quiet):
+                say("stop     saves and ends; Ctrl-C twice more ends it at once")
             child.terminate()
         passed_on = requests
 

@@ -10,12 +10,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common import plugins
+from caspr_cli.common.packages import installed
 from caspr_cli.recipe.configs import PACKAGE
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import cores
@@ -38,7 +38,7 @@ def collect(command: list[str], recipe: Recipe | None = None) -> dict[str, Any]:
         "caspr_cli": __version__,
         "code": _git(PACKAGE.parent),
         "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES} | brought(recipe),
+        "packages": {name: installed(name) for name in PACKAGES} | brought(recipe),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -105,13 +105,6 @@ def _versions(found: Mapping[str, Any]) -> dict[str, Any]:
         "device": device.get("name"),
         "processor": machine.get("processor"),
     } | {name: packages.get(name) for name in [*PACKAGES, *packages] if name not in NOT_ABOUT_NUMBERS}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

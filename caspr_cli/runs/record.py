@@ -23,7 +23,7 @@ from typing import Any
 from caspr_cli.common import shape, streams
 from caspr_cli.common.files import DISK, write_whole
 from caspr_cli.common.format import finite
-from caspr_cli.recipe.compose import identity
+from caspr_cli.recipe.compose import identity, readable
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
 
@@ -68,9 +68,13 @@ class Record:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Record:
-        """Return a recipe's record, ``<output_dir>/<task>/<optim>/<identity>/seed<k>``: equal recipes share it."""
-        where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name / identity(recipe)
-        return cls(where / f"seed{recipe.seed}")
+        """Return a recipe's record, ``<output_dir>/<task>/<optim>/<name>/seed<k>``: equal recipes share it.
+
+        The name is the readable one, or as older versions wrote it the identity alone, if there is such a folder.
+        """
+        where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name
+        older = where / identity(recipe)
+        return cls((older if older.exists() else where / readable(recipe)) / f"seed{recipe.seed}")
 
     @property
     def status(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
 # TensorBoard's page on which all seeds of a recipe have one colour.
 COMPARISON = "http://localhost:6006/?runColorGroup=regex:(.*)/&smoothing=0"
+NOT_REPEATED = ("optim", "optim.lr", "seed", "resume", "debug", "search", "trial")  # keys of one run's own
+SEARCH = ["search=lr", "trial=range(6)"]
 COMPARED = ("caspr", "shampoo", "adamw")  # where a run's own keys allow it
 
 
@@ -74,14 +76,18 @@ def _saved(record: Record, status: dict[str, Any]) -> str:
 
 
 def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
-    """Return the commands that show the curves, and that repeat the given one over optimizers and seeds."""
-    kept = [word for word in command[1:] if word.partition("=")[0] not in ("optim", "seed", "resume")]
+    """Return the commands that show the curves, and that repeat the given one over optimizers and seeds.
+
+    A learning rate that was given is one optimizer's own: then each has a search for it in place of the seeds.
+    """
+    kept = [word for word in command[1:] if word.partition("=")[0] not in NOT_REPEATED]
+    over = ["seed=0,1,2"] if "optim.lr" not in {word.partition("=")[0] for word in command} else SEARCH
     keys = {word.split(".")[1].partition("=")[0] for word in kept if word.startswith("optim.")}
     others = [name for name in COMPARED if keys <= {f.name for f in fields(OPTIMIZERS[name])}]
     own = [] if recipe.optim.name in others else [recipe.optim.name]
     return [
         f"next     tensorboard --logdir {shlex.quote(recipe.output_dir)}",
-        f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=' + ','.join(own + others), 'seed=0,1,2'])}",
+        f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=' + ','.join(own + others), *over])}",
     ]
 
 

@@ -109,7 +109,8 @@ class Curves(Callback):
 
     def _point(self, trainer: Trainer, module: TrainingModule) -> None:
         """Write one point of the training curves; nothing else waits for the device."""
-        loss = float(trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean"))
+        losses = torch.stack([x.to(module.device) for x in self.losses])  # those of a checkpoint are on the CPU
+        loss = float(trainer.strategy.reduce(losses.mean(), reduce_op="mean"))
         step, seconds = trainer.global_step, self.clock.seconds
         a_step = (seconds - self.mark[1]) / (step - self.mark[0])
         values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,6 +26,22 @@ def build_options(conf: OptimConf) -> dict[str, Any]:
     """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
     settings = options(conf)
     return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
+
+
+def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale gradients, as ``torch.nn.utils.clip_grad_norm_`` does, and return the norm that they had together.
+
+    A tensor whose gradient is not finite does not count, so that it breaks no other: it is the optimizer's to leave it
+    out. Nothing waits for the device.
+    """
+    grads = {p: G for p in params if (G := p.grad) is not None}
+    if not grads:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    norm: Tensor = torch.linalg.vector_norm(torch.where(torch.isfinite(norms), norms, 0))
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(grads, limit, norm)
+    return norm
 
 
 class TrainingModule(LightningModule):
@@ -76,10 +93,7 @@ class TrainingModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        limit = self.recipe.trainer.clip_norm
-        self.last["grad_norm"] = nn.utils.clip_grad_norm_(
-            self.model.parameters(), float("inf") if limit is None else limit
-        )
+        self.last["grad_norm"] = clip(self.model.parameters(), self.recipe.trainer.clip_norm)
         # The last thing before the optimizer's own work.
         self.timer.start("step")
 

@@ -15,10 +15,14 @@ from caspr_cli.runs.processes import LAUNCHER, workers
 from caspr_cli.runs.record import RUNNING, Record
 
 # What gloo, NCCL and the store in which ranks meet say; they have no exceptions of their own for it.
-HUNG = re.compile(r"timed out (waiting|after)|wait timeout after|socket timeout|application timeout", re.IGNORECASE)
+HUNG = re.compile(
+    r"timed out (waiting|after)|wait timeout after|socket timeout|application timeout|collective operation timeout"
+    r"|operations have failed or timed out",
+    re.IGNORECASE,
+)
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused|likely closed)|broken pipe|connectfullmesh|failed to recv|ncclremoteerror"
-    r"|remote process exit|could not connect",
+    r"|remote process exit|could not connect|communicator was aborted|socket (recv|send) failed",
     re.IGNORECASE,
 )
 SECONDS_TO_COMPARE = 1.0

@@ -17,8 +17,8 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
     "common": {"rich"},
-    "commands": {"hydra", "omegaconf", "common", "optim.registry", "recipe", "runs", "report", "bench", "theory",
-                 "tasks.registry"},
+    "commands": {"hydra", "omegaconf", "rich", "common", "optim.registry", "recipe", "runs", "report", "bench",
+                 "theory", "tasks.registry"},
     "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",
                "tasks.registry"},
     "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "optim": {"torch", "pytorch_optimizer", "common.plugins"},
     "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
-    "report": {"jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "yaml", "common"},
+    "report": {"google", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard",
+               "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
                "training.groups", "training.timing",
                "report.answer", "report.style"},

@@ -74,6 +74,8 @@ def precondition(
     """U = tr(S)^(e - 1/2) P vec(G) in the shape of G, of undamped statistics. Zero where nothing but zero was seen."""
     if damping == "relative" and not any(statistic.any() for statistic in statistics):
         return torch.zeros_like(gradient)
+    if exponent == 0:
+        return gradient
     operator = inverse_preconditioner([damped(s, eps, damping) for s in statistics], order, exponent)
     length = statistics[0].trace() ** (exponent - 0.5)
     return length * (operator @ gradient.flatten()).reshape(gradient.shape)
@@ -99,6 +101,15 @@ def polar_factor(matrix: Tensor) -> Tensor:
     """The orthogonal polar factor Q K^T of G = Q diag(s) K^T."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left @ right
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """What five of Muon's Newton-Schulz steps make of G: Q f(s) K^T, with f five times a s + b s^3 + c s^5."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm() if values.any() else values
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ torch.diag(values) @ right
 
 
 def loewner_gap(larger: Tensor, smaller: Tensor) -> float:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from references.kronecker import damped, one_sided, row_by_row
+from references.kronecker import damped, newton_schulz, one_sided, row_by_row
 from references.kronecker import precondition as preconditioned
 from references.stream import average, statistics, uncorrected_average
 
@@ -51,12 +51,12 @@ def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, s
     return result
 
 
-def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping, axes, **_) -> bool:
+def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping, exponent, axes, **_) -> bool:
     """Whether a row of an axis with statistics has over 25 times its share of then, damping included, in the trace.
 
     Never of a vector.
     """
-    if sum(size > 1 for size in now[0].shape) < 2:
+    if sum(size > 1 for size in now[0].shape) < 2 or exponent == 0:
         return False
     pairs = list(zip(statistics(then, kind, beta), statistics(now, kind, beta), strict=True))
     chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "row": slice(-1, None)}[axes]
@@ -67,7 +67,19 @@ def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping,
     )
 
 
-def _block(gradient, history, *, kind, beta, eps, damping, order, exponent, axes):
+def _block(gradient, history, *, polar, rms, **options):
+    """U of a block, or its polar factor with a root mean square of 0.2 where all singular values are 1."""
+    update = _combined(gradient, history, **options)
+    if not polar:
+        return update
+    sizes = [size for size in gradient.shape if size > 1] or [1]
+    factor = newton_schulz(update.reshape(sizes[0], -1)).reshape(gradient.shape)
+    return factor * (0.2 * math.sqrt(max(sizes[0], math.prod(sizes[1:]))) if rms else 1)
+
+
+def _combined(gradient, history, *, kind, beta, eps, damping, order, exponent, axes):
+    if exponent == 0:
+        return gradient
     if gradient.ndim == 1 or axes == "all":
         return preconditioned(gradient, statistics(history, kind, beta), eps, damping, order, exponent)
     if axes == "row":
@@ -78,12 +90,14 @@ def _block(gradient, history, *, kind, beta, eps, damping, order, exponent, axes
 
 
 def graft_direction(direction: Tensor, history: list[Tensor], graft: str, beta: float, eps: float) -> Tensor:
-    """The diagonal method's own step: Adam, RMSprop (no bias correction of v), or the direction itself."""
+    """The diagonal method's own step: Adam, RMSprop (no bias correction of v), signs, or the direction itself."""
     squares = [gradient**2 for gradient in history]
     if graft == "adam":
         return direction / (average(squares, beta).sqrt() + eps)
     if graft == "rmsprop":
         return direction / (uncorrected_average(squares, beta).sqrt() + eps)
+    if graft == "rms":
+        return 0.2 * direction.sign()
     return direction
 
 
@@ -92,6 +106,8 @@ def rescaled(update: Tensor, length_from: Tensor, graft: str) -> Tensor:
     length = torch.linalg.vector_norm(update)
     if graft == "none" or length == 0:
         return update
+    if graft == "rms":
+        return update * 0.2 * math.sqrt(update.numel()) / length
     return update * torch.linalg.vector_norm(length_from) / length
 
 
@@ -115,6 +131,7 @@ def reference_weights(
     axes: str = "all",  # "first", "last", "row"
     precondition_1d: bool = False,
     graft: str = "adam",
+    polar: bool = False,
     graft_eps: float = 1e-8,
     precondition: str = "momentum",
     nesterov: bool = False,
@@ -126,10 +143,11 @@ def reference_weights(
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
     shape = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
     active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
-    if axes == "row" and len(shape) > 2:
+    if axes == "row" and exponent and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
+    graft = "adam" if graft == "rms" and not active else graft
     block_options = {
-        "sizes": [1, block_size] if axes == "row" and len(shape) > 1 else [block_size] * len(shape),
+        "sizes": [1, block_size] if axes == "row" and exponent and len(shape) > 1 else [block_size] * len(shape),
         "kind": statistics,
         "beta": betas[1],
         "eps": eps,
@@ -137,13 +155,15 @@ def reference_weights(
         "order": math.inf if method == "shampoo" else order,
         "exponent": exponent,
         "axes": axes,
+        "polar": polar,
+        "rms": graft == "rms",
     }
     history: list[Tensor] = []  # every gradient so far, on the merged axes
 
     def grafted(direction: Tensor, step: int) -> Tensor:
         """U of a direction with the roots in force at a step, at the length of the graft method."""
         update = blockwise(direction, history[:step], step - start_step, turns, interval, **block_options)
-        return rescaled(update, plain(direction, step), graft)
+        return rescaled(update, plain(direction, step), "none" if graft == "rms" and polar else graft)
 
     def plain(direction: Tensor, step: int) -> Tensor:
         return graft_direction(direction, history[:step], graft, betas[1], graft_eps)

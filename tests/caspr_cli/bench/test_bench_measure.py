@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import gc
+import platform
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from caspr_cli import __version__
 from caspr_cli.bench import measure as module
 from caspr_cli.bench.baselines import NEVER, SCALABLE, WARM_UP, Settings, bytes_of_state, enter, parse_given
 from caspr_cli.bench.measure import Timer, blamed, eigendecompositions, measure, order, split, take_turns
@@ -222,8 +225,18 @@ def test_numbers_agree_with_each_other(rows: list[module.Row]) -> None:
     assert caspr.refresh_ratio == pytest.approx(caspr.refresh_ms / caspr.lapack_ms)
 
 
-def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products() -> None:
+def not_installed(name: str) -> None:
+    raise PackageNotFoundError(name)
+
+
+def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is looked up that need not be installed by its name."""
+    monkeypatch.setattr("importlib.metadata.Distribution.from_name", not_installed)
     (row,) = measure(workload("6"), ["caspr"], Settings(interval=2), rounds=1, log=silent)
+    expected = {"torch": None, "pytorch-optimizer": None, "caspr-cli": __version__}
+    assert row.versions == expected | {"python": platform.python_version()}
     assert row.optimizer == "caspr"
     assert row.adamw_ratio > 0
     assert (row.floor_ms, row.floor_ratio, row.refresh_ms) == (None, None, None)

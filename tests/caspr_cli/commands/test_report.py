@@ -51,7 +51,7 @@ def test_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 110
-    for command in ("compare", "profile", "curves", "list", "show", "pack", "unpack"):
+    for command in ("compare", "profile", "trials", "curves", "list", "show", "pack", "unpack"):
         assert f"\n    {command} " in text
     assert call(monkeypatch, "compare", "--help") == 0
     text = capsys.readouterr().out
@@ -184,6 +184,22 @@ def test_another_target_and_a_profile(
     out = capsys.readouterr().out
     assert "seconds" in out
     assert "caspr" in out
+
+
+def test_all_trials_and_their_figures(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k in range(3):
+        write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
+    argv = ["trials", study / "c4_lm", "--to", "t.svg", "--to", "t.md", "--tuned", "optim.lr,optim.eps"]
+    assert call(monkeypatch, *argv[:-1], "optim.lr,optim.weight_decay") == 0
+    out = capsys.readouterr().out
+    assert "row    best lr  val/loss" in out
+    assert out.count("\ncaspr ") == 1 + 4  # one range and four trials
+    assert out.endswith("wrote    t.svg\nskipped  t-keys.svg: nothing to draw\nwrote    t.md\n")
+    assert "by learning rate" in Path("t.svg").read_text(encoding="utf8")
+    assert Path("t.md").read_text(encoding="utf8").count("| caspr |") == 4
+    assert call(monkeypatch, *argv) == 2
 
 
 def test_output_that_is_not_utf_8_has_question_marks_and_files_are_whole(

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from caspr_cli import __version__
-from caspr_cli.commands import train
+from caspr_cli.commands import topics, train
 from caspr_cli.recipe.schema import OPTIMIZERS
 from caspr_cli.runs.sweep import EXTRAS
 from caspr_cli.tasks.registry import CONFS
@@ -41,6 +41,17 @@ def test_help_fits_a_screen_and_lists_everything(
     assert max(map(len, lines)) <= 110
     for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
+
+
+def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "help") == 0
+    listed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
+    for name in listed:
+        assert call(monkeypatch, "help", name) == 0
+        assert capsys.readouterr().out == (topics.FOLDER / f"{name}.md").read_text()
+    assert call(monkeypatch, "help", "job") == 2
+    assert "Did you mean jobs?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ REFUSED = [
     ({"betas": (0.9, 1.0)}, 'statistics="accumulate"'),
     ({"statistics": "x"}, "statistics should be one of ema, accumulate but is: 'x'"),
     ({"damping": "x"}, "damping should be one of relative, absolute but is: 'x'"),
-    ({"graft": "x"}, "graft should be one of adam, rmsprop, sgd, none but is: 'x'"),
+    ({"graft": "x"}, "graft should be one of adam, rmsprop, rms, sgd, none but is: 'x'"),
     ({"precondition": "x"}, "precondition should be one of momentum, gradient.* but is: 'x'"),
     ({"interval": 0}, "interval should be a positive integer but is: 0"),
     ({"interval": 1.5}, "interval should be a positive integer but is: 1.5"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim import CASPR, Shampoo, probe
 from caspr_cli.optim.cost import EIGH_FLOPS, blocks_of, state_bytes, step_flops
 from caspr_cli.optim.probe import LOWEST, counters, diagnose
 
@@ -49,6 +49,19 @@ def test_against_the_dense_matrices() -> None:
     U, D = (A @ A @ m + 2 * A @ m @ B + m @ B @ B) / 4, m / (v.sqrt() + 1e-8)
     assert found["graft_ratio"].tolist() == pytest.approx([float(D.norm() / U.norm())], rel=1e-6)
     assert found["adam_cosine"].tolist() == pytest.approx([float((U * D).sum() / U.norm() / D.norm())], rel=1e-6)
+
+
+def test_a_few_blocks_at_a_time_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of the statistics would take several times their memory."""
+    optimizer, _, _ = stepped((24, 12), 4, interval=1, start_step=2, block_size=4)
+    whole, seen, decompose = diagnose(optimizer), [], probe.eigendecomposition
+    monkeypatch.setattr(probe, "AT_ONCE", 64)
+    monkeypatch.setattr(probe, "eigendecomposition", lambda S: seen.append(S.numel()) or decompose(S))
+    parts = diagnose(optimizer)
+    assert seen == [64, 64, 64, 64, 32] * 2
+    assert whole.keys() == parts.keys()
+    for name, values in whole.items():
+        assert torch.equal(values, parts[name]), name
 
 
 def test_the_spectrum_is_of_all_blocks_over_the_largest_of_each() -> None:

@@ -70,7 +70,9 @@ def test_it_continues_from_its_own_state(name: str) -> None:
     assert train(cut, second, 11) == expected[13:]
 
 
-@pytest.mark.parametrize("name", ["caspr", "caspr_paper", "shampoo", "full_adagrad", "muon", "normuon", "soap"])
+@pytest.mark.parametrize(
+    "name", ["caspr", "caspr_paper", "caspr_polar", "shampoo", "full_adagrad", "muon", "normuon", "soap"]
+)
 def test_what_is_not_preconditioned_is_adamw(name: str) -> None:
     """One step on the same gradients: embedding and biases move as under AdamW, matrices do not."""
     ours, theirs = model(), model()

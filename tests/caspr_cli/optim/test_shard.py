@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Ranks, alone
 from stepping import advance, noise, weights
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo, plan
+from caspr_cli.optim import CASPR, Shampoo, plan, shard
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.shard import Loads
@@ -218,7 +220,106 @@ def saved_on_the_first_alone(rank: int) -> str:
 def test_a_rank_that_saves_alone_is_told(two: Ranks) -> None:
     first, _ = two(saved_on_the_first_alone)
     assert "state_dict() gathers what ranks have: call it on every rank" in first
-    assert "Rank 1 failed to pass" in first
+    assert "After 1 s timed out waiting for rank 1" in first
+
+
+def saved_after_a_first_try_alone(rank: int) -> bool:
+    """On a network that is not gloo's, as where ranks have NCCL."""
+    params = weights(EVEN)
+    optimizer, store = CASPR(params, **OPTIONS), dist.distributed_c10d._get_default_store()
+    optimizer.timeout = 0.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("torch.distributed.new_group")
+        patch.delattr("torch.distributed.monitored_barrier")
+        train(params, range(3), optimizer)
+        if rank == 0:
+            with pytest.raises(RuntimeError, match="waiting for rank 1"):
+                optimizer.state_dict()
+            store.set("tried", "")
+        store.wait(["tried"])
+        optimizer.timeout = 30
+        return same(optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_ranks_meet_in_the_store_that_is_there(two: Ranks) -> None:
+    assert two(saved_after_a_first_try_alone) == [True, True]
+
+
+def consolidated(rank: int, to: int) -> list[Any]:
+    """What Lightning does, and what each rank would have had."""
+    params = weights(EVEN)
+    optimizer = CASPR(params, **OPTIONS)
+    optimizer.consolidate_state_dict(to)  # there is nothing yet
+    train(params, range(5), optimizer)
+    whole = optimizer.state_dict()
+    optimizer.consolidate_state_dict(to)
+    found: list[Any] = []
+    if rank == to:
+        found += [same(optimizer.state_dict(), whole), same(whole, optimizer.state_dict())]
+    else:
+        assert all(not is_factor(k) for s in optimizer._gathered[1].values() for k in s)
+        with pytest.raises(RuntimeError, match=f"gathered the state on rank {to}: call state_dict"):
+            optimizer.state_dict()
+    train(params, range(5, 6), optimizer)
+    again = optimizer.state_dict()  # of all ranks again
+    return [*found, not same(again, whole), same(again, optimizer.state_dict())]
+
+
+@pytest.mark.parametrize("to", [0, 1])
+def test_the_state_can_be_gathered_on_one_rank_alone(two: Ranks, to: int) -> None:
+    results = two(consolidated, to)
+    assert results[to] == [True] * 4
+    assert results[1 - to] == [True] * 2
+
+
+def loaded_sizes(rank: int, path: str) -> tuple[int, int]:
+    """Bytes of the factors that torch was given to move, and of those that are there."""
+    saved = torch.load(path, weights_only=True)["optimizer"]
+    optimizer, moved = CASPR(weights(EVEN), **OPTIONS), 0
+    was = torch.optim.Optimizer._process_value_according_to_param_policy
+
+    def seen(p: Any, value: Tensor, number: int, groups: Any, key: str) -> Tensor:
+        nonlocal moved
+        moved += value.nbytes * is_factor(key)
+        return was(p, value, number, groups, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "_process_value_according_to_param_policy", staticmethod(seen))
+        optimizer.load_state_dict(saved)
+    return moved, factor_bytes(optimizer)
+
+
+def test_a_loaded_state_is_cut_before_it_is_moved(ranks: Ranks, tmp_path: Path) -> None:
+    """To a GPU, which may have no room for the whole of it."""
+    path = str(tmp_path / "one.pt")
+    alone(save, 5, path)
+    whole = sum(
+        x.nbytes
+        for state in torch.load(path, weights_only=True)["optimizer"]["state"].values()
+        for name, x in state.items()
+        if is_factor(name)
+    )
+    sizes = ranks(loaded_sizes, path)
+    assert [moved for moved, _ in sizes] == [0] * ranks.world
+    assert sum(kept for _, kept in sizes) == whole
+    assert max(kept for _, kept in sizes) < whole
+
+
+def test_what_ranks_tell_each_other_goes_by_the_device_of_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user of NCCL may not have set the current one, which then is the first GPU on all ranks."""
+    calls: list[Any] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        calls.append(device)
+        yield
+
+    monkeypatch.setattr("torch.cuda.device", current)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, mine: calls.append(mine))
+    shard.gathered("a", torch.device("cuda", 3))
+    shard.gathered("b", torch.device("cpu"))
+    assert calls == [torch.device("cuda", 3), "a", "b"]
 
 
 def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> list[Tensor]:

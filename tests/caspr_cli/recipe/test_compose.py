@@ -106,7 +106,7 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("optim.order=0", "optim.order should be a positive integer or inf but is 0.0"),
         ("optim.order=1.5", "optim.order should be a positive integer or inf but is 1.5"),
         ("optim.order=1e9", "optim.order should be at most 100 but is 1000000000.0"),
-        ("optim=shampoo optim.exponent=2", "optim.exponent should be 0.5 or 1.0 but is 2.0"),
+        ("optim=shampoo optim.exponent=2", "optim.exponent should be one of 0, 0.25, 0.5, 1 but is 2.0"),
         ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
         ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
         ("optim.graft_eps=-1", "optim.graft_eps should be >= 0 but is -1.0"),

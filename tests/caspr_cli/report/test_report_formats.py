@@ -10,7 +10,7 @@ import pytest
 from pandas import DataFrame
 from recorded import run
 
-from caspr_cli.report import format, render, terminal
+from caspr_cli.report import format, markdown, render, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Table
 from caspr_cli.report.stats import Comparison
@@ -75,7 +75,12 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes() -> None:
 
 def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -> None:
     text = lines(made[0])
-    assert text[0] == "c4_lm, sample scale, sample data abcd: val/loss at the end, lower is better; target 4.5"
+    heading = " ".join(line.strip() for line in text[:2])
+    assert heading.startswith(
+        "c4_lm, sample scale, sample data abcd: val/loss at the end, lower is better; target 4.5, "
+    )
+    assert heading.endswith("target 4.5, steps to it read off a schedule of 300 steps")
+    text = text[1:]
     assert " ".join(text[1].split()) == "optimizer n mean ± sd 95 % interval test steps to 4.5 time to it trials"
     assert " ".join(text[2].split()) == ("caspr 3 4.030 ± 0.030 3.955 to 4.105 4.130 ± 0.030 200 (3 of 3) 20.0 s 1")
     assert text[3] == "  lr=0.006; against adamw: better, -10.84 % (-11.39 to -10.29), p < 0.001, 3 pairs"
@@ -106,13 +111,15 @@ def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(mad
     ],
 )
 def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
-    text = format.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    text = markdown.compared(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
     assert f"| adamw graft={said} | 1 |" in text
     assert f"adamw graft={said} (n = 1)" in text
-    assert sum(line.startswith("| --- |") for line in text.splitlines()) == 1
+    results, settings = (re.findall(r"(?m)^\|.*", part) for part in text.split("What the reported seeds ran with"))
+    assert [lines[1][:7] for lines in (results, settings)] == ["| --- |"] * 2
     assert "- fewer than 3 seeds" in text
     assert text.endswith("    caspr-report\n")
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")}) == 1
+    for lines in (results, settings):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_latex_escapes_and_balances(made: list[Table]) -> None:

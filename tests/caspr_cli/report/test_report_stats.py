@@ -166,6 +166,22 @@ def test_expected_best_of_many_trials_is_exact_and_monotone() -> None:
     assert stats.best_of([None, None], higher_is_better=True) == ()
 
 
+@pytest.mark.parametrize("higher", [False, True])
+@given(st.lists(st.one_of(st.none(), st.integers(0, 9).map(float)), min_size=1, max_size=5), st.integers(1, 4))
+@settings(max_examples=40)
+def test_the_range_of_the_best_is_that_of_all_draws_with_replacement(
+    higher: bool, values: list[float | None], k: int
+) -> None:
+    finite = [value for value in values if value is not None]
+    assume(finite)
+    worst, best = (min(finite), max) if higher else (max(finite), min)
+    filled = [worst if value is None else value for value in values]
+    found = [best(drawn) for drawn in itertools.product(filled, repeat=k)]
+    ranked = sorted(found, reverse=higher)  # the best first
+    edges = [ranked[math.ceil(p * len(ranked) - 1e-9) - 1] for p in (0.025, 0.975)]
+    assert stats.range_of_best(values, k, higher_is_better=higher) == (min(edges), max(edges))
+
+
 # ---- equal values ------------------------------------------------------------------------------------------------
 
 

@@ -211,7 +211,7 @@ def test_failed_seeds_are_counted_and_said() -> None:
     found = made.rows[0]
     assert (found.n, len(found.runs)) == (3, 5)
     assert found.mean == pytest.approx(4.1)
-    assert warned(made, "caspr: 3 of 5 seeds count", "2 (not finite)", "4 (failed: loss is nan)")
+    assert warned(made, "caspr: 3 of 5 seeds count", "2 (diverged: not finite at the end)", "4 (diverged: loss is nan)")
     assert warned(made, "caspr: not finished: seed 5 (running)")
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import cast
 import pytest
 
 from caspr_cli.common.files import disk_error
+from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
@@ -65,6 +67,10 @@ def test_what_comes_next_can_be_run() -> None:
     ):
         made = summary.next_commands(Recipe(task=C4LMConf(), optim=CasprConf()), ["caspr-train", *command])
         assert f" optim={optim} " in made[1]
+    given = ["optim=lion", "optim.lr=3e-4", "debug=fast", "task.layers=3"]
+    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
+    expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
+    assert shlex.split(made[1]) == expected
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
@@ -76,7 +82,25 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
     path = Record.of(made).path
     assert path.parts[-4:-2] == ("c4_lm", "adamw")
     assert path.name == "seed4"
-    assert len(path.parent.name) == 8
+    assert path.parent.name == compose.identity(made)  # all of its values are defaults
+    made.optim.lr, made.optim.betas = 6e-3, [0.9, 0.95]
+    path = Record.of(made).path
+    assert path.parent.name == f"lr0.006-betas0.9_0.95-{compose.identity(made)}"
+    older = path.parent.with_name(compose.identity(made))
+    older.mkdir(parents=True)
+    assert Record.of(made).path == older / "seed4"
+
+
+def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
+    made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
+    made.optim.polar, made.optim.eps, made.optim.order = True, 1e-9, math.inf
+    name = Record.of(made).path.parent.name
+    assert name == f"eps1e-9-polar-orderinf-{compose.identity(made)}"
+    for key in ("interval", "start_step", "block_size", "weight_decay"):
+        setattr(made.optim, key, 77)
+    name = Record.of(made).path.parent.name
+    assert len(name) <= compose.LONGEST_NAME + len("-more-") + 8
+    assert name.endswith(f"-more-{compose.identity(made)}")
 
 
 def test_one_writer(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Sig
     status = json.loads((record / "status.json").read_text())
     assert status["state"] == "preempted"
     assert f"saved at step {status['step']}; the same command continues" in out
+    assert out.count("stop     saves and ends") == 1
     assert status["step"] >= lines - 1
     runner(f"output_dir={name}")
     assert losses(record) == losses(whole)
@@ -263,7 +264,21 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize(
-    "optim", ["caspr_paper", "shampoo", "adamw", "nadamw", "sgd", "muon", "soap", "full_adagrad", "normuon", "ademamix"]
+    "optim",
+    [
+        "caspr_paper",
+        "caspr_polar",
+        "shampoo_polar",
+        "shampoo",
+        "adamw",
+        "nadamw",
+        "sgd",
+        "muon",
+        "soap",
+        "full_adagrad",
+        "normuon",
+        "ademamix",
+    ],
 )
 def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
     runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")

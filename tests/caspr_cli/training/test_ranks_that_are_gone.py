@@ -24,6 +24,8 @@ GONE = [
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:31938: Connection reset by peer",
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:19657.",
     "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "ncclInternalError: Internal check failed.\nLast error:\nSocket recv failed while polling for opId=0x7f",
+    "NCCL communicator was aborted on rank 3.",
 ]
 
 
@@ -39,9 +41,19 @@ def raising(record: Record, message: str, world: int = 2) -> None:
 
 # What an operation hears of gloo when another one between the same two ranks has timed out.
 CLOSED = "Application timeout caused pair closure"
+# NCCL's watchdog, in two releases.
+ABORTED = (
+    "NCCL communicator was aborted on rank 0. Original reason for failure was: [Rank 0] Watchdog caught collective "
+    "operation timeout: WorkNCCL(SeqNum=41, OpType=ALLREDUCE, Timeout(ms)=1800000) ran for 1805695 milliseconds before "
+    "timing out."
+)
+FAILED = (
+    "Some NCCL operations have failed or timed out. Due to the asynchronous nature of CUDA kernels, subsequent GPU "
+    "operations might run on corrupted/incomplete data."
+)
 
 
-@pytest.mark.parametrize("message", [WAITED, CLOSED])
+@pytest.mark.parametrize("message", [WAITED, CLOSED, ABORTED, FAILED])
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, message: str) -> None:
     with pytest.raises(HungError, match=r"^rank 1 did not answer for 5 s \(trainer.timeout\)$"):
         raising(Record(tmp_path), message)
@@ -82,7 +94,7 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
 def leaves(rank: int, store: str, how: str) -> Barrier:
     """Rank 0 meets the other one, and is gone or hangs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    meeting = Barrier(60 if how == "gone" else 1)
+    meeting = Barrier()
     dist.barrier()
     if rank == 0:
         if how == "hangs":
@@ -115,9 +127,7 @@ def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path: Path) -> No
 
 
 @pytest.mark.release
-@pytest.mark.parametrize(("how", "kind"), [("gone", LostError), ("hangs", HungError)])
-def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(
-    tmp_path: Path, how: str, kind: type[Exception]
-) -> None:
-    with left_alone(tmp_path, how) as (record, meeting), pytest.raises(kind), answering(record, 1, 2, 60):
-        meeting.wait()
+@pytest.mark.parametrize("how", ["gone", "hangs"])
+def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(tmp_path: Path, how: str) -> None:
+    with left_alone(tmp_path, how) as (record, meeting), pytest.raises(HungError), answering(record, 1, 2, 60):
+        meeting.wait(1)

@@ -1,0 +1,111 @@
+"""The polar factor of U, and steps whose length is that of Muon's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references.drive import relative_error, run
+from references.kronecker import newton_schulz
+from references.stream import random_stream
+from torch import nn
+
+from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim.polar import flops, polar_factor
+
+MUON = {
+    "exponent": 0,
+    "polar": True,
+    "graft": "rms",
+    "nesterov": True,
+    "start_step": 1,
+    "weight_decay": 0.1,
+    "lr": 0.02,
+}
+
+
+def blocks(K: int, m: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(K, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(K=st.integers(1, 3), m=st.integers(1, 7), n=st.integers(1, 7), power=st.integers(-150, 150))
+def test_five_steps_by_singular_values(K: int, m: int, n: int, power: int) -> None:
+    """Whatever the size of the gradient: its square need not be a number of its type."""
+    G = blocks(K, m, n)
+    for found, block in zip(polar_factor(10.0**power * G), G, strict=True):
+        assert relative_error(found, newton_schulz(block)) < 1e-9
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    G = torch.stack([torch.zeros(3, 4), torch.ones(3, 4)])
+    assert polar_factor(G)[0].eq(0).all()
+    assert polar_factor(G).isfinite().all()
+
+
+def test_more_axes_are_flattened_without_those_of_size_one() -> None:
+    G = blocks(2, 3, 8)
+    assert polar_factor(G.view(2, 1, 3, 4, 2)).equal(polar_factor(G).view(2, 1, 3, 4, 2))
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
+def test_exponent_0_is_muon(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's Muon does its Newton-Schulz steps in bfloat16; here it is made to do them in float64."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
+    p, q = (nn.Parameter(torch.zeros(shape).double()) for _ in range(2))
+    ours = CASPR([p], betas=(0.95, 0.95), **MUON)
+    torchs = torch.optim.Muon([q], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for gradient in random_stream(*shape, steps=12, seed=2):
+        p.grad, q.grad = gradient, gradient
+        ours.step()
+        torchs.step()
+        assert relative_error(p.detach(), q.detach()) < 1e-9
+    assert not [name for name in ours.state[p] if name.startswith(("statistics_", "root_0", "root_1", "exp_avg_sq"))]
+
+
+@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
+def test_no_singular_value_of_a_step_is_large(optimizer: type[CASPR] | type[Shampoo]) -> None:
+    """The Kronecker sum alone lengthens directions whose eigenvalues differ between the axes."""
+    options = {"lr": 1.0, "start_step": 1, "interval": 1, "graft": "none", "betas": (0.9, 0.9), "exponent": 1}
+    gradients = [
+        torch.diag(torch.tensor([1.0, 1e-1, 1e-2, 1e-3]).double()) @ g for g in random_stream(4, 6, steps=5, seed=3)
+    ]
+    steps = {}
+    for polar in (False, True):
+        weights = run(optimizer, torch.zeros(4, 6).double(), gradients, polar=polar, **options)
+        steps[polar] = torch.linalg.svdvals(weights[-1] - weights[-2])
+    assert steps[True].max() < 1.3
+    assert steps[False].max() > 1.3
+
+
+def test_a_length_of_rms_needs_no_second_moment() -> None:
+    """Where it is preconditioned; what is left to AdamW is torch's AdamW."""
+    weight, bias = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))
+    other = nn.Parameter(torch.ones(4))
+    ours = CASPR([weight, bias], lr=0.1, graft="rms", start_step=2)
+    adamw = torch.optim.AdamW([other], lr=0.1, weight_decay=0)
+    for step, gradient in enumerate(random_stream(4, 3, steps=4, seed=4), start=1):
+        before = weight.detach().clone()
+        weight.grad, bias.grad, other.grad = gradient.float(), gradient[:, 0].float(), gradient[:, 0].float()
+        ours.step()
+        adamw.step()
+        moved = (weight - before).detach()
+        assert moved.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-5)
+        assert bool((moved.abs() - 0.02).abs().max() < 1e-6) == (step < 2)  # signs, until there are roots
+    assert bias.equal(other)
+    assert "exp_avg_sq" in ours.state[bias]
+    assert "exp_avg_sq" not in ours.state[weight]
+
+
+def test_flops_are_those_of_the_products() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in ((12, 5), (5, 12), (4, 3, 2)):
+        with FlopCounterMode(display=False) as counter:
+            polar_factor(torch.randn(3, *shape))
+        assert 3 * flops(shape) == counter.get_total_flops()
+    assert flops((5,)) == flops((5, 1)) < flops((5, 2))
+    assert not math.isinf(flops((1, 1)))

@@ -1,0 +1,71 @@
+"""What the runner does with numbers that are on a GPU. The "meta" device stands for it, or a fake."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from caspr_cli.training.callbacks import Curves
+from caspr_cli.training.module import clip
+
+
+def test_losses_of_a_checkpoint_are_on_the_cpu_and_those_of_now_are_not() -> None:
+    """A run that was cut off between two points of the curve goes on."""
+    seen: list[Tensor] = []
+
+    def reduce(x: Tensor, reduce_op: str) -> Tensor:
+        seen.append(x)
+        return torch.tensor(1.0)
+
+    curves = Curves(cast(Any, None), None, None)
+    curves.losses = list(torch.ones(2, dtype=torch.float64))
+    curves.losses.append(torch.ones((), dtype=torch.float64, device="meta"))
+    curves.units, curves.mark = 3, (0, -1.0)
+    last = {"grad_norm": torch.tensor(1.0)}
+    module = SimpleNamespace(device=torch.device("meta"), last=last, task=SimpleNamespace(unit="samples"))
+    trainer = SimpleNamespace(global_step=3, strategy=SimpleNamespace(reduce=reduce))
+    curves._point(cast(Any, trainer), cast(Any, module))
+    assert [x.device.type for x in seen] == ["meta"]
+    assert curves.losses == []
+
+
+def gradients(*values: float) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.zeros(3)) for _ in values]
+    for p, value in zip(params, values, strict=True):
+        p.grad = torch.tensor([value, 1.0, -2.0])
+    return params
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_clipping_is_torchs_where_all_is_finite(limit: float) -> None:
+    ours, theirs = gradients(1.0, 3.0, -0.1), gradients(1.0, 3.0, -0.1)
+    norm, expected = clip(ours, limit), nn.utils.clip_grad_norm_(theirs, limit)
+    assert torch.equal(norm, expected)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(cast(Tensor, p.grad), cast(Tensor, q.grad))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_gradient_does_not_break_the_others(broken: float) -> None:
+    ours, theirs = gradients(1.0, broken, -0.1), gradients(1.0, -0.1)
+    norm, expected = clip(ours, 0.5), nn.utils.clip_grad_norm_(theirs, 0.5)
+    assert torch.equal(norm, expected)
+    assert torch.equal(cast(Tensor, ours[0].grad), cast(Tensor, theirs[0].grad))
+    assert torch.equal(cast(Tensor, ours[2].grad), cast(Tensor, theirs[1].grad))
+    assert not bool(torch.isfinite(cast(Tensor, ours[1].grad)).all())  # and the optimizer sees it
+
+
+def test_nothing_is_clipped_without_a_limit() -> None:
+    params = gradients(2.0, 2.0)
+    before = [cast(Tensor, p.grad).clone() for p in params]
+    version = [cast(Tensor, p.grad)._version for p in params]
+    norm = clip(params, None)
+    assert float(norm) == pytest.approx(2.0**0.5 * 3, rel=1e-6)
+    for p, grad, was in zip(params, before, version, strict=True):
+        assert torch.equal(cast(Tensor, p.grad), grad)
+        assert cast(Tensor, p.grad)._version == was  # nobody wrote to it
+    assert float(clip([nn.Parameter(torch.ones(2))], 1.0)) == 0.0
