@@ -8,6 +8,7 @@ serves as test.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -34,8 +35,9 @@ log = logging.getLogger("caspr")
 
 SAMPLE: dict[Split, int] = {"train": 24_000, "validation": 2_000, "test": 2_000}  # images
 HELD_OUT = 0.1  # of each class, for validation where a data set has none
-LAYOUT = "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>"
-
+LAYOUT = (
+    "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>; or <class>/<image>, dealt out"
+)
 EXTRACT = (
     "unpack its tars, as torchvision.datasets.ImageNet(DIR, 'train') and (DIR, 'val') do, "
     "into DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
@@ -189,6 +191,8 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
             )
         if count and splits:
             log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
+    if not splits:
+        splits = _dealt_out([parts for parts in paths if len(parts) == depth + 2], depth, where)
     if "train" not in splits:
         raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
     if "test" not in splits:
@@ -198,6 +202,29 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
     for split, groups in splits.items():
         _check_classes(split, groups, set(splits["train"]), where)
     return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _dealt_out(paths: list[list[str]], depth: int, where: str) -> dict[Split, dict[str, list[str]]]:
+    """Return the images of folders of classes in splits: a tenth of each class is for validation, a tenth for test.
+
+    Which images depends on their names alone; their order among the names of the class is that of a hash.
+    """
+    groups: dict[str, list[str]] = {}
+    for parts in paths:
+        if parts[-1].lower().endswith(IMG_EXTENSIONS):
+            groups.setdefault(parts[depth], []).append("/".join(parts))
+    splits: dict[Split, dict[str, list[str]]] = {}
+    for group, files in sorted(groups.items()):
+        if len(files) < 3:
+            raise DataError(f"{where}: the class {group!r} has fewer than 3 images, one for each split")
+        order = sorted(files, key=lambda name: hashlib.sha256(name.rpartition("/")[2].encode()).digest())
+        held = max(1, round(HELD_OUT * len(files)))
+        parts_of: dict[Split, list[str]] = {
+            "validation": order[:held], "test": order[held : 2 * held], "train": order[2 * held :]
+        }  # fmt: skip
+        for split, chosen in parts_of.items():
+            splits.setdefault(split, {})[group] = sorted(chosen)
+    return splits
 
 
 def _check_classes(split: str, groups: dict[str, list[str]], classes: set[str], where: str) -> None:

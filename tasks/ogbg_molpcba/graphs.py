@@ -34,6 +34,13 @@ class Graphs:
     labels: Array  # [G, T], int8: 0, 1 or MISSING
 
     @classmethod
+    def of(cls, graphs: list[tuple[Array, Array, Array]], labels: Array) -> Graphs:
+        """Return single graphs (nodes, edges and bonds of each) with their labels ``[G, T]``."""
+        nodes, edges, bonds = zip(*graphs, strict=True)
+        counts = np.array([len(n) for n in nodes]), np.array([len(e) for e in edges])
+        return cls(*counts, np.concatenate(nodes), np.concatenate(edges), np.concatenate(bonds), labels)
+
+    @classmethod
     def joined(cls, parts: list[Graphs]) -> Graphs:
         """Return the graphs of all ``parts`` (one or more), in order."""
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))

@@ -99,15 +99,7 @@ class Measured:
             splits.append(split_of(flat))
             values.append(row)
         places: dict[Split, Array] = {s: np.flatnonzero(np.array(splits) == s) for s in SPLITS}
-        nodes, edges, bonds = zip(*graphs, strict=True)
-        return Graphs(
-            np.array([len(n) for n in nodes]),
-            np.array([len(e) for e in edges]),
-            np.concatenate(nodes),
-            np.concatenate(edges),
-            np.concatenate(bonds),
-            labels_of(np.stack(values), places["train"]),
-        ), places
+        return Graphs.of(graphs, labels_of(np.stack(values), places["train"])), places
 
     def _structures(self) -> dict[str, str]:
         """Return the SMILES of each compound by its CAS number."""

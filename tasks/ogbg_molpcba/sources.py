@@ -22,6 +22,7 @@ from caspr_cli.tasks.files import entries_below, reaching, root_of, stamps
 from caspr_cli.tasks.names import call_split, resembles_split, split_named
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from caspr_cli.tasks.ogbg_molpcba.measured import Measured
+from caspr_cli.tasks.ogbg_molpcba.smiles import Smiles, is_table
 from caspr_cli.tasks.ogbg_molpcba.tables import out_of_range, read_table
 from caspr_cli.tasks.registry import MolPCBAConf
 
@@ -41,13 +42,14 @@ class Molecules(Protocol):
 def molecules(conf: MolPCBAConf) -> Molecules:
     """Return the source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
     if conf.data is Source.files:
-        return Files(conf)
+        given = Path(conf.root or "").expanduser()
+        return Smiles(given) if is_table(given) else Files(conf)
     return Hub() if conf.data is Source.hub else Measured()
 
 
 # ---- files: OGB's own --------------------------------------------------------------------------------------------
 
-HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"
+HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"  # or task.root is a CSV file: smiles.py
 RAW = ("num-node-list", "num-edge-list", "node-feat", "edge", "edge-feat", "graph-label")
 SPLIT_FOLDER = "split/scaffold/"
 

@@ -16,7 +16,7 @@ from caspr_cli.tasks.names import call_split, split_named
 from caspr_cli.tasks.registry import TaggingConf, Tags
 from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence, read
 
-HELD_OUT = 0.1  # of the sample's sentences, for validation and for test each
+HELD_OUT = 0.1  # of the sentences of the sample and of one file, for validation and for test each
 
 
 class Treebank(Protocol):
@@ -29,7 +29,8 @@ class Treebank(Protocol):
 def treebank(conf: TaggingConf) -> Treebank:
     """Return the source that ``conf.data`` names. Raises :class:`DataError` where it is not to be found."""
     kinds: dict[Source, Callable[[TaggingConf], Treebank]]
-    kinds = {Source.sample: Sample, Source.files: Files, Source.hub: Hub}
+    alone = conf.root is not None and Path(conf.root).expanduser().is_file()
+    kinds = {Source.sample: Sample, Source.files: OneFile if alone else Files, Source.hub: Hub}
     return kinds[conf.data](conf)
 
 
@@ -121,6 +122,21 @@ class Files:
     def split(self, split: Split) -> Iterator[Sentence]:
         for path in self._files[split]:
             yield from read(path, self._tags)
+
+
+class OneFile:
+    """A CoNLL-U file that is given as ``task.root``. Which split a sentence is in depends on its words alone."""
+
+    def __init__(self, conf: TaggingConf) -> None:
+        self._file, self._tags = Path(conf.root or "").expanduser(), conf.tags
+        if not re.search(r"\.conllu(\.gz)?$", self._file.name, re.IGNORECASE):
+            raise DataError(f"task.root: {self._file.name} is neither a .conllu(.gz) file nor a treebank's directory")
+        self.name = self._file.name
+
+    def split(self, split: Split) -> Iterator[Sentence]:
+        for sentence in read(self._file, self._tags):
+            if split_of(" ".join(sentence.words), HELD_OUT) == split:
+                yield sentence
 
 
 # ---- hub ------------------------------------------------------------------------------------------------------------

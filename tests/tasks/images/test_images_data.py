@@ -410,3 +410,17 @@ def test_cifar_as_jpeg_in_a_zip():
     # CIFAR-10's own, https://github.com/kuangliu/pytorch-cifar
     assert gallery.moments[0].tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.005)
     assert gallery.moments[1].tolist() == pytest.approx([0.247, 0.243, 0.262], abs=0.005)
+
+
+@pytest.mark.parametrize("top", ["", "pets/"])
+def test_folders_of_classes_without_splits_are_dealt_out_by_name(top):
+    entries = [f"{top}{group}/{i}.png" for group in ("cat", "dog") for i in range(30)] + ["README.md"]
+    found = sources.sort_out(entries if not top else entries[:-1], "pets")
+    for group in ("cat", "dog"):
+        parts = [found[split][group] for split in ("train", "validation", "test")]
+        assert [len(part) for part in parts] == [24, 3, 3]
+        assert sorted(sum(parts, [])) == sorted(name for name in entries if group in name)  # noqa: RUF017
+        names = {name.rpartition("/")[2] for name in parts[1]}
+        assert names == {name.rpartition("/")[2] for name in found["validation"]["dog"]}  # whatever the class is called
+    with pytest.raises(DataError, match="the class 'dog' has fewer than 3 images, one for each split"):
+        sources.sort_out([*entries[:30], f"{top}dog/1.png", f"{top}dog/2.png"], "pets")

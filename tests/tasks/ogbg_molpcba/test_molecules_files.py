@@ -114,7 +114,7 @@ def test_errors_of_the_root(tmp_path, tables, write):
         "(it should hold raw/ and split/scaffold/ of OGB's pcba.zip)"
     )
     root = write(tables)
-    assert message(root / "raw/edge.csv.gz").startswith("task.root: no such directory: ")
+    assert message(root / "raw/edge.csv.gz").startswith("edge.csv.gz: no column smiles (it has ")
     shutil.copytree(root, tmp_path / "hiv")
     assert message(tmp_path) == f"task.root: hiv and pcba are in {tmp_path}; name one of them"
     (root / "raw/edge.csv.gz").unlink()

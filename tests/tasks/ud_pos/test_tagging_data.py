@@ -477,3 +477,19 @@ def test_hash_follows_words_and_tags(conf, root):
 def test_nothing_is_read_before_it_is_asked_for(monkeypatch, conf):
     monkeypatch.setattr(data, "treebank", lambda _: pytest.fail("read"))
     Corpus(conf())
+
+
+def test_one_file_is_dealt_out_by_the_words_of_its_sentences(tmp_path):
+    blocks = [f"1\tw{i}\t_\tNOUN\t_\t_\t0\troot\t_\t_\n\n" for i in range(200)]
+
+    def splits(name, blocks):
+        source = treebank(TaggingConf(data=Source.files, root=str(write(tmp_path / name, "".join(blocks)))))
+        return {split: {s.words[0] for s in source.split(split)} for split in SPLITS}
+
+    found = splits("one.conllu", blocks)
+    assert sorted(map(len, found.values()))[0] > 5
+    assert len(found["train"]) > 130
+    assert sum(map(len, found.values())) == 200
+    assert splits("other.conllu", blocks[::-1]) == found
+    with pytest.raises(DataError, match=r"one\.txt is neither a \.conllu"):
+        splits("one.txt", blocks)
