@@ -1,7 +1,7 @@
 """CASPR for PyTorch, and the experiment runner around it.
 
->>> from caspr_cli import CASPR
->>> optimizer = CASPR(model.parameters(), lr=1e-3)  # doctest: +SKIP
+>>> from caspr_cli import CASPR, param_groups
+>>> optimizer = CASPR(param_groups(model), lr=1e-3)  # doctest: +SKIP
 
 Importing this package alone imports neither torch nor Hydra, so that the command line answers at once.
 """
@@ -9,9 +9,9 @@ Importing this package alone imports neither torch nor Hydra, so that the comman
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+    from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, param_groups
 
-__all__ = ["CASPR", "FullAdagrad", "Shampoo"]
+__all__ = ["CASPR", "FullAdagrad", "Shampoo", "param_groups"]
 __version__ = "0.1.0"
 
 

@@ -7,24 +7,28 @@ recipe carries; importing this package alone imports no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from caspr_cli.recipe.task import Target, TaskConf
 
 if TYPE_CHECKING:
-    from caspr_cli.recipe.schema import TaskConf
     from caspr_cli.tasks.base import Task
 
-# name in conf/task -> "module:class"
-TASKS = {
-    "c4_lm": "caspr_cli.tasks.c4_lm.task:C4LM",
-    "ogbg_molpcba": "caspr_cli.tasks.ogbg_molpcba.task:MolPCBA",
-    "ud_pos": "caspr_cli.tasks.ud_pos.task:Tagging",
-    "resnet": "caspr_cli.tasks.resnet.task:ResNetTask",
-    "vit": "caspr_cli.tasks.vit.task:ViTTask",
-}
+__all__ = ["Entry", "Target", "TaskConf", "load"]
+
+
+class Entry(NamedTuple):
+    """One task that a recipe can name."""
+
+    about: str
+    keys: type[TaskConf]
+    task: str  # "module:class", imported when a run starts; called as ``Task(conf, seed)``
 
 
 def load(conf: TaskConf, seed: int) -> Task:
     """Build the task that ``conf.name`` names."""
-    module, _, cls = TASKS[conf.name].partition(":")
+    from caspr_cli.tasks.registry import TASKS  # here: it imports packages that import this one
+
+    module, _, cls = TASKS[conf.name].task.partition(":")
     task: Task = getattr(import_module(module), cls)(conf, seed)
     return task

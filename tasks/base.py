@@ -10,16 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
-from caspr_cli.recipe.schema import TaskConf
+from caspr_cli.optim.groups import left_to_adamw
+from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.errors import DataError
 
 __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-NORMS = (
-    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-)  # fmt: skip
 
 
 def split_of(name: str, held_out: float) -> Split:
@@ -123,19 +121,7 @@ class Task(ABC):
 
         Here: vectors, embeddings and the layers in :attr:`heads`.
         """
-        found = {}
-        for prefix, module in model.named_modules():
-            head = any(prefix == name or prefix.startswith(f"{name}.") for name in self.heads)
-            for name, p in module.named_parameters(prefix, recurse=False):
-                if isinstance(module, NORMS):
-                    found[name] = "norm"
-                elif p.ndim < 2:
-                    found[name] = "bias" if name.endswith("bias") else "vector"
-                elif isinstance(module, nn.Embedding):
-                    found[name] = "embedding"  # a batch sees few of its rows
-                elif head:
-                    found[name] = "head"
-        return found
+        return left_to_adamw(model, self.heads)
 
     @abstractmethod
     def units(self, batch: Any) -> int:

@@ -229,7 +229,7 @@ def blamed(name: str) -> Iterator[None]:
     """Turn whatever an optimizer, this project's or not, raises into one line that names it."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, ImportError):  # of the latter the console script says which extra brings it
         raise
     except Exception as error:
         why = (str(error).splitlines() or [""])[0]

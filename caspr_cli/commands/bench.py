@@ -18,8 +18,9 @@ from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, finite, table
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.configs import scales
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
+from caspr_cli.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from caspr_cli.bench.measure import Row
@@ -74,7 +75,7 @@ def parser() -> Parser:
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
     what.add_argument("--shapes", metavar="LIST", default="transformer", help=shapes)
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
-    what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(choices('task'))}")
+    what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--scale", metavar="NAME", help="the scale of the task (default: sample)")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
@@ -132,8 +133,8 @@ def recipe_of(task: str, scale: str) -> Recipe:
     """
     from caspr_cli.recipe.composer import Composer  # here, because it imports Hydra
 
-    one_of("--task", task, choices("task"))
-    one_of("--scale", scale, choices(f"scale/{task}"))
+    one_of("--task", task, TASKS)
+    one_of("--scale", scale, scales(task))
     words = [f"task={task}", f"scale={scale}"]
     return compose.freeze(Composer(words).config(words))
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.commands import topics
+from caspr_cli.commands import new, topics
+from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, nearest
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.configs import choices, described
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds, sweeps
@@ -36,6 +37,7 @@ from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_F
 from caspr_cli.runs.record import FULL, RecordDamagedError
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
+from caspr_cli.tasks.registry import TASKS
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -62,25 +64,40 @@ tables   experiment={experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
          search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir
 flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
-tab      completion: eval "$(caspr-train -sc install=bash)"
+own      caspr-train new task NAME, new optimizer NAME   tab: eval "$(caspr-train -sc install=bash)"
 exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
 see      caspr-train help {topics}   caspr-report --help
 """
 
 
 def usage() -> str:
-    def listing(names: Mapping[str, str]) -> str:
-        return "\n".join(f"  {name:<14} {about}" for name, about in names.items())
+    kinds = {  # each choice with its line and, if it is not ours, its package
+        "task": {name: (each.about, plugins.package(plugins.TASKS, name)) for name, each in TASKS.items()},
+        "optim": {name: (each.about, plugins.package(plugins.OPTIMIZERS, name)) for name, each in OPTIMIZERS.items()},
+        **{group: described(group) for group in ("scale", "search", "experiment")},
+    }
 
-    return HELP.format(
+    def ours(kind: str) -> dict[str, str]:
+        return {name: about for name, (about, package) in kinds[kind].items() if package is None}
+
+    def listing(kind: str) -> str:
+        return "\n".join(f"  {name:<14} {about}" for name, about in ours(kind).items())
+
+    text = HELP.format(
         version=__version__,
-        tasks=listing(choices("task")),
-        optimizers=listing({name: entry.about for name, entry in OPTIMIZERS.items()}),
-        scales=listing(choices("scale")),
-        searches=", ".join(name for name in choices("search") if name != "none"),
-        experiments=wrapped(choices("experiment")),
+        tasks=listing("task"),
+        optimizers=listing("optim"),
+        scales=listing("scale"),
+        searches=", ".join(name for name in ours("search") if name != "none"),
+        experiments=wrapped(ours("experiment")),
         topics=" | ".join(topics.titles()),
     )
+    others: dict[str, list[str]] = {}
+    for kind, found in kinds.items():
+        for name, (about, package) in found.items():
+            if package is not None:
+                others.setdefault(package, []).append(f"  {kind + '=' + name:<24} {about}".rstrip())
+    return text + "".join(f"{line}\n" for package in others for line in (f"of {package}", *others[package]))
 
 
 def wrapped(names: Iterable[str]) -> str:
@@ -97,6 +114,9 @@ def main() -> int:
         return OK
     if "--version" in argv:
         print(f"caspr-train {__version__}")
+        return OK
+    if argv[:1] == ["new"]:
+        new.main(argv[1:])
         return OK
     try:
         if argv[:1] == ["help"]:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
+from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, positive
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, duration, listed
 from caspr_cli.common.streams import OK, console_script
-from caspr_cli.recipe.schema import TASKS  # those of caspr_cli.theory.gradients, which needs torch
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.runs import provenance
+from caspr_cli.tasks.registry import TASKS
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
@@ -47,10 +48,12 @@ class Flag:
     choices: tuple[str, ...] | None = None
 
 
+# Those of caspr_cli.theory.gradients, which needs torch.
+OURS = [name for name in TASKS if plugins.package(plugins.TASKS, name) is None]
 FLAGS = {
     "seed": Flag(0, natural, "the first seed"),
     "seeds": Flag(3, positive, "number of seeds, for bands"),
-    "task": Flag(None, str, f"gradients of this task alone: {', '.join(TASKS)}", "NAME"),
+    "task": Flag(None, str, f"gradients of this task alone: {', '.join(OURS)}", "NAME"),
     "parameter": Flag(None, str, "layers of the task with this in their names, with at most 1,024 numbers", "TEXT"),
     "optim": Flag("caspr", str, "the optimizer along whose path gradients are recorded", None, ("caspr", "adamw")),
     "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),

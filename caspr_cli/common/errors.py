@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 EXTRAS = {
     "graphs": ("chemicals", "rdkit", "torch_geometric"),
     "run": ("PIL", "datasets", "google", "hydra", "jinja2", "lightning", "matplotlib", "numpy", "omegaconf", "pandas",
-            "psutil", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics", "torchvision",
-            "turkish_treebanks", "yaml"),
+            "psutil", "pyarrow", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics",
+            "torchvision", "turkish_treebanks", "yaml"),
 }  # fmt: skip
 
 
@@ -24,14 +24,18 @@ def not_installed(error: ImportError) -> str | None:
     return extra and f"this needs {module}, which is not installed: pip install 'caspr-cli[{extra}]'"
 
 
+CLOSE = 0.65  # least similarity of a suggestion: above that of muon to lion and of resnet to imagenet
+
+
 class UserError(Exception):
     """The command cannot do what was asked; the message is for the user."""
 
 
 def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return `` Did you mean X?``, or nothing if no choice is close."""
-    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean {prefix}{match[0]}?" if match else ""
+    """Return `` Did you mean X?``, or nothing if no choice is close: a wrong guess misleads more than none helps."""
+    known = {choice.lower(): choice for choice in choices}
+    match = get_close_matches(word.lower(), known, n=1, cutoff=CLOSE)
+    return f" Did you mean {prefix}{known[match[0]]}?" if match else ""
 
 
 def one_of(flag: str, value: str, choices: Iterable[str]) -> str:

@@ -30,6 +30,7 @@ SHAPE: dict[str, dict[str, str]] = {
         "task.target.metric": "text", "task.target.value": "number", "task.target.higher_is_better": "truth value",
         "optim": "mapping", "optim.name": "text", "scale": "text", "seed": "integer",
         "search": "mapping", "search.space": "mapping", "search.trials": "integer", "search.rerank": "integer",
+        "trainer": "mapping", "trainer.max_steps": "integer", "horizon": "integer",
     },
     "status": {
         "state": "text", "error": "text", "user_error": "truth value", "step": "integer", "attempts": "integer",

@@ -24,12 +24,13 @@ from caspr_cli.optim.divide import Division, is_shared
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, without_removed
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
-from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, root_options, validate
+from caspr_cli.optim.masked import is_masked
+from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.shard import world_size
-from caspr_cli.optim.stacks import Stack, build_stacks, is_factor
+from caspr_cli.optim.stacks import Question, Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
 MOST_NAMED = 8  # parameters in a warning
@@ -60,6 +61,9 @@ class KroneckerOptimizer(Optimizer):
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
         self._plans: dict[int, Plan] = {}  # group index -> plan
         self._workspace = Workspace()
+        self._given: dict[tuple[Tensor, str], int] = {}  # counters of a GPU, as the host knows them
+        self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
+        self._told: set[Tensor] = set()  # parameters of which was warned
         self._division = division
         self._gathered: tuple[int, dict[int, dict[str, Tensor]]] | None = None  # see consolidate_state_dict()
 
@@ -70,6 +74,7 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             without_removed(group)
+            refuse_unknown(group, type(self).__name__)
             validate(group)
             for name, value in self.fixed.items():
                 if group[name] != value:
@@ -166,7 +171,7 @@ class KroneckerOptimizer(Optimizer):
                 steps.update_weights(x)
         if flight is not None:
             self._division.receive(flight)
-        if broken := {p for x in active for p in x.broken}:
+        if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
         return loss
 
@@ -206,17 +211,31 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[index]
         for p in grads:
             states.begin(self.state[p], p, group)
-        finite = Finite(grads, group, norms)
+        masked = is_masked(group, list(grads))
+        finite = Finite(grads, group, norms, self._workspace, ask=not masked)
         known = {p: self.state[p] for p in grads if p in plan.layouts}
         states.begin_counters(list(known.values()), group)
-        count, seen = (states.next_counts(known, name) for name in ("step", "gradients"))
+        states.count_there([self.state[p] for p in grads], next(iter(grads)).device, masked=masked)
+        count, seen = (states.next_counts(known, name, self._given) for name in ("step", "gradients"))
         stacks = self._stacks_of(index, group, plan, list(count))
         if count:
             self._keep_roots_of(root_options(group), group, stacks)
         shares = {p: self.share(p, group) for p in plan.layouts} if self._division.shares else plan.layouts
         shared = is_shared(group, plan)
         return steps.Inputs(
-            group, plan, self.state, stacks, shares, shared, grads, count, seen, finite, self._workspace, self.phase
+            group,
+            plan,
+            self.state,
+            stacks,
+            shares,
+            shared,
+            grads,
+            count,
+            seen,
+            finite,
+            masked,
+            self._workspace,
+            self.phase,
         )
 
     def _stacks_of(self, index: int, group: Group, plan: Plan, params: list[Tensor]) -> list[Stack]:
@@ -254,6 +273,17 @@ class KroneckerOptimizer(Optimizer):
             active = active or steps.drop_broken(x)  # after the statistics, which were queued after the question
             steps.refresh_roots(active)
         return active
+
+    def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
+        """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
+        if x.mask is None:
+            return x.broken
+        params, question = self._asked.get(index, ([], None))
+        self._asked[index] = list(x.grads), Question(~x.mask.finite)
+        answers = question.answer() if question is not None else []
+        broken = [p for p, yes in zip(params, answers, strict=True) if yes and p not in self._told]
+        self._told.update(broken)
+        return broken
 
     def _warn_of_gradients(self, broken: set[Tensor]) -> None:
         """Warn that the gradients of these parameters were not finite."""

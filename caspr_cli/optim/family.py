@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim.optimizer import ParamsT
+    from torch.optim.optimizer import Optimizer, ParamsT
 
     FactorDtype = torch.dtype
     LowDtype = torch.dtype
@@ -66,6 +66,18 @@ class Option(NamedTuple):
     in_recipe: bool
 
 
+Builder = Callable[..., "Optimizer"]
+
+
+class Entry(NamedTuple):
+    """One optimizer that a recipe can name."""
+
+    about: str
+    keys: type  # a dataclass of options
+    build: Builder  # called as build(groups, lr=..., weight_decay=..., the other keys)
+    defaults: Mapping[str, Any] = {}  # where they are not those of the keys
+
+
 def option(default: T, about: str, allowed: Range | None = None, *, in_recipe: bool = True) -> T:
     """Return the field of an option.
 
@@ -80,11 +92,15 @@ def option(default: T, about: str, allowed: Range | None = None, *, in_recipe: b
 def options_of(keys: type) -> dict[str, Option]:
     """Return the options that a dataclass declares, by name."""
     hints = get_type_hints(keys)
-    return {
-        f.name: Option(f.name, str(f.type), f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
-        for f in fields(keys)
-        if (m := f.metadata)
-    }
+    found = {}
+    for f in fields(keys):
+        if f.default is not MISSING:
+            kind = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
+            m: dict[str, Any] = {"allowed": None, "about": "", "key": True} | dict(
+                f.metadata
+            )  # option() may not have made it
+            found[f.name] = Option(f.name, kind, f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
+    return found
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

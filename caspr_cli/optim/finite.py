@@ -12,8 +12,9 @@ from torch import Tensor
 from caspr_cli.optim.fsdp import is_counted
 from caspr_cli.optim.graft import frobenius, graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
+from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.shard import summed
-from caspr_cli.optim.stacks import sent
+from caspr_cli.optim.stacks import Question
 
 
 class Finite:
@@ -26,12 +27,18 @@ class Finite:
     above 256.)
     """
 
-    def __init__(self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor]) -> None:
-        """Ask. ``known`` has the norms of gradients of which only some rows are on this rank."""
+    def __init__(
+        self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor], workspace: Workspace, *, ask: bool
+    ) -> None:
+        """
+        Args:
+            known: the norms of gradients of which only some rows are on this rank.
+            ask: whether :meth:`others` will be called.
+        """
         self._norms: dict[torch.device, list[Tensor]] = {}  # Frobenius, float64; infinite or NaN where it is not finite
         self._place: dict[int, int] = {}  # of a parameter's norm among those of its device, by its id
-        self._answers: list[tuple[list[Tensor], Tensor]] = []
-        self._events: list[torch.cuda.Event] = []
+        self._answers: list[tuple[list[Tensor], Question]] = []
+        self._workspace = workspace
         kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
         for p in grads:
             kinds[p.device, p.dtype, bool(known) and p in known].append(p)
@@ -44,31 +51,19 @@ class Finite:
             earlier = self._norms.setdefault(device, [])
             self._place |= zip(map(id, params), itertools.count(sum(map(len, earlier))), strict=False)
             earlier.append(norms)
-            answer = torch.isfinite(norms)
-            if device.type == "cuda":
-                there = torch.empty(answer.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-                answer = there.copy_(answer, non_blocking=True)
-                self._events.append(torch.cuda.current_stream(device).record_event())
-            if device.type != "meta":  # which has shapes and no numbers
-                self._answers.append((params, answer))
+            if ask and device.type != "meta":  # which has shapes and no numbers
+                self._answers.append((params, Question(~torch.isfinite(norms))))
 
     def norms(self, params: list[Tensor]) -> Tensor:
         """Return the norms ``[n]`` of the gradients of these parameters, which are on one device."""
         device = params[0].device
         if len(self._norms[device]) > 1:
             self._norms[device] = [torch.cat(self._norms[device])]
-        (norms,), places = self._norms[device], [self._place[id(p)] for p in params]
-        if places == list(range(places[0], places[0] + len(places))):
-            return norms[places[0] : places[0] + len(places)]
-        return norms[sent(torch.tensor(places, device="cpu"), device)]
+        return self._workspace.chosen(self._norms[device][0], [self._place[id(p)] for p in params])
 
     def others(self) -> list[Tensor]:
         """Return the parameters whose gradient is not finite. Waits for the device."""
-        for event in self._events:
-            event.synchronize()
-        return [
-            p for params, answer in self._answers for p, yes in zip(params, answer.tolist(), strict=True) if not yes
-        ]
+        return [p for params, asked in self._answers for p, yes in zip(params, asked.answer(), strict=True) if yes]
 
 
 def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,19 @@ from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, CASPROptions, options_o
 Group = dict[str, Any]
 
 OPTIONS = tuple(options_of(CASPROptions))  # the keys of a param group, beside "params"
+# Keys of a param group that are none: torch's, those of schedulers, and what programs keep there to find a group again.
+LABELS = ("params", "param_names", "roots_of", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr",
+          "base_momentum", "max_momentum", "swa_lr", "lr_scale")  # fmt: skip
 OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")  # those that the roots depend on
+
+
+def refuse_unknown(group: Group, of: str) -> None:
+    """Raise a :class:`ValueError` for a key that would change nothing, with the nearest option of the class ``of``."""
+    for key in group:
+        if key not in OPTIONS and key not in LABELS:
+            near = get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else ' (a label of your own goes under "name")'
+            raise ValueError(f"{key} is not an option of {of}.{hint}")
 
 
 def validate(options: Group) -> None:

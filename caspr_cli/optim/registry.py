@@ -1,5 +1,7 @@
 """Every optimizer that a recipe can name: its line in ``--help``, its keys, its builder. To add one, enter it here.
 
+Other packages enter theirs as entry points (:mod:`caspr_cli.common.plugins`).
+
 Imports torch only when something is built, so that recipes are checked without it.
 
 A group is ``{"params": [...], "precondition": bool, "weight_decay": float}``. Where ``precondition`` is False the
@@ -8,10 +10,11 @@ matrix methods leave the group to AdamW; for the diagonal methods it makes no di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from caspr_cli.common import plugins
 from caspr_cli.optim.family import (
     BELOW_ONE,
     COUNT,
@@ -21,7 +24,9 @@ from caspr_cli.optim.family import (
     PAIR,
     POSITIVE,
     AuthorOptions,
+    Builder,
     CASPROptions,
+    Entry,
     FullAdagradOptions,
     ShampooOptions,
     option,
@@ -32,17 +37,6 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import Optimizer
 
     from caspr_cli.optim.options import Group
-
-Builder = Callable[..., "Optimizer"]
-
-
-class Entry(NamedTuple):
-    """One optimizer."""
-
-    about: str
-    keys: type  # a dataclass of options
-    build: Builder
-    defaults: Mapping[str, Any] = {}  # where they are not those of the keys
 
 
 @dataclass
@@ -296,48 +290,51 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
 
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
 
-OPTIMIZERS: dict[str, Entry] = {
-    "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
-    "caspr_paper": Entry(
-        "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
-        CASPRKeys,
-        _family("CASPR"),
-        {"precondition": "gradient"},
-    ),
-    "caspr_author": Entry(
-        "CASPR as its authors' public code has it: Nesterov first, NAdam's length by the 4-norm",
-        AuthorKeys,
-        _author,
-    ),
-    "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
-    "caspr_polar": Entry(
-        "CASPR, of which each update is replaced by its polar factor; Nesterov momentum as in Muon",
-        CASPRKeys,
-        _family("CASPR"),
-        POLAR,
-    ),
-    "shampoo_polar": Entry("the same of Shampoo", ShampooKeys, _family("Shampoo"), POLAR),
-    "full_adagrad": Entry(
-        "full-matrix Adagrad in blocks: what the others approximate (for small models)",
-        FullAdagradKeys,
-        _family("FullAdagrad"),
-    ),
-    "adamw": Entry("AdamW of torch.optim", AdamWKeys, _torch("AdamW")),
-    "nadamw": Entry(
-        "NAdam of torch.optim with decoupled weight decay", AdamWKeys, _torch("NAdam", decoupled_weight_decay=True)
-    ),
-    "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
-    "muon": Entry("Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest", MuonKeys, _muon),
-    "normuon": Entry(
-        "NorMuon of pytorch-optimizer: Muon that scales each row; AdamW for the rest",
-        NorMuonKeys,
-        _normuon,
-    ),
-    "ademamix": Entry("AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _ademamix),
-    "schedule_free": Entry(
-        "Schedule-Free AdamW of pytorch-optimizer: weights are averaged in place of a decay",
-        ScheduleFreeKeys,
-        _schedule_free,
-    ),
-    "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
-}
+OPTIMIZERS: dict[str, Entry] = plugins.joined(
+    plugins.OPTIMIZERS,
+    {
+        "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
+        "caspr_paper": Entry(
+            "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
+            CASPRKeys,
+            _family("CASPR"),
+            {"precondition": "gradient"},
+        ),
+        "caspr_author": Entry(
+            "CASPR as its authors' public code has it: Nesterov first, NAdam's length by the 4-norm",
+            AuthorKeys,
+            _author,
+        ),
+        "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
+        "caspr_polar": Entry(
+            "CASPR, of which each update is replaced by its polar factor; Nesterov momentum as in Muon",
+            CASPRKeys,
+            _family("CASPR"),
+            POLAR,
+        ),
+        "shampoo_polar": Entry("the same of Shampoo", ShampooKeys, _family("Shampoo"), POLAR),
+        "full_adagrad": Entry(
+            "full-matrix Adagrad in blocks: what the others approximate (for small models)",
+            FullAdagradKeys,
+            _family("FullAdagrad"),
+        ),
+        "adamw": Entry("AdamW of torch.optim", AdamWKeys, _torch("AdamW")),
+        "nadamw": Entry(
+            "NAdam of torch.optim with decoupled weight decay", AdamWKeys, _torch("NAdam", decoupled_weight_decay=True)
+        ),
+        "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
+        "muon": Entry("Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest", MuonKeys, _muon),
+        "normuon": Entry(
+            "NorMuon of pytorch-optimizer: Muon that scales each row; AdamW for the rest",
+            NorMuonKeys,
+            _normuon,
+        ),
+        "ademamix": Entry("AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _ademamix),
+        "schedule_free": Entry(
+            "Schedule-Free AdamW of pytorch-optimizer: weights are averaged in place of a decay",
+            ScheduleFreeKeys,
+            _schedule_free,
+        ),
+        "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
+    },
+)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.fsdp import BlockShard, local
-from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack
+from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack, sent
+
+MOST_CONSTANTS = 1024
 
 ReceivedRows = list[tuple[BlockShard, Tensor]]  # rows of a parameter that other ranks sent
 
@@ -22,6 +24,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
 
     def flat(self, use: str, size: int, like: Tensor) -> Tensor:
         """Return ``[size]`` of the type and device of ``like``, not initialized."""
@@ -32,6 +35,21 @@ class Workspace:
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self._buffers[key][:size]
+
+    def constant(self, values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return ``[n]`` of numbers that are the same in many steps: sent to the device once."""
+        key = (tuple(values), dtype, device)
+        if key not in self._constants:
+            if len(self._constants) >= MOST_CONSTANTS:
+                self._constants.clear()
+            self._constants[key] = sent(torch.tensor(values, dtype=dtype, device="cpu"), device)
+        return self._constants[key]
+
+    def chosen(self, values: Tensor, places: list[int]) -> Tensor:
+        """Return those of ``values`` ``[n]`` that are at these places: a view where they are neighbours."""
+        if places == list(range(places[0], places[0] + len(places))):
+            return values[places[0] : places[0] + len(places)]
+        return values[self.constant(places, torch.int64, values.device)]
 
     def like(self, use: str, tensors: list[Tensor]) -> list[Tensor]:
         """Return zeros of the shapes, type and device of these."""

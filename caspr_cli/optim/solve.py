@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +20,24 @@ from caspr_cli.optim.roots import (
     eigh_root,
     newton_root,
     residual,
+    scaled_newton_root,
 )
-
-EIGH_ON_CUDA = 32  # rows up to which torch decomposes a batch at once there
 
 # Numbers in the matrices that one thread works on at once: what becomes of them stays in its cache.
 PIECE = 2**20
 
 
-def choose(solver: str, device: torch.device, d: int) -> str:
+def choose(solver: str, device: torch.device) -> str:
     """Return the solver that ``"auto"`` stands for.
 
     On a CPU an eigendecomposition takes as long as 7 to 13 products of d x d (measured on two cores, d from 256 to
     1024), and coupled Newton needs four for each of its 8 to 25 steps. On a GPU (not measured here) torch decomposes
-    batches of more than 32 rows one by one, and coupled Newton is batched.
+    batches of more than 32 rows one by one, and waits after each batch to see whether it has converged; coupled Newton
+    is batched, and nobody waits.
     """
     if solver != "auto":
         return solver
-    return "newton" if device.type == "cuda" and d > EIGH_ON_CUDA else "eigh"
+    return "newton" if device.type == "cuda" else "eigh"
 
 
 @dataclass
@@ -52,6 +54,14 @@ class Problem:
     def take(self, at: slice | Tensor) -> Problem:
         """Return the problem of some of the matrices."""
         return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition)
+
+    @staticmethod
+    def join(parts: list[Problem]) -> Problem:
+        """Return the problem of all matrices of problems that differ in nothing else."""
+        if len(parts) == 1:
+            return parts[0]
+        S, unit, eps = (torch.cat([getattr(one, name) for one in parts]) for name in ("S", "unit", "eps"))
+        return replace(parts[0], S=S, unit=unit, eps=eps)
 
     @property
     def cost(self) -> int:
@@ -89,6 +99,12 @@ class Solution:
             torch.cat([part.residual for part in parts]),
         )
 
+    def split(self, sizes: list[int]) -> list[Solution]:
+        """Return the solutions of these numbers of matrices, one after the other."""
+        root = self.root
+        columns = zip(*(x.split(sizes) for x in (root.A, root.shift, root.largest, root.condition)), strict=True)
+        return [Solution(Root(*x), r) for x, r in zip(columns, self.residual.split(sizes), strict=True)]
+
 
 def solve(problem: Problem, solver: str) -> Solution:
     """Return the inverse roots of all matrices of a problem, by ``"eigh"`` or ``"newton"``.
@@ -121,7 +137,10 @@ def _eigh(problem: Problem) -> Solution:
 
 
 def _newton(problem: Problem) -> Solution:
-    return Solution.of(problem, newton_root(problem.S, problem.shift, problem.p, problem.condition))
+    # Each product takes longest on a GPU, and with fewer steps there is less to ask; on a CPU it asks when to stop.
+    scaled = problem.S.device.type != "cpu" and math.isfinite(problem.condition)
+    root = scaled_newton_root if scaled else newton_root
+    return Solution.of(problem, root(problem.S, problem.shift, problem.p, problem.condition))
 
 
 SOLVERS = {"eigh": _eigh, "newton": _newton}
@@ -130,20 +149,22 @@ SOLVERS = {"eigh": _eigh, "newton": _newton}
 def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
     """Return the inverse roots of all matrices of all problems; ``solver`` may be ``"auto"``.
 
+    On another device those of one size and power are one batch: a launch for all of them.
+
     On a CPU each matrix has one thread, the largest first. LAPACK's eigendecomposition gains little from a second: two
     at a time were 8 % faster at d = 1024 and 19 % at 512. And with two threads that wait for each other it takes many
     times as long where another process runs beside it. A single matrix has all threads.
     """
+    if problems[0].S.device.type != "cpu":
+        return _solve_in_batches(problems, solver)
     pieces: list[tuple[int, Problem]] = []
     threads = torch.get_num_threads()
     for i, problem in enumerate(problems):
         K, d = problem.S.shape[:2]
-        size = K
-        if problem.S.device.type == "cpu":
-            size = max(1, min(PIECE // (d * d), math.ceil(K / threads)))
+        size = max(1, min(PIECE // (d * d), math.ceil(K / threads)))
         pieces += [(i, problem.take(slice(start, start + size))) for start in range(0, K, size)]
     order = sorted(range(len(pieces)), key=lambda j: -pieces[j][1].cost)
-    alone = len(pieces) <= 1 or threads == 1 or problems[0].S.device.type != "cpu"
+    alone = len(pieces) <= 1 or threads == 1
     run = map if alone else _pool(threads).map
     solved = dict(zip(order, run(partial(_chosen, solver), [pieces[j][1] for j in order]), strict=True))
     parts: list[list[Solution]] = [[] for _ in problems]
@@ -152,8 +173,22 @@ def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
     return [Solution.join(found) for found in parts]
 
 
+def _solve_in_batches(problems: list[Problem], solver: str) -> list[Solution]:
+    """Return the solutions of problems, those that can be solved together in one batch each."""
+    batches: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, one in enumerate(problems):
+        batches[one.S.shape[-1], one.S.dtype, one.S.device, one.damping, one.p, one.condition].append(i)
+    solutions: dict[int, Solution] = {}
+    for members in batches.values():
+        parts = [problems[i] for i in members]
+        solutions |= zip(
+            members, _chosen(solver, Problem.join(parts)).split([len(one.S) for one in parts]), strict=True
+        )
+    return [solutions[i] for i in range(len(problems))]
+
+
 def _chosen(solver: str, problem: Problem) -> Solution:
-    return solve(problem, choose(solver, problem.S.device, problem.S.shape[-1]))
+    return solve(problem, choose(solver, problem.S.device))
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,25 @@ OUTGROWN = 25
 def sent(small: Tensor, device: torch.device) -> Tensor:
     """Return a copy on the device, without waiting for the device."""
     return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
+
+
+class Question:
+    """Numbers that a device computes and the host reads later: in the next step nobody waits, unless the device is a
+    whole step behind."""
+
+    def __init__(self, asked: Tensor) -> None:
+        self._answer, self._event = asked, None  # type: Tensor, torch.cuda.Event | None
+        if asked.device.type == "cuda":
+            self._answer = torch.empty(asked.shape, dtype=asked.dtype, device="cpu", pin_memory=True)
+            self._answer.copy_(asked, non_blocking=True)
+            self._event = torch.cuda.current_stream(asked.device).record_event()
+
+    def answer(self) -> list[bool]:
+        """Return the numbers."""
+        if self._event is not None and not self._event.query():
+            self._event.synchronize()
+        answer: list[bool] = self._answer.tolist()
+        return answer
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,7 @@ class Stack:
     interval: int = 1
     refresh_offset: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
     _chunks: list[tuple[list[Tensor], slice]] = field(default_factory=list)  # of all members
+    asked: tuple[list[int], Question] | None = None  # the lengths of the stacks of one GPU, and whether they outgrew
 
     @classmethod
     def empty(cls, shape: Shape, axes: tuple[int, ...], K: int, storage: Storage, device: torch.device) -> Stack:
@@ -238,17 +259,25 @@ class Stack:
 
 
 def outgrown(stacks: Sequence[Stack]) -> list[list[bool]]:
-    """Return :meth:`Stack.outgrown` of each stack. All are read at once, so that the device is waited for once.
+    """Return :meth:`Stack.outgrown` of each stack; on a GPU what was true in the step before, so as not to wait for it.
 
     Where it is everyone's turn in each step, as with an interval of 1, nothing is asked, nor are numbers on the "meta"
     device, which cannot be read.
     """
+    answers = {id(stack): [False] * len(stack.scale) for stack in stacks}
     asked = [stack for stack in stacks if stack.interval > 1 and stack.shares and not stack.scale.is_meta]
-    answers = {id(stack): stack.outgrown() for stack in asked}
-    for device in {answer.device for answer in answers.values()}:
-        here = {k: answer for k, answer in answers.items() if answer.device == device}
-        answers |= zip(here, torch.cat(list(here.values())).cpu().split([len(a) for a in here.values()]), strict=True)
-    return [answers[id(s)].tolist() if id(s) in answers else [False] * len(s.scale) for s in stacks]
+    for device in {stack.scale.device for stack in asked}:
+        here = [stack for stack in asked if stack.scale.device == device]
+        lengths = [len(stack.scale) for stack in here]
+        question = Question(torch.cat([stack.outgrown() for stack in here]))
+        if device.type == "cuda":
+            earlier, here[0].asked = here[0].asked, (lengths, question)
+            if earlier is None or earlier[0] != lengths:
+                continue
+            question = earlier[1]
+        found = iter(question.answer())
+        answers |= {id(stack): list(itertools.islice(found, n)) for stack, n in zip(here, lengths, strict=True)}
+    return [answers[id(stack)] for stack in stacks]
 
 
 def build_stacks(

@@ -31,6 +31,18 @@ def counter(value: Tensor | float = 0) -> Tensor:
     return torch.as_tensor(value).to("cpu", torch.float32)
 
 
+def count_there(states: list[State], device: torch.device, *, masked: bool) -> None:
+    """Have the counters where the step changes them: on a GPU where it is not waited for (see `masked`)."""
+    if device.type == "cpu" and not masked:
+        return
+    where = device if masked else torch.device("cpu")
+    for state in states:
+        if masked:
+            state.setdefault("skipped", counter())
+        names = [name for name in COUNTERS if name != "updates" and name in state and state[name].device != where]
+        state |= {name: state[name].to(where) for name in names}
+
+
 def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
     """Yield each parameter with its group, in the order of a state_dict."""
     return ((p, group) for group in groups for p in group["params"])
@@ -57,10 +69,24 @@ def begin_counters(states: list[State], group: Group) -> None:
                 state[name] = counter()
 
 
-def next_counts(states: dict[Tensor, State], name: str) -> dict[Tensor, int]:
-    """Return what this counter of each state will be after the step. All are read at once: there may be thousands."""
-    values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
-    return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+def next_counts(states: dict[Tensor, State], name: str, given: dict[tuple[Tensor, str], int]) -> dict[Tensor, int]:
+    """Return what this counter of each state will be after the step. All are read at once: there may be thousands.
+
+    Those on a GPU are read once, and what was left out is added: from then on ``given`` counts.
+    """
+    if next((state[name].device.type for state in states.values()), "cpu") == "cpu":
+        values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
+        return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
+    if unread := {p: state for p, state in states.items() if (p, name) not in given}:
+        sums = torch.stack(
+            [
+                torch.stack([state[name] for state in unread.values()]),
+                torch.stack([state["skipped"] for state in unread.values()]),
+            ]
+        ).sum(0)
+        given |= {(p, name): int(value) for p, value in zip(unread, sums.cpu().tolist(), strict=True)}
+    given |= {(p, name): given[p, name] + 1 for p in states}
+    return {p: given[p, name] for p in states}
 
 
 def count_as_before(state: State, group: Group, owned: bool) -> None:

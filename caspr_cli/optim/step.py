@@ -32,6 +32,7 @@ from caspr_cli.optim.graft import (
     transfer_length,
     update_second_moment,
 )
+from caspr_cli.optim.masked import Mask, adam_lengths, are_alike
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
@@ -58,6 +59,7 @@ class Inputs:
     steps: dict[Tensor, int]  # the number of this step, for each parameter of the plan that has a gradient
     seen: dict[Tensor, int]  # for each of these, the number of this gradient among those in its statistics
     finite: Finite
+    masked: bool  # whether it is known on the device alone which are finite
     workspace: Workspace
     phase: Callable[[str], AbstractContextManager[None]]
 
@@ -69,6 +71,7 @@ class Active(Inputs):
     layouts: dict[Tensor, Layout]  # of the parameters that are past ``start_step``
     rest: list[Tensor]  # those that the graft method takes
     broken: list[Tensor]  # those left out for the first time: a gradient is not finite
+    mask: Mask | None  # of those that are left out, where the host does not know it
 
     @property
     def complete(self) -> bool:
@@ -102,28 +105,29 @@ def add_statistics(x: Inputs, received: Received) -> None:
                 X, _ = x.workspace.blocks(stack, rows)
                 _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
                 numbers = [math.sqrt(p.numel()) for p in members]
-                size = (x.finite.norms(members) / _constants(numbers, X.device)).to(X.dtype)
-                if len(X) > len(members):
-                    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
-                    size = torch.cat([s.expand(n) for s, n in zip(size, counts, strict=True)])
+                size = (x.finite.norms(members) / _constants(numbers, X.device, x)).to(X.dtype)
+                size = _by_block(size, members, stack)
                 S = [S_i[rows] for S_i in stack.S]
                 scale, total = stack.scale[rows], stack.total[rows]
                 accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
 
 
 def drop_broken(x: Inputs) -> Active:
-    """Return the step without parameters whose gradients are not finite. This waits for the device, as a refresh does.
+    """Return the step without parameters whose gradients are not finite. This waits for the device, or makes a mask.
 
     Counts gradients, and those that were skipped.
     """
-    group, state, grads, broken = x.group, x.state, dict(x.grads), []
+    group, state, grads, broken, mask = x.group, x.state, dict(x.grads), [], None
+    if x.masked:
+        params = list(grads)
+        mask = Mask.of(torch.isfinite(x.finite.norms(params)), params, state, list(x.seen), x.workspace)
     for p in x.finite.others():
         del grads[p]
         if "skipped" not in state[p]:
             state[p]["skipped"] = counter()
             broken.append(p)
         state[p]["skipped"] += 1
-    if seen := [p for p in x.seen if p in grads]:
+    if (seen := [p for p in x.seen if p in grads]) and mask is None:
         torch._foreach_add_([state[p]["gradients"] for p in seen], 1)
     start, waits, whole = group["start_step"], x.plan.waits, x.plan.layouts
     ready = [p for p in seen if x.seen[p] >= start + waits[p]]
@@ -133,7 +137,7 @@ def drop_broken(x: Inputs) -> Active:
         if state[p].get("updates", 0) > 0:  # its momentum is of updates, which are 100 times as long as gradients
             local(state[p]["exp_avg"]).zero_()
             state[p]["updates"].zero_()
-    return Active(**vars(x) | {"grads": grads}, layouts=layouts, rest=rest, broken=broken)
+    return Active(**vars(x) | {"grads": grads}, layouts=layouts, rest=rest, broken=broken, mask=mask)
 
 
 def refresh_roots(x: Active) -> None:
@@ -177,7 +181,8 @@ def update_rest(x: Active) -> None:
         params = [p for p in x.rest if waits == (p in x.plan.layouts)]
         if params:
             graft, nesterov = graft_of(x.group, preconditioned=waits), x.group["nesterov"] and waits
-            diagonal_step(params, [x.grads[p] for p in params], x.state, x.group, graft, nesterov=nesterov)
+            step = diagonal_step if x.mask is None else x.mask.diagonal_step
+            step(params, [x.grads[p] for p in params], x.state, x.group, graft, nesterov=nesterov)
 
 
 def update_weights(x: Active) -> None:
@@ -225,6 +230,8 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
     moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
     exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
     here = locals_of(params, sharded)
+    if x.mask is not None:
+        return _masked_lengths(params, grads, exp_avg, moments, x)
     if graft == "adam" and first and not group["nesterov"] and fusible(here, grads, exp_avg, moments):
         out = x.workspace.like("graft", here)
         return adam_length(out, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
@@ -242,10 +249,31 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
     return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
 
 
+def _masked_lengths(
+    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], moments: list[Tensor], x: Active
+) -> Tensor | None:
+    """Do as :func:`_lengths` where the device alone knows which gradients are finite."""
+    assert x.mask is not None
+    mask, group, graft = x.mask, x.group, x.group["graft"]
+    if graft == "adam" and not group["nesterov"] and are_alike(params, grads, exp_avg, moments):
+        return adam_lengths(mask, params, grads, exp_avg, moments, x.state, group)
+    mask.update_moments(params, grads, exp_avg, moments, group["betas"])
+    if graft == "none" or (graft == "rms" and group["polar"]):
+        return None
+    if graft == "rms":
+        lengths = _constants([RMS * math.sqrt(p.numel()) for p in params], params[0].device, x)
+    else:
+        lengths = frobenius(mask.direction(params, momenta(params, x), moments, group, graft))
+    return mask.lengths(lengths, params)
+
+
 def momenta(params: list[Tensor], x: Active) -> list[Tensor]:
     """Return what is preconditioned in ``precondition="momentum"``, without bias correction, as this rank has it."""
     exp_avg = locals_of([x.state[p]["exp_avg"] for p in params], x.plan.sharded)
-    return look_ahead(exp_avg, [x.grads[p] for p in params], x.group["betas"][0]) if x.group["nesterov"] else exp_avg
+    if not x.group["nesterov"]:
+        return exp_avg
+    grads = [x.grads[p] for p in params]
+    return look_ahead(exp_avg, x.mask.clean(grads, params) if x.mask else grads, x.group["betas"][0])
 
 
 def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, received: Received) -> Tensor:
@@ -255,17 +283,19 @@ def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, 
         X, out = x.workspace.blocks(stack, rows)
         if group["precondition"] == "momentum":
             _fill(X, stack, members, x, momenta(members, x), received.momenta)
-            weights = [1 - group["betas"][0] ** x.steps[p] for p in members]
+            weights = [1 - group["betas"][0] ** x.steps[p] for p in members] if x.mask is None else []
         else:
             _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
             weights = [1.0]
         factor = stack.input_scale(group)[rows].reciprocal()
-        if len(set(weights)) == 1:
+        if x.mask is not None:
+            factor = factor / _by_block(x.mask.bias(group["betas"][0], members), members, stack).to(factor.dtype)
+        elif len(set(weights)) == 1:
             factor = factor / weights[0]
         else:
             counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
             repeated = [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
-            factor = factor / _constants(repeated, factor.device).to(factor.dtype)
+            factor = factor / _constants(repeated, factor.device, x).to(factor.dtype)
         X.mul_(per_block(factor, X))
         return precondition(X, out, stack, rows, group)
 
@@ -287,12 +317,14 @@ def _fill(
 
 def _finish_whole(members: list[Tensor], U: Tensor, lengths: Tensor | None, x: Active) -> None:
     """Do as :func:`finish` for parameters that are one block each, in few calls however many they are."""
-    lr, decay = float(x.group["lr"]), x.group["weight_decay"]
+    group, lr, decay = x.group, float(x.group["lr"]), x.group["weight_decay"]
     if lengths is not None:
         have = frobenius(U.unbind())
         U.mul_(per_block(torch.where(have > 0, lengths / have, 0).to(U.dtype), U))
+    elif x.mask is not None:
+        U.mul_(per_block(x.mask.is_finite(members).to(U.dtype), U))
     if decay:
-        torch._foreach_mul_(members, 1 - lr * decay)
+        torch._foreach_mul_(members, 1 - lr * decay if x.mask is None else x.mask.decay(group, members))
     updates = [u if u.shape == p.shape else u.view(p.shape) for p, u in zip(members, U.unbind(), strict=True)]
     torch._foreach_add_(members, updates, alpha=-lr)
 
@@ -318,8 +350,12 @@ def finish(
     beta1, lr = group["betas"][0], float(group["lr"])
     if wanted := [lengths[p] for p in pieces if p in lengths]:
         transfer_length([list(U.values()) for U in pieces.values()], wanted, known)
+    elif x.mask is not None:
+        for U, finite in zip(pieces.values(), x.mask.is_finite(list(pieces)).unbind(), strict=True):
+            torch._foreach_mul_(list(U.values()), finite.float())
     if group["weight_decay"]:
-        torch._foreach_mul_(list(params.values()), 1 - lr * group["weight_decay"])
+        kept = 1 - lr * group["weight_decay"] if x.mask is None else x.mask.decay(group, list(pieces))
+        torch._foreach_mul_(list(params.values()), kept)
     if group["precondition"] == "momentum":
         targets, sources = placed(pieces, layouts, params)
         torch._foreach_add_(targets, sources, alpha=-lr)
@@ -342,8 +378,16 @@ def finish(
     torch._foreach_add_(list(params.values()), updates, alpha=-lr)
 
 
-def _constants(values: list[float], device: torch.device) -> Tensor:
+def _by_block(values: Tensor, members: list[Tensor], stack: Stack) -> Tensor:
+    """Return, for numbers ``[n]`` of these parameters, those of each of their blocks ``[k]``."""
+    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
+    if max(counts) == 1:
+        return values
+    return torch.cat([v.expand(n) for v, n in zip(values, counts, strict=True)])
+
+
+def _constants(values: list[float], device: torch.device, x: Inputs) -> Tensor:
     """Return ``[n]`` in float64; of equal ones one number on the CPU, for which nothing is sent to the device."""
     if len(set(values)) == 1:
         return torch.tensor(values[0], dtype=torch.float64, device="cpu")
-    return sent(torch.tensor(values, dtype=torch.float64, device="cpu"), device)
+    return x.workspace.constant(values, torch.float64, device)

@@ -22,12 +22,13 @@ from caspr_cli.optim.family import REMOVED, without_removed
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check
 from caspr_cli.recipe.configs import choices, leaves
-from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, KroneckerConf, OptimConf, Recipe, TaskConf
+from caspr_cli.recipe.errors import ConfigError, as_range
+from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, OptimConf, Recipe, TaskConf
+from caspr_cli.tasks.registry import CONFS
 
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
-    "seed", "resume", "output_dir", "search.trials", "search.rerank", "search.extend",
+    "seed", "resume", "output_dir", "horizon", "search.trials", "search.rerank", "search.extend",
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
@@ -41,11 +42,13 @@ CAME_LATER = {
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra as ``/schema``, ``/schema/task`` and the choices of ``optim``."""
+    """Make the dataclasses known to Hydra: the recipe, and the choices of ``task`` and ``optim``."""
     store = ConfigStore.instance()
     store.store(group="schema", name="recipe", node=Recipe, package="_global_")
-    for task, task_conf in TASKS.items():
-        store.store(group="schema/task", name=task, node=task_conf)
+    for task, task_conf in CONFS.items():
+        store.store(group="task", name=task, node=task_conf)
+        if "sample" not in choices(f"scale/{task}"):
+            store.store(group=f"scale/{task}", name="sample", node={}, package="_global_")
     for optimizer, optim_conf in OPTIMIZERS.items():
         store.store(group="optim", name=optimizer, node=optim_conf)
 
@@ -77,7 +80,7 @@ def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = No
 def _typed(config: DictConfig, changes: Mapping[str, Any]) -> Recipe | None:
     """Return what :func:`_build` returns, in a fraction of the time; None if a part does not have its type yet."""
     types = tuple(OmegaConf.get_type(config, group) for group in (None, "task", "optim"))
-    if types != (Recipe, TASKS.get(config.task.name), OPTIMIZERS.get(config.optim.name)) or "hydra" in config:
+    if types != (Recipe, CONFS.get(config.task.name), OPTIMIZERS.get(config.optim.name)) or "hydra" in config:
         return None
     config = copy.deepcopy(config) if changes else config
     for key, value in changes.items():
@@ -95,7 +98,8 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
     if trial is None:
         raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
     if not isinstance(trial, int):
-        raise ConfigError(f"trial should be an integer, best, top1, top2, ..., or {UNTUNED}, but is '{trial}'")
+        known = f"an integer, best, top1, top2, ..., or {UNTUNED}"
+        raise ConfigError(f"trial should be {known}, but is '{trial}'{as_range('trial', str(trial))}")
     space = {key: kinds for key, kinds in space.items() if not _lacks(plain, key)}
     values = search.draw(space, trial)  # from the whole space, so that a given key changes no other value
     if not (left := {key: space[key] for key in space.keys() - search.fixed(space, given)}):
@@ -143,11 +147,14 @@ def _build(plain: dict[str, Any]) -> Recipe:
     """Return a recipe from plain values; the names of ``task`` and ``optim`` choose their types."""
     # merged on its own: Recipe.task is declared as what all tasks share
     rest = {k: v for k, v in plain.items() if k not in ("task", "optim")}
-    for group, known in (("task", TASKS), ("optim", OPTIMIZERS)):
+    for group, known in (("task", CONFS), ("optim", OPTIMIZERS)):
         if plain[group]["name"] not in known:
-            raise ConfigError(f"{group}.name={plain[group]['name']} is not known (choices: {', '.join(known)})")
+            raise ConfigError(
+                f"{group}={plain[group]['name']} is not known here: is the package installed that brings it, as the "
+                f"record's provenance.json has it? (choices: {', '.join(known)})"
+            )
     merged = OmegaConf.merge(OmegaConf.structured(Recipe), rest)
-    merged.task = OmegaConf.merge(OmegaConf.structured(TASKS[plain["task"]["name"]]), plain["task"])
+    merged.task = OmegaConf.merge(OmegaConf.structured(CONFS[plain["task"]["name"]]), plain["task"])
     merged.optim = OmegaConf.merge(OmegaConf.structured(OPTIMIZERS[plain["optim"]["name"]]), plain["optim"])
     return cast(Recipe, OmegaConf.to_object(merged))
 

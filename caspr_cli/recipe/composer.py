@@ -13,12 +13,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from caspr_cli.common import plugins
 from caspr_cli.recipe import directory, settings, words
 from caspr_cli.recipe.compose import register_schemas
 from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Source
 
 NAME = "caspr-train"
+UNTUNED = "~tuned@_global_"  # leaves out what was found by tuning on the data of the scale
 
 
 class Composed(NamedTuple):
@@ -55,7 +58,8 @@ class Composer:
             settings.refuse(parsed.package or parsed.key_or_group)
             if parsed.is_sweep_override():
                 raise ConfigError(f"{parsed.input_line}: all jobs of a sweep have one launcher")
-        self._name, self._checked = name, place is None and not any("@" in word for word in given)
+        ours = place is None and not plugins.folders()
+        self._name, self._checked = name, ours and not any("@" in word for word in given)
         self._composed: dict[tuple[str, ...], Composed] = {}
         register_schemas()
         directory.use(place)
@@ -133,10 +137,21 @@ class Composer:
 
     def _base(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
         """Return the config of the choices among the words, and the words that change a value in it."""
+        base, values = self._chosen(given)
+        sample, own = (
+            base.recipe.task.get("data") == Source.sample,
+            [w for w in values if w.key_or_group == "task.data"],
+        )
+        if sample and own and own[-1].value() != Source.sample.name:  # the target and rates were found on other data
+            base, values = self._chosen([UNTUNED, *given])
+            values = [words.parse("task.target.value=null"), *values]
+        return base, values
+
+    def _chosen(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
         parsed = [words.parse(word) for word in given]
-        if not all(self._changes(word) or self._chooses(word) for word in parsed):
+        if not all(self._changes(p) or self._chooses(p) or p.input_line == UNTUNED for p in parsed):
             return self._compose(given), []  # such as +key=value, whose order counts: Hydra keeps it
-        chosen = [word for word, p in zip(given, parsed, strict=True) if self._chooses(p)]
+        chosen = [word for word, p in zip(given, parsed, strict=True) if word == UNTUNED or self._chooses(p)]
         return self._compose(chosen), [word for word in parsed if self._changes(word)]
 
     def _changes(self, word: Override) -> bool:

@@ -1,4 +1,4 @@
-"""Config files of the user, in the directory given as ``-cd DIR``: read as values, and refused with file and line."""
+"""Config files of other packages and of the user (``-cd DIR``): read as values, and refused with file and line."""
 
 from __future__ import annotations
 
@@ -15,47 +15,50 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caspr_cli.common import plugins
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe import settings
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.tasks.registry import TASKS
 
 LARGEST = 2**20  # bytes of a file
 DEEPEST = 30  # levels of brackets and indentation
 MOST = 10_000  # values of a file, counting those that its anchors repeat
-OURS = {f"optim/{name}.yaml" for name in OPTIMIZERS}  # which Hydra would look for after the files of the user
+# Choices that Hydra would look for after the files of the user.
+OURS = {f"optim/{name}.yaml" for name in OPTIMIZERS} | {f"task/{name}.yaml" for name in TASKS}
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp",
                                                   "merge")}  # fmt: skip
 
 
 def use(directory: str | None) -> None:
-    """Let Hydra look for configs in this directory after our own; None: in ours alone.
+    """Let Hydra look for configs in those of other packages after our own, and then in this directory, if any.
 
     Raises:
         ConfigError: the directory cannot be read.
     """
     for plugin in (Files, Lookup):
         Plugins.instance().register(plugin)
-    Lookup.directory, Files.loaded = None, []
+    Lookup.directories, Files.loaded = [str(folder) for folder in plugins.folders()], []
     if directory is not None:
         try:
             os.listdir(directory)
         except OSError as error:
             raise ConfigError(f"-cd {directory}: {error.strerror}") from error
-        Lookup.directory = os.path.abspath(directory)
+        Lookup.directories.append(os.path.abspath(directory))
 
 
 class Lookup(SearchPathPlugin):
-    """Adds the directory to Hydra's search path."""
+    """Adds the directories to Hydra's search path."""
 
-    directory: ClassVar[str | None] = None
+    directories: ClassVar[list[str]] = []
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if self.directory is not None:
-            search_path.append("command-line", f"{Files.scheme()}://{self.directory}")
+        for directory in self.directories:
+            search_path.append("command-line", f"{Files.scheme()}://{directory}")
 
 
 class Files(ConfigSource):
-    """Gives Hydra the files of the directory."""
+    """Gives Hydra the files of a directory."""
 
     loaded: ClassVar[list[str]] = []
 

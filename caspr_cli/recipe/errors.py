@@ -6,11 +6,34 @@ import re
 from collections.abc import Callable, Sequence
 
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli.common.errors import UserError, nearest
-from caspr_cli.recipe.configs import choices
+from caspr_cli.recipe.configs import scales
+
+# What keys are called elsewhere.
+ELSEWHERE = {
+    "optim.lr": ("learning_rate", "rate"),
+    "optim.weight_decay": ("wd", "decay"),
+    "optim.betas": ("beta", "beta1", "beta2"),
+    "trainer.max_steps": ("epochs", "max_epochs", "steps", "num_steps", "iterations"),
+    "trainer.devices": ("gpus", "num_gpus", "n_gpus", "nproc_per_node", "num_devices"),
+    "trainer.accelerator": ("device", "gpu", "cpu"),
+    "trainer.workers": ("num_workers",),
+    "trainer.nodes": ("num_nodes",),
+    "trainer.clip_norm": ("grad_clip", "clip", "gradient_clip_val", "max_grad_norm"),
+    "trainer.accumulate": ("accumulate_grad_batches", "gradient_accumulation_steps"),
+    "task.batch_size": ("batch", "bs"),
+    "task.root": ("data_dir", "data_root", "path"),
+    "task.data": ("dataset",),
+    "optim": ("optimizer", "opt"),
+    "task": ("model",),
+    "schedule.warmup": ("warmup_steps", "num_warmup_steps"),
+    "schedule.name": ("scheduler", "lr_scheduler"),
+    "seed": ("seeds", "random_seed"),
+    "output_dir": ("output", "out", "log_dir", "logdir", "save_dir"),
+}
 
 
 class ConfigError(UserError):
@@ -43,13 +66,15 @@ def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence
 
 def _unknown_choice(e: MissingConfigException) -> str:
     group, _, name = (e.missing_cfg_file or "").rpartition("/")
-    if group.startswith("schema/"):
-        return f"{group.split('/')[1]}={name} has no dataclass in caspr_cli/recipe/schema.py"
     if group.startswith("scale/"):  # scale/<task>/<scale>
-        return f"scale={name} is not defined for task={group.split('/')[1]} (it has: {', '.join(choices(group))})"
+        task = group.split("/")[1]
+        return f"scale={name} is not defined for task={task} (it has: {', '.join(scales(task))})"
     options = [o for o in e.options or [] if "/" not in o]
     listed = ", ".join(options)
-    return f"{group}={name}: no such choice.{nearest(name, options, f'{group}=')} (choices: {listed})"
+    hint = nearest(name, options, f"{group}=")
+    if not hint and group in ("task", "optim"):
+        hint = f" (A package may bring it: caspr-train new {'task' if group == 'task' else 'optimizer'} NAME)"
+    return f"{group}={name}: no such choice.{hint} (choices: {listed})"
 
 
 def _unknown_key(key: str, keys: DictConfig) -> str:
@@ -62,11 +87,24 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     prefix = f"{where}." if where else ""
     owner = f"{where}={node.get('name')}" if where in ("optim", "task") and isinstance(node, DictConfig) else where
     what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
-    groups = [str(k) for k, v in keys.items() if not path and isinstance(v, DictConfig) and name in v]
-    if groups:
-        return f"{what} Did you mean {' or '.join(f'{group}.{name}' for group in groups)}?"
+    meant = [f"{k!s}.{name}" for k, v in keys.items() if isinstance(v, DictConfig) and name in v]
+    if not (meant or nearest(name, names)):
+        meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs and _has(keys, ours)]
+    if meant:
+        return f"{what} Did you mean {' or '.join(meant)}?"
     hint = f"caspr-train --cfg job{f' --package {path[0]}' if path else ''}"
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
+
+
+def as_range(key: str, text: str) -> str:
+    """Return how a range of whole numbers is written, if the text is meant as one."""
+    found = re.fullmatch(r"(\d+)(?:-|:|\.{2,3})(\d+)", text)
+    return f": for {found[1]} to {found[2]} write -m {key}='range({found[1]},{int(found[2]) + 1})'" if found else ""
+
+
+def _has(keys: DictConfig, key: str) -> bool:
+    absent = object()
+    return OmegaConf.select(keys, key, default=absent) is not absent
 
 
 def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:
@@ -76,7 +114,7 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
         return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys())
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
-        return f"{key} should be {kind} but is '{match[1]}'"
+        return f"{key} should be {kind} but is '{match[1]}'{as_range(key, match[1])}"
     if key == "trial" and (match := re.search(r"Value '(.*)' of type '.*' is incompatible", message)):
         return f"trial should be an integer, best, top1, top2, ..., or default, but is '{match[1]}'"
     if match := re.search(r"Value '(.*)' is not a valid bool", message):
@@ -86,5 +124,6 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
         return f"{key} should be one of {match[2]} but is '{match[1]}'.{nearest(match[1], choices, f'{key}=')}"
     typed = next((a for a in argv if a.lstrip("+~").startswith(f"{key}=")), key)
     if "is not a ListConfig, list or tuple" in message:
-        return f"{typed}: {key} should be a list in brackets, as in {key}=[A,B]"
+        usual = OmegaConf.select(keys(), key, default=["A", "B"])
+        return f"{typed}: {key} should be a list in brackets, as in {key}=[{','.join(map(str, usual))}]"
     return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -6,149 +6,19 @@ worker gets the frozen result as one :class:`Recipe`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, make_dataclass
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
+from caspr_cli.common.errors import UserError
 from caspr_cli.optim import registry
-from caspr_cli.optim.family import FullAdagradOptions, options_of
-from caspr_cli.optim.registry import Entry
-
-
-class Source(Enum):
-    """Where a task's data come from."""
-
-    sample = "sample"  # bundled, nothing to download
-    files = "files"  # local files under task.root
-    hub = "hub"  # the real data set, fetched by `datasets` or torchvision
-
-
-@dataclass
-class Target:
-    """The value of a metric that counts as reached; steps and seconds to it are reported."""
-
-    metric: str = "val/loss"
-    value: float | None = None
-    higher_is_better: bool = False
-
-
-@dataclass
-class TaskConf:
-    """What every task has; each task adds its own keys."""
-
-    name: str = MISSING
-    data: Source = Source.sample
-    root: str | None = None  # directory of the data, for task.data=files
-    batch_size: int = 32  # samples in one optimizer step, over all ranks and accumulation
-    target: Target = field(default_factory=Target)
-
-
-@dataclass
-class C4LMConf(TaskConf):
-    """A decoder-only transformer language model on English text."""
-
-    name: str = "c4_lm"
-    vocab_size: int = 2048  # size of the byte-level BPE, trained on the training split
-    sequence: int = 128  # tokens a sample
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    dropout: float = 0.0
-    train_documents: int | None = None  # use only the first so many documents (required for task.data=hub)
-    eval_documents: int | None = None  # the same for validation and for test, each
-
-
-@dataclass
-class MolPCBAConf(TaskConf):
-    """A graph network on molecules, 128 yes-or-no labels with most cells missing."""
-
-    name: str = "ogbg_molpcba"
-    batch_size: int = 128
-    target: Target = field(default_factory=lambda: Target("val/map", None, True))
-    width: int = 64  # of node, edge and global states
-    steps: int = 3  # of message passing
-    dropout: float = 0.1
-
-
-class Tags(Enum):
-    upos = "upos"  # universal part of speech
-    xpos = "xpos"  # the treebank's own tags
-
-
-@dataclass
-class TaggingConf(TaskConf):
-    """A transformer encoder that tags words."""
-
-    name: str = "ud_pos"
-    batch_size: int = 32  # sentences
-    target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
-    treebank: str = "en_ewt"  # code on the hub, for task.data=hub
-    tags: Tags = Tags.upos  # which of the treebank's two columns
-    max_length: int = 256  # words; longer sentences are cut in training, and tagged in pieces after it
-    vocab_size: int = 20000  # words known, at most: the commonest of the training split
-    characters: bool = True  # add to each word's vector one made of its characters
-    word_dropout: float = 0.25  # a: in training a word seen n times is hidden with probability a / (a + n)
-    layers: int = 2
-    width: int = 128
-    heads: int = 4
-    dropout: float = 0.1
-
-
-class Images(Enum):
-    """Which images ``task.data=files`` and ``hub`` mean; ``sample`` has its own."""
-
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    fashion_mnist = "fashion_mnist"
-    imagenet = "imagenet"
-    folder = "folder"  # root/{train,validation or val,test}/<class>/<image>, or a zip of it
-
-
-class Augment(Enum):
-    """What training images go through."""
-
-    none = "none"
-    crop_flip = "crop_flip"  # shifted by up to an eighth, and mirrored half of the time
-    imagenet = "imagenet"  # a random resized crop, and mirrored half of the time
-    rand_augment = "rand_augment"  # the same, and two random operations of RandAugment
-
-
-@dataclass
-class ImagesConf(TaskConf):
-    """What the image tasks share."""
-
-    batch_size: int = 128
-    target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))
-    images: Images = Images.cifar10
-    size: int = 32  # pixels a side, as the model sees them; other images are scaled and cut to the middle
-    augment: Augment = Augment.crop_flip  # of training images
-    mixup: float = 0.0  # parameter of the Beta distribution; 0: none
-    label_smoothing: float = 0.0  # share of each target spread over all classes, in training
-
-
-@dataclass
-class ResNetConf(ImagesConf):
-    """A residual convolutional network."""
-
-    name: str = "resnet"
-    depth: int = 18  # 18, 34, 50, 101 or 152 as in torchvision, or 10: one block a stage
-    width: int = 64  # channels of the first stage
-    stem: int = 1  # what the first layers divide the side by: 1 for 32 pixels, 4 for 224 as in torchvision, or 2
-
-
-@dataclass
-class ViTConf(ImagesConf):
-    """A vision transformer."""
-
-    name: str = "vit"
-    patch: int = 4  # pixels a side; divides size
-    layers: int = 4
-    width: int = 128  # of the residual stream; the MLPs are 4 times wider
-    heads: int = 4  # of each attention; divides width
-    dropout: float = 0.0
-
+from caspr_cli.optim.family import Entry, FullAdagradOptions, options_of
+from caspr_cli.recipe.task import Source as Source
+from caspr_cli.recipe.task import Target as Target
+from caspr_cli.recipe.task import TaskConf as TaskConf
 
 # ---- optimizers: their keys are declared in caspr_cli.optim ---------------------------------------------------------
 
@@ -165,6 +35,9 @@ class OptimConf:
 @dataclass
 class KroneckerConf(OptimConf):
     """CASPR, Shampoo and full-matrix Adagrad: one engine."""
+
+
+KINDS = r"(int|float|bool|str)( \| (int|float|str))?( \| None)?|tuple\[float, float\]"  # and Literal: names
 
 
 def _enum(option: str, words: tuple[str, ...]) -> type[Enum]:
@@ -186,6 +59,8 @@ def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
             words_of = _enum(each.name, words)
             kind = words_of | None if None in each.choices else words_of
             default = words_of[default] if default is not None else None
+        elif not re.fullmatch(KINDS, kind):
+            raise UserError(f"optim={name}: the type of {each.name}, {kind}, is not one that a recipe can have")
         if each.in_recipe:
             keys.append((each.name, kind, field(default=default)))
     base = KroneckerConf if issubclass(entry.keys, FullAdagradOptions) else OptimConf
@@ -278,15 +153,8 @@ class Recipe:
     # of the search, from 0; best: the one that ended best in validation; top1, top2, ...: those that ended best at the
     # tuning seed; default: none, but the optimizer's own values
     trial: int | str | None = None
+    # null, or so many steps: a shorter run, of the trial that is chosen for trainer.max_steps
+    horizon: int | None = None
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"
-
-
-TASKS: dict[str, type[TaskConf]] = {
-    "c4_lm": C4LMConf,
-    "ogbg_molpcba": MolPCBAConf,
-    "ud_pos": TaggingConf,
-    "resnet": ResNetConf,
-    "vit": ViTConf,
-}

@@ -12,7 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
-from caspr_cli.report.horizon import with_own_schedules
+from caspr_cli.report.horizon import HORIZON, with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -154,13 +154,16 @@ def _table(
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
-    rows = []
+    rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        for untuned in (False, True):
-            part = [run for run in own if (UNTUNED in run.config.items()) == untuned]
-            rows += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
-    rows = with_own_schedules(rows, target, higher_is_better=higher)
+        whole = [run for run in own if run.config.get(HORIZON) is None] or own
+        parts = [[run for run in whole if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
+        rows += [_row(name, group, keys, higher, target) for part in parts for group in grouped(part, keys)]
+        part = [run for run in own if run.config.get(HORIZON) is not None]
+        if whole is not own:
+            shorter += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+    rows = with_own_schedules(rows, shorter, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
     differ = consistency.targets_differ(rows, target) if given is None else []

@@ -256,8 +256,8 @@ def title(table: Table) -> str:
 
 def _horizon(table: Table) -> str:
     """Return for which length the runs were planned, from whose curves steps to the target are read."""
-    given = {run.config.get("trainer.max_steps") for row in table.rows for run in row.runs}
-    lengths = sorted(steps for steps in given if isinstance(steps, int))
+    given = [run.config.get("trainer.max_steps") for row in table.rows for run in row.runs]
+    lengths = sorted({int(steps) for steps in given if steps is not None})
     named = listed([f"{steps:,}" for steps in lengths])
     planned = f", steps to it read off a schedule of {named} steps" if lengths else ""
     own = any(row.own_schedule for row in table.rows)

@@ -81,8 +81,9 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) ->
             if row.difference is not None:
                 tested[label].append(row.kind)
     if not tested:
-        if sum(map(len, by_label)) > 1:
-            yield "There is no baseline, so nothing is tested"
+        if max(map(len, by_label)) > 1:
+            why = f"No other row is tested against {listed(bases)}"
+            yield why if bases else "There is no baseline, so no row is tested"
         return
     parts = []
     many = max(map(len, tested.values())) > 1
@@ -130,9 +131,12 @@ def _times(ratio: float) -> str:
 
 
 def _ratio(row: Row, base: Row) -> float | None:
-    """Return the ratio of the seconds of a step; None where they are not known or from different hardware."""
-    ours, theirs = _step(row.runs), _step(base.runs)
-    machines = {provenance.hardware(run) for side in (row, base) for run in side.runs if run.final is not None}
+    """Return the ratio of the seconds of a step; None where they are not known or from different hardware.
+
+    All records count: a trial's steps take as long, and the more there are, the less does a busy moment matter.
+    """
+    ours, theirs = _step(row.records), _step(base.records)
+    machines = {provenance.hardware(run) for side in (row, base) for run in side.records if run.state == DONE}
     return ours / theirs if ours and theirs and len(machines) == 1 else None
 
 

@@ -16,13 +16,21 @@ from caspr_cli.report.model import OwnSchedule, Row, Run
 from caspr_cli.report.selection import frozen, median
 
 LENGTH = "trainer.max_steps"
+HORIZON = "horizon"  # a key of runs that are only there for the length of a schedule
 
 
-def with_own_schedules(rows: Sequence[Row], target: float | None, *, higher_is_better: bool) -> list[Row]:
-    """Return the rows, each with the shortest whole run that reached the target, where shorter ones are there."""
+def with_own_schedules(
+    rows: Sequence[Row], shorter: Sequence[Row], target: float | None, *, higher_is_better: bool
+) -> list[Row]:
+    """Return the rows, each with the shortest whole run that reached the target, where shorter ones are there.
+
+    Args:
+        shorter: more of them, that are no rows of a table: of runs with ``horizon``.
+    """
     if target is None:
         return list(rows)
-    return [replace(row, own_schedule=_own(row, rows, target, higher=higher_is_better)) for row in rows]
+    every = [*rows, *shorter]
+    return [replace(row, own_schedule=_own(row, every, target, higher=higher_is_better)) for row in rows]
 
 
 def _own(row: Row, rows: Sequence[Row], target: float, *, higher: bool) -> OwnSchedule | None:

@@ -167,7 +167,7 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
             "The expected best of so many trials, of those that were run, with the seeds that select: the last value "
             "is the winner's, which was lucky, so that held-out seeds end worse.",
         ),
-        (sensitivity.by_rate(table, styles), sensitivity.BY_RATE),
+        (sensitivity.by_rate(table, styles), sensitivity.about_rates(table)),
         (sensitivity.by_others(table, styles), sensitivity.BY_OTHERS),
     ]
     return [(svg, caption) for svg, caption in drawn if svg]

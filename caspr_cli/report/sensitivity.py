@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -29,13 +29,18 @@ BY_RATE = (
     "the edge failed or diverged, triangles lie beyond it."
 )
 JOINT = (
-    " Where other keys vary as well, the line joins the trials that none farther from the best on the same side "
+    "Where other keys vary as well, the line joins the trials that none farther from the best on the same side "
     "surpasses: other values of these keys are part of what it shows."
 )
 BY_OTHERS = (
     "The same trials by each other tuned key. All keys vary at once, so a good trial beside a bad one may be so by "
     "another key: these are dots, not effects. Stars, crosses and triangles as before."
 )
+
+
+def about_rates(table: Table) -> str:
+    """Return the caption of :func:`by_rate`."""
+    return f"{BY_RATE} {JOINT}" if any(varied(row) != [ALWAYS_TUNED] for row in tried(table)) else BY_RATE
 
 
 def by_rate(table: Table, styles: Styles | None = None) -> str:
@@ -52,7 +57,7 @@ def by_rate(table: Table, styles: Styles | None = None) -> str:
         axes.set_ylim(_range(rows, higher=higher))
         for place, row in enumerate(rows):
             axes.plot(*zip(*found[row.label].line, strict=True), **drawn(styles[row.label]), zorder=1.9)
-            _dots(axes, row, ALWAYS_TUNED, place, styles[row.label], higher=higher, inverted=False)
+            dots(axes, row, ALWAYS_TUNED, place, styles[row.label], higher=higher, x_of=_rate)
         _ticks(axes)
         legend(figure, {label: f"{label}, {wide.factor}" for label, wide in found.items()}, styles)
         missing = [row.label for row in table.rows if row.label not in found and not row.untuned]
@@ -76,14 +81,14 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
         figure = Figure(figsize=(WIDTH, 0.2 + PANEL * lines), layout="constrained")
         panels = list(figure.subplots(lines, min(COLUMNS, len(keys)), sharey=True, squeeze=False).flat)
         for panel, key in zip(panels, keys, strict=False):
-            inverted = drawn_as.get(key) == "one_minus_log"
-            panel.set_xlabel(f"{'1 - ' * inverted}{key.removeprefix('optim.')}")
-            if _logarithmic(rows, key, drawn_as.get(key)):
-                panel.set_xscale("log")
+            name, logarithmic, x_of = _axis(rows, key, drawn_as.get(key))
+            panel.set_xlabel(name)
+            panel.set_xscale("log" if logarithmic else "linear")
             panel.set_ylim(_range(rows, higher=higher))
             for place, row in enumerate(rows):
-                _dots(panel, row, key, place, styles[row.label], higher=higher, inverted=inverted)
-            _ticks(panel)
+                dots(panel, row, key, place, styles[row.label], higher=higher, x_of=x_of)
+            if x_of is not plain:  # words have places of their own
+                _ticks(panel)
         for panel in panels[len(keys) :]:
             panel.set_visible(False)
         figure.supylabel(table.metric, fontsize=9)
@@ -101,15 +106,20 @@ def _range(rows: Sequence[Row], *, higher: bool) -> tuple[float, float]:
     return window(ends, higher=higher)
 
 
-def _dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bool, inverted: bool) -> None:
-    """Draw the trials of a row: those without a value, and those far off, at the edge where the worst would be."""
+def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bool, x_of: Callable[[Any], Any]) -> None:
+    """Draw the trials of a row: those without a value, and those far off, at the edge where the worst would be.
+
+    Args:
+        place: of the row among the others, so that marks at the edge do not hide each other.
+        x_of: where a value of the key stands; None: nowhere.
+    """
     (low, high), at_edge = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
     edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}
     how = _dot(style)
     for one in outcomes(row, higher_is_better=higher):
-        if (value := one.trial.values.get(key)) is None or not one.ended:
+        value = one.trial.values.get(key)
+        if value is None or not one.ended or (x := x_of(value)) is None:
             continue
-        x = (1 - value if inverted else value) if number(value) else plain(value)
         mark = "x" if one.value is None else "v" if one.value < low else "^"
         if one.value is not None and low <= one.value <= high:
             star = {"marker": "*", "markersize": 11, "zorder": 4} if one.best else {}
@@ -125,20 +135,31 @@ def _dot(style: Style) -> dict[str, Any]:
     return how | {"markeredgewidth": 1.1} | ({} if filled else {"markerfacecolor": "none"})
 
 
-def _logarithmic(rows: Sequence[Row], key: str, kind: str | None) -> bool:
+def _rate(value: Any) -> float | None:
+    return value if number(value) and value > 0 else None
+
+
+def _axis(rows: Sequence[Row], key: str, kind: str | None) -> tuple[str, bool, Callable[[Any], Any]]:
+    """Return the name of a key's axis, whether it is logarithmic, and where a value stands on it.
+
+    Args:
+        kind: how searches draw it. Without one, positive numbers over more than a decade are logarithmic.
+    """
+    name = key.removeprefix("optim.")
     values = [value for row in rows for trial in row.trials if (value := trial.values.get(key)) is not None]
-    numbers = [1 - value if kind == "one_minus_log" else value for value in values if number(value)]
+    numbers = [value for value in values if number(value)]
     if len(numbers) < len(values):
-        return False
+        return name, False, plain
+    if kind == "one_minus_log" and max(numbers) < 1:
+        return f"1 - {name}", True, lambda value: 1 - value
     least, most = min(numbers), max(numbers)
-    return least > 0 and (kind in ("log", "one_minus_log") or most > DECADE * least)
+    return name, least > 0 and (kind == "log" or most > DECADE * least), lambda value: value
 
 
 def _ticks(axes: Axes) -> None:
     """Label 1, 2 and 5 of each decade of a logarithmic axis, in plain digits, where that is not too many."""
     if axes.get_xscale() != "log":
-        if axes.xaxis.get_converter() is None:  # words have places of their own
-            axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         return
     low, high = axes.get_xlim()
     decades = math.log10(high / low)

@@ -41,13 +41,17 @@ def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], 
 
 def trials(made: Sequence[Table], width: int) -> Iterator[str]:
     """Yield the range of good learning rates of each row, and all trials."""
-    for each in made:
-        if len(cells := tuning.trials(each)) > 1:
-            yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
-            yield from cell_lines(tuning.widths(each), width)
-            keys = len(cells[0]) - 5  # these go first where there is no room
-            aligned, spare = [False, *[True] * (keys + 3), False], [0, 0, 0, 1, *range(2, keys + 2), 0]
-            yield from ["", *cell_lines(cells, width, aligned, spare), ""]
+    shown = [(each, cells) for each in made if len(cells := tuning.trials(each)) > 1]
+    if not shown:
+        yield "trials   no row has several"
+        return
+    for each, cells in shown:
+        yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
+        if len(widths := tuning.widths(each)) > 1:
+            yield from [*cell_lines(widths, width), ""]
+        keys = len(cells[0]) - 5  # these go first where there is no room
+        aligned, spare = [False, *[True] * (keys + 3), False], [0, 0, 0, 1, *range(2, keys + 2), 0]
+        yield from [*cell_lines(cells, width, aligned, spare), ""]
     yield from wrapped(f"rates    {tuning.WIDTHS}", width)
     yield from wrapped(f"trials   {tuning.TRIALS}", width)
 

@@ -26,10 +26,12 @@ from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.configs import CONF, choices
+from caspr_cli.recipe.configs import files
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe, Resume
+from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.recipe.search import ROUNDS, further
+from caspr_cli.runs.horizon import ROUNDS as HALVINGS
+from caspr_cli.runs.horizon import next_length
 from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
 from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
@@ -58,11 +60,13 @@ class Experiment:
         jobs: overrides of ``caspr-train``, without ``trial``; a value may be several, as in ``caspr,adamw``.
         baseline: label of the row that the others are compared with; without an optimizer, as ``statistics=ema``, it
             is each optimizer's own row with this setting.
+        horizon: whether the selected trial of each row is also run shorter: how soon does a whole run reach the target?
     """
 
     name: str
     jobs: Mapping[str, str]
     baseline: str | None
+    horizon: bool = False
 
     @classmethod
     def read(cls, name: str, given: Iterable[str] = ()) -> Experiment:
@@ -80,9 +84,15 @@ class Experiment:
         scales, scale = content["scale"], changes.pop("scale", DEFAULT_SCALE)
         if scale not in scales:
             raise ConfigError(f"scale={scale}: experiment={name} has {', '.join(scales)}.{nearest(scale, scales)}")
+        whether = changes.pop("horizon", str(content["horizon"]).lower())
+        if whether not in ("true", "false"):
+            raise ConfigError(f"horizon should be true or false for a table but is '{whether}'")
         where = {"output_dir": f"outputs/experiments/{name}" + ("" if scale == DEFAULT_SCALE else f"_{scale}")}
         jobs = {"scale": scale} | DEFAULTS | content["jobs"] | scales[scale] | where
-        return cls(name, {key: _text(value) for key, value in jobs.items()} | changes, content["baseline"])
+        if changes.get("task.data", Source.sample.name) != Source.sample.name:
+            jobs.pop("task.target.value", None)  # of other data
+        texts = {key: _text(value) for key, value in jobs.items()} | changes
+        return cls(name, texts, content["baseline"], whether == "true")
 
     @property
     def output_dir(self) -> str:
@@ -111,20 +121,26 @@ class Experiment:
         which = [f"trial={BEST},{compose.UNTUNED}"] if self.searches else []
         return [*self.shared(), *which, f"seed={self.jobs.get('seed', '0')}"]
 
+    def shorter(self, row: Row, steps: int) -> list[str]:
+        """Return the overrides of the sweep that runs the selected trial of a row with fewer steps."""
+        which = [f"trial={BEST}"] if self.searches else []
+        return [*row.overrides, *which, f"seed={self.jobs.get('seed', '0')}", f"horizon={steps}"]
+
 
 def _content(name: str) -> dict[str, Any]:
     """Return the content of its file, completed from the experiment that it is ``like``."""
-    known = choices("experiment")
+    known = files("experiment")
     if name not in known:
         raise ConfigError(
             f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
         )
-    own: dict[str, Any] = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf8"))
+    own: dict[str, Any] = yaml.safe_load(known[name].read_text(encoding="utf8"))
     if "like" not in own:
-        return {"baseline": None} | own
+        return {"baseline": None, "horizon": False} | own
     base = _content(own["like"])
     scales = {scale: jobs | own.get("scale", {}).get(scale, {}) for scale, jobs in base["scale"].items()}
-    return {"jobs": base["jobs"] | own["jobs"], "scale": scales, "baseline": own.get("baseline")}
+    horizon = own.get("horizon", base["horizon"])
+    return {"jobs": base["jobs"] | own["jobs"], "scale": scales, "baseline": own.get("baseline"), "horizon": horizon}
 
 
 def _text(value: Any) -> str:
@@ -148,6 +164,7 @@ class Row:
         untuned: the same seeds of the optimizer's own values.
         unknown: how many more runs there will be, of which the records do not say yet what they are.
         search: draws the trials.
+        overrides: those of each of its jobs, without trial and seed.
     """
 
     label: str
@@ -157,6 +174,7 @@ class Row:
     untuned: tuple[Recipe, ...]
     unknown: int = 0
     search: Tuning | None = None
+    overrides: tuple[str, ...] = ()
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -204,13 +222,15 @@ def rows(experiment: Experiment) -> list[Row]:
         config = composer.config(overrides)
         if not experiment.searches:
             recipe = compose.freeze(config, overrides)
-            found.append(Row(label, (), (), tuple(replace(recipe, seed=seed) for seed in seeds), ()))
+            reported = tuple(replace(recipe, seed=seed) for seed in seeds)
+            found.append(Row(label, (), (), reported, (), overrides=tuple(overrides)))
             continue
         tuning = Tuning(config, overrides)
         trials = tuple(map(tuning, range(tuning.trials)))
         config.trial = compose.UNTUNED
         untuned = compose.freeze(config, overrides)
-        found.append(Row(label, trials, (), (), tuple(replace(untuned, seed=seed) for seed in seeds), search=tuning))
+        untuned_runs = tuple(replace(untuned, seed=seed) for seed in seeds)
+        found.append(Row(label, trials, (), (), untuned_runs, search=tuning, overrides=tuple(overrides)))
     if not experiment.searches:
         return found
     rounds = next((number for number in range(ROUNDS) if not growing(found, number)), ROUNDS)
@@ -275,6 +295,11 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
         if (again := min(search.first.search.rerank, number)) > 1:
             yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
     yield "seeds    the runs that are reported", experiment.seeds()
+    for row in rows(experiment) if experiment.horizon else ():
+        tried: set[int] = set()  # a length of which a run was cut off is not tried again at once
+        while (steps := next_length(row.reported)) is not None and steps not in tried:
+            tried.add(steps)
+            yield f"horizon  {row.label}: {count(steps, 'step')} in all", experiment.shorter(row, steps)
 
 
 def _seeds(experiment: Experiment) -> list[int]:
@@ -282,7 +307,8 @@ def _seeds(experiment: Experiment) -> list[int]:
     try:
         seeds = [int(job[0].partition("=")[2]) for job in words.split([f"seed={given}"])]
     except ValueError:
-        raise ConfigError(f"seed should be integers, as in seed=1,2,3, but is '{given}'") from None
+        known = "integers, as in seed=1,2,3 or seed='range(1,6)'"
+        raise ConfigError(f"seed should be {known}, but is '{given}'") from None
     if not seeds:
         raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and (choosing := {TUNING_SEED, *AGAIN}.intersection(seeds)):
@@ -373,6 +399,8 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
         if (rounds := search.rounds - (len(table[0].tuning) - search.trials) // further(search.trials)) > 0:
             trials = count(further(search.trials), "trial")
             more = [f"further  up to {rounds} x {trials} a row, while a best value lies at the edge of its range"]
+    if experiment.horizon:
+        more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"
     lines = [
         f"table    {each}: {count(whole, 'run')}, {whole - left} done",

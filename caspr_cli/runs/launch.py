@@ -24,12 +24,13 @@ from typing import Any
 
 from caspr_cli.common import shape
 from caspr_cli.common.files import write_whole
-from caspr_cli.common.streams import complain
+from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import Recipe, Resume
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Accelerator, Recipe, Resume, Source
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, memory_kills, workers
+from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -129,13 +130,14 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
             if todo == "skip":
                 fingerprint.check_done(recipe, record)
             return Outcome(record, OK if todo == "skip" else RUN_FAILED, ran=False)
+        refuse_here(recipe)
         anew = recipe.resume == Resume.never
         attempt = 1 + (0 if anew else record.status.get("attempts") or 0)
         before = {} if anew else record.read(PROVENANCE)
         if todo == "new":
             _clear(record, kept=() if anew else (PROVENANCE, fingerprint.FILE))
         write_whole(record.config, compose.save(recipe))
-        record.write(PROVENANCE, provenance.begun(before, provenance.collect(command), attempt, now()))
+        record.write(PROVENANCE, provenance.begun(before, provenance.collect(command, recipe), attempt, now()))
         begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
         record.write("status.json", begun | asdict(Holder.me()))
         written, kills = _size(record.log), memory_kills()
@@ -145,6 +147,21 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         if exit_code == OK and not recipe.trainer.keep_checkpoints:
             shutil.rmtree(record.checkpoints, ignore_errors=True)
         return Outcome(record, exit_code, ran=True, signal=stopped_by)
+
+
+def refuse_here(recipe: Recipe) -> None:
+    """Refuse what this machine lacks, before seconds go by for importing torch.
+
+    Raises:
+        ConfigError: there is no GPU, or no such data.
+    """
+    if recipe.trainer.accelerator == Accelerator.gpu and not has_gpu():
+        raise ConfigError("trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu")
+    if recipe.task.data == Source.files and recipe.task.root is None:
+        raise ConfigError("task.root: task.data=files needs the directory of your data: add task.root=DIR")
+    root = fingerprint.root_of(recipe)
+    if root is not None and not root.exists():
+        raise ConfigError(f"task.root: no such directory: {recipe.task.root}")
 
 
 def _join(recipe: Recipe, record: Record, allocation: Allocation, leader: Holder) -> Outcome | None:
@@ -253,7 +270,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             overdue = _overdue(record, min(trainer.timeout, SECONDS_TO_WAIT))
-            returned = _wait(child, stop_requests, overdue)
+            returned = _wait(child, stop_requests, overdue, quiet=allocation.quiet)
         except BaseException:  # raised in a signal handler of a launcher: a cluster takes this process back
             if child is not None:
                 child.terminate()
@@ -300,7 +317,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: not set from Python
 
 
-def _wait(child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], overdue: Callable[[], bool]) -> int:
+def _wait(
+    child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], overdue: Callable[[], bool], *, quiet: bool
+) -> int:
     """Wait for the child, and pass each request to stop on: it saves and ends. The third request kills it."""
     passed_on = 0
     while True:
@@ -310,6 +329,8 @@ def _wait(child: subprocess.Popen[Any], stop_requests: Callable[[], list[int]], 
         if requests >= 3 or overdue():
             os.killpg(child.pid, signal.SIGKILL)
         elif requests > passed_on:
+            if not (passed_on or quiet):
+                say("stop     saves and ends; Ctrl-C twice more ends it at once")
             child.terminate()
         passed_on = requests
 

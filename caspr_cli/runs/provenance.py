@@ -14,26 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
+from caspr_cli.common import plugins
 from caspr_cli.common.packages import installed
 from caspr_cli.recipe.configs import PACKAGE
+from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import cores
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",
     "tensorboard", "pytorch-optimizer", "numpy",
 )  # fmt: skip
-# Those that may change the numbers of a run.
-ABOUT_NUMBERS = [name for name in PACKAGES if name not in ("hydra-core", "omegaconf", "tensorboard")]
+NOT_ABOUT_NUMBERS = ("hydra-core", "omegaconf", "tensorboard")
 
 
-def collect(command: list[str]) -> dict[str, Any]:
-    """Return what is known before the run starts; the worker adds device and data."""
+def collect(command: list[str], recipe: Recipe | None = None) -> dict[str, Any]:
+    """Return what is known before the run starts; the worker adds device and data.
+
+    Args:
+        recipe: what is run; its task or optimizer may be of another package, whose version is noted, too.
+    """
     return {
         "command": command,
         "caspr_cli": __version__,
         "code": _git(PACKAGE.parent),
         "python": sys.version.split()[0],
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES} | brought(recipe),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -41,6 +46,14 @@ def collect(command: list[str]) -> dict[str, Any]:
             "cores": cores(),
         },
     }
+
+
+def brought(recipe: Recipe | None) -> dict[str, str]:
+    """Return the other packages that bring a recipe's task or optimizer, with their versions."""
+    if recipe is None:
+        return {}
+    found = (plugins.package(plugins.TASKS, recipe.task.name), plugins.package(plugins.OPTIMIZERS, recipe.optim.name))
+    return dict(package.rsplit(" ", 1) for package in found if package)
 
 
 def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, time: str) -> dict[str, Any]:
@@ -72,22 +85,26 @@ def _differing(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
 def changes(found: Mapping[str, Any]) -> list[str]:
     """Return what differs between the latest attempt and the first, of all that may change numbers."""
     entry = (found.get("attempts") or [{}])[-1]
+    before, now = _versions(found), _versions({**found, **entry})
     return [
-        f"{name} {before or 'unknown'}, now {now or 'unknown'}"
-        for name, before, now in zip(_NAMES, _versions(found), _versions({**found, **entry}), strict=True)
-        if before != now
+        f"{name} {before.get(name) or 'unknown'}, now {now.get(name) or 'unknown'}"
+        for name in before | now
+        if before.get(name) != now.get(name)
     ]
 
 
-_NAMES = ["caspr-cli", "commit", "uncommitted changes", "python", "device", "processor", *ABOUT_NUMBERS]
-
-
-def _versions(found: Mapping[str, Any]) -> list[Any]:
-    """Return the values of ``_NAMES``."""
+def _versions(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by name what may change numbers; of packages also those that are not ours and bring a task."""
     parts = (found.get(key) for key in ("code", "device", "machine", "packages"))
     code, device, machine, packages = (part if isinstance(part, dict) else {} for part in parts)
-    own = [found.get("caspr_cli"), str(code.get("commit") or "")[:10], code.get("diff_sha256"), found.get("python")]
-    return [*own, device.get("name"), machine.get("processor"), *(packages.get(name) for name in ABOUT_NUMBERS)]
+    return {
+        "caspr-cli": found.get("caspr_cli"),
+        "commit": str(code.get("commit") or "")[:10],
+        "uncommitted changes": code.get("diff_sha256"),
+        "python": found.get("python"),
+        "device": device.get("name"),
+        "processor": machine.get("processor"),
+    } | {name: packages.get(name) for name in [*PACKAGES, *packages] if name not in NOT_ABOUT_NUMBERS}
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_d
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
-from caspr_cli.recipe.schema import Recipe, Resume
+from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.runs import elsewhere, summary, trials
 from caspr_cli.runs.guardian import guarded
 from caspr_cli.runs.launch import (
@@ -34,6 +34,7 @@ from caspr_cli.runs.launch import (
     Outcome,
     plan,
     preflight,
+    refuse_here,
     run,
 )
 from caspr_cli.runs.processes import memory_error
@@ -163,8 +164,13 @@ class Session:
         if recipe.search.name:
             values = [f"{key}={value}" for key, value in search.drawn(compose.to_plain(recipe)).items()]
             say(f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(values)}")
+        elif recipe.task.data == Source.files and not any(o.startswith("optim.lr=") for o in overrides):
+            say(
+                f"untuned  optim.lr={recipe.optim.lr:g} was not tuned for these data: try -m search=lr trial='range(6)'"
+            )
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
+            refuse_here(recipe)
             say("start    importing torch and Lightning takes some seconds")
 
     def plan(self, recipe: Recipe, job: Job) -> Job:

@@ -29,6 +29,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.common.streams import say
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
@@ -283,6 +284,8 @@ def watching(sweep: Sweep, began: Callable[[Job], None], ended: Callable[[Job], 
                 received(caught.si_signo)
             running = [job for job in report() if job.state == STARTED and not sweep.lost(job)]
             if requests := sweep.stop_requests():
+                if deadline == math.inf:
+                    say("stop     jobs that run save and end, others do not start; Ctrl-C twice more ends them at once")
                 deadline = min(deadline, time.monotonic() + PATIENCE)
             if time.monotonic() > deadline and (not running or len(requests) >= 3) and not interrupted.is_set():
                 interrupted.set()

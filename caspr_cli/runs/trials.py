@@ -15,6 +15,7 @@ from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.recipe.search import ROUNDS, Space, further
+from caspr_cli.runs import horizon
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
 BEST, TOP = "best", re.compile(r"top([1-9]\d{0,6})")  # words for trials that the records choose
@@ -105,7 +106,7 @@ class Tuning:
 
 
 def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
-    """Return the config of a job with its trial as a number, where the records say which, and with its space.
+    """Return the config of a job with its trial as a number, where the records say which, with its space and length.
 
     Args:
         given: the overrides of the command line.
@@ -115,12 +116,15 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
         ConfigError: there is no such trial, or the trials that decide have not ended.
         RecordDamagedError: a record that decides cannot be read.
     """
+    if (steps := config.horizon) is not None:
+        config = cast(DictConfig, OmegaConf.merge(config, {"horizon": None}))
+        return horizon.shortened(resolve(config, given, known), steps)
     trial, own = config.trial, config.search
     word = isinstance(trial, str) and (trial == BEST or TOP.fullmatch(trial))
     later = isinstance(trial, int) and own.extend and trial >= own.trials
     if own.name is None or not (word or later):
         return config
-    row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed")))
+    row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed", "horizon")))
     if row not in known:
         known[row] = Tuning(config, given)
     tuning = known[row]

@@ -19,7 +19,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.optim.shard import Loads
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import TASKS
+from caspr_cli.tasks.registry import CONFS
 from caspr_cli.theory.work import Machine, Work, gathered, seconds, stand_ins, work_of
 from caspr_cli.training.timing import PhaseTimer
 
@@ -102,11 +102,11 @@ def model_of(name: str, batch: int | None) -> Model:
     Raises:
         ConfigError: no such task; a batch of nothing.
     """
-    if name not in TASKS:
-        raise ConfigError(f"--model {name}: no such task.{nearest(name, TASKS)} (choices: {', '.join(TASKS)})")
+    if name not in CONFS:
+        raise ConfigError(f"--model {name}: no such task.{nearest(name, CONFS)} (choices: {', '.join(CONFS)})")
     if batch is not None and batch < 1:
         raise ConfigError(f"--batch {batch}: a batch has at least 1 sample")
-    conf = TASKS[name]()
+    conf = CONFS[name]()
     conf.batch_size = batch or conf.batch_size
     task = tasks.load(conf, 0)
     model = task.model()

@@ -18,8 +18,9 @@ from caspr_cli import tasks
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, TaskConf, ViTConf
+from caspr_cli.recipe.schema import TaskConf
 from caspr_cli.tasks.base import DataError, Task
+from caspr_cli.tasks.registry import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, ViTConf
 from caspr_cli.training.groups import param_groups
 
 Log = Callable[[str], None]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caspr_cli.recipe.schema import MolPCBAConf, TaggingConf
+from caspr_cli.tasks.registry import MolPCBAConf, TaggingConf
 
 SMOOTHING = 0.1  # of labels: then a best W exists even where a feature never comes with a label
 CLASSES, ENDINGS = 8, 12  # of words: the commonest tags, and the commonest last letters

@@ -6,19 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from caspr_cli.optim.groups import grouped
 from caspr_cli.tasks.base import Task
 
 
 def param_groups(task: Task, model: nn.Module) -> list[dict[str, Any]]:
-    """Return three groups: preconditioned tensors, other matrices, and vectors, which have no weight decay."""
-    plain = task.plain(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in named if name not in plain], "precondition": True},
-        {"params": [p for name, p in named if name in plain and p.ndim >= 2], "precondition": False},
-        {
-            "params": [p for name, p in named if name in plain and p.ndim < 2],
-            "precondition": False,
-            "weight_decay": 0.0,
-        },
-    ]
+    """Return the groups of :func:`caspr_cli.optim.groups.grouped`, each with ``precondition``."""
+    return [{"precondition": True} | group for group in grouped(model, task.plain(model))]

@@ -15,12 +15,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from caspr_cli.recipe.compose import NOT_IN_THE_NAME, UNTUNED, to_plain
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS, Recipe
+from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
+from caspr_cli.tasks.registry import CONFS
 
 # The page opens with its first five columns; those that "differ" come first.
 COLUMNS = ("optim.name", "optim.lr", "scale", "task.batch_size", "trainer.max_steps")
 # What the tasks are judged by.
-NAMES = sorted({conf().target.metric.removeprefix("val/") for conf in TASKS.values()})
+NAMES = sorted({conf().target.metric.removeprefix("val/") for conf in CONFS.values()})
 METRICS = [f"{split}/{name}" for split in ("val", "test") for name in NAMES]
 
 
@@ -59,7 +60,7 @@ def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
     others: dict[str, bool | float | str] = {"search.name": "", "trial": 0}  # null without a search
     for optimizer in OPTIMIZERS.values():
         others |= _flatten({"optim": to_plain(optimizer())})
-    for task in TASKS.values():
+    for task in CONFS.values():
         others |= _flatten({"task": to_plain(task())})
     experiment = api_pb2.Experiment()
     for name, value in (others | values).items():

@@ -11,12 +11,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from caspr_cli.recipe.schema import C4LMConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import SPLITS, DataError, Split
 from caspr_cli.tasks.c4_lm.sources import documents
 from caspr_cli.tasks.c4_lm.tokens import byte_lengths, token_files
 from caspr_cli.tasks.cache import META, Built, MappedData, damaged, whole
 from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.registry import C4LMConf
 
 
 class Windows(MappedData[Tensor]):

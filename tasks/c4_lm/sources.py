@@ -20,10 +20,12 @@ from pathlib import Path
 from platform import python_implementation, python_version
 from typing import Protocol
 
-from caspr_cli.recipe.schema import C4LMConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError, Split, split_of
-from caspr_cli.tasks.files import entries_below, lines, reaching, reading, regular, root_of, stamps
+from caspr_cli.tasks.c4_lm.own import KINDS, OwnText, kind_of
+from caspr_cli.tasks.files import data_files, entries_below, lines, reaching, reading, regular, root_of, stamps
 from caspr_cli.tasks.names import call_split, split_named
+from caspr_cli.tasks.registry import C4LMConf
 
 log = logging.getLogger("caspr")
 
@@ -47,8 +49,21 @@ class Documents(Protocol):
 def documents(conf: C4LMConf) -> Documents:
     """Return the source that ``conf.data`` names. Raises :class:`DataError` where a key it needs is missing."""
     kinds: dict[Source, Callable[[C4LMConf], Documents]]
-    kinds = {Source.sample: StandardLibrary, Source.files: Shards, Source.hub: Hub}
+    kinds = {Source.sample: StandardLibrary, Source.files: files, Source.hub: Hub}
     return kinds[conf.data](conf)
+
+
+def files(conf: C4LMConf) -> Documents:
+    """Return C4's shards, if the directory has a file that is called as one, or else the user's own text."""
+    root = Path(conf.root or "").expanduser()
+    if conf.root is None or not root.exists():
+        root_of(conf, HOLDS)  # which says so
+    names = entries_below(root, deep=False) if root.is_dir() else []
+    if any(SHARD.fullmatch(name.removesuffix("/")) or LIKE_SHARD.match(name) for name in names):
+        return Shards(conf)
+    if any(map(kind_of, data_files(root))):
+        return OwnText(conf, root)
+    raise DataError(f"task.root: no text in {conf.root}: it should hold {HOLDS}")
 
 
 def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[str]:
@@ -150,6 +165,7 @@ def _without_repeats(documents: dict[str, str]) -> Iterator[tuple[str, str]]:
         seen.update(paragraphs)
 
 
+HOLDS = f"{', '.join(KINDS)} files (also .gz), or c4-train.*.json.gz and c4-validation.*.json.gz"
 # ---- files: C4's shards -----------------------------------------------------------------------------------------
 
 
@@ -164,7 +180,7 @@ class Shards:
 
     def __init__(self, conf: C4LMConf) -> None:
         self._conf = conf
-        self._root = root_of(conf, "c4-train.*.json.gz and c4-validation.*.json.gz")
+        self._root = root_of(conf, HOLDS)
         self._shards: dict[Split, list[Path]] = {"train": [], "validation": []}
         called: dict[Split, str] = {}
         for name in entries_below(self._root, deep=False):

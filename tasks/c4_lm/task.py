@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from caspr_cli.recipe.schema import C4LMConf
 from caspr_cli.tasks.base import DataError, Task, require
 from caspr_cli.tasks.c4_lm.data import Corpus
 from caspr_cli.tasks.c4_lm.model import Decoder
 from caspr_cli.tasks.c4_lm.tokens import SMALLEST_VOCABULARY
 from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.registry import C4LMConf
 
 
 class Perplexity(Sums):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from caspr_cli.recipe.schema import Augment
+from caspr_cli.tasks.registry import Augment
 
 SHIFT = 8  # images are shifted by up to an eighth of their side
 

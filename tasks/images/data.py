@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import files_of
 from caspr_cli.tasks.base import SPLITS, Split
 from caspr_cli.tasks.cache import (
@@ -44,6 +44,7 @@ from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from caspr_cli.tasks.images.augment import image_augmentation
 from caspr_cli.tasks.images.sources import Found, pictures
+from caspr_cli.tasks.registry import Augment, Images, ImagesConf
 
 log = logging.getLogger("caspr")
 

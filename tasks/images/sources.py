@@ -21,13 +21,14 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
-from caspr_cli.recipe.schema import Images, ImagesConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import files_of
 from caspr_cli.tasks.base import SPLITS, DataError, Split
 from caspr_cli.tasks.files import data_files, entries_below, reaching, reading, root_of, stamps
 from caspr_cli.tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
 from caspr_cli.tasks.images.shapes import SHAPES, draw
 from caspr_cli.tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
+from caspr_cli.tasks.registry import Images, ImagesConf
 
 log = logging.getLogger("caspr")
 

@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics import Metric
 
-from caspr_cli.recipe.schema import Augment, ImagesConf
 from caspr_cli.tasks.base import DataError, Task, require
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
 from caspr_cli.tasks.images.data import Gallery
 from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.registry import Augment, ImagesConf
 
 Batch = tuple[Tensor, Tensor]  # uint8 [B, size, size, 3] and long [B]
 

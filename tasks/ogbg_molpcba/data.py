@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
-from caspr_cli.recipe.schema import MolPCBAConf
 from caspr_cli.tasks.base import SPLITS, DataError, Split
 from caspr_cli.tasks.cache import (
     META,
@@ -28,6 +27,7 @@ from caspr_cli.tasks.cache import (
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from caspr_cli.tasks.ogbg_molpcba.sources import Molecules, molecules
+from caspr_cli.tasks.registry import MolPCBAConf
 
 log = logging.getLogger("caspr")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from caspr_cli.recipe.schema import MolPCBAConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import Files as Archive
 from caspr_cli.tasks.archives import Folder, Zip, files_of
 from caspr_cli.tasks.base import SPLITS, DataError, Split
@@ -23,6 +23,7 @@ from caspr_cli.tasks.names import call_split, resembles_split, split_named
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from caspr_cli.tasks.ogbg_molpcba.measured import Measured
 from caspr_cli.tasks.ogbg_molpcba.tables import out_of_range, read_table
+from caspr_cli.tasks.registry import MolPCBAConf
 
 log = logging.getLogger("caspr")
 

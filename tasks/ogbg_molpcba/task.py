@@ -11,12 +11,12 @@ from torch_geometric.data import Batch
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
-from caspr_cli.recipe.schema import MolPCBAConf
 from caspr_cli.tasks.base import Task, require
 from caspr_cli.tasks.metrics import Sums
 from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.registry import MolPCBAConf
 
 
 class MeanAveragePrecision(Sums):

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.recipe.schema import ResNetConf
 from caspr_cli.tasks.base import DataError, require
 from caspr_cli.tasks.images.task import Classification
+from caspr_cli.tasks.registry import ResNetConf
 from caspr_cli.tasks.resnet.model import DEPTHS, ResNet
 
 # From so many channels on, convolutions are channels last. With fewer, oneDNN (torch 2.14.1, on CPUs with AVX2 alone)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from caspr_cli.recipe.schema import Tags
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.files import lines
+from caspr_cli.tasks.registry import Tags
 
 COLUMNS = 10
 COLUMN = {Tags.upos: 3, Tags.xpos: 4}

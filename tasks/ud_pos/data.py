@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from caspr_cli.recipe.schema import TaggingConf
 from caspr_cli.tasks.base import SPLITS, DataError, Split
 from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence
 from caspr_cli.tasks.ud_pos.sources import treebank
 

@@ -9,10 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from caspr_cli.recipe.schema import Source, TaggingConf, Tags
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError, Split, split_of
 from caspr_cli.tasks.files import entries_below, reaching, regular, root_of
 from caspr_cli.tasks.names import call_split, split_named
+from caspr_cli.tasks.registry import TaggingConf, Tags
 from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence, read
 
 HELD_OUT = 0.1  # of the sample's sentences, for validation and for test each

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from caspr_cli.recipe.schema import TaggingConf
 from caspr_cli.tasks.base import DataError, Task, require
 from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
 from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 

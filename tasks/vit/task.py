@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from caspr_cli.recipe.schema import ViTConf
 from caspr_cli.tasks.base import DataError, require
 from caspr_cli.tasks.images.task import Classification
+from caspr_cli.tasks.registry import ViTConf
 from caspr_cli.tasks.vit.model import VisionTransformer
 
 

@@ -18,12 +18,13 @@ BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 MAY_IMPORT = {
     "common": {"rich"},
     "commands": {"hydra", "omegaconf", "rich", "common", "optim.registry", "recipe", "runs", "report", "bench",
-                 "theory"},
-    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry"},
+                 "theory", "tasks.registry"},
+    "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",
+               "tasks.registry"},
     "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
     "training": {"google", "lightning", "numpy", "rich", "tensorboard", "torch", "common", "optim", "recipe", "runs",
                  "tasks"},
-    "optim": {"torch", "pytorch_optimizer"},
+    "optim": {"torch", "pytorch_optimizer", "common.plugins"},
     "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
     "report": {"google", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard",
@@ -31,8 +32,9 @@ MAY_IMPORT = {
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
                "training.groups", "training.timing",
                "report.answer", "report.style"},
-    "tasks": {"PIL", "datasets", "numpy", "pandas", "rdkit", "tokenizers", "torch", "torch_geometric", "torchmetrics",
-              "torchvision", "common.files", "recipe.schema"},
+    "tasks": {"PIL", "datasets", "numpy", "pandas", "pyarrow", "rdkit", "tokenizers", "torch", "torch_geometric",
+              "torchmetrics", "torchvision", "common.errors", "common.files", "common.plugins",
+              "optim.groups", "recipe.schema", "recipe.task"},
 }  # fmt: skip
 # What single files may not import, against the rule of their package.
 NEVER = {

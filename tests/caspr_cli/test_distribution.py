@@ -93,7 +93,7 @@ def test_the_optimizer_needs_torch_alone() -> None:
     ("command", "missing", "extra"),
     [
         *((name, ("hydra", "numpy", "rich"), "run") for name in ("train", "bench", "report compare", "verify roots")),
-        ("bench --task ogbg_molpcba", ("rdkit",), "graphs"),
+        ("bench --task ogbg_molpcba", ("torch_geometric",), "graphs"),
     ],
 )
 def test_a_command_says_which_extra_it_needs(command: str, missing: tuple[str, ...], extra: str) -> None:

@@ -22,12 +22,12 @@ from PIL import Image
 from written import write_fashion
 
 from caspr_cli import tasks
-from caspr_cli.recipe import schema
-from caspr_cli.recipe.schema import Augment, Images, Source
-from caspr_cli.tasks import files
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks import files, registry
 from caspr_cli.tasks.archives import Zip
 from caspr_cli.tasks.base import SPLITS, DataError, Task
 from caspr_cli.tasks.names import is_ignored, resembles_split, split_named
+from caspr_cli.tasks.registry import Augment, Images
 
 Damage = Callable[[Path], Any]
 
@@ -130,7 +130,9 @@ def written(reader: str, tmp_path: Path) -> Path:
 def read(reader: str, root: Path | str | None, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
     """All that a run reads, as it reads it."""
     _, name, small = READERS[reader]
-    conf = schema.TASKS[name](**{"data": Source.files, "root": root and str(root), "batch_size": 2, **small, **changes})
+    conf = registry.CONFS[name](
+        **{"data": Source.files, "root": root and str(root), "batch_size": 2, **small, **changes}
+    )
     task = tasks.load(conf, 0)
     task.prepare()
     found: dict[str, list[Any]] = {}

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from caspr_cli.recipe import schema
-from caspr_cli.recipe.schema import Augment, Images, Source, TaskConf
+from caspr_cli.recipe.schema import Source, TaskConf
+from caspr_cli.tasks import registry
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
+from caspr_cli.tasks.registry import Augment, Images
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 
@@ -170,5 +171,5 @@ SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 def recipe(name: str, root: Path | None, /, **changes: Any) -> TaskConf:
     """A small recipe of the task ``name`` over the data at ``root``."""
     small = {"data": Source.files, "root": root and str(root), "batch_size": 4, **SMALL[name][1]}
-    conf: TaskConf = schema.TASKS[name](**{**small, **changes})
+    conf: TaskConf = registry.CONFS[name](**{**small, **changes})
     return conf

@@ -11,7 +11,8 @@ import pytest
 from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.recipe.schema import OPTIMIZERS
+from caspr_cli.tasks.registry import CONFS
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [
@@ -40,7 +41,7 @@ def test_help_fits_a_screen_and_lists_everything(
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 110
-    assert all(name in text for name in [*TASKS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"])
+    assert all(name in text for name in [*CONFS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"])
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

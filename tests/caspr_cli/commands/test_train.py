@@ -13,8 +13,9 @@ from hydra.core.plugins import Plugins
 
 from caspr_cli import __version__
 from caspr_cli.commands import topics, train
-from caspr_cli.recipe.schema import OPTIMIZERS, TASKS
+from caspr_cli.recipe.schema import OPTIMIZERS
 from caspr_cli.runs.sweep import EXTRAS
+from caspr_cli.tasks.registry import CONFS
 
 ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -25,6 +26,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
         raise AssertionError("a run was started")
 
     monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
+    monkeypatch.setattr("caspr_cli.runs.launch.has_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", ["caspr-train", *argv])
     return train.main()
 
@@ -37,7 +39,7 @@ def test_help_fits_a_screen_and_lists_everything(
     lines = text.splitlines()
     assert len(lines) <= 44
     assert max(map(len, lines)) <= 110
-    for name in [*TASKS, *OPTIMIZERS]:
+    for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
 
 
@@ -61,7 +63,23 @@ def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys:
         (["trainer.max_step=3"], "trainer.max_step is not a key of trainer. Did you mean trainer.max_steps?"),
         (["optmi=caspr"], "optmi is not a key. Did you mean optim?"),
         (["optim.lr=abc"], "optim.lr should be a number but is 'abc'"),
-        (["optim.betas=0.9"], "optim.betas=0.9: optim.betas should be a list in brackets, as in optim.betas=[A,B]"),
+        (
+            ["optim.betas=0.9"],
+            "optim.betas should be a list in brackets, as in optim.betas=[0.9,0.95]",
+        ),
+        (["optim.learning_rate=1e-3"], "optim.learning_rate is not a key of optim=caspr. Did you mean optim.lr?"),
+        (["optim.beta2=0.9"], "optim.beta2 is not a key of optim=caspr. Did you mean optim.betas?"),
+        (["task.lr=1"], "task.lr is not a key of task=c4_lm. Did you mean optim.lr?"),
+        (["epochs=3"], "epochs is not a key. Did you mean trainer.max_steps?"),
+        (["optim=sgd", "beta1=0.9"], "beta1 is not a key. (keys: caspr-train --cfg job)"),
+        (["seed=0-4"], "seed should be an integer but is '0-4': for 0 to 4 write -m seed='range(0,5)'"),
+        (["-m", "search=lr", "trial=0:5"], "but is '0:5': for 0 to 5 write -m trial='range(0,6)'"),
+        (["optim=lion"], "optim=lion: no such choice. (A package may bring it: caspr-train new optimizer NAME)"),
+        (["optim=SGD"], "optim=SGD: no such choice. Did you mean optim=sgd?"),
+        (["task=imagenet"], "task=imagenet: no such choice. (A package may bring it: caspr-train new task NAME)"),
+        (["task.data=files"], "task.root: task.data=files needs the directory of your data: add task.root=DIR"),
+        (["task.data=files", "task.root=/nowhere"], "task.root: no such directory: /nowhere"),
+        (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu"),
         (["seed=1.5"], "seed should be an integer but is '1.5'"),
         (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
         (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),
@@ -91,7 +109,10 @@ def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys:
         (["experiment=damping", "debug=plan"], "debug=plan is of one run; what an experiment will do says plan=true"),
         (["experiment=damping", "hydra/launcher=jobli"], "hydra/launcher=jobli: no such choice. Did you mean"),
         (["experiment=damping", "search.trials=0"], "search.trials should be at least 1 but is 0"),
-        (["experiment=damping", "seed=x"], "seed should be integers, as in seed=1,2,3, but is 'x'"),
+        (
+            ["experiment=damping", "seed=x"],
+            "seed=1,2,3 or seed='range(1,6)', but is 'x'",
+        ),
         (["experiment=damping", "seed=0,1"], "seed 0 chooses among the trials, and what chose is not to be reported"),
         (["experiment=damping", "output_dir=a,b"], "output_dir=a,b: a table has one (quote a value that has commas)"),
         (["experiment=damping,typo"], "experiment=typo: no such choice."),

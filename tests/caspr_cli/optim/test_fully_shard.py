@@ -124,6 +124,8 @@ CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "rmsprop": {"lr": 1e-3, "graft": "rmsprop", "merge": "square"},
     "sgd": {"graft": "sgd", "merge": "none", "precondition_1d": True},
+    "muon": {"lr": 0.1, "graft": "rms", "polar": True, "exponent": 0, "nesterov": True},
+    "rms": {"lr": 0.1, "graft": "rms", "exponent": 0.25, "precondition_1d": True, "block_size": 12},
     "gradient first": {"precondition": "gradient", "nesterov": True},
     "never": {"start_step": 100, "graft": "rmsprop"},
     "flatten": {"cls": FullAdagrad, "block_size": 100},

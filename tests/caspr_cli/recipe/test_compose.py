@@ -14,21 +14,15 @@ from caspr_cli.optim import registry
 from caspr_cli.optim.family import options_of
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
-from caspr_cli.recipe.configs import CONF, choices
+from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import (
-    OPTIMIZERS,
-    TASKS,
-    CasprConf,
-    TrainerConf,
-)
+from caspr_cli.recipe.schema import OPTIMIZERS, CasprConf, TrainerConf
+from caspr_cli.tasks.registry import CONFS, TASKS
 
 
-def test_every_choice_has_a_schema_a_file_and_a_description() -> None:
-    described = choices("task")
-    assert set(described) == set(TASKS)
-    assert all(described.values())
-    for name, conf in (OPTIMIZERS | TASKS).items():
+def test_every_choice_has_a_schema_and_a_description() -> None:
+    assert all(entry.about for entry in (registry.OPTIMIZERS | TASKS).values())
+    for name, conf in (OPTIMIZERS | CONFS).items():
         assert conf().name == name
 
 
@@ -149,7 +143,7 @@ def test_every_number_has_a_range() -> None:
     for entry in registry.OPTIMIZERS.values():
         options = options_of(entry.keys).values()
         assert all(each.allowed for each in options if each.kind in ("int", "float", "tuple[float, float]"))
-    for group, confs in (("task", TASKS), ("trainer", {"": TrainerConf})):
+    for group, confs in (("task", CONFS), ("trainer", {"": TrainerConf})):
         for conf in confs.values():
             for f in fields(conf):
                 key = f"{group}.{f.name}"
@@ -163,3 +157,18 @@ def test_text_that_no_file_can_hold_is_refused() -> None:
         config.output_dir = text
         with pytest.raises(ConfigError, match="output_dir should be text in UTF-8 but is"):
             compose.freeze(config)
+
+
+def test_own_data_have_neither_the_target_nor_the_rate_of_the_sample() -> None:
+    own = ("task.data=files", "task.root=/somewhere")
+    usual, tuned = OPTIMIZERS["caspr"](), recipe()
+    assert tuned.optim.lr != usual.lr
+    assert tuned.task.target.value is not None
+    found = recipe(*own)
+    assert compose.to_plain(found.optim) == compose.to_plain(usual)
+    assert found.task.target.value is None
+    assert found.task.target.metric == tuned.task.target.metric
+    for words in (("task.target.value=3.5", "optim.lr=0.5", *own), (*own, "task.target.value=3.5", "optim.lr=0.5")):
+        assert (recipe(*words).task.target.value, recipe(*words).optim.lr) == (3.5, 0.5)
+    assert recipe("scale=paper", *own).task.target.value == recipe("scale=paper").task.target.value
+    assert recipe("task.data=sample") == tuned

@@ -60,12 +60,15 @@ def test_the_baseline_may_win() -> None:
 
 def test_one_row_has_nothing_to_win_against() -> None:
     assert said(ends("caspr", 4.0)) == "On c4_lm caspr alone has a value."
+    assert said(ends("adamw", 4.0)) == "On c4_lm adamw alone has a value."
     assert said([run("caspr", 0, None, "failed")]) == "No run is done with a finite value on c4_lm."
 
 
 def test_no_baseline() -> None:
+    apart = ends("caspr", 4.0) + ends("muon", 4.1, task__name="vit")
+    assert said(apart) == "On c4_lm caspr alone has a value. On vit muon alone has a value."
     found = said(ends("caspr", 4.0) + ends("muon", 4.1))
-    assert found == "Best mean: caspr on c4_lm. There is no baseline, so nothing is tested."
+    assert found == "Best mean: caspr on c4_lm. There is no baseline, so no row is tested."
 
 
 def test_what_could_not_be_tested_is_no_difference() -> None:
@@ -96,6 +99,14 @@ def test_seconds_that_are_unknown_or_from_other_hardware_are_not_compared(
     assert "step" not in said(ends("adamw", 4.5) + ends("caspr", 4.0, seconds, provenance=provenance))
 
 
+def test_trials_count_for_the_seconds_of_a_step() -> None:
+    """Of five runs one was on a busy machine: it is the only one that is reported, and the median is of all."""
+    adamw = timed(searched("adamw", [4.5, 4.6, 4.7]), 30.0)
+    busy, *others = searched("caspr", [4.0, 4.1, 4.2, 4.3, 4.4])
+    found = said([*adamw, *timed([busy], 300.0), *timed(others, 33.0)])
+    assert found.endswith(" A training step takes 1.1 times as long with caspr as with adamw.")
+
+
 def test_each_optimizers_own_baseline() -> None:
     runs = ends("adamw", 4.5) + seeds("adamw", [4.21, 4.2, 4.22], optim__weight_decay=0.1)
     runs += ends("caspr", 4.0) + seeds("caspr", [4.12, 4.11, 4.1], optim__weight_decay=0.1)
@@ -109,7 +120,7 @@ def test_each_optimizers_own_baseline() -> None:
 
 def test_an_untuned_row_that_wins_is_named_as_such() -> None:
     runs = searched("adamw", [4.5, 4.6]) + [run("adamw", k, 4.0 + 0.01 * k, trial="default") for k in (1, 2)]
-    assert said(runs).startswith("Best mean: adamw untuned on c4_lm.")
+    assert said(runs) == "Best mean: adamw untuned on c4_lm. No other row is tested against adamw."
 
 
 def test_it_stands_at_the_top_of_every_report() -> None:

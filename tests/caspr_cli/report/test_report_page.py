@@ -156,7 +156,6 @@ def test_labels_and_words_of_files_are_text() -> None:
     row = synthetic.row(evil, [run, replace(run, config=run.config | {"seed": 2})])
     made = synthetic.table([row], baseline=evil, task=evil, data=evil, warnings=(evil,))
     html = page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil)
-    assert page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil) == html
     html.encode("utf8")
     found = parsed(html)
     assert "script" not in {tag for tag, _ in found.seen}

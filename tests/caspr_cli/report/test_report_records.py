@@ -12,7 +12,7 @@ from recorded import run, write
 
 from caspr_cli.common.errors import UserError
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf
+from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf
 from caspr_cli.report import pack as packs
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
@@ -20,6 +20,7 @@ from caspr_cli.report.format import as_json
 from caspr_cli.report.model import Run
 from caspr_cli.runs.launch import plan
 from caspr_cli.runs.record import Record
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def test_a_record_is_read_whole(tmp_path: Path) -> None:

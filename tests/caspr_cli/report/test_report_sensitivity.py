@@ -98,10 +98,10 @@ def test_each_other_key_has_a_panel_with_its_scale(drawn: Callable[[Draw, Table]
 
 def test_words_and_values_of_zero_have_places_too(drawn: Callable[[Draw, Table], list[Axes]]) -> None:
     runs = [run("caspr", 0, 4.0 + k, optim__graft=graft, optim__eps=eps) for k, (graft, eps) in
-            enumerate([("adam", 0.0), ("none", 1e-8), (None, 1e-4), (True, 1.0)])]  # fmt: skip
+            enumerate([("adam", 0.0), (3, 1e-8), (None, 1e-4), (True, 1.0)])]  # fmt: skip
     panels = drawn(sensitivity.by_others, table(runs, tuned=["optim.graft", "optim.eps"]))
     assert [(panel.get_xlabel(), panel.get_xscale()) for panel in panels] == [("eps", "linear"), ("graft", "linear")]
-    assert {label.get_text() for label in panels[1].get_xticklabels()} == {"adam", "none", "true"}
+    assert {label.get_text() for label in panels[1].get_xticklabels()} == {"adam", "3", "true"}
 
 
 def test_an_odd_number_of_keys_leaves_no_empty_axes(drawn: Callable[[Draw, Table], list[Axes]]) -> None:
@@ -117,6 +117,7 @@ def test_a_page_has_them_in_its_own_colours(monkeypatch: pytest.MonkeyPatch) -> 
     body = html[html.index("<body") :]
     assert body.count("<figcaption>") == 2
     assert sensitivity.BY_OTHERS in body
+    assert f"{sensitivity.BY_RATE} {sensitivity.JOINT}" in body
     assert not any(light in body for light, _ in style.PALETTE.values())
 
 
@@ -124,5 +125,8 @@ def test_what_cannot_be_drawn_is_empty() -> None:
     assert sensitivity.by_rate(table(seeds("caspr", [4.0, 4.1]))) == ""
     assert sensitivity.by_others(rates()) == ""
     assert sensitivity.by_rate(table(searched("caspr", [None, None]))) == ""
+    assert sensitivity.about_rates(rates()) == sensitivity.BY_RATE
     zero = [run("caspr", 0, 4.0 + k, optim__lr=lr) for k, lr in enumerate([0.0, -1.0, "x"])]
     assert sensitivity.by_rate(table(zero)) == ""  # no rate has a logarithm
+    some = [*zero, run("caspr", 0, 4.0, optim__lr=0.1), run("caspr", 0, 4.1, optim__lr=0.2)]
+    assert sensitivity.by_rate(table(some))

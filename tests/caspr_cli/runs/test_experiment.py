@@ -19,14 +19,15 @@ from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
+from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
-from caspr_cli.runs import experiment, trials
+from caspr_cli.runs import experiment, horizon, trials
 from caspr_cli.runs.experiment import Experiment, Row
 from caspr_cli.runs.launch import BAD_USAGE, SOME_FAILED, Outcome
 from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.tasks.registry import C4LMConf
 
 compose.register_schemas()
 
@@ -268,6 +269,85 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     assert [row.difference is None for row in rows.values() if row.untuned] == [True, True]
     assert any("ranges that grew, as the best value lay at the edge: adamw (optim.lr)" in w for w in table.warnings)
     assert not [line for line in table.warnings if "unequal" in line]
+
+
+def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each sweep were run."""
+    given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
+    given += ["optim=adamw", "seed=1,2", f"output_dir={tmp_path}", "task.target.value=0.84", "horizon=true"]
+    told, seen = Experiment.read("molpcba", given), list[str]()
+    composer = Composer(told.shared(), sweeps=True)
+    monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
+    searches: dict[tuple[str, ...], trials.Tuning] = {}
+    for line, sweep in experiment.sweeps(told, experiment.rows(told)):
+        seen.append(line)
+        for job in words.split(sweep):
+            recipe = compose.freeze(trials.resolve(composer.config(job), job, searches), job)
+            steps = recipe.trainer.max_steps
+            assert recipe.horizon == (steps if line.startswith("horizon") else None)
+            assert recipe.trainer.val_every <= steps
+            write(recipe, 0.5 + 0.34 * steps / 130 + 1e-6 * recipe.optim.lr)  # the target is that of 130 steps
+    assert [line.partition(": ")[2] for line in seen[2:]] == [f"{steps} steps in all" for steps in (200, 100, 150, 125)]
+    later = experiment.rows(told)  # the same command later, which knows the records alone
+    assert [line for line, _ in experiment.sweeps(told, later)] == seen[:2]
+    assert any("horizon  up to 4 x 2 seeds a row" in line for line in experiment.plan(told, later, [1.0]))
+    runs = records.find([tmp_path]).runs
+    (table,) = tables(runs)
+    rows = {row.label: row for row in table.rows}
+    assert set(rows) == {"adamw", "adamw untuned"}  # shorter runs are no rows
+    found = rows["adamw"].own_schedule
+    assert found is not None
+    assert (found.steps, found.tried) == (150, (100, 125, 150, 200, 400))
+    assert {run.config["trainer.max_steps"] for run in rows["adamw"].runs} == {400}
+    for seed in (1, 2):  # as if it had been stopped while this length was run
+        (cut_off,) = [run for run in runs if (run.config["horizon"], run.seed) == (150, seed)]
+        (Path(cut_off.path) / "status.json").unlink()
+    assert horizon.next_length(later[0].reported) == 150
+
+
+def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    given = ["optim=adamw", "search=none", "seed=1", f"output_dir={tmp_path}", "horizon=true"]
+    told = Experiment.read("molpcba", given)
+    (row,) = experiment.rows(told)
+    write(row.reported[0], 1.0)
+    lengths = [line for line, _ in experiment.sweeps(told, [row]) if line.startswith("horizon")]
+    assert len(lengths) == 1  # nothing was run, as where it is killed
+
+
+@pytest.mark.parametrize("final", [None, 0.1])
+def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path: Path, final: float | None) -> None:
+    told = Experiment.read("molpcba", ["optim=adamw", "search=none", "seed=1,2", f"output_dir={tmp_path}"])
+    (row,) = experiment.rows(told)
+    write(row.reported[0], 1.0)
+    assert horizon.next_length(row.reported) is None  # one seed has not ended
+    write(row.reported[1], final)
+    assert horizon.next_length(row.reported) is None
+    write(row.reported[1], 1.0)
+    steps = row.reported[0].trainer.max_steps
+    assert horizon.next_length(row.reported) == steps // 2
+    assert (
+        horizon.next_length([replace(row.reported[0], trainer=replace(row.reported[0].trainer, max_steps=1))]) is None
+    )
+    no_target = replace(row.reported[0].task, target=replace(row.reported[0].task.target, value=None))
+    assert horizon.next_length([replace(recipe, task=no_target) for recipe in row.reported]) is None
+
+
+def test_what_horizon_may_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="horizon should be true or false for a table but is '7'"):
+        Experiment.read("molpcba", ["horizon=7"])
+    assert not Experiment.read("molpcba").horizon
+    given = ["task=c4_lm", f"output_dir={tmp_path}", "trainer.max_steps=40", "horizon=20"]
+    composer = Composer(given)
+    short = compose.freeze(trials.resolve(composer.config(given), given, {}))
+    assert (short.trainer.max_steps, short.trainer.val_every, short.horizon) == (20, 20, 20)
+    assert Record.of(replace(short, horizon=None)).path == Record.of(short).path  # it is the same run
+    config = composer.config(given)
+    for steps in (0, 41):
+        config.horizon = steps
+        with pytest.raises(ConfigError, match=f"horizon={steps}: should be from 1 to trainer.max_steps, which is 40"):
+            trials.resolve(config, given, {})
 
 
 def test_a_range_that_cannot_grow_stays(tmp_path: Path) -> None:

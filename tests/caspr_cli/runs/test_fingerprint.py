@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe, Source
+from caspr_cli.recipe.schema import AdamWConf, Recipe, Source
 from caspr_cli.runs import fingerprint
 from caspr_cli.runs.record import Record
+from caspr_cli.tasks.registry import C4LMConf
 
 
 @pytest.fixture

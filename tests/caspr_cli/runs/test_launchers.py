@@ -189,6 +189,7 @@ def test_ctrl_c_saves_the_jobs_side_by_side(runner: Runner, side_by_side: str) -
     os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to all of the group
     out = finish(process, expect=130)
     assert "sweep    4 jobs: 2 cut off, 2 not started" in out
+    assert out.count("stop     jobs that run save and end") == 1
     assert [state(r) for r in records(runner, "both")] == ["preempted", "preempted"]
     assert out.count("saved at step") == 4  # as each ended, and in the table
     assert no_session_is_left(runner, "both")

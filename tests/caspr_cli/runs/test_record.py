@@ -17,7 +17,7 @@ import pytest
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
@@ -31,6 +31,7 @@ from caspr_cli.runs.record import (
     own,
 )
 from caspr_cli.runs.sweep import ENDED, Job
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def recipe(resume: Resume = Resume.auto) -> Recipe:

@@ -139,6 +139,7 @@ def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Sig
     status = json.loads((record / "status.json").read_text())
     assert status["state"] == "preempted"
     assert f"saved at step {status['step']}; the same command continues" in out
+    assert out.count("stop     saves and ends") == 1
     assert status["step"] >= lines - 1
     runner(f"output_dir={name}")
     assert losses(record) == losses(whole)

@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Accelerator, C4LMConf, CasprConf, Recipe
+from caspr_cli.recipe.schema import Accelerator, CasprConf, Recipe
 from caspr_cli.runs import summary, sweep
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, STARTED, WAITING, Job, Sweep, share, visible_gpus
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def recipe(devices: int = 1, accelerator: str = "auto") -> Recipe:

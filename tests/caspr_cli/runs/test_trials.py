@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import C4LMConf, CasprConf, Recipe, SearchConf, Target
+from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.runs import trials
 from caspr_cli.runs.record import Record
+from caspr_cli.tasks.registry import C4LMConf
 
 compose.register_schemas()
 

@@ -154,7 +154,8 @@ def test_large_models_by_hand():
 
 def test_a_model_is_costed_as_the_plan_does():
     """The numbers of ``caspr-train task=vit optim=caspr debug=plan``."""
-    from caspr_cli.recipe.schema import CasprConf, Recipe, ViTConf
+    from caspr_cli.recipe.schema import CasprConf, Recipe
+    from caspr_cli.tasks.registry import ViTConf
     from caspr_cli.training.plan import plan
 
     planned = plan(Recipe(task=ViTConf(), optim=CasprConf()))

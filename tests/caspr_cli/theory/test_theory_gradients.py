@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import TASKS
+from caspr_cli.tasks.registry import CONFS
 from caspr_cli.theory.gradients import (
     LARGEST,
     LAYERS,
@@ -26,7 +26,7 @@ def silent(text):
 
 
 def test_every_task_has_a_model_and_layers():
-    assert MODELS.keys() == LAYERS.keys() == TASKS.keys()
+    assert MODELS.keys() == LAYERS.keys() == CONFS.keys()
 
 
 def test_layers_by_their_name():

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from caspr_cli.recipe.schema import TASKS, AdamWConf, C4LMConf, Recipe, SearchConf
+from caspr_cli.recipe.schema import AdamWConf, Recipe, SearchConf
+from caspr_cli.tasks.registry import CONFS, C4LMConf
 from caspr_cli.training.hparams import METRICS, hyperparameters, summaries
 
 
 def test_the_page_has_a_column_for_what_each_task_is_judged_by() -> None:
-    for conf in TASKS.values():
+    for conf in CONFS.values():
         metric = conf().target.metric
         assert {metric, metric.replace("val/", "test/")} <= set(METRICS)
 

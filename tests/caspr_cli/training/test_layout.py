@@ -17,8 +17,9 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.probe import diagnose
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe, ResNetConf, TaggingConf, TaskConf
+from caspr_cli.recipe.schema import AdamWConf, Recipe, TaskConf
 from caspr_cli.runs.record import Record
+from caspr_cli.tasks.registry import C4LMConf, ResNetConf, TaggingConf
 from caspr_cli.training.callbacks import QUANTILES
 from caspr_cli.training.layout import layout
 from caspr_cli.training.recorder import Recorder

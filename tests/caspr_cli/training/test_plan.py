@@ -84,6 +84,7 @@ def test_each_tensor_has_its_treatment_and_reason() -> None:
 def test_what_is_thin_or_a_vector_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"down": nn.Linear(8, 600, bias=False), "one": nn.Linear(600, 1, bias=False)}
     monkeypatch.setattr(Small, "model", lambda self: nn.ModuleDict(parts))
+    monkeypatch.setattr(Small, "heads", ())
     rows = {row.tensor: (row.blocks, row.treatment, row.reason) for row in plan(recipe("caspr")).rows}
     reason = "matrix; statistics of the axis of 8 alone: the other is more than 8 times as long"
     assert rows == {

@@ -14,8 +14,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.probe import diagnose
-from caspr_cli.recipe.schema import AdamWConf, C4LMConf, Recipe
+from caspr_cli.recipe.schema import AdamWConf, Recipe
 from caspr_cli.runs.record import Record
+from caspr_cli.tasks.registry import C4LMConf
 from caspr_cli.training.callbacks import Curves
 from caspr_cli.training.recorder import Recorder
 

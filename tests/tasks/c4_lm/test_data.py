@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from caspr_cli.recipe.schema import C4LMConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.c4_lm import sources, tokens
 from caspr_cli.tasks.c4_lm.data import Corpus, Windows
 from caspr_cli.tasks.c4_lm.sources import documents
 from caspr_cli.tasks.c4_lm.tokens import END, SPLITS, byte_lengths, train_tokenizer
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def ids_of(corpus, split):

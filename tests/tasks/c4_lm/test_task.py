@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from caspr_cli.recipe.schema import C4LMConf
 from caspr_cli.tasks.c4_lm.task import C4LM, Perplexity
+from caspr_cli.tasks.registry import C4LMConf
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token(conf):

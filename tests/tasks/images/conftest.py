@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from written import write_folder
 
-from caspr_cli.recipe.schema import Images, ImagesConf, Source
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.registry import Images, ImagesConf
 
 
 @pytest.fixture

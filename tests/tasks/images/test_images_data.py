@@ -14,11 +14,12 @@ from PIL import Image
 from torchvision import datasets
 from written import write_fashion
 
-from caspr_cli.recipe.schema import Augment, Images, ImagesConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.images import data, shapes, sources
 from caspr_cli.tasks.images.albums import centred
 from caspr_cli.tasks.images.data import SPLITS, Gallery
+from caspr_cli.tasks.registry import Augment, Images, ImagesConf
 
 CIFAR_ZIP = Path(__file__).resolve().parents[4] / "shared" / "data" / "images" / "cifar10_jpeg_16k_4k.zip"
 

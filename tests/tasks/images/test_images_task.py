@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from caspr_cli.recipe.schema import Augment
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
 from caspr_cli.tasks.images.task import Accuracy, Classification
+from caspr_cli.tasks.registry import Augment
 
 
 class Linear(Classification):

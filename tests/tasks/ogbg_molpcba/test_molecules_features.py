@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caspr_cli.recipe.schema import MolPCBAConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.ogbg_molpcba.features import atom_features, bond_features, canonical, graph, parse
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
 from caspr_cli.tasks.ogbg_molpcba.sources import molecules
+from caspr_cli.tasks.registry import MolPCBAConf
 
 REAL = Path(__file__).resolve().parents[4] / "shared/data/molecules"
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caspr_cli.recipe.schema import MolPCBAConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import Folder
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.ogbg_molpcba import tables as tables_module
 from caspr_cli.tasks.ogbg_molpcba.data import Library
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.sources import SPLITS, molecules
+from caspr_cli.tasks.registry import MolPCBAConf
 
 REAL = Path(__file__).resolve().parents[4] / "shared/data/molecules/ogb_layout/toxcast128"
 

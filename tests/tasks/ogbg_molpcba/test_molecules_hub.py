@@ -4,12 +4,13 @@ import datasets
 import numpy as np
 import pytest
 
-from caspr_cli.recipe.schema import MolPCBAConf, Source
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.ogbg_molpcba import sources
 from caspr_cli.tasks.ogbg_molpcba.data import Library
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING
 from caspr_cli.tasks.ogbg_molpcba.sources import SPLITS
+from caspr_cli.tasks.registry import MolPCBAConf
 
 HUB = MolPCBAConf(data=Source.hub)
 

@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import pytest
 
-from caspr_cli.recipe.schema import MolPCBAConf
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.ogbg_molpcba import measured
 from caspr_cli.tasks.ogbg_molpcba.data import Library
@@ -14,6 +13,7 @@ from caspr_cli.tasks.ogbg_molpcba.features import canonical, parse
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.measured import LABELS, PROPERTIES, Measured, labels_of, split_of
 from caspr_cli.tasks.ogbg_molpcba.sources import SPLITS
+from caspr_cli.tasks.registry import MolPCBAConf
 
 
 @pytest.mark.release

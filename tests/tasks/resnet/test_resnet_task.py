@@ -9,7 +9,7 @@ from torch import nn
 
 from caspr_cli import tasks
 from caspr_cli.optim import CASPR
-from caspr_cli.recipe.schema import ResNetConf
+from caspr_cli.tasks.registry import ResNetConf
 
 
 def load(**changes):

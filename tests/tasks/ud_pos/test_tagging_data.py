@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from caspr_cli.recipe.schema import Source, TaggingConf, Tags
+from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError, split_of
+from caspr_cli.tasks.registry import TaggingConf, Tags
 from caspr_cli.tasks.ud_pos import data, sources
 from caspr_cli.tasks.ud_pos.conllu import Sentence, read
 from caspr_cli.tasks.ud_pos.data import (

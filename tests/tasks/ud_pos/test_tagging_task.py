@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from caspr_cli import tasks
-from caspr_cli.recipe.schema import Source, TaggingConf
+from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED
 from caspr_cli.tasks.ud_pos.task import Accuracy, Tagging
 

@@ -1,0 +1,82 @@
+"""What other packages bring: tasks, optimizers and config files, as entry points in their ``pyproject.toml``.
+
+    [project.entry-points."caspr.tasks"]
+    blobs = "my_work:BLOBS"        # an Entry of caspr_cli.tasks
+    [project.entry-points."caspr.optimizers"]
+    lion = "my_work:LION"          # an Entry of caspr_cli.optim.family
+    [project.entry-points."caspr.conf"]
+    my_work = "my_work.conf"       # a folder of YAML files as in conf/: experiment, scale, search, tuned
+
+To install such a package is the consent to run its code; a config only names what is there. Entries are imported
+wherever a recipe is read, so their modules should not import torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from caspr_cli.common.errors import UserError
+
+TASKS, OPTIMIZERS, CONF = "caspr.tasks", "caspr.optimizers", "caspr.conf"
+GROUPS = (TASKS, OPTIMIZERS, CONF)
+E = TypeVar("E")
+
+
+@cache
+def _installed() -> EntryPoints:
+    return EntryPoints(each for group in GROUPS for each in entry_points(group=group))  # reads a file of every package
+
+
+def joined(group: str, ours: dict[str, E]) -> dict[str, E]:
+    """Return our entries and those of other packages.
+
+    Raises:
+        UserError: an entry cannot be used; names its package.
+    """
+    found, kind = dict(ours), type(next(iter(ours.values())))
+    for point in _installed().select(group=group):
+        if point.name in found or not point.name.isidentifier():
+            raise _refused(point, "the name is taken" if point.name in found else "the name should be an identifier")
+        try:
+            entry = point.load()
+        except Exception as error:  # whatever its module does
+            raise _refused(point, f"cannot be imported ({type(error).__name__}: {error})") from error
+        if not isinstance(entry, kind):
+            raise _refused(point, f"should be a {kind.__module__}.{kind.__name__} but is a {type(entry).__name__}")
+        found[point.name] = entry
+    return found
+
+
+def folders() -> dict[Path, str]:
+    """Return the folders with config files of other packages, and the package of each, as "my-work 0.1".
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    found = {}
+    for point in _installed().select(group=CONF):
+        try:
+            spec = find_spec(point.value)
+        except Exception as error:
+            raise _refused(point, f"cannot be imported ({type(error).__name__}: {error})") from error
+        if spec is None or not spec.submodule_search_locations:
+            raise _refused(point, f"{point.value} is no folder")
+        found[Path(spec.submodule_search_locations[0])] = _package(point)
+    return found
+
+
+def package(group: str, name: str) -> str | None:
+    """Return which package brings an entry, as "my-work 0.1"; None if it is ours."""
+    return next((_package(point) for point in _installed().select(group=group, name=name)), None)
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _refused(point: EntryPoint, why: str) -> UserError:
+    return UserError(f"package {_package(point)}: entry point {point.name} of {point.group}: {why}")

@@ -1,0 +1,179 @@
+"""A step on a GPU that does not wait for it: which gradients are finite is known there alone.
+
+Of a tensor whose gradient is not finite, moments, counters and weights stay as they are, by masks on the device. The
+host counts gradients that were given, for the turns of roots; the device counts those that were used, for the bias.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caspr_cli.optim.fsdp import any_sharded
+from caspr_cli.optim.graft import direction, frobenius, look_ahead, needs_second_moment
+from caspr_cli.optim.options import Group
+from caspr_cli.optim.scatter import Workspace
+
+
+def is_masked(group: Group, params: list[Tensor]) -> bool:
+    """Whether a step of these parameters asks the device nothing.
+
+    Where rows are divided among ranks, and with the momentum of updates, the host waits for the answer once a step.
+    """
+    devices = {p.device for p in params}
+    one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
+    return one_gpu and group["precondition"] != "gradient" and not any_sharded(params)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which gradients of a param group are finite, and how many of each tensor were; on the device."""
+
+    place: dict[int, int]  # of a parameter, by its id
+    finite: Tensor  # [n], bool
+    used: list[Tensor]  # n times 0-d: 1 where it is, else 0
+    broken: list[Tensor]  # and the other way round
+    steps: Tensor  # [n], float64: the number of this step, of gradients that were finite
+    workspace: Workspace
+
+    @classmethod
+    def of(cls, finite: Tensor, params: list[Tensor], state: Any, counted: list[Tensor], workspace: Workspace) -> Mask:
+        """Count this step, and make a mask.
+
+        Args:
+            finite: ``[n]``, of the gradients of these parameters.
+            counted: those that count gradients.
+        """
+        used, broken = finite.float().unbind(), (~finite).float().unbind()
+        place = dict(zip(map(id, params), itertools.count(), strict=False))
+        steps = [state[p]["step"] for p in params]
+        torch._foreach_add_(steps, used)
+        torch._foreach_add_([state[p]["skipped"] for p in params], broken)
+        if counted:
+            torch._foreach_add_([state[p]["gradients"] for p in counted], [used[place[id(p)]] for p in counted])
+        return cls(place, finite, list(used), list(broken), torch.stack(steps).double(), workspace)
+
+    def of_params(self, values: Tensor, params: list[Tensor]) -> Tensor:
+        """Return those of ``values`` ``[n]`` that are of these parameters."""
+        return self.workspace.chosen(values, [self.place[id(p)] for p in params])
+
+    def is_finite(self, params: list[Tensor]) -> Tensor:
+        """Return ``[k]``, bool."""
+        return self.of_params(self.finite, params)
+
+    def bias(self, beta: float, params: list[Tensor]) -> Tensor:
+        """Return 1 - beta^t ``[k]`` of these parameters, 1 where nothing has been counted yet."""
+        t = self.of_params(self.steps, params)
+        return torch.where(t > 0, 1 - beta**t, 1)
+
+    def decay(self, group: Group, params: list[Tensor]) -> list[Tensor]:
+        """Return what decay multiplies each of these parameters by."""
+        return self._kept(1 - float(group["lr"]) * group["weight_decay"], params)
+
+    def _kept(self, factor: float, params: list[Tensor]) -> list[Tensor]:
+        """Return the factor of each of these parameters, 0-d, and 1 for broken ones."""
+        steps = self.of_params(self.steps, params)
+        return list(torch.where(self.is_finite(params), torch.full_like(steps, factor), 1).unbind())
+
+    def clean(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+        """Return these gradients, zeros for those that are not finite."""
+        finite = self.is_finite(params).unbind()
+        return [torch.where(yes, G, 0) for yes, G in zip(finite, grads, strict=True)]
+
+    def update_moments(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avg: list[Tensor],
+        exp_avg_sq: list[Tensor],
+        betas: tuple[float, float],
+    ) -> list[Tensor]:
+        """Update momenta, and second moments if there are any, and return the gradients with zeros for broken ones."""
+        clean = self.clean(grads, params)
+        for moments, beta in ((exp_avg, betas[0]), (exp_avg_sq, betas[1])):
+            if moments:
+                torch._foreach_mul_(moments, self._kept(beta, params))
+        torch._foreach_add_(exp_avg, clean, alpha=1 - betas[0])
+        if exp_avg_sq:
+            torch._foreach_addcmul_(exp_avg_sq, clean, clean, value=1 - betas[1])
+        return clean
+
+    def fused_adamw(
+        self,
+        params: list[Tensor],
+        into: list[Tensor],
+        grads: list[Tensor],
+        exp_avg: list[Tensor],
+        exp_avg_sq: list[Tensor],
+        state: Any,
+        group: Group,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Take AdamW's step of these parameters on ``into``, one launch each, which leaves a broken one as it is."""
+        for p, P, G, m, v in zip(params, into, grads, exp_avg, exp_avg_sq, strict=True):
+            torch._fused_adamw_(
+                [P], [G], [m], [v], [], [state[p]["step"]],
+                lr=lr, beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=weight_decay,
+                eps=group["graft_eps"], amsgrad=False, maximize=False, found_inf=self.broken[self.place[id(p)]],
+            )  # fmt: skip
+
+    def diagonal_step(
+        self, params: list[Tensor], grads: list[Tensor], state: Any, group: Group, graft: str, *, nesterov: bool
+    ) -> None:
+        """Do as :func:`caspr_cli.optim.graft.diagonal_step`."""
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        exp_avg = [state[p]["exp_avg"] for p in params]
+        exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
+        if graft == "adam" and not nesterov and are_alike(params, grads, exp_avg, exp_avg_sq):
+            decay = group["weight_decay"]
+            self.fused_adamw(params, params, grads, exp_avg, exp_avg_sq, state, group, lr=lr, weight_decay=decay)
+            return
+        clean = self.update_moments(params, grads, exp_avg, exp_avg_sq, (beta1, beta2))
+        ahead = look_ahead(exp_avg, clean, beta1) if nesterov else exp_avg
+        D = self.direction(params, ahead, exp_avg_sq, group, graft)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, self.decay(group, params))
+        finite = self.is_finite(params).unbind()
+        torch._foreach_add_(params, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], alpha=-lr)
+
+    def direction(
+        self, params: list[Tensor], momenta: list[Tensor], exp_avg_sq: list[Tensor], group: Group, graft: str
+    ) -> list[Tensor]:
+        """Return the graft's step over the learning rate, of momenta whose bias is not corrected."""
+        beta1, beta2 = group["betas"]
+        ahead = [M / b.to(M.dtype) for M, b in zip(momenta, self.bias(beta1, params).unbind(), strict=True)]
+        bias2 = self.bias(beta2, params).sqrt().unbind()
+        if graft == "adam":  # whose moments' bias "rmsprop" leaves as it is
+            exp_avg_sq = [v / b.to(v.dtype).square() for v, b in zip(exp_avg_sq, bias2, strict=True)]
+        return direction("rmsprop" if graft == "adam" else graft, ahead, exp_avg_sq, [], beta2, group["graft_eps"])
+
+    def lengths(self, lengths: Tensor, params: list[Tensor]) -> Tensor:
+        """Return these lengths ``[k]``, 0 where a gradient is broken."""
+        return torch.where(self.is_finite(params), lengths, 0)
+
+
+def adam_lengths(
+    mask: Mask,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    state: Any,
+    group: Group,
+) -> Tensor:
+    """Update moments, and return how long Adam's steps are, over the rate ``[n]``: 0 where a gradient is broken."""
+    out = mask.workspace.like("graft", params)
+    mask.fused_adamw(params, out, grads, exp_avg, exp_avg_sq, state, group, lr=1.0, weight_decay=0.0)
+    return frobenius(out)
+
+
+def are_alike(*lists: list[Tensor]) -> bool:
+    """Whether torch's fused kernel may be given these: it goes through memory by address."""
+    first = lists[0][0]
+    return all(t.is_contiguous() and t.dtype == first.dtype for tensors in lists for t in tensors)

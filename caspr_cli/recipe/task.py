@@ -1,0 +1,36 @@
+"""What the keys of every task are. Apart from the other keys, so that a package that brings a task can import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Source(Enum):
+    """Where a task's data come from."""
+
+    sample = "sample"  # bundled, nothing to download
+    files = "files"  # local files under task.root
+    hub = "hub"  # the real data set, fetched by `datasets` or torchvision
+
+
+@dataclass
+class Target:
+    """The value of a metric that counts as reached; steps and seconds to it are reported."""
+
+    metric: str = "val/loss"
+    value: float | None = None
+    higher_is_better: bool = False
+
+
+@dataclass
+class TaskConf:
+    """What every task has; each task adds its own keys."""
+
+    name: str = MISSING
+    data: Source = Source.sample
+    root: str | None = None  # directory of the data, for task.data=files
+    batch_size: int = 32  # samples in one optimizer step, over all ranks and accumulation
+    target: Target = field(default_factory=Target)

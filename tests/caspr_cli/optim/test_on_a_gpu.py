@@ -1,0 +1,147 @@
+"""What a step asks of a GPU: no answer. (One that is not there; what its masks compute is tested on the CPU.)"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import FakeGPU, fake_gpu
+from pairs import pairs
+from stepping import noise, weights
+from torch import nn
+
+from caspr_cli.optim import CASPR, Shampoo, engine, roots, step
+from caspr_cli.optim.state import COUNTERS
+
+SHAPES = [(64, 48)] * 2 + [(20, 2, 3)]
+OPTIONS: dict[str, Any] = {"interval": 3, "start_step": 2}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nesterov": {"nesterov": True, "weight_decay": 0.1},
+    "polar": {"polar": True, "graft": "rms"},
+    "blocks": {"block_size": 32, "weight_decay": 0.1},
+    "bfloat16": {"apply_dtype": torch.bfloat16, "root_dtype": torch.bfloat16, "pack_roots": True},
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of an iteration that asks the same in each."""
+    monkeypatch.setattr(roots, "NEWTON_STEPS", 2)
+    monkeypatch.setattr(roots, "POWER_STEPS", 2)
+
+
+def on_the_gpu(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    return params
+
+
+def made(cls: type = CASPR, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> Any:
+    rest = {"params": on_the_gpu([(100, 48), (48,)]), "precondition": False}
+    return cls([{"params": on_the_gpu(shapes)}, rest], **OPTIONS | options)
+
+
+def waits(gpu: FakeGPU, optimizer: Any, count: int) -> list[dict[str, int]]:
+    found = []
+    for _ in range(count):
+        gpu.reset()
+        optimizer.step()
+        found.append(dict(gpu.waits))
+    return found
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("cls", "way"), [(Shampoo, "plain"), *((CASPR, way) for way in WAYS)])
+def test_no_step_waits_for_the_device(cls: type, way: str) -> None:
+    """Nor one that computes roots; but for the first, and the first roots."""
+    with fake_gpu() as gpu:
+        optimizer = made(cls, **WAYS[way])
+        found = waits(gpu, optimizer, 6)
+        assert found[2:] == [{}] * 4
+        assert all(stack.rooted for stack in optimizer.stacks(0))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = step.accumulate
+
+    def asking(*args: Any, **options: Any) -> None:
+        float(args[2][0])
+        whole(*args, **options)
+
+    monkeypatch.setattr(step, "accumulate", asking)
+    with fake_gpu() as gpu:
+        found = waits(gpu, made(), 4)[-1]
+    assert len(found) == 1
+    assert next(iter(found)).startswith("_local_scalar_dense @ test_on_a_gpu.py:")
+
+
+@pytest.mark.usefixtures("quick")
+def test_with_the_momentum_of_updates_the_host_waits_once_a_group() -> None:
+    with fake_gpu() as gpu:
+        found = waits(gpu, made(precondition="gradient"), 4)[-1]
+    assert [name.partition(":")[0] for name in found] == ["event.synchronize @ stacks.py"]
+    assert list(found.values()) == [1]  # the other group never has it
+
+
+@pytest.mark.usefixtures("quick")
+def test_batches_do_not_follow_the_threads_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for threads in (1, 96):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        with fake_gpu() as gpu:
+            optimizer = made(shapes=[(1024, 1024)] * 17, start_step=1)
+            for _ in range(1):
+                gpu.reset()
+                optimizer.step()
+            found.append((gpu.launches, gpu.peak))
+    assert found[0] == found[1]
+
+
+# ---- what masks compute
+
+GRID: dict[str, list[Any]] = {
+    "graft": ["adam", "rmsprop", "sgd", "none", "rms"],
+    "nesterov": [False, True],
+    "block_size": [1024, 12],
+    "weight_decay": [0.0, 0.1],
+    "polar": [False, True],
+    "dtype": [torch.float64, torch.float32],
+    "statistics": ["ema", "accumulate"],
+}
+BROKEN = {(0, 0), (3, 1), (6, 0), (9, 2), (10, 2), (14, 5), (15, 4)}  # (step, parameter)
+
+
+def trained(options: dict[str, Any]) -> tuple[list[nn.Parameter], Any, list[str]]:
+    options = dict(options)
+    params = weights([(24, 16), (24, 16), (16, 4, 3), (7,), (20, 12), (9, 30)], options.pop("dtype"))
+    groups = [{"params": params[:4]}, {"params": params[4:], "precondition": False}]
+    optimizer = CASPR(groups, lr=0.01, interval=1, start_step=3, **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step_number in range(18):
+            for i, p in enumerate(params):
+                p.grad = noise(step_number, i, p)
+                if (step_number, i) in BROKEN:
+                    p.grad.view(-1)[i] = math.nan if i % 2 else math.inf
+            optimizer.step()
+    return params, optimizer, [str(w.message) for w in told]
+
+
+@pytest.mark.parametrize("options", pairs(GRID), ids=str)
+def test_masks_leave_out_what_the_host_leaves_out(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, first, told = trained(options)
+    monkeypatch.setattr(engine, "is_masked", lambda group, params: True)
+    masked, second, told_later = trained(options)
+    tolerance = 1e-9 if options["dtype"] == torch.float64 else 2e-5
+    for p, q in zip(plain, masked, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+        for name in COUNTERS:
+            assert float(first.state[p].get(name, 0)) == float(second.state[q].get(name, 0)), name
+    assert told_later == told  # the last was broken two steps before the end
+    assert any("parameter 5 of shape (9, 30)" in line for line in told)
