@@ -145,6 +145,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     given = [flag for flag in LOGS if getattr(args, flag, None) is not None]
     if given and not args.kind:
         raise UserError(f"--{given[0].replace('higher', 'higher-is-better')}: only with --from ({', '.join(SOURCES)})")
+    if getattr(args, "step", None) and args.kind not in ("csv", "wandb"):
+        raise UserError(f"--step: {args.kind} has steps of its own; columns are of csv and wandb")
     args.paths = args.paths or [Path("outputs")]
     return args
 

@@ -22,7 +22,7 @@ from caspr_cli.report.selection import frozen, plain
 from caspr_cli.report.trackers import Log
 
 SEEDS = ("seed", "random_seed", "rng_seed", "seed_everything", "manual_seed")
-SEED = re.compile(r"seed[-_=:. /]?(\d+)(?!\d)|(?:^|(?<=[-_/,. ]))s(\d+)(?=$|[-_/,. ])", re.IGNORECASE)
+SEED = re.compile(r"seed[-_=:. /]?(\d+)|(?:^|(?<=[-_/,. ]))s(\d+)(?=$|[-_/,. ])", re.IGNORECASE)
 VERSION = re.compile(r"(?:^|/)version_\d+(?=$|/)")  # Lightning's number of a folder
 SETTING = re.compile(r"(?:^|(?<=[-_,/ ]))([A-Za-z][\w.]*?)=([^=,/ ]+?)(?=$|[,/ ]|[-_][A-Za-z][\w.]*=)")  # Hydra's names
 HIGHER = {
@@ -117,8 +117,10 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
     if logs.without:
         found.notes.append(f"without {asked.metric}, left out: {listed(logs.without, 4)}")
     task = paths[0].resolve().name if len(paths) == 1 else "logs"
-    members = _numbered(_members(_named(logs.runs, asked, found.notes), asked, task, found.notes), found.notes)
+    runs = list({log.path: log for log in logs.runs}.values())  # of a path that was named twice
+    members = _numbered(_members(_named(runs, asked, found.notes), asked, task, found.notes), found.notes)
     _refuse_mixed(members)
+    found.notes += _mixed(members, asked.seed)
     base = {
         "task.target.metric": asked.metric,
         "task.target.higher_is_better": _higher(str(asked.metric), asked.higher, found.notes),
@@ -189,21 +191,26 @@ def _members(logs: list[Log], asked: Asked, task: str, notes: list[str]) -> list
         group = _keys_of_names(logs, asked, tuned, seed)
         how = listed(group) if group else "the name without its seed"
         notes.append(f"a row for each value of {how} (--group KEY,... chooses others)")
-    if lacking := [log.name for log in logs if not all(name in log.keys for name in (*group, *tuned))]:
-        notes.append(f"without {listed([*group, *tuned])}, left out: {listed(lacking, 4)}")
-        logs = [log for log in logs if log.name not in lacking]
+    own = {*group, *tuned}
+    if lacking := [log.name for log in logs if not own <= log.keys.keys()]:
+        notes.append(f"without {listed(sorted(own))}, left out: {listed(lacking, 4)}")
+        logs = [log for log in logs if own <= log.keys.keys()]
     if not logs:
-        raise UserError(f"no run has all of {listed([*group, *tuned])}")
+        raise UserError(f"no run has all of {listed(sorted(own))}")
     words = bool(group) and all(isinstance(log.keys[group[0]], str) for log in logs)
     stems = [] if group else _stems([log.name for log in logs])
     found = []
     for k, log in enumerate(logs):
-        name = log.keys[group[0]] if words else stems[k] if stems else "run"
-        settings = {key(each): log.keys[each] for each in group[words:]}
-        trial = {key(each): log.keys[each] for each in tuned}
-        name = re.sub(r"[\s=]+", "_", printable(name))
+        name = _word(log.keys[group[0]] if words else stems[k] if stems else "run")
+        settings = {key(each): _word(log.keys[each]) for each in group[words:]}
+        trial = {key(each): _word(log.keys[each]) for each in tuned}
         found.append(_Member(log, printable(log.task or task), name, settings, trial, _seed(log, seed)))
     return found
+
+
+def _word(value: Any) -> Any:
+    """Return a text as one word of a label, without the sign that ends a key there."""
+    return re.sub(r"[\s=]+", "_", printable(value)) if isinstance(value, str) else value
 
 
 def _keys_of_names(logs: Sequence[Log], asked: Asked, tuned: Sequence[str], seed: str | None) -> list[str]:
@@ -236,9 +243,10 @@ def _seed(log: Log, given: str | None) -> int | None:
         values = [int(next(filter(None, match.groups()))) for match in [*SEED.finditer(log.name)][-1:]]
     if not values:
         return None
-    if isinstance(values[0], bool) or not isinstance(values[0], (int, float)) or not float(values[0]).is_integer():
-        raise UserError(f"{log.path}: the seed should be a whole number but is {values[0]!r}; --seed KEY names another")
-    return int(values[0])
+    value = values[0]
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        raise UserError(f"{log.path}: the seed should be a whole number but is {value!r}; --seed KEY names another")
+    return int(value)
 
 
 def _numbered(members: list[_Member], notes: list[str]) -> list[_Member]:
@@ -276,6 +284,25 @@ def _refuse_mixed(members: Sequence[_Member]) -> None:
                 f"{count(len(own), 'run')} of {own[0].label} with seed {own[0].seed} differ in {listed(differing, 6)}: "
                 f"--group KEY,... makes a row of each value, --tuned KEY chooses the best"
             )
+
+
+def _mixed(members: Sequence[_Member], seed: str | None) -> Iterator[str]:
+    """Yield the keys in which runs of one row and trial differ. Values that do not recur are results."""
+    values: dict[str, list[str]] = defaultdict(list)
+    for member in members:
+        for name, value in member.log.keys.items():
+            if _setting(value) and not _is_seed(name, seed):
+                values[name].append(frozen(value))
+    known = [name for name, own in values.items() if 2 * len(set(own)) <= len(own)]
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in known:
+        seen: dict[str, set[str]] = defaultdict(set)
+        for member in members:
+            seen[member.same].add(frozen(member.log.keys.get(name)))
+        found[name] = {member.label for member in members if len(seen[member.same]) > 1}
+    for name, labels in found.items():
+        if labels:
+            yield f"{name} differs within {listed(sorted(labels), 4)} (--group KEY,... makes a row of each value)"
 
 
 def _setting(value: Any) -> bool:
@@ -320,11 +347,13 @@ def _end(
         status |= {"state": FAILED, "error": f"ends at step {last}"}
     if asked.at == "end" and member.log.state is None and last < longest:
         status |= {"state": FAILED, "error": f"ends at step {last} of {longest}"}
+    if isinstance(asked.at, int) and curve and curve[0].step > asked.at:
+        status |= {"state": FAILED, "error": f"begins at step {curve[0].step}"}
     if status["state"] != DONE:
         return status, {}
     chosen = curve[-1]
     if isinstance(asked.at, int):
-        chosen = next((point for point in reversed(curve) if point.step <= asked.at), curve[0])
+        chosen = [point for point in curve if point.step <= asked.at][-1]
     elif asked.at == "best":
         sign = -1 if base["task.target.higher_is_better"] else 1
         chosen = min(curve, key=lambda point: (point.value is None, sign * (point.value or 0.0)))

@@ -384,7 +384,8 @@ def _table(heads: Sequence[str], rows: list[dict[str, str]], file: Log, wanted: 
         beside = _yaml(Path(file.path).parent / "hparams.yaml", into)
         for own in groups.values():
             keys = {head: value_of(own[0][head]) for head in heads if len({row[head] for row in own}) == 1}
-            keys = beside | {k: v for k, v in keys.items() if v != "" and k not in (wanted.metric, step, state)}
+            others = {wanted.metric, step, state, *(head for head in owners if head.casefold() in RUNS)}
+            keys = beside | {head: value for head, value in keys.items() if value != "" and head not in others}
             called = next((own[0][head] for head in owners if head.casefold() in RUNS), file.name)
             ended = STATE.get(own[-1][state].casefold()) if state else None
             points = _points(own, step, wanted.metric)
@@ -394,13 +395,14 @@ def _table(heads: Sequence[str], rows: list[dict[str, str]], file: Log, wanted: 
                     f"--group, --seed and --tuned name the columns that tell them apart"
                 )
             if points or ended == FAILED:
-                yield Log(file.path, called, points, keys, None, ended, file.updated)
+                path = ":".join([file.path, *(own[0][head] for head in owners if several)])
+                yield Log(path, called, points, keys, None, ended, file.updated)
             else:
                 into.without.append(f"{called} in {file.path}")
     elif wide:
         for head in wide:
             called = head.removesuffix(f" - {wanted.metric}")
-            yield Log(file.path, called, _points(rows, step, head), {}, updated=file.updated)
+            yield Log(f"{file.path}:{called}", called, _points(rows, step, head), {}, updated=file.updated)
     else:
         into.without.append(file.path)
 

@@ -296,8 +296,25 @@ def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path / "runs" / "more")) as writer:
         writer.add_scalar(METRIC, 1.0, 30)
         writer.add_hparams({"optimizer": "caspr", "seed": 0, "lr": 0.2}, {"hparam/x": 1.0})
+    found = logs.find([tmp_path / "runs"], Asked("tensorboard", METRIC, group=["optimizer", "lr"]))
+    assert set(rows(found)) == {"adamw", "caspr lr=0.1", "caspr lr=0.2"}
     with pytest.raises(UserError, match=r"2 runs of caspr with seed 0 differ in lr: --group KEY,\.\.\. makes a row"):
         logs.find([tmp_path / "runs"], Asked("tensorboard", METRIC, group=["optimizer"]))
+
+
+def test_what_differs_within_a_row_is_said(tmp_path: Path) -> None:
+    lines = [(f"r{k}", o, lr, k, k, 3.0 + k) for k, (o, lr) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 1)])]
+    table(tmp_path / "all.csv", ["Name", "optimizer", "width", "seed", "Runtime", METRIC], lines)
+    found = logs.find([tmp_path], Asked("wandb", METRIC, group=["optimizer"]))
+    assert [note for note in found.notes if "within" in note] == [
+        "width differs within a (--group KEY,... makes a row of each value)"
+    ]
+    assert len({run.path for run in found.runs}) == 4
+
+
+def test_a_path_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    by_keras(tmp_path / "runs")
+    assert len(logs.find([tmp_path / "runs", tmp_path], Asked("csv", METRIC)).runs) == len(RUNS)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -334,6 +351,7 @@ def lengths(root: Path) -> Path:
         ("best", [3.0, 3.2, 3.4], ["done"] * 3, "runs end at different steps, from 20 to 30 (--at 20 compares all"),
         (20, [3.0, 3.2, 3.4], ["done"] * 3, ""),
         (25, [3.0, None, 3.4], ["done", "failed", "done"], "adamw_seed1.csv: ends too early"),
+        (5, [None] * 3, ["failed"] * 3, ""),
     ],
 )
 def test_runs_of_different_lengths(
@@ -345,6 +363,8 @@ def test_runs_of_different_lengths(
     assert said in "\n".join(found.notes)
     from caspr_cli.report import format
 
+    if at == 5:
+        return
     words = {"end": "at the end", "best": "at its best step"}.get(str(at), f"at step {at}")
     assert f": val/loss {words}, lower is better" in format.title(tables(found.runs, tuned=[])[0])
 
@@ -449,6 +469,7 @@ def test_other_commands_read_logs_too(
         (["--from", "tensorboard"], "--from tensorboard: name the folder or the files of the logs"),
         (["--metric", "x"], "--metric: only with --from (tensorboard, csv, wandb, mlflow)"),
         (["--from", "tensorbord", "runs"], "--from tensorbord: no such choice. Did you mean tensorboard?"),
+        (["--from", "mlflow", "runs", "--step", "x"], "--step: mlflow has steps of its own"),
         (["--from", "csv", "nowhere"], "nowhere: no such file or directory"),
         (["--from", "tensorboard", "runs"], "runs: no event files of TensorBoard (events.out.tfevents.*) there"),
         (["--from", "mlflow", "runs"], "runs: no runs of MLflow (mlflow.db or mlruns) there"),
