@@ -232,11 +232,12 @@ class Division:
         counted = {p for x in steps for p in x.layouts if p in self.transfers}
         for x, received in shared:
             for stack in x.stacks:
+                scale = stack.input_scale(x.group)
                 for members, rows in stack.chunks(x.members(stack)):
                     lengths |= update_moments([p for p in members if p not in counted], x)
                     counted.update(members)
                     with full_precision(stack.scale.device.type):
-                        U = preconditioned(stack, members, rows, x, received)
+                        U = preconditioned(stack, members, rows, scale, x, received)
                     self._put(U, stack, members, x, slots)
         for buffer in slots.buffers.values():
             buffer.send()

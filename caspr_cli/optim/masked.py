@@ -37,11 +37,19 @@ class Mask:
     finite: Tensor  # [n], bool
     used: list[Tensor]  # n times 0-d: 1 where it is, else 0
     broken: list[Tensor]  # and the other way round
-    steps: Tensor  # [n], float64: the number of this step, of gradients that were finite
+    bias: dict[float, Tensor]  # by beta, [n], float64: 1 - beta^t, where t counts gradients that were finite
     workspace: Workspace
 
     @classmethod
-    def of(cls, finite: Tensor, params: list[Tensor], state: Any, counted: list[Tensor], workspace: Workspace) -> Mask:
+    def of(
+        cls,
+        finite: Tensor,
+        params: list[Tensor],
+        state: Any,
+        counted: list[Tensor],
+        betas: tuple[float, float],
+        workspace: Workspace,
+    ) -> Mask:
         """Count this step, and make a mask.
 
         Args:
@@ -55,7 +63,9 @@ class Mask:
         torch._foreach_add_([state[p]["skipped"] for p in params], broken)
         if counted:
             torch._foreach_add_([state[p]["gradients"] for p in counted], [used[place[id(p)]] for p in counted])
-        return cls(place, finite, list(used), list(broken), torch.stack(steps).double(), workspace)
+        t = torch.stack(steps).double()
+        bias = {beta: (1 - beta**t).masked_fill_(t == 0, 1) for beta in betas}
+        return cls(place, finite, list(used), list(broken), bias, workspace)
 
     def of_params(self, values: Tensor, params: list[Tensor]) -> Tensor:
         """Return those of ``values`` ``[n]`` that are of these parameters."""
@@ -65,10 +75,9 @@ class Mask:
         """Return ``[k]``, bool."""
         return self.of_params(self.finite, params)
 
-    def bias(self, beta: float, params: list[Tensor]) -> Tensor:
+    def bias_of(self, beta: float, params: list[Tensor]) -> Tensor:
         """Return 1 - beta^t ``[k]`` of these parameters, 1 where nothing has been counted yet."""
-        t = self.of_params(self.steps, params)
-        return torch.where(t > 0, 1 - beta**t, 1)
+        return self.of_params(self.bias[beta], params)
 
     def decay(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         """Return what decay multiplies each of these parameters by."""
@@ -76,8 +85,8 @@ class Mask:
 
     def _kept(self, factor: float, params: list[Tensor]) -> list[Tensor]:
         """Return the factor of each of these parameters, 0-d, and 1 for broken ones."""
-        steps = self.of_params(self.steps, params)
-        return list(torch.where(self.is_finite(params), torch.full_like(steps, factor), 1).unbind())
+        kept = torch.full((len(params),), factor, dtype=torch.float64, device=self.finite.device)
+        return list(kept.masked_fill_(~self.is_finite(params), 1).unbind())
 
     def clean(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
         """Return these gradients, zeros for those that are not finite."""
@@ -147,8 +156,8 @@ class Mask:
     ) -> list[Tensor]:
         """Return the graft's step over the learning rate, of momenta whose bias is not corrected."""
         beta1, beta2 = group["betas"]
-        ahead = [M / b.to(M.dtype) for M, b in zip(momenta, self.bias(beta1, params).unbind(), strict=True)]
-        bias2 = self.bias(beta2, params).sqrt().unbind()
+        ahead = [M / b.to(M.dtype) for M, b in zip(momenta, self.bias_of(beta1, params).unbind(), strict=True)]
+        bias2 = self.bias_of(beta2, params).sqrt().unbind()
         if graft == "adam":  # whose moments' bias "rmsprop" leaves as it is
             exp_avg_sq = [v / b.to(v.dtype).square() for v, b in zip(exp_avg_sq, bias2, strict=True)]
         return direction("rmsprop" if graft == "adam" else graft, ahead, exp_avg_sq, [], beta2, group["graft_eps"])

@@ -19,7 +19,7 @@ RowIndex = slice | Tensor  # of a stack: neighbours, or their numbers [k]
 
 # Numbers that a step works on at once. On a CPU they and what becomes of them stay in the cache; elsewhere it bounds
 # the memory that a step takes beside the state.
-CHUNK_CPU, CHUNK = 2**20, 2**24
+CHUNK_CPU, CHUNK = 2**20, 2**25
 
 # Lower bound of the input divisor, relative to the current gradient scale: it keeps scaled inputs far from float32's
 # overflow.

@@ -120,7 +120,7 @@ def drop_broken(x: Inputs) -> Active:
     group, state, grads, broken, mask = x.group, x.state, dict(x.grads), [], None
     if x.masked:
         params = list(grads)
-        mask = Mask.of(torch.isfinite(x.finite.norms(params)), params, state, list(x.seen), x.workspace)
+        mask = Mask.of(torch.isfinite(x.finite.norms(params)), params, state, list(x.seen), group["betas"], x.workspace)
     for p in x.finite.others():
         del grads[p]
         if "skipped" not in state[p]:
@@ -194,14 +194,15 @@ def update_weights(x: Active) -> None:
         lengths = update_moments(scattered, x)
         pieces: Pieces = {p: {} for p in scattered}
         for stack in x.stacks:
+            scale = stack.input_scale(x.group)
             for members, rows in stack.chunks(x.members(stack)):
                 if stack.whole and x.group["precondition"] == "momentum":
                     own = _lengths(members, x)
-                    _finish_whole(members, preconditioned(stack, members, rows, x, Received()), own, x)
+                    _finish_whole(members, preconditioned(stack, members, rows, scale, x, Received()), own, x)
                     continue
                 whole = [p for p in members if p not in pieces]
                 lengths |= update_moments(whole, x)
-                U = preconditioned(stack, members, rows, x, Received())
+                U = preconditioned(stack, members, rows, scale, x, Received())
                 at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
                 finish({p: {stack.shape: at[p]} for p in whole}, lengths, x, x.layouts)
                 for p in members:
@@ -276,8 +277,14 @@ def momenta(params: list[Tensor], x: Active) -> list[Tensor]:
     return look_ahead(exp_avg, x.mask.clean(grads, params) if x.mask else grads, x.group["betas"][0])
 
 
-def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, received: Received) -> Tensor:
-    """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient."""
+def preconditioned(
+    stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Received
+) -> Tensor:
+    """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient.
+
+    Args:
+        scale: the stack's :meth:`Stack.input_scale`.
+    """
     group = x.group
     with x.phase("apply"):
         X, out = x.workspace.blocks(stack, rows)
@@ -287,9 +294,9 @@ def preconditioned(stack: Stack, members: list[Tensor], rows: slice, x: Active, 
         else:
             _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
             weights = [1.0]
-        factor = stack.input_scale(group)[rows].reciprocal()
+        factor = scale[rows].reciprocal()
         if x.mask is not None:
-            factor = factor / _by_block(x.mask.bias(group["betas"][0], members), members, stack).to(factor.dtype)
+            factor = factor / _by_block(x.mask.bias_of(group["betas"][0], members), members, stack).to(factor.dtype)
         elif len(set(weights)) == 1:
             factor = factor / weights[0]
         else:
