@@ -123,7 +123,7 @@ def _costs(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> It
         ranked = sorted(ratios, key=lambda label: median(ratios[label]))
         first, *others = [f"{_times(median(ratios[label]))}" for label in ranked]
         more = "".join(f", {times} with {label}" for times, label in zip(others, ranked[1:], strict=True))
-        yield f"By the clock of these runs, whatever ran beside them, a training step took {first} as long with {ranked[0]} as with {bases.pop()}{more}"
+        yield f"By the clock of these runs a step took {first} as long with {ranked[0]} as with {bases.pop()}{more}"
 
 
 def _times(ratio: float) -> str:

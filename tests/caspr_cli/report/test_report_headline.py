@@ -41,14 +41,14 @@ def test_who_wins_where_and_what_it_costs() -> None:
         "Best mean: muon on 2 of 3 tasks (c4_lm: -13 % against adamw, significant; resnet: -0.025 % against adamw, not "
         "significant), caspr on 1 of 3 tasks (vit: +59 % against adamw, significant). "
         "Significantly better than adamw (tasks): caspr 2 of 3 and muon 1 of 3; significantly worse: caspr 1 of 3. "
-        "By the clock of these runs, whatever ran beside them, a training step took 1.1 times as long with muon as with adamw, 1.4 times with caspr."
+        "By the clock of these runs a step took 1.1 times as long with muon as with adamw, 1.4 times with caspr."
     )
 
 
 def test_one_task() -> None:
     assert said(ends("adamw", 4.5) + ends("caspr", 4.0, 39.0)) == (
         "Best mean: caspr on c4_lm: -11 % against adamw, significant. Significantly better than adamw: caspr; "
-        "significantly worse: none. By the clock of these runs, whatever ran beside them, a training step took 1.3 times as long with caspr as with adamw."
+        "significantly worse: none. By the clock of these runs a step took 1.3 times as long with caspr as with adamw."
     )
 
 
@@ -95,9 +95,7 @@ def test_seconds_that_are_unknown_or_from_other_hardware_are_not_compared(
     seconds: float | None, provenance: dict[str, Any]
 ) -> None:
     runs = ends("adamw", 4.5) + ends("caspr", 4.0, seconds, provenance=provenance) + ends("muon", 4.1, 3000.0)
-    assert said(runs).endswith(
-        " By the clock of these runs, whatever ran beside them, a training step took 100 times as long with muon as with adamw."
-    )
+    assert said(runs).endswith(" By the clock of these runs a step took 100 times as long with muon as with adamw.")
     assert "step" not in said(ends("adamw", 4.5) + ends("caspr", 4.0, seconds, provenance=provenance))
 
 
@@ -106,9 +104,7 @@ def test_trials_count_for_the_seconds_of_a_step() -> None:
     adamw = timed(searched("adamw", [4.5, 4.6, 4.7]), 30.0)
     busy, *others = searched("caspr", [4.0, 4.1, 4.2, 4.3, 4.4])
     found = said([*adamw, *timed([busy], 300.0), *timed(others, 33.0)])
-    assert found.endswith(
-        " By the clock of these runs, whatever ran beside them, a training step took 1.1 times as long with caspr as with adamw."
-    )
+    assert found.endswith(" By the clock of these runs a step took 1.1 times as long with caspr as with adamw.")
 
 
 def test_each_optimizers_own_baseline() -> None:
