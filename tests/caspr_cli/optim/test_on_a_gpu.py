@@ -103,6 +103,21 @@ def test_batches_do_not_follow_the_threads_of_the_cpu(monkeypatch: pytest.Monkey
     assert found[0] == found[1]
 
 
+def test_few_launches_for_many_layers() -> None:
+    """Those of GPT-2 small; an average over an interval is 1,462 (``tests/benchmarks/launches.py``)."""
+    d, layers = 768, 12
+    matrices: list[tuple[int, ...]] = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
+    vectors: list[tuple[int, ...]] = [(d,)] * (8 * layers + 4)
+    with fake_gpu() as gpu:
+        rest = {"params": on_the_gpu(vectors), "precondition": False}
+        optimizer = CASPR([{"params": on_the_gpu(matrices)}, rest], start_step=2)
+        for _ in range(4):
+            gpu.reset()
+            optimizer.step()
+        assert gpu.launches < 1700
+        assert gpu.flops < 2.2e12
+
+
 # ---- what masks compute
 
 GRID: dict[str, list[Any]] = {
