@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -28,10 +29,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few steps of an iteration that asks the same in each."""
     monkeypatch.setattr(roots, "NEWTON_STEPS", 2)
     monkeypatch.setattr(roots, "POWER_STEPS", 2)
+    roots.scaled_steps.cache_clear()
+    yield
+    roots.scaled_steps.cache_clear()
 
 
 def on_the_gpu(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
