@@ -162,7 +162,8 @@ def _launches(name: str, args: Any) -> int:
                 return len(first)
     lists_at_once = len(lists) + (not name.endswith("_"))
     pieces = sum(-(-x.numel() // PIECE) for x in first)
-    return max(-(-len(first) // TENSORS.get(lists_at_once, 30)), -(-pieces // PIECES))
+    launches: int = max(-(-len(first) // TENSORS.get(lists_at_once, 30)), -(-pieces // PIECES))
+    return launches
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -75,6 +75,8 @@ def next_counts(states: dict[Tensor, State], name: str, given: dict[tuple[Tensor
     Those on a GPU are read once, and what was left out is added: from then on ``given`` counts.
     """
     if next((state[name].device.type for state in states.values()), "cpu") == "cpu":
+        for p in states if given else ():  # which may have been on a GPU before
+            given.pop((p, name), None)
         values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
         return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
     if unread := {p: state for p, state in states.items() if (p, name) not in given}:

@@ -125,6 +125,7 @@ def drop_broken(x: Inputs) -> Active:
         del grads[p]
         if "skipped" not in state[p]:
             state[p]["skipped"] = counter()
+        if state[p]["skipped"] == 0:  # as one that was saved on a GPU is
             broken.append(p)
         state[p]["skipped"] += 1
     if (seen := [p for p in x.seen if p in grads]) and mask is None:

@@ -133,6 +133,7 @@ class TaskData(LightningDataModule):
             "collate_fn": self.task.collate,
             "num_workers": workers,
             "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available() and self.recipe.trainer.accelerator.name != "cpu",
             # a forked copy of a process with threads may wait for one of them for ever
             "multiprocessing_context": "spawn" if workers else None,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -57,7 +57,7 @@ class PhaseTimer:
         self._cuda, self._now = device.type == "cuda", now or time.perf_counter
         self._seconds = defaultdict(float, seconds or {})
         self._open: dict[str, float | torch.cuda.Event] = {}
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self, phase: str) -> None:
         self._open[phase] = self._mark()
@@ -68,6 +68,7 @@ class PhaseTimer:
             self._seconds[phase] += ended - began
         elif not isinstance(began, float) and not isinstance(ended, float):
             self._pending.append((phase, began, ended))
+            self._drain()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -87,11 +88,16 @@ class PhaseTimer:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase so far. On CUDA this waits for the last event."""
-        for phase, began, ended in self._pending:
-            ended.synchronize()
-            self._seconds[phase] += began.elapsed_time(ended) / 1000
-        self._pending.clear()
+        if self._pending:
+            self._pending[-1][2].synchronize()  # and so those before it
+        self._drain()
         return dict(self._seconds)
+
+    def _drain(self) -> None:
+        """Count the phases that the device is done with."""
+        while self._pending and self._pending[0][2].query():
+            phase, began, ended = self._pending.popleft()
+            self._seconds[phase] += began.elapsed_time(ended) / 1000
 
     def take(self) -> dict[str, float]:
         """Return the seconds since the last call of this method."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from pairs import pairs
 from stepping import noise, weights
 from torch import nn
 
-from caspr_cli.optim import CASPR, Shampoo, engine, roots, step
+from caspr_cli.optim import CASPR, Shampoo, engine, roots, statistics, step
 from caspr_cli.optim.state import COUNTERS
 
-SHAPES = [(64, 48)] * 2 + [(20, 2, 3)]
+SHAPES: list[tuple[int, ...]] = [(64, 48)] * 2 + [(20, 2, 3)]
 OPTIONS: dict[str, Any] = {"interval": 3, "start_step": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -28,10 +29,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few steps of an iteration that asks the same in each."""
     monkeypatch.setattr(roots, "NEWTON_STEPS", 2)
     monkeypatch.setattr(roots, "POWER_STEPS", 2)
+    roots.scaled_steps.cache_clear()
+    yield
+    roots.scaled_steps.cache_clear()
 
 
 def on_the_gpu(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -68,7 +72,7 @@ def test_no_step_waits_for_the_device(cls: type, way: str) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = step.accumulate
+    whole = statistics.accumulate
 
     def asking(*args: Any, **options: Any) -> None:
         float(args[2][0])
@@ -103,6 +107,21 @@ def test_batches_do_not_follow_the_threads_of_the_cpu(monkeypatch: pytest.Monkey
     assert found[0] == found[1]
 
 
+def test_few_launches_for_many_layers() -> None:
+    """Those of GPT-2 small; an average over an interval is 1,462 (``tests/benchmarks/launches.py``)."""
+    d, layers = 768, 12
+    matrices: list[tuple[int, ...]] = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
+    vectors: list[tuple[int, ...]] = [(d,)] * (8 * layers + 4)
+    with fake_gpu() as gpu:
+        groups = [{"params": on_the_gpu(matrices)}, {"params": on_the_gpu(vectors), "precondition": False}]
+        optimizer = CASPR(cast(Any, groups), start_step=2)
+        for _ in range(4):
+            gpu.reset()
+            optimizer.step()
+        assert gpu.launches < 1700
+        assert gpu.flops < 2.2e12
+
+
 # ---- what masks compute
 
 GRID: dict[str, list[Any]] = {
@@ -121,7 +140,7 @@ def trained(options: dict[str, Any]) -> tuple[list[nn.Parameter], Any, list[str]
     options = dict(options)
     params = weights([(24, 16), (24, 16), (16, 4, 3), (7,), (20, 12), (9, 30)], options.pop("dtype"))
     groups = [{"params": params[:4]}, {"params": params[4:], "precondition": False}]
-    optimizer = CASPR(groups, lr=0.01, interval=1, start_step=3, **options)
+    optimizer = CASPR(cast(Any, groups), lr=0.01, interval=1, start_step=3, **options)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for step_number in range(18):

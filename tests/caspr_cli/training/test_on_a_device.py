@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from caspr_cli.training.callbacks import Curves
+from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import clip
+from caspr_cli.training.timing import PhaseTimer
 
 
 def test_losses_of_a_checkpoint_are_on_the_cpu_and_those_of_now_are_not() -> None:
@@ -69,3 +71,54 @@ def test_nothing_is_clipped_without_a_limit() -> None:
         assert torch.equal(cast(Tensor, p.grad), grad)
         assert cast(Tensor, p.grad)._version == was  # nobody wrote to it
     assert float(clip([nn.Parameter(torch.ones(2))], 1.0)) == 0.0
+
+
+class Mark:
+    """An event of a device that has come as far as ``now``."""
+
+    now, count, waited = 0, 0, 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Mark.count += 1
+        self.number = Mark.count
+
+    def query(self) -> bool:
+        return self.number <= Mark.now
+
+    def synchronize(self) -> None:
+        Mark.waited += 1
+        Mark.now = max(Mark.now, self.number)
+
+    def elapsed_time(self, end: Mark) -> float:
+        return 1000.0 * (end.number - self.number)
+
+
+def test_timers_are_read_when_the_device_is_done_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.Event", Mark)
+    timer = PhaseTimer(torch.device("cuda"))
+    for _ in range(5):
+        with timer("roots"):
+            pass
+    assert len(timer._pending) == 5
+    Mark.now = 9
+    with timer("apply"):
+        pass
+    assert (len(timer._pending), Mark.waited) == (2, 0)  # the last of "roots" and "apply"
+    assert timer.seconds == {"roots": 5.0, "apply": 1.0}
+    assert (len(timer._pending), Mark.waited) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "accelerator", "pinned"), [(True, "auto", True), (True, "cpu", False), (False, "auto", False)]
+)
+def test_batches_for_a_gpu_are_in_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, accelerator: str, pinned: bool
+) -> None:
+    """From which they are sent while the host goes on."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    trainer = SimpleNamespace(workers=0, accelerator=SimpleNamespace(name=accelerator))
+    data = SimpleNamespace(recipe=SimpleNamespace(trainer=trainer), task=SimpleNamespace(collate=None))
+    assert TaskData._loading(cast(Any, data))["pin_memory"] is pinned

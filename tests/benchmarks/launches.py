@@ -1,0 +1,84 @@
+"""What an optimizer's step asks of a GPU, without one: launches, waits, FLOPs, bytes, for the shapes of GPT-2 small.
+
+    python tests/benchmarks/launches.py [adamw caspr shampoo nesterov]
+
+Takes a minute an optimizer. Times are not known without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+from fake_gpu import fake_gpu  # noqa: E402
+
+from caspr_cli.optim import CASPR, Shampoo  # noqa: E402
+
+Shapes = list[tuple[int, ...]]
+INTERVAL = 10
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "caspr": (CASPR, {}),
+    "shampoo": (Shampoo, {}),
+    "nesterov": (CASPR, {"nesterov": True, "weight_decay": 0.1}),
+}
+
+
+def gpt2(layers: int = 12, d: int = 768, words: int = 50257, context: int = 1024) -> tuple[Shapes, Shapes]:
+    """Return the shapes of the matrices that are preconditioned, and of the rest."""
+    matrices: Shapes = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * layers
+    vectors: Shapes = [(d,), (d,), (d,), (d,), (3 * d,), (d,), (4 * d,), (d,)] * layers
+    return matrices, [(words, d), (context, d), *vectors, (d,), (d,)]
+
+
+def on_the_gpu(shapes: Shapes) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    return params
+
+
+def measured(name: str) -> dict[str, Any]:
+    """Return the counts of an average step over an interval, after the first roots."""
+    cls, options = OPTIMIZERS[name]
+    matrices, rest = gpt2()
+    with fake_gpu() as gpu:
+        params, others = on_the_gpu(matrices), on_the_gpu(rest)
+        before, size = gpu.live, sum(p.numel() for p in (*params, *others))
+        if cls is torch.optim.AdamW:
+            optimizer: Any = cls([*params, *others])
+        else:
+            groups = [{"params": params}, {"params": others, "precondition": False}]
+            optimizer = cls(groups, interval=INTERVAL, start_step=2, **options)
+        rows = []
+        for _ in range(INTERVAL + 3):
+            gpu.reset()
+            optimizer.step()
+            over = (gpu.peak - gpu.live) / 2**20
+            rows.append((gpu.launches, gpu.views, gpu.flops / 1e9, sum(gpu.waits.values()), over))
+        last = rows[3:]
+        mean = [sum(column) / len(last) for column in zip(*last, strict=True)]
+        return {
+            "optimizer": name,
+            "launches": round(mean[0]),
+            "most": max(row[0] for row in last),
+            "views": round(mean[1]),
+            "GFLOP": round(mean[2]),
+            "waits": mean[3],
+            "B/param": round((gpu.live - before) / size, 1),
+            "peak over state MiB": round(max(row[4] for row in rows)),
+        }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rows = [measured(name) for name in sys.argv[1:] or OPTIMIZERS]
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
