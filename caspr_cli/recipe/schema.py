@@ -99,6 +99,10 @@ class Resume(Enum):
     never = "never"  # delete the record and start anew
 
 
+class Logger(Enum):
+    csv = "csv"  # csv/metrics.csv and csv/hparams.yaml in the record
+
+
 @dataclass
 class ScheduleConf:
     """The learning rate over the run, as fractions of ``trainer.max_steps``."""
@@ -158,3 +162,4 @@ class Recipe:
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"
+    logger: list[Logger] = field(default_factory=list)  # Lightning's, beside TensorBoard: csv

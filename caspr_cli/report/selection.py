@@ -20,9 +20,9 @@ UNTUNED = ("trial", "default")  # runs of an optimizer's own values are a row of
 ABSENT = "-"  # a key that an older version did not have, where the others differ in it
 # Keys that make no rows of their own: they change no number, or only the order of sums, or make tables of their own.
 IGNORED = {
-    "seed", "trial", "resume", "output_dir", "debug", "horizon", "task.root", "trainer.timeout", "trainer.rendezvous",
-    "trainer.workers", "trainer.log_every", "trainer.accelerator", "trainer.devices", "trainer.nodes",
-    "trainer.accumulate", "trainer.compile", "trainer.val_every",
+    "seed", "trial", "resume", "output_dir", "logger", "debug", "horizon", "task.root", "trainer.timeout",
+    "trainer.rendezvous", "trainer.workers", "trainer.log_every", "trainer.accelerator", "trainer.devices",
+    "trainer.nodes", "trainer.accumulate", "trainer.compile", "trainer.val_every",
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.format import finite
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Logger, Recipe
 from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.training import hparams
 from caspr_cli.training.layout import FIRST, compared, layout
@@ -43,11 +45,19 @@ class Recorder:
         _number(record.path)
         self._step, self._shown = step, shown(record.path, step) if step else set()
         self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
+        self._loggers = [_logger(kind, record.path) for kind in dict.fromkeys(recipe.logger)]
+        for logger in self._loggers:
+            logger.log_hyperparams(hparams.hyperparameters(recipe))
+            for line in kept:  # they begin anew, so that a resume leaves no line twice
+                values = {tag: value for tag, value in json.loads(line).items() if value is not None}
+                logger.log_metrics(values, values.pop("step"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
             file.write(json.dumps(finite({"step": step, **values}, infinities=False)) + "\n")
         self.lines += 1
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step)
         scalars = dict(values) | {f"{FIRST}/{tag}": values[tag] for tag in self._compared if tag in values}
         for tag, value in scalars.items():
             if step != self._step or tag not in self._shown:
@@ -73,12 +83,22 @@ class Recorder:
     def flush(self) -> None:
         """Force everything written so far onto the disk."""
         self._writer.flush()
+        for logger in self._loggers:
+            logger.save()
         for path in (self._record.metrics, max(self._record.path.glob(EVENTS))):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
         self._writer.close()
+        for logger in self._loggers:
+            logger.finalize("success")
+
+
+def _logger(kind: Logger, path: Path) -> CSVLogger:
+    """Return a logger of Lightning that writes into a record, to a folder of its own that is emptied first."""
+    shutil.rmtree(path / kind.name, ignore_errors=True)
+    return CSVLogger(path, name="", version=kind.name)
 
 
 def shown(directory: Path, step: int) -> set[str]:

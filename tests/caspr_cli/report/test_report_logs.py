@@ -223,11 +223,11 @@ def test_the_same_study_in_each_format(tmp_path: Path, written: Callable[[Path],
 def test_logs_of_caspr_train_give_what_its_records_give(tmp_path: Path) -> None:
     """TensorBoard's file and hyperparameters as ``caspr-train`` writes them; the values as its records have them."""
     from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
-    from caspr_cli.tasks.registry import CONFS
+    from caspr_cli.tasks.registry import C4LMConf
     from caspr_cli.training import hparams
 
     for optimizer, seed in RUNS:
-        recipe = Recipe(CONFS["c4_lm"](), OPTIMIZERS[optimizer](), seed=seed)
+        recipe = Recipe(C4LMConf(), OPTIMIZERS[optimizer](), seed=seed)
         with SummaryWriter(str(tmp_path / "c4_lm" / optimizer / "4e9d1440" / f"seed{seed}")) as writer:
             for summary in hparams.summaries(recipe, "4e9d1440"):
                 writer.file_writer.add_summary(summary)

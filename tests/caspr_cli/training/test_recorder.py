@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import time
@@ -14,7 +15,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.probe import diagnose
-from caspr_cli.recipe.schema import AdamWConf, Recipe
+from caspr_cli.recipe.schema import AdamWConf, Logger, Recipe
+from caspr_cli.report import logs
+from caspr_cli.report.logs import Asked
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 from caspr_cli.training.callbacks import Curves
@@ -64,6 +67,28 @@ def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path:
     rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
     assert [(r["step"], r["train/loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path: Path) -> None:
+    kept, wanted = record(tmp_path), recipe(seed=3)
+    wanted.logger = [Logger.csv]
+    first = Recorder(kept, wanted)
+    for step in range(1, 6):
+        first.scalars(step, {"train/loss": float(step)})
+    first.scalars(5, {"val/loss": float("nan"), "val/accuracy": 0.5})
+    first.flush()  # and then it is killed
+    assert len((kept.path / "csv" / "metrics.csv").read_text().splitlines()) == 7
+    again = Recorder(kept, wanted, 3, 3)
+    again.scalars(4, {"train/loss": 40.0})
+    again.scalars(4, {"val/loss": 0.25})
+    again.close()
+    with (kept.path / "csv" / "metrics.csv").open(newline="") as file:
+        lines = [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
+    assert lines == [{"step": s, "train/loss": s} for s in (1, 2, 3)] + [
+        {"step": 4, "train/loss": 40}, {"step": 4, "val/loss": 0.25},
+    ]  # fmt: skip
+    (run,) = logs.find([tmp_path], Asked("csv", "val/loss", group=["optim.name"])).runs
+    assert (run.seed, run.config["optim.name"], run.final) == (3, "adamw", 0.25)
 
 
 def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
