@@ -137,15 +137,15 @@ class Composer:
 
     def _base(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
         """Return the config of the choices among the words, and the words that change a value in it."""
-        base, values = self._chosen(given)
-        sample, own = (
-            base.recipe.task.get("data") == Source.sample,
-            [w for w in values if w.key_or_group == "task.data"],
-        )
-        if sample and own and own[-1].value() != Source.sample.name:  # the target and rates were found on other data
-            base, values = self._chosen([UNTUNED, *given])
-            values = [words.parse("task.target.value=null"), *values]
-        return base, values
+        return self._chosen([*self._untuned(given), *given])
+
+    def _untuned(self, given: Sequence[str]) -> list[str]:
+        """Return the words that leave out the target and the rates of the sample, where the data are the user's own."""
+        own = [word for word in given if words.parse(word).key_or_group == "task.data"]
+        if not own or words.parse(own[-1]).value() == Source.sample.name:
+            return []
+        usual = self._chosen([word for word in given if word not in own])[0].recipe.task.get("data")
+        return [UNTUNED, "task.target.value=null"] if usual == Source.sample else []
 
     def _chosen(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
         parsed = [words.parse(word) for word in given]
