@@ -82,11 +82,17 @@ def direction(
     return list(torch._foreach_div(momenta, denominators))
 
 
+def are_alike(*lists: list[Tensor]) -> bool:
+    """Whether torch's fused kernels may be given these: they go through memory by address."""
+    dtype = lists[0][0].dtype
+    return all(t.is_contiguous() and t.dtype == dtype for tensors in lists for t in tensors)
+
+
 def fusible(*lists: list[Tensor]) -> bool:
-    """Whether torch's fused kernel for the CPU may be given these: it goes through memory by address."""
+    """Whether torch's fused kernel for the CPU may be given these."""
     first = lists[0][0]
     known = first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    return known and all(t.is_contiguous() and t.dtype == first.dtype for tensors in lists for t in tensors)
+    return known and are_alike(*lists)
 
 
 def adam_length(

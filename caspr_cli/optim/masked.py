@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.fsdp import any_sharded
-from caspr_cli.optim.graft import direction, frobenius, look_ahead, needs_second_moment
+from caspr_cli.optim.graft import are_alike, direction, frobenius, look_ahead, needs_second_moment
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.scatter import Workspace
 
@@ -180,9 +180,3 @@ def adam_lengths(
     out = mask.workspace.like("graft", params)
     mask.fused_adamw(params, out, grads, exp_avg, exp_avg_sq, state, group, lr=1.0, weight_decay=0.0)
     return frobenius(out)
-
-
-def are_alike(*lists: list[Tensor]) -> bool:
-    """Whether torch's fused kernel may be given these: it goes through memory by address."""
-    first = lists[0][0]
-    return all(t.is_contiguous() and t.dtype == first.dtype for tensors in lists for t in tensors)

@@ -307,12 +307,17 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
         "caspr_polar": Entry(
-            "CASPR, of which each update is replaced by its polar factor; Nesterov momentum as in Muon",
+            "CASPR, each update replaced by its polar factor; Nesterov momentum as in Muon",
             CASPRKeys,
             _family("CASPR"),
             POLAR,
         ),
-        "shampoo_polar": Entry("the same of Shampoo", ShampooKeys, _family("Shampoo"), POLAR),
+        "shampoo_polar": Entry(
+            "Shampoo, each update replaced by its polar factor; Nesterov momentum as in Muon",
+            ShampooKeys,
+            _family("Shampoo"),
+            POLAR,
+        ),
         "full_adagrad": Entry(
             "full-matrix Adagrad in blocks: what the others approximate (for small models)",
             FullAdagradKeys,

@@ -22,6 +22,7 @@ from caspr_cli.optim.fsdp import local, locals_of
 from caspr_cli.optim.graft import (
     RMS,
     adam_length,
+    are_alike,
     diagonal_step,
     direction,
     frobenius,
@@ -32,13 +33,13 @@ from caspr_cli.optim.graft import (
     transfer_length,
     update_second_moment,
 )
-from caspr_cli.optim.masked import Mask, adam_lengths, are_alike
+from caspr_cli.optim.masked import Mask, adam_lengths
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
 from caspr_cli.optim.scatter import ReceivedRows, Workspace, fill, fill_whole, placed
-from caspr_cli.optim.stacks import Stack, outgrown, sent
+from caspr_cli.optim.stacks import Stack, outgrown
 from caspr_cli.optim.state import counter
 from caspr_cli.optim.statistics import accumulate, per_block
 
@@ -245,7 +246,7 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
     if graft == "none" or (graft == "rms" and group["polar"]):
         return None
     if graft == "rms":
-        return sent(torch.tensor([RMS * math.sqrt(p.numel()) for p in here], dtype=torch.float64), here[0].device)
+        return x.workspace.constant([RMS * math.sqrt(p.numel()) for p in here], torch.float64, here[0].device)
     T = [x.steps[p] for p in params]
     inputs = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
     return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))

@@ -74,7 +74,7 @@ class Record:
         """
         where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name
         older = where / identity(recipe)
-        return cls((older if older.exists() else where / readable(recipe)) / f"seed{recipe.seed}")
+        return cls((older if os.path.exists(older) else where / readable(recipe)) / f"seed{recipe.seed}")
 
     @property
     def status(self) -> dict[str, Any]:
