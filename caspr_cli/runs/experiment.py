@@ -218,7 +218,8 @@ def rows(experiment: Experiment) -> list[Row]:
     seeds = _seeds(experiment)
     found = []
     for overrides in combinations:
-        label = " ".join(word for word in overrides if word not in common) or " ".join(overrides[:3])
+        own = [word for word in overrides if word not in common]
+        label = " ".join(own or [word for word in overrides if word.startswith("optim=")] or overrides[:3])
         config = composer.config(overrides)
         if not experiment.searches:
             recipe = compose.freeze(config, overrides)
