@@ -136,5 +136,5 @@ def test_mlflow_has_one_run_in_one_database_and_it_compares(tmp_path: Path, monk
     kept = cut_and_resumed(tmp_path / "outputs", Logger.mlflow)
     assert list(kept.read("trackers.json")) == ["mlflow"]
     (run,) = logs.find([tmp_path / "outputs"], Asked("mlflow", "val/loss", group=["optim.name"])).runs
-    assert (run.final, run.seed, run.config["optim.name"], run.task) == (0.25, 3, "adamw", "c4_lm")
+    assert (run.final, run.seed, run.config["optim.name"], run.config["task.name"]) == (0.25, 3, "adamw", "c4_lm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outputs"]
