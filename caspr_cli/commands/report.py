@@ -99,6 +99,8 @@ def parser() -> Parser:
     compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
     profile.add_argument("--unit", **units)
     curves.add_argument("--over", **units)
+    curves.add_argument("--together", action="store_true", help="all tasks in one figure, and FILE-dark.svg for dark "
+                        "pages")  # fmt: skip
     for one, name, text in (
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
@@ -309,6 +311,11 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
     else:
         from caspr_cli.report import figures, sensitivity, style
 
+        if args.what == "curves" and args.together:
+            drawn = figures.together(made, over=args.over)
+            yield file, drawn
+            yield file.with_stem(f"{file.stem}-dark"), style.dark(drawn)
+            return
         styles = style.styles(row.label for table in made for row in table.rows)
         parts = [(table.task, table.scale, table.data) for table in made]
         for table, own in zip(made, parts, strict=True):

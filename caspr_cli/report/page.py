@@ -45,14 +45,9 @@ def _templates() -> Environment:
 
 def inline(svg: str) -> Markup:
     """Return a figure in the colours of the page, which are variables, and as wide as its place."""
-    variables = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
-
-    def coloured(attribute: re.Match[str]) -> str:
-        return re.sub(r"#[0-9a-f]{6}", lambda m: variables.get(m[0], m[0]), attribute[0])
-
     head, rest = svg.split(">", 1)
     head = re.sub(r' (?:xmlns|width|height)="[^"]*"', "", head)
-    return Markup(re.sub(r'style="[^"]*"', coloured, f"{head}>{rest}"))
+    return Markup(style.recoloured(f"{head}>{rest}", {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}))
 
 
 def answers(made: Sequence[Answer], title: str) -> str:
