@@ -48,6 +48,7 @@ SHAPE: dict[str, dict[str, str]] = {
         "machine": "mapping", "machine.host": "text", "machine.system": "text",
         "device": "mapping", "device.processes": "integer", "device.threads": "integer",
     },
+    "trackers": {"wandb": "text", "mlflow": "text"},
 }  # fmt: skip
 SEVERAL_LINES = ("error", "diff")  # all other texts are words in tables
 DEEPEST = 32  # more levels than any record has, fewer than Python's recursion

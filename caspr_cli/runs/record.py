@@ -30,6 +30,7 @@ from caspr_cli.runs.processes import birth, lives
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
 REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
 PROVENANCE = "provenance.json"
+TRACKERS = "trackers.json"  # the ids of this run at Weights & Biases and MLflow: a resume goes on with it there
 # The first is held by the launcher, the second by each rank: torch's launcher does not pass the first on to ranks.
 LOCKS = (".lock", ".ranks.lock")
 # Temporary files that a kill can leave.
