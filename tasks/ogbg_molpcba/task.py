@@ -11,15 +11,15 @@ from torch_geometric.data import Batch
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
-from caspr_cli.tasks.base import Task, require
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.base import Task
+from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
 from caspr_cli.tasks.registry import MolPCBAConf
 
 
-class MeanAveragePrecision(Sums):
+class MeanAveragePrecision(Means):
     """Cross entropy and average precision over all graphs.
 
     ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
@@ -31,9 +31,7 @@ class MeanAveragePrecision(Sums):
         tasks: labels of a graph (``T``).
     """
 
-    sums = ("nats", "cells")
-    nats: Tensor
-    cells: Tensor
+    means = (("loss", "nats", "cells"),)
     logits: list[Tensor] | Tensor
     labels: list[Tensor] | Tensor
 
@@ -46,14 +44,13 @@ class MeanAveragePrecision(Sums):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add ``logits`` ``[B, T]`` and ``labels`` ``[B, T]``, 0, 1 or MISSING."""
         nats, cells = cross_entropy(logits, labels)
-        self.nats += nats.double()
-        self.cells += cells
+        self.add(nats=nats.double(), cells=cells)
         self.logits.append(logits.detach().float())  # type: ignore[union-attr]
         self.labels.append(labels)  # type: ignore[union-attr]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars by name."""
-        loss = self.nats / self.cells
+        loss = super().compute()["loss"]
         logits, labels = self._whole(self.logits), self._whole(self.labels)
         scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]
         found = [score for score in scores if score is not None]
@@ -89,9 +86,6 @@ class MolPCBA(Task):
     """A graph network on molecules: a sample of measured properties, an OGB data set on disk, or ogbg-molpcba.
 
     Batches are those of :func:`caspr_cli.tasks.ogbg_molpcba.data.batch_of`.
-
-    Raises:
-        DataError: a shape that no model has.
     """
 
     unit: ClassVar[str] = "graphs"
@@ -99,7 +93,6 @@ class MolPCBA(Task):
 
     def __init__(self, conf: MolPCBAConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits are the data's own, and nothing is drawn.
-        require(conf, positive=("steps", "width", "batch_size"), share=("dropout",))
         self.conf = conf
         self.data: Library = Library(conf)
 

@@ -32,6 +32,12 @@ from caspr_cli.tasks.registry import C4LMConf
 compose.register_schemas()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> None:
+    """Hydra runs, whichever of these tests are chosen: it splits the words of a sweep into jobs."""
+    Composer()
+
+
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 
