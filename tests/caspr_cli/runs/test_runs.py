@@ -278,6 +278,7 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
         "full_adagrad",
         "normuon",
         "ademamix",
+        "psgd_kron",
     ],
 )
 def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
@@ -315,3 +316,19 @@ def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_
         one = losses(runner.record("free1"))
         for key, value in losses(whole).items():
             assert value == pytest.approx(one[key], rel=2e-4), key
+
+
+def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner: Runner) -> None:
+    found = []
+    for devices in (1, 2):
+        runner(f"output_dir=kron{devices}", "optim=psgd_kron", f"trainer.devices={devices}")
+        found.append(losses(runner.record(f"kron{devices}")))
+    process = runner.start("output_dir=kron_cut", "optim=psgd_kron", "trainer.devices=2")
+    record = wait_for(runner, "kron_cut", 11)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    runner("output_dir=kron_cut", "optim=psgd_kron", "trainer.devices=2")
+    assert losses(record) == found[1]
+    for key, value in found[1].items():
+        assert value == pytest.approx(found[0][key], rel=2e-4), key
