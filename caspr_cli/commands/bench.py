@@ -36,12 +36,12 @@ TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
-  caspr-bench                                                14.7M parameters, six optimizers; takes minutes
-  caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; a minute
-  caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
-  caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
-  caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
-  caspr-bench --ranks 1,2,4                                  a step that so many processes share"""
+  caspr-bench                                       14.7M parameters; minutes
+  caspr-bench --optim caspr,adamw --params 2M       two of them; a minute
+  caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
+  caspr-bench --task c4_lm --scale paper            a task's model
+  caspr-bench --roots                               errors of inverse roots
+  caspr-bench --ranks 1,2,4                         a step that so many share"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -68,7 +68,6 @@ def parser() -> Parser:
         "caspr-bench",
         description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=110),
     )
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
     what = made.add_mutually_exclusive_group()
@@ -93,7 +92,9 @@ def parser() -> Parser:
     made.add_argument("--rounds", metavar="N", type=positive, default=20, help=rounds)
     dtype = f"type of weights and gradients: {', '.join(DTYPES)} (default: float32)"
     made.add_argument("--dtype", metavar="TYPE", choices=DTYPES, default="float32", help=dtype)
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    made.add_argument(
+        "--device", metavar="NAME", choices=("cpu", "cuda"), default="cpu", help="cpu (the default) or cuda"
+    )
     threads = "threads on a CPU; with --ranks, threads of each rank (default: 1)"
     made.add_argument("--threads", metavar="N", type=positive, help=threads)
     made.add_argument(

@@ -12,7 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
-from caspr_cli.report.horizon import HORIZON, with_own_schedules
+from caspr_cli.report.horizon import HORIZON, LENGTH, with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -38,7 +38,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """What all rows of a table have in common."""
+    """What all rows of a table have in common; ``steps`` is the length that its runs are planned for."""
 
     task: str
     scale: str
@@ -46,6 +46,7 @@ class Subject:
     metric: str
     higher_is_better: bool
     data_hash: str | None = None
+    steps: int | None = None
 
     @classmethod
     def of(cls, run: Run) -> Subject:
@@ -77,7 +78,12 @@ def tables(
     _check(runs, tuned, wanted)
     left_out = [run for run in runs if run.config.get(DEBUG) not in (None, "none")]
     found = subjects([run for run in runs if run.config.get(DEBUG) in (None, "none")])
-    made = [_table(subject, own, baseline, tuned, wanted.get(subject.task)) for subject, own in found.items()]
+    budgets = LENGTH not in (tuned or ())
+    made = [
+        _table(replace(subject, steps=steps), own, every, baseline, tuned, wanted.get(subject.task))
+        for subject, every in found.items()
+        for steps, own in (by_steps(every) if budgets else {None: every}).items()
+    ]
     if not made:
         raise UserError(f"all {count(len(runs), 'record')} have {_debug(left_out)}, which is not compared")
     rows = [row for table in made for row in table.rows]
@@ -87,7 +93,7 @@ def tables(
             f"--baseline {baseline}: no row is called so.{nearest(baseline, labels)} (rows: {listed(labels, 12)})"
         )
     return [
-        replace(table, warnings=(*table.warnings, *_other_data(table, made), *_debugged(table, made, left_out)))
+        replace(table, warnings=(*table.warnings, *_others(table, made), *_debugged(table, made, left_out)))
         for table in made
     ]
 
@@ -122,10 +128,26 @@ def subjects(runs: Sequence[Run]) -> dict[Subject, list[Run]]:
     return found
 
 
-def _other_data(table: Table, made: Sequence[Table]) -> Iterator[str]:
-    """Yield where the same task on other data has a table of its own."""
+def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
+    """Return the runs of each length, the longest first: runs of other lengths are not alike.
+
+    Runs with ``horizon`` have no table of their own, where there are others: they show how soon a whole run can reach
+    the target.
+    """
+    whole = [run for run in runs if run.config.get(HORIZON) is None] or runs
+    found: dict[int | None, list[Run]] = defaultdict(list)
+    for run in sorted(whole, key=lambda run: -(run.config.get(LENGTH) or 0)):
+        found[run.config.get(LENGTH)].append(run)
+    return found
+
+
+def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
+    """Yield where the same task on other data, or with other lengths, has a table of its own."""
     same = [other for other in made if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)]
     others = list(dict.fromkeys(str(o.data_hash)[:8] for o in same if o.data_hash != table.data_hash))
+    lengths = [f"{o.steps or 0:,}" for o in same if o.data_hash == table.data_hash and o.steps != table.steps]
+    if lengths:
+        yield f"runs of {table.task} for {listed(lengths, 4)} steps have a table of their own"
     if others:
         yield (
             f"records of {table.task} on different data: these are on {str(table.data_hash)[:8]}, "
@@ -147,8 +169,19 @@ def _debug(runs: Sequence[Run]) -> str:
 
 
 def _table(
-    subject: Subject, runs: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None, given: float | None
+    subject: Subject,
+    runs: Sequence[Run],
+    every: Sequence[Run],
+    baseline: str | None,
+    tuned: Sequence[str] | None,
+    given: float | None,
 ) -> Table:
+    """Return one table.
+
+    Args:
+        every: the runs of all lengths: of these ``runs`` have one.
+        baseline, tuned, given: as of :func:`tables`, with the target of this task.
+    """
     higher = subject.higher_is_better
     target = common_target(runs, higher_is_better=higher) if given is None else given
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
@@ -157,12 +190,10 @@ def _table(
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        whole = [run for run in own if run.config.get(HORIZON) is None] or own
-        parts = [[run for run in whole if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
+        parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
         rows += [_row(name, group, keys, higher, target) for part in parts for group in grouped(part, keys)]
-        part = [run for run in own if run.config.get(HORIZON) is not None]
-        if whole is not own:
-            shorter += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+        others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
+        shorter += [_row(name, group, keys, higher, target) for group in grouped(others, keys)]
     rows = with_own_schedules(rows, shorter, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)

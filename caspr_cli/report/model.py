@@ -208,10 +208,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of one task at one scale, on the same data: the best mean first, rows with failed seeds at the end.
+    """All rows of one task, scale, data set and length: the best mean first, rows with failed seeds at the end.
 
     Args:
         data_hash: a hash of the data's content; None if no record has it.
+        steps: the length that all its runs are planned for; None if they do not say it, or rows are tuned over it.
         baseline: a label; or settings, as ``statistics=ema``, of which each optimizer has a row of its own.
     """
 
@@ -225,6 +226,7 @@ class Table:
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
     data_hash: str | None = None
+    steps: int | None = None
 
     @property
     def own_baselines(self) -> bool:

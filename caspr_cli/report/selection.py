@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from caspr_cli.common.errors import UserError, nearest
+from caspr_cli.common.format import listed
 from caspr_cli.common.selection import choose, reaches
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report.model import Row, Run, Trial
@@ -26,6 +28,7 @@ IGNORED = {
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")
+GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be named without them
 HELD_OUT = 2  # with so many seeds that took no part in the selection, only these are reported
 
 
@@ -194,6 +197,31 @@ def _normal(word: str) -> str:
         return setting(key, float(value))
     except ValueError:
         return setting(key, value.removeprefix("[").removesuffix("]"))
+
+
+SHORT = {"task": "task.name", "optim": "optim.name"}
+
+
+def where(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
+    """Return the runs that meet all conditions, as ``optim=caspr,adamw``, ``lr=0.01`` or ``state=failed``.
+
+    Raises:
+        UserError: no record has such a key, or none of those that are left this value.
+    """
+    found = list(runs)
+    for condition in conditions:
+        key, _, wanted = condition.partition("=")
+        keys = {"state", *SHORT, *(each for run in runs for each in run.config)}
+        full = next((k for k in (SHORT.get(key), key, *(f"{g}.{key}" for g in GROUPS)) if k in keys), None)
+        if full is None:
+            raise UserError(f"--where {condition}: no record has this key.{nearest(key, keys)}")
+        values = [_normal(f"x={run.state if full == 'state' else plain(run.config.get(full))}") for run in found]
+        either = {_normal(f"x={value}") for value in (wanted, *wanted.split(","))}
+        if not either.intersection(values):
+            there = sorted({value.partition("=")[2] for value in values})
+            raise UserError(f"--where {condition}: no record has it ({key} is {listed(there, 12)})")
+        found = [run for run, value in zip(found, values, strict=True) if value in either]
+    return found
 
 
 # ---- trials ------------------------------------------------------------------------------------------------------

@@ -165,16 +165,26 @@ def test_labels_and_words_of_files_are_text() -> None:
     assert evil in found.within("code")
 
 
-def test_bold_is_what_is_better_and_not_the_best_mean_that_is_not_significant(without_figures: None) -> None:
+def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures: None) -> None:
     table = synthetic.language()
     best = table.rows[0]
     assert best.difference is not None
     alike = replace(best, difference=replace(best.difference, verdict=synthetic.VERDICT))
-    html = page([replace(table, rows=(alike, table.rows[-2]))], None, "One", COMMAND)
-    assert 'class="best"' not in html
-    assert page([table], None, "One", COMMAND).count('class="best"') == sum(
-        row.difference is not None and row.difference.verdict == "better" for row in table.rows
-    )
+    html = page([replace(table, rows=(alike, *table.rows[1:]))], None, "One", COMMAND)
+    results = html[html.index('id="results"') : html.index("</section>")]
+    assert re.findall(r'class="best">([^<]*) \(', results) == ["3.990 ± 0.010"]
+    row = results[results.index(best.label) : results.index("</tr>", results.index(best.label))]
+    assert "≈</span> no significant difference" in row
+    assert "▲" not in row
+
+
+def test_on_a_phone_a_cell_has_its_head_beside_it() -> None:
+    """A row is a card there: every cell of a table's body says what it is."""
+    for html in (study(), bare()):
+        cells = [attrs for tag, attrs in parsed(html).seen if tag == "td"]
+        assert cells
+        assert all(attrs.get("data-head") for attrs in cells)
+        assert "@media screen and (max-width: 40rem)" in html
 
 
 def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
@@ -226,7 +236,7 @@ def test_it_begins_with_who_wins_and_has_every_trial(without_figures: None) -> N
     made = tables(runs)
     html = page(made, None, "Tuned", COMMAND)
     found = parsed(html)
-    assert found.within("p").startswith("Best mean: caspr on c4_lm: ")
+    assert found.within("p").startswith("Best mean: caspr, which is ")
     assert html.index('class="lead"') < html.index("<nav")
     captions = found.within("caption", "figcaption", "summary", "span")
     for caption in (tuning.BY_BUDGET, tuning.WIDTHS, tuning.RAN_WITH, tuning.TRIALS):

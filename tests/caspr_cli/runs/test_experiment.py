@@ -436,7 +436,7 @@ def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planned", [True, False])
 def test_a_table_without_its_data_is_refused_before_any_job(planned: bool, tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["experiment=ud_pos", "optim=adamw,sgd", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"]
-    monkeypatch.setattr(train, "compose_and_run", lambda argv: pytest.fail("a sweep was started"))
+    monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: pytest.fail("a sweep was started"))
     monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={str(planned).lower()}"])
     assert train.main() == (0 if planned else BAD_USAGE)
     shown = capsys.readouterr()
@@ -472,7 +472,7 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     assert [row.left for row in table] == [row.whole for row in table]
     monkeypatch.setattr(train, "seconds", lambda *_: 1.0)
     started = []
-    monkeypatch.setattr(train, "compose_and_run", lambda argv: started.append(argv) or SOME_FAILED)
+    monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: started.append(argv) or SOME_FAILED)
     monkeypatch.setattr(train, "report", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", *given])
     assert train.main() == SOME_FAILED
