@@ -38,7 +38,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """What all rows of a table have in common."""
+    """The task, scale and data that all rows of a table share."""
 
     task: str
     scale: str
