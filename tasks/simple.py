@@ -1,4 +1,4 @@
-"""A task of a few lines: your data sets, your model and what is measured of it."""
+"""A task of a few lines: your data sets, your model and its measures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HASHED = 1000  # samples of a split, evenly spaced, of whose content the hash of
 
 
 class Measures(Means):
-    """Means over all samples of what a task measures."""
+    """The mean of each measure over all samples."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         # prefixed: a measure may have the name of a method

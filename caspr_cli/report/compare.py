@@ -38,7 +38,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """What all rows of a table have in common; ``steps`` is the length that its runs are planned for."""
+    """The task, scale and data that all rows of a table share; ``steps`` is the length that its runs are planned for."""
 
     task: str
     scale: str

@@ -190,7 +190,7 @@ class Row:
 
     @property
     def untuned(self) -> bool:
-        """Whether it is an optimizer as it comes, which nothing tuned."""
+        """Whether it is an optimizer with its own defaults, which nothing tuned."""
         return self.settings.get("trial") == "default"
 
     @property

@@ -251,7 +251,7 @@ def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...]
 
 
 def _progress(run: Run) -> tuple[int, str, str, str]:
-    """At last by what is in the records, so that the order in which they are read does not matter."""
+    """Return a key to sort by, at last by content, so that the order in which records are read does not matter."""
     rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
     return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
 
@@ -263,7 +263,7 @@ def _sortable(value: Any) -> tuple[bool, float, str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen among the trials of a row.
+    """The trial that was chosen for a row, and how.
 
     Args:
         trial: None if no trial has a run that is done.

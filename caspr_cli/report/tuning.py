@@ -1,4 +1,4 @@
-"""What tuning did, as tables of text, the heads first: ranges of good rates, budgets, all trials, final settings."""
+"""The results of tuning as tables of text, heads first: ranges of good rates, budgets, all trials, final settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def beside(table: Table) -> list[tuple[str, Cells]]:
 
 
 def widths(table: Table) -> Cells:
-    """Return the range of good learning rates of each tuned row; heads alone where there is none."""
+    """Return the range of good learning rates of each tuned row; the heads alone if no row is tuned."""
     found = [["row", "best lr", table.metric, "lr within 1 %", "factor"]]
     for row in tried(table):
         if wide := width(row, higher_is_better=table.higher_is_better):
@@ -57,7 +57,7 @@ def widths(table: Table) -> Cells:
 
 
 def by_budget(table: Table) -> Cells:
-    """Return what each row is expected to come to with so many trials, from none; heads alone where none is tuned."""
+    """Return the expected best value of each row after 0, 1, 2, ... trials; the heads alone if no row is tuned."""
     rows = [row for row in tried(table) if row.best_of]
     totals = {len(row.best_of) for row in rows}
     budgets = sorted(totals | {k for k in BUDGETS if k < max(totals, default=0)})
@@ -91,7 +91,7 @@ def _expected(row: Row, k: int, *, higher: bool) -> str:
 
 
 def trials(table: Table) -> Cells:
-    """Return every trial of every tuned row, with its tuned keys; heads alone where there is none."""
+    """Return every trial of every tuned row, with its tuned keys; the heads alone if no row is tuned."""
     rows = [row for row in table.rows if len(row.trials) > 1]
     keys = list(dict.fromkeys(key for row in rows for key in varied(row)))
     found = [["row", "trial", table.metric, "again", *(key.removeprefix("optim.") for key in keys), "state"]]

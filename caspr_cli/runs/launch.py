@@ -77,7 +77,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a sweep gives to one of its runs; a run on its own needs nothing."""
+    """The share of the machine that a sweep gives to one of its runs; a run on its own needs none."""
 
     environment: Mapping[str, str | None] = field(default_factory=dict)  # variables to set, or (None) to leave out
     quiet: bool = False  # others print on this terminal
@@ -345,7 +345,7 @@ def _wait(
 
 
 def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
-    """Return a check whether the record has said for so many seconds how the run ended: what still runs then hangs."""
+    """Return a check for processes that hang: whether the run's end has stood in the record for so many seconds."""
     ended: list[float] = []
 
     def overdue() -> bool:
@@ -358,7 +358,7 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Return why a worker ended that could not say it.
+    """Return why a worker ended that died before it could report an error.
 
     Args:
         written: the size of the log when it started.

@@ -24,7 +24,7 @@ def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class BatchNormOverRanks(nn.SyncBatchNorm):
-    """:class:`torch.nn.SyncBatchNorm` for devices on which that refuses to work.
+    """:class:`torch.nn.SyncBatchNorm` for devices that it does not support.
 
     Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in evaluation.
     """

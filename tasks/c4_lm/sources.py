@@ -77,8 +77,8 @@ def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[st
 class StandardLibrary:
     """The English of Python's standard library, read in place: one document a help topic, one a module.
 
-    A module's document is its docstrings in the order of the source. Documents are dealt out 90 / 5 / 5 by a hash
-    of their names. Topics quote each other and modules have twins, so a long paragraph counts only where it comes
+    A module's document is its docstrings in the order of the source. A hash of its name puts a document into a
+    split, 90 / 5 / 5. Topics quote each other and modules have twins, so a long paragraph counts only where it comes
     first: no long paragraph of one split is found in another.
     """
 

@@ -61,7 +61,7 @@ class Pictures(Protocol):
 
 
 def pictures(conf: ImagesConf) -> Pictures:
-    """Return the source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` where there is none."""
+    """Return the source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` if there is none."""
     if conf.data is Source.sample:
         return Shapes()
     if conf.images is Images.folder:

@@ -39,7 +39,7 @@ class Accuracy(Means):
 
 
 class Classification(Task):
-    """Images to classes. A task adds :meth:`model`.
+    """Classification of images. A task adds :meth:`model`.
 
     Batches are pairs of images, uint8 ``[B, size, size, 3]``, and labels, long ``[B]``.
     """
@@ -85,7 +85,7 @@ class Classification(Task):
 
     @cached_property
     def _forward_flops(self) -> float:
-        """Those of one image, on a model without memory; only the kernel that spells attention out is counted."""
+        """FLOPs for one image, counted on the meta device; of attention, only the unfused kernel can be counted."""
         size = self.conf.size
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.model().eval()(torch.empty(1, 3, size, size))

@@ -24,8 +24,7 @@ class MeanAveragePrecision(Means):
 
     ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
     gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
-    have both classes. It is NaN where none has; a data set of which that is true of a split is refused when it is
-    prepared.
+    have both classes. It is NaN if no label has; a data set with such a split is refused when it is prepared.
 
     Args:
         tasks: labels of a graph (``T``).
@@ -64,7 +63,7 @@ class MeanAveragePrecision(Means):
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Return that of one label's ``logits`` ``[n]`` and values ``[n]``; None unless both classes were observed."""
+    """Return the average precision of one label's ``logits`` ``[n]``; None unless both classes were observed."""
     observed = labels != MISSING
     logits, truth = logits[observed], labels[observed].long()
     positive = truth.sum()
@@ -105,8 +104,8 @@ class MolPCBA(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy over the observed cells of the batch, in nats; 0 where none was observed.
 
-        A batch that is dealt out to ranks or to several passes is averaged over these parts, each with its own number
-        of cells: a cell in a part with few weighs a little more.
+        A batch that is divided over ranks or passes is averaged over these parts: a cell in a part with few observed
+        cells weighs a little more.
         """
         nats, cells = cross_entropy(model(batch), batch.y)
         return nats / cells.clamp(min=1)

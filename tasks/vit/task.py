@@ -32,5 +32,5 @@ class ViTTask(Classification):
         )
 
     def plain(self, model: nn.Module) -> dict[str, str]:
-        """Return as every task; and the two parameters that are added and multiply nothing."""
+        """Leave to AdamW also the two parameters that are added to activations and multiply nothing."""
         return super().plain(model) | {"class_token": "class token", "position": "position embedding"}

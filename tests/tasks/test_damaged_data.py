@@ -122,7 +122,7 @@ def cut(name: str) -> Damage:
 
 
 def instead(name: str, make: Callable[[Path], Any]) -> Damage:
-    """Something of another kind in the place of a file or folder."""
+    """Put something of another kind where a file or folder is."""
 
     def damage(root: Path) -> None:
         path = root / name

@@ -1,4 +1,4 @@
-"""What befalls runs: nothing is lost, and what happened is said in one line."""
+"""Runs that are cut off: nothing is lost, and one line says what happened."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def dead() -> dict[str, object]:
 
 
 def test_who_leads_holds_the_lock_and_says_so(tmp_path: Path) -> None:
-    """What a launcher that was cut off left in ``status.json`` is nobody's to join, whoever holds the record now."""
+    """Nobody joins a launcher that was cut off, although ``status.json`` still names it."""
     record = Record(tmp_path)
     assert record.leader is None
     left = {"state": "running"} | dead()
@@ -228,7 +228,7 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (MemoryError(), "it cannot be had"),
+        (MemoryError(), "there is not enough"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"),

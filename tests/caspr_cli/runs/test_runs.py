@@ -65,7 +65,7 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
 
 
 def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
-    """As a run is left that is killed after its last step, before it has written its result."""
+    """Leave a record as a run does that is killed after its last step, before it has written its result."""
     shutil.copytree(done.parents[3], runner.home / name)
     record = runner.record(name)
     result = json.loads((record / "result.json").read_text())

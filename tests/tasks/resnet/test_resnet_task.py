@@ -1,4 +1,4 @@
-"""What the runner asks of the task, and convolutions under CASPR."""
+"""The task as the runner uses it, and convolutions under CASPR."""
 
 import pytest
 import torch
