@@ -38,7 +38,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """The task, scale and data that all rows of a table share; ``steps`` is the length that its runs are planned for."""
+    """The task, scale, data and planned steps that all rows of a table share."""
 
     task: str
     scale: str
