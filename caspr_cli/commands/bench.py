@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -232,9 +234,9 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from table([heads, *cells])
+    yield from fitting([heads, *cells], [0, 0, 5, 2, 4, 6, 7, 0, 3, 3, 3, 3, 1, 1])
     yield ""
-    yield from LEGEND.format(train=f"{number(first.train_ms)} ms", batch=batch).splitlines()
+    yield from hanging(LEGEND.format(train=f"{number(first.train_ms)} ms", batch=batch), 12)
     for row in rows:
         if row.refresh_ms is not None:
             yield (
@@ -265,9 +267,27 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from table([heads, *cells])
+    yield from fitting([heads, *cells], [0, 0, 3, 0, 0, 2, 2, 2, 2, 1, 4, 1, 3])
     yield ""
-    yield from RANKS_LEGEND.splitlines()
+    yield from hanging(RANKS_LEGEND, 10)
+
+
+def columns() -> int:
+    """Return the width of the terminal; in a pipe one in which all has room."""
+    return shutil.get_terminal_size((sys.maxsize, 24)).columns
+
+
+def fitting(cells: list[list[str]], spare: list[int]) -> Iterator[str]:
+    """Yield the columns of a table for which there is room; those with the highest ``spare`` go first."""
+    from caspr_cli.report.terminal import cell_lines
+
+    return cell_lines(cells, columns(), spare=spare, more="a wider terminal or --json")
+
+
+def hanging(legend: str, indent: int) -> Iterator[str]:
+    """Yield the lines of a legend, wrapped below their texts."""
+    for line in legend.splitlines():
+        yield from textwrap.wrap(line, columns(), subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def number(value: float | None) -> str:

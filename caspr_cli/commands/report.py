@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
-from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size
 from caspr_cli.common.streams import OK, console_script
@@ -255,7 +255,7 @@ def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
     if len(runs) > 1:
         raise UserError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
-    print("\n".join(terminal.record_lines(runs[0])))
+    print("\n".join(terminal.record_lines(runs[0], min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDEST))))
 
 
 def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:

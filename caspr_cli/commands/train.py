@@ -25,6 +25,7 @@ from caspr_cli import __version__
 from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
+from caspr_cli.common.format import wrapped
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
@@ -35,7 +36,7 @@ from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, s
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
-from caspr_cli.runs.session import Session
+from caspr_cli.runs.session import Session, width
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 from caspr_cli.tasks.registry import TASKS
 
@@ -181,7 +182,8 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
                 raise ConfigError(f"{row.label}: {error}") from error
             took.append(str(error))
     for line in [*plan_of(experiment, table, took), *damaged(table)]:
-        say(line)
+        for part in wrapped(line, width()):
+            say(part)
     if planned_only:
         say(f"next     {shlex.join(command)}")
         return OK
@@ -216,8 +218,8 @@ def report(experiment: Experiment) -> None:
         except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")
-        width, bold = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
-        for line in terminal.compared(made, runs, [folder], width, bold=bold):
+        columns, bold = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
+        for line in terminal.compared(made, runs, [folder], columns, bold=bold):
             say(line)
         write_output(page, compared(made, shlex.join([*command, "--to", str(page)])))
         say(f"wrote    {page}")

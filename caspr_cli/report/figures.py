@@ -237,7 +237,8 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
     edges = [edge for row in rows for edge in (row.ci_low, row.ci_high, *(run.final for run in row.runs))]
     low, high = with_near([edge for edge in edges if edge is not None], low, high)
-    labels = [fill(f"{row.label} (n\u00a0=\u00a01)" if row.n == 1 else row.label, 28) for row in table.rows]
+    few = [f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND) for row in table.rows]
+    labels = [fill(f"{row.label}{n}", 28) for row, n in zip(table.rows, few, strict=True)]
     lines = max(label.count("\n") + 1 for label in labels)
     room = len(table.rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
     with drawing():
@@ -245,14 +246,15 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
-            if row.is_baseline and row.ci_low is not None and row.ci_high is not None:
+            if row.is_baseline and row.n >= BAND and row.ci_low is not None and row.ci_high is not None:
                 axes.axvspan(row.ci_low, row.ci_high, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
         axes.set_yticks(range(len(table.rows)), labels)
         axes.set_ylim(len(table.rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
+        strip = [row.label for row in table.rows if row.is_baseline and row.n >= BAND]
+        note(axes, "baseline, its interval as a strip", strip)
         means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r)} (n = {r.n})" for r in table.rows)
         return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
 
@@ -276,7 +278,8 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
     seeds = [run.final for run in row.runs if run.final is not None]
     axes.plot(seeds, [y + 0.24] * len(seeds), ".", color=style.colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
     if row.ci_low is not None and row.ci_high is not None:
-        axes.plot([row.ci_low, row.ci_high], [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
+        width = 1.8 if row.n >= BAND else 0.7  # the interval of two reaches beyond the axes
+        axes.plot([row.ci_low, row.ci_high], [y, y], color=style.colour, linewidth=width, solid_capstyle="butt")
     axes.plot([row.mean], [y], "o", color=style.colour, markersize=5.5)
 
 

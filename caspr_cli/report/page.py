@@ -16,7 +16,7 @@ from markupsafe import Markup
 from caspr_cli.common.format import count, listed
 from caspr_cli.report import answer, figures, format, profile, provenance, sensitivity, style, tuning
 from caspr_cli.report.answer import Answer
-from caspr_cli.report.formulas import typeset
+from caspr_cli.report.formulas import typeset, typeset_figure
 from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import Profile, names
@@ -37,7 +37,14 @@ def _templates() -> Environment:
         finalize=lambda value: UNWRITABLE.sub("\ufffd", value) if type(value) is str else value,
     )
     made.globals.update(
-        palette=PALETTE, inline=inline, typeset=typeset, format=format, lib=answer, profile=profile, tuning=tuning
+        palette=PALETTE,
+        inline=inline,
+        typeset=typeset,
+        typeset_figure=typeset_figure,
+        format=format,
+        lib=answer,
+        profile=profile,
+        tuning=tuning,
     )
     made.filters.update(sentence=format.sentence)
     return made
@@ -161,7 +168,10 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
             counts.setdefault(row.n, []).append(row.label)
     n = "; ".join(f"n = {n}{f': {listed(counts[n])}' * (len(counts) > 1)}" for n in sorted(counts, reverse=True))
     drawn = [
-        (figures.curves(table, "steps", styles), f"Mean over training, with its 95 % interval; {n}."),
+        (
+            figures.curves(table, "steps", styles),
+            f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}.",
+        ),
         (figures.curves(table, "seconds", styles), "The same by time: seconds are medians over seeds."),
         (figures.intervals(table, styles), f"Means with their 95 % intervals; small dots are single seeds; {n}."),
         (

@@ -150,18 +150,22 @@ def strong(found: Profile) -> set[tuple[int, int]]:
 
 
 def names(tables: Sequence[Table]) -> list[str]:
-    """Return a name for each table: its task, with as much more as distinguishes it from the others, or a number."""
-    parts = [
-        (made.task, f"{made.steps:,} steps" if made.steps else "", made.scale, made.data, made.metric,
-         (made.data_hash or "-")[:8])
-        for made in tables
-    ]  # fmt: skip
-    found = []
-    for k, own in enumerate(parts):
-        more = next((m for m in range(1, 7) if all(own[:m] != p[:m] for i, p in enumerate(parts) if i != k)), 0)
-        number = "" if more else f" {1 + parts[:k].count(own)}"
-        found.append(" ".join(filter(None, own[: more or len(own)])) + number)
+    """Return a name for each table: its task, with what distinguishes it from others of this task, or a number."""
+    found: list[str] = []
+    for made in tables:
+        same = [_parts(other) for other in tables if other.task == made.task]
+        columns = list(zip(*same, strict=True))
+        alone = next((k for k, values in enumerate(columns) if len(set(values)) == len(same) > 1), None)
+        differing = [k for k, values in enumerate(columns) if len(set(values)) > 1] if alone is None else [alone]
+        name = " ".join([made.task, *(_parts(made)[k] for k in differing)])
+        number = sum(known == name or known.startswith(f"{name} (") for known in found)
+        found.append(f"{name} ({number + 1})" if number else name)
     return found
+
+
+def _parts(table: Table) -> tuple[str, ...]:
+    steps = f"{table.steps:,} steps" if table.steps else "-"
+    return table.scale, table.data, table.metric, steps, (table.data_hash or "-")[:8]
 
 
 def times(ratio: float) -> str:

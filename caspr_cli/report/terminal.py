@@ -30,7 +30,7 @@ def compared(
         bold: whether the best of each column is, by the codes of a terminal.
     """
     where = listed([str(path) for path in paths], 3)
-    yield f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}"
+    yield from wrapped(f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}", width)
     yield from wrapped(f"in short {headline(made)}", width)
     if took := costs(made):
         yield from wrapped(f"clock    {took}", width)
@@ -169,7 +169,7 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
-def record_lines(run: Run) -> Iterator[str]:
+def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     """Yield one record in words."""
     config, result, status = run.config, run.result, run.status
     words = {"search": config.get("search.name"), "trial": config.get("trial")}
@@ -177,7 +177,7 @@ def record_lines(run: Run) -> Iterator[str]:
     names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
     yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
     own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}
-    yield from wrapped(f"optim    {settings(own)}", 110)
+    yield from wrapped(f"optim    {settings(own)}", width)
     step = result.get("steps", status.get("step"))
     after = "" if step is None else f" at step {step}"
     time = "" if _seconds(run) is None else f", {duration(_seconds(run))} of training"
@@ -202,7 +202,7 @@ def record_lines(run: Run) -> Iterator[str]:
     }
     for what, text in origin.items():
         if text:
-            yield from wrapped(f"{what:<9}{text}", 110)
+            yield from wrapped(f"{what:<9}{text}", width)
     yield f"record   {run.path}"
 
 

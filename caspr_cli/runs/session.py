@@ -160,10 +160,10 @@ class Session:
     def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
         """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""
         brief = self.brief or (self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip")
-        if self.here and not self.brief:
-            say(f"record   {Record.of(recipe).path} (done)") if brief else self.announce(recipe, job.overrides)
-        if self.here and self.brief and self.sweep:
+        if self.brief and self.sweep:
             allocation = replace(allocation, brief=f"job {job.number} of {len(self.sweep.jobs())}")
+        elif self.here:
+            say(f"record   {Record.of(recipe).path} (done)") if brief else self.announce(recipe, job.overrides)
         while True:
             try:
                 outcome = run(recipe, self.command, allocation)

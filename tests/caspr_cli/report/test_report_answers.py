@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure as Drawing
@@ -15,7 +16,7 @@ from caspr_cli.common.errors import UserError
 from caspr_cli.report import answer as answers
 from caspr_cli.report import page, style
 from caspr_cli.report.answer import Answer, Figure
-from caspr_cli.report.formulas import typeset
+from caspr_cli.report.formulas import typeset, typeset_figure
 
 
 def drawn(name):
@@ -204,8 +205,24 @@ def test_judged():
         ("2mn (t_m + t_n)", "2mn (t<sub>m</sub> + t<sub>n</sub>)"),
         ("1B of c4_lm at node_embedding.weight", "1B of c4_lm at node_embedding.weight"),
         ("CASPR is Shampoo's, 3 < 4 & F", "CASPR is Shampoo&#39;s, 3 &lt; 4 &amp; <i>F</i>"),
+        ("FLOPs = 2mn", "FLOPs = 2mn"),
         ("<b>", "&lt;b&gt;"),
     ],
 )
 def test_formulas_are_set(text, html):
     assert str(typeset(text)) == html
+
+
+def test_formulas_of_figures_are_set():
+    text = "<text style='a^b'>tr X / tr F~^½, X_Shampoo</text>"
+    made = typeset_figure(f'<svg aria-label="tr F~^½"><g>{text}<text>plain_name</text></g></svg>')
+    root = ElementTree.fromstring(made)
+    texts = ["".join(one.itertext()).replace("\u200b", "") for one in root.iter("text")]
+    assert texts == ["tr X / tr F\u0303½, XShampoo", "plain_name"]
+    moves = [
+        float(one.attrib["dy"].removesuffix("em")) * (0.75 if "font-size" in one.attrib else 1)
+        for one in root.iter("tspan")
+    ]
+    assert len(moves) == 4
+    assert sum(moves) == pytest.approx(0)  # back on the line
+    assert root.attrib["aria-label"] == "tr F~^½"

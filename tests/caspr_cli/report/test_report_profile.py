@@ -136,5 +136,8 @@ def test_tables_of_one_task_have_different_names() -> None:
     one = synthetic.bare()
     assert names([one]) == ["c4_lm"]
     assert names([one, replace(one, scale="paper")]) == ["c4_lm sample", "c4_lm paper"]
-    assert names([one, replace(one, data="hub")]) == ["c4_lm sample sample", "c4_lm sample hub"]
+    assert names([one, replace(one, data="hub")]) == ["c4_lm sample", "c4_lm hub"]
+    both = [replace(one, scale="long", steps=300), replace(one, steps=300), replace(one, steps=20)]
+    assert names(both) == ["c4_lm long 300 steps", "c4_lm sample 300 steps", "c4_lm sample 20 steps"]
+    assert names(both[::2]) == ["c4_lm long", "c4_lm sample"]
     assert len(set(names([one, one, replace(one, task="vit")]))) == 3
