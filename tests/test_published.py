@@ -47,6 +47,15 @@ def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
     assert made.read_text(encoding="utf8").replace(str(made), f"tables/{table.name}") == text
 
 
+@pytest.mark.release
+def test_the_leaderboard_is_that_of_the_records(tmp_path: Path) -> None:
+    text = (PUBLISHED / "README.md").read_text(encoding="utf8")
+    made = tmp_path / "made.md"
+    report("leaderboard", "records", "--to", str(made))
+    assert text.endswith("    caspr-report leaderboard records --to README.md\n")
+    assert made.read_text(encoding="utf8").replace(str(made), "README.md") == text
+
+
 def test_there_is_something() -> None:
     assert PACKS
     assert TABLES

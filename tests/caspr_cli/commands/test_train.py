@@ -37,7 +37,7 @@ def test_help_fits_a_screen_and_lists_everything(
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert len(lines) <= 44
+    assert len(lines) <= 45
     assert max(map(len, lines)) <= 110
     for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
@@ -49,9 +49,18 @@ def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys:
     assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
     for name in listed:
         assert call(monkeypatch, "help", name) == 0
-        assert capsys.readouterr().out == (topics.FOLDER / f"{name}.md").read_text()
+        text = (topics.FOLDER / f"{name}.md").read_text()
+        assert capsys.readouterr().out == text.replace(topics.DEFAULTS, topics.defaults())
     assert call(monkeypatch, "help", "job") == 2
     assert "Did you mean jobs?" in capsys.readouterr().err
+
+
+def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
+    assert topics.DEFAULTS in (topics.FOLDER / "tuning.md").read_text()
+    rows = topics.defaults().splitlines()
+    assert len(rows) == len(OPTIMIZERS) + 2
+    assert "| `caspr_polar` | 0.001 | 0.95, 0.95 | - | 0 | 10 |" in rows
+    assert "| `sgd` | 0.1 | - | 0.9 | 0 | - |" in rows
 
 
 @pytest.mark.parametrize(
