@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from caspr_cli.common.format import listed
+from caspr_cli.common.selection import TUNING_SEED
 from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables, values_by_seed
 from caspr_cli.report.model import Row, Run, Table
@@ -68,18 +69,16 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
         if other := entry.other_searches(runs):
             refused[pack] = [other]
             continue
-        admitted = []
-        for table in tables(runs):
-            for row in table.rows:
-                if not row.untuned:
-                    wrong = entry.problems(row, table.higher_is_better, draw) + entry.against(row, table, found)
-                    wrong += [f"{other.pack} has it already" for other in places if _same(other, row, table)]
-                    if wrong:
-                        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-                        refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
-                    else:
-                        admitted.append(Place(pack, row, table))
-        places += admitted
+        for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
+            wrong = entry.problems(row, table.higher_is_better, draw) + entry.against(row, table, found)
+            wrong += [f"{other.pack} has it already" for other in places if _same(other, row, table)]
+            if wrong:
+                more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+                refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
+                continue
+            places.append(Place(pack, row, table))
+            if table.task not in {other.task for other in found}:  # the first row says what the others have to fit
+                found = _tables(places)
         found = _tables(places)
     return Board(tuple(places), found, refused)
 
@@ -111,7 +110,7 @@ def page(packs: Mapping[str, Sequence[Run]], command: str, draw: entry.Draw | No
             f"No row is ranked yet on {listed(empty)}: `{_entry(empty[0])}` would be the first on {empty[0]}."
         )
     rules = {
-        "search": entry.SEARCH, "seed": entry.TUNING_SEED, "rerank": entry.RERANK, "seeds": entry.LEAST_SEEDS,
+        "search": entry.SEARCH, "seed": TUNING_SEED, "rerank": entry.RERANK, "seeds": entry.LEAST_SEEDS,
         "deviations": entry.DEVIATIONS, "tolerance": f"{100 * entry.TOLERANCE:g} %",
     }  # fmt: skip
     return TEMPLATE.read_text(encoding="utf8").format(

@@ -147,6 +147,17 @@ def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not() -> None:
     assert {row.label for row in table.rows} == {"adamw", "muon", "adamw untuned", "muon untuned"}
 
 
+def test_rows_of_one_pack_have_to_fit_each_other() -> None:
+    longer = [config(trainer__max_steps=1000)(run) if run.config["optim.name"] == "muon" else run for run in fair()]
+    longer = [replace(run, result=run.result | {"steps": run.config["trainer.max_steps"]},
+                      curve=(*run.curve, replace(run.curve[-1], step=run.config["trainer.max_steps"])))
+              for run in longer]  # fmt: skip
+    found = leaderboard.board({"a": longer}, draw)
+    (one,) = found.places
+    assert one.row.optim == "muon"  # the better one is looked at first
+    assert found.refused == {"a": ["adamw on ogbg_molpcba: trainer.max_steps is 500, and 1000 on the board"]}
+
+
 def test_the_page_has_tables_commands_and_reasons() -> None:
     text = leaderboard.page({"old": [config(search__name="lr")(run) for run in fair()], "new": fair()}, "made so", draw)
     assert "| 1 | muon | 3 | 0.8952 ± 0.0065 | 0.8789 to 0.9114 | 0.9062 ± 0.0024 | 0.8142 | 8 | better, +4.9 %" in text
