@@ -132,7 +132,8 @@ def _times(x: Tensor, Q: Tensor, axis: int) -> Tensor:
     """Return ``x`` multiplied by a factor along an axis."""
     if Q.dim() == 1:
         return x * Q.view(-1, *[1] * (x.dim() - axis - 1))
-    return torch.tensordot(Q, x, ([1], [axis])).movedim(0, axis)
+    product: Tensor = torch.tensordot(Q, x, ([1], [axis]))
+    return product.movedim(0, axis)
 
 
 def _solved(x: Tensor, Q: Tensor, axis: int) -> Tensor:
@@ -140,7 +141,7 @@ def _solved(x: Tensor, Q: Tensor, axis: int) -> Tensor:
     if Q.dim() == 1:
         return _times(x, 1 / Q, axis)
     last = x.movedim(axis, -1)
-    flat = torch.linalg.solve_triangular(Q, last.reshape(-1, len(Q)), upper=True, left=False)
+    flat: Tensor = torch.linalg.solve_triangular(Q, last.reshape(-1, len(Q)), upper=True, left=False)
     return flat.view(last.shape).movedim(-1, axis)
 
 

@@ -261,6 +261,20 @@ def _sortable(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, plain(value)
 
 
+def further(run: Run) -> bool:
+    """Return whether a trial is one of those that come after a best value at the edge."""
+    trial, planned = run.config.get("trial"), run.config.get("search.trials")
+    return bool(run.config.get("search.extend")) and isinstance(trial, int) and planned is not None and trial >= planned
+
+
+def planned(trials: Sequence[Trial], scores: Mapping[int, float | None]) -> list[float | None]:
+    """Return the scores of the trials of a search without further ones, which are drawn around the best of the others.
+
+    These alone are exchangeable, so that any k of them say what a search of k trials comes to.
+    """
+    return [score for k, score in scores.items() if not any(map(further, trials[k].runs))]
+
+
 @dataclass(frozen=True)
 class Selection:
     """The trial that was chosen for a row, and how.

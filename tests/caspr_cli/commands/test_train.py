@@ -38,7 +38,7 @@ def test_help_fits_a_screen_and_lists_everything(call: Call) -> None:
     assert call("--help") == 0
     text = call.out
     lines = text.splitlines()
-    assert len(lines) <= 44
+    assert len(lines) <= 45
     assert max(map(len, lines)) <= 110
     for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
@@ -50,9 +50,18 @@ def test_each_topic_is_listed_and_shown(call: Call) -> None:
     assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
     for name in listed:
         assert call("help", name) == 0
-        assert call.out == (topics.FOLDER / f"{name}.md").read_text()
+        text = (topics.FOLDER / f"{name}.md").read_text()
+        assert call.out == text.replace(topics.DEFAULTS, topics.defaults())
     assert call("help", "job") == 2
     assert "Did you mean jobs?" in call.err
+
+
+def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
+    assert topics.DEFAULTS in (topics.FOLDER / "tuning.md").read_text()
+    rows = topics.defaults().splitlines()
+    assert len(rows) == len(OPTIMIZERS) + 2
+    assert "| `caspr_polar` | 0.001 | 0.95, 0.95 | - | 0 | 10 |" in rows
+    assert "| `sgd` | 0.1 | - | 0.9 | 0 | - |" in rows
 
 
 @pytest.mark.parametrize(

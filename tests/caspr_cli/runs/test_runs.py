@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -332,3 +334,35 @@ def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner: Runn
     assert losses(record) == found[1]
     for key, value in found[1].items():
         assert value == pytest.approx(found[0][key], rel=2e-4), key
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_schedule_free_has_statistics_of_batch_norms_of_its_averaged_weights(runner: Runner, devices: int) -> None:
+    """They are in the checkpoint, beside those of training, and validations change nothing of the training."""
+    words = [sys.executable, "-m", "caspr_cli.commands.train", "task=resnet", "optim=schedule_free", "task.size=16"]
+    words += ["task.width=8", "task.stem=1", "task.batch_size=16", "trainer.max_steps=12", "trainer.log_every=1"]
+    words += [f"trainer.devices={devices}", "trainer.accelerator=cpu"]
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        command, streams = [*words, f"output_dir={name}", *more], {"stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=runner.home, env=runner.environment, stderr=subprocess.STDOUT, **streams)
+
+    def run(name: str, *more: str) -> dict[tuple[int, str], float]:
+        process = start(name, *more)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return losses(runner.record(name))
+
+    whole = run(f"norm{devices}", "trainer.val_every=4")
+    saved = torch.load(runner.record(f"norm{devices}") / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in saved["training_statistics"].items():
+        evaluated = saved["state_dict"][f"model.{name}"]
+        assert evaluated == 20 if "num_batches" in name else not torch.equal(evaluated, value), name
+    once = run(f"norm_once{devices}", "trainer.val_every=12")
+    assert {key: value for key, value in whole.items() if key in once} == once
+    cut = start(f"norm_cut{devices}", "trainer.val_every=4")
+    wait_for(runner, f"norm_cut{devices}", 6)
+    cut.send_signal(signal.SIGTERM)
+    assert cut.communicate(timeout=60)[0] is not None
+    assert cut.returncode == 143
+    assert run(f"norm_cut{devices}", "trainer.val_every=4") == whole
