@@ -16,7 +16,7 @@ PARTS = ["━━━━━━━>         step 120/350", "loss 4.0453", "lr 6.00e
 
 @pytest.mark.parametrize(
     ("width", "shown"),
-    [(120, PARTS), (96, [*PARTS[:4], PARTS[5]]), (80, [*PARTS[:3], PARTS[5]]), (60, [PARTS[0], PARTS[5]])],
+    [(120, PARTS), (96, [*PARTS[:4], PARTS[5]]), (80, [*PARTS[:3], PARTS[5]]), (55, [PARTS[0], PARTS[5]])],
 )
 def test_the_time_left_is_always_seen(width: int, shown: list[str]) -> None:
     assert fitting(PARTS, width) == "  ".join(shown)
