@@ -531,7 +531,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class PanicError(Exception):
-    """Of some library."""
+    """An error of some library."""
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_a_path_that_is_named_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_its_last_values(tmp_path: Path) -> None:
-    """Of two event files the later counts, and what it says to purge is gone."""
+    """The later of two event files counts, and the steps that it purges are gone."""
     events(tmp_path / "adamw_seed0", [(10, 5.0), (20, 4.0), (30, 9.0), (40, 9.0)], filename_suffix=".a")
     for k, file in enumerate((tmp_path / "adamw_seed0").iterdir()):
         file.rename(file.with_name(f"events.out.tfevents.000000000{k}.x"))
@@ -524,7 +524,7 @@ def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path: Path) -> None:
-    """And without TensorBoard itself a line says what to install."""
+    """Without TensorBoard itself, a line says what to install."""
     by_folder(tmp_path)
     program = """
 import sys

@@ -60,6 +60,9 @@ def test_loss_is_the_mean_over_observed_cells(task):
     ]
     assert 12 < len(direct) < 60
     torch.testing.assert_close(task.loss(model, batch), torch.stack(direct).mean().float())
+    batch.y.fill_(MISSING)
+    batch.y[0, 0] = 1  # a single cell is its own mean
+    torch.testing.assert_close(task.loss(model, batch), -F.logsigmoid(model(batch)[0, 0]))
 
 
 def test_a_batch_with_nothing_observed_gives_zero_and_no_nan(task):

@@ -88,7 +88,7 @@ def dense(tensor):
 
 
 def first_update(gradient, merge, memory):
-    """Of a convolution whose weight is zero."""
+    """Return the first update of a convolution whose weight is zero."""
     conv = nn.Conv2d(2, 3, 2, bias=False).double().to(memory_format=memory)
     nn.init.zeros_(conv.weight)
     group = {"params": [conv.weight], "precondition": "momentum"}
