@@ -1,4 +1,4 @@
-"""A task of a few lines: your data sets, your model and what is measured of it."""
+"""A task of a few lines: your data sets, your model and its measures."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class SimpleTask(Task):
         return self.measure(model, batch)["loss"]
 
     def metrics(self) -> Metric:
-        from caspr_cli.tasks.metrics import Means  # slow to import, and not needed to check data
+        from caspr_cli.tasks.metrics import Measures  # slow to import, and not needed to check data
 
-        return Means(self.measures)
+        return Measures(self.measures)
 
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:
         metrics.update(self.measure(model, batch), self.units(batch))

@@ -25,7 +25,7 @@ from caspr_cli.recipe.task import TaskConf as TaskConf
 
 @dataclass
 class OptimConf:
-    """What every optimizer has; each adds its own keys."""
+    """The keys of every optimizer; each adds its own."""
 
     name: str = MISSING
     lr: float = 1e-3

@@ -53,6 +53,7 @@ from caspr_cli.runs.record import (
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
+BRIEF = "CASPR_BRIEF"  # names a job to its worker, which then shows one live line
 # A launcher of ours or another's sets these for its children; a new process group must not see them.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -76,10 +77,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a sweep gives to one of its runs; a run on its own needs nothing."""
+    """The share of the machine that a sweep gives to one of its runs; a run on its own needs none."""
 
     environment: Mapping[str, str | None] = field(default_factory=dict)  # variables to set, or (None) to leave out
     quiet: bool = False  # others print on this terminal
+    brief: str = ""  # which of many jobs it is: then it has one live line on a terminal, and nothing elsewhere
     stop_requests: Callable[[], list[int]] = list  # the signals by which others have asked it to stop
 
 
@@ -233,7 +235,7 @@ def worker_command(recipe: Recipe, record: Record) -> list[str]:
 
 def worker_environment(recipe: Recipe, allocation: Allocation) -> dict[str, str]:
     """Return the environment variables of the process that :func:`worker_command` starts."""
-    trainer, given = recipe.trainer, allocation.environment
+    trainer, given = recipe.trainer, {BRIEF: allocation.brief or None, **allocation.environment}
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and k not in given}
     environment |= {k: v for k, v in given.items() if v is not None} | {LAUNCHER: str(os.getpid())}
     if trainer.devices > 1:  # ranks share the cores; by default each would take all
@@ -251,6 +253,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
         lock: the record's; None where another machine holds it.
     """
     trainer = recipe.trainer
+    silent = allocation.quiet or (allocation.brief and not sys.stdout.isatty())
     log_file = record.log if lock is not None else record.log.with_name(f"log.{socket.gethostname()}.txt")
     written = _size(log_file)
     with log_file.open("ab") as log, _signals() as received:
@@ -267,7 +270,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
                 child = subprocess.Popen(
                     worker_command(recipe, record),
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL if allocation.quiet else None,  # the log has all of it, too
+                    stdout=subprocess.DEVNULL if silent else None,  # the log has all of it, too
                     stderr=log,
                     env=worker_environment(recipe, allocation),
                     pass_fds=[] if lock is None else [lock],
@@ -342,7 +345,7 @@ def _wait(
 
 
 def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
-    """Return a check whether the record has said for so many seconds how the run ended: what still runs then hangs."""
+    """Return a check for processes that hang: whether the run's end has stood in the record for so many seconds."""
     ended: list[float] = []
 
     def overdue() -> bool:
@@ -355,7 +358,7 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Return why a worker ended that could not say it.
+    """Return why a worker ended that died before it could report an error.
 
     Args:
         written: the size of the log when it started.

@@ -7,10 +7,10 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.metrics import Means
 
 
-class Perplexity(Sums):
+class Perplexity(Means):
     """Cross entropy over all targets.
 
     ``compute()`` gives ``loss`` (log-perplexity, nats a token), ``perplexity`` (its exponential) and
@@ -20,9 +20,8 @@ class Perplexity(Sums):
         byte_lengths: bytes of each token id, LongTensor ``[V]``.
     """
 
-    sums = ("nats", "tokens", "bytes")
+    means = (("loss", "nats", "tokens"), ("bits_per_byte", "nats", "bytes"))
     nats: Tensor
-    tokens: Tensor
     bytes: Tensor
     byte_lengths: Tensor
 
@@ -33,15 +32,9 @@ class Perplexity(Sums):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add ``logits`` ``[B, T, V]`` and the tokens that came, ``[B, T]``."""
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        self.nats += losses.double().sum()
-        self.tokens += targets.numel()
-        self.bytes += self.byte_lengths[targets].sum()
+        self.add(nats=losses.double().sum(), tokens=targets.numel(), bytes=self.byte_lengths[targets].sum())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars by name."""
-        loss = self.nats / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": loss.exp(),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-        }
+        found = super().compute()
+        return found | {"perplexity": found["loss"].exp(), "bits_per_byte": self.nats / math.log(2) / self.bytes}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.c4_lm.data import Corpus
 from caspr_cli.tasks.c4_lm.model import Decoder
 from caspr_cli.tasks.c4_lm.tokens import SMALLEST_VOCABULARY
@@ -32,7 +32,13 @@ class C4LM(Task):
 
     def __init__(self, conf: C4LMConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits depend on names, and nothing is drawn.
-        _check(conf)
+        if conf.vocab_size < SMALLEST_VOCABULARY:
+            raise DataError(
+                f"task.vocab_size: {conf.vocab_size} is too small, it must be at least {SMALLEST_VOCABULARY} "
+                "(every byte, and the end of a document)"
+            )
+        if conf.width % (2 * conf.heads):
+            raise DataError(f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}")
         self.conf = conf
         self.data: Corpus = Corpus(conf)
 
@@ -67,17 +73,3 @@ class C4LM(Task):
         conf = self.conf
         attention = 12 * conf.layers * conf.width * conf.sequence
         return float((6 * weights + attention) * conf.batch_size * conf.sequence)
-
-
-def _check(conf: C4LMConf) -> None:
-    require(conf, positive=("sequence", "layers", "width", "heads", "batch_size"), share=("dropout",))
-    for key in ("train_documents", "eval_documents"):
-        if getattr(conf, key) is not None and getattr(conf, key) < 1:
-            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1, or null for all")
-    if conf.vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(
-            f"task.vocab_size: {conf.vocab_size} is too small, it must be at least {SMALLEST_VOCABULARY} "
-            "(every byte, and the end of a document)"
-        )
-    if conf.width % (2 * conf.heads):
-        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}")

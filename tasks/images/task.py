@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.base import Task
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
 from caspr_cli.tasks.images.data import Gallery
 from caspr_cli.tasks.registry import Augment, ImagesConf
@@ -25,21 +25,15 @@ Batch = tuple[Tensor, Tensor]  # uint8 [B, size, size, 3] and long [B]
 
 
 class Classification(Task):
-    """Images to classes. A task adds :meth:`model`.
+    """Classification of images. A task adds :meth:`model`.
 
     Batches are pairs of images, uint8 ``[B, size, size, 3]``, and labels, long ``[B]``.
-
-    Raises:
-        DataError: a key that cannot be.
     """
 
     unit: ClassVar[str] = "images"
 
     def __init__(self, conf: ImagesConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here what is held out depends on labels, and nothing is drawn.
-        require(conf, positive=("batch_size", "size"), share=("label_smoothing",))
-        if not conf.mixup >= 0:
-            raise DataError(f"task.mixup: {conf.mixup} is negative")
         self.conf = conf
         self.data: Gallery = Gallery(conf)
 
@@ -79,7 +73,7 @@ class Classification(Task):
 
     @cached_property
     def _forward_flops(self) -> float:
-        """Those of one image, on a model without memory; only the kernel that spells attention out is counted."""
+        """FLOPs for one image, counted on the meta device; of attention, only the unfused kernel can be counted."""
         size = self.conf.size
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.model().eval()(torch.empty(1, 3, size, size))

@@ -6,26 +6,23 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.model import cross_entropy
 
 
-class MeanAveragePrecision(Sums):
+class MeanAveragePrecision(Means):
     """Cross entropy and average precision over all graphs.
 
     ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
     gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
-    have both classes. It is NaN where none has; a data set of which that is true of a split is refused when it is
-    prepared.
+    have both classes. It is NaN if no label has; a data set with such a split is refused when it is prepared.
 
     Args:
         tasks: labels of a graph (``T``).
     """
 
-    sums = ("nats", "cells")
-    nats: Tensor
-    cells: Tensor
+    means = (("loss", "nats", "cells"),)
     logits: list[Tensor] | Tensor
     labels: list[Tensor] | Tensor
 
@@ -38,14 +35,13 @@ class MeanAveragePrecision(Sums):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add ``logits`` ``[B, T]`` and ``labels`` ``[B, T]``, 0, 1 or MISSING."""
         nats, cells = cross_entropy(logits, labels)
-        self.nats += nats.double()
-        self.cells += cells
+        self.add(nats=nats.double(), cells=cells)
         self.logits.append(logits.detach().float())  # type: ignore[union-attr]
         self.labels.append(labels)  # type: ignore[union-attr]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars by name."""
-        loss = self.nats / self.cells
+        loss = super().compute()["loss"]
         logits, labels = self._whole(self.logits), self._whole(self.labels)
         scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]
         found = [score for score in scores if score is not None]
@@ -59,7 +55,7 @@ class MeanAveragePrecision(Sums):
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Return that of one label's ``logits`` ``[n]`` and values ``[n]``; None unless both classes were observed."""
+    """Return the average precision of one label's ``logits`` ``[n]``; None unless both classes were observed."""
     observed = labels != MISSING
     logits, truth = logits[observed], labels[observed].long()
     positive = truth.sum()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from caspr_cli.tasks.base import Task, require
+from caspr_cli.tasks.base import Task
 from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
 from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork, cross_entropy
 from caspr_cli.tasks.registry import MolPCBAConf
@@ -22,9 +22,6 @@ class MolPCBA(Task):
     """A graph network on molecules: a sample of measured properties, an OGB data set on disk, or ogbg-molpcba.
 
     Batches are those of :func:`caspr_cli.tasks.ogbg_molpcba.data.batch_of`.
-
-    Raises:
-        DataError: a shape that no model has.
     """
 
     unit: ClassVar[str] = "graphs"
@@ -32,7 +29,6 @@ class MolPCBA(Task):
 
     def __init__(self, conf: MolPCBAConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits are the data's own, and nothing is drawn.
-        require(conf, positive=("steps", "width", "batch_size"), share=("dropout",))
         self.conf = conf
         self.data: Library = Library(conf)
 
@@ -45,8 +41,8 @@ class MolPCBA(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy over the observed cells of the batch, in nats; 0 where none was observed.
 
-        A batch that is dealt out to ranks or to several passes is averaged over these parts, each with its own number
-        of cells: a cell in a part with few weighs a little more.
+        A batch that is divided over ranks or passes is averaged over these parts: a cell in a part with few observed
+        cells weighs a little more.
         """
         nats, cells = cross_entropy(model(batch), batch.y)
         return nats / cells.clamp(min=1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNTAGGED, Batch, Corpus, Sample, batch_of
 from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
@@ -33,7 +33,10 @@ class Tagging(Task):
 
     def __init__(self, conf: TaggingConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits depend on the data, and nothing is drawn.
-        _check(conf)
+        if conf.width % conf.heads:
+            raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
+        if conf.width % 2:
+            raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
         self.conf = conf
         self.data: Corpus = Corpus(conf)
 
@@ -106,13 +109,3 @@ class Tagging(Task):
         a_word = layers * (12 * w * w + 2 * T * w) + w * len(self.data.lexicon.tags)
         characters: int = batch["spellings"].numel() if self.conf.characters else 0
         return 6.0 * (B * T * a_word + characters * CHARACTER * REACH * w)
-
-
-def _check(conf: TaggingConf) -> None:
-    require(conf, positive=("batch_size", "max_length", "vocab_size", "layers", "width", "heads"), share=("dropout",))
-    if conf.width % conf.heads:
-        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
-    if conf.width % 2:
-        raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
-    if conf.word_dropout < 0:
-        raise DataError(f"task.word_dropout: {conf.word_dropout} is below 0")
