@@ -51,7 +51,10 @@ def test_help_names_every_question_and_task(monkeypatch, capsys):
     assert all(name in text for name in (*verify.QUESTIONS, "all", "130 interrupted"))
     assert call(monkeypatch, "order", "--help") == 0
     own = capsys.readouterr().out
-    assert all(name in own for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"))
+    assert all(
+        name in " ".join(own.split())
+        for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order")
+    )
     assert "--tokens" not in own
     assert max(map(len, (text + own).splitlines())) <= 110
     assert call(monkeypatch, "--version") == 0
