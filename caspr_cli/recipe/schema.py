@@ -59,7 +59,7 @@ def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
             words_of = _enum(each.name, words)
             kind = words_of | None if None in each.choices else words_of
             default = words_of[default] if default is not None else None
-        elif not re.fullmatch(KINDS, kind):
+        elif each.in_recipe and not re.fullmatch(KINDS, kind):
             raise UserError(f"optim={name}: the type of {each.name}, {kind}, is not one that a recipe can have")
         if each.in_recipe:
             keys.append((each.name, kind, field(default=default)))
