@@ -24,6 +24,7 @@ class Loads:
     """The work of each rank: FLOPs of every step, and of the roots whose turn is one step of an interval."""
 
     ranks: int
+    root: float = EIGH_FLOPS  # FLOPs of a root over d^3
     always: list[float] = field(init=False)
     roots: dict[tuple[int, int], list[float]] = field(default_factory=dict)  # (param group, phase) -> FLOPs
 
@@ -32,13 +33,13 @@ class Loads:
 
     def add(self, shape: Shape, sizes: Shape, turn: tuple[int, int], owner: int) -> None:
         self.always[owner] += _step_flops(shape, sizes)
-        self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += EIGH_FLOPS * sum(d**3 for d in sizes)
+        self.roots.setdefault(turn, [0.0] * self.ranks)[owner] += self.root * sum(d**3 for d in sizes)
 
     def assign(self, blocks: Sequence[Block]) -> list[int]:
         """Return the owner of each block of a bucket.
 
         The most expensive first, each to the rank whose step, refresh included, is then the shortest: products cost
-        6 m n (m + n) FLOPs in every step, roots ``EIGH_FLOPS`` (m^3 + n^3) in one of an interval. But no rank has more
+        6 m n (m + n) FLOPs in every step, roots ``root`` (m^3 + n^3) in one of an interval. But no rank has more
         numbers than the largest block times its share of the blocks: all send as much as the one that sends most.
         Blocks that were assigned before stay where they are. A pure function of the calls so far: all ranks come to
         the same.
@@ -79,16 +80,15 @@ def deal(blocks: Sequence[Block], sizes: Sequence[int], loads: Loads) -> list[in
     return [owner for run in buckets(sizes, loads.ranks) for owner in loads.assign([blocks[i] for i in run])]
 
 
-def received(sizes: Sequence[int], owners: Sequence[int], ranks: int) -> int:
-    """Return the bytes that each rank receives in a step where all have all updates: segments are as long as the
-    longest of their bucket."""
-    total = 0
+def received(sizes: Sequence[int], owners: Sequence[int], ranks: int) -> list[int]:
+    """Return the bytes of each bucket that every rank receives in a step: its segments are as long as the longest."""
+    found = []
     for run in buckets(sizes, ranks):
         ends = [0] * ranks
         for i in run:
             ends[owners[i]] += sizes[i]
-        total += ranks * max(ends)
-    return total
+        found.append(ranks * max(ends))
+    return found
 
 
 def group_size(blocks: Sequence[Block], sizes: Sequence[int], ranks: int) -> int:
@@ -99,6 +99,6 @@ def group_size(blocks: Sequence[Block], sizes: Sequence[int], ranks: int) -> int
     choices = [n for n in range(min(ranks, MOST), LEAST - 1, -1) if ranks % n == 0] or [ranks]
 
     def padded(n: int) -> bool:
-        return received(sizes, deal(blocks, sizes, Loads(n)), n) > PADDED * sum(sizes)
+        return sum(received(sizes, deal(blocks, sizes, Loads(n)), n)) > PADDED * sum(sizes)
 
     return next((n for n in choices[:-1] if not padded(n)), choices[-1])

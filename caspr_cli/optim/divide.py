@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,24 @@ from caspr_cli.optim.fsdp import TransferPlan, is_sharded, row_group
 from caspr_cli.optim.options import Group, travel_dtype
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
 from caspr_cli.optim.shard import Team, agree, world_size
+from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.stacks import check_factors, is_factor, outdated
+
+Known = tuple[Tensor, Block, int]  # a parameter, one of its blocks, and the bytes of its update
+
+
+def blocks_of(index: int, group: Group, plan: Plan) -> Iterator[Known]:
+    """Yield the blocks of a param group, which has this index, in the order in which they travel."""
+    for (p, shape), offsets in plan.refresh_offsets.items():
+        size = math.prod(shape) * travel_dtype(p, group).itemsize
+        for offset in offsets:
+            yield p, (shape, plan.layouts[p].sizes(shape), (index, offset)), size
+
+
+def root_cost(blocks: list[Known], groups: list[Group]) -> float:
+    """Return the FLOPs of a root over d^3, of the first of these blocks that has one."""
+    found = (root_flops(groups[turn[0]], len(sizes), p.device) for p, (_, sizes, turn), _ in blocks if sizes)
+    return next(found, 0.0)
 
 
 @dataclass
@@ -127,20 +145,21 @@ class Division:
 
     def _assign(self, groups: list[Group], plans: list[Plan]) -> None:
         """Choose owners for the blocks that have none, beside what the ranks own already."""
-        blocks: list[tuple[Tensor, Block, int]] = []
-        for index, (group, plan) in enumerate(zip(groups, plans, strict=True)):
-            for (p, shape), offsets in plan.refresh_offsets.items():
-                if p in self.owners or self.is_shared(group, plan):
-                    size = math.prod(shape) * travel_dtype(p, group).itemsize
-                    blocks += [(p, (shape, plan.layouts[p].sizes(shape), (index, offset)), size) for offset in offsets]
+        blocks = [
+            each
+            for index, (group, plan) in enumerate(zip(groups, plans, strict=True))
+            for each in blocks_of(index, group, plan)
+            if each[0] in self.owners or self.is_shared(group, plan)
+        ]
         whole = [(block, size) for p, block, size in blocks if not is_sharded(p)]
         if whole and self.group_size is None:
             self.group_size = group_size(*zip(*whole, strict=True), self._replicas().size)
-        of_teams: dict[Team, list[tuple[Tensor, Block, int]]] = defaultdict(list)
+        of_teams: dict[Team, list[Known]] = defaultdict(list)
         for each in blocks:
             of_teams[self.team(each[0])].append(each)
         for team, theirs in of_teams.items():
-            loads, known = Loads(team.size), {p: itertools.chain(*owned.values()) for p, owned in self.owners.items()}
+            loads = Loads(team.size, root_cost(theirs, groups))
+            known = {p: itertools.chain(*owned.values()) for p, owned in self.owners.items()}
             for p, block, _ in theirs:
                 if p in known:
                     loads.add(*block, next(known[p]))

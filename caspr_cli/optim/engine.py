@@ -155,15 +155,18 @@ class KroneckerOptimizer(Optimizer):
         sharded = [grads for index, grads in given.items() if plans[index].sharded]
         norms = norms_of_rows({p: G for grads in sharded for p, G in grads.items() if is_sharded(p)})
         inputs = [self._begin(index, plans[index], grads, norms) for index, grads in given.items()]
+        lengths: dict[Tensor, Tensor] = {}
         if norms:
             active = [steps.drop_broken(x) for x in inputs]
-            received, lengths = self._exchange.gather(active)
-            for x, rows in zip(active, received, strict=True):
-                self._prepare(x, x, rows)
+            lengths = self._exchange.gradients(active, _add_statistics)
         else:
-            received, lengths = [steps.Received() for _ in inputs], {}
-            active = [self._prepare(x, None, rows) for x, rows in zip(inputs, received, strict=True)]
-        shared = [(x, rows) for x, rows in zip(active, received, strict=True) if x.layouts and x.shared]
+            for x in inputs:
+                _add_statistics(x, steps.Received())
+            active = [steps.drop_broken(x) for x in inputs]  # now: statistics were queued after the question
+        for x in active:
+            with full_precision(_device_type(x)):
+                steps.refresh_roots(x)
+        shared = [x for x in active if x.layouts and x.shared]
 
         def beside() -> None:
             for x in active:
@@ -172,7 +175,7 @@ class KroneckerOptimizer(Optimizer):
                     steps.update_weights(x)
 
         if shared:
-            self._exchange.updates([x for x, _ in shared], [rows for _, rows in shared], lengths, beside)
+            self._exchange.updates(shared, lengths, beside)
         else:
             beside()
         if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
@@ -267,16 +270,6 @@ class KroneckerOptimizer(Optimizer):
             for stack in stacks:
                 stack.forget_roots()
         group["roots_of"] = options
-
-    @staticmethod
-    def _prepare(x: steps.Inputs, active: steps.Active | None, received: steps.Received) -> steps.Active:
-        """Add to the statistics, drop what is not finite where that has not been done, and compute roots."""
-        with full_precision(next((p.device.type for p in x.steps), "cpu")):
-            if x.steps:
-                steps.add_statistics(x, received)
-            active = active or steps.drop_broken(x)  # after the statistics, which were queued after the question
-            steps.refresh_roots(active)
-        return active
 
     def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
         """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
@@ -395,10 +388,13 @@ class KroneckerOptimizer(Optimizer):
         return content | {"_division": self._division.pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Two names are of a pickle of an older version; a state_dict has none of these: it is whole.
-        division = state.get("_division", (state.get("_owners", {}), state.get("_divided", 0)))
+        # Two names are of a pickle of an older version. A state_dict, which is whole, has none of the three; it changes
+        # nothing of who shares the work.
+        own: Division = vars(self).get("_division") or Division()
+        older = state.get("_owners", {}), state.get("_divided", 0), own.everyone, own.group_size
+        division = state.get("_division", older)
         super().__setstate__({k: v for k, v in state.items() if k not in ("_division", "_owners", "_divided")})
-        self._reset(Division(*division))
+        self._reset(Division(*division, own.group))
         self.defaults = without_removed(self.defaults)
         self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
         self.param_groups = [without_removed(group) for group in self.param_groups]
@@ -408,3 +404,13 @@ class KroneckerOptimizer(Optimizer):
             group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
                 states.count_as_before(self.state.get(p, {}), group, p in division[0])
+
+
+def _device_type(x: steps.Inputs) -> str:
+    return next((p.device.type for p in x.steps), "cpu")
+
+
+def _add_statistics(x: steps.Inputs, received: steps.Received) -> None:
+    if x.steps:
+        with full_precision(_device_type(x)):
+            steps.add_statistics(x, received)

@@ -224,9 +224,10 @@ class FullAdagradOptions:
     shard: Literal["auto", "none"] = option(
         "auto",
         """``"auto"``: with a default process group of several ranks, each rank owns some blocks, keeps the statistics
-        and roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
+        and roots of those alone, computes their updates and gets the others' while it computes. ``"none"``:
         every rank does everything; use it where parameters differ between ranks, or where rank 0 alone saves.
-        Parameters of ``fully_shard`` are always divided: their rows go to the owner of a block and back.""",
+        Parameters of ``fully_shard`` are always divided: their rows go to the owner of a block and back; of replicas
+        each does so by itself.""",
     )
     gather_dtype: TravelDtype | None = option(
         None,

@@ -115,7 +115,7 @@ def accepted(content: Content, groups: list[Group], fixed: Group) -> Content:
         saved[i] = adopted(theirs, mine, fixed)
     content = content | {"param_groups": saved}
     _check(content, groups)
-    return _with_own_rows(content, groups)
+    return with_own_rows(content, groups)
 
 
 def _check(content: Content, groups: list[Group]) -> None:
@@ -136,7 +136,7 @@ def _check(content: Content, groups: list[Group]) -> None:
             check_factors(state, p, layout_of(p, group))
 
 
-def _with_own_rows(content: Content, groups: list[Group]) -> Content:
+def with_own_rows(content: Content, groups: list[Group]) -> Content:
     """Return a state_dict with this rank's rows of moments that were saved whole; torch compares the groups later."""
     state = dict(content["state"])
     for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=False):

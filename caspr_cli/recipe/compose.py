@@ -37,7 +37,7 @@ UNTUNED = "default"  # the trial that is none
 # the name, so that those records are found again.
 CAME_LATER = {
     "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.polar": False,
-    "optim.adamw_lr_scale": 1.0,
+    "optim.adamw_lr_scale": 1.0, "trainer.strategy": "ddp",
 }  # fmt: skip
 
 

@@ -87,6 +87,11 @@ class Accelerator(Enum):
     gpu = "gpu"
 
 
+class Strategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 class Decay(Enum):
     constant = "constant"
     linear = "linear"
@@ -119,6 +124,7 @@ class TrainerConf:
     accelerator: Accelerator = Accelerator.auto
     devices: int = 1  # processes on this machine, one device each
     nodes: int = 1  # machines with so many devices each; the same command is started on each of them
+    strategy: Strategy = Strategy.ddp  # of several processes: ddp, each has the model; fsdp, each has a part of it
     rendezvous: str | None = None  # where they meet: HOST:PORT of one of them; null: from SLURM's variables
     precision: Precision = Precision["32-true"]
     max_steps: int = 400  # optimizer steps

@@ -124,7 +124,7 @@ def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, case:
         for found, _ in results:
             assert all(map(torch.equal, found, expected))
         kept.append(results[0][1])
-    assert kept[0] < kept[1] < kept[2]
+    assert kept[0] < min(kept[1:])
 
 
 def bytes_of_a_step(rank: int, dtype: torch.dtype) -> list[int]:
@@ -515,7 +515,7 @@ def test_ranks_beyond_a_node_receive_little_more_than_the_updates(kinds: list[in
     sizes = [4 * m * n for m, n in shapes]
     n = group_size(blocks, sizes, 1024)
     assert 8 <= n <= 64
-    taken = received(sizes, deal(blocks, sizes, Loads(n)), n)
+    taken = sum(received(sizes, deal(blocks, sizes, Loads(n)), n))
     assert sum(sizes) <= taken
     assert n == 8 or taken <= PADDED * sum(sizes)
     assert group_size(blocks, sizes, 6) == 6
