@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,16 +45,49 @@ class Loads:
         Blocks that were assigned before stay where they are. A pure function of the calls so far: all ranks come to
         the same.
         """
-        owners, ends = [0] * len(blocks), [0] * self.ranks
+        owners, ends, queues = [0] * len(blocks), [0] * self.ranks, dict[tuple[int, int], _Queue]()
         most = -(-len(blocks) // self.ranks) * max(math.prod(shape) for shape, *_ in blocks)
         for i in sorted(range(len(blocks)), key=lambda i: -_step_flops(*blocks[i][:2])):
             shape, sizes, turn = blocks[i]
-            roots, size = self.roots.get(turn, [0.0] * self.ranks), math.prod(shape)
-            able = [r for r in range(self.ranks) if ends[r] + size <= most]
-            owners[i] = min(able, key=lambda r: (self.always[r] + roots[r], self.always[r]))
+            roots, size = self.roots.setdefault(turn, [0.0] * self.ranks), math.prod(shape)
+            if turn not in queues:
+                queues[turn] = _Queue(self.always, roots)
+            owners[i] = queues[turn].first(ends, most - size)
             ends[owners[i]] += size
             self.add(shape, sizes, turn, owners[i])
         return owners
+
+
+class _Queue:
+    """The ranks by the length of their step in one turn of roots, which only grows."""
+
+    def __init__(self, always: list[float], roots: list[float]) -> None:
+        self.always, self.roots = always, roots
+        self._waiting = [self._place(rank) for rank in range(len(always))]
+        self._full: list[int] = []  # ranks that had no room
+        self._room = 0  # that they should have had
+        heapq.heapify(self._waiting)
+
+    def _place(self, rank: int) -> tuple[float, float, int]:
+        return self.always[rank] + self.roots[rank], self.always[rank], rank
+
+    def first(self, ends: list[int], room: int) -> int:
+        """Return the rank with the shortest step of those that have at most ``room`` numbers already."""
+        if room > self._room:  # for a smaller block: some may take it
+            for rank in self._full:
+                heapq.heappush(self._waiting, self._place(rank))
+            self._full = []
+        self._room = room
+        while True:
+            place = self._waiting[0]
+            rank = place[2]
+            if ends[rank] > room:
+                self._full.append(rank)
+                heapq.heappop(self._waiting)
+            elif place != self._place(rank):  # it has got longer
+                heapq.heapreplace(self._waiting, self._place(rank))
+            else:
+                return rank
 
 
 def _step_flops(shape: Shape, sizes: Shape) -> float:

@@ -153,7 +153,8 @@ class Division:
         ]
         whole = [(block, size) for p, block, size in blocks if not is_sharded(p)]
         if whole and self.group_size is None:
-            self.group_size = group_size(*zip(*whole, strict=True), self._replicas().size)
+            sizes = [size for _, size in whole]
+            self.group_size = group_size([block for block, _ in whole], sizes, self._replicas().size)
         of_teams: dict[Team, list[Known]] = defaultdict(list)
         for each in blocks:
             of_teams[self.team(each[0])].append(each)

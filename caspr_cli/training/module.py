@@ -76,8 +76,9 @@ class TrainingModule(LightningModule):
 
     def configure_model(self) -> None:
         """Divide the parameters among ranks, where the strategy is one that does. (Lightning asks before each use.)"""
-        if isinstance(self.trainer.strategy, ShardedStrategy) and not any(map(is_sharded, self.model.parameters())):
-            divide(self.model, self.device_mesh["data_parallel"])
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not any(map(is_sharded, self.model.parameters())):
+            divide(self.model, strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
