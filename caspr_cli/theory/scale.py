@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from caspr_cli.bench.baselines import Settings, enter
 from caspr_cli.bench.shapes import MODELS
 from caspr_cli.optim.dealing import BUCKET, Block, Loads, deal, group_size, received
 from caspr_cli.optim.divide import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.plan import Plan, plan_key
+from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.theory.work import FLOAT, NODE, Assumed, stand_ins, work_of
 
@@ -65,12 +68,12 @@ def on_paper(model: str, gpus: Sequence[int], gpu: Gpu, name: str, settings: Set
     (group,), work, machine = optimizer.param_groups, work_of(optimizer), gpu.rates.machine()
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
-    cubes = sum(d**3 for _, lengths, _ in blocks for d in lengths)
+    root = root_flops(group, len(blocks[0][1]), torch.device("cuda"))
     for count in gpus:
         for sharded in (False, True):
             start = time.perf_counter()
             n = count if sharded else group_size(blocks, sizes, count)
-            loads, parts = Loads(n, work.newton * group["interval"] / max(cubes, 1)), count if sharded else 1
+            loads, parts = Loads(n, root), count if sharded else 1
             owners = deal(blocks, sizes, loads)
             dealing = time.perf_counter() - start
             turns = [[a + b for a, b in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
@@ -107,11 +110,11 @@ def _kept(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> tuple[f
 def _travels(sizes: Sequence[int], owners: Sequence[int], ranks: int, *, sharded: bool) -> tuple[float, float]:
     """Return the bytes that a rank receives in a step, and those of its buffers.
 
-    Of rows, gradients and momenta are received at once, and sent at once; updates have two buffers either way.
+    Of rows, gradients, momenta and updates. Two buckets of inputs and two of updates are sent and received at a time.
     """
     if sharded:
         part = sum(sizes) / ranks
-        return 3 * part, 4 * part + 2 * 2 * min(part, BUCKET)
+        return 3 * part, 8 * min(part, BUCKET / 4)
     each = received(sizes, owners, ranks)
     return sum(each), sum(sorted(each)[-2:]) * (1 + 1 / ranks)
 

@@ -164,6 +164,23 @@ def test_replicas(four: Ranks, case: str) -> None:
     check(four, "replicas", case)
 
 
+def in_buckets(rank: int, how: str, case: str, size: int) -> tuple[list[Tensor], int, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caspr_cli.optim.dealing.BUCKET", size)
+        params = weights(how, torch.float32, SHAPES)
+        optimizer = train(params, range(8), how, **CASES[case])
+    return [whole(p) for p in params], optimizer.bytes_received, optimizer._exchange.bytes_kept
+
+
+@pytest.mark.parametrize(("how", "case"), [("some", "broken"), ("rows", "gradient first"), ("rows", "muon")])
+def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, how: str, case: str) -> None:
+    (expected, received, most), *_ = ranks(in_buckets, how, case, 2**28)
+    for found, again, kept in ranks(in_buckets, how, case, 1):
+        assert all(map(torch.equal, found, expected))
+        assert again == pytest.approx(received, rel=0.3)  # of slots that begin at multiples of 64 bytes
+        assert kept < most / 2
+
+
 def updates_in_bfloat16(rank: int) -> tuple[list[Tensor], int, int]:
     shapes, received = [(64, 64), (128, 96), (33, 70)], []
     for dtype in (None, torch.bfloat16):
