@@ -1,4 +1,4 @@
-"""A task of a few lines: your data sets, your model and what is measured of it."""
+"""A task of a few lines: your data sets, your model and its measures."""
 
 from __future__ import annotations
 
@@ -19,31 +19,23 @@ from torchmetrics import Metric
 from caspr_cli.optim.groups import last_linear, left_to_adamw
 from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
+from caspr_cli.tasks.metrics import Means
 
 HASHED = 1000  # samples of a split, evenly spaced, of whose content the hash of the data is
 
 
-class Means(Metric):
-    """Means over all samples, whatever batches and ranks they came in."""
-
-    full_state_update = False
-    sum_samples: Tensor
+class Measures(Means):
+    """The mean of each measure over all samples."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
+        # prefixed: a measure may have the name of a method
+        self.means = tuple((name, f"sum_{name}", "sum_samples") for name in names)
         super().__init__()
-        self.names = names
-        for name in (*names, "samples"):
-            self.add_state(f"sum_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, means: Mapping[str, Tensor], samples: int) -> None:
         """Add the means over a batch."""
-        for name in self.names:
-            setattr(self, f"sum_{name}", getattr(self, f"sum_{name}") + means[name].detach().double() * samples)
-        self.sum_samples += samples
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        return {name: getattr(self, f"sum_{name}") / self.sum_samples for name in self.names}
+        self.add(sum_samples=samples)
+        self.add(**{total: means[name].detach().double() * samples for name, total, _ in self.means})
 
 
 class SimpleTask(Task):
@@ -76,7 +68,7 @@ class SimpleTask(Task):
         return self.measure(model, batch)["loss"]
 
     def metrics(self) -> Metric:
-        return Means(self.measures)
+        return Measures(self.measures)
 
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:
         metrics.update(self.measure(model, batch), self.units(batch))

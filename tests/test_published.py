@@ -47,6 +47,28 @@ def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
     assert made.read_text(encoding="utf8").replace(str(made), f"tables/{table.name}") == text
 
 
+@pytest.mark.release
+def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None:
+    """The command in comparison.md gives both files."""
+    text = (PUBLISHED / "comparison.md").read_text(encoding="utf8")
+    (command,) = (line.split() for line in text.splitlines() if "--together" in line)
+    assert command[0] == "caspr-report"
+    assert command[-2:] == ["--to", "curves.svg"]
+    report(*command[1:-1], str(tmp_path / "curves.svg"))
+    for name in ("curves.svg", "curves-dark.svg"):
+        assert (tmp_path / name).read_bytes() == (PUBLISHED / name).read_bytes()
+        assert f"outputs/published/{name}" in (PUBLISHED.parents[1] / "README.md").read_text(encoding="utf8")
+
+
+@pytest.mark.release
+def test_the_leaderboard_is_that_of_the_records(tmp_path: Path) -> None:
+    text = (PUBLISHED / "README.md").read_text(encoding="utf8")
+    made = tmp_path / "made.md"
+    report("leaderboard", "records", "--to", str(made))
+    assert text.endswith("    caspr-report leaderboard records --to README.md\n")
+    assert made.read_text(encoding="utf8").replace(str(made), "README.md") == text
+
+
 def test_there_is_something() -> None:
     assert PACKS
     assert TABLES

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -36,13 +38,13 @@ TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
-  caspr-bench                                                14.7M parameters, six optimizers; takes minutes
-  caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; a minute
-  caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
-  caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
-  caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
-  caspr-bench --ranks 1,2,4                                  a step that so many processes share
-  caspr-bench --model gpt2-1.5b --scale 8,64,1024            predicted for so many GPUs from shapes"""
+  caspr-bench                                       14.7M parameters; minutes
+  caspr-bench --optim caspr,adamw --params 2M       two of them; a minute
+  caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
+  caspr-bench --task c4_lm --scale paper            a task's model
+  caspr-bench --roots                               errors of inverse roots
+  caspr-bench --ranks 1,2,4                         a step that so many share
+  caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -78,7 +80,6 @@ def parser() -> Parser:
         "caspr-bench",
         description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=20, width=110),
     )
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
     what = made.add_mutually_exclusive_group()
@@ -107,7 +108,9 @@ def parser() -> Parser:
     made.add_argument("--rounds", metavar="N", type=positive, default=20, help=rounds)
     dtype = f"type of weights and gradients: {', '.join(DTYPES)} (default: float32)"
     made.add_argument("--dtype", metavar="TYPE", choices=DTYPES, default="float32", help=dtype)
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    made.add_argument(
+        "--device", metavar="NAME", choices=("cpu", "cuda"), default="cpu", help="cpu (the default) or cuda"
+    )
     threads = "threads on a CPU; with --ranks, threads of each rank (default: 1)"
     made.add_argument("--threads", metavar="N", type=positive, help=threads)
     made.add_argument(
@@ -280,9 +283,9 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from table([heads, *cells])
+    yield from fitting([heads, *cells], [0, 0, 5, 2, 4, 6, 7, 0, 3, 3, 3, 3, 1, 1])
     yield ""
-    yield from LEGEND.format(train=f"{number(first.train_ms)} ms", batch=batch).splitlines()
+    yield from hanging(LEGEND.format(train=f"{number(first.train_ms)} ms", batch=batch), 12)
     for row in rows:
         if row.refresh_ms is not None:
             yield (
@@ -313,9 +316,27 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
         ]
         for row in rows
     ]
-    yield from table([heads, *cells])
+    yield from fitting([heads, *cells], [0, 0, 3, 0, 0, 2, 2, 2, 2, 1, 4, 1, 3])
     yield ""
-    yield from RANKS_LEGEND.splitlines()
+    yield from hanging(RANKS_LEGEND, 10)
+
+
+def columns() -> int:
+    """Return the width of the terminal; in a pipe one in which all has room."""
+    return shutil.get_terminal_size((sys.maxsize, 24)).columns
+
+
+def fitting(cells: list[list[str]], spare: list[int]) -> Iterator[str]:
+    """Yield the columns of a table for which there is room; those with the highest ``spare`` go first."""
+    from caspr_cli.report.terminal import cell_lines
+
+    return cell_lines(cells, columns(), spare=spare, more="a wider terminal or --json")
+
+
+def hanging(legend: str, indent: int) -> Iterator[str]:
+    """Yield the lines of a legend, wrapped below their texts."""
+    for line in legend.splitlines():
+        yield from textwrap.wrap(line, columns(), subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def number(value: float | None) -> str:

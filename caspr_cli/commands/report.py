@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
-from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size
-from caspr_cli.common.streams import OK, console_script
+from caspr_cli.common.streams import OK, RUN_FAILED, console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.logs import Found
@@ -35,31 +35,39 @@ BASELINE = (
 )
 EXAMPLES = """\
 examples
-  caspr-report compare                                   a table for each task of outputs/
-  caspr-report compare outputs/c4_lm --baseline shampoo  every row against this one
-  caspr-report compare --to report.html --to table.tex   a page with figures, a table for a paper
-  caspr-report trials outputs --to trials.svg            all trials, and figures of value by learning rate
-  caspr-report curves outputs/c4_lm --to curves.svg      validation by step, mean and 95 % band over seeds
-  caspr-report show outputs/c4_lm/caspr/4e9d1440/seed0   one record in words
-  caspr-report pack outputs --to study.jsonl.gz          one small file, to be read like a directory
-  caspr-report unpack study.jsonl.gz --to outputs        directories again: caspr-train goes on from them
+  caspr-report compare                              a table for each task
+  caspr-report compare --where optim=caspr,adamw    only these records
+  caspr-report compare outputs/c4_lm --baseline shampoo
+  caspr-report compare --to report.html --to table.tex
+  caspr-report trials outputs --to trials.svg       all, by learning rate
+  caspr-report curves outputs --to curves.svg --together
+  caspr-report show outputs/c4_lm/caspr/lr0.006-4e9d1440/seed0
+  caspr-report pack outputs --to study.jsonl.gz     one file of all records
+  caspr-report unpack study.jsonl.gz --to outputs   directories again
+  caspr-report check study.jsonl.gz                 whole, tuned as it says, fresh seeds?
 
-  caspr-report compare --help                            your own logs: TensorBoard, CSV, W&B, MLflow
+  caspr-report compare --help        your own logs of TensorBoard, CSV, W&B
 
 PATHS are directories with records below them, or packs (default: outputs)
-exits    0 done   2 bad usage   130 interrupted
+exits    0 done   1 check: something is wrong   2 bad usage   130 interrupted
 """
 OWN_LOGS = """\
 your own logs
-  caspr-report compare --from tensorboard runs --metric val/loss --group optimizer
-  caspr-report compare --from csv lightning_logs --metric val_acc --group optimizer --seed seed --at best
-  caspr-report compare --from wandb export.csv --metric val/loss --names '{optimizer}-{seed}'
-  caspr-report compare --from mlflow mlruns --metric val/loss --group optimizer --tuned lr --to report.html
+  caspr-report compare --from tensorboard runs --metric val/loss \\
+    --group optimizer
+  caspr-report compare --from csv lightning_logs --metric val_acc \\
+    --group optimizer --seed seed --at best
+  caspr-report compare --from wandb export.csv --metric val/loss \\
+    --names '{optimizer}-{seed}'
+  caspr-report compare --from mlflow mlruns --metric val/loss \\
+    --group optimizer --tuned lr --to report.html
 
-A run is a folder of event files, a CSV (Lightning, Keras), a column or a line of an export of W&B, or a run of MLflow.
-Seeds are taken from hyperparameters and columns called seed, or from names, as adam_seed3; hyperparameters from
-TensorBoard's HPARAMS, hparams.yaml, params/, columns of W&B's table of runs, and names as lr=0.1. What is guessed is
-said. A run that ends before the others of its row counts as failed; of several values at one step the last counts.
+A run is a folder of event files, a CSV (Lightning, Keras), a column or a line
+of an export of W&B, or a run of MLflow. Seeds are taken from hyperparameters
+and columns called seed, or from names, as adam_seed3; hyperparameters from
+TensorBoard's HPARAMS, hparams.yaml, params/, columns of W&B's table of runs,
+and names as lr=0.1. What is guessed is said. A run that ends before the others
+of its row counts as failed; of several values at one step the last counts.
 """
 LOGS = ("metric", "group", "seed", "names", "step", "at", "higher")  # flags of _add_logs
 SOURCES = ("tensorboard", "csv", "wandb", "mlflow")
@@ -67,26 +75,34 @@ SOURCES = ("tensorboard", "csv", "wandb", "mlflow")
 
 def parser() -> Parser:
     """Return the parser of the command line, with a subparser for each command."""
-    about = "Compare records, with error bars. It only reads files, and works while runs go on."
-    raw = argparse.RawDescriptionHelpFormatter
-    made = Parser("caspr-report", description=about, epilog=EXAMPLES, formatter_class=raw)
+    about = "Compare records, with error bars. It only reads files, also while runs go on."
+    made = Parser("caspr-report", description=about, epilog=EXAMPLES)
     made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
     commands = made.add_subparsers(title="commands", metavar="command", dest="what")
 
     def command(name: str, text: str, more: str = "") -> Parser:
-        one: Parser = commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=raw)
+        one: Parser = commands.add_parser(name, help=text, description=text, epilog=more)
         one.add_argument("paths", nargs="*", type=Path, metavar="PATHS", help="records or packs (default: outputs)")
         return one
 
     compare = command("compare", "a table for each task: mean, interval, test, verdict", OWN_LOGS)
     profile = command("profile", "over all tasks: how often is a row near the fastest?")
-    trials = command("trials", "every trial, its value and what failed; figures of value against each tuned key")
+    trials = command("trials", "every trial and what failed; figures of value against tuned keys")
     curves = command("curves", "validation over training, mean and 95-percent band over seeds")
     listing = command("list", "one line a record, the newest last")
     command("show", "one record in words")
     pack = command("pack", "many records in one small file, to be read like a directory")
     unpack = command("unpack", "the records of packs as directories again")
-    units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "help": "default: steps"}
+    board = command("leaderboard", "the rows of packs that were tuned alike, and how to enter one's own")
+    check = command("check", "whether records may stand on the leaderboard, or what is wrong")
+    check.add_argument("--board", metavar="DIRECTORY", type=Path, help="packs of the leaderboard that it has to fit")
+    check.add_argument("--rerun", metavar="DIRECTORY", type=Path, help="run two reported seeds of each row again there")
+    units: dict[str, Any] = {
+        "choices": ("steps", "seconds"),
+        "default": "steps",
+        "metavar": "UNIT",
+        "help": "steps (the default) or seconds",
+    }
     for one in (compare, profile, curves):
         one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
         one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
@@ -95,10 +111,14 @@ def parser() -> Parser:
         one.add_argument("--tuned", metavar="KEYS", type=keys, help="keys that rows are tuned over (default: optim.lr, "
                          "and those of searches)")  # fmt: skip
     for one in (compare, profile, curves, trials, listing):
+        one.add_argument("--where", metavar="KEY=VALUES", type=condition, action="append", default=[], help="only "
+                         "records with this, as optim=caspr,adamw; may be given several times")  # fmt: skip
         _add_logs(one)
     compare.add_argument("--json", action="store_true", help="the rows as a list, and nothing else on standard output")
     profile.add_argument("--unit", **units)
     curves.add_argument("--over", **units)
+    curves.add_argument("--together", action="store_true", help="all tasks in one figure, and FILE-dark.svg for dark "
+                        "pages")  # fmt: skip
     for one, name, text in (
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
@@ -106,6 +126,7 @@ def parser() -> Parser:
         (trials, "FILE", ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
         (pack, "FILE.jsonl.gz", "the pack"),
         (unpack, "DIRECTORY", "where the records go"),
+        (board, "FILE.md", "the page"),
     ):
         one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
     return made
@@ -114,7 +135,8 @@ def parser() -> Parser:
 def _add_logs(one: Parser) -> None:
     """Add the flags that say how logs of other programs are read."""
     own = one.add_argument_group("your own logs (caspr-report compare --help has examples)")
-    own.add_argument("--from", dest="kind", choices=SOURCES, help="what PATHS hold, in place of records")
+    own.add_argument("--from", dest="kind", metavar="KIND", choices=SOURCES, help="what PATHS hold, in place "
+                     f"of records: {', '.join(SOURCES)}")  # fmt: skip
     own.add_argument("--metric", metavar="NAME", help="as it was logged, as val/loss")
     own.add_argument("--group", metavar="KEYS", type=keys, help="hyperparameters: a row for each value (default: "
                      "the name of the run without its seed)")  # fmt: skip
@@ -155,6 +177,12 @@ def keys(text: str) -> list[str]:
     return [key.strip() for key in text.split(",") if key.strip()]
 
 
+def condition(text: str) -> str:
+    if not all(text.partition("=")):
+        raise argparse.ArgumentTypeError(f"should be KEY=VALUES, as optim=caspr,adamw, but is {text}")
+    return text
+
+
 def at(text: str) -> str | int:
     if text not in ("end", "best") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"should be end, best, or a step, but is {text}")
@@ -177,23 +205,34 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
         if len(files) != 1 or files[0].is_file():
             raise UserError("unpack: name a directory with --to")
         return
-    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md")}.get(what, (".svg",))
+    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md"), "leaderboard": (".md",)}.get(
+        what, (".svg",)
+    )
     for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
             raise UserError(f"--to {file}: it is a directory")
-    if what in ("curves", "pack") and len(files) != 1:
+    if what in ("curves", "pack", "leaderboard") and len(files) != 1:
         raise UserError(f"{what}: name a file with --to, as {what}{allowed[0]}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Read the records, and do what was asked for.
+def run(args: argparse.Namespace) -> int:
+    """Read the records, and do what was asked for. Return the exit code.
 
     Raises:
         UserError: one line for the user.
     """
     from caspr_cli.report import records
+    from caspr_cli.report.selection import where
+
+    if args.what == "check":
+        from caspr_cli.commands.check import check
+
+        return OK if check(args.paths, args.board, args.rerun) else RUN_FAILED
+    if args.what == "leaderboard":
+        leaderboard(args)
+        return OK
 
     found = _logs(args) if args.kind else records.find(args.paths)
     for line in found.warnings[:SHOWN]:
@@ -202,7 +241,17 @@ def run(args: argparse.Namespace) -> None:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
     if not found.runs:
         raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
-    {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, found.runs)
+    runs = where(found.runs, getattr(args, "where", ()))
+    {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, runs)
+    return OK
+
+
+def leaderboard(args: argparse.Namespace) -> None:
+    from caspr_cli.commands.check import draw, packs
+    from caspr_cli.report.leaderboard import page
+
+    write_output(args.to[0], page(packs(args.paths), _command(), draw))
+    print(f"wrote    {args.to[0]}")
 
 
 def _logs(args: argparse.Namespace) -> Found:
@@ -221,7 +270,9 @@ def _logs(args: argparse.Namespace) -> Found:
 def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     from caspr_cli.report import terminal
 
-    print("\n".join(terminal.listing(runs)))
+    # In a pipe whole, as other programs read it.
+    width = shutil.get_terminal_size((sys.maxsize, 24)).columns
+    print("\n".join(terminal.listing(runs, width)))
 
 
 def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -229,7 +280,7 @@ def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
     if len(runs) > 1:
         raise UserError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
-    print("\n".join(terminal.record_lines(runs[0])))
+    print("\n".join(terminal.record_lines(runs[0], min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDEST))))
 
 
 def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -272,23 +323,28 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
     from caspr_cli.report import terminal
 
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    width, bold = shutil.get_terminal_size((WIDTH, 24)).columns, sys.stdout.isatty()
     if args.what == "compare":
-        yield from terminal.compared(made, runs, args.paths, width)
+        yield from terminal.compared(made, runs, args.paths, width, bold=bold)
     elif args.what == "trials":
         yield from terminal.trials(made, width)
     elif args.what == "profile":
         from caspr_cli.report.profile import profile
 
-        yield from terminal.profiled(profile(made, args.unit))
+        yield from terminal.profiled(profile(made, args.unit), width, bold=bold)
+
+
+def _command() -> str:
+    from caspr_cli.common.shape import printable
+
+    return printable(shlex.join(["caspr-report", *sys.argv[1:]]))
 
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
-    from caspr_cli.common.shape import printable
     from caspr_cli.report import format, markdown
 
-    command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
+    command = _command()
     writers: dict[str, Callable[[], str]] = {
         ".md": lambda: (markdown.trials if args.what == "trials" else markdown.compared)(made, command),
         ".tex": lambda: format.as_latex(made, command),
@@ -309,10 +365,16 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
     else:
         from caspr_cli.report import figures, sensitivity, style
 
+        if args.what == "curves" and args.together:
+            drawn = figures.together(made, over=args.over)
+            yield file, drawn
+            yield file.with_stem(f"{file.stem}-dark"), style.dark(drawn)
+            return
         styles = style.styles(row.label for table in made for row in table.rows)
         parts = [(table.task, table.scale, table.data) for table in made]
         for table, own in zip(made, parts, strict=True):
-            more = (table.metric, (table.data_hash or "")[:8]) if parts.count(own) > 1 else ()
+            several = parts.count(own) > 1
+            more = (table.metric, (table.data_hash or "")[:8], f"{table.steps}") if several else ()
             what = re.sub(r"[^\w.-]", "_", "-".join([*own, *more]))
             name = file if len(made) == 1 else file.with_stem(f"{file.stem}-{what}")
             if args.what == "trials":
@@ -325,8 +387,7 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 @console_script
 def main() -> int:
     """Run the console script. Return the exit code."""
-    run(parse(sys.argv[1:]))
-    return OK
+    return run(parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

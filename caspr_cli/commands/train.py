@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from caspr_cli import __version__
 from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
-from caspr_cli.common.errors import Parser, UserError, nearest
+from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
+from caspr_cli.common.format import wrapped
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
@@ -35,7 +36,7 @@ from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, s
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
-from caspr_cli.runs.session import Session
+from caspr_cli.runs.session import Session, width
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 from caspr_cli.tasks.registry import TASKS
 
@@ -48,11 +49,12 @@ SEVERITY = (OK, RUN_FAILED, SOME_FAILED, BAD_USAGE, TERMINATED, INTERRUPTED)  # 
 HELP = """\
 caspr-train {version}: train a task with an optimizer, and keep a record of it
 
-  caspr-train task=c4_lm optim=caspr                       one run
-  caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2      a sweep: nine runs and a table
-  caspr-train -m search=lr trial='range(6)'                a search of six trials; then trial=best seed=1,2,3
-  caspr-train experiment=c4_14m plan=true                  the plan of a whole table, tuned and seeded
-  caspr-train scale=paper task.data=files task.root=DIR    the paper's size, on your C4 shards
+  caspr-train task=c4_lm optim=caspr                     one run
+  caspr-train -m optim=caspr,shampoo,adamw seed=0,1,2    a sweep, and a table
+  caspr-train -m search=lr trial='range(6)'              six trials of a search
+  caspr-train search=lr trial=best seed=1 optim=caspr    the best of them again
+  caspr-train experiment=c4_14m plan=true                the plan of a table
+  caspr-train scale=paper task.data=files task.root=DIR  the paper's size
 
 tasks
 {tasks}
@@ -60,13 +62,17 @@ optimizers
 {optimizers}
 scales
 {scales}
-tables   experiment={experiments}
+{experiments}
 keys     any key of the recipe as key=value; all of them: caspr-train --cfg job
-         search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir
-flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job   debug=fast 20 steps   debug=plan
-own      caspr-train new task NAME, new optimizer NAME   tab: eval "$(caspr-train -sc install=bash)"
-exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed   130, 143 interrupted
-see      caspr-train help {topics}   caspr-report --help
+{searches}
+flags    -m sweep (hydra/launcher=joblib, slurm, ray)   --cfg job
+         debug=fast 20 steps   debug=plan trains nothing
+own      caspr-train new task NAME, new optimizer NAME
+tab      eval "$(caspr-train -sc install=bash)"
+exits    0 done   1 the run failed   2 bad usage   3 some jobs of a sweep failed
+         130, 143 interrupted
+see      caspr-train help {topics}
+         caspr-report --help
 """
 
 
@@ -81,15 +87,19 @@ def usage() -> str:
         return {name: about for name, (about, package) in kinds[kind].items() if package is None}
 
     def listing(kind: str) -> str:
-        return "\n".join(f"  {name:<14} {about}" for name, about in ours(kind).items())
+        return "\n".join(hanging(f"  {name:<14} {about}", 17) for name, about in ours(kind).items())
 
     text = HELP.format(
         version=__version__,
         tasks=listing("task"),
         optimizers=listing("optim"),
         scales=listing("scale"),
-        searches=", ".join(name for name in ours("search") if name != "none"),
-        experiments=wrapped(ours("experiment")),
+        searches=hanging(
+            f"         search ({', '.join(name for name in ours('search') if name != 'none')}) trial trainer.max_steps "
+            "optim.lr seed resume output_dir",
+            9,
+        ),
+        experiments=hanging(f"tables   experiment={', '.join(ours('experiment'))}", 9),
         topics=" | ".join(topics.titles()),
     )
     others: dict[str, list[str]] = {}
@@ -100,9 +110,10 @@ def usage() -> str:
     return text + "".join(f"{line}\n" for package in others for line in (f"of {package}", *others[package]))
 
 
-def wrapped(names: Iterable[str]) -> str:
-    """Return names in lines of at most 100 columns, of which the first begins in column 20 and the others in 9."""
-    return textwrap.fill(", ".join(names), 100, initial_indent=" " * 20, subsequent_indent=" " * 9).lstrip()
+def hanging(text: str, indent: int) -> str:
+    """Return a text in lines as wide as the terminal, at most ``WIDEST``, of which all but the first are indented."""
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 @console_script
@@ -171,7 +182,8 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
                 raise ConfigError(f"{row.label}: {error}") from error
             took.append(str(error))
     for line in [*plan_of(experiment, table, took), *damaged(table)]:
-        say(line)
+        for part in wrapped(line, width()):
+            say(part)
     if planned_only:
         say(f"next     {shlex.join(command)}")
         return OK
@@ -186,7 +198,7 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
 def announced(line: str, sweep: list[str]) -> int:
     """Print what a sweep is for, and run it. Return its exit code."""
     say(f"\n{line}")
-    return compose_and_run(["-m", *sweep])
+    return compose_and_run(["-m", *sweep], brief=True)
 
 
 def report(experiment: Experiment) -> None:
@@ -206,7 +218,8 @@ def report(experiment: Experiment) -> None:
         except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")
-        for line in terminal.compared(made, runs, [folder], shutil.get_terminal_size((120, 24)).columns):
+        columns, bold = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
+        for line in terminal.compared(made, runs, [folder], columns, bold=bold):
             say(line)
         write_output(page, compared(made, shlex.join([*command, "--to", str(page)])))
         say(f"wrote    {page}")
@@ -264,9 +277,13 @@ def check_word(word: str, flags: list[str]) -> None:
         raise ConfigError(f"{word}: choose with {key.removesuffix('.name')}={value}")
 
 
-def compose_and_run(argv: list[str]) -> int:
-    """Run a command line: one run, a sweep, or a print of the config. Return the exit code."""
-    session, composer = Session(["caspr-train", *argv]), None
+def compose_and_run(argv: list[str], *, brief: bool = False) -> int:
+    """Run a command line: one run, a sweep, or a print of the config. Return the exit code.
+
+    Args:
+        brief: print one line for each job.
+    """
+    session, composer = Session(["caspr-train", *argv], brief=brief), None
     try:
         flags = flags_of(argv)
         composer = Composer(flags.words, sweeps=flags.multirun, place=next(iter(flags.config_dir), None),

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,14 +49,14 @@ class Flag:
     choices: tuple[str, ...] | None = None
 
 
-# Those of caspr_cli.theory.gradients, which needs torch.
+# The values of caspr_cli.theory.gradients, which cannot be imported here: it needs torch.
 OURS = [name for name in TASKS if plugins.package(plugins.TASKS, name) is None]
 FLAGS = {
     "seed": Flag(0, natural, "the first seed"),
     "seeds": Flag(3, positive, "number of seeds, for bands"),
     "task": Flag(None, str, f"gradients of this task alone: {', '.join(OURS)}", "NAME"),
     "parameter": Flag(None, str, "layers of the task with this in their names, with at most 1,024 numbers", "TEXT"),
-    "optim": Flag("caspr", str, "the optimizer along whose path gradients are recorded", None, ("caspr", "adamw")),
+    "optim": Flag("caspr", str, "caspr or adamw, along whose path gradients are recorded", "NAME", ("caspr", "adamw")),
     "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),
     "batch": Flag(None, positive, "samples in a step of that model (default: as in the task)"),
     "tokens": Flag(4e6, float, "tokens in a step of the large models"),
@@ -76,28 +77,25 @@ QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "roots": ("inverse roots: error, steps, time and memory, predicted and measured", ("seed", "seeds")),
     "cost": ("FLOPs, bytes and time of a step: here, and on paper for large models", ("seed", *COSTED)),
 }
-EXITS = "exits    0 done   1 a statement that should hold did not   2 bad usage   130 interrupted"
+EXITS = """\
+exits    0 done   1 a statement that should hold did not   2 bad usage
+         130 interrupted"""
 
 
 def parser() -> Parser:
     """Return the parser of the command line, with a subparser for each question."""
 
-    def layout(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=18, width=110)
-
     made = Parser(
         "caspr-verify",
         description="The paper's claims on real gradients, checked, with tables and figures.",
         epilog=f"caspr-verify question --help has the flags of a question\n{EXITS}",
-        formatter_class=layout,
     )
     made.add_argument("--version", action="version", version=f"caspr-verify {__version__}")
     questions = made.add_subparsers(title="questions", metavar="question", dest="what")
     every = f"all of these, and one page of them: {OUTPUTS}/index.html"
     for name, (text, flags) in (QUESTIONS | {ALL: (every, LAYERS)}).items():
-        one: Parser = questions.add_parser(
-            name, help=text, description=f"{text}.", epilog=EXITS, formatter_class=layout
-        )
+        about = textwrap.fill(f"{text}.", 78)
+        one: Parser = questions.add_parser(name, help=text, description=about, epilog=EXITS)
         one.add_argument("--quick", action="store_true", help="seconds instead of minutes: less of everything")
         for flag in flags:
             f = FLAGS[flag]

@@ -6,6 +6,8 @@ import argparse
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
+from shutil import get_terminal_size
 from typing import Any, NoReturn
 
 # The modules that an extra of this package installs, beside those of the extras that it builds on.
@@ -14,16 +16,28 @@ EXTRAS = {
     "run": ("PIL", "datasets", "google", "hydra", "jinja2", "lightning", "matplotlib", "numpy", "omegaconf", "pandas",
             "psutil", "pyarrow", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics",
             "torchvision", "turkish_treebanks", "yaml"),
+    "wandb": ("wandb",), "mlflow": ("mlflow",),
 }  # fmt: skip
 
 
 def not_installed(error: ImportError) -> str | None:
     """Return how to install the module that an import did not find; None if it is not one of :data:`EXTRAS`."""
     module = (error.name or "").partition(".")[0]
+    return _install(module)
+
+
+def uninstalled(module: str) -> str | None:
+    """Return how to install a module that is not installed; None if it is. It is not imported."""
+    spec = find_spec(module)
+    return _install(module) if spec is None or spec.origin is None else None  # a folder of that name is no package
+
+
+def _install(module: str) -> str | None:
     extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
     return extra and f"this needs {module}, which is not installed: pip install 'caspr-cli[{extra}]'"
 
 
+WIDEST = 110  # columns of a help text
 CLOSE = 0.65  # least similarity of a suggestion: above that of muon to lion and of resnet to imagenet
 
 
@@ -58,11 +72,24 @@ def positive(text: str) -> int:
     return value
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, as wide as the terminal, where that is not too wide to read."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24, width=min(get_terminal_size().columns, WIDEST) - 2)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        for each in self._iter_indented_subactions(action):  # argparse forgets that commands are indented
+            length = len(self._format_action_invocation(each)) + self._current_indent
+            self._action_max_length = max(self._action_max_length, length)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises :class:`UserError` with one line instead of printing its usage."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | options)
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": Help} | options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # subparsers are called by this name
         found, unknown = super().parse_known_args(args, namespace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TextIO
 
 
@@ -60,12 +60,15 @@ def wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False)
 
 
-def table(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:
+def table(
+    rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None, bold: Collection[tuple[int, int]] = ()
+) -> list[str]:
     """Return the lines of a table with aligned columns, two spaces apart.
 
     Args:
         rows: cells, the heads first.
         right: which columns are aligned to the right; by default all but the first.
+        bold: cells, as line and column, that have the codes of a terminal for it.
     """
     from rich.console import Console  # slow to import
     from rich.table import Table
@@ -74,17 +77,18 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) ->
     made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     for k in range(len(rows[0])):
         made.add_column(justify="right" if (right[k] if right else k > 0) else "left", no_wrap=True)
-    for row in rows:
-        made.add_row(*map(Text, row))
+    for line, row in enumerate(rows):
+        made.add_row(*(Text(text, style="bold" if (line, k) in bold else "") for k, text in enumerate(row)))
     width = sum(max(len(row[k]) for row in rows) + 2 for k in range(len(rows[0])))
-    console = Console(file=io.StringIO(), width=2 * width, color_system=None, legacy_windows=False)
+    console = Console(file=io.StringIO(), width=2 * width, color_system="standard" if bold else None,
+                      force_terminal=bool(bold), legacy_windows=False)  # fmt: skip
     with console.capture() as captured:
         console.print(made)
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
 class Progress:
-    """One line that is overwritten while long work goes on; silent where nobody watches."""
+    """One line that is overwritten while long work goes on; silent if the stream is no terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._shown = stream, stream.isatty()

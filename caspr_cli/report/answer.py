@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # of a terminal that does not say its own
 WIDEST = 40  # characters of a cell, in a table that is too wide for the terminal
+YES, MIXED, NO = "Yes", "Mixed", "No"
 MARKS = {True: ("✓", "held"), False: ("✗", "failed")}
 
 
@@ -38,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one command of ``caspr-verify`` found.
+    """The findings of one command of ``caspr-verify``.
 
     Args:
         finding: the answer in one sentence of at most 30 words, made from the numbers.
@@ -47,11 +48,15 @@ class Answer:
             command fails.
         counterexamples: statements that do not hold in general, each with how often it failed here.
         text: more paragraphs, where the tables do not suffice.
+        verdict: the answer in a word, made from the numbers, where all claims held.
+        formula: what the question is about, as plain text: ``X_Shampoo``, ``F~^½``, ``(1 − x)^(−1/p)``.
     """
 
     name: str
     question: str
     finding: str = ""
+    verdict: str = YES
+    formula: str = ""
     tables: Mapping[str, DataFrame] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     claims: tuple[tuple[str, bool], ...] = ()
@@ -59,6 +64,19 @@ class Answer:
     text: tuple[str, ...] = ()
     command: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def word(self) -> str:
+        """Yes, Mixed or No; where a claim failed, it is no Yes."""
+        held = [held for _, held in self.claims]
+        if held and not any(held):
+            return NO
+        return MIXED if self.verdict == YES and not all(held) else self.verdict
+
+
+def judged(found: Sequence[bool]) -> str:
+    """Return yes if all of these hold, no if none does, and else mixed."""
+    return YES if all(found) else MIXED if any(found) else NO
 
 
 def table(
@@ -108,7 +126,7 @@ def numeric(made: DataFrame) -> list[bool]:
 
 
 def rest(name: str, made: DataFrame) -> str:
-    """Return where the rows are that people do not see."""
+    """Return how many rows are not shown, and which file has them; empty if all are shown."""
     left = 0 if made.attrs["shown"] is None else len(made) - made.attrs["shown"]
     return f"{count(left, 'more row')} in {name}.csv" if left > 0 else ""
 
@@ -119,9 +137,11 @@ def visible(answer: Answer) -> dict[str, DataFrame]:
 
 
 def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
-    """Yield question, finding, claims and tables."""
+    """Yield question, formula, answer, claims and tables."""
     yield from textwrap.wrap(answer.question, width)
-    for text in filter(None, (answer.finding, *answer.text)):
+    if answer.formula:
+        yield from ["", f"  {answer.formula}"]
+    for text in filter(None, (said(answer), *answer.text)):
         yield ""
         yield from textwrap.wrap(text, width)
     if answer.claims:
@@ -133,6 +153,11 @@ def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
     for name, made in visible(answer).items():
         yield ""
         yield from table_lines(name, made, width)
+
+
+def said(answer: Answer) -> str:
+    """Return the answer in a word, and the sentence that has its numbers."""
+    return f"{answer.word}. {answer.finding}" if answer.finding else ""
 
 
 def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
@@ -186,7 +211,8 @@ def _plain(answer: Answer) -> dict[str, Any]:
         for name, made in answer.tables.items()
     }
     return {
-        **{name: getattr(answer, name) for name in ("name", "question", "finding", "text")},
+        **{name: getattr(answer, name) for name in ("name", "question", "formula", "finding", "text")},
+        "answer": answer.word,
         "claims": [{"statement": text, "held": held} for text, held in answer.claims],
         "counterexamples": answer.counterexamples,
         "tables": tables,
@@ -211,7 +237,8 @@ def as_markdown(answer: Answer) -> str:
         lines = render.markdown(grid(made), numeric(made))
         tables.append("\n\n".join(filter(None, [f"## {made.attrs['title']}", lines, note])))
     made_by = f"Made by\n\n    {answer.command}" if answer.command else ""
-    parts = [f"# {answer.question}", answer.finding, *answer.text, "\n".join(claims), *tables, *figures, made_by]
+    formula = f"    {answer.formula}" if answer.formula else ""
+    parts = [f"# {answer.question}", formula, said(answer), *answer.text, "\n".join(claims), *tables, *figures, made_by]
     return "\n\n".join(filter(None, [*parts, origin(answer)])) + "\n"
 
 

@@ -12,7 +12,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
-from caspr_cli.report.horizon import HORIZON, with_own_schedules
+from caspr_cli.report.horizon import HORIZON, LENGTH, with_own_schedules
 from caspr_cli.report.model import Difference, Row, Run, Table, Trial
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import (
@@ -24,6 +24,7 @@ from caspr_cli.report.selection import (
     grouped,
     matching,
     median,
+    planned,
     searched_keys,
     select,
     time_to,
@@ -38,7 +39,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """What all rows of a table have in common."""
+    """The task, scale, data and planned steps that all rows of a table share."""
 
     task: str
     scale: str
@@ -46,6 +47,7 @@ class Subject:
     metric: str
     higher_is_better: bool
     data_hash: str | None = None
+    steps: int | None = None
 
     @classmethod
     def of(cls, run: Run) -> Subject:
@@ -77,7 +79,12 @@ def tables(
     _check(runs, tuned, wanted)
     left_out = [run for run in runs if run.config.get(DEBUG) not in (None, "none")]
     found = subjects([run for run in runs if run.config.get(DEBUG) in (None, "none")])
-    made = [_table(subject, own, baseline, tuned, wanted.get(subject.task)) for subject, own in found.items()]
+    budgets = LENGTH not in (tuned or ())
+    made = [
+        _table(replace(subject, steps=steps), own, every, baseline, tuned, wanted.get(subject.task))
+        for subject, every in found.items()
+        for steps, own in (by_steps(every) if budgets else {None: every}).items()
+    ]
     if not made:
         raise UserError(f"all {count(len(runs), 'record')} have {_debug(left_out)}, which is not compared")
     rows = [row for table in made for row in table.rows]
@@ -87,7 +94,7 @@ def tables(
             f"--baseline {baseline}: no row is called so.{nearest(baseline, labels)} (rows: {listed(labels, 12)})"
         )
     return [
-        replace(table, warnings=(*table.warnings, *_other_data(table, made), *_debugged(table, made, left_out)))
+        replace(table, warnings=(*table.warnings, *_others(table, made), *_debugged(table, made, left_out)))
         for table in made
     ]
 
@@ -122,10 +129,26 @@ def subjects(runs: Sequence[Run]) -> dict[Subject, list[Run]]:
     return found
 
 
-def _other_data(table: Table, made: Sequence[Table]) -> Iterator[str]:
-    """Yield where the same task on other data has a table of its own."""
+def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
+    """Return the runs of each length, the longest first: runs of other lengths are not alike.
+
+    Runs with ``horizon`` have no table of their own, where there are others: they show how soon a whole run can reach
+    the target.
+    """
+    whole = [run for run in runs if run.config.get(HORIZON) is None] or runs
+    found: dict[int | None, list[Run]] = defaultdict(list)
+    for run in sorted(whole, key=lambda run: -(run.config.get(LENGTH) or 0)):
+        found[run.config.get(LENGTH)].append(run)
+    return found
+
+
+def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
+    """Yield where the same task on other data, or with other lengths, has a table of its own."""
     same = [other for other in made if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)]
     others = list(dict.fromkeys(str(o.data_hash)[:8] for o in same if o.data_hash != table.data_hash))
+    lengths = [f"{o.steps or 0:,}" for o in same if o.data_hash == table.data_hash and o.steps != table.steps]
+    if lengths:
+        yield f"runs of {table.task} for {listed(lengths, 4)} steps have a table of their own"
     if others:
         yield (
             f"records of {table.task} on different data: these are on {str(table.data_hash)[:8]}, "
@@ -147,8 +170,19 @@ def _debug(runs: Sequence[Run]) -> str:
 
 
 def _table(
-    subject: Subject, runs: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None, given: float | None
+    subject: Subject,
+    runs: Sequence[Run],
+    every: Sequence[Run],
+    baseline: str | None,
+    tuned: Sequence[str] | None,
+    given: float | None,
 ) -> Table:
+    """Return one table.
+
+    Args:
+        every: the runs of all lengths: of these ``runs`` have one.
+        baseline, tuned, given: as of :func:`tables`, with the target of this task.
+    """
     higher = subject.higher_is_better
     target = common_target(runs, higher_is_better=higher) if given is None else given
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
@@ -157,12 +191,10 @@ def _table(
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        whole = [run for run in own if run.config.get(HORIZON) is None] or own
-        parts = [[run for run in whole if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
+        parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
         rows += [_row(name, group, keys, higher, target) for part in parts for group in grouped(part, keys)]
-        part = [run for run in own if run.config.get(HORIZON) is not None]
-        if whole is not own:
-            shorter += [_row(name, group, keys, higher, target) for group in grouped(part, keys)]
+        others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
+        shorter += [_row(name, group, keys, higher, target) for group in grouped(others, keys)]
     rows = with_own_schedules(rows, shorter, target, higher_is_better=higher)
     rows.sort(key=lambda row: _place(row, higher))
     rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
@@ -205,7 +237,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         steps_to_target=median([step for step, _ in times]),
         seconds_to_target=median([seconds for _, seconds in times]),
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of([*selection.scores.values()], higher_is_better=higher),
+        best_of=stats.best_of(planned(made, selection.scores), higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
         tuned=tuned,
@@ -238,7 +270,7 @@ def compared(
     """
     baselines, warnings = _baselines(rows, wanted)
     pairs = {row.label: (row, base) for row in rows if (base := baselines.get(row.label)) and base is not row}
-    found = {label: stats.compare(_finals(row), _finals(base)) for label, (row, base) in pairs.items()}
+    found = {label: stats.compare(values_by_seed(row), values_by_seed(base)) for label, (row, base) in pairs.items()}
     unfair = {label: _unfair(row, base) for label, (row, base) in pairs.items()}
     p_values = {label: None if unfair[label] else each.p_value for label, each in found.items()}
     corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
@@ -305,7 +337,8 @@ def _unfair(row: Row, base: Row) -> str:
     return ""
 
 
-def _finals(row: Row) -> dict[int, float]:
+def values_by_seed(row: Row) -> dict[int, float]:
+    """Return the values of the reported seeds, without those that failed."""
     return {run.seed: run.final for run in row.runs if run.final is not None}
 
 
@@ -319,7 +352,7 @@ def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparis
     for label, (row, base) in pairs.items():
         if found[label].paired:
             for one, other in ((row, base), (base, row)):
-                if more := _finals(one).keys() - _finals(other).keys():
+                if more := values_by_seed(one).keys() - values_by_seed(other).keys():
                     without[one.label, tuple(sorted(more))].append(other.label)
     for (label, seeds), others in without.items():
         named = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"

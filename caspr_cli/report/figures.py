@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from textwrap import fill
 from types import MappingProxyType
@@ -15,13 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from caspr_cli.common.format import count, listed
 from caspr_cli.report.format import interval as interval_text
 from caspr_cli.report.format import number
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.profile import LONGEST, Profile, rho
+from caspr_cli.report.profile import LONGEST, Profile, names, rho
+from caspr_cli.report.selection import labels_across
 from caspr_cli.report.stats import interval
 from caspr_cli.report.style import MUTED, Style, drawing, to_svg
 from caspr_cli.report.style import styles as styles_for
@@ -29,6 +30,8 @@ from caspr_cli.report.style import styles as styles_for
 WIDTH, HEIGHT = 5.6, 3.6  # inches; small, so that text stays readable where a page is narrow
 LABELLED, LONGEST_LABEL = 9, 22  # so many lines at most are labelled at their ends, with so many characters
 FAR = 8.0  # times the distance of the median end from the best: too far for an axis that others share
+BAND = 3  # seeds from which on a curve has a band: at two the interval is nine standard deviations to each side
+PANELS = 3  # side by side, in one figure of several tables
 SETTLED = 0.4  # share of the training after which the best row should be seen
 Styles = Mapping[str, Style]
 Ends = Sequence[tuple[str, float, float]]  # label, x and y
@@ -40,37 +43,106 @@ Ends = Sequence[tuple[str, float, float]]  # label, x and y
 def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> str:
     """Draw the mean of each row at each validation, with its 95 % interval, and the target.
 
+    Of two seeds thin lines stand in place of the interval.
+
     Args:
         over: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
         styles: those that labels have in other figures.
     """
-    found = [c for row in table.rows if (c := curve(row)) is not None]
-    shown = [c for c in found if over == "steps" or c.seconds is not None]
-    if max((len(c.steps) for c in shown), default=0) < 2:
+    shown = _shown(table, over)
+    if not _long_enough(shown):
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
+    with drawing():
+        figure, axes = axes_of(table.metric, "")
+        ends = _draw(axes, table, shown, styles, over)
+        more = {c.label: ", not finished" if not c.finished else f", n = {c.n}" if c.n < BAND else "" for c in shown}
+        _labelled(figure, axes, ends, styles, more)
+        missing = [row.label for row in table.rows if row.label not in {c.label for c in shown}]
+        note(axes, "no curve" if over == "steps" else "times unknown", missing)
+        return svg_of(figure, table, f"curves {over}", _alt(table, shown, over))
+
+
+def together(tables: Sequence[Table], over: str = "steps") -> str:
+    """Draw the curves of several tables as panels of one figure, with one legend: a row has one style in all panels.
+
+    Args:
+        over: as of :func:`curves`.
+    """
+    across = labels_across([table.rows for table in tables])
+    tables = [
+        replace(table, rows=tuple(replace(row, label=label) for row, label in zip(table.rows, labels, strict=True)))
+        for table, labels in zip(tables, across, strict=True)
+    ]
+    panels = [(name, table, c) for name, table in zip(names(tables), tables, strict=True)
+              if _long_enough(c := _shown(table, over))]  # fmt: skip
+    if not panels:
+        return ""
+    styles = styles_for(dict.fromkeys(c.label for _, _, shown in panels for c in shown))
+    columns = min(PANELS, len(panels))
+    lines = -(-len(panels) // columns)
+    with drawing():
+        figure = Figure(figsize=(3.1 * columns, 2.3 * lines), layout="constrained")
+        places = list(figure.subplots(lines, columns, squeeze=False, subplot_kw={"axisbelow": True}).flatten())
+        for axes, (name, table, shown) in zip(places, panels, strict=False):
+            _draw(axes, table, shown, styles, over)
+            better = "higher" if table.higher_is_better else "lower"
+            axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            axes.set_ylabel(f"{table.metric} ({better} is better)", fontsize=8)
+            axes.tick_params(labelsize=8)
+        for unused in places[len(panels) :]:
+            unused.set_axis_off()
+        if len(panels) < len(places) and len(styles) <= LABELLED and max(map(len, styles)) <= LONGEST_LABEL:
+            handles = [Line2D([], [], **drawn(one)) for one in styles.values()]
+            places[-1].legend(handles, list(styles), loc="center", fontsize=9, handlelength=3)
+        else:
+            legend(figure, {label: label for label in styles}, styles, columns=2 * columns)
+        alt = " ".join(f"{_alt(table, shown, over)}." for _, table, shown in panels)
+        return to_svg(figure, f"curves {over} together", alt)
+
+
+def _shown(table: Table, over: str) -> list[Curve]:
+    found = [c for row in table.rows if (c := curve(row)) is not None]
+    return [c for c in found if over == "steps" or c.seconds is not None]
+
+
+def _long_enough(shown: Sequence[Curve]) -> bool:
+    return max((len(c.steps) for c in shown), default=0) > 1
+
+
+def _alt(table: Table, shown: Sequence[Curve], over: str) -> str:
+    ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
+    return f"{table.metric} on {table.task} over {over}. {ends}"
+
+
+def _draw(axes: Axes, table: Table, shown: Sequence[Curve], styles: Styles, over: str) -> Ends:
+    """Draw lines, bands and the target, and return where the lines end."""
     unit, scale = ("steps", 1.0) if over == "steps" else _unit(max(c.seconds[-1] for c in shown if c.seconds))
     xs = {c.label: [x / scale for x in (c.steps if over == "steps" else c.seconds or ())] for c in shown}
-    with drawing():
-        figure, axes = axes_of(table.metric, unit)
-        for c in shown:
-            marker = "o" if len(c.steps) == 1 else None
-            axes.plot(xs[c.label], c.mean, **drawn(styles[c.label]), marker=marker, markersize=4, zorder=3)
-            if c.low is not None and c.high is not None:
-                alpha = 0.16 if len(shown) <= LABELLED else 0.08
-                axes.fill_between(xs[c.label], c.low, c.high, color=styles[c.label].colour, alpha=alpha, linewidth=0)
-        axes.set_ylim(_range_of(table, shown))
-        low, high = axes.get_ylim()
-        last = max(x[-1] for x in xs.values())
-        first = min(_first(xs[c.label], c.mean, low, high) for c in shown)
-        axes.set_xlim(max(first - 0.08 * (last - first), 0), last)
-        _target(axes, table)
-        more = {c.label: ", not finished" if not c.finished else ", n = 1" if c.n == 1 else "" for c in shown}
-        _labelled(figure, axes, [(c.label, xs[c.label][-1], c.mean[-1]) for c in shown], styles, more)
-        missing = [row.label for row in table.rows if row.label not in xs]
-        note(axes, "no curve" if over == "steps" else "times unknown", missing)
-        ends = "; ".join(f"{c.label} ends at {number(c.mean[-1])} (n = {c.n})" for c in shown)
-        return svg_of(figure, table, f"curves {over}", f"{table.metric} on {table.task} over {over}. {ends}")
+    for c in shown:
+        marker, how = "o" if len(c.steps) == 1 else None, drawn(styles[c.label])
+        axes.plot(xs[c.label], c.mean, **how, marker=marker, markersize=4, zorder=3)
+        if c.low is not None and c.high is not None:
+            alpha = 0.16 if len(shown) <= LABELLED else 0.08
+            axes.fill_between(xs[c.label], c.low, c.high, color=how["color"], alpha=alpha, linewidth=0)
+        for single in c.singles:
+            axes.plot(xs[c.label], single, **how | {"linewidth": 0.7}, alpha=0.7, zorder=2)
+    axes.set_ylim(_range_of(table, shown))
+    low, high = axes.get_ylim()
+    last = max(x[-1] for x in xs.values())
+    first = min(_first(xs[c.label], c.mean, low, high) for c in shown)
+    axes.set_xlim(max(first - 0.08 * (last - first), 0), last)
+    axes.set_xlabel(unit)
+    if over == "steps":
+        whole_numbers(axes)
+    _target(axes, table)
+    return [(c.label, xs[c.label][-1], c.mean[-1]) for c in shown]
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Set the marks of the x axis at whole numbers, as 1,000."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def drawn(style: Style) -> dict[str, Any]:
@@ -140,11 +212,15 @@ def _labelled(
 
 
 def legend(
-    figure: Figure, names: Mapping[str, str], styles: Styles, drawn: Callable[[Style], dict[str, Any]] = drawn
+    figure: Figure,
+    names: Mapping[str, str],
+    styles: Styles,
+    drawn: Callable[[Style], dict[str, Any]] = drawn,
+    columns: int = 3,
 ) -> None:
-    """Write the names of lines under the axes, by label, and make room for them."""
+    """Write the names of lines under the axes, by label, and make room for them; in fewer columns if they are long."""
     longest = max(map(len, names.values()))
-    columns = 1 if longest > 36 else 2 if longest > 14 else 3
+    columns = 1 if longest > 36 else 2 if longest > 14 else columns
     wrapped = [fill(name, 80) for name in names.values()]
     lines = math.ceil(sum(name.count("\n") + 1 for name in wrapped) / columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * lines)
@@ -161,7 +237,8 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
     edges = [edge for row in rows for edge in (row.ci_low, row.ci_high, *(run.final for run in row.runs))]
     low, high = with_near([edge for edge in edges if edge is not None], low, high)
-    labels = [fill(f"{row.label} (n\u00a0=\u00a01)" if row.n == 1 else row.label, 28) for row in table.rows]
+    few = [f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND) for row in table.rows]
+    labels = [fill(f"{row.label}{n}", 28) for row, n in zip(table.rows, few, strict=True)]
     lines = max(label.count("\n") + 1 for label in labels)
     room = len(table.rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
     with drawing():
@@ -169,14 +246,15 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
-            if row.is_baseline and row.ci_low is not None and row.ci_high is not None:
+            if row.is_baseline and row.n >= BAND and row.ci_low is not None and row.ci_high is not None:
                 axes.axvspan(row.ci_low, row.ci_high, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
         axes.set_yticks(range(len(table.rows)), labels)
         axes.set_ylim(len(table.rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        note(axes, "baseline, its interval as a strip", [row.label for row in table.rows if row.is_baseline])
+        strip = [row.label for row in table.rows if row.is_baseline and row.n >= BAND]
+        note(axes, "baseline, its interval as a strip", strip)
         means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r)} (n = {r.n})" for r in table.rows)
         return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
 
@@ -200,7 +278,8 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
     seeds = [run.final for run in row.runs if run.final is not None]
     axes.plot(seeds, [y + 0.24] * len(seeds), ".", color=style.colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
     if row.ci_low is not None and row.ci_high is not None:
-        axes.plot([row.ci_low, row.ci_high], [y, y], color=style.colour, linewidth=1.8, solid_capstyle="butt")
+        width = 1.8 if row.n >= BAND else 0.7  # the interval of two reaches beyond the axes
+        axes.plot([row.ci_low, row.ci_high], [y, y], color=style.colour, linewidth=width, solid_capstyle="butt")
     axes.plot([row.mean], [y], "o", color=style.colour, markersize=5.5)
 
 
@@ -218,7 +297,7 @@ def best_of(table: Table, styles: Styles | None = None) -> str:
         wanted = [median(row.best_of[0] for row in rows)]
         axes.set_ylim(window([row.best_of[-1] for row in rows], wanted, higher=table.higher_is_better))
         axes.set_xlim(1, max(len(row.best_of) for row in rows))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(axes)
         _labelled(figure, axes, [(row.label, len(row.best_of), row.best_of[-1]) for row in rows], styles)
         note(axes, "fewer than two trials", [row.label for row in table.rows if len(row.best_of) < 2])
         ends = "; ".join(
@@ -286,7 +365,8 @@ class Curve:
         n: runs that are averaged: the finished ones, or those there are if none is.
         finished: whether ``n`` counts finished runs.
         seconds: the median at each step; None if a run has no times.
-        low, high: 95 % interval of the mean at each step; None if n < 2.
+        low, high: 95 % interval of the mean at each step; None if n < ``BAND``.
+        singles: the values of each run, where there are two.
     """
 
     label: str
@@ -297,6 +377,7 @@ class Curve:
     mean: tuple[float, ...]
     low: tuple[float, ...] | None
     high: tuple[float, ...] | None
+    singles: tuple[tuple[float, ...], ...] = ()
 
 
 def curve(row: Row) -> Curve | None:
@@ -311,9 +392,10 @@ def curve(row: Row) -> Curve | None:
     times = [[time for points in by_step if (time := points[step].seconds) is not None] for step in steps]
     mean, bands = tuple(map(fmean, values)), map(interval, values)  # no band where all values are equal
     edges = [(m, m) if low is None or high is None else (low, high) for m, (low, high) in zip(mean, bands, strict=True)]
-    low, high = zip(*edges, strict=True) if len(runs) > 1 else (None, None)
+    low, high = zip(*edges, strict=True) if len(runs) >= BAND else (None, None)
+    singles = tuple(zip(*values, strict=True)) if 1 < len(runs) < BAND else ()
     seconds = tuple(map(median, times)) if all(len(own) == len(runs) for own in times) else None
-    return Curve(row.label, len(runs), bool(done), tuple(steps), seconds, mean, low, high)
+    return Curve(row.label, len(runs), bool(done), tuple(steps), seconds, mean, low, high, singles)
 
 
 def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from caspr_cli.report.selection import settings
 from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
 
 NOT_SIGNIFICANT, NOT_TESTED = "no significant difference", "not tested"
+# A verdict has a mark, too: its colour alone would not reach everyone.
+MARKS = {"better": "▲", "worse": "▼", NOT_SIGNIFICANT: "≈", NOT_TESTED: "○", "baseline": "●"}
 FEW = 5  # with fewer seeds the spread is too uncertain to say how many seeds would find the observed difference
 # What every legend says of verdicts and intervals.
 ABOUT_SETTINGS = "verdicts are about the selected settings: they were tuned once, and no interval includes that chance"
@@ -41,6 +43,8 @@ LEGEND = (
     f"{DIFFERENCES}; {POWERED}. {sentence(ABOUT_SETTINGS)}; {NOT_CORRECTED}; {BOUNDED}. "
     "Rows with failed seeds stand behind the others."
 )
+BOLD = "Bold: the best of a column, whether significant or not."
+LEGEND_OF_MARKS = "▲ better, ▼ worse, ≈ no significant difference, ○ not tested, ● the baseline."
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
@@ -179,11 +183,31 @@ def against(difference: Difference) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column for people; those with the highest ``spare`` are left out first where there is no room."""
+    """One column for people; those with the highest ``spare`` are left out first where there is no room.
+
+    Args:
+        value: what rows can be ranked by; None: by nothing.
+        higher: whether the highest is the best.
+    """
 
     head: str
     cell: Callable[[Row], str]
     spare: int = 0
+    value: Callable[[Row], float | None] | None = None
+    higher: bool = False
+
+    def best(self, rows: Sequence[Row]) -> set[str]:
+        """Return the labels of the rows whose value is the best; none if all are equal or have none.
+
+        Rows with failed seeds do not count beside others: theirs are the lucky ones.
+        """
+        if self.value is None:
+            return set()
+        whole = [row for row in rows if not row.failed] or rows
+        values = {row.label: value for row in whole if (value := self.value(row)) is not None}
+        top = (max if self.higher else min)(values.values(), default=None)
+        found = {label for label, value in values.items() if value == top}
+        return found if len(found) < len(rows) else set()
 
 
 def columns(table: Table) -> list[Column]:
@@ -193,20 +217,23 @@ def columns(table: Table) -> list[Column]:
         n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
         return f"{mean_sd(row.test_mean, row.test_sd)}{n}"
 
+    higher = table.higher_is_better
     found = [
         Column("optimizer", lambda row: row.label),
         Column("n", seeds),
-        Column("mean ± sd", lambda row: mean_sd(row.mean, row.sd)),
+        Column("mean ± sd", lambda row: mean_sd(row.mean, row.sd), 0, lambda row: row.mean, higher),
         Column("95 % interval", interval, 2),
-        Column("test", test, 3),
+        Column("test", test, 3, lambda row: row.test_mean, higher),
     ]
     if table.target is not None:
         found += [
-            Column(f"steps to {table.target:g}", steps_to_target, 1),
-            Column("time to it", lambda row: duration(row.seconds_to_target), 4),
+            Column(f"steps to {table.target:g}", steps_to_target, 1, lambda row: row.steps_to_target),
+            Column("time to it", lambda row: duration(row.seconds_to_target), 4, lambda row: row.seconds_to_target),
         ]
     if any(row.own_schedule for row in table.rows):
-        found.append(Column("own schedule", own_schedule, 1))
+        found.append(
+            Column("own schedule", own_schedule, 1, lambda row: row.own_schedule.steps if row.own_schedule else None)
+        )
     return [*found, Column("trials", budget, 5)]
 
 
@@ -256,10 +283,7 @@ def title(table: Table) -> str:
 
 def _horizon(table: Table) -> str:
     """Return for which length the runs were planned, from whose curves steps to the target are read."""
-    given = [run.config.get("trainer.max_steps") for row in table.rows for run in row.runs]
-    lengths = sorted({int(steps) for steps in given if steps is not None})
-    named = listed([f"{steps:,}" for steps in lengths])
-    planned = f", steps to it read off a schedule of {named} steps" if lengths else ""
+    planned = f", steps to it read off a schedule of {table.steps:,} steps" if table.steps else ""
     own = any(row.own_schedule for row in table.rows)
     more = "; own schedule: the shortest whole run whose mean over the same seeds reaches it"
     return f"{planned}{more if own else ''}"
@@ -275,12 +299,17 @@ def comparison(row: Row) -> str:
     return against(row.difference) if row.difference else "baseline" if row.is_baseline else ""
 
 
+def marked(row: Row) -> str:
+    """Return the comparison with the mark of its verdict."""
+    return f"{MARKS[row.kind]} {comparison(row)}" if row.kind else ""
+
+
 def selected(row: Row) -> str:
     """Return the values of the tuned keys, as ``lr=0.006``."""
     return settings(row.selected.values) if row.selected else ""
 
 
-def cells(table: Table) -> list[list[str]]:
+def cells(table: Table, comparison: Callable[[Row], str] = marked) -> list[list[str]]:
     """Return the heads, and a line for each row, with what was selected and the verdict."""
     shown = columns(table)
     rows = [
@@ -289,9 +318,16 @@ def cells(table: Table) -> list[list[str]]:
     return [[*(column.head for column in shown), "selected", "verdict"], *rows]
 
 
+def strong(table: Table) -> set[render.Place]:
+    """Return which of the :func:`cells` are the best of their columns."""
+    labels = [row.label for row in table.rows]
+    best = (column.best(table.rows) for column in columns(table))
+    return {(labels.index(label) + 1, k) for k, found in enumerate(best) for label in found}
+
+
 # ---- files -------------------------------------------------------------------------------------------------------
 
-OF_TABLE = ("task", "scale", "data", "data_hash", "metric", "higher_is_better", "target", "baseline")
+OF_TABLE = ("task", "scale", "data", "data_hash", "steps", "metric", "higher_is_better", "target", "baseline")
 OF_ROW = (
     "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target",
     "seconds_to_target", "reached",
@@ -347,5 +383,8 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 def as_latex(tables: Sequence[Table], command: str) -> str:
     """Return tables for the package booktabs, with their warnings as notes."""
-    made = [render.latex(cells(table), f"{title(table)}. {LEGEND}", table.warnings) for table in tables]
+    made = [
+        render.latex(cells(table, comparison), f"{title(table)}. {LEGEND} {BOLD}", table.warnings, strong(table))
+        for table in tables
+    ]
     return "\n".join([f"% {command}\n% \\usepackage{{booktabs}}\n", *made])

@@ -1,4 +1,4 @@
-"""The first line of a report: which row has the best mean where, what is significant, and what a step costs.
+"""The first line of a report, one sentence: which row has the best mean where, and what one row is better than.
 
 It says what the tables say, of the same means and verdicts, over all tasks.
 """
@@ -6,112 +6,134 @@ It says what the tables say, of the same means and verdicts, over all tasks.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import format, provenance
+from caspr_cli.report.compare import compared
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import names
 from caspr_cli.report.selection import labels_across
-from caspr_cli.report.stats import Comparison
 
 MOST = 6  # rows in one list
+SUBJECT = "caspr"  # the row that is compared with all others, where there is one
+TURNED = {"better": "worse", "worse": "better"}
 
 
 def headline(tables: Sequence[Table]) -> str:
-    """Return who wins where and by how much, what is significant, and what it costs in seconds, in few sentences."""
+    """Return who has the best mean on how many tasks, and what one row is significantly better and worse than."""
+    by_label = _by_label(tables)
+    best, ranked = _best(tables, by_label)
+    subject = next((label for rows in by_label for label in rows if label == SUBJECT), ranked[0] if ranked else "")
+    if not ranked:
+        return f"{best}."
+    said = _verdicts(tables, by_label, subject)
+    same = said.startswith(f"{subject} is") and best.endswith(f": {subject}")
+    return f"{best}, which {said.removeprefix(f'{subject} ')}." if same else f"{best}; {said}."
+
+
+def _by_label(tables: Sequence[Table]) -> list[dict[str, Row]]:
     across = labels_across([table.rows for table in tables])
-    by_label = [dict(zip(labels, table.rows, strict=True)) for labels, table in zip(across, tables, strict=True)]
-    parts = [*_best(tables, by_label), *_verdicts(tables, by_label), *_costs(tables, by_label)]
-    return " ".join(f"{part}." for part in parts)
+    return [dict(zip(labels, table.rows, strict=True)) for labels, table in zip(across, tables, strict=True)]
 
 
-def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> Iterator[str]:
-    """Yield which rows have the best mean on which tasks, each with its difference to the baseline."""
-    won: dict[str, list[str]] = defaultdict(list)
-    alone, nothing = [], []
+def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tuple[str, list[str]]:
+    """Return which rows have the best mean on how many tasks, in words, and these rows, the most frequent first."""
+    won: dict[str, int] = defaultdict(int)
+    alone, luckier = dict[str, list[str]](), list[str]()
     for name, table, rows in zip(names(tables), tables, by_label, strict=True):
         valued = {label: row for label, row in rows.items() if row.mean is not None}
-        if not valued:
-            nothing.append(name)
-        elif len(valued) == 1:
-            alone.append(f"On {name} {next(iter(valued))} alone has a value")
-        else:
-            label, said = _winner(table, valued)
-            won[label].append(f"{name}{said}")
-    total = sum(map(len, won.values()))
-    if total:
-        ranked = sorted(won.items(), key=lambda item: -len(item[1]))
-        each = [f"{label} on {len(where)} of {count(total, 'task')} ({'; '.join(where)})" for label, where in ranked]
-        yield f"Best mean: {', '.join(each) if total > 1 else f'{ranked[0][0]} on {ranked[0][1][0]}'}"
-    yield from alone
-    if nothing:
-        yield f"No run is done with a finite value on {listed(nothing, MOST)}"
+        if len(valued) > 1:
+            best = next(iter(valued.values()))  # rows with failed seeds stand behind the others
+            won[listed([k for k, row in valued.items() if _as_good(row, best)], MOST)] += 1
+            sign = 1 if table.higher_is_better else -1
+            luckier += [k for k, row in valued.items() if sign * (row.mean or 0.0) > sign * (best.mean or 0.0)]
+        elif valued:
+            alone.setdefault(next(iter(valued)), []).append(name)
+    ranked = sorted(won, key=lambda label: -won[label])
+    if not ranked:
+        only = [f"only {label} has a value on {listed(where, MOST)}" for label, where in alone.items()]
+        said = "; ".join(only) or f"no run is done with a finite value on {listed(names(tables), MOST)}"
+        return format.sentence(said), ranked
+    total = sum(won.values())
+    each = [f"{label} on {won[label]}" for label in ranked] if total > 1 else ranked
+    if total > 1:
+        each[0] += f" of {count(total, 'table' if len({table.task for table in tables}) < total else 'task')}"
+    but = f" (without {listed(list(dict.fromkeys(luckier)), MOST)}, of which seeds failed)" if luckier else ""
+    return f"Best mean: {listed(each, MOST)}{but}", ranked
 
 
-def _winner(table: Table, rows: Mapping[str, Row]) -> tuple[str, str]:
-    """Return the row with the best mean, or those, and what is to be said of it."""
-    best = next(iter(rows.values()))  # rows with failed seeds stand behind the others
-    same = [label for label, row in rows.items() if (row.mean, row.failed) == (best.mean, best.failed)]
-    sign = 1 if table.higher_is_better else -1
-    luckier = [label for label, row in rows.items() if sign * (row.mean or 0.0) > sign * (best.mean or 0.0)]
-    but = f", but for {listed(luckier, MOST)}, of which seeds failed" if luckier else ""
-    return listed(same, MOST), f"{_by(best)}{but}"
+def _as_good(row: Row, best: Row) -> bool:
+    return (row.mean, row.failed) == (best.mean, best.failed)
 
 
-def _by(row: Row) -> str:
-    """Return the difference of a row to its baseline, and whether it is significant."""
-    if row.is_baseline:
-        return ": the baseline"
-    if row.difference is None or row.difference.value is None:
-        return ""
-    change = format.change(Comparison(value=row.difference.value), row.difference.share_of)
-    said = {"better": "significant", "worse": "significant", format.NOT_SIGNIFICANT: "not significant"}
-    return f": {change} against {row.difference.baseline}, {said.get(row.kind, row.kind)}"
+def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], subject: str) -> str:
+    """Return what ``subject`` is significantly better and worse than; with own baselines, what each row is."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    own = [format.baseline(table) for table in tables if table.own_baselines]
+    for table, rows in zip(tables, by_label, strict=True):
+        for label, kind in _of_rows(rows) if own else _against(rows, subject, higher=table.higher_is_better):
+            kinds[label].append(kind)
+    said = {kind: _where(kinds, kind) for kind in ("better", "worse", format.NOT_TESTED)}
+    if (
+        not said["better"]
+        and not said["worse"]
+        and not any(format.NOT_SIGNIFICANT in found for found in kinds.values())
+    ):
+        return "no difference is tested"
+    untested = f" (not tested: {said[format.NOT_TESTED]})" if said[format.NOT_TESTED] else ""
+    better, worse = (said[kind] or "none" for kind in ("better", "worse"))
+    if own:
+        return f"significantly better than {own[0]}: {better}; worse: {worse}{untested}"
+    return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
 
 
-def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> Iterator[str]:
-    """Yield on how many tasks each row is significantly better or worse than its baseline, of those that test it."""
-    bases = list(dict.fromkeys(format.baseline(table) for table in tables if table.baseline))
-    tested: dict[str, list[str]] = defaultdict(list)
-    for rows in by_label:
-        for label, row in rows.items():
-            if row.difference is not None:
-                tested[label].append(row.kind)
-    if not tested:
-        if max(map(len, by_label)) > 1:
-            why = f"No other row is tested against {listed(bases)}"
-            yield why if bases else "There is no baseline, so no row is tested"
-        return
-    parts = []
-    many = max(map(len, tested.values())) > 1
-    better = f"significantly better than {listed(bases)}{' (tasks)' * many}"
-    for said, kind in ((better, "better"), ("significantly worse", "worse")):
-        parts.append(f"{said}: {_where(tested, kind) or 'none'}")
-    if untested := _where(tested, format.NOT_TESTED):
-        parts.append(f"{format.NOT_TESTED}: {untested}")
-    yield format.sentence("; ".join(parts))
+def _of_rows(rows: Mapping[str, Row]) -> list[tuple[str, str]]:
+    return [(label, row.kind) for label, row in rows.items() if row.difference is not None]
 
 
-def _where(tested: Mapping[str, Sequence[str]], kind: str) -> str:
-    """Return the rows with this verdict, those with the most tasks first, with the number of tasks."""
-    counts = {label: kinds.count(kind) for label, kinds in tested.items() if kind in kinds}
+def _against(rows: Mapping[str, Row], subject: str, *, higher: bool) -> list[tuple[str, str]]:
+    """Return what ``subject`` is in comparison with each other row, by label.
+
+    With the baseline, and if it is that itself, it is what the table says; the others are tested against it, corrected
+    for the number of rows as in a table.
+    """
+    if subject not in rows or rows[subject].mean is None:
+        return []
+    own = rows[subject]
+    tested = (
+        list(rows.values()) if own.is_baseline else compared([*rows.values()], own.label, higher_is_better=higher)[0]
+    )
+    found = []
+    for label, row in zip(rows, tested, strict=True):
+        if rows[label].is_baseline and own.difference is not None:
+            found.append((label, own.kind))
+        elif row.difference is not None and row.mean is not None:
+            found.append((label, TURNED.get(row.kind, row.kind)))
+    return found
+
+
+def _where(kinds: Mapping[str, Sequence[str]], kind: str) -> str:
+    """Return the rows with this verdict, the most frequent first, with numbers of tasks if there are several."""
+    counts = {label: found.count(kind) for label, found in kinds.items() if kind in found}
     ranked = sorted(counts, key=lambda label: -counts[label])
-    many = max(map(len, tested.values())) > 1
-    words = [f"{label} {counts[label]} of {len(tested[label])}" if many else label for label in ranked]
-    return listed(words, MOST) if words else ""
+    many = max(map(len, kinds.values()), default=0) > 1
+    return listed([f"{label} on {counts[label]}" if many else label for label in ranked], MOST) if ranked else ""
 
 
 # ---- seconds -----------------------------------------------------------------------------------------------------
 
 
-def _costs(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> Iterator[str]:
-    """Yield the seconds of a training step of each row over those of the baseline, the median over tasks."""
+def costs(tables: Sequence[Table]) -> str:
+    """Return the seconds of a training step of each row over those of the baseline, the median over tasks.
+
+    Empty where they are not known.
+    """
     ratios: dict[str, list[float]] = defaultdict(list)
     bases = set()
-    for table, rows in zip(tables, by_label, strict=True):
+    for table, rows in zip(tables, _by_label(tables), strict=True):
         base = next(((label, row) for label, row in rows.items() if row.is_baseline), None)
         if base is None or table.own_baselines:
             continue
@@ -119,11 +141,12 @@ def _costs(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> It
             if label != base[0] and not row.untuned and (ratio := _ratio(row, base[1])) is not None:
                 ratios[label].append(ratio)
                 bases.add(base[0])
-    if ratios and len(bases) == 1:
-        ranked = sorted(ratios, key=lambda label: median(ratios[label]))
-        first, *others = [f"{_times(median(ratios[label]))}" for label in ranked]
-        more = "".join(f", {times} with {label}" for times, label in zip(others, ranked[1:], strict=True))
-        yield f"By the clock of these runs a step took {first} as long with {ranked[0]} as with {bases.pop()}{more}"
+    if not ratios or len(bases) > 1:
+        return ""
+    ranked = sorted(ratios, key=lambda label: median(ratios[label]))
+    first, *others = [f"{_times(median(ratios[label]))}" for label in ranked]
+    more = "".join(f", {times} with {label}" for times, label in zip(others, ranked[1:], strict=True))
+    return f"By the clock of these runs a step took {first} as long with {ranked[0]} as with {bases.pop()}{more}."
 
 
 def _times(ratio: float) -> str:

@@ -16,15 +16,13 @@ from markupsafe import Markup
 from caspr_cli.common.format import count, listed
 from caspr_cli.report import answer, figures, format, profile, provenance, sensitivity, style, tuning
 from caspr_cli.report.answer import Answer
-from caspr_cli.report.format import NOT_SIGNIFICANT, NOT_TESTED
-from caspr_cli.report.headline import headline
+from caspr_cli.report.formulas import typeset, typeset_figure
+from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import Profile, names
 from caspr_cli.report.selection import labels_across
 from caspr_cli.report.style import PALETTE, UNWRITABLE, Style
 
-# A verdict has a mark, too: its colour alone would not reach everyone.
-MARKS = {"better": "▲", "worse": "▼", NOT_SIGNIFICANT: "≈", NOT_TESTED: "○", "baseline": "●"}
 Styles = Mapping[str, Style]
 
 
@@ -38,21 +36,25 @@ def _templates() -> Environment:
         undefined=StrictUndefined,
         finalize=lambda value: UNWRITABLE.sub("\ufffd", value) if type(value) is str else value,
     )
-    made.globals.update(palette=PALETTE, inline=inline, format=format, lib=answer, profile=profile, tuning=tuning)
+    made.globals.update(
+        palette=PALETTE,
+        inline=inline,
+        typeset=typeset,
+        typeset_figure=typeset_figure,
+        format=format,
+        lib=answer,
+        profile=profile,
+        tuning=tuning,
+    )
     made.filters.update(sentence=format.sentence)
     return made
 
 
 def inline(svg: str) -> Markup:
     """Return a figure in the colours of the page, which are variables, and as wide as its place."""
-    variables = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
-
-    def coloured(attribute: re.Match[str]) -> str:
-        return re.sub(r"#[0-9a-f]{6}", lambda m: variables.get(m[0], m[0]), attribute[0])
-
     head, rest = svg.split(">", 1)
     head = re.sub(r' (?:xmlns|width|height)="[^"]*"', "", head)
-    return Markup(re.sub(r'style="[^"]*"', coloured, f"{head}>{rest}"))
+    return Markup(style.recoloured(f"{head}>{rest}", {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}))
 
 
 def answers(made: Sequence[Answer], title: str) -> str:
@@ -95,7 +97,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         title=title,
         command=command,
         headline=headline(tables),
-        opening=opening(tables),
+        opening=[*opening(tables), *filter(None, [costs(tables)])],
         sections=sections,
         styles=styles,
         by_label=by_label,
@@ -104,9 +106,16 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         profile_svg=figures.profile(found, styles) if found else "",
         first_command=shlex.join(next(filter(None, map(provenance.command, runs)), [])),
         provenance=_provenance(tables),
+        best=[_best_mean(table, rows) for table, rows in zip(tables, by_label, strict=True)],
         in_per_cent=lambda table: any(row.difference and row.difference.share_of is not None for row in table.rows),
-        marks=MARKS,
+        marks=format.MARKS,
     )  # fmt: skip
+
+
+def _best_mean(table: Table, rows: Mapping[str, Row]) -> set[str]:
+    """Return the labels of the rows with the best mean, as the page has them."""
+    mean = next(column for column in format.columns(table) if column.head.startswith("mean"))
+    return {label for label, row in rows.items() if row.label in mean.best(table.rows)}
 
 
 def opening(tables: Sequence[Table]) -> list[str]:
@@ -159,7 +168,10 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
             counts.setdefault(row.n, []).append(row.label)
     n = "; ".join(f"n = {n}{f': {listed(counts[n])}' * (len(counts) > 1)}" for n in sorted(counts, reverse=True))
     drawn = [
-        (figures.curves(table, "steps", styles), f"Mean over training, with its 95 % interval; {n}."),
+        (
+            figures.curves(table, "steps", styles),
+            f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}.",
+        ),
         (figures.curves(table, "seconds", styles), "The same by time: seconds are medians over seeds."),
         (figures.intervals(table, styles), f"Means with their 95 % intervals; small dots are single seeds; {n}."),
         (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.selection import labels_across
@@ -53,17 +53,37 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
     Args:
         unit: of time, ``steps`` or ``seconds``.
     """
-    across = labels_across([table.rows for table in tables])
+    across, called = labels_across([table.rows for table in tables]), names(tables)
+    other_lengths = dict(_other_lengths(tables, called))
     labelled = {
         name: (table, dict(zip(labels, table.rows, strict=True)))
-        for name, table, labels in zip(names(tables), tables, across, strict=True)
+        for name, table, labels in zip(called, tables, across, strict=True)
+        if name not in other_lengths
     }
     judged = {name: rows for name, (table, rows) in labelled.items() if table.target is not None}
     labels = list(dict.fromkeys(label for rows in judged.values() for label in rows))
     columns = {name: _ratios(rows, unit) for name, rows in judged.items()}
     ratios = {label: tuple(column.get(label, math.inf) for column in columns.values()) for label in labels}
     left_out = [f"{name} has no target and is left out" for name in labelled if name not in judged]
+    left_out += other_lengths.values()
     return Profile(unit, tuple(judged), ratios, (*left_out, *_never(judged, columns, labels, unit)))
+
+
+def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the tables of tasks that have one with more runs, of another length, each with why it is left out."""
+    groups: dict[Table, list[tuple[str, Table]]] = {}
+    for name, table in zip(called, tables, strict=True):
+        groups.setdefault(replace(table, steps=None, rows=(), warnings=(), target=None, baseline=None), []).append(
+            (name, table)
+        )
+    for group in groups.values():
+        most, _ = max(group, key=lambda one: sum(len(row.records) for row in one[1].rows))
+        for name, table in group:
+            if name != most:
+                yield (
+                    name,
+                    f"{name} is left out: {most} has more runs (--where max_steps={table.steps} takes it instead)",
+                )
 
 
 def _never(
@@ -103,14 +123,49 @@ def score(ratios: Sequence[float]) -> float:
     return sum(max(LONGEST - ratio, 0.0) for ratio in ratios) / (LONGEST - 1) / max(len(ratios), 1)
 
 
+def cells(found: Profile) -> list[list[str]]:
+    """Return the heads, and a line for each row: its score, the shares within multiples of the fastest, its times."""
+    heads = ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks]
+    rows = [
+        [label, f"{points:.3f}", *(f"{rho(found.ratios[label], tau):.2f}" for tau in SHOWN)]
+        + [times(ratio) for ratio in found.ratios[label]]
+        for label, points in found.scores.items()
+    ]
+    return [heads, *rows]
+
+
+def strong(found: Profile) -> set[tuple[int, int]]:
+    """Return which of the :func:`cells` are the best of their columns; none where all are equal."""
+    rows = [
+        [points, *(rho(found.ratios[label], tau) for tau in SHOWN), *(-ratio for ratio in found.ratios[label])]
+        for label, points in found.scores.items()
+    ]
+    columns = list(zip(*rows, strict=True))
+    return {
+        (line, k)
+        for k, column in enumerate(columns, 1)
+        for line, value in enumerate(column, 1)
+        if value == max(column) > min(column)
+    }
+
+
 def names(tables: Sequence[Table]) -> list[str]:
-    """Return a name for each table: its task, with as much more as distinguishes it from the others, or a number."""
-    parts = [(made.task, made.scale, made.data, made.metric, (made.data_hash or "-")[:8]) for made in tables]
-    found = []
-    for k, own in enumerate(parts):
-        more = next((m for m in range(1, 6) if all(own[:m] != p[:m] for i, p in enumerate(parts) if i != k)), 0)
-        found.append(" ".join(own[:more]) if more else f"{' '.join(own)} {1 + parts[:k].count(own)}")
+    """Return a name for each table: its task, with what distinguishes it from others of this task, or a number."""
+    found: list[str] = []
+    for made in tables:
+        same = [_parts(other) for other in tables if other.task == made.task]
+        columns = list(zip(*same, strict=True))
+        alone = next((k for k, values in enumerate(columns) if len(set(values)) == len(same) > 1), None)
+        differing = [k for k, values in enumerate(columns) if len(set(values)) > 1] if alone is None else [alone]
+        name = " ".join([made.task, *(_parts(made)[k] for k in differing)])
+        number = sum(known == name or known.startswith(f"{name} (") for known in found)
+        found.append(f"{name} ({number + 1})" if number else name)
     return found
+
+
+def _parts(table: Table) -> tuple[str, ...]:
+    steps = f"{table.steps:,} steps" if table.steps else "-"
+    return table.scale, table.data, table.metric, steps, (table.data_hash or "-")[:8]
 
 
 def times(ratio: float) -> str:

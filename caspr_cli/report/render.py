@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.format import table
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Cells = Sequence[Sequence[str]]
-# What LaTeX and Markdown would take for more than text; for Markdown an underscore within a word is none of it.
+Place = tuple[int, int]  # of a cell: line, with the heads as the first, and column
+# Characters that mean something to LaTeX or Markdown; to Markdown an underscore within a word does not.
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",
@@ -23,13 +24,19 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes what begins
 
 
 def terminal(
-    cells: Cells, width: int, *, right: Sequence[bool] | None = None, spare: Sequence[int] | None = None
+    cells: Cells,
+    width: int,
+    *,
+    right: Sequence[bool] | None = None,
+    spare: Sequence[int] | None = None,
+    strong: Collection[Place] = (),
 ) -> tuple[list[str], list[str]]:
     """Return the lines of the columns for which there is room, and the heads of the other columns.
 
     Args:
         right: which columns are aligned to the right; by default all but the first.
         spare: by column; the highest is left out first, and one with 0 never. By default the last of more than two.
+        strong: which cells are bold, by the codes of a terminal.
     """
     columns = range(len(cells[0]))
     right, spare = right or [k > 0 for k in columns], spare or [max(k - 1, 0) for k in columns]
@@ -37,17 +44,19 @@ def terminal(
     shown = list(columns)
     while sum(widths[k] for k in shown) - 2 > width and any(spare[k] for k in shown):
         shown.remove(max(shown, key=spare.__getitem__))
-    lines = table([[row[k] for k in shown] for row in cells], [right[k] for k in shown])
+    bold = {(line, shown.index(k)) for line, k in strong if k in shown}
+    lines = table([[row[k] for k in shown] for row in cells], [right[k] for k in shown], bold)
     return lines, [cells[0][k] for k in columns if k not in shown]
 
 
-def markdown(cells: Cells, right: Sequence[bool] = ()) -> str:
+def markdown(cells: Cells, right: Sequence[bool] = (), strong: Collection[Place] = ()) -> str:
     """Return a table of Markdown.
 
     Args:
         right: which columns are aligned to the right; by default none.
+        strong: which cells are bold.
     """
-    heads, *rows = [list(map(markdown_text, row)) for row in cells]
+    heads, *rows = _emphasized(cells, markdown_text, "**{}**", strong)
     rule = ["---:" if k < len(right) and right[k] else "---" for k in range(len(heads))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
 
@@ -57,16 +66,23 @@ def markdown_text(text: str) -> str:
     return MARKDOWN.sub(r"\\\g<0>", text)
 
 
-def latex(cells: Cells, caption: str, notes: Iterable[str]) -> str:
+def latex(cells: Cells, caption: str, notes: Iterable[str], strong: Collection[Place] = ()) -> str:
     """Return a table for the package booktabs, whose last column has sentences, with notes below."""
     from pandas import DataFrame  # slow to import
 
-    heads, *rows = [[text.translate(LATEX) for text in row] for row in cells]
+    heads, *rows = _emphasized(cells, lambda text: text.translate(LATEX), r"\textbf{{{}}}", strong)
     made = DataFrame(rows, columns=heads).style.hide(axis="index").to_latex(
         hrules=True, column_format="l" + "r" * (len(heads) - 3) + r"lp{0.3\linewidth}", caption=caption.translate(LATEX)
     )  # fmt: skip
     below = [rf"\par\smallskip\raggedright\footnotesize Note: {note.translate(LATEX)}" for note in notes]
     return str(made).replace(r"\end{table}", "\n".join([*below, r"\end{table}"]))
+
+
+def _emphasized(cells: Cells, escaped: Callable[[str], str], bold: str, strong: Collection[Place]) -> list[list[str]]:
+    return [
+        [bold.format(escaped(text)) if (line, k) in strong else escaped(text) for k, text in enumerate(row)]
+        for line, row in enumerate(cells)
+    ]
 
 
 def csv(frame: DataFrame) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from caspr_cli.common.errors import UserError, nearest
+from caspr_cli.common.format import listed
 from caspr_cli.common.selection import choose, reaches
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report.model import Row, Run, Trial
@@ -26,6 +28,7 @@ IGNORED = {
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")
+GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be named without them
 HELD_OUT = 2  # with so many seeds that took no part in the selection, only these are reported
 
 
@@ -196,6 +199,31 @@ def _normal(word: str) -> str:
         return setting(key, value.removeprefix("[").removesuffix("]"))
 
 
+SHORT = {"task": "task.name", "optim": "optim.name"}
+
+
+def where(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
+    """Return the runs that meet all conditions, as ``optim=caspr,adamw``, ``lr=0.01`` or ``state=failed``.
+
+    Raises:
+        UserError: no record has such a key, or none of those that are left this value.
+    """
+    found = list(runs)
+    for condition in conditions:
+        key, _, wanted = condition.partition("=")
+        keys = {"state", *SHORT, *(each for run in runs for each in run.config)}
+        full = next((k for k in (SHORT.get(key), key, *(f"{g}.{key}" for g in GROUPS)) if k in keys), None)
+        if full is None:
+            raise UserError(f"--where {condition}: no record has this key.{nearest(key, keys)}")
+        values = [_normal(f"x={run.state if full == 'state' else plain(run.config.get(full))}") for run in found]
+        either = {_normal(f"x={value}") for value in (wanted, *wanted.split(","))}
+        if not either.intersection(values):
+            there = sorted({value.partition("=")[2] for value in values})
+            raise UserError(f"--where {condition}: no record has it ({key} is {listed(there, 12)})")
+        found = [run for run, value in zip(found, values, strict=True) if value in either]
+    return found
+
+
 # ---- trials ------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +251,7 @@ def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...]
 
 
 def _progress(run: Run) -> tuple[int, str, str, str]:
-    """At last by what is in the records, so that the order in which they are read does not matter."""
+    """Return a key to sort by, at last by content, so that the order in which records are read does not matter."""
     rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
     return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
 
@@ -233,9 +261,23 @@ def _sortable(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, plain(value)
 
 
+def further(run: Run) -> bool:
+    """Return whether a trial is one of those that come after a best value at the edge."""
+    trial, planned = run.config.get("trial"), run.config.get("search.trials")
+    return bool(run.config.get("search.extend")) and isinstance(trial, int) and planned is not None and trial >= planned
+
+
+def planned(trials: Sequence[Trial], scores: Mapping[int, float | None]) -> list[float | None]:
+    """Return the scores of the trials of a search without further ones, which are drawn around the best of the others.
+
+    These alone are exchangeable, so that any k of them say what a search of k trials comes to.
+    """
+    return [score for k, score in scores.items() if not any(map(further, trials[k].runs))]
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen among the trials of a row.
+    """The trial that was chosen for a row, and how.
 
     Args:
         trial: None if no trial has a run that is done.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -132,6 +132,20 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
         "style": f"font-family: {FONTS}; stroke-linejoin: round; stroke-linecap: butt",
     }
     return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def recoloured(svg: str, colours: Mapping[str, str]) -> str:
+    """Return a figure with other colours in place of those of the light palette."""
+
+    def swapped(attribute: re.Match[str]) -> str:
+        return re.sub(r"#[0-9a-f]{6}", lambda found: colours.get(found[0], found[0]), attribute[0])
+
+    return re.sub(r'style="[^"]*"', swapped, svg)
+
+
+def dark(svg: str) -> str:
+    """Return a figure for a dark ground."""
+    return recoloured(svg, dict(PALETTE.values()))
 
 
 def _bare(root: ElementTree.Element) -> None:

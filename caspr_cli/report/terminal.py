@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.common.format import count, duration, listed, table, wrapped
-from caspr_cli.report import format, provenance, render, tuning
+from caspr_cli.common.format import count, duration, listed, wrapped
+from caspr_cli.report import format, profile, provenance, render, tuning
 from caspr_cli.report.format import number
-from caspr_cli.report.headline import headline
+from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Point, Run, Table
-from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile, rho, times
+from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile
 from caspr_cli.report.selection import IGNORED_GROUPS, differing, settings
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -21,20 +21,29 @@ INDENT = "  "
 NOT_LISTED = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # have columns, or interest nobody
 
 
-def compared(made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int) -> Iterator[str]:
-    """Yield all tables, and how to read them."""
+def compared(
+    made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int, *, bold: bool = False
+) -> Iterator[str]:
+    """Yield all tables, and how to read them.
+
+    Args:
+        bold: whether the best of each column is, by the codes of a terminal.
+    """
     where = listed([str(path) for path in paths], 3)
-    yield f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}"
+    yield from wrapped(f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}", width)
     yield from wrapped(f"in short {headline(made)}", width)
+    if took := costs(made):
+        yield from wrapped(f"clock    {took}", width)
     budgets = False
     for each in made:
         yield ""
-        yield from table_lines(each, width)
+        yield from table_lines(each, width, bold=bold)
         if len(cells := tuning.by_budget(each)) > 1:
             budgets = True
             yield from ["", "by number of trials", *cell_lines(cells, width)]
     yield ""
     yield from wrapped(f"legend   {format.LEGEND}", width)
+    yield from wrapped(f"marks    {format.LEGEND_OF_MARKS}{f' {format.BOLD}' * bold}", width)
     if budgets:
         yield from wrapped(f"trials   {tuning.BY_BUDGET}", width)
 
@@ -57,30 +66,39 @@ def trials(made: Sequence[Table], width: int) -> Iterator[str]:
 
 
 def cell_lines(
-    cells: render.Cells, width: int, right: Sequence[bool] | None = None, spare: Sequence[int] | None = None
+    cells: render.Cells,
+    width: int,
+    right: Sequence[bool] | None = None,
+    spare: Sequence[int] | None = None,
+    strong: Collection[render.Place] = (),
+    more: str = "a wider terminal, --json or --to",
 ) -> Iterator[str]:
-    """Yield a table, and which of its columns have no room; arguments as of :func:`render.terminal`."""
-    lines, omitted = render.terminal(cells, width, right=right, spare=spare)
+    """Yield a table, and which of its columns have no room; arguments as of :func:`render.terminal`.
+
+    Args:
+        more: what has all columns.
+    """
+    lines, omitted = render.terminal(cells, width, right=right, spare=spare, strong=strong)
     yield from lines
     if omitted:
-        yield from _no_room(omitted, width)
+        yield from _no_room(omitted, width, more)
 
 
-def _no_room(omitted: Sequence[str], width: int) -> list[str]:
-    said = f"(no room for: {', '.join(omitted)}; a wider terminal, --json or --to has all)"
+def _no_room(omitted: Sequence[str], width: int, more: str = "a wider terminal, --json or --to") -> list[str]:
+    said = f"(no room for: {', '.join(omitted)}; {more} has all)"
     return textwrap.wrap(said, width)
 
 
-def table_lines(made: Table, width: int) -> Iterator[str]:
+def table_lines(made: Table, width: int, *, bold: bool = False) -> Iterator[str]:
     """Yield title, a line for each row with its settings and verdict below, and the warnings."""
     yield from textwrap.wrap(format.title(made), width, subsequent_indent=INDENT)
     columns = format.columns(made)
-    cells = [[c.head for c in columns], *([c.cell(row) for c in columns] for row in made.rows)]
-    (heads, *lines), omitted = render.terminal(cells, width, spare=[c.spare for c in columns])
+    cells, strong = [line[: len(columns)] for line in format.cells(made)], format.strong(made) if bold else ()
+    (heads, *lines), omitted = render.terminal(cells, width, spare=[c.spare for c in columns], strong=strong)
     yield heads
     for row, line in zip(made.rows, lines, strict=True):
         yield line
-        if said := "; ".join(filter(None, [format.selected(row), format.comparison(row)])):
+        if said := "; ".join(filter(None, [format.selected(row), format.marked(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
     if omitted:
         yield from _no_room(omitted, width)
@@ -88,30 +106,31 @@ def table_lines(made: Table, width: int) -> Iterator[str]:
         yield from wrapped(f"warning  {warning}", width)
 
 
-def profiled(found: Profile) -> Iterator[str]:
+def profiled(found: Profile, width: int, *, bold: bool = False) -> Iterator[str]:
     """Yield a performance profile, and how to read it."""
-    notes = [f"note: {text}" for text in found.left_out]
+    notes = [line for text in found.left_out for line in wrapped(f"note     {text}", width)]
     if not found.tasks:
         yield from ["profile  no task has a target: there is nothing to compare", *notes]
         return
-    heads = ["optimizer", "score", *(f"rho({tau:g})" for tau in SHOWN), *found.tasks]
-    rows = [
-        [label, f"{points:.3f}", *(f"{rho(found.ratios[label], tau):.2f}" for tau in SHOWN)]
-        + [times(ratio) for ratio in found.ratios[label]]
-        for label, points in found.scores.items()
-    ]
     where = count(len(found.tasks), "task")
-    yield f"profile  median {found.unit} to target on {where}, as a multiple of the fastest of the task"
-    yield from table([heads, *rows])
+    yield from wrapped(
+        f"profile  median {found.unit} to target on {where}, as a multiple of the fastest of the task", width
+    )
+    spare = [0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)]
+    strong = profile.strong(found) if bold else ()
+    yield from cell_lines(profile.cells(found), width, spare=spare, strong=strong, more="a wider terminal")
     yield ""
-    yield f"rho(t)   share of tasks that are reached within t times the {found.unit} of the fastest"
-    yield f"score    AlgoPerf's integral, the mean of rho from 1 to {LONGEST:g}: 1 is the fastest everywhere"
-    yield f"         ({NOT_ALGOPERF})"
+    legend = (
+        f"ρ(t)     share of tasks that are reached within t times the {found.unit} of the fastest",
+        f"score    AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; "
+        f"{NOT_ALGOPERF}",
+    )
+    yield from (line for text in legend for line in wrapped(text, width))
     yield from notes
 
 
-def listing(runs: Sequence[Run]) -> list[str]:
-    """Return one line a record, the newest last."""
+def listing(runs: Sequence[Run], width: int) -> Iterator[str]:
+    """Yield one line a record, the newest last; the columns that its path says too are left out first."""
     heads = ["task", "optim", "settings that differ", "seed", "state", "step", "final", "time", "record"]
     runs = sorted(runs, key=lambda run: (str(run.status.get("updated", "")), run.path))
     different = _different_settings(runs)
@@ -129,7 +148,9 @@ def listing(runs: Sequence[Run]) -> list[str]:
         ]
         for run in runs
     ]
-    return table([heads, *rows], right=[False] * len(heads))
+    spare = [2, 3, 5, 1, 0, 0, 0, 4, 0]
+    yield from cell_lines([heads, *rows], width, right=[False] * len(heads), spare=spare,
+                          more="a wider terminal or a pipe")  # fmt: skip
 
 
 def _seconds(run: Run) -> float | None:
@@ -148,7 +169,7 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
-def record_lines(run: Run) -> Iterator[str]:
+def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     """Yield one record in words."""
     config, result, status = run.config, run.result, run.status
     words = {"search": config.get("search.name"), "trial": config.get("trial")}
@@ -156,7 +177,7 @@ def record_lines(run: Run) -> Iterator[str]:
     names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
     yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
     own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}
-    yield from wrapped(f"optim    {settings(own)}", 110)
+    yield from wrapped(f"optim    {settings(own)}", width)
     step = result.get("steps", status.get("step"))
     after = "" if step is None else f" at step {step}"
     time = "" if _seconds(run) is None else f", {duration(_seconds(run))} of training"
@@ -181,7 +202,7 @@ def record_lines(run: Run) -> Iterator[str]:
     }
     for what, text in origin.items():
         if text:
-            yield from wrapped(f"{what:<9}{text}", 110)
+            yield from wrapped(f"{what:<9}{text}", width)
     yield f"record   {run.path}"
 
 

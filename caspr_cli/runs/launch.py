@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape
+from caspr_cli.common.errors import uninstalled
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Accelerator, Recipe, Resume, Source
+from caspr_cli.recipe.schema import Accelerator, Logger, Recipe, Resume, Source
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
 from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
@@ -41,6 +42,7 @@ from caspr_cli.runs.record import (
     REFUSED,
     RUNNING,
     SECONDS_TO_WAIT,
+    TRACKERS,
     Holder,
     Record,
     RecordBusyError,
@@ -51,6 +53,7 @@ from caspr_cli.runs.record import (
 # Exit codes, as documented in the README.
 OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
+BRIEF = "CASPR_BRIEF"  # names a job to its worker, which then shows one live line
 # A launcher of ours or another's sets these for its children; a new process group must not see them.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,10 +77,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a sweep gives to one of its runs; a run on its own needs nothing."""
+    """The share of the machine that a sweep gives to one of its runs; a run on its own needs none."""
 
     environment: Mapping[str, str | None] = field(default_factory=dict)  # variables to set, or (None) to leave out
     quiet: bool = False  # others print on this terminal
+    brief: str = ""  # which of many jobs it is: then it has one live line on a terminal, and nothing elsewhere
     stop_requests: Callable[[], list[int]] = list  # the signals by which others have asked it to stop
 
 
@@ -135,7 +139,7 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         attempt = 1 + (0 if anew else record.status.get("attempts") or 0)
         before = {} if anew else record.read(PROVENANCE)
         if todo == "new":
-            _clear(record, kept=() if anew else (PROVENANCE, fingerprint.FILE))
+            _clear(record, kept=() if anew else (PROVENANCE, TRACKERS, fingerprint.FILE))
         write_whole(record.config, compose.save(recipe))
         record.write(PROVENANCE, provenance.begun(before, provenance.collect(command, recipe), attempt, now()))
         begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
@@ -153,12 +157,15 @@ def refuse_here(recipe: Recipe) -> None:
     """Refuse what this machine lacks, before seconds go by for importing torch.
 
     Raises:
-        ConfigError: there is no GPU, or no such data.
+        ConfigError: there is no GPU, no such data, or no such package.
     """
     if recipe.trainer.accelerator == Accelerator.gpu and not has_gpu():
         raise ConfigError("trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu")
     if recipe.task.data == Source.files and recipe.task.root is None:
         raise ConfigError("task.root: task.data=files needs the directory of your data: add task.root=DIR")
+    for logger in recipe.logger:
+        if logger != Logger.csv and (missing := uninstalled(logger.name)):
+            raise ConfigError(f"logger=[{logger.name}]: {missing}")
     root = fingerprint.root_of(recipe)
     if root is not None and not root.exists():
         raise ConfigError(f"task.root: no such directory: {recipe.task.root}")
@@ -228,7 +235,7 @@ def worker_command(recipe: Recipe, record: Record) -> list[str]:
 
 def worker_environment(recipe: Recipe, allocation: Allocation) -> dict[str, str]:
     """Return the environment variables of the process that :func:`worker_command` starts."""
-    trainer, given = recipe.trainer, allocation.environment
+    trainer, given = recipe.trainer, {BRIEF: allocation.brief or None, **allocation.environment}
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES and k not in given}
     environment |= {k: v for k, v in given.items() if v is not None} | {LAUNCHER: str(os.getpid())}
     if trainer.devices > 1:  # ranks share the cores; by default each would take all
@@ -246,6 +253,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
         lock: the record's; None where another machine holds it.
     """
     trainer = recipe.trainer
+    silent = allocation.quiet or (allocation.brief and not sys.stdout.isatty())
     log_file = record.log if lock is not None else record.log.with_name(f"log.{socket.gethostname()}.txt")
     written = _size(log_file)
     with log_file.open("ab") as log, _signals() as received:
@@ -261,7 +269,8 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
                 # In its own session: Ctrl-C in the terminal reaches this process alone, which passes it on once.
                 child = subprocess.Popen(
                     worker_command(recipe, record),
-                    stdout=subprocess.DEVNULL if allocation.quiet else None,  # the log has all of it, too
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if silent else None,  # the log has all of it, too
                     stderr=log,
                     env=worker_environment(recipe, allocation),
                     pass_fds=[] if lock is None else [lock],
@@ -336,7 +345,7 @@ def _wait(
 
 
 def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
-    """Return a check whether the record has said for so many seconds how the run ended: what still runs then hangs."""
+    """Return a check for processes that hang: whether the run's end has stood in the record for so many seconds."""
     ended: list[float] = []
 
     def overdue() -> bool:
@@ -349,7 +358,7 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Return why a worker ended that could not say it.
+    """Return why a worker ended that died before it could report an error.
 
     Args:
         written: the size of the log when it started.

@@ -94,7 +94,7 @@ def changes(found: Mapping[str, Any]) -> list[str]:
 
 
 def _versions(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by name what may change numbers; of packages also those that are not ours and bring a task."""
+    """Return the versions of all that may change numbers, packages with a task among them."""
     parts = (found.get(key) for key in ("code", "device", "machine", "packages"))
     code, device, machine, packages = (part if isinstance(part, dict) else {} for part in parts)
     return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.common.format import Progress
 from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_directory, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
@@ -49,6 +52,8 @@ class Session:
     command: list[str]
     sweep: Sweep | None = None
     only: Job | None = None  # the job of a command line that is no sweep, when it has ended
+    brief: bool = False  # one line a job, when it has ended
+    began: float = field(default_factory=time.monotonic)
     searches: dict[tuple[str, ...], trials.Tuning] = field(default_factory=dict)  # that its jobs have asked for
 
     @property
@@ -75,11 +80,31 @@ class Session:
             with guarded(self.sweep.folder) if children else nullcontext(), self.watch(self.sweep):
                 elsewhere.launch(self.sweep, jobs, self.job, verbose=composer.hydra(jobs[0]).verbose)
             return
+        names = summary.names(self.sweep.jobs())
         for number, words in enumerate(jobs, 1):
             if self.sweep.stop_requests():
                 return
-            say(f"\njob {number}: {' '.join(words)}")
-            self.note(self.run(composer.config(words), Job(number, words)))
+            left = summary.left(self.sweep.jobs(), time.monotonic() - self.began)
+            if self.brief:
+                self.waiting.say(f"job {number} of {len(jobs)}{left}  {names[number - 1]}")
+            else:
+                say(f"\njob {number} of {len(jobs)}{left}: {' '.join(words)}")
+            self.note(job := self.run(composer.config(words), Job(number, words)))
+            if self.brief:
+                self.ended(job, names[number - 1])
+
+    @property
+    def waiting(self) -> Progress:
+        """The line of a job that runs, on a terminal."""
+        return Progress(sys.stdout)
+
+    def ended(self, job: Job, name: str) -> None:
+        """Print the only line of a job, when it has ended."""
+        assert self.sweep is not None
+        jobs = self.sweep.jobs()
+        left = summary.left(jobs, time.monotonic() - self.began)
+        self.waiting.clear()
+        say("  ".join(filter(None, [f"job {job.number} of {len(jobs)}{left}", name, *summary.brief(job)])))
 
     def job(self, _: DictConfig) -> None:
         """Run one job of a sweep; a launcher calls this in a process of its own."""
@@ -128,14 +153,16 @@ class Session:
                 raise
             traceback.print_exc()
             return replace(job, state=ENDED, exit_code=RUN_FAILED, why=f"{type(error).__name__}: {error}")
-        if self.here:
+        if self.here and not self.brief:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
 
     def launch(self, recipe: Recipe, job: Job, allocation: Allocation) -> Outcome:
         """Run a recipe, after another job of the sweep that does the same run; print its header and footer."""
-        brief = self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip"
-        if self.here:
+        brief = self.brief or (self.sweep is not None and plan(recipe, Record.of(recipe)) == "skip")
+        if self.brief and self.sweep:
+            allocation = replace(allocation, brief=f"job {job.number} of {len(self.sweep.jobs())}")
+        elif self.here:
             say(f"record   {Record.of(recipe).path} (done)") if brief else self.announce(recipe, job.overrides)
         while True:
             try:
@@ -188,9 +215,15 @@ class Session:
         names = dict(zip((job.number for job in jobs), summary.names(jobs), strict=True))
 
         def name(job: Job) -> str:
-            return f"job {job.number}: {names.get(job.number) or ' '.join(job.overrides)}"
+            return f"job {job.number} of {len(jobs)}: {names.get(job.number) or ' '.join(job.overrides)}"
+
+        def started(job: Job) -> None:
+            if not self.brief:
+                say(f"start    {name(job)}")
 
         def ended(job: Job) -> None:
+            if self.brief:
+                return self.ended(job, names.get(job.number, ""))
             state, result, where = summary.result_of(job)
             say("  ".join(part for part in (f"{state:<7}", name(job), result, where) if part))
             if job.text:
@@ -198,7 +231,7 @@ class Session:
 
         at_once = f", {sweep.at_once} at a time" if sweep.at_once else ""
         say(f"caspr-train {__version__}  {len(jobs)} jobs{at_once} (hydra/launcher={sweep.launcher})")
-        with watching(sweep, lambda job: say(f"start    {name(job)}"), ended):
+        with watching(sweep, started, ended):
             yield
 
     def end(self, problem: str | None = None) -> int:
@@ -217,8 +250,8 @@ class Session:
         self.sweep.end(whole=bool(requests) or not left_alone)
         began = any(job.state != WAITING for job in jobs)
         if began and (len(jobs) > 1 or not self.here):
-            lines = ["", *summary.table(jobs)]
-            if any(job.exit_code == OK and job.record for job in jobs):
+            lines = summary.table(jobs)[:1] if self.brief else ["", *summary.table(jobs, width())]
+            if not self.brief and any(job.exit_code == OK and job.record for job in jobs):
                 lines += summary.after_sweep(self.sweep.output_dir)
             for line in lines:
                 say(line)
@@ -230,6 +263,11 @@ class Session:
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK
+
+
+def width() -> int:
+    """Return the columns of the terminal; in a pipe so many that nothing is left out."""
+    return shutil.get_terminal_size((sys.maxsize, 24)).columns
 
 
 def _title(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -138,8 +139,38 @@ def result_of(job: Job) -> tuple[str, str, str]:
 MOST_ROWS = 40  # of a table on the terminal
 
 
-def table(jobs: list[Job]) -> list[str]:
-    """Return the number of jobs by state, and a line for each; if they fill more than a screen, one for each recipe."""
+def left(jobs: list[Job], seconds: float) -> str:
+    """Return about how long the jobs that have not ended take, after so many seconds; empty if it is not known."""
+    ended = [job for job in jobs if job.state in (ENDED, REFUSED)]
+    ran = sum(job.ran and job.state == ENDED for job in ended)
+    if not ran or len(ended) == len(jobs):
+        return ""
+    return f", {roughly(seconds / ran * (len(jobs) - len(ended)))} left"
+
+
+def roughly(seconds: float) -> str:
+    """Return a duration in its largest unit, as ``2 min``."""
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def brief(job: Job) -> list[str]:
+    """Return how a job ended, in as few words as possible."""
+    state, result, where = result_of(job)
+    if not state.startswith("done"):
+        return [state, result, where]
+    found = Record(Path(job.record or "")).result
+    metric = (found.get("target") or {}).get("metric") or ""
+    return [f"{metric} {_value(found.get('final') or {}, metric)}", duration(found.get("seconds")), state[5:]]
+
+
+def table(jobs: list[Job], width: int = sys.maxsize) -> list[str]:
+    """Return the number of jobs by state, and a line for each; if they fill more than a screen, one for each recipe.
+
+    Where lines are longer than ``width``, the records are left out.
+    """
     rows = [(str(job.number), name, *result_of(job)) for job, name in zip(jobs, names(jobs), strict=True)]
     counts = Counter(state for _, _, state, _, _ in rows)
     head = f"sweep    {len(jobs)} jobs: {', '.join(f'{n} {state}' for state, n in counts.items())}"
@@ -151,9 +182,14 @@ def table(jobs: list[Job]) -> list[str]:
         rows.sort(key=lambda row: row[2].startswith("done"))  # failures first
         rows, more = rows[:MOST_ROWS], [f"... and {cut} more: caspr-report list"]
     # The column of results is as wide as those of runs that are done; an error may be longer.
-    width = max(len(row[3]) for row in [titles, *rows] if row[2].startswith(("state", "of", "done")))
-    cells = [(*row[:3], f"{row[3]:<{width}}  {row[4]}") for row in [titles, *rows]]
-    return [head, *aligned(cells, right=[False] * 4), *more]
+    widest = max(len(row[3]) for row in [titles, *rows] if row[2].startswith(("state", "of", "done")))
+    cells = [(*row[:3], f"{row[3]:<{widest}}  {row[4]}") for row in [titles, *rows]]
+    lines = aligned(cells, right=[False] * 4)
+    if max(map(len, lines)) > width:
+        done = [(*row[:4], "" if row[2].startswith(("done", "of", "state")) else row[4]) for row in [titles, *rows]]
+        lines = aligned([(*row[:3], f"{row[3]}  {row[4]}".rstrip()) for row in done], right=[False] * 4)
+        more.append("(no room for the records: caspr-report list has them)")
+    return [head, *lines, *more]
 
 
 Line = tuple[str, str, str, str, str]

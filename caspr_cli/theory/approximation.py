@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from torch import Tensor
 
 from caspr_cli.report import style
-from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
 from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
 from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
 from caspr_cli.theory.preconditioners import Root, combined, cosine
 
-QUESTION = "How near do CASPR and its relatives come to full-matrix Adagrad over training?"
+QUESTION = "Is CASPR the nearest of its relatives to full-matrix Adagrad, over training?"
 NOISE, NOISE_SHAPE, NOISE_STEPS = "Kronecker noise", (8, 8), (*STEPS, 1000, 3000)
 FAMILY = ("order 1", "caspr", "order 3", "shampoo 1/4")
 VAN_LOAN = "Van Loan and Pitsianis"
@@ -114,6 +114,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     return Answer(
         name="approximation",
         question=QUESTION,
+        formula="cos(X, F^½) = ⟨X, F^½⟩ / (‖X‖ ‖F^½‖)",
+        verdict=judged(list(places(cases) == 1)),
         finding=finding(cases),
         tables={measure: summary(cases, measure) for measure in MEASURES}
         | {"nearer": nearer(cases), "steps": over_steps(cases)}
@@ -175,12 +177,17 @@ def means(cases: DataFrame, measure: str) -> DataFrame:
     return found.reindex(index=list(STYLES), columns=cases["task"].unique())
 
 
+def places(cases: DataFrame) -> Series:
+    """Return by task the place of CASPR among the preconditioners that can be had, the nearest to F^½ first."""
+    found = means(cases[cases["task"] != NOISE], "root").drop(index=list(ORACLES))
+    return found.rank(ascending=False).loc["caspr"]
+
+
 def finding(cases: DataFrame) -> str:
     """Return the answer in one sentence."""
     real = cases[cases["task"] != NOISE]
-    found = means(real, "root").drop(index=list(ORACLES))
+    found, place = means(real, "root").drop(index=list(ORACLES)), places(cases)
     wins = found.idxmax().value_counts(sort=True)
-    place = found.rank(ascending=False).loc["caspr"]
     return (
         f"At step {real['step'].max()} {wins.index[0]} is nearest to F^½ on {wins.iloc[0]} of {len(place)} tasks; "
         f"CASPR takes places {place.min():.0f} to {place.max():.0f} of {len(found)}."

@@ -14,15 +14,14 @@ from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report import style
-from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import cost_runs, panels
 from caspr_cli.theory.cost_runs import PARTS, Model, layer
 from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, Assumed, scaled, stand_ins
 
-QUESTION = (
-    "What does a step of CASPR cost, how does that grow, and what would it be for models of 1B to 70B parameters?"
-)
+SMALL = 0.1  # of a training step
+QUESTION = "Does a step of CASPR take less than a tenth of a training step, here and for 1B to 70B parameters?"
 WIDTHS, QUICK_WIDTHS = (64, 128, 256, 512), (32, 64)
 BLOCKS, INTERVALS, ORDERS = (64, 128, 256, 512), (1, 5, 10, 50), (1, 2, 3, math.inf)
 SWEPT, QUICK_SWEPT = 256, 32  # width at which options are changed
@@ -70,6 +69,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     return Answer(
         name="cost",
         question=QUESTION,
+        formula="FLOPs = 2mn (t_m + t_n) + 2q mn (m + n) + c (m³ + n³) / interval",
+        verdict=judged([share < SMALL for share in shares(model, large)]),
         finding=finding(model, large),
         tables={name: _table(name, own) for name, own in runs.items()}
         | {"model": _model(model), "ranks": _ranks(ranks, block_count)}
@@ -100,13 +101,18 @@ def _runs(quick: bool, log: Log) -> dict[str, DataFrame]:
     return found
 
 
+def shares(model: Model, large: DataFrame) -> list[float]:
+    """Return the part of a training step that is CASPR's: of this model's FLOPs, and of the time of each large one."""
+    flops = model.work.products + model.work.roots
+    return [flops / (flops + model.training), *large.loc[large["variant"] == VARIANTS[0][0], "share"]]
+
+
 def finding(model: Model, large: DataFrame) -> str:
     """Return the answer in one sentence."""
-    flops = model.work.products + model.work.roots
-    plain = 100 * large.loc[large["variant"] == VARIANTS[0][0], "share"]
+    here, *paper = (100 * share for share in shares(model, large))
     return (
-        f"A step of CASPR has {100 * flops / (flops + model.training):.1f} % of the FLOPs of training {model.task} "
-        f"here; on paper it takes {plain.min():.0f} to {plain.max():.0f} % of a step for 1B to 70B parameters."
+        f"A step of CASPR has {here:.1f} % of the FLOPs of training {model.task} "
+        f"here; on paper it takes {min(paper):.0f} to {max(paper):.0f} % of a step for 1B to 70B parameters."
     )
 
 
@@ -140,7 +146,7 @@ def _table(name: str, runs: DataFrame) -> DataFrame:
 
 
 def _note(name: str, runs: DataFrame) -> str:
-    """Return what the rows of a table come to."""
+    """Return a summary of the rows of a table."""
     if name == "width":
         a, b = (runs.iloc[-k] for k in (2, 1))
         power = {key: math.log(b[key] / a[key]) / math.log(b["width"] / a["width"]) for key in runs if "total" in key}

@@ -45,6 +45,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     return Answer(
         name="order",
         question=QUESTION,
+        formula="F~^½ ⪯ X₁ ⪯ X₂ (CASPR) ⪯ X₃ ⪯ X_Shampoo,   X₂⁻¹ = ½ (X₁⁻¹ + X_Shampoo⁻¹)",
         finding=finding(cases),
         tables={
             "statements": statements(cases),
@@ -113,11 +114,11 @@ def finding(cases: DataFrame) -> str:
     """Return the answer in one sentence."""
     broken = [key for key in CLAIMS if failures(cases, key)]
     if broken:
-        return f"Not everywhere: {len(broken)} of {len(CLAIMS)} statements that should hold failed at least once."
+        return f"{len(broken)} of {len(CLAIMS)} statements that should hold failed at least once."
     last = last_real(cases)
     saved = 100 * (1 - (last["trace caspr"] / last["trace shampoo"]).mean())
     return (
-        f"Yes, at all {len(cases):,} points: CASPR lies between full-matrix Adagrad and Shampoo, and its trace, which "
+        f"At all {len(cases):,} points CASPR lies between full-matrix Adagrad and Shampoo, and its trace, which "
         f"bounds the regret, is {saved:.1f} % below Shampoo's."
     )
 

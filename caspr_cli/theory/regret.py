@@ -8,18 +8,18 @@ from itertools import pairwise
 
 import torch
 from matplotlib.axes import Axes
-from pandas import DataFrame, concat
+from pandas import DataFrame, Series, concat
 from torch import Tensor
 
 from caspr_cli.report import style
-from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.gradients import Choice, Log
 from caspr_cli.theory.online import HALVINGS, RUNGS, Played, Runs, of_theorem, play, play_all, traces
 from caspr_cli.theory.preconditioners import DEPARTURES, METHODS, Method
 from caspr_cli.theory.problems import all_problems, forgetting
 
-QUESTION = "Does the theory's regret tell which preconditioner is best, and how tight is its bound?"
+QUESTION = "Is CASPR's regret smaller than Shampoo's, as its smaller bound suggests?"
 ROUNDS, QUICK_ROUNDS = 200, 16
 CHAIN = {"full": "tr F~^½", "order1": "tr X₁", "caspr": "tr X₂ (CASPR)", "order3": "tr X₃", "shampoo": "tr X_Shampoo"}
 ORDERS = [1.0, 2.0, 3.0, math.inf]  # of the chain, without the first
@@ -57,6 +57,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     return Answer(
         name="regret",
         question=QUESTION,
+        formula="regret ≤ √(2r) D tr X_T",
+        verdict=judged(list(ratios(seen) < 1)),
         finding=finding(seen, all(held for _, held in claims)),
         tables={
             "problems": _problems(played),
@@ -144,12 +146,17 @@ def _by(seen: DataFrame, column: str) -> DataFrame:
     return seen.groupby(["problem", "method"], sort=False)[column].mean().unstack(sort=False)
 
 
+def ratios(seen: DataFrame) -> Series:
+    """Return by problem the regret of CASPR over that of Shampoo."""
+    regret = _by(seen, "regret")
+    return regret["CASPR"] / regret["Shampoo"]
+
+
 def finding(seen: DataFrame, held: bool) -> str:
     """Return the answer in one sentence."""
     if not held:
         return "A bound or a step of its proof failed: see the statements."
-    regret, share = _by(seen, "regret"), seen.loc[seen["method"] == "CASPR", "share"]
-    ratio = regret["CASPR"] / regret["Shampoo"]
+    ratio, share = ratios(seen), seen.loc[seen["method"] == "CASPR", "share"]
     return (
         f"CASPR's regret is {ratio.min():.2f} to {ratio.max():.2f} of Shampoo's; the bound holds everywhere, and is "
         f"{1 / share.max():.0f} to {1 / share.min():.0f} times CASPR's regret."

@@ -17,12 +17,12 @@ from pandas import DataFrame, concat
 from caspr_cli.bench.precision import TF32
 from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 from caspr_cli.report import style
-from caspr_cli.report.answer import Answer, Figure, table
+from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.gradients import Choice, Log
 from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 
-QUESTION = "How exact are the inverse roots, at what cost, and how much damping do they need in which precision?"
+QUESTION = "Are inverse roots in float32 within 1 % wherever the default damping lets a condition be?"
 CONDITIONS, QUICK_CONDITIONS = tuple(10.0**k for k in range(1, 13)), (1e1, 1e2, 1e4, 1e6, 1e8)
 EXPONENTS = (2, 4, 6)  # of order 1, of CASPR and Shampoo, and of order 3
 ROWS, QUICK_ROWS = 128, 48
@@ -76,6 +76,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     return Answer(
         name="roots",
         question=QUESTION,
+        formula="error ≤ (δκ / p) (1 − δκ)^(−1−1/p),   δ = ‖E‖₂ / ‖S‖₂",
+        verdict=judged([far >= 1 / DEFAULT for far in reach(default).values()]),
         finding=finding(default),
         tables={
             "limits": _limits(found),

@@ -6,7 +6,7 @@ import logging
 import resource
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -58,7 +58,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
     optimizer = _optimizer(module)
     _check_target(recipe, task)
     data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
-    writing = closing(Recorder(record, recipe, start.step, start.lines)) if rank == 0 else nullcontext()
+    writing = Recorder(record, recipe, start.step, start.lines) if rank == 0 else nullcontext()
     with answering(record, rank, world, recipe.trainer.timeout), writing as recorder:
         curves = Curves(recipe, recorder, progress)
         checkpoints = Checkpoints(record, curves, start, owner)
@@ -83,6 +83,7 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         if recorder is None:
             return None
         recorder.scalars(trainer.global_step, module.scores["test"])
+        recorder.ended = "success"
         return _result(recipe, module, trainer, curves)
 
 

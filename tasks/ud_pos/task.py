@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from caspr_cli.tasks.base import DataError, Task, require
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.base import DataError, Task
+from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
 from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 
 
-class Accuracy(Sums):
+class Accuracy(Means):
     """Cross entropy and accuracy over all tagged words.
 
     ``compute()`` gives ``loss`` (nats a word), ``accuracy``, and ``unknown_accuracy`` over the words that are not in
@@ -24,13 +24,11 @@ class Accuracy(Sums):
     word whose tag training has not is wrong, and is not in the loss, where it would be infinite.
     """
 
-    sums = ("nats", "scored", "right", "words", "unknown_right", "unknown")
-    nats: Tensor
-    scored: Tensor
-    right: Tensor
-    words: Tensor
-    unknown_right: Tensor
-    unknown: Tensor
+    means = (
+        ("loss", "nats", "scored"),
+        ("accuracy", "right", "words"),
+        ("unknown_accuracy", "unknown_right", "unknown"),
+    )
 
     def update(self, logits: Tensor, tags: Tensor, words: Tensor) -> None:
         """Add ``logits`` ``[B, T, tags]`` for ``tags`` and ``words`` ``[B, T]`` of a batch."""
@@ -38,20 +36,9 @@ class Accuracy(Sums):
         logits, tags, unknown = logits[tagged].float(), tags[tagged], words[tagged] == UNKNOWN
         right = logits.argmax(-1) == tags
         seen = tags != UNSEEN
-        self.nats += F.cross_entropy(logits[seen], tags[seen], reduction="none").double().sum()
-        self.scored += seen.sum()
-        self.right += right.sum()
-        self.words += tags.numel()
-        self.unknown_right += (right & unknown).sum()
-        self.unknown += unknown.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        return {
-            "loss": self.nats / self.scored,
-            "accuracy": self.right / self.words,
-            "unknown_accuracy": self.unknown_right / self.unknown,
-        }
+        nats = F.cross_entropy(logits[seen], tags[seen], reduction="none").double().sum()
+        self.add(nats=nats, scored=seen.sum(), right=right.sum(), words=tags.numel())
+        self.add(unknown_right=(right & unknown).sum(), unknown=unknown.sum())
 
 
 class Tagging(Task):
@@ -68,7 +55,10 @@ class Tagging(Task):
 
     def __init__(self, conf: TaggingConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits depend on the data, and nothing is drawn.
-        _check(conf)
+        if conf.width % conf.heads:
+            raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
+        if conf.width % 2:
+            raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
         self.conf = conf
         self.data: Corpus = Corpus(conf)
 
@@ -139,13 +129,3 @@ class Tagging(Task):
         a_word = layers * (12 * w * w + 2 * T * w) + w * len(self.data.lexicon.tags)
         characters: int = batch["spellings"].numel() if self.conf.characters else 0
         return 6.0 * (B * T * a_word + characters * CHARACTER * REACH * w)
-
-
-def _check(conf: TaggingConf) -> None:
-    require(conf, positive=("batch_size", "max_length", "vocab_size", "layers", "width", "heads"), share=("dropout",))
-    if conf.width % conf.heads:
-        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
-    if conf.width % 2:
-        raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
-    if conf.word_dropout < 0:
-        raise DataError(f"task.word_dropout: {conf.word_dropout} is below 0")

@@ -111,6 +111,19 @@ def test_table_json_and_chart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert err == ""  # no progress where nobody sees it
 
 
+def test_tables_and_legends_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    cells = [["optimizer", *(f"column {k}" for k in range(13))], ["caspr", *["1.00"] * 13]]
+    lines = list(bench.fitting(cells, [0, 0, 5, 2, 4, 6, 7, 0, 3, 3, 3, 3, 1, 1]))
+    assert lines[0].startswith("optimizer  column 0")
+    assert "column 6" in lines[0]  # x adamw
+    assert any(line.startswith("(no room for: ") for line in lines)
+    lines += [line for text in (bench.LEGEND, bench.RANKS_LEGEND) for line in bench.hanging(text, 12)]
+    assert max(map(len, lines)) <= 80
+    monkeypatch.delenv("COLUMNS")
+    assert len(list(bench.fitting(cells, [0] + [1] * 13))) == 2  # a pipe has room for all
+
+
 def test_json_has_standard_output_for_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

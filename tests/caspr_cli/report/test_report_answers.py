@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure as Drawing
@@ -15,6 +16,7 @@ from caspr_cli.common.errors import UserError
 from caspr_cli.report import answer as answers
 from caspr_cli.report import page, style
 from caspr_cli.report.answer import Answer, Figure
+from caspr_cli.report.formulas import typeset, typeset_figure
 
 
 def drawn(name):
@@ -40,7 +42,8 @@ def answer(name="order", **changes):
     values = {
         "name": name,
         "question": f"Is {name} so?",
-        "finding": "Yes, 3 < 4 & so on.",
+        "formula": "F~^½ ⪯ X_Shampoo",
+        "finding": "3 < 4 & so on.",
         "text": ("By how much: a little.",),
         "tables": {"gaps": table(), "all": table(title="Everything", shown=0)},
         "figures": (Figure("traces", "Traces.", drawn(f"{name} traces"), "traces over [steps]"),),
@@ -69,15 +72,15 @@ def test_cells():
 
 def test_lines_for_a_terminal():
     text = "\n".join(answers.lines(answer(), 80))
-    assert text.startswith("Is order so?\n\nYes, 3 < 4 & so on.")
+    assert text.startswith("Is order so?\n\n  F~^½ ⪯ X_Shampoo\n\nYes. 3 < 4 & so on.")
     assert "held     X₁ ⪯ X₂" in text
     assert "not true X₂ ⪰ F: false in 3 of 4 cases" in text
     assert re.search(r"^up <1>  1\.3e-03  a\|b$|^up <1>  1\.2e-03  a\|b$", text, re.M)
     assert "Everything" not in text  # for files alone
     assert "failed   predicted is measured" in "\n".join(answers.lines(broken(), 80))
-    bare = Answer(name="a", question="Is it?", finding="Yes.")
-    assert list(answers.lines(bare)) == ["Is it?", "", "Yes."]
-    assert answers.as_markdown(bare) == "# Is it?\n\nYes.\n"
+    bare = Answer(name="a", question="Is it?", finding="It is.")
+    assert list(answers.lines(bare)) == ["Is it?", "", "Yes. It is."]
+    assert answers.as_markdown(bare) == "# Is it?\n\nYes. It is.\n"
     assert "details" not in page.answers([bare], "Theory").partition("<body>")[2]
 
 
@@ -121,7 +124,7 @@ def test_json_is_json():
 
 def test_markdown():
     text = answers.as_markdown(answer())
-    assert text.startswith("# Is order so?\n\nYes")
+    assert text.startswith("# Is order so?\n\n    F~^½ ⪯ X_Shampoo\n\nYes. 3")
     assert "| layer | gap | which \\| kind |\n| --- | ---: | --- |\n" in text
     assert "| a\\|b |" in text
     assert "![traces over steps](traces.svg)" in text
@@ -160,9 +163,66 @@ def test_page_stands_alone():
     assert "link" not in found.tags
     assert text.count("<svg") >= 3
     assert "prefers-color-scheme: dark" in text
-    assert "Yes, 3 &lt; 4 &amp; so on." in text
+    assert "3 &lt; 4 &amp; so on." in text
     start = text[: text.index("<main")]
     assert "Is order so?" in start
     assert "Is cost so?" in start
     assert "1 of 5 statements that should hold did not: predicted is measured." in start
     assert "all 2 statements that should hold did" in page.answers([answer()], "Theory")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "held", "word"),
+    [
+        ("Yes", [], "Yes"),
+        ("Yes", [True, True], "Yes"),
+        ("Yes", [True, False], "Mixed"),
+        ("Yes", [False, False], "No"),
+        ("Mixed", [True], "Mixed"),
+        ("No", [True, True], "No"),
+        ("No", [True, False], "No"),
+    ],
+)
+def test_the_answer_in_a_word(verdict, held, word):
+    claims = tuple((f"claim {k}", one) for k, one in enumerate(held))
+    made = answer(verdict=verdict, claims=claims)
+    assert made.word == word
+    html = page.answers([made], "Theory")
+    assert html.count(f'<span class="chip {word.lower()}">{word}</span>') == 2  # in the list of questions, and below
+
+
+def test_judged():
+    assert [answers.judged(found) for found in ([True, True], [True, False], [False])] == ["Yes", "Mixed", "No"]
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("F~^½ ⪯ X₁", "<i>F\u0303</i><sup>½</sup> ⪯ <i>X</i>₁"),
+        ("X_Shampoo − X₂", "<i>X</i><sub>Shampoo</sub> − <i>X</i>₂"),
+        ("‖X⁻¹ − F^−½‖", "‖<i>X</i>⁻¹ − <i>F</i><sup>−½</sup>‖"),
+        ("(1 − δκ)^(−1−1/p)", "(1 − δκ)<sup>−1−1/p</sup>"),
+        ("2mn (t_m + t_n)", "2mn (t<sub>m</sub> + t<sub>n</sub>)"),
+        ("1B of c4_lm at node_embedding.weight", "1B of c4_lm at node_embedding.weight"),
+        ("CASPR is Shampoo's, 3 < 4 & F", "CASPR is Shampoo&#39;s, 3 &lt; 4 &amp; <i>F</i>"),
+        ("FLOPs = 2mn", "FLOPs = 2mn"),
+        ("<b>", "&lt;b&gt;"),
+    ],
+)
+def test_formulas_are_set(text, html):
+    assert str(typeset(text)) == html
+
+
+def test_formulas_of_figures_are_set():
+    text = "<text style='a^b'>tr X / tr F~^½, X_Shampoo</text>"
+    made = typeset_figure(f'<svg aria-label="tr F~^½"><g>{text}<text>plain_name</text></g></svg>')
+    root = ElementTree.fromstring(made)
+    texts = ["".join(one.itertext()).replace("\u200b", "") for one in root.iter("text")]
+    assert texts == ["tr X / tr F\u0303½, XShampoo", "plain_name"]
+    moves = [
+        float(one.attrib["dy"].removesuffix("em")) * (0.75 if "font-size" in one.attrib else 1)
+        for one in root.iter("tspan")
+    ]
+    assert len(moves) == 4
+    assert sum(moves) == pytest.approx(0)  # back on the line
+    assert root.attrib["aria-label"] == "tr F~^½"

@@ -51,7 +51,6 @@ def test_budgets_that_are_unequal_or_not_spent() -> None:
             {"trainer__precision": "bf16-mixed"},
             ["different trainer.precision: 32-true (caspr, 3 runs); bf16-mixed (adamw, 3 runs)"],
         ),
-        ({"trainer__max_steps": 400}, ["different trainer.max_steps: 300 (caspr, 3 runs); 400 (adamw"]),
         ({"trainer__val_every": 50}, ["different trainer.val_every: 100 (caspr, 3 runs); 50 (adamw, 3 runs)"]),
         ({"task__layers": 8}, ["different task.layers: 4 (caspr, 3 runs); 8 (adamw, 3 runs)"]),
         ({"schedule__warmup": 0.2}, ["different schedule.warmup: 0.05 (caspr, 3 runs); 0.2 (adamw, 3 runs)"]),

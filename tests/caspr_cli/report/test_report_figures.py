@@ -112,6 +112,41 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Axes]:
     return draw
 
 
+def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
+    tables = synthetic.study()
+    svg = figures.together(tables)
+    found = texts(svg)
+    assert [found.count(table.task) for table in tables] == [1] * len(tables)
+    assert [found.count(label) for label in synthetic.ENDS] == [1] * len(synthetic.ENDS)
+    assert found.count(f"{tables[0].metric} (lower is better)") == 1
+    assert figures.together([synthetic.table([synthetic.row("muon", [])], baseline=None)]) == ""
+    dark = style.dark(svg)
+    assert set(re.findall(r"#[0-9a-f]{6}\b", dark)) <= {dark for _, dark in style.PALETTE.values()}
+    assert texts(dark) == found
+
+
+def test_steps_are_marked_at_whole_numbers(axes: Callable[..., Axes]) -> None:
+    """Also where there are three: no mark at 1.5 steps."""
+    short = [synthetic.run("caspr", seed, 4.0, steps=24) for seed in (1, 2, 3)]
+    found = axes(figures.curves, synthetic.table([synthetic.row("caspr", short)], baseline=None))
+    ticks = [label.get_text() for label in found.get_xticklabels()]
+    assert len(ticks) > 2
+    assert all(re.fullmatch(r"[\d,]+", text) for text in ticks)
+
+
+def test_two_seeds_are_two_thin_lines_and_no_band(axes: Callable[..., Axes]) -> None:
+    """Their interval would be nine standard deviations to each side, and cover the other rows."""
+
+    def drawn_with(n: int) -> Axes:
+        rows = [synthetic.row("caspr", [synthetic.run("caspr", seed, 4.0 + seed / 50) for seed in range(n)])]
+        return axes(figures.curves, synthetic.table(rows, baseline=None))
+
+    two, three = drawn_with(2), drawn_with(3)
+    assert [len(each.collections) for each in (two, three)] == [0, 1]
+    assert sorted(line.get_linewidth() for line in two.lines)[:2] == [0.7, 0.7]
+    assert not any(line.get_linewidth() == 0.7 for line in three.lines)
+
+
 @pytest.mark.parametrize(
     ("over", "unit", "seconds"), [("steps", "steps", 1.0), ("seconds", "minutes of training", 60.0)]
 )
@@ -242,13 +277,13 @@ def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
-    """t for one degree of freedom is 12.706; the standard error of 1 and 3 is 1."""
-    found = curve_of([[1.0, 5.0], [3.0, 5.0]])
+    """t for two degrees of freedom is 4.303; the standard error of 1, 2 and 3 is 0.577."""
+    found = curve_of([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
     assert found is not None
     assert found.low is not None
     assert found.high is not None
     assert found.mean == (2.0, 5.0)
-    assert (found.low[0], found.high[0]) == (pytest.approx(2 - 12.706, abs=1e-3), pytest.approx(2 + 12.706, abs=1e-3))
+    assert (found.low[0], found.high[0]) == (pytest.approx(2 - 2.484, abs=1e-3), pytest.approx(2 + 2.484, abs=1e-3))
     assert found.steps == (1, 2)
     assert found.seconds == (2.0, 4.0)
     assert found.low[1] == found.high[1] == 5.0  # a band of no width where seeds are equal

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from pandas import DataFrame
 from recorded import run
+from tabled import seeds
 
 from caspr_cli.report import format, markdown, render, terminal
 from caspr_cli.report.compare import tables
@@ -83,8 +84,8 @@ def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -
     text = text[1:]
     assert " ".join(text[1].split()) == "optimizer n mean ± sd 95 % interval test steps to 4.5 time to it trials"
     assert " ".join(text[2].split()) == ("caspr 3 4.030 ± 0.030 3.955 to 4.105 4.130 ± 0.030 200 (3 of 3) 20.0 s 1")
-    assert text[3] == "  lr=0.006; against adamw: better, -10.84 % (-11.39 to -10.29), p < 0.001, 3 pairs"
-    assert "  lr=0.003; baseline" in text
+    assert text[3] == "  lr=0.006; ▲ against adamw: better, -10.84 % (-11.39 to -10.29), p < 0.001, 3 pairs"
+    assert "  lr=0.003; ● baseline" in text
     assert any(line.startswith("warning  shampoo: no run is done") for line in text)
 
 
@@ -253,9 +254,40 @@ def test_a_record_in_words() -> None:
     assert "state    failed at step 100, 30.0 s of training: loss is nan" in failed
 
 
+def test_a_narrow_list_leaves_out_what_the_path_says_too() -> None:
+    runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
+    heads, *lines = terminal.listing(runs, 80)
+    assert heads.split() == ["task", "optim", "seed", "state", "step", "final", "record"]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).endswith("(no room for: settings that differ, time; a wider terminal or a pipe has all)")
+    narrow = list(terminal.listing(runs, 20))
+    assert narrow[0].split() == ["state", "step", "final", "record"]  # never less
+
+
+def test_the_best_of_each_column_is_bold(made: list[Table]) -> None:
+    """Of means, tests and times, whether significant or not; not where there is one row, or all are equal."""
+    (first, second) = made
+    heads, *rows = format.cells(first)
+    assert {(rows[line - 1][0], heads[k]) for line, k in format.strong(first)} == {
+        ("caspr", "mean ± sd"), ("caspr", "test"), ("caspr", "steps to 4.5"), ("caspr", "time to it"),
+    }  # fmt: skip
+    assert format.strong(second) == set()
+    alike = tables([run("adamw", s, 4.5) for s in range(2)] + [run("caspr", s, 4.5) for s in range(2)])
+    assert format.strong(alike[0]) == set()
+    lucky = tables(seeds("adamw", [4.5, 4.6]) + seeds("caspr", [4.0, None]))[0]
+    assert {format.cells(lucky)[line][0] for line, _ in format.strong(lucky)} == {"adamw"}  # a seed of caspr failed
+    best = "4.030 ± 0.030"
+    assert f"| **{best}** |" in markdown.compared(made, "x")
+    assert rf"\textbf{{{best.replace('±', chr(36) + chr(92) + 'pm' + chr(36))}}}" in format.as_latex(made, "x")
+    shown = list(terminal.table_lines(first, 120, bold=True))
+    assert any(f"\x1b[1m{best}\x1b[0m" in line for line in shown)
+    plain = [re.sub("\x1b\\[[0-9]*m", "", line).rstrip() for line in shown]
+    assert plain == lines(first)
+
+
 def test_the_list_has_the_newest_last_and_what_differs() -> None:
     runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
-    text = terminal.listing(runs)
+    text = list(terminal.listing(runs, 200))
     assert [line.split()[:5] for line in text[1:]] == [
         ["c4_lm", "caspr", "lr=0.003", "0", "done"],
         ["c4_lm", "adamw", "-", "2", "running"],

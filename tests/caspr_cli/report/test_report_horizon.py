@@ -5,6 +5,7 @@ from recorded import run
 from tabled import row, seeds, table
 
 from caspr_cli.report import format
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import OwnSchedule, Run, Table
 
 
@@ -19,6 +20,11 @@ def whole(optim: str, steps: int, values: list[float | None], **keys: object) ->
     return made
 
 
+def of_length(steps: int, runs: list[Run]) -> Table:
+    (made,) = [each for each in tables(runs) if each.steps == steps]
+    return made
+
+
 def own(made: Table, label: str) -> OwnSchedule | None:
     return row(made, label).own_schedule
 
@@ -26,11 +32,10 @@ def own(made: Table, label: str) -> OwnSchedule | None:
 def test_the_shortest_whole_run_whose_mean_reaches_the_target() -> None:
     """The target is 4.5; 200 steps reach it in the mean, though one seed does not, and 100 do not, though one does."""
     runs = whole("caspr", 300, [4.0, 4.1]) + whole("caspr", 200, [4.6, 4.3]) + whole("caspr", 100, [4.4, 4.9])
-    made = table(runs, baseline="caspr trainer.max_steps=300")
-    assert own(made, "caspr trainer.max_steps=300") == OwnSchedule(200, 20.0, (100, 200, 300))
-    assert own(made, "caspr trainer.max_steps=200") == OwnSchedule(200, 20.0, (100, 200))
-    assert own(made, "caspr trainer.max_steps=100") is None  # nothing is shorter
-    (longest,) = [each for each in format.entries([made]) if each["label"] == "caspr trainer.max_steps=300"]
+    assert own(of_length(300, runs), "caspr") == OwnSchedule(200, 20.0, (100, 200, 300))
+    assert own(of_length(200, runs), "caspr") == OwnSchedule(200, 20.0, (100, 200))
+    assert own(of_length(100, runs), "caspr") is None  # nothing is shorter
+    (longest,) = format.entries([of_length(300, runs)])
     assert (longest["own_schedule_steps"], longest["own_schedule_seconds"]) == (200, 20.0)
     assert longest["steps_to_target"] == 200  # read off the curves
 
@@ -40,9 +45,7 @@ def test_where_the_metric_should_rise() -> None:
     runs = [
         one for steps, end in ((100, 0.7), (200, 0.85), (300, 0.9)) for one in whole("soap", steps, [end], **rising)
     ]
-    assert own(table(runs, baseline="soap trainer.max_steps=300"), "soap trainer.max_steps=300") == OwnSchedule(
-        200, 20.0, (100, 200, 300)
-    )
+    assert own(of_length(300, runs), "soap") == OwnSchedule(200, 20.0, (100, 200, 300))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_where_the_metric_should_rise() -> None:
     ],
 )
 def test_only_the_same_recipe_and_seeds_count(shorter: list[Run], found: OwnSchedule | None) -> None:
-    made = table(whole("adamw", 300, [4.0, 4.1]) + shorter, baseline="adamw")
+    made = of_length(300, whole("adamw", 300, [4.0, 4.1]) + shorter)
     (longest,) = [
         each
         for each in made.rows
@@ -71,20 +74,19 @@ def test_only_the_same_recipe_and_seeds_count(shorter: list[Run], found: OwnSche
 
 def test_none_of_the_lengths_may_do_and_there_may_be_no_target() -> None:
     runs = whole("adamw", 300, [5.0]) + whole("adamw", 100, [5.5])
-    label = "adamw trainer.max_steps=300"
-    made = table(runs, baseline=label)
-    assert own(made, label) == OwnSchedule(None, None, (100, 300))
+    made = of_length(300, runs)
+    assert own(made, "adamw") == OwnSchedule(None, None, (100, 300))
     assert "not reached in 2 lengths" in [cell for line in format.cells(made) for cell in line]
     none = [one for steps in (100, 300) for one in whole("adamw", steps, [4.0], task__target__value=None)]
-    assert own(table(none, baseline=label), label) is None
+    assert own(of_length(300, none), "adamw") is None
 
 
 def test_the_heading_says_from_which_schedule_steps_are_read() -> None:
     plain = table(seeds("adamw", [4.0, 4.1]))
     assert format.title(plain).endswith("; target 4.5, steps to it read off a schedule of 300 steps")
     assert "own schedule" not in format.cells(plain)[0]
-    both = table(whole("adamw", 1300, [4.0]) + whole("adamw", 100, [5.5]), baseline="adamw trainer.max_steps=100")
-    assert "read off a schedule of 100 and 1,300 steps; own schedule: the shortest whole run" in format.title(both)
+    both = of_length(1300, whole("adamw", 1300, [4.0]) + whole("adamw", 100, [5.5], horizon=100))
+    assert "read off a schedule of 1,300 steps; own schedule: the shortest whole run" in format.title(both)
     assert "own schedule" in format.cells(both)[0]
     assert "1,300 (2 lengths)" in [cell for line in format.cells(both) for cell in line]
     assert "schedule" not in format.title(table(seeds("adamw", [4.0], task__target__value=None)))

@@ -15,6 +15,7 @@ from tabled import searched, seeds
 
 from caspr_cli.report import style, tuning
 from caspr_cli.report.compare import tables
+from caspr_cli.report.format import mean_sd
 from caspr_cli.report.model import Run
 from caspr_cli.report.page import opening, page
 from caspr_cli.report.profile import profile
@@ -101,7 +102,7 @@ def test_it_is_html_with_every_tag_closed_that_needs_nothing_from_elsewhere(made
 def test_what_the_page_of_a_study_says() -> None:
     html = study()
     found = parsed(html)
-    cells, code = found.within("td", "th", "span"), found.within("code")
+    cells, code = found.within("td", "th", "span", "div"), found.within("code")
     for word in ("better", "worse", "no significant difference", "baseline"):
         assert f" {word}" in cells
     assert {"▲", "▼", "≈", "●"} <= set(cells)
@@ -165,23 +166,33 @@ def test_labels_and_words_of_files_are_text() -> None:
     assert evil in found.within("code")
 
 
-def test_bold_is_what_is_better_and_not_the_best_mean_that_is_not_significant(without_figures: None) -> None:
+def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures: None) -> None:
     table = synthetic.language()
     best = table.rows[0]
     assert best.difference is not None
     alike = replace(best, difference=replace(best.difference, verdict=synthetic.VERDICT))
-    html = page([replace(table, rows=(alike, table.rows[-2]))], None, "One", COMMAND)
-    assert 'class="best"' not in html
-    assert page([table], None, "One", COMMAND).count('class="best"') == sum(
-        row.difference is not None and row.difference.verdict == "better" for row in table.rows
-    )
+    html = page([replace(table, rows=(alike, *table.rows[1:]))], None, "One", COMMAND)
+    results = html[html.index('id="results"') : html.index("</section>")]
+    assert re.findall(r'class="best">([^<]*) \(', results) == [mean_sd(best.mean, best.sd)]
+    row = results[results.index(best.label) : results.index("</tr>", results.index(best.label))]
+    assert "≈</span> no significant difference" in row
+    assert "▲" not in row
+
+
+def test_on_a_phone_a_cell_has_its_head_beside_it() -> None:
+    """A row is a card there: every cell of a table's body says what it is."""
+    for html in (study(), bare()):
+        cells = [attrs for tag, attrs in parsed(html).seen if tag == "td"]
+        assert cells
+        assert all(attrs.get("data-head") for attrs in cells)
+        assert "@media screen and (max-width: 40rem)" in html
 
 
 def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
     table = synthetic.language()
     rows = [replace(row, is_baseline=row.label in ("adamw", "caspr")) for row in table.rows]
     html = page([replace(table, rows=tuple(rows), baseline="eps=1e-08")], None, "Own", COMMAND)
-    text = parsed(html).within("th", "p", "td")
+    text = parsed(html).within("th", "p", "td", "div")
     assert "against each optimizer's own row with eps=1e-08" in text
     assert re.search(r"th\.verdict \{[^}]*white-space: normal", html)  # its head is long, and would widen the table
     assert ", against adamw" in text
@@ -226,7 +237,7 @@ def test_it_begins_with_who_wins_and_has_every_trial(without_figures: None) -> N
     made = tables(runs)
     html = page(made, None, "Tuned", COMMAND)
     found = parsed(html)
-    assert found.within("p").startswith("Best mean: caspr on c4_lm: ")
+    assert found.within("p").startswith("Best mean: caspr; ")
     assert html.index('class="lead"') < html.index("<nav")
     captions = found.within("caption", "figcaption", "summary", "span")
     for caption in (tuning.BY_BUDGET, tuning.WIDTHS, tuning.RAN_WITH, tuning.TRIALS):

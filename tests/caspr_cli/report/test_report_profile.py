@@ -9,7 +9,7 @@ import synthetic
 
 from caspr_cli.report import terminal
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.profile import names, profile, rho, score
+from caspr_cli.report.profile import cells, names, profile, rho, score, strong
 
 
 def timed(task: str, steps: dict[str, float | None], target: float | None = 1.0) -> Table:
@@ -41,7 +41,7 @@ def test_scores_by_hand() -> None:
     assert profile([timed("one", {"a": 0, "b": 10})], "steps").ratios == {"a": (1.0,), "b": (math.inf,)}
     none = profile([synthetic.bare()], "steps")
     assert (none.tasks, none.scores) == ((), {})
-    assert "nothing to compare" in next(terminal.profiled(none))
+    assert "nothing to compare" in next(terminal.profiled(none, 80))
 
 
 def test_the_score_is_the_integral_of_rho() -> None:
@@ -94,7 +94,7 @@ def test_a_record_without_times_is_said_where_seconds_count() -> None:
 
 
 def test_lines_are_aligned_and_have_all() -> None:
-    lines = list(terminal.profiled(profile(synthetic.study(), "steps")))
+    lines = list(terminal.profiled(profile(synthetic.study(), "steps"), 200))
     heads, *rows = lines[1 : 2 + len(synthetic.ENDS)]
     assert {len(line) for line in rows} == {len(heads)}
     assert rows[0].split()[0] == "caspr"
@@ -103,9 +103,41 @@ def test_lines_are_aligned_and_have_all() -> None:
     assert any("ogbg_molpcba has no target" in line for line in lines)
 
 
+def test_on_a_narrow_terminal_it_fits_and_says_what_is_left_out() -> None:
+    lines = list(terminal.profiled(profile(synthetic.study(), "steps"), 60))
+    assert max(map(len, lines)) <= 60
+    assert any(line.startswith("(no room for: ρ(") for line in lines)
+    assert any(line.startswith("optimizer  score") for line in lines)
+
+
+def test_the_best_of_each_column_is_bold() -> None:
+    """Scores and shares are equal, and none of these is bold."""
+    found = profile([timed("one", {"a": 100, "b": 150}), timed("two", {"a": 60, "b": 40})], "steps")
+    assert cells(found)[0] == ["optimizer", "score", "ρ(1)", "ρ(1.5)", "ρ(2)", "ρ(4)", "one", "two"]
+    assert [line[0] for line in cells(found)[1:]] == ["a", "b"]
+    assert strong(found) == {(1, 6), (2, 7)}
+    assert any("\x1b[1m1.00x\x1b[0m" in line for line in terminal.profiled(found, 120, bold=True))
+    assert not any("\x1b" in line for line in terminal.profiled(found, 120))
+
+
+def test_of_a_task_with_two_lengths_that_with_more_runs_counts() -> None:
+    few, many = timed("one", {"a": 100, "b": 150}), timed("one", {"a": 100, "b": 400})
+    many = replace(
+        many, steps=300, rows=tuple(replace(row, records=tuple(synthetic.language().rows[0].runs)) for row in many.rows)
+    )
+    found = profile([replace(few, steps=1000), many], "steps")
+    assert found.tasks == ("one 300 steps",)
+    assert found.left_out == (
+        "one 1,000 steps is left out: one 300 steps has more runs (--where max_steps=1000 takes it instead)",
+    )
+
+
 def test_tables_of_one_task_have_different_names() -> None:
     one = synthetic.bare()
     assert names([one]) == ["c4_lm"]
     assert names([one, replace(one, scale="paper")]) == ["c4_lm sample", "c4_lm paper"]
-    assert names([one, replace(one, data="hub")]) == ["c4_lm sample sample", "c4_lm sample hub"]
+    assert names([one, replace(one, data="hub")]) == ["c4_lm sample", "c4_lm hub"]
+    both = [replace(one, scale="long", steps=300), replace(one, steps=300), replace(one, steps=20)]
+    assert names(both) == ["c4_lm long 300 steps", "c4_lm sample 300 steps", "c4_lm sample 20 steps"]
+    assert names(both[::2]) == ["c4_lm long", "c4_lm sample"]
     assert len(set(names([one, one, replace(one, task="vit")]))) == 3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,10 @@ from recorded import run
 from tabled import row, searched, seeds, table, warned
 
 from caspr_cli.common.errors import UserError
+from caspr_cli.report import tuning
 from caspr_cli.report.compare import tables
+from caspr_cli.report.profile import names
+from caspr_cli.report.selection import where
 
 # ---- rows and labels ---------------------------------------------------------------------------------------------
 
@@ -155,6 +159,26 @@ def test_validation_selects_and_held_out_seeds_report() -> None:
     assert chosen == {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}  # no row lends another its trials
 
 
+def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> None:
+    """They are drawn around the best of the others, so they are no draws of the search."""
+    extended = {"search__extend": True, "search__trials": 3}
+    runs = [
+        run("caspr", 0, value, optim__lr=10.0**-k, trial=k, **extended)
+        for k, value in enumerate([4.2, 3.9, 4.1, 3.5, 3.4])
+    ]
+    found = table(runs).rows[0]
+    assert found.selected.index == 4
+    assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
+    captions = dict(tuning.beside(table(runs)))
+    (caption,) = (caption for caption in captions if caption.startswith(tuning.BY_BUDGET))
+    assert "added" in caption
+    assert captions[caption][0] == ["row", "0 trials", "3 trials"]
+    assert captions[caption][1][2] == "3.9000 (3.9000 to 4.1000)"
+    only_added = [run("caspr", 0, None, optim__lr=1.0, trial=0, **extended), *runs[3:]]
+    assert table(only_added).rows[0].best_of == ()
+    assert not warned(table(only_added), "nothing selected")
+
+
 def test_one_held_out_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:
     made = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))
     assert ([each.seed for each in made.rows[0].runs], made.rows[0].held_out) == ([0, 1], False)
@@ -268,3 +292,51 @@ def test_where_targets_differ_the_commonest_holds_for_all_and_is_said() -> None:
     assert made.target == 4.5
     assert row(made, "adamw").reached == 2
     assert warned(made, "targets of the runs differ (4.5, 4.9)", "4.5")
+
+
+# ---- like with like ----------------------------------------------------------------------------------------------
+
+
+def test_runs_of_another_length_have_a_table_of_their_own() -> None:
+    short = seeds("caspr", [5.0, 5.1], trainer__max_steps=100) + seeds("adamw", [5.5, 5.6], trainer__max_steps=100)
+    long, brief = tables(short + seeds("caspr", [4.0, 4.1]) + seeds("adamw", [4.5, 4.6]))
+    assert [(each.steps, [row.label for row in each.rows]) for each in (long, brief)] == [
+        (300, ["caspr", "adamw"]),
+        (100, ["caspr", "adamw"]),
+    ]
+    assert long.rows[0].mean == pytest.approx(4.05)
+    assert warned(long, "runs of c4_lm for 100 steps have a table of their own")
+    assert warned(brief, "runs of c4_lm for 300 steps have a table of their own")
+    assert names([long, brief]) == ["c4_lm 300 steps", "c4_lm 100 steps"]
+    (together,) = tables(short, tuned=["trainer.max_steps"])  # asked for
+    assert together.steps is None
+
+
+def test_where_keeps_the_runs_that_meet_every_condition() -> None:
+    runs = [run("caspr", 0, optim__lr=0.01), run("caspr", 1, state="failed"), run("adamw", 2, optim__lr=0.010)]
+    runs += [run("muon", 3, optim__betas=[0.9, 0.99], task__name="vit")]
+    for conditions, kept in (
+        ([], [0, 1, 2, 3]),
+        (["optim=caspr,muon"], [0, 1, 3]),
+        (["optim=caspr", "lr=1e-2"], [0]),
+        (["optim.lr=0.01,0.003"], [0, 1, 2, 3]),
+        (["state=failed"], [1]),
+        (["betas=[0.9,0.99]"], [3]),
+        (["betas=0.9,0.99"], [3]),
+        (["task=vit"], [3]),
+        (["max_steps=300", "task.name=c4_lm", "seed=1,2"], [1, 2]),
+    ):
+        assert [each.seed for each in where(runs, conditions)] == kept
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (["optm=caspr"], "--where optm=caspr: no record has this key. Did you mean optim?"),
+        (["optim=soap"], "--where optim=soap: no record has it (optim is adamw and caspr)"),
+        (["optim=caspr", "seed=2"], "--where seed=2: no record has it (seed is 0 and 1)"),
+    ],
+)
+def test_where_says_what_there_is(conditions: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        where([run("caspr", 0), run("caspr", 1), run("adamw", 2)], conditions)

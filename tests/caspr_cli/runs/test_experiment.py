@@ -32,6 +32,12 @@ from caspr_cli.tasks.registry import C4LMConf
 compose.register_schemas()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> None:
+    """Hydra runs, whichever of these tests are chosen: it splits the words of a sweep into jobs."""
+    Composer()
+
+
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 
@@ -226,7 +232,7 @@ def write(recipe: Recipe, value: float | None, **status: str) -> None:
 def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if each sweep were run: what comes next follows from the command and the records alone."""
+    """Each sweep is written as if it had run: the next one follows from the command and the records alone."""
     given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
 
     def quality(recipe: Recipe) -> float:  # adamw likes large steps, sgd those in the middle of its range
@@ -274,7 +280,7 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if each sweep were run."""
+    """Each sweep is written as if it had run."""
     given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
     given += ["optim=adamw", "seed=1,2", f"output_dir={tmp_path}", "task.target.value=0.84", "horizon=true"]
     told, seen = Experiment.read("molpcba", given), list[str]()
@@ -430,7 +436,7 @@ def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planned", [True, False])
 def test_a_table_without_its_data_is_refused_before_any_job(planned: bool, tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["experiment=ud_pos", "optim=adamw,sgd", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"]
-    monkeypatch.setattr(train, "compose_and_run", lambda argv: pytest.fail("a sweep was started"))
+    monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: pytest.fail("a sweep was started"))
     monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={str(planned).lower()}"])
     assert train.main() == (0 if planned else BAD_USAGE)
     shown = capsys.readouterr()
@@ -466,7 +472,7 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     assert [row.left for row in table] == [row.whole for row in table]
     monkeypatch.setattr(train, "seconds", lambda *_: 1.0)
     started = []
-    monkeypatch.setattr(train, "compose_and_run", lambda argv: started.append(argv) or SOME_FAILED)
+    monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: started.append(argv) or SOME_FAILED)
     monkeypatch.setattr(train, "report", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", *given])
     assert train.main() == SOME_FAILED

@@ -1,10 +1,11 @@
-"""What a sweep decides and says, without a single run."""
+"""Decisions and messages of sweeps, without a single run."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import time
@@ -19,6 +20,8 @@ from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, CasprConf, Recipe
 from caspr_cli.runs import summary, sweep
+from caspr_cli.runs.launch import Allocation, Outcome
+from caspr_cli.runs.record import Record
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, STARTED, WAITING, Job, Sweep, share, visible_gpus
 from caspr_cli.tasks.registry import C4LMConf
@@ -248,3 +251,61 @@ def test_a_launcher_that_waits_for_ever_is_left(tmp_path: Path, monkeypatch: pyt
     assert ended == [2]
     assert one.stop_requests() == [signal.SIGINT]
     assert (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == before
+
+
+# ---- one line a job ----------------------------------------------------------------------------------------------
+
+
+def test_on_a_narrow_terminal_the_table_is_without_records(tmp_path: Path) -> None:
+    jobs = [
+        Job(n, [f"optim={optim}"], ENDED, record(tmp_path / optim, "done"), 0)
+        for n, optim in enumerate(("caspr", "adamw"), 1)
+    ]
+    failed = record(tmp_path / "bad", "failed", "ValueError: no")
+    lines = summary.table(jobs, 80)
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "(no room for the records: caspr-report list has them)"
+    assert not any(str(tmp_path) in line for line in lines)
+    lines = summary.table([*jobs, Job(3, ["optim=sgd"], ENDED, failed, 1)], 80)
+    assert f"{failed}/log.txt" in lines[-2]  # where to look stays
+
+
+@pytest.mark.parametrize(
+    ("ran", "before", "waiting", "seconds", "said"),
+    [
+        (0, 0, 8, 100.0, ""),
+        (0, 2, 6, 1.0, ""),  # they were done before, and say nothing
+        (2, 0, 6, 40.0, ", 2 min left"),
+        (2, 2, 4, 40.0, ", 80 s left"),
+        (3, 0, 5, 3 * 3600.0, ", 5 h left"),
+        (8, 0, 0, 100.0, ""),
+    ],
+)
+def test_how_long_the_jobs_that_are_left_take(ran: int, before: int, waiting: int, seconds: float, said: str) -> None:
+    states = [(ENDED, True)] * ran + [(ENDED, False)] * before + [(WAITING, True)] * waiting
+    jobs = [Job(n, [], state, ran=did) for n, (state, did) in enumerate(states, 1)]
+    assert summary.left(jobs, seconds) == said
+
+
+def test_in_an_experiment_a_job_has_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = []
+
+    def ran(recipe: Recipe, command: list[str], allocation: Allocation) -> Outcome:
+        labels.append(allocation.brief)
+        path = Record.of(recipe).path
+        good = recipe.seed == 1
+        record(path, "done" if good else "failed", None if good else "ValueError: no")
+        return Outcome(Record.of(recipe), 0 if good else 1, ran=True)
+
+    monkeypatch.setattr("caspr_cli.runs.session.run", ran)
+    Session(["caspr-train"], brief=True).all(
+        Composer(["optim=adamw", "trainer.max_steps=5,6", "seed=1,2", f"output_dir={tmp_path}"], sweeps=True)
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert labels == [f"job {n} of 4" for n in (1, 2, 3, 4)]
+    assert len(lines) == 4
+    assert re.fullmatch(r"job 1 of 4, \d+ s left  trainer.max_steps=5 seed=1  val/loss 4.0364  2 min 46 s", lines[0])
+    assert "  failed  ValueError: no  " in lines[1]
+    assert lines[3].startswith("job 4 of 4  ")

@@ -1,0 +1,39 @@
+"""Help of every command: it fits a terminal of 80 columns, and texts stand in one column."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from caspr_cli.commands import bench, report, train, verify
+
+COMMANDS = {
+    "caspr-train": (train, [[]]),
+    "caspr-bench": (bench, [[]]),
+    "caspr-report": (
+        report,
+        [[], *([name] for name in (["compare", "profile", "trials", "curves", "list", "show", "pack", "unpack"]))],
+    ),
+    "caspr-verify": (verify, [[], *([name] for name in (*verify.QUESTIONS, verify.ALL))]),
+}
+CASES = [(name, words) for name, (_, every) in COMMANDS.items() for words in every]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize(("name", "words"), CASES, ids=[" ".join([name, *words]) for name, words in CASES])
+def test_help_fits_and_is_aligned(
+    name: str, words: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "argv", [name, *words, "--help"])
+    assert COMMANDS[name][0].main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= min(columns, 110)
+    flags = [line for line in lines if re.match(r"  (?:-|  \w+ )", line)]
+    starts = {re.match(r" +\S.*?  +(?=\S)", line) for line in flags}
+    assert None not in starts  # no text begins on the next line
+    by_indent = {(len(line) - len(line.lstrip()), len(found[0])) for line in flags
+                 if (found := re.match(r" +\S.*?  +(?=\S)", line))}  # fmt: skip
+    assert len(by_indent) == len({indent for indent, _ in by_indent})
