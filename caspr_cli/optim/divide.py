@@ -75,6 +75,11 @@ class Division:
         """What a pickle keeps: the arguments for another one."""
         return self.owners, self.ranks, self.everyone, self.group_size
 
+    @property
+    def repeats(self) -> bool:
+        """Whether an earlier group of ranks does the same work as that of this rank."""
+        return None in self._teams and self._teams[None].everyone[0] != self._replicas().everyone[0]
+
     def teams(self) -> dict[Team, list[Tensor]]:
         """Return the parameters that have owners, by who shares the work on them."""
         found: dict[Team, list[Tensor]] = defaultdict(list)

@@ -125,6 +125,11 @@ class KroneckerOptimizer(Optimizer):
         return self._division.ranks or 1
 
     @property
+    def repeats(self) -> bool:
+        """Whether a rank with a lower number does the same work, so that what is counted over ranks counts twice."""
+        return self._division.repeats
+
+    @property
     def bytes_received(self) -> int:
         """Bytes that this rank received in the last step, its own share included."""
         return self._exchange.bytes_received
@@ -388,8 +393,7 @@ class KroneckerOptimizer(Optimizer):
         return content | {"_division": self._division.pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Two names are of a pickle of an older version. A state_dict, which is whole, has none of the three; it changes
-        # nothing of who shares the work.
+        # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.
         own: Division = vars(self).get("_division") or Division()
         older = state.get("_owners", {}), state.get("_divided", 0), own.everyone, own.group_size
         division = state.get("_division", older)

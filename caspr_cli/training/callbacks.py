@@ -171,6 +171,8 @@ class Curves(Callback):
             return {}
         found, counts = diagnose(optimizer), counters(optimizer)
         if optimizer.ranks > 1:
+            if optimizer.repeats:
+                found, counts = {}, counts | {"rejected_roots": 0}
             found, counts = _of_all_ranks(found, counts)
         if self.recorder is None:
             return {}

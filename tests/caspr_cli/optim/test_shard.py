@@ -535,6 +535,7 @@ def in_groups(rank: int, how: str, size: int | None) -> tuple[list[Tensor], int]
     optimizer.load_state_dict(optimizer.state_dict())
     params_, optimizer_ = copy.deepcopy([params, optimizer])
     train(params_, range(4, 7), optimizer_)
+    assert optimizer_.repeats == (how == "groups" and size == 2 and rank >= 2)
     return values(params_), factor_bytes(optimizer_)
 
 
