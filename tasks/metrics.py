@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -31,3 +33,17 @@ class Means(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars by name."""
         return {name: getattr(self, above) / getattr(self, below) for name, above, below in self.means}
+
+
+class Measures(Means):
+    """The mean of each measure over all samples."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        # prefixed: a measure may have the name of a method
+        self.means = tuple((name, f"sum_{name}", "sum_samples") for name in names)
+        super().__init__()
+
+    def update(self, means: Mapping[str, Tensor], samples: int) -> None:
+        """Add the means over a batch."""
+        self.add(sum_samples=samples)
+        self.add(**{total: means[name].detach().double() * samples for name, total, _ in self.means})

@@ -56,6 +56,7 @@ def llama(width: int, layers: int, hidden: int) -> tuple[tuple[Shape, ...], int]
 MODELS = {"gpt2-small": gpt2(768, 12), "gpt2-1.5b": gpt2(1600, 48), "llama-7b": llama(4096, 32, 11008)}
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
+    "medium": transformer(WIDTH // 2),
     "transformer": transformer(WIDTH),
     "small": ((64, 64),) * 200 + ((64, 64, 3, 3),) * 200,
 }

@@ -15,24 +15,17 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.finite import norms_of_rows
 from caspr_cli.optim.fsdp import is_sharded, local
 from caspr_cli.optim.registry import build
-from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
+from caspr_cli.recipe.schema import Decay, Recipe
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import measured_anew, statistics
 from caspr_cli.training.data import mix
-from caspr_cli.training.groups import param_groups
+from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.sharded import ShardedStrategy, divide
 from caspr_cli.training.timing import PhaseTimer
 
 STATISTICS = "training_statistics"  # in a checkpoint: those of batch norms, where the model has others to evaluate with
 BATCHES = 20  # of training, that give the others
-
-
-def build_options(conf: OptimConf) -> dict[str, Any]:
-    """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
-    settings = options(conf)
-    return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
 
 
 def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
