@@ -25,7 +25,7 @@ SCALABLE = "scalable_shampoo"
 NEVER = 10**9  # an interval that no run reaches
 WARM_UP = 3  # steps before anything is timed: they build state and the first roots
 OWN_FLAGS = {"interval": "--interval", "block_size": "--block-size"}
-NOT_FOR_SET = {"params", "start_step", "maximize"}  # the bench preconditions from the first step on
+NOT_FOR_SET = {"params", "start_step", "maximize", "process_group"}  # the bench preconditions from the first step on
 
 
 @dataclass(frozen=True)

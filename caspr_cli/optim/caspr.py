@@ -44,7 +44,7 @@ _ALGORITHM = r"""
 _NOTES = """
     Raises:
         ValueError: an option is out of its range, a parameter is complex, or a DTensor that is not divided by rows
-            (``Shard(0)``) over all ranks; in the first step, parameters that are not the same on all ranks.
+            (``Shard(0)``); in the first step, parameters that are not the same on all ranks that should have them.
 
     Any option but ``params`` can be set for a param group. ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is
     the bare update W <- W - lr U. Statistics start with the first step, whatever ``start_step`` is. ``state_dict()`` is

@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.combine import root_exponent
+from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import (
+    POWER_ACCURACY,
     Root,
     damping_shift,
     eigh_root,
     newton_root,
+    newton_steps,
     residual,
     scaled_newton_root,
+    scaled_steps,
 )
+from caspr_cli.optim.schedule import EIGH_FLOPS
 
 # Numbers in the matrices that one thread works on at once: what becomes of them stays in its cache.
 PIECE = 2**20
@@ -38,6 +44,33 @@ def choose(solver: str, device: torch.device) -> str:
     if solver != "auto":
         return solver
     return "newton" if device.type == "cuda" else "eigh"
+
+
+def newton_products(p: int) -> int:
+    """Return the products in a step of Newton: log2(p) squarings, products of their results, and two for M and H."""
+    return p.bit_length() - 1 + p.bit_count() - 1 + 2
+
+
+def is_scaled(device: torch.device, condition: float) -> bool:
+    """Whether Newton is :func:`scaled_newton_root`: each product takes longest on a GPU, and with fewer steps there is
+    less to ask; on a CPU it asks when to stop."""
+    return device.type != "cpu" and math.isfinite(condition)
+
+
+def root_flops(group: Group, axes: int, device: torch.device) -> float:
+    """Return the FLOPs of a root over d^3, in units of products, for blocks of so many axes with statistics.
+
+    They are those of an eigendecomposition, or Newton's steps times its products.
+    """
+    if choose(group["solver"], device) == "eigh":
+        return EIGH_FLOPS
+    p = root_exponent(group["order"], axes, group["exponent"])
+    condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
+    if is_scaled(device, condition):
+        steps = len(scaled_steps(POWER_ACCURACY / condition, p, 8 * torch.finfo(torch.float32).eps))
+    else:
+        steps = newton_steps(condition, p)
+    return 2.0 * steps * newton_products(p)
 
 
 @dataclass
@@ -137,9 +170,7 @@ def _eigh(problem: Problem) -> Solution:
 
 
 def _newton(problem: Problem) -> Solution:
-    # Each product takes longest on a GPU, and with fewer steps there is less to ask; on a CPU it asks when to stop.
-    scaled = problem.S.device.type != "cpu" and math.isfinite(problem.condition)
-    root = scaled_newton_root if scaled else newton_root
+    root = scaled_newton_root if is_scaled(problem.S.device, problem.condition) else newton_root
     return Solution.of(problem, root(problem.S, problem.shift, problem.p, problem.condition))
 
 
