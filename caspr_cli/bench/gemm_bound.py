@@ -91,11 +91,13 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
     """Return the products of every preconditioned block and axis of d rows of r numbers.
 
     They are the statistics (d x r times r x d) and, in each pass, the application (d x d times d x r). For m x n blocks
-    that is six products for CASPR (two passes) and four for Shampoo (one).
+    that is six products for CASPR (two passes), four for Shampoo (one) and eight with ``measured``: the momentum goes to
+    the eigenbases and back, and the gradient goes there.
     """
     blocks: Counter[Any] = Counter()
     for group, p, sizes, shape, count in blocks_of(optimizer):
-        blocks[sizes, shape, passes(group["order"], len(sizes)), factor_dtype(p, group)] += count
+        times = passes(group, len(sizes)) + (group["measured"] > 0)
+        blocks[sizes, shape, times, factor_dtype(p, group)] += count
     found = []
     for (sizes, shape, times, dtype), count in blocks.items():
         for d in sizes:

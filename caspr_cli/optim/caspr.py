@@ -146,7 +146,15 @@ class FullAdagrad(KroneckerOptimizer):
 
     # One axis: every order is the same, and there is nothing to merge.
     fixed = types.MappingProxyType(
-        {"order": 1, "exponent": 0.5, "merge": "flatten", "axes": "all", "precondition_1d": True, "polar": False}
+        {
+            "order": 1,
+            "exponent": 0.5,
+            "merge": "flatten",
+            "axes": "all",
+            "precondition_1d": True,
+            "polar": False,
+            "measured": 0.0,
+        }
     )
 
     @takes(FullAdagradOptions)
