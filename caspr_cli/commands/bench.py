@@ -40,6 +40,7 @@ EXAMPLES = """\
   caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; a minute
   caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
+  caspr-bench --optim caspr,caspr_polar:graft=rms,shampoo:measured=1:graft=none,soap    the modes of one engine
   caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
   caspr-bench --ranks 1,2,4                                  a step that so many processes share"""
 
@@ -79,13 +80,16 @@ def parser() -> Parser:
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--scale", metavar="NAME", help="the scale of the task (default: sample)")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
-    names = f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
+    names = (
+        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; "
+        "with options, a mode: caspr:order=3:graft=rms"
+    )
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo; may be repeated: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3 --set merge=square"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
@@ -113,8 +117,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     args: argparse.Namespace = parser().parse_args(argv)
     chosen = args.optim or ("caspr" if args.ranks else ",".join(DEFAULT))
-    args.optim = [one_of("--optim", name.strip(), NAMES) for name in chosen.split(",")]
-    if args.ranks and (others := [name for name in args.optim if name not in KRONECKER]):
+    words = [name.strip().partition(":") for name in chosen.split(",")]
+    args.optim = [one_of("--optim", name, NAMES) + colon + own for name, colon, own in words]
+    if others := [name for name, colon, _ in words if colon and name not in KRONECKER]:
+        raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
+    if args.ranks and (others := [name for name, *_ in words if name not in KRONECKER]):
         raise UserError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
     if args.scale and not args.task:
         raise UserError("--scale: needs --task NAME")
@@ -284,7 +291,8 @@ def next_commands(args: argparse.Namespace) -> list[str]:
     """Return what to try now."""
     if args.task:
         scale = f" scale={args.scale}" if args.scale else ""
-        train = f"caspr-train task={args.task}{scale} optim={args.optim[0]}"
+        entry, *own = args.optim[0].split(":")
+        train = " ".join([f"caspr-train task={args.task}{scale} optim={entry}", *(f"optim.{word}" for word in own)])
         found = [train, f"{train} debug=plan"]
     else:
         other = "transformer" if args.shapes == "small" else "small"

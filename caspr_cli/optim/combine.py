@@ -58,22 +58,23 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
 def weights(stack: Stack, rows: slice, group: Group) -> Tensor:
     """Return what multiplies a block's entries in the eigenbasis, ``[k, d_1, ..., d_k]`` in units of the input's scale.
 
-    With V the measured second moment and c the family's closed form, (x V + (1 - x) mean(c^2 V) / c^2 + shift)^(-1/2)
-    for ``measured=x``: the closed form is a second moment that is right on average.
+    With V the measured second moment, damped, and c the family's closed form, (x V + (1 - x) mean(c^2 V) / c^2)^(-1/2)
+    for ``measured=x``: the closed form is a second moment that is right on average. Near x = 0 the direction of U is
+    that of CASPR or Shampoo.
     """
     assert stack.V is not None
     x, scale = group["measured"], stack.input_scale(group)[rows]
     V = stack.V[rows] * per_block((stack.corrected(group)[rows] / scale).square(), stack.V[rows])
+    largest = V.flatten(1).amax(1)
+    shift = group["eps"] * (largest if group["damping"] == "relative" else scale.square().reciprocal())
+    V.add_(per_block(torch.where(largest > 0, shift, 1), V))  # 1: of a block without a gradient
     if x < 1:
         p, k = root_exponent(group["order"], len(stack.axes), group["exponent"]), len(stack.axes)
         a = [along(v[rows].pow(-1 / p), axis, V) for v, axis in zip(stack.values, stack.axes, strict=True)]
         c = math.prod(a) if k == 1 or math.isinf(group["order"]) else (sum(a) / k) ** int(group["order"])
         c2 = c.square()
         V = torch.lerp(per_block((c2 * V).flatten(1).mean(1), V) / c2, V, x)
-    largest = V.flatten(1).amax(1)
-    shift = group["eps"] * (largest if group["damping"] == "relative" else scale.square().reciprocal())
-    shift = torch.where(largest > 0, shift, 1)  # of a block without a gradient
-    return V.add_(per_block(shift, V)).rsqrt_()
+    return V.rsqrt_()
 
 
 def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, out: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ def pool(stack: Stack, at: RowIndex, group: Group) -> None:
     for values, axis in zip((v[at] for v in stack.values), stack.axes, strict=True):
         size = values.amax(1) if group["damping"] == "relative" else stack.root_scale[at].square().reciprocal()
         low = (values < 2 * group["eps"] * size.unsqueeze(1)).to(V.dtype)
+        if low.device.type == "cpu" and not bool(low.any()):  # elsewhere the question would wait for the device
+            continue
         here = along(low, axis, V)
         mean = (V * here).sum(axis + 1, keepdim=True) / per_block(low.sum(1).clamp(min=1), V)
         V = V + here * (mean - V)

@@ -269,8 +269,8 @@ class ShampooOptions(FullAdagradOptions):
         """share of a measured second moment in the weights, from 0 to 1. With 0 all follow from the statistics of the
         axes. Else the momentum is seen in their eigenbases and divided there by the root of a mixture of what the axes
         say and of Adam's second moment in that basis. This takes half as many products again and 4 bytes a parameter.
-        With 1 and ``graft="none"`` it is SOAP (arXiv:2409.11321), damped by ``eps``. ``pack_roots`` does nothing
-        then.""",
+        With 1 and ``graft="none"`` it is SOAP (arXiv:2409.11321), damped by ``eps``, and AdamW has what is left to the
+        graft method for good. ``pack_roots`` does nothing then.""",
         SHARE,
     )
     polar: bool = option(

@@ -288,6 +288,7 @@ def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
     return _matrices_and_rest("soap", groups, matrix, **options)
 
 
+SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
@@ -317,6 +318,12 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             ShampooKeys,
             _family("Shampoo"),
             POLAR,
+        ),
+        "shampoo_soap": Entry(
+            "SOAP as a member of this family, shared by ranks and damped like it; between it and Shampoo: measured=0.5",
+            ShampooKeys,
+            _family("Shampoo"),
+            SOAP,
         ),
         "full_adagrad": Entry(
             "full-matrix Adagrad in blocks: what the others approximate (for small models)",

@@ -110,7 +110,7 @@ def basis(S: Tensor, damping: Damping, last: Tensor | None) -> Root:
     lam = lam.double().clamp(min=0)
     shift = damping(lam.amax(1))
     lam = lam + shift.unsqueeze(1)
-    return Root(Q, shift, lam.amax(1), lam.amax(1) / lam.amin(1), lam)
+    return Root(Q, shift, lam.amax(1), lam.amax(1) / lam.amin(1), torch.where(lam > 0, lam, 1))
 
 
 def newton_steps(condition: float, p: int) -> int:

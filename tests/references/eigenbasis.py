@@ -90,8 +90,8 @@ def in_eigenbasis(
             turn = K.T @ before
             V = torch.diagonal(turn @ torch.diag(V) @ turn.T)
         V = pooled(V, values, limits, shape)
+    V = V + (eps * V.max() if damping == "relative" else eps)
     c = closed_form(values, shape, order, exponent)
     prior = (c**2 * V).mean() / c**2
     mixed = measured * V + (1 - measured) * prior
-    mixed = mixed + (eps * mixed.max() if damping == "relative" else eps)
     return (K @ (mixed**-0.5 * (K.T @ gradient.flatten()))).reshape(shape)

@@ -154,7 +154,8 @@ def reference_weights(
     active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
     if axes == "row" and exponent and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
-    graft = "adam" if graft == "rms" and not active else graft
+    own_length = graft == "rms" or (graft == "none" and measured > 0)
+    graft = "adam" if own_length and not active else graft
     block_options = {
         "sizes": [1, block_size] if axes == "row" and exponent and len(shape) > 1 else [block_size] * len(shape),
         "kind": statistics,
