@@ -47,7 +47,7 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
         U = apply_roots(low, A, stack.axes, group["order"], out)
     else:
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
-        U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out if U is low else low)
+        U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
     if group["polar"]:
         U = polar_factor(U)
         if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed
@@ -70,8 +70,11 @@ def weights(stack: Stack, rows: slice, group: Group) -> Tensor:
     V.add_(per_block(torch.where(largest > 0, shift, 1), V))  # 1: of a block without a gradient
     if x < 1:
         p, k = root_exponent(group["order"], len(stack.axes), group["exponent"]), len(stack.axes)
-        a = [along(v[rows].pow(-1 / p), axis, V) for v, axis in zip(stack.values, stack.axes, strict=True)]
-        c = math.prod(a) if k == 1 or math.isinf(group["order"]) else (sum(a) / k) ** int(group["order"])
+        c, *others = (along(v[rows].pow(-1 / p), axis, V) for v, axis in zip(stack.values, stack.axes, strict=True))
+        product = k == 1 or math.isinf(group["order"])
+        for a in others:
+            c = c * a if product else c + a
+        c = c if product else (c / k) ** int(group["order"])
         c2 = c.square()
         V = torch.lerp(per_block((c2 * V).flatten(1).mean(1), V) / c2, V, x)
     return V.rsqrt_()

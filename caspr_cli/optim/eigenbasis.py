@@ -30,7 +30,7 @@ def on_axes(G: Tensor, B: list[Tensor], axes: tuple[int, ...], out: Tensor | Non
     """Return B_i ``[K, d_i, d_i]``, which need not be symmetric, on ``axes`` of each block of G ``[K, d_1, ..., d_k]``.
 
     Args:
-        out: memory of the size of G. Where it is given G is overwritten, and for matrices nothing is allocated.
+        out: memory of the size of G. Where it is given the result of matrices is in G, and nothing is allocated.
     """
     if len(axes) == 2 and G.ndim == 4 and G.shape[1] == 1:  # one member of a batch in each block
         return on_axes(G.squeeze(1), B, (0, 1), None if out is None else out.squeeze(1)).unsqueeze(1)

@@ -87,7 +87,8 @@ def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[S
 def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
     """Return a problem for each axis of these rows."""
     at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes), group["exponent"])
-    places, last = range(len(stack.axes)), [None] * len(stack.axes)
+    places = range(len(stack.axes))
+    last: list[Tensor | None] = [None for _ in places]
     if stack.storage.measured:
         p = 0
         if stack.based.issuperset(rows):

@@ -272,7 +272,8 @@ def residual(S: Tensor, root: Root, p: int) -> Tensor:
     V = probe_vectors(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1)
     if root.values is not None:
         Y = torch.bmm(torch.bmm(V, root.A), root.A.mT) + 0 * root.values.sum(1).to(S.dtype).view(-1, 1, 1)
-        return torch.linalg.vector_norm(Y - V, dim=(1, 2)) / math.sqrt(V[0].numel())
+        away: Tensor = torch.linalg.vector_norm(Y - V, dim=(1, 2)) / math.sqrt(V[0].numel())
+        return away
     size = torch.where(root.largest > 0, root.largest, 1)
     Y, factor = V, size.pow(1 / p).to(S.dtype).view(-1, 1, 1)
     for _ in range(p // 2):
