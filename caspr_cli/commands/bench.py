@@ -79,6 +79,7 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
+        usage="caspr-bench [options]",
         description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
     )
