@@ -37,6 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 def test_help_fits_a_screen_and_lists_everything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) <= 43
