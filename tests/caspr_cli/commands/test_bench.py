@@ -212,6 +212,7 @@ def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (("--ranks", "0"), "--ranks: should be a positive integer but is 0"),
         (("--ranks", "2", "--roots"), "--ranks: measures a step, and --roots does not"),
         (("--ranks", "2", "--model", "gpt2-small"), "--ranks: measures a step, and --model does not"),
+        (("--model", "gpt2-small", "--task", "vit"), "--model: has shapes of its own, so leave out --task"),
         (("--model", "gpt-2"), "--model gpt-2: no such choice"),
         (("--model", "gpt2-small", "--gpu", "h1"), "--gpu h1: no such choice. Did you mean h100?"),
         (
