@@ -90,11 +90,10 @@ def parser() -> Parser:
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
-    model = f"a step on many GPUs, predicted from the shapes of {', '.join(MODELS)}"
-    what.add_argument("--model", metavar="NAME", help=model)
-    scale = "the scale of the task (default: sample); of --model, numbers of GPUs (default: 8,64,1024)"
-    made.add_argument("--scale", metavar="NAME|LIST", help=scale)
-    made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100, h200 or a100 (default: h100)")
+    made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
+    scale = "of --task (default: sample); or numbers of GPUs, of --model (default: 8,64,1024)"
+    made.add_argument("--scale", metavar="NAME", help=scale)
+    made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100 (default), h200 or a100")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
     names = (
         f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; "
@@ -141,6 +140,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
     if args.model:
         one_of("--model", args.model, MODELS)
+        if args.task or args.params or args.roots:
+            raise UserError("--model: has shapes of its own, so leave out --task, --params and --roots")
         try:
             args.scale = ranks(args.scale or "8,64,1024")
         except argparse.ArgumentTypeError as error:

@@ -33,12 +33,11 @@ def numbers(params: list[nn.Parameter]) -> int:
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_of_llama_7b_on_eight_ranks_little_is_kept_of_what_is_received(dtype: torch.dtype, size: int) -> None:
-    """Of two layers of 32, which are 1.5 GiB in float32: what is kept does not grow with the layers."""
-    params = stand_ins(MODELS["llama-7b"][0][: 2 * 7], dtype)
+    """Of one layer of 32, which is 0.75 GiB in float32: what is kept does not grow with the layers."""
+    params = stand_ins(MODELS["llama-7b"][0][:7], dtype)
     with many(8):
         optimizer = CASPR(params, start_step=1, solver="newton")
-        for _ in range(2):
-            optimizer.step()
+        optimizer.step()
         assert optimizer._exchange.bytes_kept <= 0.6 * GIB
         assert optimizer.bytes_received <= 1.1 * size * numbers(params)
         assert (Sent.most_in_flight, Sent.in_flight) == (2, 0)  # while one travels the next is computed
