@@ -37,10 +37,9 @@ PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
   caspr-bench                                                14.7M parameters, six optimizers; takes minutes
-  caspr-bench --optim caspr,adamw --params 2M                two of them, a smaller set; a minute
+  caspr-bench --optim caspr,caspr:graft=rms --params 2M      an optimizer and a mode of it; a minute
   caspr-bench --shapes "4*1536x512,2048x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper                     the parameters of a task's model
-  caspr-bench --optim caspr,caspr_polar:graft=rms,shampoo:measured=1:graft=none,soap    the modes of one engine
   caspr-bench --roots                                        how exact inverse roots in float32 are, by solver
   caspr-bench --ranks 1,2,4                                  a step that so many processes share"""
 
@@ -81,15 +80,14 @@ def parser() -> Parser:
     made.add_argument("--scale", metavar="NAME", help="the scale of the task (default: sample)")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
     names = (
-        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; "
-        "with options, a mode: caspr:order=3:graft=rms"
+        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; or a mode: caspr:order=3:graft=rms"
     )
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
