@@ -96,15 +96,14 @@ def parser() -> Parser:
     made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100 (default), h200 or a100")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
     names = (
-        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; "
-        "with options, a mode: caspr:order=3:graft=rms"
+        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; or a mode: caspr:order=3:graft=rms"
     )
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)

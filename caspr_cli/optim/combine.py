@@ -43,7 +43,7 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     low = X.to(dtype)
     out = out if low is X else torch.empty_like(low)
-    if stack.V is None or not A:
+    if stack.V is None:
         U = apply_roots(low, A, stack.axes, group["order"], out)
     else:
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)

@@ -93,6 +93,6 @@ def turn(stack: Stack, at: RowIndex, before: list[Tensor], group: Group) -> None
     begun = per_block(stack.trace()[at] / free, stack.V[at]).expand_as(stack.V[at])
     for values, axis in zip((v[at] for v in stack.values), stack.axes, strict=True):
         begun = begun * along(values / values.sum(1, keepdim=True), axis, begun)
-    first = (before[0].diagonal(dim1=1, dim2=2) == 0).all(1)
+    first = (before[0] == 0).flatten(1).all(1)
     stack.V[at] = torch.where(per_block(first, begun), begun, on_axes(stack.V[at], T, stack.axes))
     pool(stack, at, group)

@@ -77,7 +77,7 @@ def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[S
     # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
     scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
     stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])
-    if before:
+    if stack.V is not None:
         turn(stack, at, before, group)
     retries = stack.retries[at]
     stack.retries[at] = torch.where(accepted, retries - 1, retries + 1).clamp(0, MOST_RETRIES)

@@ -260,7 +260,7 @@ class Stack:
         A = root.A
         if A.device.type != "cpu" or not bool(accepted.all()):
             old = self.root(place, at, A.dtype)
-            blank = (old.diagonal(dim1=-2, dim2=-1) == 0).all(-1).view(-1, 1, 1)
+            blank = (old == 0).flatten(1).all(1).view(-1, 1, 1)
             old = torch.where(blank, torch.eye(self.sizes[place], dtype=A.dtype, device=A.device), old)
             A = torch.where(accepted.view(-1, 1, 1), A, old)
         self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)

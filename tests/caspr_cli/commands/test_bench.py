@@ -71,6 +71,7 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--scale", "paper"], "--scale: needs --task NAME"),
         (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
         (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
+        (["--optim", "caspr,adamw:eps=1"], "--optim adamw: takes no options here; caspr"),
         (["--optm", "caspr"], "--optm is no flag of caspr-bench. Did you mean --optim?"),
         (["caspr"], "caspr is no flag of caspr-bench."),
         (["--rounds", "0"], "--rounds: should be a positive integer but is 0"),

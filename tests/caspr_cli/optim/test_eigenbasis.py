@@ -95,6 +95,15 @@ def test_u_does_not_depend_on_the_basis_of_a_null_space(monkeypatch: pytest.Monk
     assert relative_error(found, expected) < 1e-9
 
 
+def test_bases_without_a_diagonal() -> None:
+    """Those of diagonal statistics: they are permutations, and not what is there before the first."""
+    gradients = [torch.diag(torch.tensor([2.0, 1.0 + 0.3 * (-1) ** t]).double()) for t in range(6)]
+    options: dict[str, Any] = {"measured": 1.0, "start_step": 1, "interval": 1, "betas": (0.0, 0.5), "graft": "none"}
+    found = run(CASPR, torch.zeros(2, 2).double(), gradients, lr=1.0, eps=1e-3, **options)
+    expected = reference_weights(torch.zeros(2, 2), gradients, lr=1.0, eps=1e-3, **options)
+    assert relative_error(found[-1], expected[-1]) < 1e-9
+
+
 def test_a_block_that_sleeps_at_first_stays_finite() -> None:
     p = nn.Parameter(torch.ones(4, 3))
     optimizer = CASPR([p], measured=0.5, start_step=1, interval=2)
@@ -130,3 +139,19 @@ def test_a_state_of_roots_goes_on_in_eigenbases_and_back() -> None:
         assert ("moment.0" in optimizer.state[p]) == (measured > 0)
         assert p.isfinite().all()
     assert optimizer.state[p]["rejected.0"].eq(0).all()
+
+
+@pytest.mark.parametrize("measured", [1.0, 0.5])
+def test_members_of_a_batch_are_matrices_of_their_own(measured: float) -> None:
+    options: dict[str, Any] = {"measured": measured, "graft": "none", "start_step": 1, "lr": 0.1, "betas": (0.9, 0.9)}
+    batch = nn.Parameter(torch.zeros(3, 4, 5).double())
+    alone = [nn.Parameter(torch.zeros(4, 5).double()) for _ in range(3)]
+    together, apart = CASPR([batch], batch_axes=1, **options), CASPR(alone, **options)
+    for gradient in random_stream(3, 4, 5, steps=6, seed=2):
+        batch.grad = gradient
+        for p, own in zip(alone, gradient, strict=True):
+            p.grad = own.clone()
+        together.step()
+        apart.step()
+    for p, own in zip(alone, batch, strict=True):
+        assert relative_error(own.detach(), p.detach()) < 1e-12
