@@ -40,7 +40,7 @@ class Folder:
 
 
 class Zip:
-    """As :class:`Folder`, of a zip. It is opened when it is asked for something, once in each process."""
+    """The files of a zip, with the methods of :class:`Folder`. Each process opens it once, on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

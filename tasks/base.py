@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchmetrics import Metric
 
 from caspr_cli.optim.groups import left_to_adamw
-from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.errors import DataError
 
-__all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "require", "split_of"]
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+__all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "split_of"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -28,21 +29,6 @@ def split_of(name: str, held_out: float) -> Split:
     """
     part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
     return "validation" if part < held_out else "test" if part < 2 * held_out else "train"
-
-
-def require(conf: TaskConf, *, positive: tuple[str, ...] = (), share: tuple[str, ...] = ()) -> None:
-    """Raise :class:`DataError` for a key that is out of its range.
-
-    Args:
-        positive: names of whole numbers that must be at least 1.
-        share: names of numbers that must be in [0, 1).
-    """
-    for key in positive:
-        if getattr(conf, key) < 1:
-            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1")
-    for key in share:
-        if not 0 <= getattr(conf, key) < 1:
-            raise DataError(f"task.{key}: {getattr(conf, key)} is not in [0, 1)")
 
 
 class Data(Protocol):
@@ -110,7 +96,10 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> Metric:
-        """Return an accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``."""
+        """Return an accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``.
+
+        Best imported here: torchmetrics takes seconds, and data are checked before.
+        """
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:

@@ -76,7 +76,7 @@ class Images(Enum):
 
 
 class Augment(Enum):
-    """What training images go through."""
+    """Augmentation of training images."""
 
     none = "none"
     crop_flip = "crop_flip"  # shifted by up to an eighth, and mirrored half of the time
@@ -86,7 +86,7 @@ class Augment(Enum):
 
 @dataclass
 class ImagesConf(TaskConf):
-    """What the image tasks share."""
+    """The keys that both image tasks have."""
 
     batch_size: int = 128
     target: Target = field(default_factory=lambda: Target("val/accuracy", None, True))

@@ -1,4 +1,4 @@
-"""A task of a few lines: your data sets, your model and what is measured of it."""
+"""A task of a few lines: your data sets, your model and its measures."""
 
 from __future__ import annotations
 
@@ -8,42 +8,21 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric
 
 from caspr_cli.optim.groups import last_linear, left_to_adamw
 from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
 HASHED = 1000  # samples of a split, evenly spaced, of whose content the hash of the data is
-
-
-class Means(Metric):
-    """Means over all samples, whatever batches and ranks they came in."""
-
-    full_state_update = False
-    sum_samples: Tensor
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.names = names
-        for name in (*names, "samples"):
-            self.add_state(f"sum_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, means: Mapping[str, Tensor], samples: int) -> None:
-        """Add the means over a batch."""
-        for name in self.names:
-            setattr(self, f"sum_{name}", getattr(self, f"sum_{name}") + means[name].detach().double() * samples)
-        self.sum_samples += samples
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        return {name: getattr(self, f"sum_{name}") / self.sum_samples for name in self.names}
 
 
 class SimpleTask(Task):
@@ -76,7 +55,9 @@ class SimpleTask(Task):
         return self.measure(model, batch)["loss"]
 
     def metrics(self) -> Metric:
-        return Means(self.measures)
+        from caspr_cli.tasks.metrics import Measures  # slow to import, and not needed to check data
+
+        return Measures(self.measures)
 
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:
         metrics.update(self.measure(model, batch), self.units(batch))

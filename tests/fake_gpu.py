@@ -42,7 +42,7 @@ ALLOCATED = 512  # bytes that the allocator rounds to
 
 
 class FakeGPU(TorchDispatchMode):
-    """What a GPU would have been asked since the last :meth:`reset`."""
+    """The calls a GPU would have seen since the last :meth:`reset`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,6 +60,15 @@ def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None
         assert f"outputs/published/{name}" in (PUBLISHED.parents[1] / "README.md").read_text(encoding="utf8")
 
 
+@pytest.mark.release
+def test_the_leaderboard_is_that_of_the_records(tmp_path: Path) -> None:
+    text = (PUBLISHED / "README.md").read_text(encoding="utf8")
+    made = tmp_path / "made.md"
+    report("leaderboard", "records", "--to", str(made))
+    assert text.endswith("    caspr-report leaderboard records --to README.md\n")
+    assert made.read_text(encoding="utf8").replace(str(made), "README.md") == text
+
+
 def test_there_is_something() -> None:
     assert PACKS
     assert TABLES

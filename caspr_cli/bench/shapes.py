@@ -41,6 +41,7 @@ def transformer(width: int) -> tuple[Shape, ...]:
 
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
+    "medium": transformer(WIDTH // 2),
     "transformer": transformer(WIDTH),
     "small": ((64, 64),) * 200 + ((64, 64, 3, 3),) * 200,
 }

@@ -38,8 +38,8 @@ TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
-  caspr-bench                                       14.7M parameters; minutes
-  caspr-bench --optim caspr,adamw --params 2M       two of them; a minute
+  caspr-bench                                       two minutes at most
+  caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
   caspr-bench --roots                               errors of inverse roots
@@ -74,7 +74,7 @@ def parser() -> Parser:
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
     what = made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
-    what.add_argument("--shapes", metavar="LIST", default="transformer", help=shapes)
+    what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
@@ -119,6 +119,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.optim = [one_of("--optim", name.strip(), NAMES) for name in chosen.split(",")]
     if args.ranks and (others := [name for name in args.optim if name not in KRONECKER]):
         raise UserError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
+    args.shapes = args.shapes or ("transformer" if args.ranks else "medium")
     if args.scale and not args.task:
         raise UserError("--scale: needs --task NAME")
     if args.ranks and args.roots:

@@ -19,7 +19,7 @@ from caspr_cli import __version__
 from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size
-from caspr_cli.common.streams import OK, console_script
+from caspr_cli.common.streams import OK, RUN_FAILED, console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.logs import Found
@@ -44,11 +44,12 @@ examples
   caspr-report show outputs/c4_lm/caspr/lr0.006-4e9d1440/seed0
   caspr-report pack outputs --to study.jsonl.gz     one file of all records
   caspr-report unpack study.jsonl.gz --to outputs   directories again
+  caspr-report check study.jsonl.gz                 is it whole and fair?
 
   caspr-report compare --help        your own logs of TensorBoard, CSV, W&B
 
 PATHS are directories with records below them, or packs (default: outputs)
-exits    0 done   2 bad usage   130 interrupted
+exits    0 done   1 check: something is wrong   2 bad usage   130 interrupted
 """
 OWN_LOGS = """\
 your own logs
@@ -92,6 +93,10 @@ def parser() -> Parser:
     command("show", "one record in words")
     pack = command("pack", "many records in one small file, to be read like a directory")
     unpack = command("unpack", "the records of packs as directories again")
+    board = command("leaderboard", "the rows of packs that were tuned alike, and how to enter one's own")
+    check = command("check", "whether records may stand on the leaderboard, or what is wrong")
+    check.add_argument("--board", metavar="DIRECTORY", type=Path, help="packs of the leaderboard that it has to fit")
+    check.add_argument("--rerun", metavar="DIRECTORY", type=Path, help="run two reported seeds of each row again there")
     units: dict[str, Any] = {
         "choices": ("steps", "seconds"),
         "default": "steps",
@@ -121,6 +126,7 @@ def parser() -> Parser:
         (trials, "FILE", ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
         (pack, "FILE.jsonl.gz", "the pack"),
         (unpack, "DIRECTORY", "where the records go"),
+        (board, "FILE.md", "the page"),
     ):
         one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
     return made
@@ -199,24 +205,34 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
         if len(files) != 1 or files[0].is_file():
             raise UserError("unpack: name a directory with --to")
         return
-    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md")}.get(what, (".svg",))
+    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md"), "leaderboard": (".md",)}.get(
+        what, (".svg",)
+    )
     for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
             raise UserError(f"--to {file}: it is a directory")
-    if what in ("curves", "pack") and len(files) != 1:
+    if what in ("curves", "pack", "leaderboard") and len(files) != 1:
         raise UserError(f"{what}: name a file with --to, as {what}{allowed[0]}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Read the records, and do what was asked for.
+def run(args: argparse.Namespace) -> int:
+    """Read the records, and do what was asked for. Return the exit code.
 
     Raises:
         UserError: one line for the user.
     """
     from caspr_cli.report import records
     from caspr_cli.report.selection import where
+
+    if args.what == "check":
+        from caspr_cli.commands.check import check
+
+        return OK if check(args.paths, args.board, args.rerun) else RUN_FAILED
+    if args.what == "leaderboard":
+        leaderboard(args)
+        return OK
 
     found = _logs(args) if args.kind else records.find(args.paths)
     for line in found.warnings[:SHOWN]:
@@ -227,6 +243,15 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
     runs = where(found.runs, getattr(args, "where", ()))
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, runs)
+    return OK
+
+
+def leaderboard(args: argparse.Namespace) -> None:
+    from caspr_cli.commands.check import draw, packs
+    from caspr_cli.report.leaderboard import page
+
+    write_output(args.to[0], page(packs(args.paths), _command(), draw))
+    print(f"wrote    {args.to[0]}")
 
 
 def _logs(args: argparse.Namespace) -> Found:
@@ -309,12 +334,17 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
         yield from terminal.profiled(profile(made, args.unit), width, bold=bold)
 
 
+def _command() -> str:
+    from caspr_cli.common.shape import printable
+
+    return printable(shlex.join(["caspr-report", *sys.argv[1:]]))
+
+
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
-    from caspr_cli.common.shape import printable
     from caspr_cli.report import format, markdown
 
-    command = printable(shlex.join(["caspr-report", *sys.argv[1:]]))
+    command = _command()
     writers: dict[str, Callable[[], str]] = {
         ".md": lambda: (markdown.trials if args.what == "trials" else markdown.compared)(made, command),
         ".tex": lambda: format.as_latex(made, command),
@@ -357,8 +387,7 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 @console_script
 def main() -> int:
     """Run the console script. Return the exit code."""
-    run(parse(sys.argv[1:]))
-    return OK
+    return run(parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

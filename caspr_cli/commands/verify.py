@@ -49,7 +49,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
 
 
-# Those of caspr_cli.theory.gradients, which needs torch.
+# The values of caspr_cli.theory.gradients, which cannot be imported here: it needs torch.
 OURS = [name for name in TASKS if plugins.package(plugins.TASKS, name) is None]
 FLAGS = {
     "seed": Flag(0, natural, "the first seed"),

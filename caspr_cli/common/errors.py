@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from shutil import get_terminal_size
 from typing import Any, NoReturn
 
@@ -15,12 +16,23 @@ EXTRAS = {
     "run": ("PIL", "datasets", "google", "hydra", "jinja2", "lightning", "matplotlib", "numpy", "omegaconf", "pandas",
             "psutil", "pyarrow", "pytorch_optimizer", "rich", "scipy", "tensorboard", "tokenizers", "torchmetrics",
             "torchvision", "turkish_treebanks", "yaml"),
+    "wandb": ("wandb",), "mlflow": ("mlflow",),
 }  # fmt: skip
 
 
 def not_installed(error: ImportError) -> str | None:
     """Return how to install the module that an import did not find; None if it is not one of :data:`EXTRAS`."""
     module = (error.name or "").partition(".")[0]
+    return _install(module)
+
+
+def uninstalled(module: str) -> str | None:
+    """Return how to install a module that is not installed; None if it is. It is not imported."""
+    spec = find_spec(module)
+    return _install(module) if spec is None or spec.origin is None else None  # a folder of that name is no package
+
+
+def _install(module: str) -> str | None:
     extra = next((name for name, modules in EXTRAS.items() if module in modules), None)
     return extra and f"this needs {module}, which is not installed: pip install 'caspr-cli[{extra}]'"
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; what a disk did is told from other errors. The standard library alone."""
+"""Write files whole or not at all, and recognize errors of the disk. Standard library only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_output(path: Path, content: str | bytes) -> None:
 
 
 def disk_error(error: BaseException | None, numbers: Set[int] = DISK) -> OSError | None:
-    """Return what the disk did behind an error; None where it did nothing.
+    """Return the disk's error among the causes of an error; None if there is none.
 
     Args:
         numbers: the errno values that count as the disk's.

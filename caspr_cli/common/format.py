@@ -88,7 +88,7 @@ def table(
 
 
 class Progress:
-    """One line that is overwritten while long work goes on; silent where nobody watches."""
+    """One line that is overwritten while long work goes on; silent if the stream is no terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._shown = stream, stream.isatty()

@@ -1,4 +1,4 @@
-"""What is installed."""
+"""The installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other packages bring: tasks, optimizers and config files, as entry points in their ``pyproject.toml``.
+"""Tasks, optimizers and config files of other packages, from entry points in their ``pyproject.toml``.
 
     [project.entry-points."caspr.tasks"]
     blobs = "my_work:BLOBS"        # an Entry of caspr_cli.tasks
@@ -7,7 +7,7 @@
     [project.entry-points."caspr.conf"]
     my_work = "my_work.conf"       # a folder of YAML files as in conf/: experiment, scale, search, tuned
 
-To install such a package is the consent to run its code; a config only names what is there. Entries are imported
+Whoever installs such a package consents to running its code; a config only names what is there. Entries are imported
 wherever a recipe is read, so their modules should not import torch.
 """
 

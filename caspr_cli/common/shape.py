@@ -1,11 +1,11 @@
-"""What the parts of a record have to look like, for ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
+"""The shape of each part of a record, checked by ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 DONE, FAILED = "done", "failed"
@@ -48,6 +48,7 @@ SHAPE: dict[str, dict[str, str]] = {
         "machine": "mapping", "machine.host": "text", "machine.system": "text",
         "device": "mapping", "device.processes": "integer", "device.threads": "integer",
     },
+    "trackers": {"wandb": "text", "mlflow": "text"},
 }  # fmt: skip
 SEVERAL_LINES = ("error", "diff")  # all other texts are words in tables
 DEEPEST = 32  # more levels than any record has, fewer than Python's recursion
@@ -85,7 +86,7 @@ def part(name: str, content: Any) -> dict[str, Any]:
         raise DamagedError(f"{name} is no mapping")
     found: dict[str, Any] = tidy(content, name)
     for key, kind in SHAPE[name].items():
-        value = found.get(key) if name == "config" else _inner(found, key)
+        value = found.get(key) if name == "config" else inner(found, *key.split("."))
         if value is not None and not KINDS[kind](value):
             raise DamagedError(f"{key} is no {kind}")
     if name == "config":
@@ -97,14 +98,24 @@ def part(name: str, content: Any) -> dict[str, Any]:
     return found
 
 
-def _inner(node: Any, key: str) -> Any:
-    for name in key.split("."):
-        node = (node or {}).get(name)
+def leaves(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and their values; an empty mapping is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def inner(node: Any, *keys: str) -> Any:
+    """Return the value at a path of keys of nested mappings; None where it is not there."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
     return node
 
 
 def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
-    """Return the same, with texts that can be printed and encoded.
+    """Return a value with all its texts made printable and encodable.
 
     Raises:
         DamagedError: something in it has a type that records do not have, or is too large.
@@ -135,5 +146,5 @@ def encodable(path: str) -> str:
 
 
 def lost(status: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Return whether a run is done, and its result is not there."""
+    """Return whether a run is done but its result is missing."""
     return status.get("state") == DONE and result.get("final") is None

@@ -1,4 +1,4 @@
-"""Standard input, output and error of a command. Whatever they are, what the command does is done and said right."""
+"""Standard input, output and error of a command, also where they are closed, full or gone."""
 
 from __future__ import annotations
 

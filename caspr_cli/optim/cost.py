@@ -57,14 +57,21 @@ def step_flops(optimizer: KroneckerOptimizer) -> dict[str, float]:
 def called_flops(optimizer: Optimizer) -> float:
     """Take a step and return the FLOPs of the matrix products that it called; those of other threads are not seen."""
     aten = torch.ops.aten
-    in_place = dict.fromkeys((aten.addmm_, aten.baddbmm_), _added_product)  # which torch's own counter leaves out
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    more: dict[Any, Any] = dict.fromkeys(
+        (aten.addmm_, aten.baddbmm_), _added_product
+    )  # torch's counter leaves them out
+    more[aten.linalg_solve_triangular] = _solve
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
         optimizer.step()
     return float(counter.get_total_flops())
 
 
 def _added_product(total: Shape, left: Shape, right: Shape, *, out_shape: Shape, **options: float) -> int:
     return 2 * math.prod(out_shape) * left[-1]
+
+
+def _solve(A: Shape, B: Shape, *, out_shape: Shape, **options: bool) -> int:
+    return math.prod(B) * A[-1]
 
 
 def state_bytes(state: Any) -> int:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from caspr_cli.common.shape import leaves
 from caspr_cli.optim import family, registry
-from caspr_cli.recipe.configs import leaves
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Source, TaskConf, TrainerConf
 

@@ -18,10 +18,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from caspr_cli.common.errors import nearest
+from caspr_cli.common.shape import leaves
 from caspr_cli.optim.family import REMOVED, without_removed
 from caspr_cli.recipe import search
 from caspr_cli.recipe.checks import check
-from caspr_cli.recipe.configs import choices, leaves
+from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError, as_range
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, OptimConf, Recipe, TaskConf
 from caspr_cli.tasks.registry import CONFS
@@ -32,7 +33,7 @@ NOT_IN_THE_NAME = (
     "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
-UNTUNED = "default"  # the trial that is none
+UNTUNED = "default"  # value of ``trial`` for a run with the default settings instead of drawn ones
 # Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
 # the name, so that those records are found again.
 CAME_LATER = {
@@ -108,7 +109,7 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
 
 
 def _lacks(plain: Mapping[str, Any], key: str) -> bool:
-    """Return whether a key is one of other optimizers: it is not drawn for this one.
+    """Return whether only other optimizers have a key, so that it is not drawn for this one.
 
     Raises:
         ConfigError: no optimizer has it.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import UserError
 
-# Beside the package in a checkout, inside it in a wheel.
 PACKAGE = Path(__file__).resolve().parent.parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+CONF = PACKAGE / "conf"
 
 
 def folders() -> dict[Path, str | None]:
@@ -54,12 +51,3 @@ def choices(group: str) -> dict[str, str]:
 def scales(task: str) -> dict[str, str]:
     """Return the scales of a task. A task without files has the sample, as its dataclass has it."""
     return choices(f"scale/{task}") or {"sample": ""}
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and their values; an empty mapping is a value."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

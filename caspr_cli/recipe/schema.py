@@ -25,7 +25,7 @@ from caspr_cli.recipe.task import TaskConf as TaskConf
 
 @dataclass
 class OptimConf:
-    """What every optimizer has; each adds its own keys."""
+    """The keys of every optimizer; each adds its own."""
 
     name: str = MISSING
     lr: float = 1e-3
@@ -101,6 +101,8 @@ class Resume(Enum):
 
 class Logger(Enum):
     csv = "csv"  # csv/metrics.csv and csv/hparams.yaml in the record
+    wandb = "wandb"  # Weights & Biases, set by its own variables: WANDB_MODE=offline, WANDB_PROJECT
+    mlflow = "mlflow"  # MLflow: MLFLOW_TRACKING_URI, or mlflow.db in output_dir
 
 
 @dataclass
@@ -162,4 +164,4 @@ class Recipe:
     seed: int = 0
     resume: Resume = Resume.auto
     output_dir: str = "outputs"
-    logger: list[Logger] = field(default_factory=list)  # Lightning's, beside TensorBoard: csv
+    logger: list[Logger] = field(default_factory=list)  # Lightning's, beside TensorBoard: csv, wandb, mlflow

@@ -12,7 +12,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from caspr_cli.recipe.configs import leaves
+from caspr_cli.common.shape import leaves
 from caspr_cli.recipe.errors import ConfigError
 
 ALLOWED = ("launcher", "sweeper.params", "verbose")

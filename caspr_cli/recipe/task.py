@@ -1,4 +1,4 @@
-"""What the keys of every task are. Apart from the other keys, so that a package that brings a task can import it."""
+"""The keys that every task has, in a module of their own, so that a package with a task can import them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Target:
 
 @dataclass
 class TaskConf:
-    """What every task has; each task adds its own keys."""
+    """The keys of every task; each task adds its own."""
 
     name: str = MISSING
     data: Source = Source.sample

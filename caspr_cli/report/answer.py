@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one command of ``caspr-verify`` found.
+    """The findings of one command of ``caspr-verify``.
 
     Args:
         finding: the answer in one sentence of at most 30 words, made from the numbers.
@@ -126,7 +126,7 @@ def numeric(made: DataFrame) -> list[bool]:
 
 
 def rest(name: str, made: DataFrame) -> str:
-    """Return where the rows are that people do not see."""
+    """Return how many rows are not shown, and which file has them; empty if all are shown."""
     left = 0 if made.attrs["shown"] is None else len(made) - made.attrs["shown"]
     return f"{count(left, 'more row')} in {name}.csv" if left > 0 else ""
 

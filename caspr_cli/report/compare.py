@@ -24,6 +24,7 @@ from caspr_cli.report.selection import (
     grouped,
     matching,
     median,
+    planned,
     searched_keys,
     select,
     time_to,
@@ -38,7 +39,7 @@ DEFAULT_BASELINE = "adamw"
 
 @dataclass(frozen=True)
 class Subject:
-    """What all rows of a table have in common; ``steps`` is the length that its runs are planned for."""
+    """The task, scale, data and planned steps that all rows of a table share."""
 
     task: str
     scale: str
@@ -236,7 +237,7 @@ def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target:
         steps_to_target=median([step for step, _ in times]),
         seconds_to_target=median([seconds for _, seconds in times]),
         reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of([*selection.scores.values()], higher_is_better=higher),
+        best_of=stats.best_of(planned(made, selection.scores), higher_is_better=higher),
         budget=dict(Counter(_outcome(trial, selection) for trial in made)),
         settings=group.settings,
         tuned=tuned,
@@ -269,7 +270,7 @@ def compared(
     """
     baselines, warnings = _baselines(rows, wanted)
     pairs = {row.label: (row, base) for row in rows if (base := baselines.get(row.label)) and base is not row}
-    found = {label: stats.compare(_finals(row), _finals(base)) for label, (row, base) in pairs.items()}
+    found = {label: stats.compare(values_by_seed(row), values_by_seed(base)) for label, (row, base) in pairs.items()}
     unfair = {label: _unfair(row, base) for label, (row, base) in pairs.items()}
     p_values = {label: None if unfair[label] else each.p_value for label, each in found.items()}
     corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
@@ -336,7 +337,8 @@ def _unfair(row: Row, base: Row) -> str:
     return ""
 
 
-def _finals(row: Row) -> dict[int, float]:
+def values_by_seed(row: Row) -> dict[int, float]:
+    """Return the values of the reported seeds, without those that failed."""
     return {run.seed: run.final for run in row.runs if run.final is not None}
 
 
@@ -350,7 +352,7 @@ def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparis
     for label, (row, base) in pairs.items():
         if found[label].paired:
             for one, other in ((row, base), (base, row)):
-                if more := _finals(one).keys() - _finals(other).keys():
+                if more := values_by_seed(one).keys() - values_by_seed(other).keys():
                     without[one.label, tuple(sorted(more))].append(other.label)
     for (label, seeds), others in without.items():
         named = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"

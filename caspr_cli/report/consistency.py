@@ -17,6 +17,7 @@ from caspr_cli.report.selection import (
     HELD_OUT,
     SPACE,
     frozen,
+    further,
     plain,
     searched_keys,
     setting,
@@ -84,7 +85,7 @@ def _selected_oddly(row: Row) -> Iterator[str]:
         return sum(run.ended and run.seed not in row.selecting for run in trial.runs)
 
     chosen, seeds = settings(row.selected.values), _numbers(row.selecting)
-    if not row.best_of:
+    if all(score is None for score in row.scores.values()):
         yield f"{row.label}: every trial failed with seed {seeds}, which selects: nothing selected {chosen}"
     if not row.held_out:
         most = max(row.trials, key=held_out)
@@ -102,16 +103,10 @@ def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
             yield f"unequal tuning, {what}: {listed([f'{label} {n}' for label, n in numbers.items()], 6)}"
 
 
-def _further(run: Run) -> bool:
-    """Return whether a trial is one of those that come after a best value at the edge."""
-    trial, planned = run.config.get("trial"), run.config.get("search.trials")
-    return bool(run.config.get("search.extend")) and isinstance(trial, int) and planned is not None and trial >= planned
-
-
 def _grown(row: Row) -> list[str]:
     """Return the keys of which further trials have other ranges than the first."""
-    first = {name for run in row.records if not _further(run) for name in _ranges(run)}
-    grown = {name for run in row.records if _further(run) for name in _ranges(run)} - first
+    first = {name for run in row.records if not further(run) for name in _ranges(run)}
+    grown = {name for run in row.records if further(run) for name in _ranges(run)} - first
     return sorted({key for key, _ in grown})
 
 
@@ -219,5 +214,5 @@ def _shown(settings: Mapping[str, Any], key: str) -> str | None:
 
 def _range(key: str, row: Row, run: Run) -> str | None:
     """Return ``log 0.001,0.1``; None if this run's search does not vary the key, or its range may have grown."""
-    kinds = (name for name in run.config if not _further(run) and name.rpartition(".")[0] == f"{SPACE}{key}")
+    kinds = (name for name in run.config if not further(run) and name.rpartition(".")[0] == f"{SPACE}{key}")
     return " ".join(f"{name.rpartition('.')[2]} {plain(run.config[name])}" for name in sorted(kinds)) or None

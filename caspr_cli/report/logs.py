@@ -1,4 +1,4 @@
-"""Logs of other programs as runs of a table: what is the seed, what is a row, and which value counts.
+"""Logs of other programs as runs of a table: which row, trial and seed each is, and which value counts.
 
 Every guess is said, in a note; a key of the command line replaces it.
 """
@@ -35,7 +35,7 @@ STAMP = 10**8  # a number from here on is a time or an identity, no hyperparamet
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says.
+    """The flags of the command line.
 
     Args:
         kind: one of ``trackers.READERS``.
@@ -89,7 +89,7 @@ class _Member:
 
     @property
     def same(self) -> str:
-        """What all seeds of a trial have in common."""
+        """The settings that all seeds of a trial share."""
         return frozen([self.row, self.trial])
 
     @property
@@ -144,7 +144,7 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
 
 
 def _named(logs: list[Log], asked: Asked, notes: list[str]) -> list[Log]:
-    """Return the logs that are called as asked, with what their names say among their keys."""
+    """Return the logs whose names match the pattern, with the parts of the names among their keys."""
     pattern = _pattern(asked.names) if asked.names else None
     found, other = [], []
     for log in logs:
@@ -172,7 +172,7 @@ def _pattern(names: str) -> re.Pattern[str]:
 
 
 def _resolved(name: str, logs: Sequence[Log], flag: str) -> str:
-    """Return the key of the logs that a user calls so."""
+    """Return the key of the logs that a user means by this name."""
     known = sorted({key for log in logs for key in log.keys})
     fitting = [name] if name in known else [key for key in known if trackers.same(name, key)]
     if len(fitting) == 1:
@@ -366,7 +366,7 @@ def _end(
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:
-    """Yield what is to be said of runs that end at different steps."""
+    """Yield notes on runs that end at different steps."""
     if short := [run.path for run in runs if str(run.status.get("error", "")).startswith("ends at")]:
         yield (
             f"{listed(short, 4)}: end{'s' * (len(short) == 1)} too early and count{'s' * (len(short) == 1)} as failed "

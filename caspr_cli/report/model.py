@@ -145,7 +145,8 @@ class Row:
         reached: how many of ``runs`` reached the target; None if there is none.
         scores: the mean of each trial that was compared, by its place in ``trials``, over the seeds that all of them
             share; None if one failed or is not finite.
-        best_of: the expected validation of the best of k trials, for k = 1, 2, ...
+        best_of: the expected validation of the best of k trials, for k = 1, 2, ...; without those that came after a
+            best value at the edge.
         budget: trials by state, as ``{"done": 5, "failed": 1}``.
         test_n: how many of the ``n`` have a test value.
         settings: the keys that distinguish rows, whether the label shows them or not.
@@ -190,7 +191,7 @@ class Row:
 
     @property
     def untuned(self) -> bool:
-        """Whether it is an optimizer as it comes, which nothing tuned."""
+        """Whether it is an optimizer with its own defaults, which nothing tuned."""
         return self.settings.get("trial") == "default"
 
     @property

@@ -152,7 +152,7 @@ def read(file: Path) -> list[Run]:
     """Return the records of a pack.
 
     Raises:
-        UserError: it is none, is damaged, or is larger than any pack.
+        UserError: the file is no pack, is damaged, or is larger than any pack.
     """
     try:
         with gzip.open(file, "rb") as stream:

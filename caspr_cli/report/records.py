@@ -30,7 +30,7 @@ LONGEST_JSON = 64_000_000  # bytes; with an uncommitted diff a provenance may ha
 
 @dataclass
 class Records:
-    """What was found; ``warnings`` has a line for each file that could not be read."""
+    """The records that were found; ``warnings`` has a line for each file that could not be read."""
 
     runs: list[Run] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -122,15 +122,9 @@ def _yaml(content: bytes) -> dict[str, Any]:
         raise DamagedError(f"{f'line {where.line + 1}: ' if where else ''}is no YAML") from error
 
 
-def flat(node: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat(node: dict[Any, Any]) -> dict[str, Any]:
     """Return nested keys as dotted ones; a list is one value, an empty group none."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+    return {key: value for key, value in shape.leaves(node) if value != {}}
 
 
 def _curve(file: Path, metric: str, warnings: list[str]) -> list[Point]:

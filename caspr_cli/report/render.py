@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Cells = Sequence[Sequence[str]]
 Place = tuple[int, int]  # of a cell: line, with the heads as the first, and column
-# What LaTeX and Markdown would take for more than text; for Markdown an underscore within a word is none of it.
+# Characters that mean something to LaTeX or Markdown; to Markdown an underscore within a word does not.
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}",

@@ -251,7 +251,7 @@ def trials(runs: Sequence[Run], tuned: Sequence[str]) -> tuple[tuple[Trial, ...]
 
 
 def _progress(run: Run) -> tuple[int, str, str, str]:
-    """At last by what is in the records, so that the order in which they are read does not matter."""
+    """Return a key to sort by, at last by content, so that the order in which records are read does not matter."""
     rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
     return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
 
@@ -261,9 +261,23 @@ def _sortable(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, plain(value)
 
 
+def further(run: Run) -> bool:
+    """Return whether a trial is one of those that come after a best value at the edge."""
+    trial, planned = run.config.get("trial"), run.config.get("search.trials")
+    return bool(run.config.get("search.extend")) and isinstance(trial, int) and planned is not None and trial >= planned
+
+
+def planned(trials: Sequence[Trial], scores: Mapping[int, float | None]) -> list[float | None]:
+    """Return the scores of the trials of a search without further ones, which are drawn around the best of the others.
+
+    These alone are exchangeable, so that any k of them say what a search of k trials comes to.
+    """
+    return [score for k, score in scores.items() if not any(map(further, trials[k].runs))]
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen among the trials of a row.
+    """The trial that was chosen for a row, and how.
 
     Args:
         trial: None if no trial has a run that is done.

@@ -25,7 +25,8 @@ from caspr_cli.common.format import listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report.records import LOADER, NO_YAML, flat
 
-STEPS = ("step", "_step", "global_step", "trainer/global_step", "iteration", "iter", "epoch")  # the first there is
+# The first there is. (W&B's _step counts calls of its log.)
+STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "epoch")
 RUNS = ("name", "run", "run_name", "run name", "run_id", "id")  # columns that say which run a line is of
 STATES = ("state", "status")
 UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # such a CSV is called as its folder

@@ -1,4 +1,4 @@
-"""What came of each trial of a row, and how much its value depends on the learning rate."""
+"""The outcome of each trial of a row, and how much its value depends on the learning rate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def why(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial, and what came of it.
+    """One trial and its outcome.
 
     Args:
         value: its mean over the seeds that all trials of the row share; None if it has none that is finite.

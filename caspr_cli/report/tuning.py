@@ -1,4 +1,4 @@
-"""What tuning did, as tables of text, the heads first: ranges of good rates, budgets, all trials, final settings."""
+"""The results of tuning as tables of text, heads first: ranges of good rates, budgets, all trials, final settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from caspr_cli.report import stats
 from caspr_cli.report.format import interval, number
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.render import Cells
-from caspr_cli.report.selection import ALWAYS_TUNED, plain
+from caspr_cli.report.selection import ALWAYS_TUNED, further, plain, planned
 from caspr_cli.report.trials import Outcome, edges, outcomes, tried, varied, width
 
 BUDGETS = (4, 16, 64)  # numbers of trials that every study should show, as far as it has them
@@ -20,6 +20,7 @@ BY_BUDGET = (
     "of that many trials would end, by drawing with replacement from those that were run. 0: the untuned row, with the "
     "95 % interval of its mean, at the reported seeds."
 )
+FURTHER = " Trials that were added as a best value lay at the edge are left out: where they lie depends on the others."
 TRIALS = (
     "All trials, the best value first. Value: at the seed that selects, the mean where there are several; again: at "
     "further seeds, which decide among the best."
@@ -38,12 +39,13 @@ ALWAYS_NESTEROV = ("muon", "normuon", "sgd", "nadamw", "caspr_author")  # they h
 
 def beside(table: Table) -> list[tuple[str, Cells]]:
     """Return the short tables beside the results, each with its caption; those without a row are left out."""
-    made = [(BY_BUDGET, by_budget(table)), (WIDTHS, widths(table)), (RAN_WITH, ran_with(table))]
+    added = any(further(run) for row in table.rows for run in row.records)
+    made = [(BY_BUDGET + FURTHER * added, by_budget(table)), (WIDTHS, widths(table)), (RAN_WITH, ran_with(table))]
     return [(caption, cells) for caption, cells in made if len(cells) > 1]
 
 
 def widths(table: Table) -> Cells:
-    """Return the range of good learning rates of each tuned row; heads alone where there is none."""
+    """Return the range of good learning rates of each tuned row; the heads alone if no row is tuned."""
     found = [["row", "best lr", table.metric, "lr within 1 %", "factor"]]
     for row in tried(table):
         if wide := width(row, higher_is_better=table.higher_is_better):
@@ -57,7 +59,7 @@ def widths(table: Table) -> Cells:
 
 
 def by_budget(table: Table) -> Cells:
-    """Return what each row is expected to come to with so many trials, from none; heads alone where none is tuned."""
+    """Return the expected best value of each row after 0, 1, 2, ... trials; the heads alone if no row is tuned."""
     rows = [row for row in tried(table) if row.best_of]
     totals = {len(row.best_of) for row in rows}
     budgets = sorted(totals | {k for k in BUDGETS if k < max(totals, default=0)})
@@ -83,7 +85,7 @@ def _without_trial(row: Row) -> dict[str, Any]:
 def _expected(row: Row, k: int, *, higher: bool) -> str:
     if k > len(row.best_of):
         return "-"
-    low, high = stats.range_of_best([*row.scores.values()], k, higher_is_better=higher)
+    low, high = stats.range_of_best(planned(row.trials, row.scores), k, higher_is_better=higher)
     return f"{number(row.best_of[k - 1])} ({number(low)} to {number(high)})"
 
 
@@ -91,7 +93,7 @@ def _expected(row: Row, k: int, *, higher: bool) -> str:
 
 
 def trials(table: Table) -> Cells:
-    """Return every trial of every tuned row, with its tuned keys; heads alone where there is none."""
+    """Return every trial of every tuned row, with its tuned keys; the heads alone if no row is tuned."""
     rows = [row for row in table.rows if len(row.trials) > 1]
     keys = list(dict.fromkeys(key for row in rows for key in varied(row)))
     found = [["row", "trial", table.metric, "again", *(key.removeprefix("optim.") for key in keys), "state"]]

@@ -1,4 +1,4 @@
-"""A process that outlives the command line of a sweep, and ends the processes that it leaves when it is killed.
+"""A process that ends the other processes of a sweep if the command line of the sweep is killed.
 
 ``python -m caspr_cli.runs.guardian FOLDER``, with standard input from the command line: a byte means that it ended
 by itself, the end of the stream alone that it was killed. Jobs that run save first; idle processes of the launcher end

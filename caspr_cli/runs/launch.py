@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape
+from caspr_cli.common.errors import uninstalled
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Accelerator, Recipe, Resume, Source
+from caspr_cli.recipe.schema import Accelerator, Logger, Recipe, Resume, Source
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
 from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
@@ -41,6 +42,7 @@ from caspr_cli.runs.record import (
     REFUSED,
     RUNNING,
     SECONDS_TO_WAIT,
+    TRACKERS,
     Holder,
     Record,
     RecordBusyError,
@@ -75,7 +77,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a sweep gives to one of its runs; a run on its own needs nothing."""
+    """The share of the machine that a sweep gives to one of its runs; a run on its own needs none."""
 
     environment: Mapping[str, str | None] = field(default_factory=dict)  # variables to set, or (None) to leave out
     quiet: bool = False  # others print on this terminal
@@ -137,7 +139,7 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         attempt = 1 + (0 if anew else record.status.get("attempts") or 0)
         before = {} if anew else record.read(PROVENANCE)
         if todo == "new":
-            _clear(record, kept=() if anew else (PROVENANCE, fingerprint.FILE))
+            _clear(record, kept=() if anew else (PROVENANCE, TRACKERS, fingerprint.FILE))
         write_whole(record.config, compose.save(recipe))
         record.write(PROVENANCE, provenance.begun(before, provenance.collect(command, recipe), attempt, now()))
         begun = {"state": RUNNING, "attempts": attempt, "error": None, "step": record.status.get("step")}
@@ -155,12 +157,15 @@ def refuse_here(recipe: Recipe) -> None:
     """Refuse what this machine lacks, before seconds go by for importing torch.
 
     Raises:
-        ConfigError: there is no GPU, or no such data.
+        ConfigError: there is no GPU, no such data, or no such package.
     """
     if recipe.trainer.accelerator == Accelerator.gpu and not has_gpu():
         raise ConfigError("trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu")
     if recipe.task.data == Source.files and recipe.task.root is None:
         raise ConfigError("task.root: task.data=files needs the directory of your data: add task.root=DIR")
+    for logger in recipe.logger:
+        if logger != Logger.csv and (missing := uninstalled(logger.name)):
+            raise ConfigError(f"logger=[{logger.name}]: {missing}")
     root = fingerprint.root_of(recipe)
     if root is not None and not root.exists():
         raise ConfigError(f"task.root: no such directory: {recipe.task.root}")
@@ -264,6 +269,7 @@ def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: All
                 # In its own session: Ctrl-C in the terminal reaches this process alone, which passes it on once.
                 child = subprocess.Popen(
                     worker_command(recipe, record),
+                    stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL if silent else None,  # the log has all of it, too
                     stderr=log,
                     env=worker_environment(recipe, allocation),
@@ -339,7 +345,7 @@ def _wait(
 
 
 def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
-    """Return a check whether the record has said for so many seconds how the run ended: what still runs then hangs."""
+    """Return a check for processes that hang: whether the run's end has stood in the record for so many seconds."""
     ended: list[float] = []
 
     def overdue() -> bool:
@@ -352,7 +358,7 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Return why a worker ended that could not say it.
+    """Return why a worker ended that died before it could report an error.
 
     Args:
         written: the size of the log when it started.

@@ -99,7 +99,7 @@ def memory_error(error: BaseException | None) -> str | None:
     while error is not None:
         text = str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return text or "it cannot be had"
+            return text or "there is not enough"
         if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
             return text
         error = error.__cause__ or error.__context__

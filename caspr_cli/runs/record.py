@@ -30,6 +30,7 @@ from caspr_cli.runs.processes import birth, lives
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
 REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
 PROVENANCE = "provenance.json"
+TRACKERS = "trackers.json"  # the ids of this run at Weights & Biases and MLflow: a resume goes on with it there
 # The first is held by the launcher, the second by each rank: torch's launcher does not pass the first on to ranks.
 LOCKS = (".lock", ".ranks.lock")
 # Temporary files that a kill can leave.
@@ -70,7 +71,7 @@ class Record:
     def of(cls, recipe: Recipe) -> Record:
         """Return a recipe's record, ``<output_dir>/<task>/<optim>/<name>/seed<k>``: equal recipes share it.
 
-        The name is the readable one, or as older versions wrote it the identity alone, if there is such a folder.
+        The folder has a readable name, unless an older version made one that is called by the identity alone.
         """
         where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name
         older = where / identity(recipe)
@@ -217,7 +218,7 @@ class Holder:
 
     @property
     def lives(self) -> bool:
-        """Whether it runs, as far as is known: True for another host, and for a record that names no process."""
+        """Whether the process runs; True if that cannot be known: on another host, or without a number."""
         return self.host != socket.gethostname() or self.pid is None or lives(self.pid, self.born)
 
     def __str__(self) -> str:
@@ -247,7 +248,7 @@ OWNER = ".owner"  # in a folder that is removed at the end of a command: the pro
 
 
 def own(folder: Path) -> None:
-    """Write into a folder that this process made it."""
+    """Mark a folder as made by this process."""
     (folder / OWNER).write_bytes(Holder.me().mark)
 
 

@@ -48,7 +48,7 @@ class Tuning:
         """Return a trial.
 
         Raises:
-            ConfigError: there is none, or it is not known yet from where it is drawn.
+            ConfigError: the recipe has no search, or the trials it depends on have not ended.
             RecordDamagedError: a record that decides this cannot be read.
         """
         if index not in self._recipes:

@@ -146,7 +146,7 @@ def _table(name: str, runs: DataFrame) -> DataFrame:
 
 
 def _note(name: str, runs: DataFrame) -> str:
-    """Return what the rows of a table come to."""
+    """Return a summary of the rows of a table."""
     if name == "width":
         a, b = (runs.iloc[-k] for k in (2, 1))
         power = {key: math.log(b[key] / a[key]) / math.log(b["width"] / a["width"]) for key in runs if "total" in key}

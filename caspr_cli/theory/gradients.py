@@ -137,7 +137,7 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
     """Return the names of parameters with ``pattern`` in them.
 
     Raises:
-        ConfigError: there is none, or one is too large for its full matrix.
+        ConfigError: no parameter matches, or one is too large for its full matrix.
     """
     found = tuple(name for name in shapes if pattern in name)
     if not found:

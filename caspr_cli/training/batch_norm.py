@@ -6,12 +6,15 @@ ranks would train another model than one, and each would validate with different
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as functional
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
@@ -24,7 +27,7 @@ def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class BatchNormOverRanks(nn.SyncBatchNorm):
-    """:class:`torch.nn.SyncBatchNorm` for devices on which that refuses to work.
+    """:class:`torch.nn.SyncBatchNorm` for devices that it does not support.
 
     Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in evaluation.
     """
@@ -69,3 +72,27 @@ class BatchNormOverRanks(nn.SyncBatchNorm):
 
 def _over_channels(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of a model by name; empty where it has no batch norm that keeps some."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return {f"{name}.{key}": value for name, m in layers for key, value in m.named_buffers()}
+
+
+@contextmanager
+def measured_anew(model: nn.Module) -> Iterator[None]:
+    """Put the mean statistics of those batches into a model that go through it inside, of each as much."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    training, momenta = model.training, [m.momentum for m in layers]
+    for m in layers:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean
+    model.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        for m, momentum in zip(layers, momenta, strict=True):
+            m.momentum = momentum

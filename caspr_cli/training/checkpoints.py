@@ -35,7 +35,7 @@ CURVES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that a checkpoint is of.
+    """The run that a checkpoint belongs to.
 
     Args:
         recipe: its identity, as in the path of the record.
@@ -122,36 +122,29 @@ def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
 
 def _checked(path: Path, checkpoint: Any, owner: Owner, steps: int) -> tuple[int, int]:
     """Return the steps and lines of a loaded checkpoint, after a check of all that will be read of it."""
-    said = _inner(checkpoint, OWNER)
+    said = shape.inner(checkpoint, OWNER)
     if said is not None:
-        other = Owner(*(_inner(checkpoint, OWNER, key) for key in ("recipe", "seed", "data")))
+        other = Owner(*(shape.inner(checkpoint, OWNER, key) for key in ("recipe", "seed", "data")))
         if other != owner:
             raise AnotherRunError(f"{path} is of another run ({other}; this one is {owner}): take it away")
-    step = _inner(checkpoint, "global_step")
+    step = shape.inner(checkpoint, "global_step")
     if type(step) is not int or not 1 <= step <= steps:
         raise shape.DamagedError(f"global_step is {_short(step)}, and should be a whole number from 1 to {steps}")
     progress = ("loops", "fit_loop", "epoch_loop.automatic_optimization.optim_progress")
-    counted = _inner(checkpoint, *progress, "optimizer", "step", "total", "completed")
-    for name, other_step in ((OWNER, _inner(checkpoint, OWNER, "step")), ("loops", counted)):
+    counted = shape.inner(checkpoint, *progress, "optimizer", "step", "total", "completed")
+    for name, other_step in ((OWNER, shape.inner(checkpoint, OWNER, "step")), ("loops", counted)):
         if other_step != step and not (other_step is None and name == OWNER):
             raise shape.DamagedError(f"{name} counts {_short(other_step)} steps, and global_step is {step}")
     for name, kinds in CURVES.items():
-        if type(value := _inner(checkpoint, "callbacks", "Curves", name)) not in kinds:
+        if type(value := shape.inner(checkpoint, "callbacks", "Curves", name)) not in kinds:
             raise shape.DamagedError(f"callbacks.Curves.{name} is {_short(value)}, of another type than it should be")
     for name, kind in (("state_dict", dict), ("optimizer_states", list), ("lr_schedulers", list)):
-        if not isinstance(value := _inner(checkpoint, name), kind):
+        if not isinstance(value := shape.inner(checkpoint, name), kind):
             raise shape.DamagedError(f"{name} is {_short(value)}, of another type than it should be")
     lines: int = checkpoint["callbacks"]["Curves"]["lines"]
     if lines < 0:
         raise shape.DamagedError(f"callbacks.Curves.lines is {lines}")
     return step, lines
-
-
-def _inner(node: Any, *keys: str) -> Any:
-    """Return the value at a path of keys, or None."""
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
 
 
 def _short(value: Any) -> str:
@@ -205,7 +198,7 @@ def put_in_place(written: Path, record: Record, *, best: bool, keep: bool) -> No
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, in one step."""
+    """Give a file a second name, atomically."""
     temporary = target.with_name(f".{target.name}")
     temporary.unlink(missing_ok=True)
     os.link(source, temporary)

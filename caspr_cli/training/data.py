@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -111,6 +113,13 @@ class TaskData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         self.begun = True
         return DataLoader(Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading())
+
+    def first_batches(self, count: int) -> Iterator[Any]:
+        """Yield the first batches of the run on this rank (with ``accumulate``: parts of batches)."""
+        dataset, sampler = Seeded(self._datasets["train"]), copy.copy(self._sampler)
+        sampler.start = 0
+        for draws in islice(sampler, count):
+            yield self.task.collate(dataset.__getitems__(draws))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._in_order("validation")

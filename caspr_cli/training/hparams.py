@@ -14,6 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
+from caspr_cli.common.shape import leaves
 from caspr_cli.recipe.compose import NOT_IN_THE_NAME, UNTUNED, to_plain
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
 from caspr_cli.tasks.registry import CONFS
@@ -87,11 +88,6 @@ def _value(value: bool | float | str) -> Value:
     return Value(string_value=value) if isinstance(value, str) else Value(number_value=value)
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    flat: dict[str, bool | float | str] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+def _flatten(node: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    found = {key: value for key, value in leaves(node) if value not in (None, {})}
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""What TensorBoard shows first: curves that optimizers are compared by.
+"""The first page of TensorBoard: the curves that optimizers are compared by.
 
 It opens on TIME SERIES, whatever was written, and groups the curves there by the alphabet, so those of a comparison are
 written a second time under a name that comes first. CUSTOM SCALARS shows a page that each run writes. TensorBoard puts

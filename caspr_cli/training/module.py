@@ -13,19 +13,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.registry import build
-from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
+from caspr_cli.recipe.schema import Decay, Recipe
 from caspr_cli.tasks.base import Task
+from caspr_cli.training.batch_norm import measured_anew, statistics
 from caspr_cli.training.data import mix
-from caspr_cli.training.groups import param_groups
+from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.timing import PhaseTimer
 
-
-def build_options(conf: OptimConf) -> dict[str, Any]:
-    """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
-    settings = options(conf)
-    return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
+STATISTICS = "training_statistics"  # in a checkpoint: those of batch norms, where the model has others to evaluate with
+BATCHES = 20  # of training, that give the others
 
 
 def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
@@ -59,6 +56,8 @@ class TrainingModule(LightningModule):
         if recipe.trainer.compile:
             model.compile()
         self.timer = PhaseTimer(torch.device("cpu"))
+        # The running statistics of training, while those of averaged weights are in the model.
+        self._statistics: dict[str, Tensor] = {}
         self.measure_update = False
         self.last: dict[str, Tensor] = {}
         self.scores: dict[str, dict[str, float]] = {}
@@ -81,14 +80,16 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Dropout and the like are a function of (seed, step, part, rank): there is no random state to save.
         part = batch_idx % self.recipe.trainer.accumulate
-        seed = mix(self.recipe.seed, self.global_step, part, self.global_rank)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms to prepare devices that are not used
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+        self._draw(mix(self.recipe.seed, self.global_step, part, self.global_rank))
         loss = self.task.loss(self.model, batch)
         share = loss.detach().double() / self.recipe.trainer.accumulate
         self.last["loss"] = share if part == 0 else self.last["loss"] + share
         return loss
+
+    def _draw(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 2 ms to prepare devices that are not used
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -117,11 +118,36 @@ class TrainingModule(LightningModule):
         """Put the weights to train with, or those to evaluate and to save, into the model.
 
         They are two where the optimizer averages its weights, and then has methods of these names. Nothing happens
-        where they are in the model already.
+        where they are in the model already. Running statistics of batch norms are of the weights of training, so the
+        first batches of the run give those of the averaged ones, as the authors of Schedule-Free recommend.
         """
-        for optimizer in self.trainer.optimizers:
-            if switch := getattr(optimizer, mode, None):
-                switch()
+        switches = [switch for optimizer in self.trainer.optimizers if (switch := getattr(optimizer, mode, None))]
+        for switch in switches:
+            switch()
+        kept = statistics(self.model) if switches else {}
+        if mode == "eval" and kept and not self._statistics:
+            self._statistics = {name: value.clone() for name, value in kept.items()}
+            self._measure_statistics()
+        elif mode == "train" and self._statistics:
+            for name, value in self._statistics.items():
+                kept[name].copy_(value)
+            self._statistics = {}
+
+    def _measure_statistics(self) -> None:
+        """Measure the running statistics with the weights that are in the model; all ranks must call this."""
+        precision = self.trainer.precision_plugin
+        with measured_anew(self.model), precision.forward_context():
+            for i, batch in enumerate(self.trainer.datamodule.first_batches(BATCHES)):  # type: ignore[attr-defined]
+                self._draw(mix(self.recipe.seed, i, self.global_rank))
+                batch = self.trainer.strategy.batch_to_device(precision.convert_input(batch))
+                self.task.loss(self.model, batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._statistics:
+            checkpoint[STATISTICS] = self._statistics
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._statistics = checkpoint.get(STATISTICS, {})
 
     def on_train_start(self) -> None:
         self.weights("train")  # a checkpoint has those to evaluate

@@ -18,8 +18,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.training.groups import param_groups
-from caspr_cli.training.module import build_options
+from caspr_cli.training.groups import build_options, param_groups
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line on a terminal, plain lines in a pipe."""
+"""Progress of a run: one live line on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Console(Console):
 
 @contextmanager
 def _unread() -> Iterator[None]:
-    """Go on without a reader: one that goes away (``| head``), or a full disk behind it, does not end a run."""
+    """Go on where nothing can be printed any more (``| head``, a full disk): that does not end a run."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Errors that come of other ranks, told from errors of this one."""
+"""Errors that other ranks caused, as types of their own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LostError(Exception):
 
 @contextmanager
 def answering(record: Record, rank: int, world: int, timeout: float) -> Iterator[None]:
-    """Tell an error of this rank from one that comes of another.
+    """Turn an error that another rank caused into one of two types; errors of this rank pass through.
 
     Raises:
         HungError: some rank did not answer in time; it is ended, as it may not listen to anything milder.
@@ -79,7 +79,7 @@ def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> Non
 
 
 def _silent(record: Record, rank: int, world: int) -> list[int]:
-    """Return the ranks that do not wait as this one does."""
+    """Return the ranks that are not waiting: they hang, and this one waits for them."""
     marks = [record.path / f".waited.{r}" for r in range(world)]
     with suppress(OSError):  # a full disk
         marks[rank].touch()

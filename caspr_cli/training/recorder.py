@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.format import finite
-from caspr_cli.recipe.schema import Logger, Recipe
+from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record, RecordDamagedError
-from caspr_cli.training import hparams
+from caspr_cli.training import hparams, trackers
 from caspr_cli.training.layout import FIRST, compared, layout
 
 EVENTS = "events.out.tfevents.*"
@@ -45,12 +44,8 @@ class Recorder:
         _number(record.path)
         self._step, self._shown = step, shown(record.path, step) if step else set()
         self._writer = SummaryWriter(str(record.path), purge_step=step + 1 if step else None)
-        self._loggers = [_logger(kind, record.path) for kind in dict.fromkeys(recipe.logger)]
-        for logger in self._loggers:
-            logger.log_hyperparams(hparams.hyperparameters(recipe))
-            for line in kept:  # they begin anew, so that a resume leaves no line twice
-                values = {tag: value for tag, value in json.loads(line).items() if value is not None}
-                logger.log_metrics(values, values.pop("step"))
+        self._loggers = trackers.begun(recipe, record, kept)
+        self.ended: str | None = None  # see trackers.end
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._record.metrics.open("a", encoding="utf8") as file:
@@ -89,16 +84,18 @@ class Recorder:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.ended = "failed" if kind else self.ended
+        with suppress(*([Exception] if kind else [])):  # the run's own error is the one to be told
+            self.close()
+
     def close(self) -> None:
         self._writer.close()
         for logger in self._loggers:
-            logger.finalize("success")
-
-
-def _logger(kind: Logger, path: Path) -> CSVLogger:
-    """Return a logger of Lightning that writes into a record, to a folder of its own that is emptied first."""
-    shutil.rmtree(path / kind.name, ignore_errors=True)
-    return CSVLogger(path, name="", version=kind.name)
+            trackers.end(logger, self.ended)
 
 
 def shown(directory: Path, step: int) -> set[str]:

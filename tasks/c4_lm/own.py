@@ -114,7 +114,7 @@ def _records(file: Path) -> Iterator[str]:
             yield from _listed(file)
             return
         if line.strip():
-            yield _text(_parsed(line, f"{file.name}:{number}"), f"{file.name}:{number}")
+            yield record_of(line, f"{file.name}:{number}")
 
 
 def _listed(file: Path) -> Iterator[str]:
@@ -137,6 +137,11 @@ def _rows(file: Path) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 number += 1
                 yield _text(value, f"{file.name}: row {number}")
+
+
+def record_of(line: str, where: str) -> str:
+    """Return the text of a JSON record. Raises :class:`DataError` where it has none; ``where`` begins the message."""
+    return _text(_parsed(line, where), where)
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -7,7 +7,6 @@ documents may have changed, so that a second start need not read any of them.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Protocol
 
 from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.base import DataError, Split, split_of
-from caspr_cli.tasks.c4_lm.own import KINDS, OwnText, kind_of
+from caspr_cli.tasks.c4_lm.own import KINDS, OwnText, kind_of, record_of
 from caspr_cli.tasks.files import data_files, entries_below, lines, reaching, reading, regular, root_of, stamps
 from caspr_cli.tasks.names import call_split, split_named
 from caspr_cli.tasks.registry import C4LMConf
@@ -78,8 +77,8 @@ def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[st
 class StandardLibrary:
     """The English of Python's standard library, read in place: one document a help topic, one a module.
 
-    A module's document is its docstrings in the order of the source. Documents are dealt out 90 / 5 / 5 by a hash
-    of their names. Topics quote each other and modules have twins, so a long paragraph counts only where it comes
+    A module's document is its docstrings in the order of the source. A hash of its name puts a document into a
+    split, 90 / 5 / 5. Topics quote each other and modules have twins, so a long paragraph counts only where it comes
     first: no long paragraph of one split is found in another.
     """
 
@@ -212,18 +211,7 @@ class Shards:
 def _read_shards(shards: list[Path]) -> Iterator[str]:
     for shard in shards:
         for number, line in lines(shard):
-            yield _text_of(line, f"{shard.name}:{number}")
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # a lone surrogate is valid JSON but no text
-    except RecursionError:
-        raise DataError(f"{where}: brackets nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{where}: not a JSON object with a 'text' field") from None
-    return str(text)
+            yield record_of(line, f"{shard.name}:{number}")
 
 
 # ---- hub: C4 itself ---------------------------------------------------------------------------------------------

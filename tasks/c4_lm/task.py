@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.c4_lm.data import Corpus
 from caspr_cli.tasks.c4_lm.model import Decoder
 from caspr_cli.tasks.c4_lm.tokens import SMALLEST_VOCABULARY
-from caspr_cli.tasks.metrics import Sums
 from caspr_cli.tasks.registry import C4LMConf
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
 
-class Perplexity(Sums):
-    """Cross entropy over all targets.
-
-    ``compute()`` gives ``loss`` (log-perplexity, nats a token), ``perplexity`` (its exponential) and
-    ``bits_per_byte`` (total bits by the UTF-8 bytes of the targets, which does not depend on the tokenizer).
-
-    Args:
-        byte_lengths: bytes of each token id, LongTensor ``[V]``.
-    """
-
-    sums = ("nats", "tokens", "bytes")
-    nats: Tensor
-    tokens: Tensor
-    bytes: Tensor
-    byte_lengths: Tensor
-
-    def __init__(self, byte_lengths: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("byte_lengths", byte_lengths, persistent=False)
-
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add ``logits`` ``[B, T, V]`` and the tokens that came, ``[B, T]``."""
-        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        self.nats += losses.double().sum()
-        self.tokens += targets.numel()
-        self.bytes += self.byte_lengths[targets].sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        loss = self.nats / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": loss.exp(),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-        }
+    from caspr_cli.tasks.c4_lm.metric import Perplexity
 
 
 class C4LM(Task):
@@ -67,7 +32,13 @@ class C4LM(Task):
 
     def __init__(self, conf: C4LMConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits depend on names, and nothing is drawn.
-        _check(conf)
+        if conf.vocab_size < SMALLEST_VOCABULARY:
+            raise DataError(
+                f"task.vocab_size: {conf.vocab_size} is too small, it must be at least {SMALLEST_VOCABULARY} "
+                "(every byte, and the end of a document)"
+            )
+        if conf.width % (2 * conf.heads):
+            raise DataError(f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}")
         self.conf = conf
         self.data: Corpus = Corpus(conf)
 
@@ -81,6 +52,8 @@ class C4LM(Task):
         return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
     def metrics(self) -> Perplexity:
+        from caspr_cli.tasks.c4_lm.metric import Perplexity
+
         return Perplexity(self.data.byte_lengths())
 
     def evaluate(self, model: nn.Module, batch: Tensor, metrics: Metric) -> None:
@@ -100,17 +73,3 @@ class C4LM(Task):
         conf = self.conf
         attention = 12 * conf.layers * conf.width * conf.sequence
         return float((6 * weights + attention) * conf.batch_size * conf.sequence)
-
-
-def _check(conf: C4LMConf) -> None:
-    require(conf, positive=("sequence", "layers", "width", "heads", "batch_size"), share=("dropout",))
-    for key in ("train_documents", "eval_documents"):
-        if getattr(conf, key) is not None and getattr(conf, key) < 1:
-            raise DataError(f"task.{key}: {getattr(conf, key)} is too small, it must be at least 1, or null for all")
-    if conf.vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(
-            f"task.vocab_size: {conf.vocab_size} is too small, it must be at least {SMALLEST_VOCABULARY} "
-            "(every byte, and the end of a document)"
-        )
-    if conf.width % (2 * conf.heads):
-        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of 2 x task.heads={conf.heads}")

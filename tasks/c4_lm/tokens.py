@@ -141,7 +141,7 @@ def _encode(tokenizer: Tokenizer, texts: Iterator[str], path: Path, dtype: np.dt
 
 
 def pieces(text: str) -> list[str]:
-    """Return the text, cut within each word of more than LONGEST_WORD characters; in one piece where there is none."""
+    """Return the text, cut within each word of more than LONGEST_WORD characters; in one piece if it has none."""
     if not _has_long_word(text):
         return [text]
     found = [""]

@@ -55,7 +55,7 @@ Album = ArrayAlbum | FileAlbum
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Return an image file as RGB. Raises :class:`DataError`, which begins with ``name``, where it is none."""
+    """Return an image file as RGB. Raises :class:`DataError`, which begins with ``name``, if it is no image."""
     # Pillow raises OSError for most, SyntaxError for a broken PNG, ValueError and others from inside its readers.
     with reading(name, "cannot be decoded"):
         try:

@@ -1,7 +1,7 @@
 """The images of a recipe as data sets: decoded once into arrays where they fit, else read file by file.
 
-In the cache (see :mod:`caspr_cli.tasks.cache`) is one directory for what a source's identity, the size, and whether
-whole images are wanted come to:
+The cache (see :mod:`caspr_cli.tasks.cache`) has a directory for each source, size, and choice between whole images
+and squares:
 
     images/<hash>/  meta.json, and of each split  <split>_labels.npy  with either
                     <split>.npy                     pixels, uint8 [N, size, size, 3], memory-mapped

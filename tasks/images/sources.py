@@ -35,9 +35,7 @@ log = logging.getLogger("caspr")
 
 SAMPLE: dict[Split, int] = {"train": 24_000, "validation": 2_000, "test": 2_000}  # images
 HELD_OUT = 0.1  # of each class, for validation where a data set has none
-LAYOUT = (
-    "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>; or <class>/<image>, dealt out"
-)
+LAYOUT = "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>; or <class>/<image> alone"
 EXTRACT = (
     "unpack its tars, as torchvision.datasets.ImageNet(DIR, 'train') and (DIR, 'val') do, "
     "into DIR/train/<wnid>/*.JPEG and DIR/val/<wnid>/*.JPEG"
@@ -63,7 +61,7 @@ class Pictures(Protocol):
 
 
 def pictures(conf: ImagesConf) -> Pictures:
-    """Return the source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` where there is none."""
+    """Return the source that ``conf.data`` and ``conf.images`` name. Raises :class:`DataError` if there is none."""
     if conf.data is Source.sample:
         return Shapes()
     if conf.images is Images.folder:
@@ -150,7 +148,10 @@ class Folder:
         return Found(list(labels), dict(albums))
 
 
-def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]]:
+Groups = dict[str, list[str]]  # the names of the images of each class
+
+
+def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
     """Return the image files of each split and class, where "validation" may be missing.
 
     Args:
@@ -163,9 +164,32 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
     paths = [entry.split("/") for entry in entries]
     tops = {parts[0] for parts in paths if len(parts) > 1}
     depth = 1 if len(tops) == 1 and not any(map(split_named, tops)) else 0  # the folder that was zipped
+    splits, others = _in_splits(paths, depth, where)
+    for top, count in others.items():
+        if count and resembles_split(top.rpartition("/")[2]):
+            raise DataError(
+                f"{where}: {top} is no name of a split (they are {', '.join(SPLIT_NAMES)}); rename or remove it"
+            )
+        if count and splits:
+            log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
+    if not splits:
+        splits = _divided([parts for parts in paths if len(parts) == depth + 2], depth, where)
+    if "train" not in splits:
+        raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
+    if "test" not in splits:
+        if "validation" not in splits:
+            raise DataError(f"task.root: no folder test (nor validation) in {where}; the layout is {LAYOUT}")
+        splits["test"] = splits.pop("validation")
+    for split, groups in splits.items():
+        _check_classes(split, groups, set(splits["train"]), where)
+    return {split: splits[split] for split in SPLITS if split in splits}
+
+
+def _in_splits(paths: list[list[str]], depth: int, where: str) -> tuple[dict[Split, Groups], Counter[str]]:
+    """Return the images of each split that has a folder, and how many images lie in each other folder, or in none."""
     folders: dict[Split, str] = {}  # of each split
-    splits: dict[Split, dict[str, list[str]]] = {}
-    others: Counter[str] = Counter()  # images in each folder beside the splits, and in none
+    splits: dict[Split, Groups] = {}
+    others: Counter[str] = Counter()
     for parts in paths:
         inner = parts[depth:]
         name = "/".join(parts)
@@ -184,50 +208,30 @@ def sort_out(entries: list[str], where: str) -> dict[Split, dict[str, list[str]]
             if not is_image:
                 raise DataError(f"{where}: {name} is not an image ({', '.join(IMG_EXTENSIONS)})")
             files.append(name)
-    for top, count in others.items():
-        if count and resembles_split(top.rpartition("/")[2]):
-            raise DataError(
-                f"{where}: {top} is no name of a split (they are {', '.join(SPLIT_NAMES)}); rename or remove it"
-            )
-        if count and splits:
-            log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
-    if not splits:
-        splits = _dealt_out([parts for parts in paths if len(parts) == depth + 2], depth, where)
-    if "train" not in splits:
-        raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
-    if "test" not in splits:
-        if "validation" not in splits:
-            raise DataError(f"task.root: no folder test (nor validation) in {where}; the layout is {LAYOUT}")
-        splits["test"] = splits.pop("validation")
-    for split, groups in splits.items():
-        _check_classes(split, groups, set(splits["train"]), where)
-    return {split: splits[split] for split in SPLITS if split in splits}
+    return splits, others
 
 
-def _dealt_out(paths: list[list[str]], depth: int, where: str) -> dict[Split, dict[str, list[str]]]:
+def _divided(paths: list[list[str]], depth: int, where: str) -> dict[Split, Groups]:
     """Return the images of folders of classes in splits: a tenth of each class is for validation, a tenth for test.
 
-    Which images depends on their names alone; their order among the names of the class is that of a hash.
+    Which images these are depends on the hashes of their names alone.
     """
-    groups: dict[str, list[str]] = {}
+    groups: Groups = {}
     for parts in paths:
         if parts[-1].lower().endswith(IMG_EXTENSIONS):
             groups.setdefault(parts[depth], []).append("/".join(parts))
-    splits: dict[Split, dict[str, list[str]]] = {}
+    splits: dict[Split, Groups] = {}
     for group, files in sorted(groups.items()):
         if len(files) < 3:
             raise DataError(f"{where}: the class {group!r} has fewer than 3 images, one for each split")
         order = sorted(files, key=lambda name: hashlib.sha256(name.rpartition("/")[2].encode()).digest())
         held = max(1, round(HELD_OUT * len(files)))
-        parts_of: dict[Split, list[str]] = {
-            "validation": order[:held], "test": order[held : 2 * held], "train": order[2 * held :]
-        }  # fmt: skip
-        for split, chosen in parts_of.items():
+        for split, chosen in zip(SPLITS, (order[2 * held :], order[:held], order[held : 2 * held]), strict=True):
             splits.setdefault(split, {})[group] = sorted(chosen)
     return splits
 
 
-def _check_classes(split: str, groups: dict[str, list[str]], classes: set[str], where: str) -> None:
+def _check_classes(split: str, groups: Groups, classes: set[str], where: str) -> None:
     if not any(groups.values()):
         raise DataError(f"{where}: no images in the {split} split")
     for group, files in groups.items():

@@ -3,71 +3,37 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric
 
-from caspr_cli.tasks.base import DataError, Task, require
+from caspr_cli.tasks.base import Task
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
 from caspr_cli.tasks.images.data import Gallery
-from caspr_cli.tasks.metrics import Sums
 from caspr_cli.tasks.registry import Augment, ImagesConf
+
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
+
+    from caspr_cli.tasks.images.metric import Accuracy
 
 Batch = tuple[Tensor, Tensor]  # uint8 [B, size, size, 3] and long [B]
 
 
-class Accuracy(Sums):
-    """Cross entropy and accuracy over all images.
-
-    ``compute()`` gives ``loss`` (nats an image), ``accuracy`` and ``top5``, the share of images whose class is among
-    the five likeliest.
-    """
-
-    sums = ("nats", "first", "among", "images")
-    nats: Tensor
-    first: Tensor
-    among: Tensor
-    images: Tensor
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add ``logits`` ``[B, K]`` and ``labels`` ``[B]``."""
-        logits = logits.float()
-        self.nats += F.cross_entropy(logits, labels, reduction="none").double().sum()
-        likeliest = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [B, 5]
-        self.first += likeliest[:, 0].sum()
-        self.among += likeliest.sum()
-        self.images += len(labels)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        return {
-            "loss": self.nats / self.images,
-            "accuracy": self.first / self.images,
-            "top5": self.among / self.images,
-        }
-
-
 class Classification(Task):
-    """Images to classes. A task adds :meth:`model`.
+    """Classification of images. A task adds :meth:`model`.
 
     Batches are pairs of images, uint8 ``[B, size, size, 3]``, and labels, long ``[B]``.
-
-    Raises:
-        DataError: a key that cannot be.
     """
 
     unit: ClassVar[str] = "images"
 
     def __init__(self, conf: ImagesConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here what is held out depends on labels, and nothing is drawn.
-        require(conf, positive=("batch_size", "size"), share=("label_smoothing",))
-        if not conf.mixup >= 0:
-            raise DataError(f"task.mixup: {conf.mixup} is negative")
         self.conf = conf
         self.data: Gallery = Gallery(conf)
 
@@ -88,6 +54,8 @@ class Classification(Task):
         return F.cross_entropy(model(x).float(), targets, label_smoothing=self.conf.label_smoothing)
 
     def metrics(self) -> Accuracy:
+        from caspr_cli.tasks.images.metric import Accuracy
+
         return Accuracy()
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:
@@ -105,7 +73,7 @@ class Classification(Task):
 
     @cached_property
     def _forward_flops(self) -> float:
-        """Those of one image, on a model without memory; only the kernel that spells attention out is counted."""
+        """FLOPs for one image, counted on the meta device; of attention, only the unfused kernel can be counted."""
         size = self.conf.size
         with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.model().eval()(torch.empty(1, 3, size, size))

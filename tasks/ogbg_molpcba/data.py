@@ -159,7 +159,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
 
 
 def _describe(graphs: Graphs, places: Array, split: Split, name: str) -> dict[str, int]:
-    """Return the sizes of a split. Raises :class:`DataError` where no score can be had of it."""
+    """Return the sizes of a split. Raises :class:`DataError` if it cannot be scored."""
     if not len(places):
         raise DataError(f"{name}: the {split} split is empty")
     labels = graphs.labels[places]  # [graphs, T]

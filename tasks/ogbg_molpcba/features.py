@@ -59,7 +59,7 @@ def bond_features(bond: Any) -> list[int]:
 
 
 def parse(smiles: str) -> Any:
-    """Return the RDKit molecule that a SMILES string stands for; None where it stands for none."""
+    """Return the RDKit molecule that a SMILES string stands for; None if it is not valid."""
     return Chem.MolFromSmiles(smiles)
 
 

@@ -21,7 +21,7 @@ MOST_NODES = 2**16  # in one graph: nodes are numbered in two bytes
 
 @dataclass(frozen=True)
 class Graphs:
-    """``G`` graphs with ``N`` nodes and ``E`` edges in all; what belongs to a graph follows what belongs to the last.
+    """``G`` graphs with ``N`` nodes and ``E`` edges in all; the rows of a graph follow those of the one before.
 
     A bond is two edges, one each way.
     """

@@ -55,7 +55,7 @@ EVERY = 5000  # molecules between two lines of progress
 class Measured:
     """The compounds that have a structure with carbon and a measured property.
 
-    Molecules are dealt out 80 / 10 / 10 by a hash of their SMILES without stereo: the split of a molecule depends on
+    A hash of its SMILES without stereo puts a molecule into a split, 80 / 10 / 10: the split of a molecule depends on
     no other and on no order, and stereoisomers, of much the same properties, stay together. A split by scaffold
     would put all acyclic molecules, for which many of these properties were measured, on one side.
     """

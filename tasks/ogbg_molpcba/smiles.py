@@ -21,14 +21,14 @@ HOLDS = 'a first line of names, one of them "smiles"; labels are 0, 1 or empty'
 
 
 def is_table(file: Path) -> bool:
-    """Return whether a file is called as a CSV file is."""
+    """Return whether a file has the name of a CSV file."""
     return file.is_file() and file.name.lower().removesuffix(".gz").endswith(".csv")
 
 
 class Smiles:
     """The rows of a CSV file. A column whose first value is no label is left out.
 
-    Molecules are dealt out 80 / 10 / 10 by their structure without stereo, as those of the sample.
+    The structure of a molecule without stereo decides its split, 80 / 10 / 10, as in the sample.
     """
 
     def __init__(self, file: Path) -> None:

@@ -124,7 +124,7 @@ class Files:
 
 
 def _split_files(names: set[str], top: Path) -> dict[Split, str]:
-    """Return the file of each split, named as OGB does where there is none."""
+    """Return the file of each split; OGB's name for it if there is no such file."""
     found: dict[Split, str] = {}
     for name in sorted(names):
         stem = name.removeprefix(SPLIT_FOLDER).removesuffix(".csv.gz")

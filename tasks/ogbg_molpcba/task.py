@@ -2,96 +2,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch
-from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_average_precision
 
-from caspr_cli.tasks.base import Task, require
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.base import Task
 from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
-from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
-from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork, cross_entropy
 from caspr_cli.tasks.registry import MolPCBAConf
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
 
-class MeanAveragePrecision(Sums):
-    """Cross entropy and average precision over all graphs.
-
-    ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
-    gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
-    have both classes. It is NaN where none has; a data set of which that is true of a split is refused when it is
-    prepared.
-
-    Args:
-        tasks: labels of a graph (``T``).
-    """
-
-    sums = ("nats", "cells")
-    nats: Tensor
-    cells: Tensor
-    logits: list[Tensor] | Tensor
-    labels: list[Tensor] | Tensor
-
-    def __init__(self, tasks: int) -> None:
-        super().__init__()
-        self._tasks = tasks
-        for state in ("logits", "labels"):
-            self.add_state(state, [], dist_reduce_fx="cat")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add ``logits`` ``[B, T]`` and ``labels`` ``[B, T]``, 0, 1 or MISSING."""
-        nats, cells = cross_entropy(logits, labels)
-        self.nats += nats.double()
-        self.cells += cells
-        self.logits.append(logits.detach().float())  # type: ignore[union-attr]
-        self.labels.append(labels)  # type: ignore[union-attr]
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        loss = self.nats / self.cells
-        logits, labels = self._whole(self.logits), self._whole(self.labels)
-        scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]
-        found = [score for score in scores if score is not None]
-        return {"loss": loss, "map": torch.stack(found).mean() if found else torch.full_like(loss, torch.nan)}
-
-    def _whole(self, parts: list[Tensor] | Tensor) -> Tensor:
-        """Return the batches as one tensor, which torchmetrics has made of them already where there are ranks."""
-        if isinstance(parts, Tensor):
-            return parts
-        return torch.cat(parts) if parts else torch.empty(0, self._tasks)
-
-
-def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Return that of one label's ``logits`` ``[n]`` and values ``[n]``; None unless both classes were observed."""
-    observed = labels != MISSING
-    logits, truth = logits[observed], labels[observed].long()
-    positive = truth.sum()
-    if positive == 0 or positive == len(truth):
-        return None
-    # By rank, in [0, 1]: torchmetrics puts what is outside through a sigmoid, where large logits become equal.
-    ranks = logits.unique(return_inverse=True)[1].double()
-    return binary_average_precision(ranks / ranks.max().clamp(min=1), truth)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum over the observed cells, in nats, and how many there are."""
-    observed = labels != MISSING
-    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
-    return (losses * observed).sum(), observed.sum()
+    from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
 
 
 class MolPCBA(Task):
     """A graph network on molecules: a sample of measured properties, an OGB data set on disk, or ogbg-molpcba.
 
     Batches are those of :func:`caspr_cli.tasks.ogbg_molpcba.data.batch_of`.
-
-    Raises:
-        DataError: a shape that no model has.
     """
 
     unit: ClassVar[str] = "graphs"
@@ -99,7 +29,6 @@ class MolPCBA(Task):
 
     def __init__(self, conf: MolPCBAConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits are the data's own, and nothing is drawn.
-        require(conf, positive=("steps", "width", "batch_size"), share=("dropout",))
         self.conf = conf
         self.data: Library = Library(conf)
 
@@ -112,13 +41,15 @@ class MolPCBA(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy over the observed cells of the batch, in nats; 0 where none was observed.
 
-        A batch that is dealt out to ranks or to several passes is averaged over these parts, each with its own number
-        of cells: a cell in a part with few weighs a little more.
+        A batch that is divided over ranks or passes is averaged over these parts: a cell in a part with few observed
+        cells weighs a little more.
         """
         nats, cells = cross_entropy(model(batch), batch.y)
         return nats / cells.clamp(min=1)
 
     def metrics(self) -> MeanAveragePrecision:
+        from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
+
         return MeanAveragePrecision(self.data.tasks)
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.tasks.base import DataError, require
+from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.images.task import Classification
 from caspr_cli.tasks.registry import ResNetConf
 from caspr_cli.tasks.resnet.model import DEPTHS, ResNet
@@ -29,7 +29,6 @@ class ResNetTask(Classification):
             raise DataError(f"task.depth: {conf.depth} is none of {', '.join(map(str, DEPTHS))}")
         if conf.stem not in (1, 2, 4):
             raise DataError(f"task.stem: {conf.stem} is none of 1, 2, 4")
-        require(conf, positive=("width",))
 
     def model(self) -> ResNet:
         """Return a fresh network, its weights channels last in memory, as convolutions on most devices want them."""

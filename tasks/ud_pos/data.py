@@ -158,7 +158,7 @@ class Corpus:
             if all(tag == MISSING for sentence in found[split] for tag in sentence.tags):
                 raise DataError(f"task.tags: {name} has no {tags} in its {split} split; try the other of upos and xpos")
             if all(word == MISSING for sentence in found[split] for word in sentence.words):
-                raise DataError(f"{name}: every word is '_': its text is withheld, and is had from its makers")
+                raise DataError(f"{name}: every word is '_': its text is withheld; ask its makers for it")
         seen = {tag for sentence in found["train"] for tag in sentence.tags} - {MISSING}
         for split in SPLITS:
             if not any(tag in seen for sentence in found[split] for tag in sentence.tags):

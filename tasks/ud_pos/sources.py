@@ -41,7 +41,7 @@ class Sample:
     """The hand-annotated Turkish sentences of the package ``turkish-treebanks``: 4,851 of the web and of Wikipedia.
 
     The package is found by its metadata and never imported: its modules need protobuf, its CoNLL-U files nothing.
-    Sentences are dealt out 80 / 10 / 10 by a hash of their text, so none is found in two splits. UPOS are 14 coarse
+    A hash of its text puts a sentence into a split, 80 / 10 / 10, so none is found in two. UPOS are 14 coarse
     tags, some older than UD's (PRT, CONJ, AFFIX, ONOM); words are often parts of a written word.
     """
 
@@ -61,7 +61,7 @@ class Sample:
 
 
 def sample_files(package: str) -> list[Path]:
-    """Return the CoNLL-U files that an installed package brings along, by name."""
+    """Return the CoNLL-U files of an installed package, sorted by name."""
     try:
         found = sorted(Path(str(f.locate())) for f in metadata.files(package) or [] if f.suffix == ".conllu")
     except metadata.PackageNotFoundError:

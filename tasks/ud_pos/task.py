@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from caspr_cli.tasks.base import DataError, Task, require
-from caspr_cli.tasks.metrics import Sums
+from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.registry import TaggingConf
-from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
+from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNTAGGED, Batch, Corpus, Sample, batch_of
 from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
 
-class Accuracy(Sums):
-    """Cross entropy and accuracy over all tagged words.
-
-    ``compute()`` gives ``loss`` (nats a word), ``accuracy``, and ``unknown_accuracy`` over the words that are not in
-    the vocabulary alone (not a number where there are none). Padding and words without a tag are in none of them; a
-    word whose tag training has not is wrong, and is not in the loss, where it would be infinite.
-    """
-
-    sums = ("nats", "scored", "right", "words", "unknown_right", "unknown")
-    nats: Tensor
-    scored: Tensor
-    right: Tensor
-    words: Tensor
-    unknown_right: Tensor
-    unknown: Tensor
-
-    def update(self, logits: Tensor, tags: Tensor, words: Tensor) -> None:
-        """Add ``logits`` ``[B, T, tags]`` for ``tags`` and ``words`` ``[B, T]`` of a batch."""
-        tagged = tags != UNTAGGED
-        logits, tags, unknown = logits[tagged].float(), tags[tagged], words[tagged] == UNKNOWN
-        right = logits.argmax(-1) == tags
-        seen = tags != UNSEEN
-        self.nats += F.cross_entropy(logits[seen], tags[seen], reduction="none").double().sum()
-        self.scored += seen.sum()
-        self.right += right.sum()
-        self.words += tags.numel()
-        self.unknown_right += (right & unknown).sum()
-        self.unknown += unknown.sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        return {
-            "loss": self.nats / self.scored,
-            "accuracy": self.right / self.words,
-            "unknown_accuracy": self.unknown_right / self.unknown,
-        }
+    from caspr_cli.tasks.ud_pos.metric import Accuracy
 
 
 class Tagging(Task):
@@ -68,7 +33,10 @@ class Tagging(Task):
 
     def __init__(self, conf: TaggingConf, seed: int) -> None:
         # ``seed`` is every task's second argument; here the splits depend on the data, and nothing is drawn.
-        _check(conf)
+        if conf.width % conf.heads:
+            raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
+        if conf.width % 2:
+            raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
         self.conf = conf
         self.data: Corpus = Corpus(conf)
 
@@ -112,6 +80,8 @@ class Tagging(Task):
         return logits
 
     def metrics(self) -> Accuracy:
+        from caspr_cli.tasks.ud_pos.metric import Accuracy
+
         return Accuracy()
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:
@@ -139,13 +109,3 @@ class Tagging(Task):
         a_word = layers * (12 * w * w + 2 * T * w) + w * len(self.data.lexicon.tags)
         characters: int = batch["spellings"].numel() if self.conf.characters else 0
         return 6.0 * (B * T * a_word + characters * CHARACTER * REACH * w)
-
-
-def _check(conf: TaggingConf) -> None:
-    require(conf, positive=("batch_size", "max_length", "vocab_size", "layers", "width", "heads"), share=("dropout",))
-    if conf.width % conf.heads:
-        raise DataError(f"task.heads: task.width={conf.width} must be a multiple of task.heads={conf.heads}")
-    if conf.width % 2:
-        raise DataError(f"task.width: {conf.width} is odd; positions are pairs of a sine and a cosine")
-    if conf.word_dropout < 0:
-        raise DataError(f"task.word_dropout: {conf.word_dropout} is below 0")

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from caspr_cli.tasks.base import DataError, require
+from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.images.task import Classification
 from caspr_cli.tasks.registry import ViTConf
 from caspr_cli.tasks.vit.model import VisionTransformer
@@ -20,7 +20,6 @@ class ViTTask(Classification):
 
     def __init__(self, conf: ViTConf, seed: int) -> None:
         super().__init__(conf, seed)
-        require(conf, positive=("patch", "layers", "width", "heads"), share=("dropout",))
         if conf.size % conf.patch:
             raise DataError(f"task.patch: task.size={conf.size} must be a multiple of task.patch={conf.patch}")
         if conf.width % conf.heads:
@@ -33,5 +32,5 @@ class ViTTask(Classification):
         )
 
     def plain(self, model: nn.Module) -> dict[str, str]:
-        """Return as every task; and the two parameters that are added and multiply nothing."""
+        """Leave to AdamW also the two parameters that are added to activations and multiply nothing."""
         return super().plain(model) | {"class_token": "class token", "position": "position embedding"}

@@ -1,10 +1,15 @@
-"""A cache of its own for each test, and real data where they are at hand."""
+"""A cache of its own for each test, and real data if they are available."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from caspr_cli import tasks
+from caspr_cli.recipe.schema import TaskConf
+from caspr_cli.tasks.base import Task
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +26,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data beside the checkout")
     return folder
+
+
+@pytest.fixture
+def task(conf: Callable[[], TaskConf]) -> Task:
+    """The task of the small recipe ``conf``, its data prepared."""
+    made = tasks.load(conf(), seed=0)
+    made.prepare()
+    return made

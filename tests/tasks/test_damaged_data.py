@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import errno
 import gzip
-import io
 import json
 import os
-import random
 import re
 import shutil
 import socket
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from written import write_fashion
+from written import write_fashion, write_image, write_molecules, write_shards, write_treebank
 
 from caspr_cli import tasks
 from caspr_cli.recipe.schema import Source
@@ -34,39 +33,11 @@ Damage = Callable[[Path], Any]
 # ---- small data sets, one for each reader ----------------------------------------------------------------------------
 
 
-def write_gzip(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content, 1))
-
-
-def write_c4(root: Path) -> None:
-    draw = random.Random(0)
-    for name, count in (("train.00000-of-00002", 8), ("train.00001-of-00002", 8), ("validation.00000-of-00001", 8)):
-        texts = (" ".join("".join(draw.choices("abcd", k=3)) for _ in range(30)) for _ in range(count))
-        write_gzip(root / f"c4-{name}.json.gz", b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts))
-
-
-def write_ud(root: Path) -> None:
-    root.mkdir()
-    for part in ("train", "dev", "test"):
-        rows = [f"{i}\tword{i}\t_\t{tag}\t_\t_\t_\t_\t_\t_" for i, tag in enumerate(("NOUN", "VERB"), start=1)]
-        (root / f"xx_a-ud-{part}.conllu").write_text(("\n".join(rows) + "\n\n") * 8)
-
-
-def image(shade: int = 0) -> bytes:
-    content = io.BytesIO()
-    noise = np.random.default_rng(shade).integers(0, 255, (8, 8, 3), np.uint8)
-    Image.fromarray(noise).save(content, "png")
-    return content.getvalue()
-
-
 def write_images(root: Path) -> None:
     for split, count in (("train", 4), ("test", 2)):
         for shade, name in enumerate(("cat", "dog")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
             for i in range(count):
-                (folder / f"{i}.png").write_bytes(image(10 * shade + i))
+                write_image(root / split / name / f"{i}.png", 10 * shade + i)
 
 
 def members(root: Path) -> dict[str, bytes]:
@@ -85,19 +56,9 @@ def pack(path: Path, content: dict[str, bytes]) -> None:
             file.writestr(name, data)
 
 
-def write_ogb(root: Path) -> None:
-    tables = {"num-node-list": ["2"] * 12, "num-edge-list": ["1"] * 12, "node-feat": ["5" + ",0" * 8] * 24,
-              "edge": ["0,1"] * 12, "edge-feat": ["0,0,0"] * 12, "graph-label": ["0", "1"] * 6}  # fmt: skip
-    splits = {"train": range(6), "valid": range(6, 9), "test": range(9, 12)}
-    for name, rows in tables.items():
-        write_gzip(root / f"raw/{name}.csv.gz", "".join(f"{row}\n" for row in rows).encode())
-    for name, places in splits.items():
-        write_gzip(root / f"split/scaffold/{name}.csv.gz", "".join(f"{i}\n" for i in places).encode())
-
-
 def write_ogb_zip(root: Path) -> None:
     """Here ``root`` is the zip itself."""
-    write_ogb(root.with_name("pcba"))
+    write_molecules(root.with_name("pcba"))
     pack_ogb(root)
 
 
@@ -106,16 +67,16 @@ def pack_ogb(path: Path, change: Callable[[str], str] = str) -> None:
     pack(path, {change(f"pcba/{f.relative_to(top).as_posix()}"): f.read_bytes() for f in sorted(top.rglob("*.gz"))})
 
 
-READERS: dict[str, tuple[Callable[[Path], None], str, dict[str, Any]]] = {
+READERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any]]] = {
     # how it is written, its task, and the keys of a small recipe
-    "c4": (write_c4, "c4_lm", {"vocab_size": 300, "sequence": 16, "layers": 1, "width": 16, "heads": 2}),
-    "ud": (write_ud, "ud_pos", {"layers": 1, "width": 16, "heads": 2}),
+    "c4": (write_shards, "c4_lm", {"vocab_size": 300, "sequence": 16, "layers": 1, "width": 16, "heads": 2}),
+    "ud": (partial(write_treebank, code="xx_a"), "ud_pos", {"layers": 1, "width": 16, "heads": 2}),
     "images": (write_images, "resnet", {"images": Images.folder, "size": 8}),
     "zip": (write_zip, "resnet", {"images": Images.folder, "size": 8}),
     "opened": (write_images, "resnet", {"images": Images.folder, "size": 72, "augment": Augment.imagenet}),
     "imagenet": (write_images, "vit", {"images": Images.imagenet, "size": 8, "patch": 4, "width": 16, "heads": 2}),
     "fashion": (write_fashion, "resnet", {"images": Images.fashion_mnist, "size": 28}),
-    "ogb": (write_ogb, "ogbg_molpcba", {"width": 8, "steps": 1}),
+    "ogb": (write_molecules, "ogbg_molpcba", {"width": 8, "steps": 1}),
     "ogb_zip": (write_ogb_zip, "ogbg_molpcba", {"width": 8, "steps": 1}),
 }
 
@@ -161,7 +122,7 @@ def cut(name: str) -> Damage:
 
 
 def instead(name: str, make: Callable[[Path], Any]) -> Damage:
-    """Something of another kind in the place of a file or folder."""
+    """Put something of another kind where a file or folder is."""
 
     def damage(root: Path) -> None:
         path = root / name
@@ -219,9 +180,19 @@ def with_info(**fields: Any) -> Damage:
     return damage
 
 
+def spoilt(name: str) -> Damage:
+    """Bytes of a member changed, where they lie in the zip."""
+
+    def damage(root: Path) -> None:
+        content = (root.with_name("folder") / name).read_bytes()
+        root.write_bytes(root.read_bytes().replace(content[60:70], bytes(10)))
+
+    return damage
+
+
 def twice(root: Path) -> None:
     with zipfile.ZipFile(root, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
-        file.writestr(file.namelist()[0], image())
+        file.writestr(file.namelist()[0], b"no image")
 
 
 def idx(name: str, at: int, value: int) -> Damage:
@@ -238,18 +209,19 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
     "c4": [
         ("empty", put(SECOND, b""), rf"^{SECOND}: is empty$"),
         ("empty-inside", put(SECOND, b"", packed=True), rf"^{SECOND}: is empty$"),
-        ("blank", put(HELD_OUT, b"\n\n", packed=True), rf"^{HELD_OUT}:1: not a JSON object"),
+        ("blank", put(HELD_OUT, b"\n\n", packed=True), rf"^{HELD_OUT}:1: not JSON"),
         ("cut", cut(TRAIN), rf"^{TRAIN}:\d+: cannot be read from here on \(.*end-of-stream"),
         ("no-gzip", put(TRAIN, b"plain"), rf"^{TRAIN}:1: cannot be read from here on \(Not a gzipped file"),
-        ("rubbish-behind", change(TRAIN, lambda c: c + b"rubbish"), rf"^{TRAIN}:9: cannot be read from here on \(Not"),
-        ("nul", put(TRAIN, b'{"text": "a\0b"}\n', packed=True), rf"^{TRAIN}:1: not a JSON object with a 'text'"),
+        ("rubbish-behind", change(TRAIN, lambda c: c + b"rubbish"), rf"^{TRAIN}:41: cannot be read from here on \(Not"),
+        ("nul", put(TRAIN, b'{"text": "a\0b"}\n', packed=True), rf"^{TRAIN}:1: not JSON"),
         ("utf16", put(TRAIN, '{"text": "a"}'.encode("utf16"), packed=True), rf"^{TRAIN}:1: not UTF-8"),
         ("deep", put(TRAIN, b'{"text": "a", "b": ' + b"[" * 100_000 + b"\n", packed=True),
          rf"^{TRAIN}:1: brackets nested too deeply$"),
-        ("number", put(TRAIN, b"9" * 5000 + b"\n", packed=True), rf"^{TRAIN}:1: not a JSON object with a 'text'"),
+        ("number", put(TRAIN, b"9" * 5000 + b"\n", packed=True), rf"^{TRAIN}:1: not JSON"),
         *((f"line-{line}", put(TRAIN, b'{"text": "fine"}\n' * 3 + line.encode(), packed=True),
-           rf"^{TRAIN}:4: not a JSON object with a 'text' field$")
-          for line in ("{", "[1]", '"text"', "{}", '{"text": 3}', '{"text": "\\ud800"}')),
+           rf"^{TRAIN}:4: {words}")
+          for line, words in (("{", "not JSON"), ("[1]", "has no text"), ("{}", "has no text"),
+                              ('{"text": 3}', "has no text"), ('{"text": "\\ud800"}', "not text"))),
         ("folder", instead(SECOND, Path.mkdir), rf"{SECOND}: is a folder, not a file$"),
         ("pipe", instead(SECOND, os.mkfifo), rf"{SECOND}: is a pipe, not a file$"),
         ("socket", instead(SECOND, listen), rf"{SECOND}: is a socket, not a file$"),
@@ -267,7 +239,7 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("empty-part", put("xx_a-ud-train-b.conllu", b""), r"^xx_a-ud-train-b\.conllu: is empty$"),
         ("blank", put("xx_a-ud-dev.conllu", b"\r\n\r\n"), r"^xx_a-ud-dev\.conllu: has no sentence$"),
         ("empty-inside", put("xx_a-ud-dev-b.conllu.gz", b"", packed=True), r"^xx_a-ud-dev-b\.conllu\.gz: is empty$"),
-        ("latin1", change("xx_a-ud-dev.conllu", lambda c: c.replace(b"word2", b"w\xf6rd")), r"conllu:2: not UTF-8"),
+        ("latin1", change("xx_a-ud-dev.conllu", lambda c: c.replace(b"text", b"t\xf6xt", 1)), r"conllu:2: not UTF-8"),
         ("utf16", change("xx_a-ud-dev.conllu", lambda c: c.decode().encode("utf16")), r"conllu:1: not UTF-8"),
         ("pipe", instead("xx_a-ud-dev.conllu", os.mkfifo), r"xx_a-ud-dev\.conllu: is a pipe, not a file$"),
         ("nowhere", instead("xx_a-ud-dev.conllu", nowhere), r"xx_a-ud-dev\.conllu: is a link to nowhere"),
@@ -318,12 +290,12 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("version", with_info(extract_version=99, create_version=99), r"^task\.root: data\.zip .*version 9\.9"),
         ("link", with_info(external_attr=0o120777 << 16), r"^data\.zip: test/cat/0\.png is a link"),
         ("twice", twice, r"^data\.zip: test/cat/0\.png is in it twice$"),
-        ("outside", repacked(lambda c: c.update({"../train/cat/9.png": image()})), r"^data\.zip: \.\./train/cat/9"),
-        ("absolute", repacked(lambda c: c.update({"/train/cat/9.png": image()})), r"a path that leads out of the zip$"),
-        ("drive", repacked(lambda c: c.update({"C:\\train\\9.png": image()})), r"a path that leads out of the zip$"),
-        ("crc", lambda root: root.write_bytes(root.read_bytes().replace(image(12)[60:70], bytes(10))),
+        ("outside", repacked(lambda c: c.update({"../train/cat/9.png": b""})), r"^data\.zip: \.\./train/cat/9"),
+        ("absolute", repacked(lambda c: c.update({"/train/cat/9.png": b""})), r"a path that leads out of the zip$"),
+        ("drive", repacked(lambda c: c.update({"C:\\train\\9.png": b""})), r"a path that leads out of the zip$"),
+        ("crc", spoilt("train/dog/2.png"),
          r"^data\.zip: train/dog/2\.png cannot be read \(Bad CRC-32"),
-        ("split", repacked(lambda c: c.update({"testing/cat/9.png": image()})), r"^data\.zip: testing is no name"),
+        ("split", repacked(lambda c: c.update({"testing/cat/9.png": b""})), r"^data\.zip: testing is no name"),
     ],
     "fashion": [
         ("label", idx("train-labels-idx1-ubyte", 9, 200), r"^train-images.*, train-labels-idx1-ubyte: label 200, but"),
@@ -423,7 +395,7 @@ def test_names_of_splits_in_other_readers(tmp_path: Path) -> None:
     ud, ogb, c4 = (written(reader, tmp_path / reader) for reader in ("ud", "ogb", "c4"))
     rename("xx_a-ud-dev.conllu", "xx_a-ud-Valid.conllu")(ud)
     rename("xx_a-ud-train.conllu", "xx_a-ud-TRAIN.conllu")(ud)
-    assert sizes("ud", ud) == {"train": 8, "validation": 8, "test": 8}
+    assert sizes("ud", ud) == {"train": 40, "validation": 10, "test": 10}
     before = read("ogb", ogb)[0].describe_data()
     rename("split/scaffold/valid.csv.gz", "split/scaffold/validation.csv.gz")(ogb)
     assert read("ogb", ogb)[0].describe_data() == before
@@ -481,7 +453,7 @@ def test_folders_beside_the_splits_are_said_to_be_left_out(tmp_path: Path, caplo
     root = written("images", tmp_path)
     copy("test", "extra")(root)
     (root / "README.md").write_text("about it")
-    (root / "logo.png").write_bytes(image())
+    (root / "logo.png").touch()
     with caplog.at_level("INFO", "caspr"):
         assert sizes("images", root) == {"train": 6, "validation": 2, "test": 4}
     assert "left out: 4 images in the folder extra, which" in caplog.text
@@ -505,7 +477,7 @@ def test_names_in_a_zip_whoever_packed_it(tmp_path: Path, packer: str) -> None:
             "mac": str,
             "top-folder": lambda name: f"test_set/{name}",
         }[packer]
-        junk = {"mac": {"__MACOSX/._train": b"", "train/.DS_Store": b""}, "top-folder": {"logo.png": image()}}.get(
+        junk = {"mac": {"__MACOSX/._train": b"", "train/.DS_Store": b""}, "top-folder": {"logo.png": b""}}.get(
             packer, {}
         )
         pack(root, {change_name(name): data for name, data in (content | junk).items()})
@@ -536,7 +508,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path, end: bytes) -> None:
     root = written("c4", tmp_path)
     expected = read("c4", root)[0].describe_data()
     content = gzip.decompress((root / TRAIN).read_bytes())
-    write_gzip(root / TRAIN, b"\xef\xbb\xbf" + content.replace(b"\n", end))
+    (root / TRAIN).write_bytes(gzip.compress(b"\xef\xbb\xbf" + content.replace(b"\n", end)))
     assert read("c4", root)[0].describe_data() == expected
 
 
@@ -559,7 +531,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class PanicError(Exception):
-    """Of some library."""
+    """An error of some library."""
 
 
 @pytest.mark.parametrize(

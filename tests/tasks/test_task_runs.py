@@ -88,7 +88,7 @@ def test_two_processes_train_what_one_does(name: str, tmp_path: Path) -> None:
 
 
 def test_cut_off_it_continues_with_the_same_augmentation(tmp_path: Path) -> None:
-    """What a sample draws when it is read in another process, and what a batch draws, follow from seed and step."""
+    """Random numbers of a sample, read in another process, and of a batch follow from seed and step alone."""
     options = ["task.size=72", "task.augment=rand_augment", "task.mixup=0.2", "task.patch=8", "task.dropout=0.1",
                "trainer.max_steps=40", "trainer.val_every=40"]  # fmt: skip
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from caspr_cli.recipe.schema import Source, TaskConf
 from caspr_cli.tasks import registry
+from caspr_cli.tasks.base import Split, Task
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
 from caspr_cli.tasks.registry import Augment, Images
 
@@ -155,7 +156,7 @@ def write_molecules(root: Path, tables: Tables | None = None) -> Path:
     return root
 
 
-# ---- recipes -------------------------------------------------------------------------------------------------------
+# ---- tasks -------------------------------------------------------------------------------------------------------
 
 FOLDER = {"images": Images.folder, "size": 8, "augment": Augment.none}
 SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
@@ -173,3 +174,9 @@ def recipe(name: str, root: Path | None, /, **changes: Any) -> TaskConf:
     small = {"data": Source.files, "root": root and str(root), "batch_size": 4, **SMALL[name][1]}
     conf: TaskConf = registry.CONFS[name](**{**small, **changes})
     return conf
+
+
+def batch_of(task: Task, count: int, split: Split = "train", step: int = 1) -> Any:
+    """A batch of every ``step``-th of the first ``count`` samples."""
+    data: Any = task.dataset(split)
+    return task.collate([data[i] for i in range(0, count, step)])

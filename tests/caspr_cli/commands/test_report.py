@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from calling import Call
 from recorded import run, write
 
 from caspr_cli import __version__
@@ -29,9 +30,9 @@ sys.exit(main())
 """
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["caspr-report", *map(str, argv)])
-    return report.main()
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -46,21 +47,21 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("outputs")
 
 
-def test_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--help") == 0
-    text = capsys.readouterr().out
+def test_help_fits_a_screen(call: Call) -> None:
+    assert call("--help") == 0
+    text = call.out
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 110
     for command in ("compare", "profile", "trials", "curves", "list", "show", "pack", "unpack"):
         assert f"\n    {command} " in text
-    assert call(monkeypatch, "compare", "--help") == 0
-    text = capsys.readouterr().out
+    assert call("compare", "--help") == 0
+    text = call.out
     assert all(word in text for word in ("--baseline", "--tuned", "--target", "--json", *report.SUFFIXES))
 
 
-def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out == f"caspr-report {__version__}\n"
+def test_version(call: Call) -> None:
+    assert call("--version") == 0
+    assert call.out == f"caspr-report {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -90,156 +91,132 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["compare", "outputs/vit/adamw/seed0/config.yaml"], "config.yaml: cannot be read as what caspr-report pack"),
     ],
 )
-def test_mistakes_get_a_line_and_exit_code_2(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], message: str, call: Call) -> None:
     Path("d.md").mkdir()
     Path("empty").mkdir()
-    assert call(monkeypatch, *argv) == 2
-    err = capsys.readouterr().err
+    assert call(*argv) == 2
+    err = call.err
     assert message in err
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
 
 
-def test_no_outputs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_outputs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "compare") == 2
-    assert capsys.readouterr().err.startswith("error: outputs: no such file or directory; caspr-train makes records")
+    assert call("compare") == 2
+    assert call.err.startswith("error: outputs: no such file or directory; caspr-train makes records")
 
 
-def test_compare_prints_a_table_for_each_task(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "compare") == 0
-    out = capsys.readouterr().out
+def test_compare_prints_a_table_for_each_task(study: Path, call: Call) -> None:
+    assert call("compare") == 0
+    out = call.out
     assert out.startswith(f"caspr-report {__version__}  12 records in outputs\n")
     assert out.count("\ncaspr ") == 2
     assert out.count("against adamw: not tested: -11 %; the differences of 3 seeds are all equal") == 2
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_json_is_all_there_is_on_standard_output(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "compare", study / "vit", "--json", "--to", "x.csv", "--baseline", "caspr") == 0
-    captured = capsys.readouterr()
-    assert [(row["task"], row["label"], row["baseline"]) for row in json.loads(captured.out)] == [
+def test_json_is_all_there_is_on_standard_output(study: Path, call: Call) -> None:
+    assert call("compare", study / "vit", "--json", "--to", "x.csv", "--baseline", "caspr") == 0
+    assert [(row["task"], row["label"], row["baseline"]) for row in json.loads(call.out)] == [
         ("vit", "caspr", "caspr"), ("vit", "adamw", "caspr"),
     ]  # fmt: skip
-    assert captured.err == "wrote    x.csv\n"
+    assert call.err == "wrote    x.csv\n"
 
 
-def test_every_format_is_written_whole(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_format_is_written_whole(study: Path, call: Call) -> None:
     words = {"x.md": "| caspr | 3 |", "new/x.tex": r"\toprule", "x.csv": "task,scale", "x.json": '"label": "caspr"'}
     argv = [word for name in words for word in ("--to", name)]
-    assert call(monkeypatch, "compare", *argv) == 0
+    assert call("compare", *argv) == 0
     assert all(word in Path(name).read_text(encoding="utf8") for name, word in words.items())
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")] == [
+    assert [line for line in call.out.splitlines() if line.startswith("wrote")] == [
         f"wrote    {name}" for name in words
     ]
     assert not list(Path.cwd().glob(".*"))
 
 
-def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study: Path, call: Call) -> None:
     for k in range(20):
         Path("outputs/bad", str(k)).mkdir(parents=True)
         Path("outputs/bad", str(k), "status.json").write_text("{", encoding="utf8")
-    assert call(monkeypatch, "compare") == 0
-    captured = capsys.readouterr()
-    assert "12 records" in captured.out
-    lines = captured.err.splitlines()
+    assert call("compare") == 0
+    assert "12 records" in call.out
+    lines = call.err.splitlines()
     assert lines[0] == "warning  outputs/bad/0/config.yaml: not there (yet): left out"
     assert lines[-1] == "warning  12 more files like these"
     assert len(lines) == report.SHOWN + 1
 
 
-def test_a_pack_is_read_like_a_directory(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "pack", study, "--to", "p.jsonl.gz") == 0
-    assert capsys.readouterr().out.startswith("wrote    p.jsonl.gz: 12 records, ")
+def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
+    assert call("pack", study, "--to", "p.jsonl.gz") == 0
+    assert call.out.startswith("wrote    p.jsonl.gz: 12 records, ")
     rows = []
     for path in (study, "p.jsonl.gz"):
-        assert call(monkeypatch, "compare", path, "--json") == 0
-        rows.append(json.loads(capsys.readouterr().out))
+        assert call("compare", path, "--json") == 0
+        rows.append(json.loads(call.out))
     assert rows[0] == rows[1]
 
 
-def test_list_and_show(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "list", study / "vit") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 7
-    assert call(monkeypatch, "show", study / "vit/caspr/seed1") == 0
-    assert "task=vit optim=caspr scale=sample seed=1" in capsys.readouterr().out
+def test_list_and_show(study: Path, call: Call) -> None:
+    assert call("list", study / "vit") == 0
+    assert len(call.out.splitlines()) == 7
+    assert call("show", study / "vit/caspr/seed1") == 0
+    assert "task=vit optim=caspr scale=sample seed=1" in call.out
 
 
-def test_another_target_and_a_profile(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "profile", "--target", "vit=4.1", "--unit", "seconds") == 0
-    out = capsys.readouterr().out
+def test_another_target_and_a_profile(study: Path, call: Call) -> None:
+    assert call("profile", "--target", "vit=4.1", "--unit", "seconds") == 0
+    out = call.out
     assert "seconds" in out
     assert "caspr" in out
 
 
-def test_all_trials_and_their_figures(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
     for k in range(3):
         write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
     argv = ["trials", study / "c4_lm", "--to", "t.svg", "--to", "t.md", "--tuned", "optim.lr,optim.eps"]
-    assert call(monkeypatch, *argv[:-1], "optim.lr,optim.weight_decay") == 0
-    out = capsys.readouterr().out
+    assert call(*argv[:-1], "optim.lr,optim.weight_decay") == 0
+    out = call.out
     assert "row    best lr  val/loss" in out
     assert out.count("\ncaspr ") == 1 + 4  # one range and four trials
     assert out.endswith("wrote    t.svg\nskipped  t-keys.svg: nothing to draw\nwrote    t.md\n")
     assert "by learning rate" in Path("t.svg").read_text(encoding="utf8")
     assert Path("t.md").read_text(encoding="utf8").count("| caspr |") == 4
-    assert call(monkeypatch, *argv) == 2
+    assert call(*argv) == 2
 
 
-def test_output_that_is_not_utf_8_has_question_marks_and_files_are_whole(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_that_is_not_utf_8_has_question_marks(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
-    assert call(monkeypatch, "compare", "--to", "x.md") == 0
+    assert call("compare", "--to", "x.md") == 0
     assert b" ? 0.020 " in out.getvalue()
     assert " ± 0.020 " in Path("x.md").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("to", ["x.md", "x.tex", "x.csv"])
-def test_a_value_of_several_lines_breaks_no_line_of_a_file(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str
-) -> None:
+def test_a_value_of_several_lines_breaks_no_line_of_a_file(study: Path, to: str, call: Call) -> None:
     for k in (1, 2):
         write(run("caspr", 7, 4.0, optim__note=f"{k}\nEVIL"), Path("outputs/c4_lm/odd", str(k)))
-    assert call(monkeypatch, "compare", "outputs", "--to", to) == 0
+    assert call("compare", "outputs", "--to", to) == 0
     text = Path(to).read_text(encoding="utf8")
     assert "note=1 EVIL" in text
     assert not any(line.startswith("EVIL") for line in text.splitlines())
 
 
 @pytest.mark.release
-def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study: Path, call: Call) -> None:
     write(run(task__name="../evil/x"), Path("outputs/odd"))
-    assert call(monkeypatch, "curves", "outputs/odd", "outputs/vit", "--to", "c.svg") == 0
+    assert call("curves", "outputs/odd", "outputs/vit", "--to", "c.svg") == 0
     assert sorted(path.name for path in Path().glob("*.svg")) == [
         "c-.._evil_x-sample-sample.svg", "c-vit-sample-sample.svg",
     ]  # fmt: skip
 
 
 @pytest.mark.release
-def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "curves", "--over", "seconds", "--to", "c.svg") == 0
-    assert call(monkeypatch, "profile", "--to", "p.svg") == 0
-    assert call(monkeypatch, "compare", study / "vit", "--to", "x.html", "--to", "x.svg") == 0
+def test_figures_and_the_page(study: Path, call: Call) -> None:
+    assert call("curves", "--over", "seconds", "--to", "c.svg") == 0
+    assert call("profile", "--to", "p.svg") == 0
+    assert call("compare", study / "vit", "--to", "x.html", "--to", "x.svg") == 0
     names = ["c-c4_lm-sample-sample.svg", "c-vit-sample-sample.svg", "p.svg", "x.html", "x.svg"]
     assert sorted(path.name for path in Path.cwd().iterdir() if path.is_file()) == names
     assert all("<svg" in Path(name).read_text(encoding="utf8") for name in names)
@@ -247,35 +224,31 @@ def test_figures_and_the_page(study: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.release
-def test_a_figure_for_each_data_set(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
     for seed in range(2):
         other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
         write(other, Path("outputs/c4_lm/caspr/other", f"seed{seed}"))
-    assert call(monkeypatch, "curves", study / "c4_lm", "--to", "c.svg") == 0
+    assert call("curves", study / "c4_lm", "--to", "c.svg") == 0
     names = ["c-c4_lm-sample-sample-val_loss-abcd.svg", "c-c4_lm-sample-sample-val_loss-ffff.svg"]
     assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
 
 
-def test_settings_alone_as_the_baseline(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_alone_as_the_baseline(study: Path, call: Call) -> None:
     for seed in range(3):
         write(run("caspr", seed, 5.0 + seed / 9, optim__weight_decay=0.1), Path(study, "c4_lm/wd", f"seed{seed}"))
-    assert call(monkeypatch, "compare", study / "c4_lm", "--baseline", "weight_decay=0") == 0
-    out = " ".join(capsys.readouterr().out.split())
+    assert call("compare", study / "c4_lm", "--baseline", "weight_decay=0") == 0
+    out = " ".join(call.out.split())
     assert "against caspr weight_decay=0: worse, " in out
-    assert call(monkeypatch, "compare", study / "c4_lm", "--baseline", "weight_decay=7") == 2
+    assert call("compare", study / "c4_lm", "--baseline", "weight_decay=7") == 2
 
 
-def test_ctrl_c_ends_it_quietly(
-    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     def interrupted(paths: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(records, "find", interrupted)
-    assert call(monkeypatch, "compare") == 130
-    assert capsys.readouterr() == ("", "")
+    assert call("compare") == 130
+    assert (call.out, call.err) == ("", "")
 
 
 @pytest.mark.release

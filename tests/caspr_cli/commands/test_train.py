@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from calling import Call
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
@@ -21,37 +22,46 @@ ROOT = Path(__file__).resolve().parents[3]
 PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """No run is started: an attempt fails."""
+
     def launched(*_: object) -> None:
         raise AssertionError("a run was started")
 
     monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
     monkeypatch.setattr("caspr_cli.runs.launch.has_gpu", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["caspr-train", *argv])
-    return train.main()
+    return Call("caspr-train", train.main, monkeypatch, capsys)
 
 
-def test_help_fits_a_screen_and_lists_everything(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "--help") == 0
-    text = capsys.readouterr().out
+def test_help_fits_a_screen_and_lists_everything(call: Call) -> None:
+    assert call("--help") == 0
+    text = call.out
     lines = text.splitlines()
-    assert len(lines) <= 44
+    assert len(lines) <= 66
     assert max(map(len, lines)) <= 110
     for name in [*CONFS, *OPTIMIZERS]:
         assert any(line.strip().startswith(name + " ") for line in lines), name
 
 
-def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "help") == 0
-    listed = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+def test_each_topic_is_listed_and_shown(call: Call) -> None:
+    assert call("help") == 0
+    listed = [line.split()[2] for line in call.out.splitlines()[1:]]
     assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
     for name in listed:
-        assert call(monkeypatch, "help", name) == 0
-        assert capsys.readouterr().out == (topics.FOLDER / f"{name}.md").read_text()
-    assert call(monkeypatch, "help", "job") == 2
-    assert "Did you mean jobs?" in capsys.readouterr().err
+        assert call("help", name) == 0
+        text = (topics.FOLDER / f"{name}.md").read_text()
+        assert call.out == text.replace(topics.DEFAULTS, topics.defaults())
+    assert call("help", "job") == 2
+    assert "Did you mean jobs?" in call.err
+
+
+def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
+    assert topics.DEFAULTS in (topics.FOLDER / "tuning.md").read_text()
+    rows = topics.defaults().splitlines()
+    assert len(rows) == len(OPTIMIZERS) + 2
+    assert "| `caspr_polar` | 0.001 | 0.95, 0.95 | - | 0 | 10 |" in rows
+    assert "| `sgd` | 0.1 | - | 0.9 | 0 | - |" in rows
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,9 @@ def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys:
         (["scale=papers"], "scale=papers: no such choice. Did you mean scale=paper?"),
         (["optim.graft=adma"], "Did you mean optim.graft=adam?"),
         (["seed=1,2"], "seed=1,2 is a sweep: add -m"),
+        (["optim.betas=0.9,0.95"], "optim.betas=0.9,0.95: a list stands in brackets: 'optim.betas=[0.9,0.95]'"),
+        (["-m", "logger=csv,wandb"], "logger=csv,wandb: a list stands in brackets: 'logger=[csv,wandb]'"),
+        (["logger=csv"], "logger should be a list in brackets, as in logger=[csv]"),
         (["--mutlirun"], "--mutlirun is not a flag. Did you mean --multirun?"),
         (["--lr=3"], "--lr=3 is not a flag: keys are written key=value"),
         (["lr=3"], "lr is not a key. Did you mean optim.lr?"),
@@ -137,49 +150,41 @@ def test_each_topic_is_listed_and_shown(monkeypatch: pytest.MonkeyPatch, capsys:
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_mistakes(
-    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, *argv) == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert shown.err.startswith("error: ")
-    assert len(shown.err.splitlines()) <= 3
-    assert "Traceback" not in shown.err + shown.out
-    assert "HYDRA_FULL_ERROR" not in shown.err
+def test_mistakes(argv: list[str], message: str, call: Call) -> None:
+    assert call(*argv) == 2
+    assert message in call.err
+    assert call.err.startswith("error: ")
+    assert len(call.err.splitlines()) <= 3
+    assert "Traceback" not in call.err + call.out
+    assert "HYDRA_FULL_ERROR" not in call.err
 
 
-def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     Plugins.instance()  # which fills the store
     for name, extra in EXTRAS.items():
         monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{name}.yaml", raising=False)
-        assert call(monkeypatch, "-m", f"hydra/launcher={name}", "seed=0,1") == 2
+        assert call("-m", f"hydra/launcher={name}", "seed=0,1") == 2
         wanted = f"error: hydra/launcher={name} is not installed: pip install 'caspr-cli[{extra}]'\n"
-        assert capsys.readouterr().err == wanted
+        assert call.err == wanted
 
 
-def test_a_sweep_refused_as_a_whole_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_refused_as_a_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "-m", "optim=adamw", "optim.lr=1e-3,abc") == 2
-    assert capsys.readouterr().err == "error: optim.lr should be a number but is 'abc'\n"
+    assert call("-m", "optim=adamw", "optim.lr=1e-3,abc") == 2
+    assert call.err == "error: optim.lr should be a number but is 'abc'\n"
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
 
-def test_a_sweep_whose_jobs_are_all_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_whose_jobs_are_all_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "-m", "trainer.max_steps=0,-1") == 3
-    shown = capsys.readouterr()
-    assert shown.err.count("error: trainer.max_steps should be at least 1") == 2
-    assert "sweep    2 jobs: 2 refused" in shown.out
+    assert call("-m", "trainer.max_steps=0,-1") == 3
+    assert call.err.count("error: trainer.max_steps should be at least 1") == 2
+    assert "sweep    2 jobs: 2 refused" in call.out
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_ctrl_c_before_the_first_job(
-    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -189,39 +194,32 @@ def test_ctrl_c_before_the_first_job(
     monkeypatch.chdir(tmp_path)
     where = "session.Session.run" if launcher == "basic" else "elsewhere.launch"
     monkeypatch.setattr(f"caspr_cli.runs.{where}", interrupted)
-    assert call(monkeypatch, "-m", f"hydra/launcher={launcher}", "seed=0,1") == 130
+    assert call("-m", f"hydra/launcher={launcher}", "seed=0,1") == 130
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
 
-def test_an_output_directory_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "output_dir=/proc/nothing") == 2
-    assert capsys.readouterr().err.startswith("error: output_dir=/proc/nothing: cannot write there")
+def test_an_output_directory_that_cannot_be_written(call: Call) -> None:
+    assert call("output_dir=/proc/nothing") == 2
+    assert call.err.startswith("error: output_dir=/proc/nothing: cannot write there")
 
 
-def test_a_config_file_cannot_choose_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_file_cannot_choose_code(tmp_path: Path, call: Call) -> None:
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "x.yaml").write_text(
         "# @package _global_\nhydra: {callbacks: {x: {_target_: builtins.print, values: ran}}}\n"
     )
-    assert call(monkeypatch, "--config-dir", str(tmp_path), "+evil=x") == 2
-    shown = capsys.readouterr()
-    assert f"{tmp_path}/evil/x.yaml:2: hydra.callbacks cannot be set" in shown.err
-    assert "ran" not in shown.out
+    assert call("--config-dir", str(tmp_path), "+evil=x") == 2
+    assert f"{tmp_path}/evil/x.yaml:2: hydra.callbacks cannot be set" in call.err
+    assert "ran" not in call.out
 
 
-def test_a_working_directory_that_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     for argv in (["seed=1"], ["-m", "seed=1,2"], ["experiment=damping", "plan=true"], ["--cfg", "job"]):
-        assert call(monkeypatch, *argv) == 2
-        assert "error: the working directory cannot be used" in capsys.readouterr().err
+        assert call(*argv) == 2
+        assert "error: the working directory cannot be used" in call.err
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
@@ -237,9 +235,9 @@ def test_an_output_that_is_full_is_named_and_ends_nothing(tmp_path: Path) -> Non
     assert done.stderr == b"error: standard output: No space left on device\n"
 
 
-def test_the_version_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out == f"caspr-train {__version__}\n"
+def test_the_version_is_ours(call: Call) -> None:
+    assert call("--version") == 0
+    assert call.out == f"caspr-train {__version__}\n"
 
 
 def test_flags_may_come_last() -> None:

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from calling import Call
 
 from caspr_cli.commands import verify
 from caspr_cli.common.errors import UserError
@@ -27,6 +28,11 @@ def made_up(name, asked, held=True):
 
 
 @pytest.fixture
+def call(monkeypatch, capsys):
+    return Call("caspr-verify", verify.main, monkeypatch, capsys)
+
+
+@pytest.fixture
 def asked(monkeypatch, tmp_path):
     """What the modules of theory were asked; nothing is computed."""
     found = []
@@ -35,30 +41,23 @@ def asked(monkeypatch, tmp_path):
     return found
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["caspr-verify", *argv])
-    return verify.main()
-
-
 def test_importing_it_imports_no_torch():
     code = "import sys, caspr_cli.commands.verify; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_help_names_every_question_and_task(monkeypatch, capsys):
-    assert call(monkeypatch, "--help") == 0
-    text = capsys.readouterr().out
+def test_help_names_every_question_and_task(call):
+    assert call("--help") == 0
+    text = call.out
     assert all(name in text for name in (*verify.QUESTIONS, "all", "130 interrupted"))
-    assert call(monkeypatch, "order", "--help") == 0
-    own = capsys.readouterr().out
-    assert all(
-        name in " ".join(own.split())
-        for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order")
-    )
+    assert call("order", "--help") == 0
+    own = call.out
+    one_line = " ".join(own.split())
+    assert all(name in one_line for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"))
     assert "--tokens" not in own
     assert max(map(len, (text + own).splitlines())) <= 110
-    assert call(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out.startswith("caspr-verify ")
+    assert call("--version") == 0
+    assert call.out.startswith("caspr-verify ")
 
 
 @pytest.mark.parametrize(
@@ -82,18 +81,18 @@ def test_mistakes_are_one_line(argv, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_in_the_way_is_said_before_anything_is_computed(asked, monkeypatch, capsys, tmp_path):
+def test_a_file_in_the_way_is_said_before_anything_is_computed(asked, tmp_path, call):
     (tmp_path / "file").touch()
-    assert call(monkeypatch, "order", "--to", "file/below") == 2
-    assert "is no directory" in capsys.readouterr().err
+    assert call("order", "--to", "file/below") == 2
+    assert "is no directory" in call.err
     assert asked == []
 
 
-def test_one_question(asked, monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, "order", "--quick", "--seed", "4", "--task", "vit") == 0
+def test_one_question(asked, tmp_path, call):
+    assert call("order", "--quick", "--seed", "4", "--task", "vit") == 0
     options = {"quick": True, "seed": 4, "seeds": 3, "task": "vit", "parameter": None, "optim": "caspr"}
     assert asked == [("order", options)]
-    out = capsys.readouterr().out
+    out = call.out
     assert "Is order so?" in out
     assert "wrote    outputs/verify/order: order.md, order.json and gaps.csv" in out
     record = json.loads((tmp_path / "outputs/verify/order/order.json").read_text(encoding="utf8"))
@@ -102,8 +101,8 @@ def test_one_question(asked, monkeypatch, capsys, tmp_path):
     assert "host" not in record["provenance"]
 
 
-def test_all_of_them_and_one_page(asked, monkeypatch, capsys, tmp_path):
-    assert call(monkeypatch, "all", "--seeds", "2", "--to", "there") == 0
+def test_all_of_them_and_one_page(asked, tmp_path, call):
+    assert call("all", "--seeds", "2", "--to", "there") == 0
     assert [name for name, *_ in asked] == list(verify.QUESTIONS)
     for name in verify.QUESTIONS:
         assert (tmp_path / "there" / name / f"{name}.md").is_file()
@@ -113,40 +112,40 @@ def test_all_of_them_and_one_page(asked, monkeypatch, capsys, tmp_path):
     assert asked[0][1]["seeds"] == 2
     assert "seeds" not in asked[-1][1]  # which cost does not take
     assert asked[-1][1]["seed"] == 0
-    assert "wrote    there/index.html" in capsys.readouterr().out
+    assert "wrote    there/index.html" in call.out
 
 
-def test_json_alone_on_standard_output(asked, monkeypatch, capsys):
-    assert call(monkeypatch, "order", "--json") == 0
-    out, err = capsys.readouterr()
+def test_json_alone_on_standard_output(asked, call):
+    assert call("order", "--json") == 0
+    out, err = call.out, call.err
     assert json.loads(out)["name"] == "order"
     assert "wrote" in err
-    assert call(monkeypatch, "all", "--json") == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(verify.QUESTIONS)
+    assert call("all", "--json") == 0
+    assert [one["name"] for one in json.loads(call.out)] == list(verify.QUESTIONS)
 
 
-def test_a_statement_that_failed_is_said_and_the_code_is_one(asked, monkeypatch, capsys):
+def test_a_statement_that_failed_is_said_and_the_code_is_one(asked, monkeypatch, call):
     monkeypatch.setattr(verify, "import_module", lambda name: made_up(name.rpartition(".")[2], asked, held=False))
-    assert call(monkeypatch, "order") == 1
-    assert "failed   order: order holds" in capsys.readouterr().err
+    assert call("order") == 1
+    assert "failed   order: order holds" in call.err
 
 
-def test_a_mistake_that_only_theory_sees(asked, monkeypatch, capsys):
+def test_a_mistake_that_only_theory_sees(asked, monkeypatch, call):
     def answer(choice, log):
         raise ConfigError("--task vot: no such task. Did you mean vit?")
 
     monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer, Choice=dict))
-    assert call(monkeypatch, "order") == 2
-    assert capsys.readouterr().err.strip() == "error: --task vot: no such task. Did you mean vit?"
+    assert call("order") == 2
+    assert call.err.strip() == "error: --task vot: no such task. Did you mean vit?"
 
 
-def test_interrupted(asked, monkeypatch, capsys):
+def test_interrupted(asked, monkeypatch, call):
     def answer(choice, log):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer, Choice=dict))
-    assert call(monkeypatch, "order") == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert call("order") == 130
+    assert "Traceback" not in call.err
 
 
 def test_every_question_is_a_module_that_takes_its_flags():

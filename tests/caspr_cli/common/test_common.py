@@ -1,4 +1,4 @@
-"""What every command shares: errors, files, text, and the rule for the best trial."""
+"""Errors, files, text, and the rule for the best trial, which all commands share."""
 
 from __future__ import annotations
 

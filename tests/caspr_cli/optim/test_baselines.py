@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from caspr_cli.optim import kron
 from caspr_cli.optim.registry import build
-from tests.references.baselines import ademamix_weights, normuon_weights, schedule_free_weights
+from tests.references.baselines import (
+    ademamix_weights,
+    normuon_weights,
+    psgd_kron_weights,
+    schedule_free_weights,
+)
 
 STEPS = 6
+KRON: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "betas": (0.9, 0.9), "eps": 1e-8}
 
 
 def drawn(shape: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -97,3 +105,68 @@ def test_schedule_free(shape: tuple[int, ...]) -> None:
             optimizer.train()
         assert torch.equal(p, before)
         assert "y" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 1), (3, 2, 2)])
+def test_psgd_kron(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To balance the factors, as every second step does here, leaves their product."""
+    monkeypatch.setattr(kron, "BALANCE", 2)
+    start, gradients = drawn(shape)
+    noise = [torch.empty(shape, dtype=torch.float64) for _ in gradients]
+    for step, v in enumerate(noise):
+        v.normal_(generator=torch.Generator().manual_seed(kron.seed_of_step(3, 0, step)))
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
+    torch.manual_seed(3)
+    ours = stepped("psgd_kron", start, gradients, betas=(0.9, 0.9), eps=1e-8, **options)
+    theirs = psgd_kron_weights(start, gradients, noise=[v.numpy() for v in noise], **options)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-11)
+
+
+def test_psgd_kron_of_a_long_axis_has_the_diagonal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the fit of the dense factor, with what is not on its diagonal left out."""
+    monkeypatch.setattr(kron, "LONGEST", 3)
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
+    optimizer = build("psgd_kron", [{"params": [p], "precondition": True}], KRON)
+    p.grad = torch.randn(5, 3, dtype=torch.float64)
+    optimizer.step()
+    long, short = optimizer.state[p]["factors"]
+    v = torch.empty(5, 3, dtype=torch.float64).normal_(
+        generator=torch.Generator().manual_seed(kron.seed_of_step(0, 0, 0))
+    )
+    one, two = ((x**2).sum(1) for x in (p.grad, v))
+    torch.testing.assert_close(long, 1 - 0.1 * (one - two) / (one + two).max())
+    assert short.shape == (3, 3)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_psgd_kron_balances_factors_and_keeps_their_product(size: float) -> None:
+    factors = [size * torch.eye(3), torch.full((1,), 2.0), torch.tensor([[1.0, -5.0], [0.0, 2.0]])]
+    found = kron.balanced(factors)
+    assert torch.allclose(torch.stack([Q.abs().max() for Q in found]), torch.tensor(10 * size) ** (1 / 3))
+    torch.testing.assert_close(*(torch.kron(torch.kron(*each[:2]), each[2]) for each in (found, factors)))
+
+
+def test_psgd_kron_fits_less_often_in_time() -> None:
+    """At each of the first 500 steps and about every 33rd in the end; so e^-1 of them at 1,500."""
+    assert [kron.fitted_share(step) for step in (0, 500)] == [1, 1]
+    assert kron.fitted_share(1500) == pytest.approx(math.exp(-1))
+    assert kron.fitted_share(10**6) == 0.03
+
+
+def test_psgd_kron_takes_nothing_from_the_global_generators() -> None:
+    """Its noise is that of its seed whatever was drawn in between, as dropout is on one rank and not on another."""
+    start, gradients = drawn((3, 4))
+    moved = []
+    for draws in (0, 5):
+        torch.manual_seed(3)
+        p = nn.Parameter(torch.tensor(start))
+        optimizer = build("psgd_kron", [{"params": [p], "precondition": True}], KRON)
+        for gradient in gradients:
+            torch.randn(draws)
+            before = torch.get_rng_state()
+            p.grad = torch.tensor(gradient)
+            optimizer.step()
+            assert torch.equal(torch.get_rng_state(), before)
+        moved.append(p.detach().numpy())
+    np.testing.assert_array_equal(*moved)

@@ -71,7 +71,7 @@ def test_it_continues_from_its_own_state(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["caspr", "caspr_paper", "caspr_polar", "shampoo", "full_adagrad", "muon", "normuon", "soap"]
+    "name", ["caspr", "caspr_paper", "caspr_polar", "shampoo", "full_adagrad", "muon", "normuon", "soap", "psgd_kron"]
 )
 def test_what_is_not_preconditioned_is_adamw(name: str) -> None:
     """One step on the same gradients: embedding and biases move as under AdamW, matrices do not."""
@@ -181,3 +181,27 @@ def test_what_adamw_takes_has_a_rate_of_its_own(name: str, vectors: str) -> None
     matrices = {1, 3} if name != "full_adagrad" or vectors == "apart" else {1, 2, 3, 4}
     for i, (whole, less) in enumerate(zip(*moved, strict=True)):
         torch.testing.assert_close(less, whole if i in matrices else whole / 4, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"sgd", "schedule_free"}))
+def test_weight_decay_means_the_same_in_all(name: str) -> None:
+    """Each step multiplies a matrix by 1 - lr times the decay, and moves it as without.
+
+    SGD adds the decay to the gradient, and Schedule-Free multiplies one of its two sequences (see test_baselines.py).
+    """
+    paths = []
+    for decay in (0.0, 0.3):
+        net, gradients = model(), torch.Generator().manual_seed(0)
+        optimizer = build(name, groups(net), settings(name, weight_decay=decay))
+        path = [net[2].weight.detach().clone()]
+        for _ in range(4):
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=gradients)
+            optimizer.step()
+            path.append(net[2].weight.detach().clone())
+        paths.append(path)
+    plain, decayed = paths
+    for step in range(1, 4):  # SOAP does nothing in its first
+        ours = decayed[step + 1] - decayed[step] * (1 - 0.02 * 0.3)
+        torch.testing.assert_close(ours, plain[step + 1] - plain[step], rtol=1e-3, atol=2e-6)
+    assert not torch.allclose(plain[-1], decayed[-1], rtol=1e-3)

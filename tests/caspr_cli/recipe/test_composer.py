@@ -1,4 +1,4 @@
-"""What the words of a command line make: the same as by Hydra alone, and nothing that is no value."""
+"""A command line composes the same config as by Hydra alone, and no values that are code."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from calling import Call
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -321,7 +322,7 @@ def test_a_path_that_is_named_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_its_last_values(tmp_path: Path) -> None:
-    """Of two event files the later counts, and what it says to purge is gone."""
+    """The later of two event files counts, and the steps that it purges are gone."""
     events(tmp_path / "adamw_seed0", [(10, 5.0), (20, 4.0), (30, 9.0), (40, 9.0)], filename_suffix=".a")
     for k, file in enumerate((tmp_path / "adamw_seed0").iterdir()):
         file.rename(file.with_name(f"events.out.tfevents.000000000{k}.x"))
@@ -416,15 +417,13 @@ DAMAGED = "is no event file of TensorBoard, or is damaged: the rest of it is lef
 OWN = ("--from", "csv", "runs", "--metric", METRIC)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["caspr-report", *map(str, argv)])
-    return report.main()
-
-
-def test_the_examples_of_the_help_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     monkeypatch.chdir(tmp_path)
+    return Call("caspr-report", report.main, monkeypatch, capsys)
+
+
+def test_the_examples_of_the_help_run(call: Call) -> None:
     by_add_hparams(Path("runs"))
     for k, (optimizer, seed) in enumerate(RUNS):
         folder = Path("lightning_logs", f"version_{k}")
@@ -433,34 +432,30 @@ def test_the_examples_of_the_help_run(
         mlflow(Path("mlruns/0", f"{k:032x}"), "wise", curve(optimizer, seed), optimizer=optimizer, seed=seed, lr=0.1)
     by_wandb_chart(Path())
     Path("wandb_export.csv").rename("export.csv")
-    assert call(monkeypatch, "compare", "--help") == 0
-    text = capsys.readouterr().out
+    assert call("compare", "--help") == 0
+    text = call.out
     assert max(map(len, text.splitlines())) <= 120
     examples = [shlex.split(line) for line in text.splitlines() if line.startswith("  caspr-report compare --from")]
     assert [example[3] for example in examples] == list(report.SOURCES)
     for example in examples:
-        assert call(monkeypatch, *example[1:]) == 0
-        out = capsys.readouterr().out
+        assert call(*example[1:]) == 0
+        out = call.out
         assert "\ncaspr " in out
         assert "against adamw: better" in out
     assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
 
 
-def test_other_commands_read_logs_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_other_commands_read_logs_too(call: Call) -> None:
     by_keras(Path("runs"))
-    assert call(monkeypatch, "curves", *OWN, "--to", "curves.svg") == 0
+    assert call("curves", *OWN, "--to", "curves.svg") == 0
     assert "caspr" in Path("curves.svg").read_text()
-    assert call(monkeypatch, "list", *OWN) == 0
-    assert "runs/caspr-s2.csv" in capsys.readouterr().out
-    assert call(monkeypatch, "compare", *OWN, "--json") == 0
-    captured = capsys.readouterr()
-    assert [row["label"] for row in json.loads(captured.out)] == ["caspr", "adamw"]
-    assert captured.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
-    assert call(monkeypatch, "profile", *OWN, "--target", "runs=3.6") == 0
-    assert "caspr" in capsys.readouterr().out
+    assert call("list", *OWN) == 0
+    assert "runs/caspr-s2.csv" in call.out
+    assert call("compare", *OWN, "--json") == 0
+    assert [row["label"] for row in json.loads(call.out)] == ["caspr", "adamw"]
+    assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
+    assert call("profile", *OWN, "--target", "runs=3.6") == 0
+    assert "caspr" in call.out
 
 
 @pytest.mark.parametrize(
@@ -493,18 +488,15 @@ def test_other_commands_read_logs_too(
          "the seed should be a whole number but is 0.5; --seed KEY"),
     ],
 )  # fmt: skip
-def test_mistakes_get_a_line_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_get_a_line_and_exit_code_2(argv: list[str], message: str, call: Call) -> None:
     by_keras(Path("runs"))
     Path("empty").mkdir()
     Path("text.txt").write_text("some words, and more\nof them\nand, so, on\nto the end\n")
     Path("binary").write_bytes(b"\x80\xff\x00")
     table(Path("words.csv"), ["step", METRIC], [(1, "high")])
     table(Path("seeds.csv"), ["step", "seed", METRIC], [(1, 0.5, 1.0)])
-    assert call(monkeypatch, "compare", *argv) == 2
-    err = capsys.readouterr().err
+    assert call("compare", *argv) == 2
+    err = call.err
     assert message in err
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
@@ -532,7 +524,7 @@ def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
 
 
 def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path: Path) -> None:
-    """And without TensorBoard itself a line says what to install."""
+    """Without TensorBoard itself, a line says what to install."""
     by_folder(tmp_path)
     program = """
 import sys

@@ -124,7 +124,7 @@ def test_seeds_needed_by_the_textbook_and_by_simulation() -> None:
 
 
 def test_seeds_needed_where_scipy_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As older versions have none for a large shift of t."""
+    """Older versions of SciPy give NaN for a large shift of t."""
     expected = [stats.seeds_needed(40.0, one_seed(), tests) for tests in (1, 5, 100)]
     monkeypatch.setattr(special, "nctdtr", lambda *_: math.nan)
     assert [stats.seeds_needed(40.0, one_seed(), tests) for tests in (1, 5, 100)] == expected == [2, 3, 3]

@@ -9,6 +9,7 @@ from recorded import run
 from tabled import row, searched, seeds, table, warned
 
 from caspr_cli.common.errors import UserError
+from caspr_cli.report import tuning
 from caspr_cli.report.compare import tables
 from caspr_cli.report.profile import names
 from caspr_cli.report.selection import where
@@ -156,6 +157,26 @@ def test_validation_selects_and_held_out_seeds_report() -> None:
     two = searched("caspr", [4.2, 4.0], optim__eps=1e-4) + searched("caspr", [3.0, 4.4], optim__eps=1e-6)
     chosen = {each.label: each.selected.values["optim.lr"] for each in table(two).rows}
     assert chosen == {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}  # no row lends another its trials
+
+
+def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> None:
+    """They are drawn around the best of the others, so they are no draws of the search."""
+    extended = {"search__extend": True, "search__trials": 3}
+    runs = [
+        run("caspr", 0, value, optim__lr=10.0**-k, trial=k, **extended)
+        for k, value in enumerate([4.2, 3.9, 4.1, 3.5, 3.4])
+    ]
+    found = table(runs).rows[0]
+    assert found.selected.index == 4
+    assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
+    captions = dict(tuning.beside(table(runs)))
+    (caption,) = (caption for caption in captions if caption.startswith(tuning.BY_BUDGET))
+    assert "added" in caption
+    assert captions[caption][0] == ["row", "0 trials", "3 trials"]
+    assert captions[caption][1][2] == "3.9000 (3.9000 to 4.1000)"
+    only_added = [run("caspr", 0, None, optim__lr=1.0, trial=0, **extended), *runs[3:]]
+    assert table(only_added).rows[0].best_of == ()
+    assert not warned(table(only_added), "nothing selected")
 
 
 def test_one_held_out_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:

@@ -32,6 +32,12 @@ from caspr_cli.tasks.registry import C4LMConf
 compose.register_schemas()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hydra() -> None:
+    """Hydra runs, whichever of these tests are chosen: it splits the words of a sweep into jobs."""
+    Composer()
+
+
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 
@@ -226,7 +232,7 @@ def write(recipe: Recipe, value: float | None, **status: str) -> None:
 def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if each sweep were run: what comes next follows from the command and the records alone."""
+    """Each sweep is written as if it had run: the next one follows from the command and the records alone."""
     given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
 
     def quality(recipe: Recipe) -> float:  # adamw likes large steps, sgd those in the middle of its range
@@ -274,7 +280,7 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if each sweep were run."""
+    """Each sweep is written as if it had run."""
     given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
     given += ["optim=adamw", "seed=1,2", f"output_dir={tmp_path}", "task.target.value=0.84", "horizon=true"]
     told, seen = Experiment.read("molpcba", given), list[str]()

@@ -25,7 +25,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def record(tmp_path: Path, data: Path) -> Record:
-    """Of a run that is done."""
+    """The record of a run that is done."""
     made = Record(tmp_path / "record")
     made.path.mkdir()
     made.write("provenance.json", {"data": {"name": "words", "hash": "f00d"}})

@@ -1,4 +1,4 @@
-"""What befalls runs: nothing is lost, and what happened is said in one line."""
+"""Runs that are cut off: nothing is lost, and one line says what happened."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def content(record: Path) -> dict[str, bytes]:
 
 
 def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: Runner, whole: Path) -> None:
-    """Of a run that was cut off, and of one that is done. The same content is the same, whatever the files' times."""
+    """For a run that was cut off and for one that is done. Only content counts, not the times of files."""
     record = cut_off(runner, whole, "changed")
     before = content(record)
     corpus, elsewhere = runner.home / "corpus", runner.home / "elsewhere"

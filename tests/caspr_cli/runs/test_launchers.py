@@ -85,7 +85,7 @@ def training(runner: Runner, output_dir: str, lines: int = 3) -> list[Path]:
 
 
 def processes(*words: str) -> list[int]:
-    """Those whose command line has all of these words."""
+    """Return the processes whose command line has all of these words."""
     lines = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
     return [pid for pid, line in lines.items() if all(word in line for word in words)]
 
@@ -152,7 +152,7 @@ def test_ctrl_c_saves_the_job_and_starts_no_other(runner: Runner) -> None:
 
 @pytest.fixture(scope="module")
 def side_by_side(runner: Runner) -> str:
-    """What a sweep prints in which one recipe stands twice, and half the jobs are refused."""
+    """Return the output of a sweep with one recipe twice and half the jobs refused."""
     pytest.importorskip("joblib")
     process = start(runner, *JOBLIB, "output_dir=pair", "seed=0,0,1", "trainer.accumulate=1,3")
     return finish(process, expect=3)

@@ -54,7 +54,7 @@ def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_
 
 
 def test_what_comes_next_can_be_run() -> None:
-    """Of the usual optimizers, those that have the keys that were given; and the one that was run."""
+    """The sweep has the usual optimizers that have the given keys, and the one that was run."""
     logs, sweep = summary.next_commands(
         Recipe(task=C4LMConf(), optim=CasprConf(), output_dir="my runs"),
         ["caspr-train", "optim.order=3", "resume=never"],
@@ -120,7 +120,7 @@ def test_one_writer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [{}, {"state": "preempted"}, {"pid": "dead"}])
 def test_who_has_not_written_its_status_yet_is_named(tmp_path: Path, before: dict[str, object]) -> None:
-    """Nor is it waited for as for one that is dead, which the status of before may name."""
+    """And it is not waited for as for a dead process, which the old status may name."""
     record = Record(tmp_path)
     record.write("status.json", dead() if before.get("pid") else before)
     with record.held():
@@ -131,14 +131,14 @@ def test_who_has_not_written_its_status_yet_is_named(tmp_path: Path, before: dic
 
 
 def dead() -> dict[str, object]:
-    """What a process wrote into ``status.json`` that has ended since."""
+    """Return what a process that has ended wrote into ``status.json``."""
     process = subprocess.Popen(["true"])
     process.wait()
     return asdict(Holder.me()) | {"pid": process.pid, "born": None}
 
 
 def test_who_leads_holds_the_lock_and_says_so(tmp_path: Path) -> None:
-    """What a launcher that was cut off left in ``status.json`` is nobody's to join, whoever holds the record now."""
+    """Nobody joins a launcher that was cut off, although ``status.json`` still names it."""
     record = Record(tmp_path)
     assert record.leader is None
     left = {"state": "running"} | dead()
@@ -228,7 +228,7 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (MemoryError(), "it cannot be had"),
+        (MemoryError(), "there is not enough"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"),

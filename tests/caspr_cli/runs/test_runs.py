@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
 
 
 def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
-    """As a run is left that is killed after its last step, before it has written its result."""
+    """Leave a record as a run does that is killed after its last step, before it has written its result."""
     shutil.copytree(done.parents[3], runner.home / name)
     record = runner.record(name)
     result = json.loads((record / "result.json").read_text())
@@ -278,6 +280,7 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
         "full_adagrad",
         "normuon",
         "ademamix",
+        "psgd_kron",
     ],
 )
 def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
@@ -315,3 +318,51 @@ def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_
         one = losses(runner.record("free1"))
         for key, value in losses(whole).items():
             assert value == pytest.approx(one[key], rel=2e-4), key
+
+
+def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner: Runner) -> None:
+    found = []
+    for devices in (1, 2):
+        runner(f"output_dir=kron{devices}", "optim=psgd_kron", f"trainer.devices={devices}")
+        found.append(losses(runner.record(f"kron{devices}")))
+    process = runner.start("output_dir=kron_cut", "optim=psgd_kron", "trainer.devices=2")
+    record = wait_for(runner, "kron_cut", 11)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    runner("output_dir=kron_cut", "optim=psgd_kron", "trainer.devices=2")
+    assert losses(record) == found[1]
+    for key, value in found[1].items():
+        assert value == pytest.approx(found[0][key], rel=2e-4), key
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_schedule_free_has_statistics_of_batch_norms_of_its_averaged_weights(runner: Runner, devices: int) -> None:
+    """They are in the checkpoint, beside those of training, and validations change nothing of the training."""
+    words = [sys.executable, "-m", "caspr_cli.commands.train", "task=resnet", "optim=schedule_free", "task.size=16"]
+    words += ["task.width=8", "task.stem=1", "task.batch_size=16", "trainer.max_steps=12", "trainer.log_every=1"]
+    words += [f"trainer.devices={devices}", "trainer.accelerator=cpu"]
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        command, streams = [*words, f"output_dir={name}", *more], {"stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=runner.home, env=runner.environment, stderr=subprocess.STDOUT, **streams)
+
+    def run(name: str, *more: str) -> dict[tuple[int, str], float]:
+        process = start(name, *more)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return losses(runner.record(name))
+
+    whole = run(f"norm{devices}", "trainer.val_every=4")
+    saved = torch.load(runner.record(f"norm{devices}") / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in saved["training_statistics"].items():
+        evaluated = saved["state_dict"][f"model.{name}"]
+        assert evaluated == 20 if "num_batches" in name else not torch.equal(evaluated, value), name
+    once = run(f"norm_once{devices}", "trainer.val_every=12")
+    assert {key: value for key, value in whole.items() if key in once} == once
+    cut = start(f"norm_cut{devices}", "trainer.val_every=4")
+    wait_for(runner, f"norm_cut{devices}", 6)
+    cut.send_signal(signal.SIGTERM)
+    assert cut.communicate(timeout=60)[0] is not None
+    assert cut.returncode == 143
+    assert run(f"norm_cut{devices}", "trainer.val_every=4") == whole

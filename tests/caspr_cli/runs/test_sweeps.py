@@ -1,4 +1,4 @@
-"""What a sweep decides and says, without a single run."""
+"""Decisions and messages of sweeps, without a single run."""
 
 from __future__ import annotations
 

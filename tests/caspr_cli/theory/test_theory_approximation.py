@@ -1,4 +1,4 @@
-"""How near preconditioners come to the full matrix: exact cases, and what is said of the numbers."""
+"""Distances of preconditioners from the full matrix: exact cases, and the sentences about the numbers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a step costs by its shapes: the formulas against the engine, and what is assumed of ranks and large models."""
+"""The cost of a step by its shapes: formulas against the engine, and assumptions on ranks and large models."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What rounding does to inverse roots, predicted and measured, and what only looks like a law."""
+"""The effect of rounding on inverse roots, predicted and measured, and counterexamples to apparent laws."""
 
 import math
 

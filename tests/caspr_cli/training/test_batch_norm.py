@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from caspr_cli.training.batch_norm import BatchNormOverRanks, synchronize
+from caspr_cli.training.batch_norm import BatchNormOverRanks, measured_anew, statistics, synchronize
 
 
 def network() -> nn.Module:
@@ -68,3 +68,25 @@ def test_without_ranks_and_in_evaluation_it_is_torchs_own() -> None:
     x, _ = batch()
     for training in (True, False):
         assert torch.equal(over_ranks.train(training)(x), model.train(training)(x))
+
+
+def test_statistics_measured_anew_are_the_mean_of_those_of_batches() -> None:
+    model = network().eval()
+    train(model, [slice(0, 8)])  # in evaluation mode: the weights alone
+    x = batch()[0]
+    halves = x[:3], 2 * x[3:]
+    with measured_anew(model):
+        assert model.training
+        for half in halves:
+            model(half)
+    assert not model.training
+    assert model[1].momentum == 0.1
+    first = [model[0](half) for half in halves]
+    mean = sum(y.mean((0, 2, 3)) for y in first) / 2
+    variance = sum(y.transpose(0, 1).flatten(1).var(1) for y in first) / 2
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, variance)
+    assert set(statistics(model)) == {
+        f"{layer}.{key}" for layer in (1, 5) for key in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert not statistics(nn.Linear(2, 2))

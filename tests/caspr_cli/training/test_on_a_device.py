@@ -1,4 +1,4 @@
-"""What the runner does with numbers that are on a GPU. The "meta" device stands for it, or a fake."""
+"""The runner with tensors on a GPU. The "meta" device stands for it, or a fake."""
 
 from __future__ import annotations
 

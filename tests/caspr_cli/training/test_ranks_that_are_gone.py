@@ -105,7 +105,7 @@ def leaves(rank: int, store: str, how: str) -> Barrier:
 
 @contextmanager
 def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Barrier]]:
-    """As rank 1 of two. Nobody but the connection tells: no launcher of this machine is the other's parent."""
+    """Run as rank 1 of two. Only the connection shows that the other is gone: no launcher is its parent here."""
     record, store = Record(tmp_path), str(tmp_path / "store")
     record.write("status.json", {"state": "running"})
     other = multiprocessing.get_context("spawn").Process(target=leaves, args=(0, store, how))

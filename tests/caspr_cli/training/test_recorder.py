@@ -173,7 +173,7 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
 
 @pytest.mark.parametrize("purged", [False, True])
 def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path: Path, purged: bool) -> None:
-    """As the test part is, of a run that is killed before it has said its result."""
+    """For instance the test part of a run that is killed before it has written its result."""
     kept = record(tmp_path)
     first = Recorder(kept, recipe())
     for step in range(1, 4):

@@ -335,7 +335,7 @@ def test_a_long_word_is_cut_and_nothing_else(text):
 
 
 def test_cutting_at_the_ends_of_words_changes_no_token(monkeypatch):
-    """What is cut only where a byte-level BPE joins nothing is encoded as the whole."""
+    """Parts give the tokens of the whole if it is cut only where a byte-level BPE joins nothing."""
     texts = prose_of_all_kinds()
     tokenizer = train_tokenizer(texts, 400)
     for text in texts:

@@ -1,4 +1,4 @@
-"""Loss, metrics and what the runner asks of the task."""
+"""Batches, loss and metric."""
 
 import warnings
 
@@ -9,23 +9,10 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 from torch_geometric.data import Batch, Data
+from written import batch_of
 
-from caspr_cli import tasks
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
-from caspr_cli.tasks.ogbg_molpcba.task import MeanAveragePrecision, average_precision
-
-
-@pytest.fixture
-def task(conf):
-    task = tasks.load(conf(), seed=0)
-    task.prepare()
-    return task
-
-
-def batch_of(task, count, split="train"):
-    data = task.dataset(split)
-    return task.collate([data[i] for i in range(count)])
-
+from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision, average_precision
 
 # ---- batches ------------------------------------------------------------------------------------------------------
 
@@ -48,7 +35,6 @@ def test_a_batch_is_what_torch_geometric_makes_of_its_graphs(task):
         assert torch.equal(found[key], expected[key]), key
         assert found[key].dtype == expected[key].dtype
     assert found.num_graphs == expected.num_graphs == task.units(found) == 7
-    assert task.unit == "graphs"
     assert found.to("meta").x.device.type == "meta"
 
 
@@ -74,6 +60,9 @@ def test_loss_is_the_mean_over_observed_cells(task):
     ]
     assert 12 < len(direct) < 60
     torch.testing.assert_close(task.loss(model, batch), torch.stack(direct).mean().float())
+    batch.y.fill_(MISSING)
+    batch.y[0, 0] = 1  # a single cell is its own mean
+    torch.testing.assert_close(task.loss(model, batch), -F.logsigmoid(model(batch)[0, 0]))
 
 
 def test_a_batch_with_nothing_observed_gives_zero_and_no_nan(task):
@@ -147,22 +136,9 @@ def test_a_label_without_both_classes_has_no_score():
     assert found["map"].isnan()
 
 
-def test_metric_over_ranks():
+def test_metric_that_was_gathered_over_processes_has_tensors_for_lists():
     logits, labels = scored(90, 4, seed=3)
-    ranks = [MeanAveragePrecision(4) for _ in range(2)]
-    for i, (a, b) in enumerate(zip(logits.split(20), labels.split(20), strict=True)):
-        ranks[i % 2].update(a, b)
-    ranks[0].merge_state(ranks[1])
-    assert ranks[0].compute()["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)
-    whole = MeanAveragePrecision(4)
-    whole.update(logits, labels)
-    assert ranks[0].compute()["loss"].item() == pytest.approx(whole.compute()["loss"].item(), rel=1e-6)
-    # what a gathering over processes leaves: one tensor in the place of the list
-    ranks[0].logits, ranks[0].labels = torch.cat(ranks[0].logits), torch.cat(ranks[0].labels)
-    ranks[0]._computed = None
-    assert ranks[0].compute()["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)
-    assert whole.nats.dtype == whole.half().cells.dtype == torch.float64
-    assert not whole.state_dict()
-
-
-# ---- the rest -----------------------------------------------------------------------------------------------------
+    metric = MeanAveragePrecision(4)
+    metric.update(logits, labels)
+    metric.logits, metric.labels = torch.cat(metric.logits), torch.cat(metric.labels)
+    assert metric.compute()["map"].item() == pytest.approx(by_sklearn(logits, labels), abs=1e-6)

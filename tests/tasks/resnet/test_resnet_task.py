@@ -1,4 +1,4 @@
-"""What the runner asks of the task, and convolutions under CASPR."""
+"""The task as the runner uses it, and convolutions under CASPR."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def dense(tensor):
 
 
 def first_update(gradient, merge, memory):
-    """Of a convolution whose weight is zero."""
+    """Return the first update of a convolution whose weight is zero."""
     conv = nn.Conv2d(2, 3, 2, bias=False).double().to(memory_format=memory)
     nn.init.zeros_(conv.weight)
     group = {"params": [conv.weight], "precondition": "momentum"}

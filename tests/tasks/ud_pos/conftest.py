@@ -1,4 +1,4 @@
-"""A small treebank, and the real one where it is at hand."""
+"""A small treebank, and the real one if it is available."""
 
 from functools import partial
 from pathlib import Path

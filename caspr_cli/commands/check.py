@@ -1,0 +1,84 @@
+"""``caspr-report check`` and ``leaderboard``: what of them needs more than to read files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from caspr_cli.common.errors import UserError
+from caspr_cli.common.format import count
+from caspr_cli.report import entry, leaderboard, records
+from caspr_cli.report.compare import tables
+from caspr_cli.report.model import Row, Run
+
+AGAIN = 2  # reported seeds of a row that are run again
+
+
+def packs(paths: Sequence[Path]) -> dict[str, list[Run]]:
+    """Return the records of packs by their names; a directory stands for the packs in it.
+
+    Raises:
+        UserError: a path is neither, or there is no pack.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"no packs in {paths[0]}; caspr-report pack makes them")
+    return {file.name: records.find([file]).runs for file in files}
+
+
+def draw(space: Mapping[str, Mapping[str, Any]], trial: int) -> dict[str, Any]:
+    """Return the values of a trial of a search space; empty if it is none."""
+    from caspr_cli.recipe import search  # scipy's Sobol sequence takes long to import
+    from caspr_cli.recipe.errors import ConfigError
+
+    try:
+        return search.draw({key: dict(kinds) for key, kinds in space.items()}, trial)
+    except ConfigError:
+        return {}
+
+
+def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool:
+    """Print for each row whether it may stand on the leaderboard, or what is wrong. Return whether all may.
+
+    Args:
+        board: a directory of packs, whose rows it has to fit.
+        rerun: where two reported seeds of each row are run again; None: they are not.
+    """
+    own = {path.resolve() for path in paths}
+    others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []
+    standing = leaderboard.board(packs(others)).tables if others else ()
+    right = True
+    for table in tables(records.find(paths).runs):
+        for row in table.rows:
+            if row.untuned:
+                continue
+            wrong = [*entry.problems(row, table.higher_is_better, draw), *entry.against(row, table, standing)]
+            wrong += [] if wrong or rerun is None else _again(row, rerun)
+            name = f"{row.label} on {table.task}"
+            for line in wrong:
+                print(f"wrong    {name}: {line}")
+            if not wrong:
+                more = "" if rerun is None else f", {AGAIN} run again"
+                print(f"right    {name}: {count(len(row.trials), 'trial')}, {count(row.n, 'fresh seed')}{more}")
+            right = right and not wrong
+    return right
+
+
+def _again(row: Row, folder: Path) -> Iterator[str]:
+    """Run reported seeds of a row again, and yield where they end elsewhere."""
+    from caspr_cli.recipe import compose
+    from caspr_cli.report.pack import unpack
+    from caspr_cli.runs.launch import run as launched
+
+    compose.register_schemas()
+    for run in row.runs[:AGAIN]:
+        inner = run.path.rpartition(":")[2]
+        unpack([replace(run, path=inner)], folder / "entry")
+        recipe = replace(compose.load(folder / "entry" / inner / "config.yaml"), output_dir=str(folder))
+        outcome = launched(recipe, ["caspr-train", *sys.argv[1:]])
+        found = records.find([outcome.record.path]).runs
+        if line := entry.reproduced(row, run, found[0].final if found else None):
+            yield line

@@ -1,0 +1,185 @@
+"""The leaderboard: rows that were tuned alike, from packs, as a page that tells how to enter one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from caspr_cli.common.format import listed
+from caspr_cli.common.selection import TUNING_SEED
+from caspr_cli.report import entry, format, stats
+from caspr_cli.report.compare import tables, values_by_seed
+from caspr_cli.report.model import Row, Run, Table
+from caspr_cli.report.render import markdown, markdown_text
+from caspr_cli.report.selection import plain
+from caspr_cli.report.trials import edges
+from caspr_cli.report.tuning import untuned_of
+
+BASELINE = "adamw"
+TEMPLATE = Path(__file__).with_name("templates") / "leaderboard.md"
+# How each bundled task is run as on the board, without the optimizer.
+EXPERIMENTS = {
+    "c4_lm": "experiment=c4_14m",
+    "ogbg_molpcba": "experiment=molpcba",
+    "ud_pos": "experiment=ud_pos",
+    "resnet": "experiment=vision task=resnet",
+    "vit": "experiment=vision task=vit",
+}
+HEADS = ["", "optimizer", "n", "validation", "95 % interval", "test", "untuned", "trials", f"against {BASELINE}",
+         "against the first", "records"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row that is ranked: in the table of its own pack."""
+
+    pack: str
+    row: Row
+    table: Table
+
+
+@dataclass(frozen=True)
+class Board:
+    """What packs hold.
+
+    Args:
+        places: the rows that are ranked.
+        tables: of their records, those of one task together.
+        refused: by pack, why its rows, or some, are not ranked.
+    """
+
+    places: tuple[Place, ...]
+    tables: tuple[Table, ...]
+    refused: dict[str, list[str]]
+
+
+def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
+    """Return which rows of packs are ranked, the first pack first: of one optimizer on a task only one is.
+
+    Args:
+        packs: records by the name of the pack.
+        draw: see :func:`caspr_cli.report.entry.problems`.
+    """
+    places: list[Place] = []
+    refused: dict[str, list[str]] = {}
+    found: tuple[Table, ...] = ()
+    for pack, runs in packs.items():
+        if other := entry.other_searches(runs):
+            refused[pack] = [other]
+            continue
+        for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
+            wrong = entry.problems(row, table.higher_is_better, draw) + entry.against(row, table, found)
+            wrong += [f"{other.pack} has it already" for other in places if _same(other, row, table)]
+            if wrong:
+                more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+                refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
+                continue
+            places.append(Place(pack, row, table))
+            if table.task not in {other.task for other in found}:  # the first row says what the others have to fit
+                found = _tables(places)
+        found = _tables(places)
+    return Board(tuple(places), found, refused)
+
+
+def _same(place: Place, row: Row, table: Table) -> bool:
+    return (place.table.task, place.table.scale, place.row.label) == (table.task, table.scale, row.label)
+
+
+def _tables(places: Sequence[Place]) -> tuple[Table, ...]:
+    """Return tables of the rows that are ranked, each beside its untuned one."""
+    runs = [run for place in places for row in _with_untuned(place) for run in row.records]
+    return tuple(tables(runs)) if runs else ()
+
+
+def _with_untuned(place: Place) -> list[Row]:
+    untuned = untuned_of(place.row, place.table)
+    return [place.row, untuned] if untuned else [place.row]
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def page(packs: Mapping[str, Sequence[Run]], command: str, draw: entry.Draw | None = None) -> str:
+    """Return the page: a table for each task, what is not ranked and why, and how to enter an optimizer."""
+    found = board(packs, draw)
+    sections = [part for table in found.tables for part in _section(table, found.places)]
+    if empty := sorted(EXPERIMENTS.keys() - {table.task for table in found.tables}):
+        sections.append(
+            f"No row is ranked yet on {listed(empty)}: `{_entry(empty[0])}` would be the first on {empty[0]}."
+        )
+    rules = {
+        "search": entry.SEARCH, "seed": TUNING_SEED, "rerank": entry.RERANK, "seeds": entry.LEAST_SEEDS,
+        "deviations": entry.DEVIATIONS, "tolerance": f"{100 * entry.TOLERANCE:g} %",
+    }  # fmt: skip
+    return TEMPLATE.read_text(encoding="utf8").format(
+        tables="\n\n".join(sections), refused=_refused(found.refused), command=command, **rules
+    )
+
+
+def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
+    rows = [row for row in table.rows if not row.untuned]
+    packs = {place.row.label: place.pack for place in places if place.table.task == table.task}
+    yield f"## {markdown_text(format.title(table))}"
+    cells = [HEADS]
+    for number, (row, first) in enumerate(zip(rows, _against_first(table, rows), strict=True), 1):
+        untuned = untuned_of(row, table)
+        cells.append([
+            str(number), row.label, str(row.n), format.mean_sd(row.mean, row.sd), format.interval(row),
+            format.mean_sd(row.test_mean, row.test_sd), format.number(untuned.mean, untuned.sd) if untuned else "-",
+            str(len(row.trials)), _against_baseline(row), first, packs.get(row.label, "-"),
+        ])  # fmt: skip
+    yield markdown(cells)
+    if notes := [line for row in rows for line in _edges(row)]:
+        yield "\n".join(f"- {markdown_text(line)}" for line in notes)
+    seeds = ",".join(str(run.seed) for run in rows[0].runs)
+    budget = f"search.trials={len(rows[0].trials)} search.extend=false"
+    yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
+
+
+def _entry(task: str) -> str:
+    return f"caspr-train {EXPERIMENTS.get(task, f'task={task}')} optim=my_opt"
+
+
+def _against_first(table: Table, rows: Sequence[Row]) -> list[str]:
+    """Return the verdict of each row against the first one.
+
+    Which row is the first was not known before, so that p-values are corrected for all pairs of rows.
+    """
+    pairs = list(combinations(range(len(rows)), 2))
+    found = [stats.compare(values_by_seed(rows[b]), values_by_seed(rows[a])) for a, b in pairs]
+    tested = [
+        None if rows[a].failed or rows[b].failed else each.p_value for (a, b), each in zip(pairs, found, strict=True)
+    ]
+    corrected = stats.holm(tested)
+    said = ["-"]
+    for each, p in list(zip(found, corrected, strict=True))[: len(rows) - 1]:  # combinations() begins with the first
+        kind = format.NOT_TESTED if p is None else format.NOT_SIGNIFICANT if p >= stats.LEVEL else ""
+        kind = kind or ("better" if ((each.value or 0) > 0) == table.higher_is_better else "worse")
+        said.append(_verdict(kind, each, stats.unit_of_shares(each.base), p))
+    return said
+
+
+def _against_baseline(row: Row) -> str:
+    each = row.difference
+    return _verdict(row.kind, each, each.share_of, each.p_holm) if each else row.kind or "-"
+
+
+def _verdict(kind: str, each: stats.Comparison, share_of: float | None, p: float | None) -> str:
+    return f"{kind}, {format.change(each, share_of)}" + (f", {format.p(p, corrected=True)}" if p is not None else "")
+
+
+def _edges(row: Row) -> Iterator[str]:
+    for key, end, seen in edges(row):
+        best = seen[0] if end == "smallest" else seen[-1]
+        yield f"{row.label}: its {key.removeprefix('optim.')}, {plain(best)}, is the {end} of {len(seen)} tried"
+
+
+def _refused(refused: Mapping[str, Sequence[str]]) -> str:
+    """Return a list of the packs of which rows are not ranked, with the reasons."""
+    by_reason: dict[tuple[str, ...], list[str]] = {}
+    for pack, lines in refused.items():
+        by_reason.setdefault(tuple(lines), []).append(f"`{pack}`")
+    said = [f"- {listed(packs, 20)}: {markdown_text('; '.join(lines))}" for lines, packs in by_reason.items()]
+    return "\n".join(said) or "Nothing."

@@ -1,0 +1,245 @@
+"""The leaderboard and the check of an entry: each way in which a pack can be wrong is said in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from caspr_cli.commands import report
+from caspr_cli.commands.check import draw
+from caspr_cli.report import entry, leaderboard, pack, records
+from caspr_cli.report.compare import tables
+from caspr_cli.report.model import Point, Row, Run
+
+PACK = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_molpcba.jsonl.gz"
+
+
+@cache
+def fair() -> tuple[Run, ...]:
+    """The records of AdamW and Muon in a pack that is right: eight trials, three seeds."""
+    return tuple(run for run in records.find([PACK]).runs if run.config["optim.name"] in ("adamw", "muon"))
+
+
+def wrong(runs: Sequence[Run]) -> list[str]:
+    return [
+        line
+        for table in tables(runs)
+        for row in table.rows
+        if not row.untuned
+        for line in entry.problems(row, table.higher_is_better, draw)
+    ]
+
+
+def changed(
+    change: Callable[[Run], Run | None], *, trial: int | None = None, seed: int | None = None, optim: str = "muon"
+) -> list[Run]:
+    """The records with those changed, or left out, that are of this trial and seed."""
+
+    def meant(run: Run) -> bool:
+        own = run.config["optim.name"] == optim and run.config["trial"] != "default"
+        return own and trial in (None, run.config["trial"]) and seed in (None, run.seed)
+
+    assert any(map(meant, fair()))
+    found = [change(run) if meant(run) else run for run in fair()]
+    return [run for run in found if run is not None]
+
+
+def config(**keys: Any) -> Callable[[Run], Run]:
+    return lambda run: replace(run, config=run.config | {key.replace("__", "."): value for key, value in keys.items()})
+
+
+def result(**keys: Any) -> Callable[[Run], Run]:
+    return lambda run: replace(run, result=run.result | keys)
+
+
+def origin(**keys: Any) -> Callable[[Run], Run]:
+    return lambda run: replace(run, provenance=run.provenance | keys)
+
+
+def gone(run: Run) -> None:
+    return None
+
+
+def test_a_pack_of_the_fair_protocol_is_right() -> None:
+    assert wrong(fair()) == []
+
+
+CODE = {"commit": "1" * 40, "diff_sha256": "e3b0c44298fc1c14"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "line"),
+    [
+        (changed(result(final={"step": 500, "val/map": 0.95}), trial=7, seed=2),
+         "trial 7, seed 2: its result says 0.95 at the end, and its curve "),
+        (changed(lambda run: replace(run, curve=run.curve[:-1]), trial=7, seed=2),
+         "trial 7, seed 2: its curve does not end at step 500"),
+        (changed(result(steps=400), trial=7, seed=2), "trial 7, seed 2: trainer.max_steps is 500, and its result is of "
+         "400"),
+        (changed(config(optim__lr=0.03), trial=3), "trial 3: optim.lr is 0.03, and its search draws "),
+        (changed(lambda run: replace(run, status={"state": "running"}), trial=2),
+         "trial 2, seed 0: is running, and should have ended"),
+        (changed(gone, trial=2), "of 8 trials 2 is missing at seed 0"),
+        (changed(config(search__trials=4)), "search.trials is 4, and should be 8 or more"),
+        (changed(config(search__trials=16), trial=2), "its records say different budgets: search.trials is 8 and 16"),
+        (changed(config(search__name="lr")), "tuned by search=lr; the leaderboard has search=joint"),
+        (changed(config(trial=None), trial=2), "1 trial without an index: not of the search"),
+        (changed(gone, trial=3, seed=1001), "trial 3, of the best 3, is missing at seeds 1001 and 1002"),
+        (changed(gone, trial=7, seed=3), "2 fresh seeds, and should have 3 or more (seeds 0, 1001 and 1002 choose "
+         "the trial)"),
+        (changed(config(seed=1), trial=3, seed=1001), "trial 3 was not selected, but run at seed 1, too, which may "
+         "have chosen"),
+        (changed(origin(code=CODE), trial=2), "its records are of different code: 11111111 and 220f0582"),
+        (changed(origin(code=CODE | {"diff_sha256": "ab"})), "its code cannot be got again: 11111111 with changes ab"),
+        (changed(origin(python="3.12"), trial=2), "its records are of different versions: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(runs: list[Run], line: str) -> None:
+    found = wrong(runs)
+    assert [each for each in found if each.startswith(line)], found
+    assert len(found) <= 5
+
+
+def rows(runs: Sequence[Run], optim: str) -> tuple[Row, Any]:
+    (table,) = tables(runs)
+    return next(row for row in table.rows if row.label == optim), table
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (config(trainer__max_steps=1000), "trainer.max_steps is 1000, and 500 on the board"),
+        (config(task__width=128), "task.width is 128, and 64 on the board"),
+        (origin(data={"hash": "abc"}), "its data have hash abc, and those of the board b5fb65af98d6015c"),
+    ],
+)
+def test_an_entry_has_to_fit_the_board(change: Callable[[Run], Run], line: str) -> None:
+    board = tables([run for run in fair() if run.config["optim.name"] == "adamw"])
+    row, table = rows([run for run in fair() if run.config["optim.name"] == "muon"], "muon")
+    assert entry.against(row, table, board) == []
+    row, table = rows([change(run) for run in fair() if run.config["optim.name"] == "muon"], "muon")
+    assert entry.against(row, table, board) == [line]
+
+
+def test_an_entry_has_the_trials_of_the_board() -> None:
+    board = tables([run for run in fair() if run.config["optim.name"] == "adamw"])
+    row, table = rows([run for run in changed(gone, trial=2) if run.config["optim.name"] == "muon"], "muon")
+    assert entry.against(row, table, board) == ["it has 7 trials, and the rows of the board have 8"]
+
+
+def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not() -> None:
+    old = [config(search__name="lr")(run) for run in fair()]
+    found = leaderboard.board({"a": old, "b": changed(gone, trial=2), "c": fair()}, draw)
+    assert [(place.pack, place.row.label) for place in found.places] == [("b", "adamw"), ("c", "muon")]
+    assert found.refused == {
+        "a": ["tuned by search=lr; the leaderboard has search=joint"],
+        "b": ["muon on ogbg_molpcba: of 8 trials 2 is missing at seed 0"],
+        "c": ["adamw on ogbg_molpcba: b has it already"],
+    }
+    (table,) = found.tables
+    assert {row.label for row in table.rows} == {"adamw", "muon", "adamw untuned", "muon untuned"}
+
+
+def test_rows_of_one_pack_have_to_fit_each_other() -> None:
+    longer = [config(trainer__max_steps=1000)(run) if run.config["optim.name"] == "muon" else run for run in fair()]
+    longer = [replace(run, result=run.result | {"steps": run.config["trainer.max_steps"]},
+                      curve=(*run.curve, replace(run.curve[-1], step=run.config["trainer.max_steps"])))
+              for run in longer]  # fmt: skip
+    found = leaderboard.board({"a": longer}, draw)
+    (one,) = found.places
+    assert one.row.optim == "muon"  # the better one is looked at first
+    assert found.refused == {"a": ["adamw on ogbg_molpcba: trainer.max_steps is 500, and 1000 on the board"]}
+
+
+def test_the_page_has_tables_commands_and_reasons() -> None:
+    text = leaderboard.page({"old": [config(search__name="lr")(run) for run in fair()], "new": fair()}, "made so", draw)
+    assert "| 1 | muon | 3 | 0.8952 ± 0.0065 | 0.8789 to 0.9114 | 0.9062 ± 0.0024 | 0.8142 | 8 | better, +4.9 %" in text
+    assert "| 2 | adamw | 3 | 0.8533 ± 0.0043 |" in text
+    assert "- adamw: its weight_decay, 0.001466, is the smallest of 8 tried" in text
+    assert "caspr-train experiment=molpcba optim=my_opt search.trials=8 search.extend=false seed=1,2,3" in text
+    assert "- `old`: tuned by search=lr; the leaderboard has search=joint" in text
+    assert "No row is ranked yet on c4_lm, resnet, ud_pos and vit" in text
+    assert text.endswith("\n    made so\n")
+
+
+def test_against_the_first_all_pairs_are_corrected_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    (table,) = tables(records.find([PACK]).runs)
+    three = [row for row in table.rows if not row.untuned]
+    seen: list[int] = []
+    monkeypatch.setattr(leaderboard.stats, "holm", lambda p: seen.append(len(p)) or [0.01] * len(p))
+    said = leaderboard._against_first(table, three)
+    assert seen == [3]
+    assert said[0] == "-"
+    assert said[1].startswith("worse, -0.7 %")
+    assert said[2].startswith("worse, -5.3 %")
+    assert leaderboard._against_first(table, three[::-1])[2].startswith("better, +5.6 %")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["caspr-report", *words])
+    return report.main()
+
+
+def test_check_says_right_or_wrong_and_exits_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "check", str(PACK), "--board", str(PACK.parent)) == 0
+    assert "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n" in capsys.readouterr().out
+    bad = tmp_path / "bad.jsonl.gz"
+    bad.write_bytes(pack.pack(changed(gone, trial=2), [PACK]))
+    assert call(monkeypatch, "check", str(bad)) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert "wrong    muon on ogbg_molpcba: of 8 trials 2 is missing at seed 0" in out
+    assert "right    adamw on ogbg_molpcba: 8 trials, 3 fresh seeds" in out
+
+
+@pytest.mark.parametrize(("off", "code"), [(0.001, 0), (0.1, 1)])
+def test_check_runs_two_seeds_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, off: float, code: int
+) -> None:
+    """The run itself is replaced by one that ends a little or far off."""
+    started = []
+
+    def run(recipe: Any, command: list[str]) -> Any:
+        started.append((recipe.optim.name, recipe.optim.lr, recipe.seed, recipe.output_dir))
+        (one,) = (r for r in fair() if (r.config["optim.lr"], r.seed) == (recipe.optim.lr, recipe.seed))
+        end = one.result | {"final": {"step": 500, "val/map": (one.final or 0) + off}}
+        pack.unpack([replace(one, path="run", result=end)], tmp_path / str(len(started)))
+        return SimpleNamespace(record=SimpleNamespace(path=tmp_path / str(len(started)) / "run"))
+
+    monkeypatch.setattr("caspr_cli.runs.launch.run", run)
+    own = tmp_path / "own.jsonl.gz"
+    own.write_bytes(pack.pack([run for run in fair() if run.config["optim.name"] == "muon"], [PACK]))
+    assert call(monkeypatch, "check", str(own), "--rerun", str(tmp_path / "again")) == code
+    assert started == [("muon", 0.05581, seed, str(tmp_path / "again")) for seed in (1, 2)]
+    out = capsys.readouterr().out
+    assert ("3 fresh seeds, 2 run again" in out) == (code == 0)
+    assert ("seed 1: ended at 0.8" in out) == (code == 1)
+
+
+def test_a_run_that_failed_again_is_as_before() -> None:
+    row, _ = rows(fair(), "muon")
+    failed = replace(row.runs[0], status={"state": "failed"})
+    assert entry.reproduced(row, failed, None) is None
+    assert entry.reproduced(row, failed, 0.9) == "seed 1: ended at None, and now at 0.9"
+    assert entry.reproduced(row, row.runs[0], None) is not None
+
+
+def test_packs_are_named_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "leaderboard", str(tmp_path), "--to", str(tmp_path / "x.md")) == 2
+    assert f"no packs in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_point_of_the_curve_may_be_rounded() -> None:
+    run = fair()[0]
+    close = Point(500, 1.0, (run.final or 0) * (1 + 1e-12))
+    assert list(entry._torn(replace(run, curve=(close,)))) == []
