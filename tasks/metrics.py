@@ -21,7 +21,7 @@ class Means(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in {name for _, *sums in self.means for name in sums}:
+        for name in dict.fromkeys(name for _, *sums in self.means for name in sums):  # in one order on all ranks
             # float64: a float32 sum stops counting single samples at 2^24
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # subparsers are called by this name
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
+            flags = re.findall(r"--[\w-]+", self.format_help())
             what = self.prog.rpartition(" ")[2]
             raise UserError(f"{unknown[0]} is no flag of {what}.{nearest(unknown[0].split('=')[0], flags)}")
         return found, []

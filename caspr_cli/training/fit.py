@@ -19,7 +19,7 @@ from caspr_cli.common.errors import nearest
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Strategy
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.tasks.base import Task
@@ -31,6 +31,7 @@ from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
+from caspr_cli.training.sharded import ShardedStrategy
 
 
 def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
@@ -119,8 +120,11 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     # Buffers (rotary tables, and running means, which are over all ranks already) are not sent at every step: in
     # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
     strategy: Any = "auto"
-    if world > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=conf.timeout))
+    timeout = timedelta(seconds=conf.timeout)
+    if conf.strategy == Strategy.fsdp:
+        strategy = ShardedStrategy(world, 1, save_distributed_checkpoint=False, timeout=timeout)
+    elif world > 1:
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=timeout)
     try:
         trainer = Trainer(
             accelerator=conf.accelerator.name,
@@ -175,7 +179,7 @@ def _header(
         f" process{'es' if world > 1 else ''}{threads}",
     ]
     if isinstance(optimizer, KroneckerOptimizer):
-        flops = step_flops(optimizer)
+        flops = step_flops(optimizer, trainer.strategy.root_device)
         whole = task.train_flops(module.model) + sum(flops.values())
         blocks = sum(count for *_, count in blocks_of(optimizer))
         lines.append(
