@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchmetrics import Metric
 
 from caspr_cli.optim.groups import left_to_adamw
 from caspr_cli.tasks.errors import DataError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "split_of"]
 
@@ -94,7 +96,10 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> Metric:
-        """Return an accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``."""
+        """Return an accumulator whose ``compute()`` gives ``{name: scalar}``; it must hold ``loss``.
+
+        Best imported here: torchmetrics takes seconds, and data are checked before.
+        """
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:

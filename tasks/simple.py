@@ -8,34 +8,21 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric
 
 from caspr_cli.optim.groups import last_linear, left_to_adamw
 from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
-from caspr_cli.tasks.metrics import Means
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 HASHED = 1000  # samples of a split, evenly spaced, of whose content the hash of the data is
-
-
-class Measures(Means):
-    """The mean of each measure over all samples."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        # prefixed: a measure may have the name of a method
-        self.means = tuple((name, f"sum_{name}", "sum_samples") for name in names)
-        super().__init__()
-
-    def update(self, means: Mapping[str, Tensor], samples: int) -> None:
-        """Add the means over a batch."""
-        self.add(sum_samples=samples)
-        self.add(**{total: means[name].detach().double() * samples for name, total, _ in self.means})
 
 
 class SimpleTask(Task):
@@ -68,6 +55,8 @@ class SimpleTask(Task):
         return self.measure(model, batch)["loss"]
 
     def metrics(self) -> Metric:
+        from caspr_cli.tasks.metrics import Measures  # slow to import, and not needed to check data
+
         return Measures(self.measures)
 
     def evaluate(self, model: nn.Module, batch: Any, metrics: Metric) -> None:

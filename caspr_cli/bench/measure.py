@@ -23,6 +23,7 @@ from caspr_cli.bench.baselines import NEVER, Settings, bytes_of_state, enter, ha
 from caspr_cli.bench.gemm_bound import gemm_bound
 from caspr_cli.bench.shapes import ShapeSet
 from caspr_cli.bench.workload import Machine, Workload, workload_of
+from caspr_cli.common.format import duration
 from caspr_cli.common.packages import installed
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -36,8 +37,30 @@ REFERENCE = "adamw"
 RATE_SIZE = {"cpu": 1024, "cuda": 4096}  # of the square product that measures the rate of training
 REFRESH_ROUNDS = 3
 SETTLING = 100  # gradients in the statistics before refreshes are timed
+ENDS = (0.0, 0.4, 0.8, 1.0)  # of the whole time, where warm-up, rounds and roots begin and end (measured, roughly)
+BAR = 16  # characters
 
 Log = Callable[[str], None]
+
+
+class Wait:
+    """Says how far the work is, and how long the rest will take if its parts have their usual shares."""
+
+    def __init__(self, log: Log, now: Callable[[], float] = time.perf_counter) -> None:
+        self._log, self._now, self._began = log, now, now()
+
+    def part(self, number: int) -> Callable[[str, float], None]:
+        """Return what takes a line and the share of part ``number`` (0 to 2) that is done."""
+        start, end = ENDS[number : number + 2]
+
+        def say(text: str, done: float) -> None:
+            share = start + done * (end - start)
+            elapsed = self._now() - self._began
+            left = f"  about {duration(elapsed / share - elapsed)} left" if share else ""
+            full = round(BAR * share)
+            self._log(f"[{'=' * full}{' ' * (BAR - full)}] {text}{left}")
+
+        return say
 
 
 @dataclass
@@ -157,20 +180,20 @@ def measure(workload: Workload, names: list[str], settings: Settings, *, rounds:
     Raises:
         ConfigError: an optimizer refuses an option, or fails on this set or machine.
     """
-    candidates = []
-    for name in dict.fromkeys([*names, REFERENCE]):
-        log(f"warm-up: {name}")
+    wait, candidates, wanted = Wait(log), [], dict.fromkeys([*names, REFERENCE])
+    for number, name in enumerate(wanted):
+        wait.part(0)(f"warm-up: {name}", number / len(wanted))
         with blamed(name):
             candidates.append(_candidate(name, workload, settings, rounds))
     device, rate = workload.first.device, _rate_timer(workload.first)
-    take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, log)
+    take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, wait.part(1))
     train = workload.train_flops * rate.median / (2.0 * RATE_SIZE[device.type] ** 3)
     adamw = next(one for one in candidates if one.name == REFERENCE).own.median
     rows = [_row(one, workload, settings, train, adamw) for one in candidates if one.name in names]
     for i, row in enumerate(rows):
         if row.optimizer == "caspr" and row.floor_ms is not None:  # else there is nothing that has a root
             with blamed("caspr, its roots"):
-                rows[i] = replace(row, **refresh_costs(workload, settings, log))
+                rows[i] = replace(row, **refresh_costs(workload, settings, wait.part(2)))
     return rows
 
 
@@ -196,7 +219,7 @@ def _rate_timer(like: Tensor) -> Timer:
     return Timer("matrix product", lambda: torch.mm(a, b, out=out))
 
 
-def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Log) -> None:
+def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Callable[[str, float], None]) -> None:
     """Run every timer in every round, without garbage collection.
 
     Who begins goes around, and so does who comes after whom: what one leaves in the caches must not always be found by
@@ -205,11 +228,9 @@ def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Log)
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
-    start = time.perf_counter()
     try:
         for i in range(rounds):
-            left = (time.perf_counter() - start) / i * (rounds - i) if i else 0.0
-            log(f"round {i + 1}/{rounds}" + (f", about {left:.0f} s to go" if left >= 1 else ""))
+            log(f"round {i + 1}/{rounds}", i / rounds)
             for place in order(i, len(timers)):
                 with blamed(timers[place].name):
                     timers[place].turn(device)
@@ -288,10 +309,10 @@ def split(seconds: list[float], parts: list[dict[str, float]]) -> dict[str, floa
     return {name: 1e3 * float(np.median(seconds)) * value / total for name, value in sums.items()}
 
 
-def refresh_costs(workload: Workload, settings: Settings, log: Log) -> dict[str, Any]:
+def refresh_costs(workload: Workload, settings: Settings, log: Callable[[str, float], None]) -> dict[str, Any]:
     """Return the milliseconds of CASPR's roots, all at once, in turns with LAPACK; gradients are new in every step."""
     device = workload.first.device
-    log("roots: gathering statistics")
+    log("roots: gathering statistics", 0.0)
     optimizer = enter("caspr", workload.copies(), settings, interval=1)
     assert isinstance(optimizer, KroneckerOptimizer)
     for group in optimizer.param_groups:  # steps that gather statistics and do little else; the next one has roots
@@ -301,9 +322,9 @@ def refresh_costs(workload: Workload, settings: Settings, log: Log) -> dict[str,
     optimizer.phase = phases = PhaseTimer(device)
     roots = Timer("caspr, its roots", partial(_step_with_new_gradients, optimizer), phases=phases)
     lapack = Timer("LAPACK", eigendecompositions(optimizer))
-    log("roots: the first")
+    log("roots: the first", 0.5)
     roots.run()
-    take_turns([roots, lapack], REFRESH_ROUNDS, device, lambda text: log(f"roots: {text}"))
+    take_turns([roots, lapack], REFRESH_ROUNDS, device, lambda text, done: log(f"roots: {text}", 0.6 + 0.4 * done))
     seconds = float(np.median([part["roots"] for part in roots.parts]))
     ratio = seconds / lapack.median
     return {"refresh_ms": 1e3 * seconds, "lapack_ms": 1e3 * lapack.median, "refresh_ratio": ratio}

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
 from caspr_cli.optim.roots import Root, eigh_root, newton_root, residual
 from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.solve import newton_products
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
@@ -147,11 +148,6 @@ def root_flops(method: str, d: int, p: int, steps: float) -> float:
     :func:`newton_products`.
     """
     return float(EIGH_FLOPS) * d**3 if method == "eigh" else 2.0 * d**3 * steps * newton_products(p)
-
-
-def newton_products(p: int) -> int:
-    """Return the products in a step of Newton: log2(p) squarings, products of their results, and two for M and H."""
-    return p.bit_length() - 1 + p.bit_count() - 1 + 2
 
 
 def least_seconds(run: Callable[[], object], now: Callable[[], float] = time.process_time) -> float:

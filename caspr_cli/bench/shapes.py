@@ -40,7 +40,23 @@ def transformer(width: int) -> tuple[Shape, ...]:
     return (*matrices, *norms, *biases) * LAYERS + ((8 * width, width),)
 
 
+def gpt2(width: int, layers: int) -> tuple[tuple[Shape, ...], int]:
+    """Return the matrices of a GPT-2 that are preconditioned, and how many numbers the rest has."""
+    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)) * layers
+    return matrices, (50257 + 1024) * width + (13 * layers + 2) * width
+
+
+def llama(width: int, layers: int, hidden: int) -> tuple[tuple[Shape, ...], int]:
+    """Return the same of a Llama."""
+    matrices = ((width, width),) * 4 + ((hidden, width),) * 2 + ((width, hidden),)
+    return matrices * layers, 2 * 32000 * width + (2 * layers + 1) * width
+
+
+# Models that --model names.
+MODELS = {"gpt2-small": gpt2(768, 12), "gpt2-1.5b": gpt2(1600, 48), "llama-7b": llama(4096, 32, 11008)}
+
 PRESETS: dict[str, tuple[Shape, ...]] = {
+    "medium": transformer(WIDTH // 2),
     "transformer": transformer(WIDTH),
     "small": ((64, 64),) * 200 + ((64, 64, 3, 3),) * 200,
 }

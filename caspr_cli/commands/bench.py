@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
-from caspr_cli.bench.shapes import PRESETS, ShapeSet, parse_shapes, scaled_transformer
+from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, finite, table
@@ -38,12 +38,14 @@ TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
-  caspr-bench                                       14.7M parameters; minutes
-  caspr-bench --optim caspr,adamw --params 2M       two of them; a minute
+  caspr-bench                                       two minutes at most
+  caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
+  caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
   caspr-bench --roots                               errors of inverse roots
-  caspr-bench --ranks 1,2,4                         a step that so many share"""
+  caspr-bench --ranks 1,2,4                         a step that so many share
+  caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -59,6 +61,15 @@ split     parts of the mean step, each on the rank where it is longest; communic
 state     on the rank that keeps most: moments, which all keep, and factors, which are statistics and roots
 received  bytes that a rank gets in a step, its own part included; x: as a multiple of the weights"""
 
+SCALE_LEGEND = """\
+group     GPUs that share the work, as the optimizer chooses; under fully_shard all of them
+blocks    of the GPU that has most; balance: FLOPs of the busiest over the average
+factors   statistics and roots of that GPU; state: with moments; buffers: for what travels
+received  bytes that a GPU gets in a step; x: as a multiple of the updates
+predicted compute and exchange, at {efficiency:.0%} of the data sheet and if nothing overlapped: {float32:g} TFLOP/s \
+in float32, {memory:g} TB/s of memory; {node:g} GB/s within a node of 8, {network:g} GB/s a link beyond
+dealing   time on this machine to choose owners, once a run: the one number that is measured"""
+
 
 def ranks(text: str) -> list[int]:
     return sorted({positive(part.strip()) for part in text.split(",")})
@@ -68,25 +79,31 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
+        usage="caspr-bench [options]",
         description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
     )
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
     what = made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
-    what.add_argument("--shapes", metavar="LIST", default="transformer", help=shapes)
+    what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
     what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
-    made.add_argument("--scale", metavar="NAME", help="the scale of the task (default: sample)")
+    made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
+    scale = "of --task (default: sample); or numbers of GPUs, of --model (default: 8,64,1024)"
+    made.add_argument("--scale", metavar="NAME", help=scale)
+    made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100 (default), h200 or a100")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
-    names = f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
+    names = (
+        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; or a mode: caspr:order=3:graft=rms"
+    )
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo; may be repeated: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
@@ -115,14 +132,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: one line for the user.
     """
     args: argparse.Namespace = parser().parse_args(argv)
-    chosen = args.optim or ("caspr" if args.ranks else ",".join(DEFAULT))
-    args.optim = [one_of("--optim", name.strip(), NAMES) for name in chosen.split(",")]
-    if args.ranks and (others := [name for name in args.optim if name not in KRONECKER]):
+    chosen = args.optim or ("caspr" if args.ranks or args.model else ",".join(DEFAULT))
+    words = [name.strip().partition(":") for name in chosen.split(",")]
+    args.optim = [one_of("--optim", name, NAMES) + colon + own for name, colon, own in words]
+    if others := [name for name, colon, _ in words if colon and name not in KRONECKER]:
+        raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
+    if args.model:
+        one_of("--model", args.model, MODELS)
+        if args.task or args.params or args.roots:
+            raise UserError("--model: has shapes of its own, so leave out --task, --params and --roots")
+        try:
+            args.scale = ranks(args.scale or "8,64,1024")
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--scale of --model: {error}") from error
+    if (args.ranks or args.model) and (others := [name for name, *_ in words if name not in KRONECKER]):
         raise UserError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
-    if args.scale and not args.task:
-        raise UserError("--scale: needs --task NAME")
-    if args.ranks and args.roots:
-        raise UserError("--ranks: measures a step, and --roots does not")
+    args.shapes = args.shapes or ("transformer" if args.ranks else "medium")
+    if args.scale and not (args.task or args.model):
+        raise UserError("--scale: needs --task NAME, or --model NAME")
+    if args.ranks and (args.roots or args.model):
+        raise UserError(f"--ranks: measures a step, and {'--roots' if args.roots else '--model'} does not")
     if args.batch and args.task:
         raise UserError("--batch: a task has a batch of its own")
     return args
@@ -169,13 +198,16 @@ def run(args: argparse.Namespace) -> None:
         if args.task
         else scaled_transformer(args.params) if args.params else parse_shapes(args.shapes)
     )  # fmt: skip
-    steps = not args.roots and not args.ranks
+    steps = not args.roots and not args.ranks and not args.model
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = writable(args.png or PLOTS / f"{name}.png") if steps and not args.no_png else None
     progress = Progress(sys.stderr)
     progress.say("importing torch")
     try:
-        rows, lines, chart = _roots(args) if args.roots else _steps(args, what, progress.say, draw=png is not None)
+        if args.roots or args.model:
+            rows, lines, chart = _roots(args) if args.roots else _scale(args)
+        else:
+            rows, lines, chart = _steps(args, what, progress.say, draw=png is not None)
     finally:
         progress.clear()
     listed = json.dumps(finite(rows, infinities=False), indent=2, allow_nan=False) + "\n"
@@ -215,6 +247,33 @@ def _roots(args: argparse.Namespace) -> Made:
     rows, title, tables = roots.main_table(count=args.threads or 1)
     lines = [title, *(line for cells in tables for line in ("", *table(cells))), "", *roots.LEGEND.splitlines()]
     return rows, lines, b""
+
+
+def _scale(args: argparse.Namespace) -> Made:
+    from caspr_cli.bench import baselines
+    from caspr_cli.theory.scale import GPUS, on_paper
+
+    gpu, given = GPUS[one_of("--gpu", args.gpu, GPUS)], baselines.parse_given(args.given, args.optim)
+    settings = baselines.Settings(args.interval, args.block_size, given)
+    rows = [row for name in args.optim for row in on_paper(args.model, args.scale, gpu, name, settings)]
+    heads = ["GPUs", "mode", "group", "blocks", "balance", "factors GB", "state GB", "buffers GB", "received GB", "x",
+             "compute ms", "exchange ms", "dealing s"]  # fmt: skip
+    cells = [
+        [
+            *map(str, (row.gpus, row.mode, row.group, row.blocks)),
+            f"{row.balance:.2f}",
+            *(f"{x / 1e9:.2f}" for x in (row.factor_bytes, row.state_bytes, row.buffer_bytes, row.received_bytes)),
+            f"{row.received_ratio:.2f}",
+            *(number(1e3 * x) for x in (row.compute_seconds, row.exchange_seconds)),
+            f"{row.dealing_seconds:.2f}",
+        ]
+        for row in rows
+    ]
+    title = f"caspr-bench {__version__}  {args.model}, {', '.join(args.optim)}, predicted for {gpu.name}, not measured"
+    rates = {name: getattr(gpu.rates, name) for name in ("efficiency", "float32", "memory", "network")}
+    legend = hanging(SCALE_LEGEND.format(**rates, node=gpu.node / 1e9), 10)
+    shown = fitting([heads, *cells], [0, 0, 0, 6, 3, 4, 1, 2, 5, 0, 0, 0, 7])
+    return [asdict(row) for row in rows], [title, *shown, "", *legend], b""
 
 
 def report(rows: list[Row], batch: str) -> Iterator[str]:
@@ -305,7 +364,8 @@ def next_commands(args: argparse.Namespace) -> list[str]:
     """Return what to try now."""
     if args.task:
         scale = f" scale={args.scale}" if args.scale else ""
-        train = f"caspr-train task={args.task}{scale} optim={args.optim[0]}"
+        entry, *own = args.optim[0].split(":")
+        train = " ".join([f"caspr-train task={args.task}{scale} optim={entry}", *(f"optim.{word}" for word in own)])
         found = [train, f"{train} debug=plan"]
     else:
         other = "transformer" if args.shapes == "small" else "small"

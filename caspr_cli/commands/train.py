@@ -32,6 +32,7 @@ from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices, described
 from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import provenance
 from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds, sweeps
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
@@ -341,7 +342,7 @@ def show(composer: Composer, flags: argparse.Namespace) -> None:
 def reason(error: Exception, keys: Callable[[], DictConfig], argv: list[str]) -> str:
     """Return the message for a mistake."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return not_installed(error) or explain(error, keys, argv)
+        return not_installed(error, argv) or explain(error, keys, argv)
     return cause(error) if isinstance(error, OSError) else str(error).splitlines()[0]
 
 
@@ -350,13 +351,17 @@ def full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in FULL and error.filename is not None
 
 
-def not_installed(error: BaseException) -> str | None:
-    """Return how to install the chosen launcher, if it is missing."""
-    missing = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
-    name = (missing or "").removeprefix("hydra/launcher/")
-    return (
-        f"hydra/launcher={name} is not installed: pip install 'caspr-cli[{EXTRAS[name]}]'" if name in EXTRAS else None
+def not_installed(error: BaseException, argv: list[str]) -> str | None:
+    """Return what to install: the chosen launcher, or the package that brought a task or optimizer to a record."""
+    group, _, name = ((error.missing_cfg_file if isinstance(error, MissingConfigException) else "") or "").rpartition(
+        "/"
     )
+    if group == "hydra/launcher" and name in EXTRAS:
+        return f"hydra/launcher={name} is not installed: pip install 'caspr-cli[{EXTRAS[name]}]'"
+    if group not in ("task", "optim"):
+        return None
+    given = [word.partition("=")[2] for word in argv if word.startswith("output_dir=")]
+    return provenance.missing(Path(given[-1] if given else Recipe.output_dir), group, name)
 
 
 if __name__ == "__main__":

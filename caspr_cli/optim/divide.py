@@ -1,106 +1,105 @@
-"""The work of a step divided among ranks: who owns which block, and what is sent before and after a rank's own step.
-
-:meth:`Division.gather` (rows of DTensors) -> :mod:`caspr_cli.optim.step` -> :meth:`Division.send`
--> :meth:`Division.receive`.
-"""
+"""The work of a step divided among ranks: who owns which block."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
-from caspr_cli.optim.fsdp import TransferPlan, is_counted, is_sharded
-from caspr_cli.optim.graft import frobenius
-from caspr_cli.optim.options import Group, factor_dtype
+from caspr_cli.optim.dealing import Block, Loads, deal, group_size
+from caspr_cli.optim.fsdp import TransferPlan, is_sharded, row_group
+from caspr_cli.optim.options import Group, travel_dtype
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
-from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.scatter import ReceivedRows, chunks, copy
-from caspr_cli.optim.shard import AllGatherBuffer, AllToAllBuffer, Barrier, Loads, Slot, agree, summed, world_size
-from caspr_cli.optim.stacks import Stack, check_factors, is_factor, outdated
-from caspr_cli.optim.step import Active, Received, finish, momenta, preconditioned, update_moments
+from caspr_cli.optim.shard import Team, agree, world_size
+from caspr_cli.optim.solve import root_flops
+from caspr_cli.optim.stacks import check_factors, is_factor, outdated
 
-Buffer = AllGatherBuffer | AllToAllBuffer
+Known = tuple[Tensor, Block, int]  # a parameter, one of its blocks, and the bytes of its update
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Where U of each block is while it travels between ranks."""
-
-    buffers: dict[tuple[bool, torch.device], Buffer]  # by whether a parameter is divided by rows
-    blocks: dict[tuple[Tensor, Shape], list[Slot]]  # of parameters that all ranks have
-    outgoing: dict[Tensor, list[Slot]]  # of parameters that are divided by rows: for what this rank's plan owns
-    incoming: dict[Tensor, list[Slot]]  # and for what it holds
-
-    def gathered(self, p: Tensor) -> AllGatherBuffer:
-        """Return the buffer of a parameter that all ranks have."""
-        found = self.buffers[False, p.device]
-        assert isinstance(found, AllGatherBuffer)
-        return found
-
-    def exchanged(self, p: Tensor) -> AllToAllBuffer:
-        """Return the buffer of a parameter that is divided by rows."""
-        found = self.buffers[True, p.device]
-        assert isinstance(found, AllToAllBuffer)
-        return found
-
-    def whole(self, p: Tensor, layout: Layout, dtype: torch.dtype) -> dict[Shape, Tensor]:
-        """Return what arrived for p, by block shape ``[blocks, ...]``."""
-        buffer, found = self.gathered(p), {}
-        for shape in layout.shapes:
-            read = [buffer.read(slot) for slot in self.blocks[p, shape]]
-            found[shape] = (read[0].unsqueeze(0) if len(read) == 1 else torch.stack(read)).to(dtype)
-        return found
-
-    def rows(self, p: Tensor, plan: TransferPlan, dtype: torch.dtype) -> dict[Shape, Tensor]:
-        """Return the rows of U that this rank holds, as one block."""
-        U = torch.empty(plan.layout.shape, dtype=dtype, device=p.device)
-        buffer = self.exchanged(p)
-        copy([U[x.cut] for x in plan.held], [buffer.read(slot) for slot in self.incoming[p]])
-        return {plan.layout.shape: U}
+def blocks_of(index: int, group: Group, plan: Plan) -> Iterator[Known]:
+    """Yield the blocks of a param group, which has this index, in the order in which they travel."""
+    for (p, shape), offsets in plan.refresh_offsets.items():
+        size = math.prod(shape) * travel_dtype(p, group).itemsize
+        for offset in offsets:
+            yield p, (shape, plan.layouts[p].sizes(shape), (index, offset)), size
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """Updates that were sent."""
-
-    steps: list[Active]
-    slots: Slots
-    lengths: dict[Tensor, Tensor]  # of the graft's steps
-    counted: set[Tensor]  # parameters whose moments are those of this step
-
-
-def is_shared(group: Group, plan: Plan) -> bool:
-    """Whether ranks share the work on a group."""
-    return plan.sharded or (group["shard"] == "auto" and world_size() > 1)
+def root_cost(blocks: list[Known], groups: list[Group]) -> float:
+    """Return the FLOPs of a root over d^3, of the first of these blocks that has one."""
+    found = (root_flops(groups[turn[0]], len(sizes), p.device) for p, (_, sizes, turn), _ in blocks if sizes)
+    return next(found, 0.0)
 
 
 @dataclass
 class Division:
-    """Which rank owns which block, and the buffers between ranks. Only the first two fields are saved."""
+    """Which rank owns which block. The first four fields are pickled."""
 
-    owners: dict[Tensor, dict[Shape, list[int]]] = field(default_factory=dict)  # the rank of each block
-    ranks: int = 0  # ranks among which the factors in the state are divided; 0: they are whole
+    owners: dict[Tensor, dict[Shape, list[int]]] = field(default_factory=dict)  # the rank, in its team, of each block
+    ranks: int = 0  # ranks of the default group when the factors in the state were divided; 0: they are whole
+    everyone: tuple[int, ...] | None = None  # ranks that have the same parameters; None: all
+    group_size: int | None = None  # how many of them share the work; None: as many as is worth it
+    group: Any = None  # the process group of ``everyone``
     shares: dict[Tensor, Layout] = field(default_factory=dict)  # of parameters that have owners, this rank's blocks
     transfers: dict[Tensor, TransferPlan] = field(default_factory=dict)  # of parameters that are divided by rows
-    barrier: Barrier | None = None
+    _teams: dict[Any, Team] = field(default_factory=dict)  # by process group; None: of what is not divided by rows
     _unchecked: list[Tensor] = field(default_factory=list)  # parameters that may differ between ranks
-    _gathers: dict[torch.device, AllGatherBuffer] = field(default_factory=dict)
-    _exchanges: dict[tuple[str, torch.device], AllToAllBuffer] = field(default_factory=dict)
 
-    @property
-    def bytes_received(self) -> int:
-        """Bytes that this rank received in the last step, its own share included."""
-        buffers: list[Buffer] = [*self._gathers.values(), *self._exchanges.values()]
-        return sum(buffer.moved for buffer in buffers)
+    @classmethod
+    def among(cls, process_group: Any, size: int | None) -> Division:
+        """Return that of the ranks of a process group, or of the last axis of a device mesh; None: of all."""
+        if process_group is None:
+            return cls(group_size=size)
+        group = process_group.get_group(process_group.ndim - 1) if hasattr(process_group, "ndim") else process_group
+        return cls(everyone=tuple(dist.get_process_group_ranks(group)), group_size=size, group=group)
 
     def share(self, p: Tensor, group: Group) -> Layout:
         """Return the blocks of p that this rank owns: all of them but under data parallelism."""
         return self.shares.get(p) or layout_of(p, group)
+
+    def is_shared(self, group: Group, plan: Plan) -> bool:
+        """Whether ranks share the work on a group."""
+        if plan.sharded or group["shard"] == "none":
+            return plan.sharded
+        return self.group_size != 1 and (world_size() if self.everyone is None else len(self.everyone)) > 1
+
+    @property
+    def pickled(self) -> tuple[Any, ...]:
+        """What a pickle keeps: the arguments for another one."""
+        return self.owners, self.ranks, self.everyone, self.group_size
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an earlier group of ranks does the same work as that of this rank."""
+        return None in self._teams and self._teams[None].everyone[0] != self._replicas().everyone[0]
+
+    def teams(self) -> dict[Team, list[Tensor]]:
+        """Return the parameters that have owners, by who shares the work on them."""
+        found: dict[Team, list[Tensor]] = defaultdict(list)
+        for p in self.owners:
+            found[self.team(p)].append(p)
+        return found
+
+    def team(self, p: Tensor) -> Team:
+        """Return the ranks that share the work on p, which has owners."""
+        group = row_group(p) if is_sharded(p) else None
+        if group not in self._teams:
+            self._teams[group] = Team.of_rows(p) if is_sharded(p) else self._replicas().part(self.group_size or 1)
+        return self._teams[group]
+
+    def _replicas(self) -> Team:
+        """Return the ranks that have the same parameters, where rows are not divided."""
+        if "replicas" not in self._teams:
+            everyone = self.everyone or tuple(range(world_size()))
+            self._teams["replicas"] = Team(everyone, dist.group.WORLD if self.everyone is None else self.group)
+        return self._teams["replicas"]
 
     # ---- owners
 
@@ -112,25 +111,23 @@ class Division:
                 collective operation.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they are not, or ``group_size`` does not divide the number of ranks.
             RuntimeError: the state is divided among another number of ranks.
         """
         if self.ranks not in (0, world_size()):
             raise RuntimeError(
                 f"the state is divided among {self.ranks} ranks but there are {world_size()} now: load a state_dict"
             )
-        shared = [group for group, plan in zip(groups, plans, strict=True) if is_shared(group, plan)]
+        shared = [group for group, plan in zip(groups, plans, strict=True) if self.is_shared(group, plan)]
         new = [(g, p) for g in shared for p in g["params"] if p not in self.shares and is_preconditioned(p, g)]
-        unowned = [p for _, p in new if p not in self.owners]
-        self._unchecked += unowned
+        self._unchecked += [p for _, p in new if p not in self.owners]
         if check and self._unchecked:
-            agree(self._unchecked)
-            self._unchecked = []
+            self._agree()
         if not new:
             return False
-        self._assign(unowned, groups, plans)
-        rank = dist.get_rank()
+        self._assign(groups, plans)
         for group, p in new:
+            rank = self.team(p).rank
             mine = {s: [j for j, r in enumerate(ranks) if r == rank] for s, ranks in self.owners[p].items()}
             self.shares[p] = layout_of(p, group).only(mine)
             if is_sharded(p):
@@ -140,25 +137,42 @@ class Division:
         for group, p in new:
             self._keep_own(state.get(p, {}), p, layout_of(p, group))
         self.ranks = world_size()
-        self.barrier = self.barrier or Barrier()
         return True
 
-    def _assign(self, new: list[Tensor], groups: list[Group], plans: list[Plan]) -> None:
-        """Choose owners for these parameters' blocks, beside what the ranks own already."""
-        if not new:
-            return
-        loads = Loads(world_size())
-        blocks: list[tuple[Tensor, Shape, Shape, tuple[int, int]]] = []
-        for index, (group, plan) in enumerate(zip(groups, plans, strict=True)):
-            for (p, shape), offsets in plan.refresh_offsets.items():
-                sizes = plan.layouts[p].sizes(shape)
-                for number, offset in enumerate(offsets):
-                    if p in self.owners:
-                        loads.add(shape, sizes, (index, offset), self.owners[p][shape][number])
-                    elif is_shared(group, plan):
-                        blocks.append((p, shape, sizes, (index, offset)))
-        for (p, shape, *_), owner in zip(blocks, loads.assign([block[1:] for block in blocks]), strict=True):
-            self.owners.setdefault(p, {}).setdefault(shape, []).append(owner)
+    def _agree(self) -> None:
+        """Refuse parameters that are not the same on all ranks that have them."""
+        unchecked: dict[Team, list[Tensor]] = defaultdict(list)
+        for p in self._unchecked:
+            unchecked[self.team(p) if is_sharded(p) else self._replicas()].append(p)
+        for team, params in unchecked.items():
+            agree(params, team)
+        self._unchecked = []
+
+    def _assign(self, groups: list[Group], plans: list[Plan]) -> None:
+        """Choose owners for the blocks that have none, beside what the ranks own already."""
+        blocks = [
+            each
+            for index, (group, plan) in enumerate(zip(groups, plans, strict=True))
+            for each in blocks_of(index, group, plan)
+            if each[0] in self.owners or self.is_shared(group, plan)
+        ]
+        whole = [(block, size) for p, block, size in blocks if not is_sharded(p)]
+        if whole and self.group_size is None:
+            sizes = [size for _, size in whole]
+            self.group_size = group_size([block for block, _ in whole], sizes, self._replicas().size)
+        of_teams: dict[Team, list[Known]] = defaultdict(list)
+        for each in blocks:
+            of_teams[self.team(each[0])].append(each)
+        for team, theirs in of_teams.items():
+            loads = Loads(team.size, root_cost(theirs, groups))
+            known = {p: itertools.chain(*owned.values()) for p, owned in self.owners.items()}
+            for p, block, _ in theirs:
+                if p in known:
+                    loads.add(*block, next(known[p]))
+            new = [each for each in theirs if each[0] not in self.owners]
+            dealt = deal([block for _, block, _ in new], [size for *_, size in new], loads)
+            for (p, (shape, *_), _), owner in zip(new, dealt, strict=True):
+                self.owners.setdefault(p, {}).setdefault(shape, []).append(owner)
 
     def _keep_own(self, state: dict[str, Any], p: Tensor, layout: Layout) -> None:
         """Cut p's factors, which are those of all its blocks, to this rank's."""
@@ -169,151 +183,3 @@ class Division:
             value = state.pop(name)
             if mine := self.shares[p].indices.get(layout.shapes[int(name.rpartition(".")[2])]):
                 state[name] = value[mine]
-
-    # ---- before the step: rows of gradients and momenta, from the ranks that hold them to the owners of their blocks
-
-    def gather(self, steps: list[Active]) -> tuple[list[Received], dict[Tensor, Tensor]]:
-        """Return what each group's owners received, and how long this rank's rows of the graft's steps are."""
-        lengths: dict[Tensor, Tensor] = {}
-        gradients: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
-        averages: list[dict[Tensor, ReceivedRows]] = [{} for _ in steps]
-        sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]] = []
-        for x, of_gradients, of_momenta in zip(steps, gradients, averages, strict=True):
-            for chunk in chunks([p for p in x.layouts if p in self.transfers]):
-                lengths |= update_moments(chunk, x)
-            for p in (p for p in x.steps if p in x.grads and p in self.transfers):
-                sends.append((of_gradients, p, x.grads[p]))
-                if p in x.layouts and x.group["precondition"] == "momentum":
-                    sends.append((of_momenta, p, momenta([p], x)[0]))
-        if sends:
-            self._exchange_rows(sends, steps[0])
-        return [Received(*rows) for rows in zip(gradients, averages, strict=True)], lengths
-
-    def _exchange_rows(self, sends: list[tuple[dict[Tensor, ReceivedRows], Tensor, Tensor]], x: Active) -> None:
-        """Put what arrives of each parameter's rows into the first of each triple; the third is what is here."""
-        buffers: dict[torch.device, AllToAllBuffer] = {}
-        outgoing, incoming = [], []
-        for into, p, tensor in sends:
-            plan = self.transfers[p]
-            buffer = buffers.setdefault(p.device, self._exchange("inputs", p.device))
-            merged = tensor.reshape(plan.layout.shape)
-            outgoing += [
-                (buffer, buffer.to(s.owner, s.shape, tensor.dtype), merged[s.cut]) for s in plan.held if s.same_copy
-            ]
-            arriving = [(s, buffer.of(s.holder, s.shape, tensor.dtype)) for s in plan.owned if s.same_copy]
-            incoming.append((into, p, buffer, arriving))
-        for buffer in buffers.values():
-            buffer.open()
-        copy([buffer.mine(slot) for buffer, slot, _ in outgoing], [rows for *_, rows in outgoing])
-        with x.phase("communication"):
-            for buffer in buffers.values():
-                buffer.send()
-            for buffer in buffers.values():
-                buffer.wait()
-        for into, p, buffer, arriving in incoming:
-            into[p] = [(s, buffer.read(slot)) for s, slot in arriving]
-        for buffer in buffers.values():
-            buffer.clear()
-
-    def _exchange(self, use: str, device: torch.device) -> AllToAllBuffer:
-        return self._exchanges.setdefault((use, device), AllToAllBuffer(device))
-
-    # ---- after the step: U of each block, from its owner to all ranks or to those that hold its rows
-
-    def send(self, shared: list[tuple[Active, Received]], lengths: dict[Tensor, Tensor]) -> InFlight:
-        """Compute U of the blocks that this rank owns, and start to send it.
-
-        Args:
-            shared: the groups that have something to precondition, with what :meth:`gather` returned for them.
-            lengths: of the graft's steps that are known.
-        """
-        steps = [x for x, _ in shared]
-        slots, lengths = self._slots(steps), dict(lengths)
-        counted = {p for x in steps for p in x.layouts if p in self.transfers}
-        for x, received in shared:
-            for stack in x.stacks:
-                scale = stack.input_scale(x.group)
-                for members, rows in stack.chunks(x.members(stack)):
-                    lengths |= update_moments([p for p in members if p not in counted], x)
-                    counted.update(members)
-                    with full_precision(stack.scale.device.type):
-                        U = preconditioned(stack, members, rows, scale, x, received)
-                    self._put(U, stack, members, x, slots)
-        for buffer in slots.buffers.values():
-            buffer.send()
-        return InFlight(steps, slots, lengths, counted)
-
-    def _slots(self, steps: list[Active]) -> Slots:
-        """Return the slots of all blocks, in buffers that are large enough."""
-        buffers: dict[tuple[bool, torch.device], Buffer] = {}
-        blocks: dict[tuple[Tensor, Shape], list[Slot]] = {}
-        outgoing: dict[Tensor, list[Slot]] = {}
-        incoming: dict[Tensor, list[Slot]] = {}
-        for x in steps:
-            for p, layout in x.layouts.items():
-                dtype = x.group["gather_dtype"] or factor_dtype(p, x.group)
-                if p in self.transfers:
-                    plan, exchange = self.transfers[p], self._exchange("updates", p.device)
-                    buffers[True, p.device] = exchange
-                    outgoing[p] = [exchange.to(s.holder, s.shape, dtype) for s in plan.owned]
-                    incoming[p] = [exchange.of(s.owner, s.shape, dtype) for s in plan.held]
-                    continue
-                gather = self._gathers.setdefault(p.device, AllGatherBuffer(p.device))
-                buffers[False, p.device] = gather
-                for shape in layout.shapes:
-                    blocks[p, shape] = [gather.slot(owner, shape, dtype) for owner in self.owners[p][shape]]
-        for buffer in buffers.values():
-            buffer.open()
-        return Slots(buffers, blocks, outgoing, incoming)
-
-    def _put(self, U: Tensor, stack: Stack, members: list[Tensor], x: Active, slots: Slots) -> None:
-        """Copy U of these parameters' blocks ``[k, d_1, ..., d_k]`` to what is sent."""
-        targets, sources, blocks = [], [], iter(U.unbind())
-        for p in members:
-            indices = x.shares[p].indices[stack.shape]
-            mine = [next(blocks) for _ in indices]
-            if p in slots.outgoing:
-                exchange, plan = slots.exchanged(p), self.transfers[p]
-                owned = zip(plan.owned, slots.outgoing[p], strict=True)
-                here = [(s, exchange.mine(slot)) for s, slot in owned if s.block == stack.shape]
-                targets += [view for _, view in here]
-                sources += [mine[s.number][s.rows] for s, _ in here]
-            else:
-                gather, places = slots.gathered(p), slots.blocks[p, stack.shape]
-                targets += [gather.mine(places[i]) for i in indices]
-                sources += mine
-        torch._foreach_copy_(targets, sources)
-
-    def receive(self, flight: InFlight) -> None:
-        """Take the other ranks' U, and finish the step, the same on all ranks.
-
-        What needs no U is done while it travels.
-        """
-        slots, lengths, buffers = flight.slots, dict(flight.lengths), flight.slots.buffers.values()
-        for x in flight.steps:
-            for chunk in chunks([p for p in x.layouts if p not in flight.counted]):
-                lengths |= update_moments(chunk, x)
-        with flight.steps[0].phase("communication"):
-            norms = self._norms_of_rows(slots, lengths)
-            for buffer in buffers:
-                buffer.wait()
-        for x in flight.steps:
-            for chunk in chunks([p for p in x.layouts if p not in slots.outgoing]):
-                pieces = {p: slots.whole(p, x.layouts[p], factor_dtype(p, x.group)) for p in chunk}
-                finish(pieces, lengths, x, x.layouts)
-            for chunk in chunks([p for p in x.layouts if p in slots.outgoing]):
-                pieces = {p: slots.rows(p, self.transfers[p], factor_dtype(p, x.group)) for p in chunk}
-                layouts, known = {p: self.transfers[p].layout for p in chunk}, [p for p in chunk if p in norms]
-                finish(pieces, {p: norms[p][0] for p in known}, x, layouts, [norms[p][1] for p in known])
-        for buffer in buffers:
-            buffer.clear()
-
-    def _norms_of_rows(self, slots: Slots, lengths: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Return the length ``[2]`` of the graft's step and of U, of each parameter that is divided by rows."""
-        squares = {}
-        for p in (p for p in slots.outgoing if p in lengths):
-            D = lengths[p].square() * is_counted(p)
-            owned, buffer = zip(slots.outgoing[p], self.transfers[p].owned, strict=True), slots.exchanged(p)
-            mine = [buffer.mine(slot) for slot, s in owned if s.same_copy]
-            squares[p] = torch.stack([D, frobenius(mine).square().sum() if mine else torch.zeros_like(D)])
-        return {p: total.sqrt() for p, total in summed(squares).items()}

@@ -20,8 +20,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from caspr_cli.optim import state as states
 from caspr_cli.optim import step as steps
 from caspr_cli.optim.blocks import Layout
-from caspr_cli.optim.divide import Division, is_shared
-from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, without_removed
+from caspr_cli.optim.divide import Division
+from caspr_cli.optim.exchange import Exchange
+from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, without_removed
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
@@ -29,7 +30,6 @@ from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_u
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
-from caspr_cli.optim.shard import world_size
 from caspr_cli.optim.stacks import Question, Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
@@ -53,7 +53,7 @@ class KroneckerOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         validate(defaults)
-        self._reset(Division())
+        self._reset(Division.among(*(defaults.pop(name, None) for name in OF_OPTIMIZER)))
         super().__init__(params, defaults)
 
     def _reset(self, division: Division) -> None:
@@ -64,7 +64,7 @@ class KroneckerOptimizer(Optimizer):
         self._given: dict[tuple[Tensor, str], int] = {}  # counters of a GPU, as the host knows them
         self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
         self._told: set[Tensor] = set()  # parameters of which was warned
-        self._division = division
+        self._division, self._exchange = division, Exchange(division)
         self._gathered: tuple[int, dict[int, dict[str, Tensor]]] | None = None  # see consolidate_state_dict()
 
     # ---- param groups
@@ -82,7 +82,7 @@ class KroneckerOptimizer(Optimizer):
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters but got {p.dtype}")
-                check_placements(p, world_size())
+                check_placements(p)
         except Exception:
             self.param_groups.pop()
             raise
@@ -125,9 +125,14 @@ class KroneckerOptimizer(Optimizer):
         return self._division.ranks or 1
 
     @property
+    def repeats(self) -> bool:
+        """Whether a rank with a lower number does the same work, so that what is counted over ranks counts twice."""
+        return self._division.repeats
+
+    @property
     def bytes_received(self) -> int:
         """Bytes that this rank received in the last step, its own share included."""
-        return self._division.bytes_received
+        return self._exchange.bytes_received
 
     # ---- a step
 
@@ -148,29 +153,36 @@ class KroneckerOptimizer(Optimizer):
                 loss = closure()
         self._refuse_sparse()
         plans = self._plan()
-        self._gathered = None
+        self._gathered, self._exchange.bytes_received = None, 0
         if self._division.divide(self.param_groups, plans, self.state):
             self._stacks.clear()
         given = self._gradients(plans)
         sharded = [grads for index, grads in given.items() if plans[index].sharded]
         norms = norms_of_rows({p: G for grads in sharded for p, G in grads.items() if is_sharded(p)})
         inputs = [self._begin(index, plans[index], grads, norms) for index, grads in given.items()]
+        lengths: dict[Tensor, Tensor] = {}
         if norms:
             active = [steps.drop_broken(x) for x in inputs]
-            received, lengths = self._division.gather(active)
-            for x, rows in zip(active, received, strict=True):
-                self._prepare(x, x, rows)
+            lengths = self._exchange.gradients(active, _add_statistics)
         else:
-            received, lengths = [steps.Received() for _ in inputs], {}
-            active = [self._prepare(x, None, rows) for x, rows in zip(inputs, received, strict=True)]
-        shared = [(x, rows) for x, rows in zip(active, received, strict=True) if x.layouts and x.shared]
-        flight = self._division.send(shared, lengths) if shared else None
+            for x in inputs:
+                _add_statistics(x, steps.Received())
+            active = [steps.drop_broken(x) for x in inputs]  # now: statistics were queued after the question
         for x in active:
-            steps.update_rest(x)
-            if not x.shared:
-                steps.update_weights(x)
-        if flight is not None:
-            self._division.receive(flight)
+            with full_precision(_device_type(x)):
+                steps.refresh_roots(x)
+        shared = [x for x in active if x.layouts and x.shared]
+
+        def beside() -> None:
+            for x in active:
+                steps.update_rest(x)
+                if not x.shared:
+                    steps.update_weights(x)
+
+        if shared:
+            self._exchange.updates(shared, lengths, beside)
+        else:
+            beside()
         if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
         return loss
@@ -221,7 +233,7 @@ class KroneckerOptimizer(Optimizer):
         if count:
             self._keep_roots_of(root_options(group), group, stacks)
         shares = {p: self.share(p, group) for p in plan.layouts} if self._division.shares else plan.layouts
-        shared = is_shared(group, plan)
+        shared = self._division.is_shared(group, plan)
         return steps.Inputs(
             group,
             plan,
@@ -263,16 +275,6 @@ class KroneckerOptimizer(Optimizer):
             for stack in stacks:
                 stack.forget_roots()
         group["roots_of"] = options
-
-    @staticmethod
-    def _prepare(x: steps.Inputs, active: steps.Active | None, received: steps.Received) -> steps.Active:
-        """Add to the statistics, drop what is not finite where that has not been done, and compute roots."""
-        with full_precision(next((p.device.type for p in x.steps), "cpu")):
-            if x.steps:
-                steps.add_statistics(x, received)
-            active = active or steps.drop_broken(x)  # after the statistics, which were queued after the question
-            steps.refresh_roots(active)
-        return active
 
     def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
         """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
@@ -340,9 +342,10 @@ class KroneckerOptimizer(Optimizer):
 
     def _gather(self, to: int | None) -> dict[int, dict[str, Tensor]]:
         """Return the factors of all ranks by parameter number, on one rank or on all."""
-        if self._division.barrier is not None:
-            self._division.barrier.wait(self.timeout)
-        return states.whole_factors(self.state, self.param_groups, self._division.owners, to)
+        teams = self._division.teams()
+        for team in teams:
+            team.wait(self.timeout)
+        return states.whole_factors(self.state, self.param_groups, self._division.owners, teams, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with.
@@ -387,12 +390,15 @@ class KroneckerOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         content: dict[str, Any] = super().__getstate__()
-        return content | {"_owners": self._division.owners, "_divided": self._division.ranks}
+        return content | {"_division": self._division.pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        owners, ranks = state.get("_owners", {}), state.get("_divided", 0)  # a state_dict has none: it is whole
-        super().__setstate__({name: value for name, value in state.items() if name not in ("_owners", "_divided")})
-        self._reset(Division(owners, ranks))
+        # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.
+        own: Division = vars(self).get("_division") or Division()
+        older = state.get("_owners", {}), state.get("_divided", 0), own.everyone, own.group_size
+        division = state.get("_division", older)
+        super().__setstate__({k: v for k, v in state.items() if k not in ("_division", "_owners", "_divided")})
+        self._reset(Division(*division, own.group))
         self.defaults = without_removed(self.defaults)
         self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
         self.param_groups = [without_removed(group) for group in self.param_groups]
@@ -401,4 +407,14 @@ class KroneckerOptimizer(Optimizer):
                 group.setdefault(name, self.defaults[name])
             group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
-                states.count_as_before(self.state.get(p, {}), group, p in owners)
+                states.count_as_before(self.state.get(p, {}), group, p in division[0])
+
+
+def _device_type(x: steps.Inputs) -> str:
+    return next((p.device.type for p in x.steps), "cpu")
+
+
+def _add_statistics(x: steps.Inputs, received: steps.Received) -> None:
+    if x.steps:
+        with full_precision(_device_type(x)):
+            steps.add_statistics(x, received)

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     FactorDtype = torch.dtype
     LowDtype = torch.dtype
+    TravelDtype = torch.dtype
 else:  # their names, as a recipe has them
     ParamsT = Any
     FactorDtype = Literal["float32", "float64"]
     LowDtype = Literal["bfloat16"]
+    TravelDtype = Literal["bfloat16", "float32"]
 
 T = TypeVar("T")
+OF_OPTIMIZER = ("process_group", "group_size")  # options that no param group has
 EXPONENTS = (0, 0.25, 0.5, 1)
 SMALLEST_EPS_FLOAT32 = 1e-6  # below it, the damping is lost in the rounding of float32 statistics
 
@@ -46,9 +49,11 @@ def _is_count(value: Any) -> bool:
 NOT_NEGATIVE = Range("should be >= 0", lambda value: value >= 0)
 POSITIVE = Range("should be > 0", lambda value: value > 0)
 BELOW_ONE = Range("should be in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = Range("should be from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = Range("should be above 0 and below 1", lambda value: 0 < value < 1)
 COUNT = Range("should be a positive integer", _is_count, 10**9)
 COUNT_OR_ZERO = Range("should be a positive integer or 0", lambda value: value == 0 or _is_count(value), 10**9)
+COUNT_OR_NONE = Range("should be a positive integer or None", lambda value: value is None or _is_count(value))
 ORDER = Range("should be a positive integer or inf", lambda value: value == math.inf or _is_count(value), 100)
 EXPONENT = Range(f"should be one of {', '.join(map(str, EXPONENTS))}", lambda value: value in EXPONENTS)
 PAIR = Range("should be two numbers", lambda value: isinstance(value, (tuple, list)) and len(value) == 2)
@@ -192,7 +197,8 @@ class FullAdagradOptions:
     solver: Literal["auto", "eigh", "newton"] = option(
         "auto",
         """method of the inverse roots: ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration.
-        ``"auto"`` is eigh on a CPU and Newton on a GPU.""",
+        ``"auto"`` is eigh on a CPU and Newton on a GPU. Of eigenbases (``measured``) ``"newton"`` takes a step of
+        orthogonal iteration from the last ones, as SOAP does: a product and a QR decomposition.""",
     )
     factor_dtype: FactorDtype | None = option(
         None,
@@ -220,16 +226,32 @@ class FullAdagradOptions:
     shard: Literal["auto", "none"] = option(
         "auto",
         """``"auto"``: with a default process group of several ranks, each rank owns some blocks, keeps the statistics
-        and roots of those alone, computes their updates and gets the others' by one collective a step. ``"none"``:
+        and roots of those alone, computes their updates and gets the others' while it computes. ``"none"``:
         every rank does everything; use it where parameters differ between ranks, or where rank 0 alone saves.
-        Parameters of ``fully_shard`` are always divided: their rows go to the owner of a block and back.""",
+        Parameters of ``fully_shard`` are always divided: their rows go to the owner of a block and back; of replicas
+        each does so by itself.""",
     )
-    gather_dtype: LowDtype | None = option(
+    gather_dtype: TravelDtype | None = option(
         None,
-        """type in which updates travel between ranks, ``torch.bfloat16`` (half the bytes, for slow networks), or None
-        for that of the statistics.""",
+        """type in which updates travel between ranks: ``torch.float32`` or ``torch.bfloat16`` (half the bytes). None:
+        bfloat16 for bfloat16 parameters, else that of the statistics.""",
     )
     maximize: bool = option(False, "maximize the objective.", in_recipe=False)
+    process_group: Any = option(
+        None,
+        """ranks that have the same parameters, a process group or the last axis of a device mesh; None: all. Say it
+        where ranks have different parts of a model (pipeline or expert parallelism). For parameters of ``fully_shard``
+        their own mesh says it.""",
+        in_recipe=False,
+    )
+    group_size: int | None = option(
+        None,
+        """how many neighbours among these ranks share the work on parameters that are not divided by rows. Other groups
+        do the same work beside them. None: at most 64, and on more than 8 ranks so few that what a rank receives is at
+        most 1.1 times the updates. More have less state each; ranks of one node exchange fastest.""",
+        COUNT_OR_NONE,
+        in_recipe=False,
+    )
 
 
 @dataclass
@@ -261,6 +283,15 @@ class ShampooOptions(FullAdagradOptions):
         With 1 Shampoo is U = tr(L)^(1/2) L^(-1/2) G R^(-1/2), which takes L x R / tr(L) for the statistic of Adagrad
         (Morwani et al., arXiv:2406.17748); for order q A_i = S_i^(-1/q), and U times tr(S)^(1/2), undamped.""",
         EXPONENT,
+    )
+    measured: float = option(
+        0.0,
+        """share of a measured second moment in the weights, from 0 to 1. With 0 all follow from the statistics of the
+        axes. Else the momentum is seen in their eigenbases and divided there by the root of a mixture of what the axes
+        say and of Adam's second moment in that basis. This takes half as many products again and 4 bytes a parameter.
+        With 1 and ``graft="none"`` it is SOAP (arXiv:2409.11321), damped by ``eps``, and AdamW has what is left to the
+        graft method for good. ``pack_roots`` does nothing then.""",
+        SHARE,
     )
     polar: bool = option(
         False,

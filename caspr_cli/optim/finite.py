@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.fsdp import is_counted
+from caspr_cli.optim.fsdp import is_sharded
 from caspr_cli.optim.graft import frobenius, graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.scatter import Workspace
@@ -68,6 +68,5 @@ class Finite:
 
 def norms_of_rows(rows: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     """Return the Frobenius norms of tensors of which each rank has some rows: a collective operation."""
-    squares = [frobenius([G])[0].square() for G in rows.values()]
-    own = {p: square if is_counted(p) else torch.zeros_like(square) for p, square in zip(rows, squares, strict=True)}
-    return {p: total.sqrt() for p, total in summed(own).items()}
+    squares = {p: frobenius([G])[0].square() for p, G in rows.items() if is_sharded(p)}
+    return {p: total.sqrt() for p, total in summed(squares).items()}

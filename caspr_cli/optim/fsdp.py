@@ -2,17 +2,20 @@
 
 Each rank holds some neighbouring rows. A block is preconditioned whole by the rank that owns it, so rows of gradients
 and momenta go from their sharding to the owners, and rows of updates the other way: this module says which.
-Numbers are in `shard.AllToAllBuffer`.
+Numbers are in `shard.Parcel`.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch.distributed as dist
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
@@ -42,52 +45,52 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def check_placements(p: Tensor, ranks: int) -> None:
-    """Refuse a DTensor that is not divided by rows among all ranks.
+def check_placements(p: Tensor) -> None:
+    """Refuse a DTensor that is not divided by rows, and by nothing else.
 
     Raises:
-        ValueError: the same on all ranks.
+        ValueError: the same on all ranks, but for one that is not there.
     """
     if not is_sharded(p):
         return
+    if p.device_mesh.get_coordinate() is None:
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} has nothing on this rank: leave it to its own ranks")
     from torch.distributed.tensor import Replicate, Shard
 
     rows = [x for x in p.placements if type(x) is Shard and x.dim == 0]
     copies = [x for x in p.placements if isinstance(x, Replicate)]
-    everyone = sorted(p.device_mesh.mesh.flatten().tolist()) == list(range(ranks))
-    if len(rows) != 1 or len(rows) + len(copies) != len(p.placements) or not everyone:
+    if len(rows) != 1 or len(rows) + len(copies) != len(p.placements):
         placements = ", ".join(map(str, p.placements))
         raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} with placements ({placements}) over {p.device_mesh.size()} of "
-            f"{ranks} ranks cannot be preconditioned: use fully_shard over all ranks, which divides rows (Shard(0)), "
-            "or torch.optim.AdamW for it"
+            f"a parameter of shape {tuple(p.shape)} with placements ({placements}) cannot be preconditioned: "
+            "fully_shard divides rows (Shard(0)), with or without replicas, and that is what can be; tensor "
+            "parallelism that divides columns, or rows twice, is not. Use torch.optim.AdamW for it"
         )
 
 
-@dataclass(frozen=True)
-class RowSharding:
-    """Which rows of axis 0 each rank has, and which copy of the tensor they are part of (0 but for replicas)."""
+def _row_axis(p: DTensor) -> int:
+    return next(i for i, x in enumerate(p.placements) if not x.is_replicate())
 
-    rows: list[slice]
-    copy: list[int]
 
-    @classmethod
-    def of(cls, p: DTensor, size: int) -> RowSharding:
-        """
-        Args:
-            size: of axis 0, of p or of what its axes are merged to.
-        """
-        from torch.distributed.tensor import Shard
+def row_group(p: DTensor) -> Any:
+    """Return the process group of the ranks among which the rows of p are divided: replicas have others."""
+    return p.device_mesh.get_group(_row_axis(p))
 
-        axis = next(i for i, x in enumerate(p.placements) if isinstance(x, Shard))
-        mesh = p.device_mesh.mesh.movedim(axis, -1).reshape(-1, p.device_mesh.shape[axis]).tolist()
-        rows, copy = [slice(0, 0)] * p.device_mesh.size(), [0] * p.device_mesh.size()
-        each = size // max(1, p.shape[0])  # of a row of p: axes that are merged are neighbours
-        for number, ranks in enumerate(mesh):
-            for rank, part in zip(ranks, shard_rows(p.shape[0], len(ranks)), strict=True):
-                rows[rank] = slice(part.start * each, part.stop * each)
-                copy[rank] = number
-        return cls(rows, copy)
+
+def rows_of(p: DTensor, size: int) -> list[slice]:
+    """Return which rows of axis 0 each rank of the :func:`row_group` has.
+
+    Args:
+        size: of axis 0, of p or of what its axes are merged to.
+    """
+    axis, mesh = _row_axis(p), p.device_mesh
+    at: list[Any] = list(mesh.get_coordinate() or ())
+    at[axis] = slice(None)
+    ranks = mesh.mesh[tuple(at)].tolist()
+    parts = dict(zip(ranks, shard_rows(p.shape[0], len(ranks)), strict=True))
+    each = size // max(1, p.shape[0])  # of a row of p: axes that are merged are neighbours
+    in_order = [parts[rank] for rank in dist.get_process_group_ranks(row_group(p))]
+    return [slice(part.start * each, part.stop * each) for part in in_order]
 
 
 def shard_rows(size: int, ranks: int) -> list[slice]:
@@ -102,7 +105,6 @@ class BlockShard:
 
     holder: int
     owner: int
-    same_copy: bool  # of the tensor: an owner asks its own copy alone for rows, and sends its updates to all
     shape: Shape
     block: Shape  # the shape of the block
     number: int  # index of the block among its owner's blocks of this shape
@@ -120,43 +122,37 @@ class TransferPlan:
 
     @classmethod
     def of(cls, p: DTensor, layout: Layout, owners: dict[Shape, list[int]], rank: int) -> TransferPlan:
-        sharding = RowSharding.of(p, layout.shape[0])
-        shards = [x for x in block_shards(layout, owners, sharding) if rank in (x.holder, x.owner)]
-        mine = sharding.rows[rank]
-        held = (mine.stop - mine.start, *layout.shape[1:])
+        rows = rows_of(p, layout.shape[0])
+        shards = block_shards(layout, owners, rows, rank)
+        held = (rows[rank].stop - rows[rank].start, *layout.shape[1:])
         here = Layout(held, layout.axes, {held: [tuple(slice(0, d) for d in held)]}, {held: [0]}, (held,))
         return cls(here, [x for x in shards if x.holder == rank], [x for x in shards if x.owner == rank])
 
 
-def block_shards(layout: Layout, owners: dict[Shape, list[int]], sharding: RowSharding) -> list[BlockShard]:
-    """Return the parts of all blocks that ranks hold, in an order that is the same on all ranks."""
+def block_shards(layout: Layout, owners: dict[Shape, list[int]], rows: list[slice], rank: int) -> list[BlockShard]:
+    """Return the parts of all blocks that a rank holds or owns, in an order that is the same on all ranks."""
     shards = []
+    holders = sorted((part.stop, part.start, holder) for holder, part in enumerate(rows) if part.start < part.stop)
     for shape in layout.shapes:
         counts: dict[int, int] = defaultdict(int)
         for block, owner in zip(layout.blocks[shape], owners[shape], strict=True):
-            for holder, mine in enumerate(sharding.rows):
-                start, stop = max(block[0].start, mine.start), min(block[0].stop, mine.stop)
-                if start < stop:
-                    rows = slice(start - block[0].start, stop - block[0].start)
-                    cut = (slice(start - mine.start, stop - mine.start), *block[1:])
-                    same = sharding.copy[holder] == sharding.copy[owner]
-                    size = (stop - start, *shape[1:])
-                    shards.append(BlockShard(holder, owner, same, size, shape, counts[owner], rows, cut))
+            at = bisect_right(holders, (block[0].start, math.inf, 0)) if owner == rank else len(holders)
+            near = holders[at:] if owner == rank else [(rows[rank].stop, rows[rank].start, rank)]
+            for end, begin, holder in near:
+                start, stop = max(block[0].start, begin), min(block[0].stop, end)
+                if start >= stop:
+                    break
+                part = slice(start - block[0].start, stop - block[0].start)
+                cut = (slice(start - begin, stop - begin), *block[1:])
+                size = (stop - start, *shape[1:])
+                shards.append(BlockShard(holder, owner, size, shape, counts[owner], part, cut))
             counts[owner] += 1
     return shards
 
 
-def is_counted(p: Tensor) -> bool:
-    """Whether what this rank holds counts where something is summed over ranks: of replicas, the first alone."""
-    if not is_sharded(p):
-        return True
-    at = p.device_mesh.get_coordinate()
-    return at is not None and not any(i for i, x in zip(at, p.placements, strict=True) if x.is_replicate())
-
-
-def distribute(whole: Tensor, p: DTensor, rank: int) -> DTensor:
+def distribute(whole: Tensor, p: DTensor) -> DTensor:
     """Return this rank's rows of a tensor of p's shape that every rank has, as a DTensor like p."""
     from torch.distributed.tensor import DTensor
 
-    rows = whole[RowSharding.of(p, p.shape[0]).rows[rank]].to(p.device, copy=True)
+    rows = whole[rows_of(p, p.shape[0])[dist.get_rank(row_group(p))]].to(p.device, copy=True)
     return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

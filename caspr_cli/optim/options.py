@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed, wrong
+from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed, wrong
 
 Group = dict[str, Any]
 
-OPTIONS = tuple(options_of(CASPROptions))  # the keys of a param group, beside "params"
+OPTIONS = tuple(o for o in options_of(CASPROptions) if o not in OF_OPTIMIZER)  # keys of a param group, beside "params"
 # Keys of a param group that are none: torch's, those of schedulers, and what programs keep there to find a group again.
 LABELS = ("params", "param_names", "roots_of", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr",
           "base_momentum", "max_momentum", "swa_lr", "lr_scale")  # fmt: skip
@@ -35,7 +35,8 @@ def validate(options: Group) -> None:
     Raises:
         ValueError: names the option and the value.
     """
-    for name, option in options_of(CASPROptions).items():
+    for name in OPTIONS:
+        option = options_of(CASPROptions)[name]
         choices = [getattr(torch, c) if c and name.endswith("_dtype") else c for c in option.choices]
         value = options[name]
         known = any(value is c or (isinstance(c, str) and value == c) for c in choices)
@@ -71,7 +72,7 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
 
 def root_options(group: Group) -> tuple[Any, ...]:
     """Return the options that roots depend on; roots that were made with other ones are made again."""
-    return tuple(group[name] for name in OF_ROOTS)
+    return (*(group[name] for name in OF_ROOTS), *(["eigenvectors"] if group["measured"] else []))
 
 
 def is_float64_for_eps(p: Tensor, group: Group) -> bool:
@@ -85,3 +86,10 @@ def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
         return cast(torch.dtype, group["factor_dtype"])
     small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
     return torch.float64 if p.dtype == torch.float64 or small else torch.float32
+
+
+def travel_dtype(p: Tensor, group: Group) -> torch.dtype:
+    """Return the type in which updates travel between ranks: where nothing is said, bfloat16 if p is of that type."""
+    if group["gather_dtype"] is not None:
+        return cast(torch.dtype, group["gather_dtype"])
+    return torch.bfloat16 if p.dtype == torch.bfloat16 else factor_dtype(p, group)

@@ -15,7 +15,7 @@ from caspr_cli.optim.fsdp import distribute, is_sharded
 from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate
 from caspr_cli.optim.plan import is_preconditioned, layout_of
-from caspr_cli.optim.shard import collected
+from caspr_cli.optim.shard import Team, collected
 from caspr_cli.optim.stacks import check_factors, is_factor
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
@@ -50,7 +50,8 @@ def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
 
 def begin(state: State, p: Tensor, group: Group) -> None:
     """Make the entries that every step needs, where they are not there."""
-    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if group["graft"] == "rms" else group["graft"]
+    asked = group["graft"] in ("rms", "none")
+    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if asked else group["graft"]
     needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(graft) else ("exp_avg",)
     if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
         state["step"] = counter()
@@ -115,7 +116,7 @@ def accepted(content: Content, groups: list[Group], fixed: Group) -> Content:
         saved[i] = adopted(theirs, mine, fixed)
     content = content | {"param_groups": saved}
     _check(content, groups)
-    return _with_own_rows(content, groups)
+    return with_own_rows(content, groups)
 
 
 def _check(content: Content, groups: list[Group]) -> None:
@@ -136,13 +137,13 @@ def _check(content: Content, groups: list[Group]) -> None:
             check_factors(state, p, layout_of(p, group))
 
 
-def _with_own_rows(content: Content, groups: list[Group]) -> Content:
+def with_own_rows(content: Content, groups: list[Group]) -> Content:
     """Return a state_dict with this rank's rows of moments that were saved whole; torch compares the groups later."""
     state = dict(content["state"])
     for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=False):
         if is_sharded(p):
             state[i] = {
-                name: distribute(value, p, dist.get_rank()) if _is_whole(name, value, p) else value
+                name: distribute(value, p) if _is_whole(name, value, p) else value
                 for name, value in state.get(i, {}).items()
             }
     return content | {"state": state}
@@ -176,26 +177,32 @@ def without_factors(state: State) -> State:
 
 
 def whole_factors(
-    state: Any, groups: list[Group], owners: dict[Tensor, dict[Shape, list[int]]], to: int | None
+    state: Any,
+    groups: list[Group],
+    owners: dict[Tensor, dict[Shape, list[int]]],
+    teams: dict[Team, list[Tensor]],
+    to: int | None,
 ) -> dict[int, dict[str, Tensor]]:
-    """Return the factors of all ranks, of each parameter that has owners, by its number, in the memory of the CPU: a
+    """Return the factors of all ranks of each team, by the number of the parameter, in the memory of the CPU: a
     collective operation.
 
     Args:
         to: the rank that wants them; None: all do. Others get nothing.
     """
-    everyone = dict(enumerate(params_of(groups)))
-    mine = {
-        i: {k: v for k, v in state.get(p, {}).items() if is_factor(k)} for i, (p, _) in everyone.items() if p in owners
-    }
-    whole: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for i, owner, named in collected(mine, {i: p.device for i, (p, _) in everyone.items()}):
-        if to not in (None, dist.get_rank()):
+    everyone, whole = dict(enumerate(params_of(groups))), defaultdict[int, dict[str, Tensor]](dict)
+    numbers = {p: i for i, (p, _) in everyone.items()}
+    for team, params in teams.items():
+        if to is not None and to not in team.everyone:
             continue
-        p, group = everyone[i]
-        for name, rows in named.items():
-            ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
-            if name not in whole[i]:
-                whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
-            whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()
+        theirs = sorted(numbers[p] for p in params)
+        mine = {i: {k: v for k, v in state.get(everyone[i][0], {}).items() if is_factor(k)} for i in theirs}
+        for i, owner, named in collected(mine, {i: everyone[i][0].device for i in theirs}, team):
+            if to not in (None, dist.get_rank()):
+                continue
+            p, group = everyone[i]
+            for name, rows in named.items():
+                ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
+                if name not in whole[i]:
+                    whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
+                whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()
     return whole

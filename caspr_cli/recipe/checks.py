@@ -10,7 +10,7 @@ from typing import Any
 from caspr_cli.common.shape import leaves
 from caspr_cli.optim import family, registry
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe, Source, TaskConf, TrainerConf
+from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe, Source, Strategy, TaskConf, TrainerConf
 
 # The least and the most of each whole number. More than the most is a slip: memory does not suffice, or something
 # overflows after hours. The keys of optimizers have their ranges in caspr_cli.optim.
@@ -31,6 +31,9 @@ SHARES = ("task.dropout", "task.label_smoothing")  # in [0, 1)
 LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
 
+ROW_BY_ROW = ("adamw", "sgd")  # whose step of some rows needs no others
+
+
 def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
     """Raise an error if a recipe cannot be run.
 
@@ -48,7 +51,7 @@ def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
     for key in SHARES:
         if not 0 <= values.get(key, 0) < 1:
             raise ConfigError(f"{key} should be in [0, 1) but is {values[key]}")
-    _check_optim(plain["optim"])
+    _check_optim(plain["optim"], recipe.trainer.strategy)
     _check_trainer(recipe.trainer, recipe.task.batch_size)
     schedule = recipe.schedule
     for name in ("warmup", "decay"):
@@ -80,6 +83,11 @@ def _check_trainer(trainer: TrainerConf, batch: int) -> None:
             f"task.batch_size should be a multiple of trainer.devices{nodes} x trainer.accumulate = {parts} "
             f"but is {batch}"
         )
+    if trainer.strategy == Strategy.fsdp:
+        if trainer.devices * trainer.nodes == 1:
+            raise ConfigError("trainer.strategy=fsdp divides the model among processes: add trainer.devices=N")
+        if trainer.compile:
+            raise ConfigError("trainer.strategy=fsdp with trainer.compile=true is not supported: take one of them")
     if trainer.rendezvous is not None:
         place = re.fullmatch(r"(?:[^\s:\[\]]+|\[[0-9a-fA-F:]+\]):(\d{1,6})", trainer.rendezvous)
         if place is None:
@@ -101,7 +109,13 @@ def _check_task(task: TaskConf) -> None:
         )
 
 
-def _check_optim(plain: Mapping[str, Any]) -> None:
+def _check_optim(plain: Mapping[str, Any], strategy: Strategy) -> None:
+    divisible = [n for n, conf in OPTIMIZERS.items() if issubclass(conf, KroneckerConf) or n in ROW_BY_ROW]
+    if strategy == Strategy.fsdp and plain["name"] not in divisible:
+        raise ConfigError(
+            f"optim={plain['name']} needs whole matrices, of which trainer.strategy=fsdp has rows: take "
+            f"trainer.strategy=ddp, or one of {', '.join(divisible)}"
+        )
     keys = registry.OPTIMIZERS[plain["name"]].keys
     if found := family.wrong(keys, plain):
         raise ConfigError(f"optim.{found.key} {found.should} but is {found.value}")

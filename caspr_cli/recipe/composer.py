@@ -31,6 +31,9 @@ class Composed(NamedTuple):
     hydra: DictConfig
 
 
+LISTS = ("logger", "optim.betas")  # keys of which a value is a list: with commas alone it would be a sweep
+
+
 class Composer:
     """Composes the configs of one command line.
 
@@ -50,6 +53,9 @@ class Composer:
         if not re.fullmatch(r"\w[\w/-]*", name):
             raise ConfigError(f"-cn {name}: should be the name of a file in the directory of -cd")
         for word in given:
+            key, _, given_value = word.lstrip("+").partition("=")
+            if words.parse(word).is_choice_sweep() and key in LISTS and "[" not in given_value:
+                raise ConfigError(f"{word}: a list stands in brackets: '{key}=[{given_value}]'")
             if words.parse(word).is_sweep_override() and not sweeps:
                 raise ConfigError(f"{word} is a sweep: add -m to run one job for each value")
         self.words = [word for word in given if not words.is_hydras(words.parse(word))]

@@ -7,9 +7,8 @@ from pathlib import Path
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import UserError
 
-# Beside the package in a checkout, inside it in a wheel.
 PACKAGE = Path(__file__).resolve().parent.parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+CONF = PACKAGE / "conf"
 
 
 def folders() -> dict[Path, str | None]:

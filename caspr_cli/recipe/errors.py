@@ -124,6 +124,6 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
         return f"{key} should be one of {match[2]} but is '{match[1]}'.{nearest(match[1], choices, f'{key}=')}"
     typed = next((a for a in argv if a.lstrip("+~").startswith(f"{key}=")), key)
     if "is not a ListConfig, list or tuple" in message:
-        usual = OmegaConf.select(keys(), key, default=["A", "B"])
+        usual = OmegaConf.select(keys(), key, default=["A", "B"]) or [typed.partition("=")[2]]
         return f"{typed}: {key} should be a list in brackets, as in {key}=[{','.join(map(str, usual))}]"
     return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -59,7 +59,7 @@ def _optimizer(name: str, entry: Entry) -> type[OptimConf]:
             words_of = _enum(each.name, words)
             kind = words_of | None if None in each.choices else words_of
             default = words_of[default] if default is not None else None
-        elif not re.fullmatch(KINDS, kind):
+        elif each.in_recipe and not re.fullmatch(KINDS, kind):
             raise UserError(f"optim={name}: the type of {each.name}, {kind}, is not one that a recipe can have")
         if each.in_recipe:
             keys.append((each.name, kind, field(default=default)))
@@ -85,6 +85,11 @@ class Accelerator(Enum):
     auto = "auto"
     cpu = "cpu"
     gpu = "gpu"
+
+
+class Strategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Decay(Enum):
@@ -121,6 +126,7 @@ class TrainerConf:
     accelerator: Accelerator = Accelerator.auto
     devices: int = 1  # processes on this machine, one device each
     nodes: int = 1  # machines with so many devices each; the same command is started on each of them
+    strategy: Strategy = Strategy.ddp  # of several processes: ddp, each has the model; fsdp, each has a part of it
     rendezvous: str | None = None  # where they meet: HOST:PORT of one of them; null: from SLURM's variables
     precision: Precision = Precision["32-true"]
     max_steps: int = 400  # optimizer steps

@@ -24,7 +24,7 @@ ABSENT = "-"  # a key that an older version did not have, where the others diffe
 IGNORED = {
     "seed", "trial", "resume", "output_dir", "logger", "debug", "horizon", "task.root", "trainer.timeout",
     "trainer.rendezvous", "trainer.workers", "trainer.log_every", "trainer.accelerator", "trainer.devices",
-    "trainer.nodes", "trainer.accumulate", "trainer.compile", "trainer.val_every",
+    "trainer.nodes", "trainer.strategy", "trainer.accumulate", "trainer.compile", "trainer.val_every",
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")

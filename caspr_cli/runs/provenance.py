@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from caspr_cli.common.packages import installed
 from caspr_cli.recipe.configs import PACKAGE
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import cores
+from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "hydra-core", "omegaconf", "datasets", "tokenizers", "torchmetrics",
@@ -54,6 +56,24 @@ def brought(recipe: Recipe | None) -> dict[str, str]:
         return {}
     found = (plugins.package(plugins.TASKS, recipe.task.name), plugins.package(plugins.OPTIMIZERS, recipe.optim.name))
     return dict(package.rsplit(" ", 1) for package in found if package)
+
+
+def missing(output_dir: Path, group: str, name: str) -> str | None:
+    """Return which package brought a task or an optimizer to a record here, if it is not installed any more.
+
+    Args:
+        group: ``task`` or ``optim``.
+        name: the choice that is not known.
+    """
+    records = f"{name}/*/*/seed*" if group == "task" else f"*/{name}/*/seed*"
+    for file in sorted(output_dir.glob(f"{records}/{PROVENANCE}")):
+        with suppress(RecordDamagedError, OSError):
+            packages = Record(file.parent).read(PROVENANCE).get("packages") or {}
+            if gone := [
+                f"{each} {packages[each]}" for each in packages if each not in PACKAGES and not installed(each)
+            ]:
+                return f"{group}={name}: {file.parent} ran it from the package {' and '.join(gone)}, not installed now"
+    return None
 
 
 def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, time: str) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class Session:
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             refuse_here(recipe)
-            say("start    importing torch and Lightning takes some seconds")
+            say("start    importing torch takes some seconds")
 
     def plan(self, recipe: Recipe, job: Job) -> Job:
         """Return a job of ``debug=plan``, with its table."""

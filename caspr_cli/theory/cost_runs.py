@@ -15,9 +15,9 @@ from caspr_cli.bench.roots import least_seconds, product_rate
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of, called_flops, state_bytes
+from caspr_cli.optim.dealing import Loads
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
-from caspr_cli.optim.shard import Loads
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.tasks.registry import CONFS
 from caspr_cli.theory.work import Machine, Work, gathered, seconds, stand_ins, work_of

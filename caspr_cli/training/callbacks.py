@@ -19,7 +19,7 @@ from caspr_cli.common.selection import reaches
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Strategy
 from caspr_cli.runs.processes import LAUNCHER, lives
 from caspr_cli.runs.record import Record
 from caspr_cli.training.checkpoints import OWNER, Owner, Start, link, put_in_place
@@ -90,8 +90,9 @@ class Curves(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.clock.start()  # from its pause: validations and checkpoints are no training
         next_step = trainer.global_step + 1
-        cast(TrainingModule, module).measure_update = (
-            next_step % self.recipe.trainer.log_every == 0 and self.recorder is not None
+        everywhere = self.recipe.trainer.strategy == Strategy.fsdp  # each rank has a part of what is measured
+        cast(TrainingModule, module).measure_update = next_step % self.recipe.trainer.log_every == 0 and (
+            everywhere or self.recorder is not None
         )
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler moves on before its end
 
@@ -170,6 +171,8 @@ class Curves(Callback):
             return {}
         found, counts = diagnose(optimizer), counters(optimizer)
         if optimizer.ranks > 1:
+            if optimizer.repeats:
+                found, counts = {}, counts | {"rejected_roots": 0}
             found, counts = _of_all_ranks(found, counts)
         if self.recorder is None:
             return {}

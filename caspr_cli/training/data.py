@@ -11,7 +11,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Strategy
 from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
 
 Draw = tuple[int, int]  # index of a sample, and the seed of what it draws when it is read
@@ -128,13 +128,17 @@ class TaskData(LightningDataModule):
         return self._in_order("test")
 
     def _in_order(self, split: Split) -> DataLoader[Any]:
-        """Return a loader of this rank's share: each sample once, so that ranks may have one more or less."""
-        share = list(range(self.rank, self._size(split), self.world))
-        return DataLoader(
-            torch.utils.data.Subset(self._datasets[split], share),
-            batch_size=self.recipe.task.batch_size,
-            **self._loading(),
-        )
+        """Return a loader of this rank's share: each sample once, so that ranks may have one more or less.
+
+        Under ``fsdp`` all ranks have as many batches, as a batch of one is work for all.
+        """
+        size, batch = self._size(split), self.recipe.task.batch_size
+        share = list(range(self.rank, size, self.world))
+        if self.recipe.trainer.strategy == Strategy.fsdp:
+            count = min(-(-size // (batch * self.world)), size // self.world)
+            batches = [share[start::count] for start in range(count)]
+            return DataLoader(self._datasets[split], batch_sampler=cast(Any, batches), **self._loading())
+        return DataLoader(torch.utils.data.Subset(self._datasets[split], share), batch_size=batch, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         workers = self.recipe.trainer.workers

@@ -15,41 +15,33 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
-from caspr_cli import tasks
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Recipe
+from caspr_cli.recipe.schema import Recipe, Strategy
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import synchronize
+from caspr_cli.training.begin import Begun, naming_the_key
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
 from caspr_cli.training.data import TaskData
-from caspr_cli.training.describe import prepared
-from caspr_cli.training.module import TrainingModule, build_options
-from caspr_cli.training.progress import Progress
+from caspr_cli.training.module import TrainingModule
 from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
+from caspr_cli.training.sharded import ShardedStrategy
 
 
-def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
+def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
     """Train, validate and test; continue from the record's last checkpoint if there is one.
 
     Returns:
         The content of ``result.json``, or None if a signal ended the run early (it is saved).
     """
     _silence()
-    task = tasks.load(recipe.task, recipe.seed)
-    progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
-    if progress:
-        _show_log(progress)
-    _refuse_options(recipe)  # now: data may take hours
-    files, described = prepared(recipe, task)  # safe on all ranks at once
-    fingerprint.refuse_changed(recipe, record, described)
+    recipe, task, progress, described = begun.recipe, begun.task, begun.progress, begun.described
     owner = Owner.of(recipe, described)
     start = find(record, owner, recipe.trainer.max_steps)
     torch.manual_seed(recipe.seed)
@@ -65,9 +57,9 @@ def fit(recipe: Recipe, record: Record, *, rank: int, world: int) -> dict[str, A
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            origin = _keep_origin(record, described, files, _device(trainer, world))
+            origin = _keep_origin(record, described, begun.files, _device(trainer, world))
             recorder.pages()
-            for line in _header(recipe, task, described, module, optimizer, trainer, world):
+            for line in _header(recipe, task, module, optimizer, trainer, world):
                 progress.say(line)
             if changed := provenance.changes(origin):
                 progress.say(f"warning  this run began with {'; '.join(changed)}")
@@ -107,25 +99,9 @@ def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
         raise RecordDamagedError(start.checkpoint, "it does not fit this run's model or optimizer") from error
 
 
-@contextmanager
-def _naming_the_key() -> Iterator[None]:
-    """Name the key of an option that an optimizer refuses."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"optim.{error}") from error
-
-
-def _refuse_options(recipe: Recipe) -> None:
-    """Refuse options that no model could be trained with."""
-    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
-    with _naming_the_key():
-        build(recipe.optim.name, [group], build_options(recipe.optim))
-
-
 def _optimizer(module: TrainingModule) -> Any:
     """Return a throwaway optimizer; refuses options that do not fit this model before anything is written."""
-    with _naming_the_key():
+    with naming_the_key():
         return module.configure_optimizers()["optimizer"]
 
 
@@ -144,8 +120,11 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
     # Buffers (rotary tables, and running means, which are over all ranks already) are not sent at every step: in
     # validation ranks may have unequal numbers of batches, and would wait for each other for ever.
     strategy: Any = "auto"
-    if world > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, timeout=timedelta(seconds=conf.timeout))
+    timeout = timedelta(seconds=conf.timeout)
+    if conf.strategy == Strategy.fsdp:
+        strategy = ShardedStrategy(world, 1, save_distributed_checkpoint=False, timeout=timeout)
+    elif world > 1:
+        strategy = DDPStrategy(broadcast_buffers=False, timeout=timeout)
     try:
         trainer = Trainer(
             accelerator=conf.accelerator.name,
@@ -183,39 +162,24 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", message=r".*(isinstance\(treespec, LeafSpec\)|srun).*")
 
 
-def _show_log(progress: Progress) -> None:
-    """Show the lines that tasks log, as "training the tokenizer ...", on the screen."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            progress.say(record.getMessage())
-
-    logger = logging.getLogger("caspr")
-    logger.setLevel(logging.INFO)
-    logger.handlers = [Lines()]
-
-
 def _header(
     recipe: Recipe,
     task: Task,
-    data: dict[str, Any],
     module: TrainingModule,
     optimizer: Any,
     trainer: Trainer,
     world: int,
 ) -> list[str]:
-    size = ", ".join(f"{s} {v[task.unit]:,}" for s, v in data["splits"].items())
     parameters, chosen = _sizes(module)
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     lines = [
-        f"data     {data['name']} ({data['source']}): {task.unit} {size}",
         f"model    {sum(parameters):,} parameters, {sum(chosen):,} of them in {len(chosen)} tensors to precondition",
         f"run      {recipe.trainer.max_steps} steps of {recipe.task.batch_size} samples on {world} {device}"
         f" process{'es' if world > 1 else ''}{threads}",
     ]
     if isinstance(optimizer, KroneckerOptimizer):
-        flops = step_flops(optimizer)
+        flops = step_flops(optimizer, trainer.strategy.root_device)
         whole = task.train_flops(module.model) + sum(flops.values())
         blocks = sum(count for *_, count in blocks_of(optimizer))
         lines.append(

@@ -12,24 +12,20 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLR
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from caspr_cli.optim.finite import norms_of_rows
+from caspr_cli.optim.fsdp import is_sharded, local
 from caspr_cli.optim.registry import build
-from caspr_cli.recipe.compose import options
-from caspr_cli.recipe.schema import Decay, OptimConf, Recipe
+from caspr_cli.recipe.schema import Decay, Recipe
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import measured_anew, statistics
 from caspr_cli.training.data import mix
-from caspr_cli.training.groups import param_groups
+from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.schedule import factor
+from caspr_cli.training.sharded import ShardedStrategy, divide
 from caspr_cli.training.timing import PhaseTimer
 
 STATISTICS = "training_statistics"  # in a checkpoint: those of batch norms, where the model has others to evaluate with
 BATCHES = 20  # of training, that give the others
-
-
-def build_options(conf: OptimConf) -> dict[str, Any]:
-    """Return the arguments of :func:`caspr_cli.optim.registry.build` beside the groups."""
-    settings = options(conf)
-    return settings | {"betas": tuple(settings["betas"])} if "betas" in settings else settings
 
 
 def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
@@ -41,11 +37,19 @@ def clip(params: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     grads = {p: G for p in params if (G := p.grad) is not None}
     if not grads:
         return torch.zeros(())
-    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    norms = _norms(list(grads.values()))
     norm: Tensor = torch.linalg.vector_norm(torch.where(torch.isfinite(norms), norms, 0))
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(grads, limit, norm)
+        torch._foreach_mul_([local(G) for G in grads.values()], (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Return the norm of each tensor ``[n]``, of which ranks may have rows: a collective operation then."""
+    whole = [t for t in tensors if not is_sharded(t)]
+    norms = norms_of_rows({t: local(t) for t in tensors if is_sharded(t)})
+    norms |= zip(whole, torch._foreach_norm(whole) if whole else (), strict=True)
+    return torch.stack([norms[t] for t in tensors])
 
 
 class TrainingModule(LightningModule):
@@ -68,6 +72,12 @@ class TrainingModule(LightningModule):
         self.measure_update = False
         self.last: dict[str, Tensor] = {}
         self.scores: dict[str, dict[str, float]] = {}
+
+    def configure_model(self) -> None:
+        """Divide the parameters among ranks, where the strategy is one that does. (Lightning asks before each use.)"""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not any(map(is_sharded, self.model.parameters())):
+            divide(self.model, strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
@@ -112,8 +122,8 @@ class TrainingModule(LightningModule):
         if before is not None:
             after = [p.detach() for p in self.model.parameters()]
             changes = [new - old for new, old in zip(after, before, strict=True)]
-            self.last["update_norm"] = nn.utils.get_total_norm(changes)
-            self.last["weight_norm"] = nn.utils.get_total_norm(after)
+            self.last["update_norm"] = torch.linalg.vector_norm(_norms(changes))
+            self.last["weight_norm"] = torch.linalg.vector_norm(_norms(after))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.task.evaluate(self.model, batch, self.metrics["val"])

@@ -18,8 +18,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.training.groups import param_groups
-from caspr_cli.training.module import build_options
+from caspr_cli.training.groups import build_options, param_groups
 
 
 @dataclass
@@ -50,7 +49,7 @@ def plan(recipe: Recipe) -> Plan:
     """Return the cost of each tensor. Data are read only if the model's shape depends on them.
 
     The state and products of an optimizer are those of real steps on the "meta" device, which has shapes and no
-    numbers; :mod:`caspr_cli.optim.cost` has the eigendecompositions of the Kronecker family.
+    numbers; :mod:`caspr_cli.optim.cost` has the roots of the Kronecker family on the device of a run.
     """
     task = tasks.load(recipe.task, recipe.seed)
     model = task.model()
@@ -82,6 +81,11 @@ def _pattern(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name)
 
 
+def _device() -> torch.device:
+    """Return where a run would train."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe: Recipe) -> Row:
     stand_in = nn.Parameter(torch.empty_like(p, device="meta"))
     settings = build_options(recipe.optim)
@@ -95,7 +99,7 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
     reason = reason or ("matrix" if p.ndim == 2 else "tensor")
     if isinstance(optimizer, KroneckerOptimizer):
         (only,) = optimizer.param_groups
-        chosen, flops = optimizer.preconditions(stand_in, only), sum(step_flops(optimizer).values())
+        chosen, flops = optimizer.preconditions(stand_in, only), sum(step_flops(optimizer, _device()).values())
         if chosen:
             layout = optimizer.layout(stand_in, only)
             blocks = _blocks(layout)

@@ -48,10 +48,13 @@ def main(path: str) -> int:
 
 def _run(record: Record, rank: int, world: int) -> None:
     recipe = compose.load(record.config)
-    from caspr_cli.training.fit import fit
+    from caspr_cli.training.begin import begin
+
+    begun = begin(recipe, record, rank=rank)
+    from caspr_cli.training.fit import fit  # only now: it imports Lightning
     from caspr_cli.training.ranks import wait_for_first
 
-    result = fit(recipe, record, rank=rank, world=world)
+    result = fit(begun, record, rank=rank, world=world)
     if rank > 0:
         wait_for_first(record, rank, world, recipe.trainer.timeout)
         return

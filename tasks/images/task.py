@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics import Metric
 
 from caspr_cli.tasks.base import Task
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
 from caspr_cli.tasks.images.data import Gallery
-from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.registry import Augment, ImagesConf
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
+
+    from caspr_cli.tasks.images.metric import Accuracy
+
 Batch = tuple[Tensor, Tensor]  # uint8 [B, size, size, 3] and long [B]
-
-
-class Accuracy(Means):
-    """Cross entropy and accuracy over all images.
-
-    ``compute()`` gives ``loss`` (nats an image), ``accuracy`` and ``top5``, the share of images whose class is among
-    the five likeliest.
-    """
-
-    means = (("loss", "nats", "images"), ("accuracy", "first", "images"), ("top5", "among", "images"))
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add ``logits`` ``[B, K]`` and ``labels`` ``[B]``."""
-        logits = logits.float()
-        nats = F.cross_entropy(logits, labels, reduction="none").double().sum()
-        likeliest = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [B, 5]
-        self.add(nats=nats, first=likeliest[:, 0].sum(), among=likeliest.sum(), images=len(labels))
 
 
 class Classification(Task):
@@ -68,6 +54,8 @@ class Classification(Task):
         return F.cross_entropy(model(x).float(), targets, label_smoothing=self.conf.label_smoothing)
 
     def metrics(self) -> Accuracy:
+        from caspr_cli.tasks.images.metric import Accuracy
+
         return Accuracy()
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 from torch_geometric.utils import scatter
 
-from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
+from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING
 
 
 class Update(nn.Module):
@@ -96,3 +97,10 @@ class GraphNetwork(nn.Module):
             nodes, edges, u = step(nodes, edges, u, senders, receivers, batch.batch)
         logits: Tensor = self.decoder(u)
         return logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over the observed cells, in nats, and how many there are."""
+    observed = labels != MISSING
+    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
+    return (losses * observed).sum(), observed.sum()

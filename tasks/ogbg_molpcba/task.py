@@ -2,83 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch
-from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_average_precision
 
 from caspr_cli.tasks.base import Task
-from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.ogbg_molpcba.data import Graph, Library, batch_of
-from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
-from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork
+from caspr_cli.tasks.ogbg_molpcba.model import GraphNetwork, cross_entropy
 from caspr_cli.tasks.registry import MolPCBAConf
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
 
-class MeanAveragePrecision(Means):
-    """Cross entropy and average precision over all graphs.
-
-    ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
-    gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
-    have both classes. It is NaN if no label has; a data set with such a split is refused when it is prepared.
-
-    Args:
-        tasks: labels of a graph (``T``).
-    """
-
-    means = (("loss", "nats", "cells"),)
-    logits: list[Tensor] | Tensor
-    labels: list[Tensor] | Tensor
-
-    def __init__(self, tasks: int) -> None:
-        super().__init__()
-        self._tasks = tasks
-        for state in ("logits", "labels"):
-            self.add_state(state, [], dist_reduce_fx="cat")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add ``logits`` ``[B, T]`` and ``labels`` ``[B, T]``, 0, 1 or MISSING."""
-        nats, cells = cross_entropy(logits, labels)
-        self.add(nats=nats.double(), cells=cells)
-        self.logits.append(logits.detach().float())  # type: ignore[union-attr]
-        self.labels.append(labels)  # type: ignore[union-attr]
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
-        loss = super().compute()["loss"]
-        logits, labels = self._whole(self.logits), self._whole(self.labels)
-        scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]
-        found = [score for score in scores if score is not None]
-        return {"loss": loss, "map": torch.stack(found).mean() if found else torch.full_like(loss, torch.nan)}
-
-    def _whole(self, parts: list[Tensor] | Tensor) -> Tensor:
-        """Return the batches as one tensor, which torchmetrics has made of them already where there are ranks."""
-        if isinstance(parts, Tensor):
-            return parts
-        return torch.cat(parts) if parts else torch.empty(0, self._tasks)
-
-
-def average_precision(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """Return the average precision of one label's ``logits`` ``[n]``; None unless both classes were observed."""
-    observed = labels != MISSING
-    logits, truth = logits[observed], labels[observed].long()
-    positive = truth.sum()
-    if positive == 0 or positive == len(truth):
-        return None
-    # By rank, in [0, 1]: torchmetrics puts what is outside through a sigmoid, where large logits become equal.
-    ranks = logits.unique(return_inverse=True)[1].double()
-    return binary_average_precision(ranks / ranks.max().clamp(min=1), truth)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum over the observed cells, in nats, and how many there are."""
-    observed = labels != MISSING
-    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
-    return (losses * observed).sum(), observed.sum()
+    from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
 
 
 class MolPCBA(Task):
@@ -111,6 +48,8 @@ class MolPCBA(Task):
         return nats / cells.clamp(min=1)
 
     def metrics(self) -> MeanAveragePrecision:
+        from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
+
         return MeanAveragePrecision(self.data.tasks)
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:

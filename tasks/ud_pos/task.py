@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from caspr_cli.tasks.base import DataError, Task
-from caspr_cli.tasks.metrics import Means
 from caspr_cli.tasks.registry import TaggingConf
-from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED, Batch, Corpus, Sample, batch_of
+from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNTAGGED, Batch, Corpus, Sample, batch_of
 from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 
+if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
+    from torchmetrics import Metric
 
-class Accuracy(Means):
-    """Cross entropy and accuracy over all tagged words.
-
-    ``compute()`` gives ``loss`` (nats a word), ``accuracy``, and ``unknown_accuracy`` over the words that are not in
-    the vocabulary alone (not a number where there are none). Padding and words without a tag are in none of them; a
-    word whose tag training has not is wrong, and is not in the loss, where it would be infinite.
-    """
-
-    means = (
-        ("loss", "nats", "scored"),
-        ("accuracy", "right", "words"),
-        ("unknown_accuracy", "unknown_right", "unknown"),
-    )
-
-    def update(self, logits: Tensor, tags: Tensor, words: Tensor) -> None:
-        """Add ``logits`` ``[B, T, tags]`` for ``tags`` and ``words`` ``[B, T]`` of a batch."""
-        tagged = tags != UNTAGGED
-        logits, tags, unknown = logits[tagged].float(), tags[tagged], words[tagged] == UNKNOWN
-        right = logits.argmax(-1) == tags
-        seen = tags != UNSEEN
-        nats = F.cross_entropy(logits[seen], tags[seen], reduction="none").double().sum()
-        self.add(nats=nats, scored=seen.sum(), right=right.sum(), words=tags.numel())
-        self.add(unknown_right=(right & unknown).sum(), unknown=unknown.sum())
+    from caspr_cli.tasks.ud_pos.metric import Accuracy
 
 
 class Tagging(Task):
@@ -102,6 +80,8 @@ class Tagging(Task):
         return logits
 
     def metrics(self) -> Accuracy:
+        from caspr_cli.tasks.ud_pos.metric import Accuracy
+
         return Accuracy()
 
     def evaluate(self, model: nn.Module, batch: Batch, metrics: Metric) -> None:

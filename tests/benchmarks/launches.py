@@ -1,6 +1,6 @@
 """What an optimizer's step asks of a GPU, without one: launches, waits, FLOPs, bytes, for the shapes of GPT-2 small.
 
-    python tests/benchmarks/launches.py [adamw caspr shampoo nesterov]
+    python tests/benchmarks/launches.py [adamw caspr shampoo nesterov eight]
 
 Takes a minute an optimizer. Times are not known without a GPU.
 """
@@ -8,6 +8,7 @@ Takes a minute an optimizer. Times are not known without a GPU.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 from fake_gpu import fake_gpu  # noqa: E402
+from fake_ranks import many  # noqa: E402
 
 from caspr_cli.optim import CASPR, Shampoo  # noqa: E402
 
@@ -27,6 +29,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "caspr": (CASPR, {}),
     "shampoo": (Shampoo, {}),
     "nesterov": (CASPR, {"nesterov": True, "weight_decay": 0.1}),
+    "eight": (CASPR, {}),  # the first of eight ranks
 }
 
 
@@ -48,7 +51,7 @@ def measured(name: str) -> dict[str, Any]:
     """Return the counts of an average step over an interval, after the first roots."""
     cls, options = OPTIMIZERS[name]
     matrices, rest = gpt2()
-    with fake_gpu() as gpu:
+    with many(8) if name == "eight" else nullcontext(), fake_gpu() as gpu:
         params, others = on_the_gpu(matrices), on_the_gpu(rest)
         before, size = gpu.live, sum(p.numel() for p in (*params, *others))
         if cls is torch.optim.AdamW:

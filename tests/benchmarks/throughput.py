@@ -24,6 +24,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.record import Record
+from caspr_cli.training.begin import begin
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.fit import fit
 from caspr_cli.training.module import param_groups
@@ -61,7 +62,8 @@ def through_the_runner(recipe: Recipe) -> float:
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
     ):
-        result = fit(recipe, Record(Path(directory)), rank=0, world=1)
+        record = Record(Path(directory))
+        result = fit(begin(recipe, record, rank=0), record, rank=0, world=1)
     assert result is not None
     return float(result["seconds"])
 

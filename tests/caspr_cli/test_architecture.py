@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = {"pyproject.toml", "README.md", "conf", "caspr_cli", "tasks", "tests", "outputs"}
 BESIDE = {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
 
+TASKS = ("c4_lm", "images", "ogbg_molpcba", "resnet", "ud_pos", "vit")
+
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
     "common": {"rich"},
@@ -22,6 +24,7 @@ MAY_IMPORT = {
     "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",
                "tasks.registry"},
     "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
+    "examples": {"lightning", "torch", "transformers", "CASPR", "param_groups"},
     "training": {"google", "lightning", "mlflow", "numpy", "rich", "tensorboard", "torch", "wandb", "common", "optim",
                  "recipe", "runs", "tasks"},
     "optim": {"torch", "pytorch_optimizer", "common.plugins"},
@@ -42,6 +45,9 @@ NEVER = {
     "caspr_cli/commands/train.py": {"bench", "theory"},
     "caspr_cli/bench/shapes.py": {"torch", "numpy", "optim", "training", "tasks"},
     "caspr_cli/optim/combine.py": {"pytorch_optimizer"},
+    # Both take seconds to import, and data are checked before.
+    **{f"caspr_cli/training/{name}.py": {"lightning"} for name in ("begin", "describe", "groups", "progress")},
+    **{f"tasks/{name}.py": {"torchmetrics"} for name in ("base", "simple", *(f"{each}/task" for each in TASKS))},
     "caspr_cli/optim/family.py": {"torch", "pytorch_optimizer"},
 }
 

@@ -121,6 +121,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
+def test_an_editable_install_makes_one_name_importable(tmp_path: Path) -> None:
+    editables = pytest.importorskip("editables")
+    builders = pytest.importorskip("hatchling.builders.wheel")
+    (built,) = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"])
+    zipfile.ZipFile(built).extractall(tmp_path / "site")
+    code = (
+        f"import site, sys; sys.path.append({str(Path(editables.__file__).parents[1])!r})\n"
+        f"site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import caspr_cli.recipe.words as words, importlib.util as util\n"
+        "print(words.__file__, [name for name in ('tasks', 'tests', 'conf') if util.find_spec(name)])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{ROOT}/caspr_cli/recipe/words.py []\n"
+
+
 def test_the_wheel_has_all_files_under_one_name(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     here = {ROOT / "conf": "*.yaml", ROOT / "tasks": "*.py", ROOT / "caspr_cli": "*.*"}

@@ -14,7 +14,7 @@ import torch
 from caspr_cli import __version__
 from caspr_cli.bench import measure as module
 from caspr_cli.bench.baselines import NEVER, SCALABLE, WARM_UP, Settings, bytes_of_state, enter, parse_given
-from caspr_cli.bench.measure import Timer, blamed, eigendecompositions, measure, order, split, take_turns
+from caspr_cli.bench.measure import Timer, Wait, blamed, eigendecompositions, measure, order, split, take_turns
 from caspr_cli.bench.shapes import parse_shapes
 from caspr_cli.bench.workload import Workload, workload_of
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -100,6 +100,11 @@ def test_options_are_read_and_reach_the_optimizer() -> None:
     found = [group[key] for key in ("order", "eps", "graft", "apply_dtype", "interval", "block_size", "start_step")]
     assert found == [3, 1e-4, "sgd", torch.bfloat16, 7, 9, 1]
     assert enter("shampoo", workload().copies(), settings, 7).param_groups[0]["eps"] == 1e-4
+    mode = "caspr_polar:order=1:graft=rms"  # an option of its own wins
+    (group, _) = enter(mode, workload().copies(), settings, 7).param_groups
+    assert [group[key] for key in ("polar", "order", "graft", "eps", "interval")] == [True, 1, "rms", 1e-4, 7]
+    with pytest.raises(ConfigError, match=r"^--optim caspr: ordr=1: ordr is no option. Did you mean order\?"):
+        enter("caspr:ordr=1", workload().copies(), settings, 7)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +148,26 @@ def test_turns_and_garbage_collection() -> None:
         seen.append((name, gc.isenabled()))
 
     timers = [Timer(name, partial(run, name), turns) for name, turns in (("a", 1), ("b", 3))]
-    logged: list[str] = []
-    take_turns(timers, 4, CPU, logged.append)
+    logged: list[tuple[str, float]] = []
+    take_turns(timers, 4, CPU, lambda *line: logged.append(line))
     assert [len(timer.seconds) for timer in timers] == [4, 12]
     assert not any(enabled for _, enabled in seen)
     assert gc.isenabled()
-    assert logged == ["round 1/4", "round 2/4", "round 3/4", "round 4/4"]
+    assert logged == [("round 1/4", 0), ("round 2/4", 0.25), ("round 3/4", 0.5), ("round 4/4", 0.75)]
+
+
+def test_the_wait_is_predicted_from_the_share_that_is_done() -> None:
+    lines: list[str] = []
+    clock = iter([100.0, 100.0, 110.0, 190.0])
+    wait = Wait(lines.append, lambda: next(clock))
+    wait.part(0)("warm-up: caspr", 0.0)
+    wait.part(0)("warm-up: soap", 0.5)
+    wait.part(2)("roots", 0.5)
+    assert lines == [
+        "[                ] warm-up: caspr",
+        "[===             ] warm-up: soap  about 40.0 s left",
+        "[==============  ] roots  about 10.0 s left",
+    ]
 
 
 def test_who_fails_is_named_in_one_line() -> None:

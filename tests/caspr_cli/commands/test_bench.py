@@ -37,10 +37,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 def test_help_fits_a_screen_and_lists_everything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "--help") == 0
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 40
-    assert max(map(len, text.splitlines())) <= 110
+    for width, lines in ((110, 44), (80, 58)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert call(monkeypatch, "--help") == 0
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) <= lines
+        assert max(map(len, text.splitlines())) <= width
     assert all(name in text for name in [*CONFS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"])
 
 
@@ -69,6 +71,7 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--scale", "paper"], "--scale: needs --task NAME"),
         (["--task", "c4_lm", "--batch", "3"], "a task has a batch of its own"),
         (["--task", "c4_lm", "--shapes", "3x3"], "--shapes: not allowed with argument --task"),
+        (["--optim", "caspr,adamw:eps=1"], "--optim adamw: takes no options here; caspr"),
         (["--optm", "caspr"], "--optm is no flag of caspr-bench. Did you mean --optim?"),
         (["caspr"], "caspr is no flag of caspr-bench."),
         (["--rounds", "0"], "--rounds: should be a positive integer but is 0"),
@@ -172,6 +175,19 @@ def test_the_table_of_roots(
     assert call(monkeypatch, "--roots", "--task", "c4_lm") == 2
 
 
+def test_a_step_on_many_gpus_is_predicted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", "gpt2-small", "--scale", "1024,8", "--gpu", "a100", "--json", "rows.json")
+    assert call(monkeypatch, *flags) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("gpt2-small, caspr, predicted for A100 SXM 80GB, not measured")
+    assert "19.5 TFLOP/s in float32" in " ".join(out.split())
+    rows = json.loads(Path("rows.json").read_text())
+    assert [(row["gpus"], row["mode"]) for row in rows] == [
+        (8, "DDP"), (8, "fully_shard"), (1024, "DDP"), (1024, "fully_shard")
+    ]  # fmt: skip
+    assert rows[2]["received_ratio"] <= 1.1
+
+
 @pytest.mark.release
 def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
@@ -197,6 +213,15 @@ def test_ranks_share_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     [
         (("--ranks", "0"), "--ranks: should be a positive integer but is 0"),
         (("--ranks", "2", "--roots"), "--ranks: measures a step, and --roots does not"),
+        (("--ranks", "2", "--model", "gpt2-small"), "--ranks: measures a step, and --model does not"),
+        (("--model", "gpt-2"), "--model gpt-2: no such choice"),
+        (("--model", "gpt2-small", "--gpu", "h1"), "--gpu h1: no such choice. Did you mean h100?"),
+        (
+            ("--model", "gpt2-small", "--scale", "paper"),
+            "--scale of --model: should be a positive integer but is paper",
+        ),
+        (("--model", "gpt2-small", "--optim", "adamw"), "--optim adamw: does not share its work among ranks; caspr"),
+        (("--scale", "8"), "--scale: needs --task NAME, or --model NAME"),
         (("--ranks", "2", "--optim", "adamw"), "--optim adamw: does not share its work among ranks; caspr"),
     ],
 )

@@ -17,8 +17,9 @@ from torch import nn
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.optim.blocks import AXES, Layout
-from caspr_cli.optim.cost import EIGH_FLOPS, state_bytes, step_flops
+from caspr_cli.optim.cost import state_bytes, step_flops
 from caspr_cli.optim.probe import diagnose
+from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.theory.work import work_of
 
 ONE = ("first", "last", "row")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.blocks import Layout
-from caspr_cli.optim.fsdp import RowSharding, block_shards, shard_rows
+from caspr_cli.optim.fsdp import block_shards, shard_rows
 from caspr_cli.optim.probe import counters
 from caspr_cli.optim.stacks import is_factor
 from caspr_cli.optim.state import COUNTERS
@@ -161,6 +162,25 @@ def test_some_are_divided_and_some_are_not(two: Ranks, case: str) -> None:
 @pytest.mark.parametrize("case", ["defaults", "gradient first", "unused", "broken"])
 def test_replicas(four: Ranks, case: str) -> None:
     check(four, "replicas", case)
+
+
+def in_buckets(rank: int, how: str, case: str, alone: bool) -> tuple[list[Tensor], int]:
+    """Whether each parameter, or block, travels alone. Owners are the same, and so is the order of sums."""
+    with pytest.MonkeyPatch.context() as patch:
+        if alone:
+            each = lambda sizes, ranks: (range(i, i + 1) for i in range(len(sizes)))  # noqa: E731
+            patch.setattr("caspr_cli.optim.exchange.buckets", each)
+        params = weights(how, torch.float32, SQUARES)
+        optimizer = train(params, range(8), how, **CASES[case])
+    return [whole(p) for p in params], optimizer._exchange.bytes_kept
+
+
+@pytest.mark.parametrize(("how", "case"), [("some", "broken"), ("rows", "gradient first"), ("rows", "muon")])
+def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, how: str, case: str) -> None:
+    (expected, most), *_ = ranks(in_buckets, how, case, False)
+    for found, kept in ranks(in_buckets, how, case, True):
+        assert all(map(torch.equal, found, expected))
+        assert kept < most
 
 
 def updates_in_bfloat16(rank: int) -> tuple[list[Tensor], int, int]:
@@ -471,14 +491,18 @@ def refused(rank: int, how: str) -> str:
 @pytest.mark.parametrize("how", ["columns", "replicated", "one rank", "halves of their own"])
 def test_other_placements_are_refused(two: Ranks, how: str) -> None:
     messages = two(refused, how)
+    if how == "one rank":
+        assert messages == ["", "a parameter of shape (8, 4) has nothing on this rank: leave it to its own ranks"]
+        return
     assert messages[0] == messages[1]
     if how == "halves of their own":
         assert "parameters of rank 1 are not those of rank 0" in messages[0]
         return
     assert "\n" not in messages[0]
     assert "shape (8, 4)" in messages[0]
-    assert "use fully_shard over all ranks" in messages[0]
-    assert {"columns": "S(1)", "replicated": "R"}.get(how, "1 of 2 ranks") in messages[0]
+    assert "fully_shard divides rows (Shard(0))" in messages[0]
+    assert "tensor parallelism that divides columns" in messages[0]
+    assert {"columns": "S(1)", "replicated": "R"}[how] in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -497,7 +521,15 @@ def test_pieces_cover_each_block_once(shape: tuple[int, ...], merge: str, axes: 
         assert torch.equal(flat[part].flatten(), numbers[mine].flatten())
     owners = {s: [i % 3 for i in range(len(cuts))] for s, cuts in layout.blocks.items()}
     seen: dict[tuple[int, tuple[int, ...], int], Tensor] = {}
-    for piece in block_shards(layout, owners, RowSharding(rows, [0] * 5)):
+    found = {rank: block_shards(layout, owners, rows, rank) for rank in range(5)}
+    by_holder = [piece for rank in found for piece in found[rank] if piece.holder == rank]
+    by_owner = [piece for rank in found for piece in found[rank] if piece.owner == rank]
+    for holder, owner in itertools.product(range(5), repeat=2):  # both have the same in the same order
+        assert [x for x in found[holder] if (x.holder, x.owner) == (holder, owner)] == [
+            x for x in found[owner] if (x.holder, x.owner) == (holder, owner)
+        ]
+    assert len(by_holder) == len(by_owner)
+    for piece in by_owner:
         block = seen.setdefault((piece.owner, piece.block, piece.number), torch.full(piece.block, -1))
         assert bool((block[piece.rows] == -1).all())
         block[piece.rows] = numbers[rows[piece.holder]][piece.cut]

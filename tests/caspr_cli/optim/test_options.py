@@ -11,6 +11,7 @@ from references.optimizer import reference_weights
 from references.stream import random_stream
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim.family import OF_OPTIMIZER
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -82,7 +83,7 @@ def test_axes_are_one_of_four(optimizer, axes):
 def test_the_signature_and_the_docstring_have_every_option(optimizer):
     given = inspect.signature(optimizer).parameters
     options = optimizer([parameter(2, 3)]).defaults
-    assert {name: p.default for name, p in given.items() if name != "params"} == {
+    assert {name: p.default for name, p in given.items() if name not in ("params", *OF_OPTIMIZER)} == {
         name: value for name, value in options.items() if name not in optimizer.fixed
     }
     assert [name for name, p in given.items() if p.kind is not p.KEYWORD_ONLY] == [

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim import CASPR, Shampoo, probe
-from caspr_cli.optim.cost import EIGH_FLOPS, blocks_of, state_bytes, step_flops
+from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
 from caspr_cli.optim.probe import LOWEST, counters, diagnose
+from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.symmetric import packed_length
 
 
 def stepped(shape: tuple[int, int], steps: int, **options: Any) -> tuple[CASPR, Tensor, list[Tensor]]:
@@ -126,6 +128,30 @@ def test_flops_of_blocks(order: float, passes: int) -> None:
         "apply": passes * 2 * 2 * m * n * (m + n),
         "roots": EIGH_FLOPS * 2 * (m**3 + n**3) / 5,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "cost"),
+    [({}, 80), ({"order": 1}, 66), ({"solver": "eigh"}, EIGH_FLOPS), ({"damping": "absolute"}, 800)],
+)
+def test_flops_of_roots_on_a_gpu_are_those_of_newton(options: dict[str, Any], cost: int) -> None:
+    """Where the condition is not known, of all steps that it may take."""
+    optimizer = CASPR([torch.zeros(100, 60, requires_grad=True)], interval=5, **options)
+    found = step_flops(optimizer, torch.device("cuda"))
+    assert found["roots"] == cost * (100**3 + 60**3) / 5
+    assert found["statistics"] == step_flops(optimizer)["statistics"]
+
+
+def test_flops_where_a_second_moment_is_measured() -> None:
+    optimizer, *_ = stepped((12, 5), 2, start_step=1, interval=4, measured=0.5)
+    products, cubes = 2 * 12 * 5 * (12 + 5), 12**3 + 5**3
+    half = sum(2 * 12 * 5 * packed_length(d) / d for d in (12, 5))
+    expected = {
+        "statistics": half + products,  # the gradient goes to the eigenbases
+        "apply": 2 * products,  # the momentum goes there and back
+        "roots": (EIGH_FLOPS * cubes + products + 2 * cubes) / 4,
+    }
+    assert step_flops(optimizer) == expected
 
 
 def test_state_bytes_are_those_of_the_tensors() -> None:

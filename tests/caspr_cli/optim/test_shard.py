@@ -6,7 +6,8 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from stepping import advance, noise, weights
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, Shampoo, plan, shard
+from caspr_cli.optim.dealing import PADDED, Block, Loads, deal, group_size, received
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
-from caspr_cli.optim.shard import Loads
 from caspr_cli.optim.stacks import is_factor
 
 # Bit for bit is asked where blocks are multiples of 32. Elsewhere a matrix of a stack may begin between two multiples
@@ -61,7 +62,10 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "newton": (torch.float32, {"solver": "newton", "merge": "none"}),
     "one side": (torch.float32, {"axes": "last"}),
     "each row": (torch.float32, {"axes": "row", "block_size": 32}),
-    "bfloat16": (torch.bfloat16, {"root_dtype": torch.bfloat16, "pack_roots": True}),
+    "bfloat16": (
+        torch.bfloat16,
+        {"root_dtype": torch.bfloat16, "pack_roots": True, "gather_dtype": torch.float32},
+    ),
     "bare": (torch.float32, {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "start_step": 1}),
     "unused": (torch.float32, {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: {0, 1, 2, 3, 4, 7}, 6: set(range(8))}}),
 }
@@ -98,6 +102,43 @@ def test_who_waits_and_who_wakes_up_is_the_same_on_all_ranks(ranks: Ranks) -> No
     for found in ranks(after_waking_and_waiting):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
+
+
+def in_small_buckets(rank: int, dtype: torch.dtype, kwargs: dict[str, Any], size: int) -> tuple[list[Tensor], int]:
+    """Return the weights, and the bytes of memory for what travels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caspr_cli.optim.dealing.BUCKET", size)
+        params = weights(EVEN, dtype)
+        optimizer = train(params, range(9), **kwargs)
+    return values(params), optimizer._exchange.bytes_kept
+
+
+@pytest.mark.parametrize("case", ["defaults", "shampoo", "each row", "unused"])
+def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, case: str) -> None:
+    """Also where a parameter is in several, and where some have no gradient."""
+    dtype, kwargs = CASES[case]
+    expected = alone(weights_after, 9, dtype, kwargs)
+    kept = []
+    for size in (1, 4 * 4 * 64 * 64, 2**28):
+        results = ranks(in_small_buckets, dtype, kwargs, size)
+        for found, _ in results:
+            assert all(map(torch.equal, found, expected))
+        kept.append(results[0][1])
+    assert kept[0] < min(kept[1:])
+
+
+def bytes_of_a_step(rank: int, dtype: torch.dtype) -> list[int]:
+    found = []
+    for gather_dtype in (torch.float32, None):
+        optimizer = train(weights([(64, 64)] * 4, dtype), range(3), gather_dtype=gather_dtype)
+        found.append(optimizer.bytes_received)
+    return found
+
+
+def test_updates_travel_in_bfloat16_where_parameters_are(two: Ranks) -> None:
+    size = 4 * 64 * 64
+    assert two(bytes_of_a_step, torch.float32) == [[4 * size, 4 * size]] * 2
+    assert two(bytes_of_a_step, torch.bfloat16) == [[4 * size, 2 * size]] * 2
 
 
 def updates_in_bfloat16(rank: int) -> list[Tensor]:
@@ -315,10 +356,10 @@ def test_what_ranks_tell_each_other_goes_by_the_device_of_their_parameters(monke
         yield
 
     monkeypatch.setattr("torch.cuda.device", current)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, mine: calls.append(mine))
-    shard.gathered("a", torch.device("cuda", 3))
-    shard.gathered("b", torch.device("cpu"))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, mine, group: calls.append(mine))
+    team = cast(Any, SimpleNamespace(size=1, group=None))
+    shard.gathered("a", torch.device("cuda", 3), team)
+    shard.gathered("b", torch.device("cpu"), team)
     assert calls == [torch.device("cuda", 3), "a", "b"]
 
 
@@ -464,6 +505,66 @@ def test_no_rank_has_much_more_to_do(shapes: list[tuple[int, int]], ranks: int, 
         steps = [sum(pair) for pair in zip(always, loads.roots[0, 0], strict=True)]
         largest = max(6 * m * n * (m + n) + EIGH_FLOPS * (m**3 + n**3) for m, n in shapes)
         assert max(steps) <= sum(steps) / ranks + largest
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 10))
+def test_ranks_beyond_a_node_receive_little_more_than_the_updates(kinds: list[int], layers: int) -> None:
+    """Where groups of eight allow it; that of one bucket is what one rank sends, times the ranks."""
+    shapes = [(256 * kind, 512) for kind in kinds] * layers
+    blocks: list[Block] = [(shape, shape, (0, i % 10)) for i, shape in enumerate(shapes)]
+    sizes = [4 * m * n for m, n in shapes]
+    n = group_size(blocks, sizes, 1024)
+    assert 8 <= n <= 64
+    taken = sum(received(sizes, deal(blocks, sizes, Loads(n)), n))
+    assert sum(sizes) <= taken
+    assert n == 8 or taken <= PADDED * sum(sizes)
+    assert group_size(blocks, sizes, 6) == 6
+
+
+def in_groups(rank: int, how: str, size: int | None) -> tuple[list[Tensor], int]:
+    """Two groups, or two stages of a pipeline with models of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shapes, process_group, half = EVEN, None, dist.get_world_size() // 2
+    if how == "stages":
+        shapes = EVEN[:3] if rank < half else EVEN[3:]
+        process_group = init_device_mesh("cpu", (2, half))
+    params = weights(shapes)
+    optimizer = CASPR(params, **OPTIONS, process_group=process_group, group_size=size)
+    train(params, range(4), optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    params_, optimizer_ = copy.deepcopy([params, optimizer])
+    train(params_, range(4, 7), optimizer_)
+    assert optimizer_.repeats == (how == "groups" and size == 2 and rank >= 2)
+    return values(params_), factor_bytes(optimizer_)
+
+
+@pytest.mark.parametrize(("how", "size"), [("groups", 2), ("groups", 1), ("stages", None)])
+def test_groups_of_ranks_do_the_same_work_beside_each_other(ranks: Ranks, how: str, size: int | None) -> None:
+    whole = factor_bytes(train(weights(EVEN), range(7)))
+    for rank, (found, kept) in enumerate(ranks(in_groups, how, size)):
+        shapes = EVEN if how == "groups" else EVEN[:3] if rank < ranks.world // 2 else EVEN[3:]
+        assert all(map(torch.equal, found, alone(weights_after, 7, torch.float32, {}, shapes)))
+        if how == "groups":
+            assert kept == whole if size == 1 else 0.2 * whole < kept < 0.8 * whole
+
+
+def refused_groups(rank: int) -> list[str]:
+    messages = []
+    for options in ({"group_size": 3}, {"group_size": 0}):
+        try:
+            train(weights(EVEN[:1]), range(3), **options)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_groups_that_cannot_be(two: Ranks) -> None:
+    messages = [
+        "group_size=3 does not divide the 2 ranks that have the same parameters",
+        "group_size should be a positive integer or None but is: 0",
+    ]
+    assert two(refused_groups) == [messages] * 2
 
 
 def diagnosed(rank: int) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -100,6 +100,15 @@ def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
         ("schedule.warmup=2", "schedule.warmup is a fraction of the run, 0 to 1, but is 2"),
         ("schedule.warmup=0.5", "schedule.warmup + schedule.decay should be at most 1 but is 1.45"),
         ("trainer.devices=5", "task.batch_size should be a multiple of trainer.devices x trainer.accumulate = 5"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp divides the model among processes: add trainer.devices=N"),
+        (
+            "trainer.strategy=fsdp trainer.devices=2 trainer.compile=true",
+            "trainer.strategy=fsdp with trainer.compile=true is not supported",
+        ),
+        (
+            "trainer.strategy=fsdp trainer.devices=2 optim=muon",
+            "optim=muon needs whole matrices, of which trainer.strategy=fsdp has rows",
+        ),
         ("optim.lr=-1", "optim.lr should be >= 0 but is -1"),
         ("optim.weight_decay=-1", "optim.weight_decay should be >= 0 but is -1"),
         ("optim.eps=-1", "optim.eps should be > 0 but is -1.0"),

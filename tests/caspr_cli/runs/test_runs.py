@@ -178,6 +178,31 @@ def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
     assert losses(record) == losses(ranks)
 
 
+SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
+
+
+def test_ranks_that_have_a_part_of_the_model_each(runner: Runner, ranks: Path) -> None:
+    """The losses of DDP, of which another strategy may go on; and cut off and continued, bit for bit the same."""
+    runner("output_dir=rows", *SHARDED)
+    record = runner.record("rows")
+    found, expected = losses(record), losses(ranks)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=2e-4), key
+    process = runner.start("output_dir=rows_cut", *SHARDED)
+    cut = wait_for(runner, "rows_cut", 3)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    runner("output_dir=rows_cut", *SHARDED)
+    assert losses(cut) == found
+    checkpoints = [torch.load(each / "checkpoints" / "last.ckpt", weights_only=True) for each in (record, ranks)]
+    rows, plain = (content["optimizer_states"][0]["state"] for content in checkpoints)
+    assert {i: {k: x.shape for k, x in s.items()} for i, s in rows.items()} == {
+        i: {k: x.shape for k, x in s.items()} for i, s in plain.items()
+    }
+
+
 def test_one_rank_killed_is_a_run_cut_off(runner: Runner, ranks: Path) -> None:
     process = runner.start("output_dir=lame", "trainer.devices=2")
     record = wait_for(runner, "lame", 10)

@@ -12,8 +12,7 @@ from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, TaskConf
 from caspr_cli.tasks.base import Task
-from caspr_cli.training.groups import param_groups
-from caspr_cli.training.module import build_options
+from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.plan import plan, table
 
 

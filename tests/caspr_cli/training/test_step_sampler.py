@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from caspr_cli.recipe.schema import Strategy
 from caspr_cli.tasks.base import DataError
 from caspr_cli.training.data import Seeded, StepSampler, TaskData, mix
 
@@ -92,11 +93,11 @@ def test_mixed_seeds_do_not_collide() -> None:
     assert all(0 <= s < 1 << 63 for s in seeds)
 
 
-def data_of(world: int, rank: int, **sizes: int) -> TaskData:
+def data_of(world: int, rank: int, batch: int = 4, strategy: Strategy = Strategy.ddp, **sizes: int) -> TaskData:
     """The loaders of a task whose splits have these numbers of samples."""
     task = SimpleNamespace(dataset=lambda split: range(sizes[split]), collate=None)
-    trainer = SimpleNamespace(accumulate=1, workers=0)
-    recipe = SimpleNamespace(task=SimpleNamespace(batch_size=4), seed=0, trainer=trainer)
+    trainer = SimpleNamespace(accumulate=1, workers=0, strategy=strategy)
+    recipe = SimpleNamespace(task=SimpleNamespace(batch_size=batch), seed=0, trainer=trainer)
     return TaskData(cast(Any, task), cast(Any, recipe), start=0, rank=rank, world=world)
 
 
@@ -114,3 +115,19 @@ def test_every_rank_has_a_sample_where_there_are_as_many_as_ranks() -> None:
     for rank in range(4):
         data = data_of(4, rank, train=4, validation=4, test=4)
         assert [len(loader) for loader in (data.val_dataloader(), data.test_dataloader())] == [1, 1]
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 40))
+def test_ranks_that_have_parts_of_a_model_validate_in_step(world: int, batch: int, more: int) -> None:
+    """Each sample once, in as many batches on all ranks, of which none is too large."""
+    size, seen = world + more, []
+    counts = set()
+    for rank in range(world):
+        data = data_of(world, rank, batch, Strategy.fsdp, train=batch * world, validation=size, test=world)
+        loader = data.val_dataloader()
+        batches = list(cast(Any, loader.batch_sampler))
+        assert all(0 < len(each) <= batch for each in batches)
+        counts.add(len(batches))
+        seen += [i for each in batches for i in each]
+    assert len(counts) == 1
+    assert sorted(seen) == list(range(size))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from caspr_cli.tasks.c4_lm.task import C4LM, Perplexity
+from caspr_cli.tasks.c4_lm.metric import Perplexity
+from caspr_cli.tasks.c4_lm.task import C4LM
 from caspr_cli.tasks.registry import C4LMConf
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from written import batch_of
 
 from caspr_cli.tasks.images.augment import mixup, shift_and_mirror
-from caspr_cli.tasks.images.task import Accuracy, Classification
+from caspr_cli.tasks.images.metric import Accuracy
+from caspr_cli.tasks.images.task import Classification
 from caspr_cli.tasks.registry import Augment
 
 

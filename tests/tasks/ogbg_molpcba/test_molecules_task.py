@@ -12,7 +12,7 @@ from torch_geometric.data import Batch, Data
 from written import batch_of
 
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
-from caspr_cli.tasks.ogbg_molpcba.task import MeanAveragePrecision, average_precision
+from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision, average_precision
 
 # ---- batches ------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from written import batch_of
 from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.data import PADDING, UNKNOWN, UNSEEN, UNTAGGED
-from caspr_cli.tasks.ud_pos.task import Accuracy, Tagging
+from caspr_cli.tasks.ud_pos.metric import Accuracy
+from caspr_cli.tasks.ud_pos.task import Tagging
 
 
 def arguments(batch):

@@ -1,0 +1,1 @@
+"""Short programs to begin from; README.md beside this file has the command of each."""

@@ -1,0 +1,87 @@
+"""What a rank does before it imports Lightning, which takes longest: data and options are checked first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from caspr_cli import tasks
+from caspr_cli.optim.registry import build
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
+from caspr_cli.runs import fingerprint
+from caspr_cli.runs.record import Record
+from caspr_cli.tasks.base import Task
+from caspr_cli.training.describe import prepared
+from caspr_cli.training.groups import build_options
+from caspr_cli.training.progress import Progress
+
+
+@dataclass
+class Begun:
+    """A run whose data are there.
+
+    Args:
+        progress: None on all ranks but the first.
+        files, described: see :func:`caspr_cli.training.describe.prepared`.
+    """
+
+    recipe: Recipe
+    task: Task
+    progress: Progress | None
+    files: fingerprint.Stamps | None
+    described: dict[str, Any]
+
+
+def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
+    """Load a recipe's task and prepare its data.
+
+    Raises:
+        ConfigError: an option cannot be used, or the data have changed since the run began.
+        DataError: the data cannot be read.
+    """
+    task = tasks.load(recipe.task, recipe.seed)
+    progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
+    if progress:
+        _show_log(progress)
+    _refuse_options(recipe)  # now: data may take hours
+    files, described = prepared(recipe, task)  # safe on all ranks at once
+    fingerprint.refuse_changed(recipe, record, described)
+    if progress:
+        size = ", ".join(f"{split} {sizes[task.unit]:,}" for split, sizes in described["splits"].items())
+        progress.say(f"data     {described['name']} ({described['source']}): {task.unit} {size}")
+        progress.say("start    importing Lightning takes some seconds")
+    return Begun(recipe, task, progress, files, described)
+
+
+@contextmanager
+def naming_the_key() -> Iterator[None]:
+    """Name the key of an option that an optimizer refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"optim.{error}") from error
+
+
+def _refuse_options(recipe: Recipe) -> None:
+    """Refuse options that no model could be trained with."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
+    with naming_the_key():
+        build(recipe.optim.name, [group], build_options(recipe.optim))
+
+
+def _show_log(progress: Progress) -> None:
+    """Show the lines that tasks log, as "training the tokenizer ...", on the screen."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.say(record.getMessage())
+
+    logger = logging.getLogger("caspr")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [Lines()]
