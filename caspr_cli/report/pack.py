@@ -32,7 +32,7 @@ FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
 ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
 HIDDEN = "<path>"
-PARTS = ("config", "status", "result", "provenance")  # of a record; ids at trackers stay with the run
+PARTS = ("config", "status", "result", "provenance")  # of a record, that a pack has
 LONGEST_LINE = 16_000_000  # bytes of one record; one with a hundred thousand validations has four
 MOST = 200_000_000  # bytes of all, uncompressed; fifty thousand records of usual size
 
