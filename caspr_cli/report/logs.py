@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.selection import finite
 from caspr_cli.common.shape import DONE, FAILED, printable
 from caspr_cli.report import trackers
+from caspr_cli.report.mlflow import read_mlflow
 from caspr_cli.report.model import Point, Run
 from caspr_cli.report.selection import frozen, plain
 from caspr_cli.report.trackers import Log
@@ -33,12 +34,20 @@ LOWER = {"loss", "error", "err", "nll", "perplexity", "ppl", "mse", "mae", "rmse
 STAMP = 10**8  # a number from here on is a time or an identity, no hyperparameter
 
 
+READERS: dict[str, tuple[Callable[[Path, trackers.Wanted, trackers.Logs], Iterator[str]], str]] = {
+    "tensorboard": (trackers.read_tensorboard, "no event files of TensorBoard (events.out.tfevents.*) there"),
+    "csv": (trackers.read_csv, "no CSV files there"),
+    "wandb": (trackers.read_csv, "no CSV files there: export runs or a chart of W&B as CSV"),
+    "mlflow": (read_mlflow, "no runs of MLflow (mlflow.db or mlruns) there"),
+}
+
+
 @dataclass(frozen=True)
 class Asked:
     """The flags of the command line.
 
     Args:
-        kind: one of ``trackers.READERS``.
+        kind: one of ``READERS``.
         group: the hyperparameters of which each value is a row; None: the name of a run without its seed.
         tuned: hyperparameters among whose values the best is chosen.
         names: how a run is called, as ``{optimizer}/seed{seed}``; its parts become hyperparameters.
@@ -107,7 +116,7 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
     wanted = trackers.Wanted(asked.metric, asked.step, keys, lambda column: _is_seed(column, asked.seed))
     logs = trackers.Logs()
     for path in paths:
-        trackers.read(asked.kind, path, wanted, logs)
+        _read(asked.kind, path, wanted, logs)
     if not any(log.points for log in logs.runs):
         there = f"metrics: {listed(sorted(logs.metrics), 12)}"
         if asked.metric is None:
@@ -375,3 +384,17 @@ def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:
     ends = sorted({run.result["steps"] for run in runs if run.result})
     if len(ends) > 1 and not isinstance(asked.at, int):
         yield f"runs end at different steps, from {ends[0]} to {ends[-1]} (--at {ends[0]} compares all there)"
+
+
+def _read(kind: str, path: Path, wanted: trackers.Wanted, into: trackers.Logs) -> None:
+    """Read all logs below a folder, or one file.
+
+    Raises:
+        UserError: the path holds none.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    reader, what = READERS[kind]
+    before = len(into.warnings)
+    if not sum(1 for _ in reader(path, wanted, into)):
+        raise UserError(into.warnings[before] if into.warnings[before:] else f"{path}: {what}")

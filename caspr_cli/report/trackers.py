@@ -1,18 +1,15 @@
-"""Reads the logs of other programs: TensorBoard, CSV (Lightning, Keras, W&B) and MLflow, as curves of one metric.
+"""Reads the logs of other programs, TensorBoard and CSV (Lightning, Keras, W&B), as curves of one metric.
 
-Nothing here decides what is a seed or a row; see ``logs``.
+Nothing here decides what is a seed or a row; see ``logs``. MLflow is in ``mlflow``.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 import os
 import re
-import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,20 +76,6 @@ class Logs:
     without: list[str] = field(default_factory=list)
 
 
-def read(kind: str, path: Path, wanted: Wanted, into: Logs) -> None:
-    """Read all logs below a folder, or one file.
-
-    Raises:
-        UserError: the path holds none.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    reader, what = READERS[kind]
-    before = len(into.warnings)
-    if not sum(1 for _ in reader(path, wanted, into)):
-        raise UserError(into.warnings[before] if into.warnings[before:] else f"{path}: {what}")
-
-
 def value_of(text: Any) -> Any:
     """Return the number or truth value that a text is, or else the text."""
     if not isinstance(text, str) or "_" in text:  # Python reads 1_0 as 10
@@ -110,7 +93,7 @@ def same(key: str, column: str) -> bool:
     return key == column or key == re.split(r"[./]", column)[-1]
 
 
-def _walk(root: Path, into: Logs) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(root: Path, into: Logs) -> Iterator[tuple[Path, list[str], list[str]]]:
     def failed(error: OSError) -> None:
         into.warnings.append(f"{error.filename}: cannot be read ({error.strerror})")
 
@@ -124,7 +107,7 @@ def _name(root: Path, path: Path) -> str:
     return "/".join([root.resolve().name, *path.relative_to(root).parts])
 
 
-def _updated(*files: Path) -> str:
+def updated(*files: Path) -> str:
     return datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat(timespec="seconds")
 
 
@@ -148,7 +131,7 @@ def _constructed(loader: Any, _: str, node: yaml.Node) -> Any:
 _Plain.add_multi_constructor("", _constructed)
 
 
-def _yaml(file: Path, into: Logs) -> dict[str, Any]:
+def keys_of(file: Path, into: Logs) -> dict[str, Any]:
     """Return the dotted keys of a file; none if it is not there or, with a warning, cannot be read."""
     try:
         plain = yaml.load(file.read_bytes(), Loader=_Plain)
@@ -163,11 +146,11 @@ def _yaml(file: Path, into: Logs) -> dict[str, Any]:
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
+def read_tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
     """Read event files; a folder of them is one run, as TensorBoard has it."""
     folders: dict[Path, Log] = {}
     nested: dict[Path, dict[str, Any]] = {}
-    for folder, _, names in _walk(root, into) if root.is_dir() else [(root.parent, [], [root.name])]:
+    for folder, _, names in walk(root, into) if root.is_dir() else [(root.parent, [], [root.name])]:
         files = [folder / name for name in names if "tfevents" in name or folder / name == root]
         if not files:
             continue
@@ -177,10 +160,10 @@ def _tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         tags |= {f"{folder.name}/{tag}": (folder.parent, tag) for tag in curves}  # Keras: validation/epoch_loss
         into.metrics |= curves.keys()
         run, tag = tags.get(wanted.metric or "", (folder, ""))
-        keys = _yaml(folder / "hparams.yaml", into) | keys
+        keys = keys_of(folder / "hparams.yaml", into) | keys
         nested[folder] = keys
         name = _name(root if root.is_dir() else folder, run if run.is_relative_to(root) else folder)
-        folders[folder] = Log(str(run), name, curves.get(tag, []), keys, updated=_updated(*files))
+        folders[folder] = Log(str(run), name, curves.get(tag, []), keys, updated=updated(*files))
     for folder, log in folders.items():
         if folder.parent in folders and folders[folder.parent].points and nested[folder]:
             folders[folder.parent].keys |= nested[folder]  # SummaryWriter.add_hparams opens a folder of its own
@@ -257,89 +240,12 @@ def _records(file: Path, checked: bytes) -> Iterator[bytes]:
         at = end + 4
 
 
-# ---- MLflow ----------------------------------------------------------------------------------------------------------
-
-
-def _mlflow(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
-    """Read the runs of databases, and of file stores: folders with ``meta.yaml``, ``metrics`` and ``params``."""
-    if root.is_file():
-        yield from _database(root, wanted, into)
-    for folder, inner, files in _walk(root, into) if root.is_dir() else ():
-        for name in files:
-            if name.endswith(".db"):
-                yield from _database(folder / name, wanted, into)
-        meta = _yaml(folder / "meta.yaml", into) if "meta.yaml" in files else {}
-        if "run_id" not in meta or "metrics" not in inner:
-            continue
-        inner.clear()
-        if meta.get("lifecycle_stage") == "deleted":
-            continue
-        yield str(folder)
-        metrics, params = (_files(folder / part) for part in ("metrics", "params"))
-        into.metrics |= metrics.keys()
-        keys = {key: value_of(_text(file).strip()) for key, file in params.items()}
-        points, file = [], metrics.get(wanted.metric or "")
-        try:
-            for line in _text(file).splitlines() if file else ():
-                _, value, step = line.split()
-                points.append((float(step), float(value)))
-        except ValueError:
-            into.warnings.append(f"{file}: line {len(points) + 1} should be time, value and step: {folder} is left out")
-            continue
-        state = STATE.get(str(meta.get("status")).casefold())
-        if not points and state != FAILED:
-            into.without.append(str(folder))
-            continue
-        experiment = _yaml(folder.parent / "meta.yaml", into).get("name", folder.parent.name)
-        name = str(meta.get("run_name") or meta["run_id"])
-        into.runs.append(Log(str(folder), name, points, keys, str(experiment), state, _updated(folder / "meta.yaml")))
-
-
-def _database(file: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
-    """Read a database of SQLite, in which MLflow keeps runs since 3.7."""
-    try:
-        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as database:
-            into.metrics |= {name for (name,) in database.execute("SELECT DISTINCT key FROM metrics")}
-            keys: dict[str, dict[str, Any]] = defaultdict(dict)
-            for run, key, value in database.execute("SELECT run_uuid, key, value FROM params"):
-                keys[run][key] = value_of(value)
-            values = "SELECT run_uuid, step, value, is_nan FROM metrics WHERE key = ? ORDER BY timestamp, rowid"
-            points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for run, step, value, nan in database.execute(values, [wanted.metric]):
-                points[run].append((float(step), math.nan if nan else value))
-            runs = database.execute(
-                "SELECT run_uuid, runs.name, status, end_time, experiments.name FROM runs JOIN experiments "
-                "USING (experiment_id) WHERE runs.lifecycle_stage = 'active' ORDER BY start_time, run_uuid"
-            ).fetchall()
-    except sqlite3.Error:
-        into.warnings.append(f"{file}: is no database of MLflow")
-        return
-    for run, name, status, end, experiment in runs:
-        yield str(run)
-        state = STATE.get(status.casefold())
-        log = Log(f"{file}:{run}", name or run, points[run], keys[run], experiment, state, str(end or ""))
-        if log.points or state == FAILED:
-            into.runs.append(log)
-        else:
-            into.without.append(log.path)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the files below a folder by name; a slash in a name is a folder of its own."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {"/".join(path.relative_to(folder).parts): path for path in found}
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf8", errors="replace")
-
-
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def _csv(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
+def read_csv(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
     """Read tables: a file a run (Lightning, Keras), a column a run (a chart of W&B), or a column that names the run."""
-    found = (folder / name for folder, _, names in _walk(root, into) for name in names if name.endswith(".csv"))
+    found = (folder / name for folder, _, names in walk(root, into) for name in names if name.endswith(".csv"))
     for file in [root] if root.is_file() else found:
         try:
             with file.open(newline="", encoding="utf-8-sig") as stream:
@@ -359,7 +265,7 @@ def _csv(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
         own = _name(root, name) if root.is_dir() else name.resolve().name
         into.metrics |= {head.rpartition(" - ")[2] for head in heads if not head.endswith(BANDS)}
         try:
-            into.runs += _table(heads, rows, Log(str(file), own, [], {}, updated=_updated(file)), wanted, into)
+            into.runs += _table(heads, rows, Log(str(file), own, [], {}, updated=updated(file)), wanted, into)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
 
@@ -382,7 +288,7 @@ def _table(heads: Sequence[str], rows: list[dict[str, str]], file: Log, wanted: 
         several = any(len({row[head] for row in rows}) > 1 for head in owners)
         for number, row in enumerate(rows):  # without steps, each line is the whole run that it names
             groups[number if several and not step else tuple(row[head] for head in owners)].append(row)
-        beside = _yaml(Path(file.path).parent / "hparams.yaml", into)
+        beside = keys_of(Path(file.path).parent / "hparams.yaml", into)
         for own in groups.values():
             keys = {head: value_of(own[0][head]) for head in heads if len({row[head] for row in own}) == 1}
             others = {wanted.metric, step, state, *(head for head in owners if head.casefold() in RUNS)}
@@ -432,11 +338,3 @@ def _points(rows: Sequence[Mapping[str, str]], step: str | None, metric: str) ->
             except ValueError:
                 raise ValueError(f"step {at!r} and {metric} {row[metric]!r} should be numbers") from None
     return found
-
-
-READERS: dict[str, tuple[Callable[[Path, Wanted, Logs], Iterator[str]], str]] = {
-    "tensorboard": (_tensorboard, "no event files of TensorBoard (events.out.tfevents.*) there"),
-    "csv": (_csv, "no CSV files there"),
-    "wandb": (_csv, "no CSV files there: export runs or a chart of W&B as CSV"),
-    "mlflow": (_mlflow, "no runs of MLflow (mlflow.db or mlruns) there"),
-}
