@@ -37,24 +37,32 @@ class Settings:
     given: dict[str, Any] = field(default_factory=dict)  # options of the Kronecker family
 
 
+def entry_of(name: str) -> str:
+    """Return which optimizer a name is of that may have options of its own, as ``caspr:order=3:graft=rms``."""
+    return name.partition(":")[0]
+
+
 def has_interval(name: str) -> bool:
     """Whether an optimizer refreshes something at an interval that is chosen here."""
-    return hasattr(OPTIMIZERS.get(name), "interval")
+    return hasattr(OPTIMIZERS.get(entry_of(name)), "interval")
 
 
 def is_kronecker(name: str) -> bool:
-    return name != SCALABLE and issubclass(OPTIMIZERS[name], KroneckerConf)
+    return entry_of(name) != SCALABLE and issubclass(OPTIMIZERS[entry_of(name)], KroneckerConf)
 
 
 def defaults(name: str) -> dict[str, Any]:
     """Return the options of an optimizer of the Kronecker family, with their defaults."""
     classes: dict[str, type] = {"shampoo": Shampoo, "full_adagrad": FullAdagrad}
-    parameters = inspect.signature(classes.get(name, CASPR)).parameters
+    parameters = inspect.signature(classes.get(entry_of(name), CASPR)).parameters
     return {key: p.default for key, p in parameters.items() if key not in NOT_FOR_SET}
 
 
-def parse_given(words: list[str], names: list[str]) -> dict[str, Any]:
+def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict[str, Any]:
     """Return the options in ``--set KEY=VALUE``, checked against those of the chosen optimizers.
+
+    Args:
+        flag: the one to blame.
 
     Raises:
         ConfigError: no such option, a value that cannot be read, or an option that has a flag of its own.
@@ -64,16 +72,16 @@ def parse_given(words: list[str], names: list[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"--set {word}: options are written KEY=VALUE")
+            raise ConfigError(f"{flag} {word}: options are written KEY=VALUE")
         if key in OWN_FLAGS:
-            raise ConfigError(f"--set {word}: write {OWN_FLAGS[key]} {value}, which is for all optimizers")
+            raise ConfigError(f"{flag} {word}: write {OWN_FLAGS[key]} {value}, which is for all optimizers")
         if not known:
-            raise ConfigError(f"--set {word}: none of {', '.join(names)} takes options; it is for caspr and shampoo")
+            raise ConfigError(f"{flag} {word}: none of {', '.join(names)} takes options; it is for caspr and shampoo")
         if key not in known:
-            raise ConfigError(f"--set {word}: {key} is no option.{nearest(key, known)} (help(caspr_cli.optim.CASPR))")
+            raise ConfigError(f"{flag} {word}: {key} is no option.{nearest(key, known)} (help(caspr_cli.optim.CASPR))")
         given[key] = _value(key, value)
         if isinstance(known[key], (int, float)) and isinstance(given[key], str):
-            raise ConfigError(f"--set {word}: {key} is {known[key]} unless it is set; '{value}' is of another kind")
+            raise ConfigError(f"{flag} {word}: {key} is {known[key]} unless it is set; '{value}' is of another kind")
     return given
 
 
@@ -111,19 +119,21 @@ def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> 
     try:
         if name == SCALABLE:
             return _scalable_shampoo(groups, settings)
-        return build(name, groups, _options(name, settings, interval))
+        return build(entry_of(name), groups, _options(name, settings, interval))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _options(name: str, settings: Settings, interval: int) -> dict[str, Any]:
-    found = options(OPTIMIZERS[name]())
+    entry, *own = name.split(":")
+    found = options(OPTIMIZERS[entry]())
     if is_kronecker(name):
         found |= {"start_step": 1, "block_size": settings.block_size}
-        found |= {key: value for key, value in settings.given.items() if key in defaults(name)}
+        given = settings.given | parse_given(own, [entry], f"--optim {entry}:")
+        found |= {key: value for key, value in given.items() if key in defaults(entry)}
     if has_interval(name):
         found["interval"] = interval
-    return found | ({"fused": True} if name == "adamw" else {})
+    return found | ({"fused": True} if entry == "adamw" else {})
 
 
 def _scalable_shampoo(groups: list[Group], settings: Settings) -> Optimizer:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from caspr_cli.optim.cost import blocks_of, passes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
+from caspr_cli.optim.polar import STEPS, matrix_shape
 
 TRIALS = 3  # of each way to replay a product, to find the faster
 
@@ -91,17 +92,24 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
     """Return the products of every preconditioned block and axis of d rows of r numbers.
 
     They are the statistics (d x r times r x d) and, in each pass, the application (d x d times d x r). For m x n blocks
-    that is six products for CASPR (two passes) and four for Shampoo (one).
+    that is six products for CASPR (two passes), four for Shampoo (one) and eight with ``measured``, where the momentum
+    goes to the eigenbases and back and the gradient goes there. A polar factor has fifteen more.
     """
     blocks: Counter[Any] = Counter()
     for group, p, sizes, shape, count in blocks_of(optimizer):
-        blocks[sizes, shape, passes(group["order"], len(sizes)), factor_dtype(p, group)] += count
+        times = passes(group, len(sizes)) + (group["measured"] > 0)
+        blocks[sizes, shape, times, group["polar"], factor_dtype(p, group)] += count
     found = []
-    for (sizes, shape, times, dtype), count in blocks.items():
+    for (sizes, shape, times, polar, dtype), count in blocks.items():
         for d in sizes:
             rest = math.prod(shape) // d
             found += [Product(count, d, rest, d, dtype, gram=True, count=1)]
             found += [Product(count, d, d, rest, dtype, gram=False, count=times)]
+        if polar:
+            m, n = sorted(matrix_shape(shape))
+            found += [Product(count, m, n, m, dtype, gram=True, count=STEPS)]
+            found += [Product(count, m, m, m, dtype, gram=True, count=STEPS)]
+            found += [Product(count, m, m, n, dtype, gram=False, count=STEPS)]
     return found
 
 

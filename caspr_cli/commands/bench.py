@@ -42,6 +42,7 @@ EXAMPLES = """\
   caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
+  caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
   caspr-bench --roots                               errors of inverse roots
   caspr-bench --ranks 1,2,4                         a step that so many share
   caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
@@ -78,6 +79,7 @@ def parser() -> Parser:
     """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
+        usage="caspr-bench [options]",
         description=f"Measure what a step of an optimizer costs. Nothing is trained.\n\n{EXAMPLES}",
         epilog="exits    0 done   2 bad usage   130 interrupted",
     )
@@ -93,13 +95,15 @@ def parser() -> Parser:
     made.add_argument("--scale", metavar="NAME", help=scale)
     made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100 (default), h200 or a100")
     made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
-    names = f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
+    names = (
+        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; or a mode: caspr:order=3:graft=rms"
+    )
     made.add_argument("--optim", metavar="LIST", help=names)
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
     made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
     made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
-    given = "an option of caspr and shampoo; may be repeated: --set order=3 --set merge=square"
+    given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
@@ -129,7 +133,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """
     args: argparse.Namespace = parser().parse_args(argv)
     chosen = args.optim or ("caspr" if args.ranks or args.model else ",".join(DEFAULT))
-    args.optim = [one_of("--optim", name.strip(), NAMES) for name in chosen.split(",")]
+    words = [name.strip().partition(":") for name in chosen.split(",")]
+    args.optim = [one_of("--optim", name, NAMES) + colon + own for name, colon, own in words]
+    if others := [name for name, colon, _ in words if colon and name not in KRONECKER]:
+        raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
     if args.model:
         one_of("--model", args.model, MODELS)
         if args.task or args.params or args.roots:
@@ -138,7 +145,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             args.scale = ranks(args.scale or "8,64,1024")
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--scale of --model: {error}") from error
-    if (args.ranks or args.model) and (others := [name for name in args.optim if name not in KRONECKER]):
+    if (args.ranks or args.model) and (others := [name for name, *_ in words if name not in KRONECKER]):
         raise UserError(f"--optim {others[0]}: does not share its work among ranks; {', '.join(KRONECKER)} do")
     args.shapes = args.shapes or ("transformer" if args.ranks else "medium")
     if args.scale and not (args.task or args.model):
@@ -357,7 +364,8 @@ def next_commands(args: argparse.Namespace) -> list[str]:
     """Return what to try now."""
     if args.task:
         scale = f" scale={args.scale}" if args.scale else ""
-        train = f"caspr-train task={args.task}{scale} optim={args.optim[0]}"
+        entry, *own = args.optim[0].split(":")
+        train = " ".join([f"caspr-train task={args.task}{scale} optim={entry}", *(f"optim.{word}" for word in own)])
         found = [train, f"{train} debug=plan"]
     else:
         other = "transformer" if args.shapes == "small" else "small"

@@ -44,7 +44,7 @@ examples
   caspr-report show outputs/c4_lm/caspr/lr0.006-4e9d1440/seed0
   caspr-report pack outputs --to study.jsonl.gz     one file of all records
   caspr-report unpack study.jsonl.gz --to outputs   directories again
-  caspr-report check study.jsonl.gz                 whole, tuned as it says, fresh seeds?
+  caspr-report check study.jsonl.gz                 is it whole and fair?
 
   caspr-report compare --help        your own logs of TensorBoard, CSV, W&B
 

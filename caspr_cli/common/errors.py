@@ -89,12 +89,13 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises :class:`UserError` with one line instead of printing its usage."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": Help} | options)
+        ours: dict[str, Any] = {"allow_abbrev": False, "formatter_class": Help}
+        super().__init__(*args, **ours | options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # subparsers are called by this name
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
+            flags = re.findall(r"--[\w-]+", self.format_help())
             what = self.prog.rpartition(" ")[2]
             raise UserError(f"{unknown[0]} is no flag of {what}.{nearest(unknown[0].split('=')[0], flags)}")
         return found, []

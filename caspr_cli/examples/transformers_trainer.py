@@ -29,8 +29,8 @@ class Counting(Dataset[dict[str, torch.Tensor]]):
 def main() -> float:
     """Train, and return the loss of the last ten steps; chance is 2.77 nats."""
     torch.manual_seed(0)
-    size = {"vocab_size": 16, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    size = GPT2Config(vocab_size=16, n_positions=24, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(size)
     # The head shares the embedding's matrix, which AdamW takes as one. shard="none": the trainer saves on rank 0 alone.
     optimizer = CASPR(param_groups(model, heads=[model.lm_head]), lr=1e-2, betas=(0.9, 0.95), shard="none")
     with tempfile.TemporaryDirectory() as folder:

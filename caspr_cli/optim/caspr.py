@@ -50,8 +50,9 @@ _NOTES = """
     the bare update W <- W - lr U. Statistics start with the first step, whatever ``start_step`` is. ``state_dict()`` is
     torch's, holds tensors alone, and loads under ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and
     ``batch_axes`` of a group are fixed with its first step. Where ``order``, ``exponent``, ``statistics``, ``damping``
-    or ``eps`` change, by hand or by a state, all roots of the group are made again at its next step. A loaded state
-    brings its options, but does not change the class; the ``eps`` of an AdamW state becomes ``graft_eps``.
+    or ``eps`` change, or ``measured`` from or to 0, by hand or by a state, all roots of the group are made again at its
+    next step. A loaded state brings its options, but does not change the class; the ``eps`` of an AdamW state becomes
+    ``graft_eps``.
 
     No gradient stops the training. A tensor whose gradient is not finite (or whose square is not, where a second moment
     is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]`` counts it. A new root
@@ -146,7 +147,15 @@ class FullAdagrad(KroneckerOptimizer):
 
     # One axis: every order is the same, and there is nothing to merge.
     fixed = types.MappingProxyType(
-        {"order": 1, "exponent": 0.5, "merge": "flatten", "axes": "all", "precondition_1d": True, "polar": False}
+        {
+            "order": 1,
+            "exponent": 0.5,
+            "merge": "flatten",
+            "axes": "all",
+            "precondition_1d": True,
+            "polar": False,
+            "measured": 0.0,
+        }
     )
 
     @takes(FullAdagradOptions)

@@ -10,6 +10,9 @@ Only axes that have statistics count: k is their number, and others are left as 
 S~^(-e) on it: with e = 1/2 full-matrix Adagrad of a vector, and one-sided preconditioning of a matrix. For none, as
 with e = 0, U = G.
 
+Or, with the option ``measured``, weights in the eigenbasis between these and what is measured there, as in SOAP
+(:func:`weights`, :mod:`caspr_cli.optim.eigenbasis`).
+
 After it, U may be replaced by its polar factor (:mod:`caspr_cli.optim.polar`).
 """
 
@@ -20,10 +23,12 @@ import math
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.eigenbasis import along, on_axes, on_axis
 from caspr_cli.optim.graft import RMS
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.polar import matrix_shape, polar_factor
 from caspr_cli.optim.stacks import Stack
+from caspr_cli.optim.statistics import per_block
 
 
 def root_exponent(order: float, axes: int, exponent: float) -> int:
@@ -37,12 +42,42 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
     dtype = group["apply_dtype"] or X.dtype
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     low = X.to(dtype)
-    U = apply_roots(low, A, stack.axes, group["order"], out if low is X else torch.empty_like(low))
+    out = out if low is X else torch.empty_like(low)
+    if stack.V is None:
+        U = apply_roots(low, A, stack.axes, group["order"], out)
+    else:
+        U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
+        U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
     if group["polar"]:
         U = polar_factor(U)
         if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed
             U = U * (RMS * max(matrix_shape(stack.shape)) ** 0.5)
     return U if low is X else X.copy_(U)
+
+
+def weights(stack: Stack, rows: slice, group: Group) -> Tensor:
+    """Return what multiplies a block's entries in the eigenbasis, ``[k, d_1, ..., d_k]`` in units of the input's scale.
+
+    With V the measured second moment, damped, and c the family's closed form, (x V + (1 - x) mean(c^2 V) / c^2)^(-1/2)
+    for ``measured=x``: the closed form is a second moment that is right on average. Near x = 0 the direction of U is
+    that of CASPR or Shampoo.
+    """
+    assert stack.V is not None
+    x, scale = group["measured"], stack.input_scale(group)[rows]
+    V = stack.V[rows] * per_block((stack.corrected(group)[rows] / scale).square(), stack.V[rows])
+    largest = V.flatten(1).amax(1)
+    shift = group["eps"] * (largest if group["damping"] == "relative" else scale.square().reciprocal())
+    V.add_(per_block(torch.where(largest > 0, shift, 1), V))  # 1: of a block without a gradient
+    if x < 1:
+        p, k = root_exponent(group["order"], len(stack.axes), group["exponent"]), len(stack.axes)
+        c, *others = (along(v[rows].pow(-1 / p), axis, V) for v, axis in zip(stack.values, stack.axes, strict=True))
+        product = k == 1 or math.isinf(group["order"])
+        for a in others:
+            c = c * a if product else c + a
+        c = c if product else (c / k) ** int(group["order"])
+        c2 = c.square()
+        V = torch.lerp(per_block((c2 * V).flatten(1).mean(1), V) / c2, V, x)
+    return V.rsqrt_()
 
 
 def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float, out: Tensor) -> Tensor:
@@ -79,9 +114,3 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
         else:
             G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in enumerate(A)]).mean(0)
     return G
-
-
-def on_axis(G: Tensor, A: Tensor, axis: int) -> Tensor:
-    """Return A ``[K, d, d]`` applied to axis ``axis`` (0-based) of each block of G ``[K, d_1, ..., d_k]``."""
-    moved = G.movedim(axis + 1, 1)  # [K, d, *rest]
-    return torch.bmm(A, moved.flatten(2) if G.ndim > 2 else moved.unsqueeze(2)).view(moved.shape).movedim(1, axis + 1)

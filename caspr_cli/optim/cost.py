@@ -31,9 +31,12 @@ def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, Shape,
     ]
 
 
-def passes(order: float, axes: int) -> int:
-    """Return how often all roots are applied: q times for the sum; once for the product or one root."""
-    return 1 if math.isinf(order) or axes == 1 else int(order)
+def passes(group: Group, axes: int) -> int:
+    """Return how often all roots are applied: q times for the sum; once for the product or one root. With ``measured``
+    the momentum goes to the eigenbases and back."""
+    if group["measured"]:
+        return 2
+    return 1 if math.isinf(group["order"]) or axes == 1 else int(group["order"])
 
 
 def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None) -> dict[str, float]:
@@ -41,7 +44,9 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
 
     For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
     q for the application (once for a product), and the polar factor; and c (m^3 + n^3) / interval for the roots, with c
-    of :func:`root_flops`: 25 on a CPU, 80 on a GPU. An axis without statistics adds nothing to the sums.
+    of :func:`root_flops`: 25 on a CPU, 80 on a GPU. An axis without statistics adds nothing to the sums. With
+    ``measured`` as much again as one application goes to the statistics, and to the roots as much as turns the second
+    moment.
 
     Args:
         device: where the steps are taken; None: where the parameters are.
@@ -50,7 +55,10 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
     for group, p, sizes, shape, count in blocks_of(optimizer):
         size = 2.0 * count * math.prod(shape)
         flops["statistics"] += size * sum(packed_length(d) / d for d in sizes)
-        flops["apply"] += passes(group["order"], len(sizes)) * size * sum(sizes)
+        flops["apply"] += passes(group, len(sizes)) * size * sum(sizes)
+        if group["measured"]:
+            flops["statistics"] += size * sum(sizes)
+            flops["roots"] += (size * sum(sizes) + 2.0 * count * sum(d**3 for d in sizes)) / group["interval"]
         if group["polar"]:
             flops["apply"] += count * polar_flops(shape)
         if sizes:

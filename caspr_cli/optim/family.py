@@ -49,6 +49,7 @@ def _is_count(value: Any) -> bool:
 NOT_NEGATIVE = Range("should be >= 0", lambda value: value >= 0)
 POSITIVE = Range("should be > 0", lambda value: value > 0)
 BELOW_ONE = Range("should be in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = Range("should be from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = Range("should be above 0 and below 1", lambda value: 0 < value < 1)
 COUNT = Range("should be a positive integer", _is_count, 10**9)
 COUNT_OR_ZERO = Range("should be a positive integer or 0", lambda value: value == 0 or _is_count(value), 10**9)
@@ -196,7 +197,8 @@ class FullAdagradOptions:
     solver: Literal["auto", "eigh", "newton"] = option(
         "auto",
         """method of the inverse roots: ``"eigh"``, an eigendecomposition; ``"newton"``, the coupled Newton iteration.
-        ``"auto"`` is eigh on a CPU and Newton on a GPU.""",
+        ``"auto"`` is eigh on a CPU and Newton on a GPU. Of eigenbases (``measured``) ``"newton"`` takes a step of
+        orthogonal iteration from the last ones, as SOAP does: a product and a QR decomposition.""",
     )
     factor_dtype: FactorDtype | None = option(
         None,
@@ -281,6 +283,15 @@ class ShampooOptions(FullAdagradOptions):
         With 1 Shampoo is U = tr(L)^(1/2) L^(-1/2) G R^(-1/2), which takes L x R / tr(L) for the statistic of Adagrad
         (Morwani et al., arXiv:2406.17748); for order q A_i = S_i^(-1/q), and U times tr(S)^(1/2), undamped.""",
         EXPONENT,
+    )
+    measured: float = option(
+        0.0,
+        """share of a measured second moment in the weights, from 0 to 1. With 0 all follow from the statistics of the
+        axes. Else the momentum is seen in their eigenbases and divided there by the root of a mixture of what the axes
+        say and of Adam's second moment in that basis. This takes half as many products again and 4 bytes a parameter.
+        With 1 and ``graft="none"`` it is SOAP (arXiv:2409.11321), damped by ``eps``, and AdamW has what is left to the
+        graft method for good. ``pack_roots`` does nothing then.""",
+        SHARE,
     )
     polar: bool = option(
         False,

@@ -36,12 +36,14 @@ def needs_second_moment(graft: str) -> bool:
 
 
 def graft_of(group: dict[str, Any], *, preconditioned: bool) -> str:
-    """Return the graft method of a tensor: AdamW has those that are left to it for good, where "rms" is of the others.
+    """Return the graft method of a tensor: AdamW has those that are left to it for good, where "rms" is of the others,
+    or "none" of those that have a length of their own, as in SOAP.
 
     Args:
         preconditioned: whether the tensor is, from ``start_step`` on.
     """
-    return "adam" if group["graft"] == "rms" and not preconditioned else str(group["graft"])
+    own_length = group["graft"] == "rms" or (group["graft"] == "none" and group["measured"] > 0)
+    return "adam" if own_length and not preconditioned else str(group["graft"])
 
 
 def update_second_moment(exp_avg_sq: list[Tensor], grads: list[Tensor], beta2: float) -> None:

@@ -72,7 +72,7 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
 
 def root_options(group: Group) -> tuple[Any, ...]:
     """Return the options that roots depend on; roots that were made with other ones are made again."""
-    return tuple(group[name] for name in OF_ROOTS)
+    return (*(group[name] for name in OF_ROOTS), *(["eigenvectors"] if group["measured"] else []))
 
 
 def is_float64_for_eps(p: Tensor, group: Group) -> bool:

@@ -73,6 +73,7 @@ def plan_key(group: Group) -> tuple[Any, ...]:
     return (
         *(group[name] for name in ("merge", "block_size", "axes", "batch_axes", "precondition_1d", "interval")),
         *(group[name] for name in ("root_dtype", "factor_dtype", "pack_roots", "damping")),
+        group["measured"] > 0,
         *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["exponent"] == 0),
         *((id(p), p.shape, p.dtype) for p in group["params"]),
     )

@@ -76,6 +76,8 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
     for place, d, at in parts:
         unit, eps, root_scale = units[at], damping[at], stack.root_scale[at]
         S, A = stack.statistics(place, at, group), stack.root(place, at, torch.float64)
+        if stack.values:  # A has eigenvectors
+            A = A * stack.values[place][at].double().pow(-1 / p).unsqueeze(1) @ A.mT
         eigenvalues, _ = eigendecomposition(S)
         lam = eigenvalues.double().clamp(min=0)
         shift = damping_shift(lam[:, -1], unit, eps, group["damping"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.combine import root_exponent
+from caspr_cli.optim.eigenbasis import turn
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import bound
 from caspr_cli.optim.solve import Problem, Solution, solve_all
@@ -31,7 +32,7 @@ def refresh(due: Due, group: Group) -> None:
     on_cpu = due[0][0].scale.device.type == "cpu"
     room = most = torch.get_num_threads() * BATCH if on_cpu else BATCH_ON_DEVICE
     batch: Due = []
-    for stack, rows in due:
+    for stack, rows in _apart(due):
         size = sum(d * d for d in stack.sizes)
         while rows:
             count = min(len(rows), max(1, room // size))
@@ -44,6 +45,18 @@ def refresh(due: Due, group: Group) -> None:
         _refresh(batch, group)
 
 
+def _apart(due: Due) -> Due:
+    """Return the same, with rows that have eigenvectors, from which a solver may go on, apart from the others."""
+    found = []
+    for stack, rows in due:
+        if not stack.storage.measured:
+            found.append((stack, rows))
+            continue
+        parts = [[row for row in rows if (row in stack.based) is based] for based in (False, True)]
+        found += [(stack, part) for part in parts if part]
+    return found
+
+
 def _refresh(due: Due, group: Group) -> None:
     work = [(stack, stack.index(rows), _problems(stack, rows, group)) for stack, rows in due]
     solutions = iter(solve_all([problem for *_, problems in work for problem in problems], group["solver"]))
@@ -53,6 +66,7 @@ def _refresh(due: Due, group: Group) -> None:
 
 def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[Solution], group: Group) -> None:
     """Keep the roots of all axes of these blocks where those of all of them are good."""
+    before = [stack.root(place, at, stack.storage.dtype).clone() for place in range(len(stack.values))]
     accepted = torch.stack(
         [solution.residual <= bound(solution.root.condition, solution.root.A.dtype, ACCEPTED) for solution in solutions]
     ).all(0)
@@ -63,6 +77,8 @@ def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[S
     # Under relative damping a block without statistics has no scale yet; see Stack.input_scale().
     scale = torch.where(stack.scale[at] > 0, unit, 0) if group["damping"] == "relative" else unit
     stack.root_scale[at] = torch.where(accepted, scale, stack.root_scale[at])
+    if stack.V is not None:
+        turn(stack, at, before, group)
     retries = stack.retries[at]
     stack.retries[at] = torch.where(accepted, retries - 1, retries + 1).clamp(0, MOST_RETRIES)
     stack.rejected[at] += (~accepted).to(stack.rejected.dtype)
@@ -71,11 +87,18 @@ def _take(stack: Stack, at: RowIndex, problems: list[Problem], solutions: list[S
 def _problems(stack: Stack, rows: list[int], group: Group) -> list[Problem]:
     """Return a problem for each axis of these rows."""
     at, p = stack.index(rows), root_exponent(group["order"], len(stack.axes), group["exponent"])
+    places = range(len(stack.axes))
+    last: list[Tensor | None] = [None for _ in places]
+    if stack.storage.measured:
+        p = 0
+        if stack.based.issuperset(rows):
+            last = [stack.root(place, at, stack.storage.dtype) for place in places]
+        stack.based.update(rows)
     unit, eps = stack.unit(group)[at], damping_of(stack, group)[at]
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
     return [
-        Problem(stack.statistics(place, at, group), unit, eps, group["damping"], p, condition)
-        for place in range(len(stack.axes))
+        Problem(stack.statistics(place, at, group), unit, eps, group["damping"], p, condition, last[place])
+        for place in places
     ]
 
 

@@ -309,6 +309,7 @@ def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optim
     return _matrices_and_rest("psgd_kron", groups, matrix, **options)
 
 
+SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
@@ -338,6 +339,12 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             ShampooKeys,
             _family("Shampoo"),
             POLAR,
+        ),
+        "shampoo_soap": Entry(
+            "SOAP as a member of this family, shared by ranks and damped like it; between it and Shampoo: measured=0.5",
+            ShampooKeys,
+            _family("Shampoo"),
+            SOAP,
         ),
         "full_adagrad": Entry(
             "full-matrix Adagrad in blocks: what the others approximate (for small models)",

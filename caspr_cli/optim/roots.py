@@ -43,6 +43,7 @@ class Root:
     shift: Tensor  # [K], float64: what was added to the diagonal
     largest: Tensor  # [K], float64: the largest eigenvalue with it; 0 for a matrix of zeros, whose A is the identity
     condition: Tensor  # [K], float64: at least the condition number of the damped matrix
+    values: Tensor | None = None  # [K, d], float64: damped eigenvalues, where A has the eigenvectors as columns
 
 
 def damping_shift(largest: Tensor, unit: Tensor, eps: Tensor, damping: str) -> Tensor:
@@ -91,6 +92,25 @@ def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:
     lam = lam + shift.unsqueeze(1)
     values = torch.where(lam > 0, lam, 1).pow(-1 / p).to(S.dtype)
     return Root(product(Q * values.unsqueeze(1), Q), shift, lam[:, -1], lam[:, -1] / lam[:, 0])
+
+
+def basis(S: Tensor, damping: Damping, last: Tensor | None) -> Root:
+    """Return eigenvalues and eigenvectors; or, from a basis ``last`` ``[K, d, d]``, those of a step of orthogonal
+    iteration: QR of S times ``last``, the largest first, so that they need no decomposition of S.
+
+    Source of that step: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321.
+    """
+    if last is None:
+        lam, Q = eigendecomposition(S)
+    else:
+        Y = torch.bmm(S, last)
+        order = (last * Y).sum(1).argsort(dim=1, descending=True)
+        Q, _ = torch.linalg.qr(Y.gather(2, order.unsqueeze(1).expand_as(Y)))
+        lam = (Q * torch.bmm(S, Q)).sum(1)
+    lam = lam.double().clamp(min=0)
+    shift = damping(lam.amax(1))
+    lam = lam + shift.unsqueeze(1)
+    return Root(Q, shift, lam.amax(1), lam.amax(1) / lam.amin(1), torch.where(lam > 0, lam, 1))
 
 
 def newton_steps(condition: float, p: int) -> int:
@@ -247,8 +267,13 @@ def residual(S: Tensor, root: Root, p: int) -> Tensor:
 
     With V of random signs, E ||R V||_F^2 = PROBES ||R||_F^2 for any R. Anything in A that is not finite makes it so.
     Of a matrix of zeros, which has no root, it is 0. In the precision of S: roundings of it times the condition.
+    Of eigenvectors it is that of ||A A^T - I||_F / sqrt(d).
     """
     V = probe_vectors(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1)
+    if root.values is not None:
+        Y = torch.bmm(torch.bmm(V, root.A), root.A.mT) + 0 * root.values.sum(1).to(S.dtype).view(-1, 1, 1)
+        away: Tensor = torch.linalg.vector_norm(Y - V, dim=(1, 2)) / math.sqrt(V[0].numel())
+        return away
     size = torch.where(root.largest > 0, root.largest, 1)
     Y, factor = V, size.pow(1 / p).to(S.dtype).view(-1, 1, 1)
     for _ in range(p // 2):

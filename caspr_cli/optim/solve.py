@@ -19,6 +19,7 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import (
     POWER_ACCURACY,
     Root,
+    basis,
     damping_shift,
     eigh_root,
     newton_root,
@@ -60,9 +61,9 @@ def is_scaled(device: torch.device, condition: float) -> bool:
 def root_flops(group: Group, axes: int, device: torch.device) -> float:
     """Return the FLOPs of a root over d^3, in units of products, for blocks of so many axes with statistics.
 
-    They are those of an eigendecomposition, or Newton's steps times its products.
+    They are those of an eigendecomposition, as a basis is counted, too, or Newton's steps times its products.
     """
-    if choose(group["solver"], device) == "eigh":
+    if group["measured"] or choose(group["solver"], device) == "eigh":
         return EIGH_FLOPS
     p = root_exponent(group["order"], axes, group["exponent"])
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
@@ -81,12 +82,14 @@ class Problem:
     unit: Tensor  # [K]
     eps: Tensor  # [K]
     damping: str
-    p: int
+    p: int  # 0: their eigenvectors are wanted, no roots
     condition: float = math.inf  # at least that of each damped matrix
+    last: Tensor | None = None  # [K, d, d], the last eigenvectors, for an iteration from them
 
     def take(self, at: slice | Tensor) -> Problem:
         """Return the problem of some of the matrices."""
-        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition)
+        last = None if self.last is None else self.last[at]
+        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition, last)
 
     @staticmethod
     def join(parts: list[Problem]) -> Problem:
@@ -94,7 +97,8 @@ class Problem:
         if len(parts) == 1:
             return parts[0]
         S, unit, eps = (torch.cat([getattr(one, name) for one in parts]) for name in ("S", "unit", "eps"))
-        return replace(parts[0], S=S, unit=unit, eps=eps)
+        last = [one.last for one in parts if one.last is not None]
+        return replace(parts[0], S=S, unit=unit, eps=eps, last=torch.cat(last) if last else None)
 
     @property
     def cost(self) -> int:
@@ -128,6 +132,7 @@ class Solution:
                 torch.cat([root.shift for root in roots]),
                 torch.cat([root.largest for root in roots]),
                 torch.cat([root.condition for root in roots]),
+                _joined([root.values for root in roots if root.values is not None]),
             ),
             torch.cat([part.residual for part in parts]),
         )
@@ -135,8 +140,14 @@ class Solution:
     def split(self, sizes: list[int]) -> list[Solution]:
         """Return the solutions of these numbers of matrices, one after the other."""
         root = self.root
-        columns = zip(*(x.split(sizes) for x in (root.A, root.shift, root.largest, root.condition)), strict=True)
-        return [Solution(Root(*x), r) for x, r in zip(columns, self.residual.split(sizes), strict=True)]
+        values = root.values.split(sizes) if root.values is not None else [None] * len(sizes)
+        columns = (x.split(sizes) for x in (root.A, root.shift, root.largest, root.condition))
+        parts = zip(zip(*columns, values, strict=True), self.residual.split(sizes), strict=True)
+        return [Solution(Root(*x), r) for x, r in parts]
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None
 
 
 def solve(problem: Problem, solver: str) -> Solution:
@@ -155,21 +166,28 @@ def solve(problem: Problem, solver: str) -> Solution:
             return Solution.join([solve(half, solver) for half in halves])
     S = problem.S
     try:
-        exact = eigh_root(S.double(), problem.shift, problem.p)
-        root = Root(exact.A.to(S.dtype), exact.shift, exact.largest, exact.condition)
+        exact = _decomposed(problem, S.double())
+        root = replace(exact, A=exact.A.to(S.dtype))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         nothing = torch.full_like(problem.unit, torch.nan, dtype=torch.float64)
-        root = Root(torch.full_like(S, torch.nan), nothing, nothing, nothing)
+        values = None if problem.p else torch.full_like(S[:, 0], torch.nan, dtype=torch.float64)
+        root = Root(torch.full_like(S, torch.nan), nothing, nothing, nothing, values)
     return Solution.of(problem, root)
 
 
+def _decomposed(problem: Problem, S: Tensor) -> Root:
+    return eigh_root(S, problem.shift, problem.p) if problem.p else basis(S, problem.shift, None)
+
+
 def _eigh(problem: Problem) -> Solution:
-    return Solution.of(problem, eigh_root(problem.S, problem.shift, problem.p))
+    return Solution.of(problem, _decomposed(problem, problem.S))
 
 
 def _newton(problem: Problem) -> Solution:
+    if problem.p == 0:
+        return Solution.of(problem, basis(problem.S, problem.shift, problem.last))
     root = scaled_newton_root if is_scaled(problem.S.device, problem.condition) else newton_root
     return Solution.of(problem, root(problem.S, problem.shift, problem.p, problem.condition))
 
@@ -208,7 +226,8 @@ def _solve_in_batches(problems: list[Problem], solver: str) -> list[Solution]:
     """Return the solutions of problems, those that can be solved together in one batch each."""
     batches: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, one in enumerate(problems):
-        batches[one.S.shape[-1], one.S.dtype, one.S.device, one.damping, one.p, one.condition].append(i)
+        key = one.S.shape[-1], one.S.dtype, one.S.device, one.damping, one.p, one.condition, one.last is None
+        batches[key].append(i)
     solutions: dict[int, Solution] = {}
     for members in batches.values():
         parts = [problems[i] for i in members]

@@ -62,10 +62,12 @@ class Storage:
     dtype: torch.dtype  # of the statistics
     root_dtype: torch.dtype
     packed: bool  # whether roots are
+    measured: bool = False  # whether there are eigenvectors in their place, which cannot be packed
 
     @classmethod
     def of(cls, dtype: torch.dtype, group: Group) -> Storage:
-        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]))
+        measured = group["measured"] > 0
+        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]) and not measured, measured)
 
 
 class View(Tensor):
@@ -89,10 +91,12 @@ class Stack:
     axes: tuple[int, ...]  # those that have statistics; S and A follow it
     storage: Storage
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
-    A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed
+    A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed; or eigenvectors, each a column
     # Diagonal of the damped S over the trace of S when A was computed, [K, d_i]; 0 where that is not known. An empty
     # list for vectors, of which each entry is a row.
     shares: list[Tensor]
+    values: list[Tensor]  # with eigenvectors, eigenvalues of the damped S in units of root_scale^2, [K, d_i]
+    V: Tensor | None  # and the second moment in their basis over scale^2, [K, d_1, ..., d_k]
     scale: Tensor  # [K]
     root_scale: Tensor  # [K], 0 where there is no scale yet
     total: Tensor  # [K], weights of all gradients in S
@@ -100,6 +104,7 @@ class Stack:
     rejected: Tensor  # [K], roots that were refused
     rows: dict[Tensor, slice] = field(default_factory=dict)
     rooted: set[Tensor] = field(default_factory=set)  # parameters whose roots have been computed
+    based: set[int] = field(default_factory=set)  # rows that have eigenvectors, where these take the roots' place
     members: list[Tensor] = field(default_factory=list)  # the parameters of ``rows``
     ids: frozenset[int] = frozenset()  # and their ids: to hash a tensor takes ten times as long
     plan: object = None  # what it was built by
@@ -124,6 +129,8 @@ class Stack:
             [new(packed_length(d)) for d in sizes],
             [new(*size, dtype=storage.root_dtype) for size in roots],
             [] if is_vector(shape) else [new(d) for d in sizes],
+            [new(d) for d in sizes] if storage.measured else [],
+            new(*shape) if storage.measured and axes else None,
             scale=new(),
             root_scale=new(),
             total=new(),
@@ -145,7 +152,10 @@ class Stack:
         """Return the entries of ``optimizer.state[p]``, as views. ``part`` counts p's block shapes."""
         rows = self.rows[p]
         named = {name: getattr(self, name) for name in ("scale", "root_scale", "total", "retries", "rejected")}
-        for name, tensors in (("statistics", self.S), ("root", self.A), ("share", self.shares)):
+        if self.V is not None:
+            named["moment"] = self.V
+        factors = {"statistics": self.S, "root": self.A, "share": self.shares, "eigenvalue": self.values}
+        for name, tensors in factors.items():
             named |= {f"{name}_{axis}": tensor for axis, tensor in zip(self.axes, tensors, strict=False)}
         return {f"{name}.{part}": tensor[rows].as_subclass(View) for name, tensor in named.items()}
 
@@ -185,22 +195,29 @@ class Stack:
 
         With another exponent than 1/2 what is meant by S has a trace of 1, see statistics().
         """
-        corrected = self.scale
-        if group["statistics"] == "ema":
-            corrected = self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
+        corrected = self.corrected(group)
         if group["exponent"] != 0.5 and self.S:
-            corrected = corrected * self._trace().sqrt()
+            sums = self.trace()
+            corrected = corrected * torch.where(sums > 0, sums, 1).sqrt()
         return torch.where(self.scale > 0, corrected, 1)
+
+    def corrected(self, group: Group) -> Tensor:
+        """``[K]``: c, where S and V are over c^2 with the bias of a moving average corrected."""
+        if group["statistics"] == "ema":
+            return self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
+        return self.scale
 
     def statistics(self, place: int, at: RowIndex, group: Group) -> Tensor:
         """``[k, d, d]`` of these rows, in the units of unit()."""
         S = unpack(self.S[place][at], self.sizes[place])
-        return S / self._trace()[at].view(-1, 1, 1) if group["exponent"] != 0.5 else S
+        if group["exponent"] == 0.5:
+            return S
+        sums = self.trace()[at]
+        return S / torch.where(sums > 0, sums, 1).view(-1, 1, 1)
 
-    def _trace(self) -> Tensor:
-        """``[K]``: the sum of squares that is in S, the same along each axis; 1 without one."""
-        sums = trace(self.S[0], self.sizes[0])
-        return torch.where(sums > 0, sums, 1)
+    def trace(self) -> Tensor:
+        """``[K]``: the sum of squares that is in S, the same along each axis."""
+        return trace(self.S[0], self.sizes[0])
 
     def outgrown(self) -> Tensor:
         """Return ``[K]``, whether a row, of any axis, has ``OUTGROWN`` times the share in the statistics that it had
@@ -243,15 +260,19 @@ class Stack:
         A = root.A
         if A.device.type != "cpu" or not bool(accepted.all()):
             old = self.root(place, at, A.dtype)
-            blank = (old.diagonal(dim1=-2, dim2=-1) == 0).all(-1).view(-1, 1, 1)
+            blank = (old == 0).flatten(1).all(1).view(-1, 1, 1)
             old = torch.where(blank, torch.eye(self.sizes[place], dtype=A.dtype, device=A.device), old)
             A = torch.where(accepted.view(-1, 1, 1), A, old)
         self.A[place][at] = (pack(A) if self.storage.packed else A).to(self.storage.root_dtype)
+        if root.values is not None:
+            old = torch.where(self.values[place][at] > 0, self.values[place][at], 1)
+            self.values[place][at] = torch.where(accepted.unsqueeze(1), root.values.to(old.dtype), old)
 
     def forget_roots(self) -> None:
         """Forget all roots: they are computed anew, each with its block's next gradient."""
         torch._foreach_zero_([*self.A, self.root_scale, *self.shares])
         self.rooted.clear()
+        self.based.clear()
 
     def is_in(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether ``state`` still holds the views of this stack: a loop that moves state elsewhere replaces them."""
@@ -295,7 +316,7 @@ def build_stacks(
     """
     counts: dict[tuple[Shape, Shape, Storage, torch.device], list[tuple[Tensor, int, int]]] = {}
     for p in params:
-        for name in outdated(state[p], layouts[p]):
+        for name in outdated(state[p], layouts[p], measured=storages[p].measured):
             del state[p][name]
         check_axes(state[p], p, layouts[p])
         for shape, blocks in layouts[p].blocks.items():
@@ -314,10 +335,10 @@ def build_stacks(
                 old = state[p].get(name)
                 if old is not None:
                     view.copy_(_converted(old, view, p, name, shape))
-                    if (
-                        axes and name == f"root_{axes[0]}.{part}" and bool(view.any())
-                    ):  # waits for the device, once a rebuild
-                        stack.rooted.add(p)
+                    if axes and name == f"root_{axes[0]}.{part}":
+                        has = view.flatten(1).any(1).tolist()  # waits for the device, once a rebuild
+                        stack.based |= {stack.rows[p].start + i for i, yes in enumerate(has) if yes}
+                        stack.rooted |= {p} if any(has) else set()
                 state[p][name] = view
             stack.marks[p] = f"scale.{part}", state[p][f"scale.{part}"]
         stack.members, stack.ids = list(stack.rows), frozenset(map(id, stack.rows))
@@ -339,15 +360,16 @@ def _converted(old: Tensor, view: Tensor, p: Tensor, name: str, shape: Shape) ->
     raise ValueError(f"{other_blocks(name, p)} ({tuple(old.shape)} was saved, {tuple(view.shape)} is wanted)")
 
 
-def outdated(state: Iterable[str], layout: Layout) -> list[str]:
+def outdated(state: Iterable[str], layout: Layout, *, measured: bool = True) -> list[str]:
     """Return the names of factors that older versions kept: of an axis that is too long, the roots with them, and
-    eigenvectors."""
+    eigenvectors; and of those that are for eigenbases alone, where nothing is ``measured`` in them."""
     names = list(state)
     old = {part for part in range(len(layout.shapes)) if any(f"statistics_{i}.{part}" in names for i in layout.long)}
     kept = tuple(f"statistics_{axis}" for axis in layout.axes)
     kinds = ("statistics_", "root_", "share_")
     long = [n for n in names if n.startswith(kinds) and not n.startswith(kept) and int(n.rpartition(".")[2]) in old]
-    return [*long, *(n for n in names if n.startswith("basis_"))]
+    unused = ("basis_",) if measured else ("basis_", "moment.", "eigenvalue_")
+    return [*long, *(n for n in names if n.startswith(unused))]
 
 
 def check_axes(state: Iterable[str], p: Tensor, layout: Layout) -> None:
@@ -378,15 +400,18 @@ def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
             raise ValueError(other_blocks(name, p))
         if axis.isdigit():
             d = shape[int(axis)]
-            fitting = ((d,),) if kind.startswith("share_") else ((d, d), (packed_length(d),))
+            fitting = ((d,),) if kind.startswith(("share_", "eigenvalue_")) else ((d, d), (packed_length(d),))
             if tuple(state[name].shape[1:]) not in fitting:
                 raise ValueError(other_blocks(name, p))
+        elif kind == "moment" and tuple(state[name].shape[1:]) != shape:
+            raise ValueError(other_blocks(name, p))
 
 
 def is_factor(name: str) -> bool:
     """Whether an entry of the state is a view into a stack, of a type of its own."""
-    own = ("scale", "root_scale", "total", "retries", "rejected")
-    return name.partition(".")[0] in own or name.startswith(("statistics_", "root_", "basis_", "share_"))
+    own = ("scale", "root_scale", "total", "retries", "rejected", "moment")
+    of_axes = ("statistics_", "root_", "basis_", "share_", "eigenvalue_")
+    return name.partition(".")[0] in own or name.startswith(of_axes)
 
 
 def other_blocks(name: str, p: Tensor) -> str:

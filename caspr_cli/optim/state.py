@@ -50,7 +50,8 @@ def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:
 
 def begin(state: State, p: Tensor, group: Group) -> None:
     """Make the entries that every step needs, where they are not there."""
-    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if group["graft"] == "rms" else group["graft"]
+    asked = group["graft"] in ("rms", "none")
+    graft = graft_of(group, preconditioned=is_preconditioned(p, group)) if asked else group["graft"]
     needed = ("exp_avg", "exp_avg_sq") if needs_second_moment(graft) else ("exp_avg",)
     if any(name not in state for name in ("step", *needed)):  # one counter: the moments begin together
         state["step"] = counter()

@@ -41,7 +41,7 @@ def accumulate(
     *,
     beta: float,
     weight: float,
-) -> None:
+) -> Tensor | None:
     """Add a gradient in place: true S_i <- beta S_i + weight unfold_i(G) unfold_i(G)^T, for K blocks at once.
 
     Args:
@@ -54,6 +54,9 @@ def accumulate(
         size: ``[K]``, about the size of an entry of G. Where it is not finite, nothing is changed.
         beta: 1 for a sum, betas[1] for a moving average.
         weight: 1 for a sum, 1 - beta for a moving average.
+
+    Returns:
+        What the statistics were multiplied by for a new scale, ``[K]``, or None.
 
     Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis (for m x n blocks 2 m n (m + n), less the
     part of the upper triangles that is not computed).
@@ -78,3 +81,4 @@ def accumulate(
         if not unchanged:
             S_i.mul_(keep.unsqueeze(1))
         add_gram(S_i, unfold(G, axis), weight)
+    return None if unchanged else keep

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.combine import precondition
+from caspr_cli.optim.eigenbasis import measure
 from caspr_cli.optim.finite import Finite
 from caspr_cli.optim.fsdp import local, locals_of
 from caspr_cli.optim.graft import (
@@ -103,14 +104,16 @@ def add_statistics(x: Inputs, received: Received) -> None:
                 continue
             present = stack.members if everyone else [p for p in stack.members if p in x.grads]
             for members, rows in stack.chunks(present):
-                X, _ = x.workspace.blocks(stack, rows)
+                X, out = x.workspace.blocks(stack, rows)
                 _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
                 numbers = [math.sqrt(p.numel()) for p in members]
                 size = (x.finite.norms(members) / _constants(numbers, X.device, x)).to(X.dtype)
                 size = _by_block(size, members, stack)
                 S = [S_i[rows] for S_i in stack.S]
                 scale, total = stack.scale[rows], stack.total[rows]
-                accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
+                keep = accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
+                if stack.V is not None:
+                    measure(stack, rows, X, out, keep, weight, group)
 
 
 def drop_broken(x: Inputs) -> Active:

@@ -53,9 +53,9 @@ class Composer:
         if not re.fullmatch(r"\w[\w/-]*", name):
             raise ConfigError(f"-cn {name}: should be the name of a file in the directory of -cd")
         for word in given:
-            key, _, value = word.lstrip("+").partition("=")
-            if words.parse(word).is_choice_sweep() and key in LISTS and "[" not in value:
-                raise ConfigError(f"{word}: a list stands in brackets: '{key}=[{value}]'")
+            key, _, given_value = word.lstrip("+").partition("=")
+            if words.parse(word).is_choice_sweep() and key in LISTS and "[" not in given_value:
+                raise ConfigError(f"{word}: a list stands in brackets: '{key}=[{given_value}]'")
             if words.parse(word).is_sweep_override() and not sweeps:
                 raise ConfigError(f"{word} is a sweep: add -m to run one job for each value")
         self.words = [word for word in given if not words.is_hydras(words.parse(word))]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean, median
+from dataclasses import replace
+from statistics import median
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any
@@ -18,19 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from caspr_cli.common.format import count, listed
+from caspr_cli.report.averages import BAND, Curve, curve
 from caspr_cli.report.format import interval as interval_text
 from caspr_cli.report.format import number
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import LONGEST, Profile, names, rho
 from caspr_cli.report.selection import labels_across
-from caspr_cli.report.stats import interval
 from caspr_cli.report.style import MUTED, Style, drawing, to_svg
 from caspr_cli.report.style import styles as styles_for
 
 WIDTH, HEIGHT = 5.6, 3.6  # inches; small, so that text stays readable where a page is narrow
 LABELLED, LONGEST_LABEL = 9, 22  # so many lines at most are labelled at their ends, with so many characters
 FAR = 8.0  # times the distance of the median end from the best: too far for an axis that others share
-BAND = 3  # seeds from which on a curve has a band: at two the interval is nine standard deviations to each side
 PANELS = 3  # side by side, in one figure of several tables
 SETTLED = 0.4  # share of the training after which the best row should be seen
 Styles = Mapping[str, Style]
@@ -354,48 +353,7 @@ def _unit(longest: float) -> tuple[str, float]:
     return ("minutes of training", 60.0) if longest < 3 * 3600 else ("hours of training", 3600.0)
 
 
-# ---- means of runs, and ranges of axes ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A row over its validations.
-
-    Args:
-        n: runs that are averaged: the finished ones, or those there are if none is.
-        finished: whether ``n`` counts finished runs.
-        seconds: the median at each step; None if a run has no times.
-        low, high: 95 % interval of the mean at each step; None if n < ``BAND``.
-        singles: the values of each run, where there are two.
-    """
-
-    label: str
-    n: int
-    finished: bool
-    steps: tuple[int, ...]
-    seconds: tuple[float, ...] | None
-    mean: tuple[float, ...]
-    low: tuple[float, ...] | None
-    high: tuple[float, ...] | None
-    singles: tuple[tuple[float, ...], ...] = ()
-
-
-def curve(row: Row) -> Curve | None:
-    """Return the mean of a row at the steps where all its runs have a finite value; None if there is none."""
-    done = [run for run in row.runs if run.final is not None]
-    runs = done or [run for run in row.runs if run.curve]
-    by_step = [{point.step: point for point in run.curve if point.value is not None} for run in runs]
-    steps = sorted(set.intersection(*map(set, by_step))) if runs else []
-    if not steps:
-        return None
-    values = [[float(points[step].value or 0.0) for points in by_step] for step in steps]
-    times = [[time for points in by_step if (time := points[step].seconds) is not None] for step in steps]
-    mean, bands = tuple(map(fmean, values)), map(interval, values)  # no band where all values are equal
-    edges = [(m, m) if low is None or high is None else (low, high) for m, (low, high) in zip(mean, bands, strict=True)]
-    low, high = zip(*edges, strict=True) if len(runs) >= BAND else (None, None)
-    singles = tuple(zip(*values, strict=True)) if 1 < len(runs) < BAND else ()
-    seconds = tuple(map(median, times)) if all(len(own) == len(runs) for own in times) else None
-    return Curve(row.label, len(runs), bool(done), tuple(steps), seconds, mean, low, high, singles)
+# ---- ranges of axes ---------------------------------------------------------------------------
 
 
 def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool) -> tuple[float, float]:

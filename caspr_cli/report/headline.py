@@ -76,18 +76,17 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
     for table, rows in zip(tables, by_label, strict=True):
         for label, kind in _of_rows(rows) if own else _against(rows, subject, higher=table.higher_is_better):
             kinds[label].append(kind)
-    said = {kind: _where(kinds, kind) for kind in ("better", "worse", format.NOT_TESTED)}
-    if (
-        not said["better"]
-        and not said["worse"]
-        and not any(format.NOT_SIGNIFICANT in found for found in kinds.values())
-    ):
+    said = {kind: _where(kinds, kind) for kind in ("better", "worse", format.NOT_SIGNIFICANT, format.NOT_TESTED)}
+    if not any(said[kind] for kind in ("better", "worse", format.NOT_SIGNIFICANT)):
         return "no difference is tested"
     untested = f" (not tested: {said[format.NOT_TESTED]})" if said[format.NOT_TESTED] else ""
     better, worse = (said[kind] or "none" for kind in ("better", "worse"))
     if own:
         return f"significantly better than {own[0]}: {better}; worse: {worse}{untested}"
-    return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
+    if len(tables) > 1 or not said[format.NOT_SIGNIFICANT]:
+        return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
+    alike = f"not significantly different from {said[format.NOT_SIGNIFICANT]}"
+    return f"{subject} is significantly better than {better}, worse than {worse}, and {alike}{untested}"
 
 
 def _of_rows(rows: Mapping[str, Row]) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
 ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
 HIDDEN = "<path>"
+PARTS = ("config", "status", "result", "provenance")  # of a record, that a pack has
 LONGEST_LINE = 16_000_000  # bytes of one record; one with a hundred thousand validations has four
 MOST = 200_000_000  # bytes of all, uncompressed; fifty thousand records of usual size
 
@@ -179,7 +180,7 @@ def _lines(file: Path, stream: gzip.GzipFile) -> Iterator[bytes]:
 def _run(file: Path, number: int, line: bytes) -> Run:
     try:
         entry = shape.parsed(line, finite=False)
-        config, status, result, provenance = (shape.part(name, entry[name]) for name in shape.SHAPE)
+        config, status, result, provenance = (shape.part(name, entry[name]) for name in PARTS)
         curve = tuple(point(*values) for values in entry["curve"])
         if shape.lost(status, result):
             raise DamagedError("has no result, though the run is done")

@@ -79,7 +79,7 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
     """Return the work of an optimizer, on any device, with factors and moments in float32."""
     found = dict.fromkeys((f.name for f in fields(Work)), 0.0) | step_flops(optimizer)
     for group, _, sizes, shape, count in blocks_of(optimizer):
-        m_n, q = math.prod(shape), passes(group["order"], len(sizes))
+        m_n, q = math.prod(shape), passes(group, len(sizes))
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
         p = root_exponent(group["order"], len(sizes), group["exponent"])
         condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from references.eigenbasis import in_eigenbasis
 from references.kronecker import damped, newton_schulz, one_sided, row_by_row
 from references.kronecker import precondition as preconditioned
 from references.stream import average, statistics, uncorrected_average
@@ -42,12 +43,13 @@ def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, s
     for block in itertools.product(*map(axis_parts, gradient.shape, sizes)):
         turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
         past = [gradient[block] for gradient in history]
-        known = last = len(past) - age
+        last = len(past) - age
+        refreshed = [last]
         for count in range(last + 1, len(past) + 1):
             due = (count - last - turn) % interval == 0
-            if due or outgrown(past[:known], past[:count], **options):
-                known = count
-        result[block] = _block(gradient[block], past[:known], **options)
+            if due or outgrown(past[: refreshed[-1]], past[:count], **options):
+                refreshed.append(count)
+        result[block] = _block(gradient[block], past, refreshed, **options)
     return result
 
 
@@ -67,9 +69,14 @@ def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping,
     )
 
 
-def _block(gradient, history, *, polar, rms, **options):
+def _block(gradient, history, refreshed, *, polar, rms, measured, solver, **options):
     """U of a block, or its polar factor with a root mean square of 0.2 where all singular values are 1."""
-    update = _combined(gradient, history, **options)
+    if measured and options["exponent"]:
+        all_axes = list(range(gradient.ndim))
+        chosen = {"all": all_axes, "first": all_axes[:1]}.get(options.pop("axes"), all_axes[-1:])
+        update = in_eigenbasis(gradient, history, refreshed, chosen, measured=measured, solver=solver, **options)
+    else:
+        update = _combined(gradient, history[: refreshed[-1]], **options)
     if not polar:
         return update
     sizes = [size for size in gradient.shape if size > 1] or [1]
@@ -122,6 +129,8 @@ def reference_weights(
     weight_decay: float = 0.0,
     order: float = 2,
     exponent: float = 0.5,
+    measured: float = 0.0,
+    solver: str = "auto",
     statistics: str = "ema",
     damping: str = "relative",
     interval: int = 10,
@@ -145,7 +154,8 @@ def reference_weights(
     active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
     if axes == "row" and exponent and len(shape) > 2:
         shape = (shape[0], math.prod(shape[1:]))
-    graft = "adam" if graft == "rms" and not active else graft
+    own_length = graft == "rms" or (graft == "none" and measured > 0)
+    graft = "adam" if own_length and not active else graft
     block_options = {
         "sizes": [1, block_size] if axes == "row" and exponent and len(shape) > 1 else [block_size] * len(shape),
         "kind": statistics,
@@ -154,6 +164,8 @@ def reference_weights(
         "damping": damping,
         "order": math.inf if method == "shampoo" else order,
         "exponent": exponent,
+        "measured": measured,
+        "solver": solver,
         "axes": axes,
         "polar": polar,
         "rms": graft == "rms",

@@ -100,6 +100,11 @@ def test_options_are_read_and_reach_the_optimizer() -> None:
     found = [group[key] for key in ("order", "eps", "graft", "apply_dtype", "interval", "block_size", "start_step")]
     assert found == [3, 1e-4, "sgd", torch.bfloat16, 7, 9, 1]
     assert enter("shampoo", workload().copies(), settings, 7).param_groups[0]["eps"] == 1e-4
+    mode = "caspr_polar:order=1:graft=rms"  # an option of its own wins
+    (group, _) = enter(mode, workload().copies(), settings, 7).param_groups
+    assert [group[key] for key in ("polar", "order", "graft", "eps", "interval")] == [True, 1, "rms", 1e-4, 7]
+    with pytest.raises(ConfigError, match=r"^--optim caspr: ordr=1: ordr is no option. Did you mean order\?"):
+        enter("caspr:ordr=1", workload().copies(), settings, 7)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ COMMANDS = {
     "caspr-bench": (bench, [[]]),
     "caspr-report": (
         report,
-        [[], *([name] for name in (["compare", "profile", "trials", "curves", "list", "show", "pack", "unpack"]))],
+        [
+            [],
+            *(
+                [name]
+                for name in (["compare", "profile", "trials", "curves", "list", "show", "pack", "unpack", "check"])
+            ),
+        ],
     ),
     "caspr-verify": (verify, [[], *([name] for name in (*verify.QUESTIONS, verify.ALL))]),
 }

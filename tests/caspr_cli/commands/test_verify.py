@@ -52,7 +52,8 @@ def test_help_names_every_question_and_task(call):
     assert all(name in text for name in (*verify.QUESTIONS, "all", "130 interrupted"))
     assert call("order", "--help") == 0
     own = call.out
-    assert all(name in own for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"))
+    for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"):
+        assert name in " ".join(own.split())
     assert "--tokens" not in own
     assert max(map(len, (text + own).splitlines())) <= 110
     assert call("--version") == 0

@@ -17,6 +17,7 @@ GRID = {
     "shape": [(3, 4), (4, 2), (5, 5), (1, 3), (3, 2, 2, 2), (2, 3, 2), (5,), ()],
     "order": [1, 2, 3],
     "exponent": [0.5, 1.0, 0.25, 0.0],
+    "measured": [0.0, 1.0, 0.6],
     "statistics": ["ema", "accumulate"],
     "damping": ["relative", "absolute"],
     "eps": [1e-2, 1e-4],

@@ -14,6 +14,7 @@ from caspr_cli.optim import CASPR, Shampoo, probe
 from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
 from caspr_cli.optim.probe import LOWEST, counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.symmetric import packed_length
 
 
 def stepped(shape: tuple[int, int], steps: int, **options: Any) -> tuple[CASPR, Tensor, list[Tensor]]:
@@ -139,6 +140,18 @@ def test_flops_of_roots_on_a_gpu_are_those_of_newton(options: dict[str, Any], co
     found = step_flops(optimizer, torch.device("cuda"))
     assert found["roots"] == cost * (100**3 + 60**3) / 5
     assert found["statistics"] == step_flops(optimizer)["statistics"]
+
+
+def test_flops_where_a_second_moment_is_measured() -> None:
+    optimizer, *_ = stepped((12, 5), 2, start_step=1, interval=4, measured=0.5)
+    products, cubes = 2 * 12 * 5 * (12 + 5), 12**3 + 5**3
+    half = sum(2 * 12 * 5 * packed_length(d) / d for d in (12, 5))
+    expected = {
+        "statistics": half + products,  # the gradient goes to the eigenbases
+        "apply": 2 * products,  # the momentum goes there and back
+        "roots": (EIGH_FLOPS * cubes + products + 2 * cubes) / 4,
+    }
+    assert step_flops(optimizer) == expected
 
 
 def test_state_bytes_are_those_of_the_tensors() -> None:

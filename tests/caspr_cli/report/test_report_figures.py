@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from caspr_cli.report import figures, style
+from caspr_cli.report import averages, figures, style
 from caspr_cli.report.model import Point, Table
 from caspr_cli.report.profile import profile
 
@@ -157,7 +157,7 @@ def test_lines_are_means_with_bands_and_names_at_their_ends(
     shown = axes(figures.curves, table, over)
     target, lines = [line for line in shown.lines if len(line.get_xdata()) == 2], shown.lines[:6]
     assert [set(line.get_ydata()) for line in target] == [{4.5}]
-    means = {row.label: figures.curve(row) for row in table.rows}
+    means = {row.label: averages.curve(row) for row in table.rows}
     for line, band, found in zip(lines, shown.collections, means.values(), strict=True):
         x = found.steps if over == "steps" else [s / seconds for s in found.seconds]
         assert line.get_xdata() == pytest.approx(x)
@@ -268,12 +268,12 @@ def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
     assert len(style.styles(map(str, range(100)))) == 100
 
 
-def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
+def curve_of(values: list[list[float | None]]) -> averages.Curve | None:
     runs = [
         replace(synthetic.run("caspr", k, 4.0), curve=tuple(Point(s, 2.0 * s, v) for s, v in enumerate(own, 1)))
         for k, own in enumerate(values)
     ]
-    return figures.curve(synthetic.row("caspr", runs))
+    return averages.curve(synthetic.row("caspr", runs))
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
@@ -292,7 +292,7 @@ def test_the_mean_and_its_interval_by_hand() -> None:
     assert some.steps == (1, 3)  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
     runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
-    both, failed = figures.curve(synthetic.row("caspr", runs)), figures.curve(synthetic.row("caspr", runs[1:]))
+    both, failed = averages.curve(synthetic.row("caspr", runs)), averages.curve(synthetic.row("caspr", runs[1:]))
     assert both is not None
     assert failed is not None
     assert (both.n, both.mean[-1], both.finished, failed.finished) == (1, pytest.approx(4.0), True, False)

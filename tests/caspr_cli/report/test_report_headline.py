@@ -68,7 +68,10 @@ def test_with_its_baseline_the_subject_is_what_the_table_says() -> None:
     (table,) = tables(runs)
     kind = next(row.kind for row in table.rows if row.label == "caspr")
     assert kind == "no significant difference"
-    assert said(runs) == "Best mean: muon; caspr is significantly better than none, and worse than muon."
+    assert said(runs) == (
+        "Best mean: muon; caspr is significantly better than none, worse than muon, and not significantly different "
+        "from adamw."
+    )
 
 
 def test_without_caspr_the_best_row_is_the_subject() -> None:

@@ -173,7 +173,7 @@ def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> N
     (caption,) = (caption for caption in captions if caption.startswith(tuning.BY_BUDGET))
     assert "added" in caption
     assert captions[caption][0] == ["row", "0 trials", "3 trials"]
-    assert captions[caption][1][2] == "3.9000 (3.9000 to 4.1000)"
+    assert captions[caption][1][2] == "3.9000 (3.9000 to 4.2000)"
     only_added = [run("caspr", 0, None, optim__lr=1.0, trial=0, **extended), *runs[3:]]
     assert table(only_added).rows[0].best_of == ()
     assert not warned(table(only_added), "nothing selected")
