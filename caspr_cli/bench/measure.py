@@ -37,7 +37,7 @@ REFERENCE = "adamw"
 RATE_SIZE = {"cpu": 1024, "cuda": 4096}  # of the square product that measures the rate of training
 REFRESH_ROUNDS = 3
 SETTLING = 100  # gradients in the statistics before refreshes are timed
-ENDS = (0.0, 0.4, 0.8, 1.0)  # of the whole time, where warm-up, rounds and roots begin and end: a guess for the time left
+ENDS = (0.0, 0.4, 0.8, 1.0)  # of the whole time, where warm-up, rounds and roots begin and end: a guess
 BAR = 16  # characters
 
 Log = Callable[[str], None]
