@@ -396,9 +396,9 @@ class KroneckerOptimizer(Optimizer):
         # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.
         own: Division = vars(self).get("_division") or Division()
         older = state.get("_owners", {}), state.get("_divided", 0), own.everyone, own.group_size
-        division = state.get("_division", older)
+        owners, ranks, everyone, size = state.get("_division", older)
         super().__setstate__({k: v for k, v in state.items() if k not in ("_division", "_owners", "_divided")})
-        self._reset(Division(*division, own.group))
+        self._reset(Division(owners, ranks, everyone, size, own.group))
         self.defaults = without_removed(self.defaults)
         self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
         self.param_groups = [without_removed(group) for group in self.param_groups]
@@ -407,7 +407,7 @@ class KroneckerOptimizer(Optimizer):
                 group.setdefault(name, self.defaults[name])
             group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
-                states.count_as_before(self.state.get(p, {}), group, p in division[0])
+                states.count_as_before(self.state.get(p, {}), group, p in owners)
 
 
 def _device_type(x: steps.Inputs) -> str:

@@ -137,7 +137,8 @@ class Exchange:
     ) -> tuple[Channel, list[dict[Tensor, list[tuple[BlockShard, Slot]]]]]:
         """Start to send the rows of a run; return the channel, and where what arrives will be."""
         channel = self._channel(use, self._key(next(p for params in run for p in params)))
-        parcel, outgoing, places = Parcel(channel.team.size, to_all=False), [], []
+        parcel, outgoing = Parcel(channel.team.size, to_all=False), []
+        places: list[dict[Tensor, list[tuple[BlockShard, Slot]]]] = []
         for x, params in zip(steps, run, strict=True):
             places.append({})
             for p in params:
