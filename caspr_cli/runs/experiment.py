@@ -403,11 +403,8 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
     if experiment.horizon:
         more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"
-    lines = [
-        f"table    {each}: {count(whole, 'run')}, {whole - left} done",
-        *more,
-        f"records  {experiment.output_dir}",
-    ]
+    first = f"table    {each}: {count(whole, 'run')}, {whole - left} done"
+    lines = [first, *more, f"records  {experiment.output_dir}"]
     width, times = max(len(row.label) for row in table), []
     for row, one in zip(table, took, strict=True):
         known = f"time: {one}"
