@@ -175,10 +175,11 @@ def test_sums_of_metrics_are_double_and_in_no_checkpoint(task: Task) -> None:
     metric: Any = task.metrics()
     assert isinstance(metric, Means)
     metric.half()  # a model's precision must not reach the sums
-    assert {getattr(metric, state).dtype for _, *sums in metric.means for state in sums} == {torch.float64}
+    sums = list(dict.fromkeys(state for _, *pair in metric.means for state in pair))
+    assert {getattr(metric, state).dtype for state in sums} == {torch.float64}
     assert not metric.state_dict()
     # torchmetrics adds up over ranks what comes first, second, ... on each: a set has another order in each process
-    assert list(metric._reductions) == list(dict.fromkeys(state for _, *sums in metric.means for state in sums))
+    assert list(metric._reductions)[: len(sums)] == sums
 
 
 def test_what_is_preconditioned(name: str, task: Task) -> None:

@@ -107,9 +107,9 @@ def made_up(*margins, source=REAL, step=10):
 
 def test_the_finding_follows_the_numbers():
     good, bad = order.finding(made_up(0.0, 0.1)), order.finding(made_up(-1e-3, 0.0))
-    assert good.startswith("Yes, at all 2 points: ")
+    assert good.startswith("At all 2 points ")
     assert "25.0 % below Shampoo's" in good
-    assert bad.startswith(f"Not everywhere: 1 of {len(CLAIMS)} ")
+    assert bad.startswith(f"1 of {len(CLAIMS)} statements ")
     assert max(len(text.split()) for text in (good, bad)) <= 30
 
 
