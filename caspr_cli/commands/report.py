@@ -309,13 +309,16 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     made = tables(runs, baseline=asked.get("baseline"), tuned=args.tuned, wanted=dict(asked.get("target", ())))
     quiet = args.what == "compare" and args.json
     out = sys.stderr if quiet else sys.stdout
-    for line in () if quiet else _lines(args, runs, made):
-        print(line, file=out)
-    for file in args.to:
+    wrote = []
+    for file in args.to:  # before anything is printed, as the reader of a pipe may leave
         for path, content in _contents(args, file, made):
             if content:
                 write_output(path, content)
-            print(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw", file=out)
+            wrote.append(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw")
+    for line in [] if quiet else [*_lines(args, runs, made)]:
+        print(line, file=out)
+    for line in wrote:
+        print(line, file=out)
     if quiet:
         print(format.as_json(made), end="")
 

@@ -124,7 +124,8 @@ def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, case:
         for found, _ in results:
             assert all(map(torch.equal, found, expected))
         kept.append(results[0][1])
-    assert kept[0] < min(kept[1:])
+    if ranks.world == 2:  # of so few tensors four ranks have no more than two buckets, which are kept at any size
+        assert kept[0] < min(kept[1:])
 
 
 def bytes_of_a_step(rank: int, dtype: torch.dtype) -> list[int]:
