@@ -19,18 +19,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model with every batch norm replaced by one that counts over all ranks; parameters are shared."""
-    model = cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    for module in model.modules() if device.type != "cuda" else ():
-        if isinstance(module, nn.SyncBatchNorm):
+    if device.type == "cuda":
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
             module.__class__ = BatchNormOverRanks
     return model
 
 
-class BatchNormOverRanks(nn.SyncBatchNorm):
-    """:class:`torch.nn.SyncBatchNorm` for devices that it does not support.
+class BatchNormOverRanks(nn.BatchNorm1d):
+    """What :class:`torch.nn.SyncBatchNorm` is on GPUs, for other devices, where DDP refuses that class.
 
-    Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in evaluation.
+    It takes inputs of any rank. Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in
+    evaluation.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` is ``[B, C, ...]``; every rank must call this, with any ``B`` of its own."""
