@@ -38,7 +38,7 @@ TOKENS = 4096  # in a training step, where nothing else is said
 PLOTS = Path("outputs/bench")
 
 EXAMPLES = """\
-  caspr-bench                                       two minutes at most
+  caspr-bench                                       six optimizers; minutes
   caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
@@ -107,8 +107,8 @@ def parser() -> Parser:
     made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
     made.add_argument("--batch", metavar="N", type=positive, help=batch)
-    rounds = "number of rounds; every optimizer makes one step in each (default: 20)"
-    made.add_argument("--rounds", metavar="N", type=positive, default=20, help=rounds)
+    rounds = "number of rounds; every optimizer makes one step in each (default: 10)"
+    made.add_argument("--rounds", metavar="N", type=positive, default=10, help=rounds)
     dtype = f"type of weights and gradients: {', '.join(DTYPES)} (default: float32)"
     made.add_argument("--dtype", metavar="TYPE", choices=DTYPES, default="float32", help=dtype)
     made.add_argument(

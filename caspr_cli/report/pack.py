@@ -43,7 +43,8 @@ def pack(runs: Iterable[Run], roots: Sequence[Path]) -> bytes:
     Args:
         roots: the paths that the records were found under; a record's path becomes relative to its own.
     """
-    entries = sorted((_entry(run, roots) for run in runs), key=lambda entry: (entry["path"], _line(entry)))
+    labels = _labels(roots)
+    entries = sorted((_entry(run, labels) for run in runs), key=lambda entry: (entry["path"], _line(entry)))
     text = "".join(_line(entry) + "\n" for entry in [FORMAT, *entries])
     buffer = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as file:
@@ -55,7 +56,7 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _entry(run: Run, roots: Sequence[Path]) -> dict[str, Any]:
+def _entry(run: Run, roots: Mapping[Path, str]) -> dict[str, Any]:
     host = run.status.get("host") or (run.provenance.get("machine") or {}).get("host")
     origin = _origin({"machine": {}, "code": None} | run.provenance)
     if later := run.provenance.get("attempts"):
@@ -79,16 +80,26 @@ def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _kept(path: str, roots: Sequence[Path]) -> str:
-    """Return a path relative to the root that it is under; the name of the root distinguishes several of them."""
-    for root in (shape.encodable(str(root)) for root in roots):
+def _kept(path: str, roots: Mapping[Path, str]) -> str:
+    """Return a path relative to the root that it is under, with the root's own name before it if there are several."""
+    for root, name in ((shape.encodable(str(root)), name) for root, name in roots.items()):
         if path.startswith(f"{root}:"):  # of a pack
             return path.removeprefix(f"{root}:")
         relative = os.path.relpath(path, root)
         if not relative.startswith(".."):
-            name = Path(root).resolve().name
             return name if relative == "." else f"{name}/{relative}" if len(roots) > 1 else relative
     return Path(path).name
+
+
+def _labels(roots: Sequence[Path]) -> dict[Path, str]:
+    """Return a name for each root: the end of its path, as short as distinguishes all of them."""
+    parts = {root: root.resolve().parts for root in roots}
+    longest = max(map(len, parts.values()), default=1)
+    for count in range(1, longest + 1):
+        names = {root: "/".join(one[-count:]) for root, one in parts.items()}
+        if len(set(names.values())) == len(set(parts.values())):
+            break
+    return names
 
 
 def _cleaned(node: Any, host: str | None) -> Any:

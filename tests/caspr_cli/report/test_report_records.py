@@ -168,6 +168,12 @@ def test_a_pack_says_what_the_directories_say(tmp_path: Path, monkeypatch: pytes
     assert packs.pack(back[::-1], [tmp_path / "p.jsonl.gz"]) == (tmp_path / "p.jsonl.gz").read_bytes()
 
 
+def test_records_that_are_packed_one_by_one_keep_places_of_their_own(tmp_path: Path) -> None:
+    roots = study(tmp_path / "all")
+    (tmp_path / "p.jsonl.gz").write_bytes(packs.pack(records.find(roots).runs, roots))
+    assert packs.unpack(packs.read(tmp_path / "p.jsonl.gz"), tmp_path / "after") == (len(roots), 0)
+
+
 def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
     cut = run("caspr", status_error=None)
     cut.status["error"] = "process 77 on somewhere (since 2026) is gone; see /home/someone/outputs/log.txt, val/loss"
