@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli.common.errors import nearest
+from caspr_cli.optim import plan
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.mixed import MixedOptimizer
@@ -109,9 +112,20 @@ def make(name: str, groups: list[Group], settings: Settings, interval: int) -> O
         ConfigError: it refuses an option.
     """
     optimizer = enter(name, groups, settings, interval)
-    for _ in range(WARM_UP):
-        optimizer.step()
+    with _first_roots_at_once() if interval == NEVER else nullcontext():
+        for _ in range(WARM_UP):
+            optimizer.step()
     return optimizer
+
+
+@contextmanager
+def _first_roots_at_once() -> Iterator[None]:
+    """Have all first roots in one step, where the optimizer would spread them over an interval that never ends."""
+    usual, plan.AT_ONCE = plan.AT_ONCE, math.inf
+    try:
+        yield
+    finally:
+        plan.AT_ONCE = usual
 
 
 def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:

@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> None:
 
 def _check(name: str) -> None:
     if not (name.isidentifier() and name.isascii() and name.islower()):
-        raise UserError(f"{name}: a name is of small letters, digits and _, and begins with a letter, as in my_task")
+        raise UserError(f"{name}: a name has lower-case letters, digits and _, and no digit first, as my_task")
     if Path(name).exists():
         raise UserError(f"{name}: is there already")
     if name in TASKS or name in OPTIMIZERS:

@@ -9,7 +9,6 @@ import argparse
 import math
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from caspr_cli import __version__
 from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import count, listed, size
+from caspr_cli.common.format import count, listed, size, terminal_width
 from caspr_cli.common.streams import OK, RUN_FAILED, console_script
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def parser() -> Parser:
     curves.add_argument("--over", **units)
     curves.add_argument("--together", action="store_true", help="all tasks in one figure, and FILE-dark.svg for dark "
                         "pages")  # fmt: skip
-    for one, name, text in (
+    _add_outputs(
         (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
         (profile, "FILE.svg", "a figure; may be given several times"),
         (curves, "FILE.svg", "the figure"),
@@ -127,9 +126,14 @@ def parser() -> Parser:
         (pack, "FILE.jsonl.gz", "the pack"),
         (unpack, "DIRECTORY", "where the records go"),
         (board, "FILE.md", "the page"),
-    ):
-        one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
+    )
     return made
+
+
+def _add_outputs(*kinds: tuple[Parser, str, str]) -> None:
+    """Add ``--to`` to commands that write files; a kind is a command, what its file is called, and a help text."""
+    for one, name, text in kinds:
+        one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
 
 
 def _add_logs(one: Parser) -> None:
@@ -270,9 +274,7 @@ def _logs(args: argparse.Namespace) -> Found:
 def listing(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     from caspr_cli.report import terminal
 
-    # In a pipe whole, as other programs read it.
-    width = shutil.get_terminal_size((sys.maxsize, 24)).columns
-    print("\n".join(terminal.listing(runs, width)))
+    print("\n".join(terminal.listing(runs, terminal_width())))  # in a pipe whole, as other programs read it
 
 
 def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -280,7 +282,7 @@ def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
     if len(runs) > 1:
         raise UserError(f"show: {count(len(runs), 'record')} there; name one, as {runs[0].path}")
-    print("\n".join(terminal.record_lines(runs[0], min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDEST))))
+    print("\n".join(terminal.record_lines(runs[0], min(terminal_width(WIDTH), WIDEST))))
 
 
 def pack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
@@ -326,7 +328,7 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
     from caspr_cli.report import terminal
 
-    width, bold = shutil.get_terminal_size((WIDTH, 24)).columns, sys.stdout.isatty()
+    width, bold = terminal_width(WIDTH), sys.stdout.isatty()
     if args.what == "compare":
         yield from terminal.compared(made, runs, args.paths, width, bold=bold)
     elif args.what == "trials":

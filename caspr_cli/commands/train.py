@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import textwrap
@@ -25,7 +24,7 @@ from caspr_cli import __version__
 from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
-from caspr_cli.common.format import wrapped
+from caspr_cli.common.format import terminal_width, wrapped
 from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
@@ -37,7 +36,7 @@ from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, s
 from caspr_cli.runs.experiment import plan as plan_of
 from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
-from caspr_cli.runs.session import Session, width
+from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
 from caspr_cli.tasks.registry import TASKS
 
@@ -113,7 +112,7 @@ def usage() -> str:
 
 def hanging(text: str, indent: int) -> str:
     """Return a text in lines as wide as the terminal, at most ``WIDEST``, of which all but the first are indented."""
-    width = min(shutil.get_terminal_size().columns, WIDEST)
+    width = min(terminal_width(80), WIDEST)
     return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
@@ -183,7 +182,7 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
                 raise ConfigError(f"{row.label}: {error}") from error
             took.append(str(error))
     for line in [*plan_of(experiment, table, took), *damaged(table)]:
-        for part in wrapped(line, width()):
+        for part in wrapped(line, terminal_width()):
             say(part)
     if planned_only:
         say(f"next     {shlex.join(command)}")
@@ -219,7 +218,7 @@ def report(experiment: Experiment) -> None:
         except UserError:  # the command line has left this row out
             made = tables(runs)
         say("")
-        columns, bold = shutil.get_terminal_size((120, 24)).columns, sys.stdout.isatty()
+        columns, bold = terminal_width(120), sys.stdout.isatty()
         for line in terminal.compared(made, runs, [folder], columns, bold=bold):
             say(line)
         write_output(page, compared(made, shlex.join([*command, "--to", str(page)])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 import textwrap
 import time
@@ -19,7 +18,7 @@ from caspr_cli import __version__
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, duration, listed
+from caspr_cli.common.format import Progress, duration, listed, terminal_width
 from caspr_cli.common.streams import OK, console_script
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
@@ -137,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: one line for the user.
     """
     out = sys.stderr if args.json else sys.stdout
-    width = shutil.get_terminal_size((answers.WIDTH, 24)).columns
+    width = terminal_width(answers.WIDTH)
     made: list[Answer] = []
     for name in args.questions:
         if made and not args.json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+import sys
 import textwrap
 from collections.abc import Collection, Sequence
 from typing import Any, TextIO
@@ -53,6 +55,11 @@ def finite(value: Any, *, infinities: bool = True) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value) if infinities and not math.isnan(value) else None
     return value
+
+
+def terminal_width(elsewhere: int = sys.maxsize) -> int:
+    """Return the columns of the terminal, or ``elsewhere`` in a pipe: by default so many that nothing is left out."""
+    return shutil.get_terminal_size((elsewhere, 24)).columns
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -70,9 +70,8 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
 def called_flops(optimizer: Optimizer) -> float:
     """Take a step and return the FLOPs of the matrix products that it called; those of other threads are not seen."""
     aten = torch.ops.aten
-    more: dict[Any, Any] = dict.fromkeys(
-        (aten.addmm_, aten.baddbmm_), _added_product
-    )  # torch's counter leaves them out
+    # Torch's own counter leaves these out.
+    more: dict[Any, Any] = {aten.addmm_: _added_product, aten.baddbmm_: _added_product}
     more[aten.linalg_solve_triangular] = _solve
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
         optimizer.step()

@@ -64,24 +64,24 @@ class _Queue:
     def __init__(self, always: list[float], roots: list[float]) -> None:
         self.always, self.roots = always, roots
         self._waiting = [self._place(rank) for rank in range(len(always))]
-        self._full: list[int] = []  # ranks that had no room
-        self._room = 0  # that they should have had
+        self._full: list[int] = []  # ranks that had more numbers than the last limit
+        self._limit = 0
         heapq.heapify(self._waiting)
 
     def _place(self, rank: int) -> tuple[float, float, int]:
         return self.always[rank] + self.roots[rank], self.always[rank], rank
 
-    def first(self, ends: list[int], room: int) -> int:
-        """Return the rank with the shortest step of those that have at most ``room`` numbers already."""
-        if room > self._room:  # for a smaller block: some may take it
+    def first(self, ends: list[int], limit: int) -> int:
+        """Return the rank with the shortest step of those that have at most ``limit`` numbers already."""
+        if limit > self._limit:  # a smaller block: some of them may take it
             for rank in self._full:
                 heapq.heappush(self._waiting, self._place(rank))
             self._full = []
-        self._room = room
+        self._limit = limit
         while True:
             place = self._waiting[0]
             rank = place[2]
-            if ends[rank] > room:
+            if ends[rank] > limit:
                 self._full.append(rank)
                 heapq.heappop(self._waiting)
             elif place != self._place(rank):  # it has got longer

@@ -72,7 +72,7 @@ class Division:
 
     @property
     def pickled(self) -> tuple[Any, ...]:
-        """What a pickle keeps: the arguments for another one."""
+        """The fields that a pickle keeps, in order."""
         return self.owners, self.ranks, self.everyone, self.group_size
 
     @property

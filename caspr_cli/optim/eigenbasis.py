@@ -72,7 +72,7 @@ def pool(stack: Stack, at: RowIndex, group: Group) -> None:
     There, as in the null space of the statistics, rounding alone chooses the basis: U must not depend on that choice.
     """
     assert stack.V is not None
-    V = stack.V[at]
+    V = before = stack.V[at]
     for values, axis in zip((v[at] for v in stack.values), stack.axes, strict=True):
         size = values.amax(1) if group["damping"] == "relative" else stack.root_scale[at].square().reciprocal()
         low = (values < 2 * group["eps"] * size.unsqueeze(1)).to(V.dtype)
@@ -81,7 +81,8 @@ def pool(stack: Stack, at: RowIndex, group: Group) -> None:
         here = along(low, axis, V)
         mean = (V * here).sum(axis + 1, keepdim=True) / per_block(low.sum(1).clamp(min=1), V)
         V = V + here * (mean - V)
-    stack.V[at] = V
+    if V is not before:
+        stack.V[at] = V
 
 
 def turn(stack: Stack, at: RowIndex, before: list[Tensor], group: Group) -> None:

@@ -311,10 +311,8 @@ class Exchange:
                 if bucket.rows:
                     pieces = {p: self._rows(bucket, p, dtypes[p]) for p in chunk}
                     known = [p for p in chunk if p in updates.norms]
-                    layouts, norms = (
-                        {p: self.division.transfers[p].layout for p in chunk},
-                        [updates.norms[p] for p in known],
-                    )
+                    layouts = {p: self.division.transfers[p].layout for p in chunk}
+                    norms = [updates.norms[p] for p in known]
                     lengths = dict(zip(known, [length for length, _ in norms], strict=True))
                     finish(pieces, lengths, x, layouts, [have for _, have in norms])
                 else:

@@ -134,7 +134,8 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     if notes := [line for row in rows for line in _edges(row)]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
-    budget = f"search.trials={len(rows[0].trials)} search.extend=false"
+    config = rows[0].trials[0].runs[0].config
+    budget = " ".join(f"{key}={str(config[key]).lower()}" for key in ("search.trials", "search.extend"))
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 

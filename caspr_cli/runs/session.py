@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.common.format import Progress
+from caspr_cli.common.format import Progress, terminal_width
 from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_directory, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
@@ -250,7 +249,7 @@ class Session:
         self.sweep.end(whole=bool(requests) or not left_alone)
         began = any(job.state != WAITING for job in jobs)
         if began and (len(jobs) > 1 or not self.here):
-            lines = summary.table(jobs)[:1] if self.brief else ["", *summary.table(jobs, width())]
+            lines = summary.table(jobs)[:1] if self.brief else ["", *summary.table(jobs, terminal_width())]
             if not self.brief and any(job.exit_code == OK and job.record for job in jobs):
                 lines += summary.after_sweep(self.sweep.output_dir)
             for line in lines:
@@ -263,11 +262,6 @@ class Session:
             return BAD_USAGE
         codes = [SOME_FAILED if job.exit_code is None else job.exit_code for job in jobs]
         return codes[0] if len(codes) == 1 else SOME_FAILED if any(codes) else OK
-
-
-def width() -> int:
-    """Return the columns of the terminal; in a pipe so many that nothing is left out."""
-    return shutil.get_terminal_size((sys.maxsize, 24)).columns
 
 
 def _title(recipe: Recipe) -> str:

@@ -28,6 +28,8 @@ from caspr_cli.tasks.registry import C4LMConf
 
 log = logging.getLogger("caspr")
 
+HOLDS = f"{', '.join(KINDS)} files (also .gz), or c4-train.*.json.gz and c4-validation.*.json.gz"
+
 # Parts of the standard library that are no English of its own: tests, and what was installed beside it.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 HELD_OUT = 0.05  # of the sample's documents, for validation and for test each
@@ -164,7 +166,6 @@ def _without_repeats(documents: dict[str, str]) -> Iterator[tuple[str, str]]:
         seen.update(paragraphs)
 
 
-HOLDS = f"{', '.join(KINDS)} files (also .gz), or c4-train.*.json.gz and c4-validation.*.json.gz"
 # ---- files: C4's shards -----------------------------------------------------------------------------------------
 
 

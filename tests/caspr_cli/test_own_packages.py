@@ -132,7 +132,7 @@ def test_a_name_that_is_taken_is_refused(home: Home) -> None:
         (["tsk", "x"], "new tsk: no such choice. Did you mean task?"),
         (["task", "token"], "token: there is a Python module of this name; choose another, as in my_token"),
         (["task", "vit"], "vit: there is a task or an optimizer of this name"),
-        (["task", "Own-Task"], "Own-Task: a name is of small letters"),
+        (["task", "Own-Task"], "Own-Task: a name has lower-case letters"),
         (["task", "there"], "there: is there already"),
     ],
 )

@@ -9,19 +9,11 @@ import pytest
 
 from caspr_cli.commands import bench, report, train, verify
 
+REPORT = ("compare", "profile", "trials", "curves", "list", "show", "pack", "unpack", "leaderboard", "check")
 COMMANDS = {
     "caspr-train": (train, [[]]),
     "caspr-bench": (bench, [[]]),
-    "caspr-report": (
-        report,
-        [
-            [],
-            *(
-                [name]
-                for name in (["compare", "profile", "trials", "curves", "list", "show", "pack", "unpack", "check"])
-            ),
-        ],
-    ),
+    "caspr-report": (report, [[], *([name] for name in REPORT)]),
     "caspr-verify": (verify, [[], *([name] for name in (*verify.QUESTIONS, verify.ALL))]),
 }
 CASES = [(name, words) for name, (_, every) in COMMANDS.items() for words in every]
