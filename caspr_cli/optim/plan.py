@@ -13,7 +13,8 @@ from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32
 from caspr_cli.optim.fsdp import any_sharded
 from caspr_cli.optim.options import Group, factor_dtype
-from caspr_cli.optim.schedule import AT_ONCE, EIGH_FLOPS, phases
+from caspr_cli.optim.schedule import AT_ONCE as AT_ONCE
+from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.optim.stacks import Storage
 
 _layout = lru_cache(maxsize=4096)(Layout.of)

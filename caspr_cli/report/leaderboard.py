@@ -13,7 +13,7 @@ from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables, values_by_seed
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.render import markdown, markdown_text
-from caspr_cli.report.selection import plain
+from caspr_cli.report.selection import further, plain
 from caspr_cli.report.trials import edges
 from caspr_cli.report.tuning import untuned_of
 
@@ -134,8 +134,9 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     if notes := [line for row in rows for line in _edges(row)]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
-    config = rows[0].trials[0].runs[0].config
-    budget = " ".join(f"{key}={str(config[key]).lower()}" for key in ("search.trials", "search.extend"))
+    first = rows[0].records
+    extended = str(any(map(further, first))).lower()
+    budget = f"search.trials={first[0].config['search.trials']} search.extend={extended}"
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 
