@@ -134,9 +134,9 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     if notes := [line for row in rows for line in _edges(row)]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
-    first = rows[0].records
-    extended = str(any(map(further, first))).lower()
-    budget = f"search.trials={first[0].config['search.trials']} search.extend={extended}"
+    runs = rows[0].records
+    extended = str(any(map(further, runs))).lower()
+    budget = f"search.trials={runs[0].config['search.trials']} search.extend={extended}"
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 
