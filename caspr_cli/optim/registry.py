@@ -41,11 +41,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdamWRate:
-    """The key of every optimizer that leaves some tensors to AdamW."""
+    """The key of every optimizer: what matrix methods leave to AdamW has a rate of its own in all of them.
+
+    Without it a comparison of AdamW with a matrix method also compares one learning rate with two.
+    """
 
     _: KW_ONLY
     adamw_lr_scale: float = option(
-        1.0, "learning rate of what AdamW takes (embeddings, output layers, norms, biases), over lr", POSITIVE
+        1.0,
+        "learning rate of what matrix methods leave to AdamW (embeddings, output layers, norms, biases), over lr",
+        POSITIVE,
     )
 
 
@@ -70,14 +75,14 @@ class AuthorKeys(AuthorOptions, AdamWRate):
 
 
 @dataclass
-class SGDKeys:
+class SGDKeys(AdamWRate):
     lr: float = option(0.1, "learning rate", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "weight decay, added to the gradient", NOT_NEGATIVE)
     momentum: float = option(0.9, "Nesterov's momentum", INSIDE)
 
 
 @dataclass
-class AdamWKeys:
+class AdamWKeys(AdamWRate):
     lr: float = option(1e-3, "learning rate", NOT_NEGATIVE)
     weight_decay: float = option(0.0, "decoupled weight decay", NOT_NEGATIVE)
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of the two moments", PAIR)
@@ -85,7 +90,7 @@ class AdamWKeys:
 
 
 @dataclass
-class MuonKeys(AdamWKeys, AdamWRate):
+class MuonKeys(AdamWKeys):
     """betas and eps are those of AdamW, which takes the tensors that are no matrices."""
 
     momentum: float = option(0.95, "momentum of the matrices", BELOW_ONE)
@@ -98,13 +103,13 @@ class NorMuonKeys(MuonKeys):
 
 
 @dataclass
-class SOAPKeys(AdamWKeys, AdamWRate):
+class SOAPKeys(AdamWKeys):
     betas: tuple[float, float] = option((0.95, 0.95), "decay rates of the two moments", PAIR)
     interval: int = option(10, "steps between two updates of the eigenbases", COUNT)
 
 
 @dataclass
-class PSGDKronKeys(AdamWKeys, AdamWRate):
+class PSGDKronKeys(AdamWKeys):
     """betas and eps are those of AdamW, which takes the tensors that are no matrices."""
 
     momentum: float = option(0.9, "momentum of the matrices", BELOW_ONE)
@@ -168,6 +173,18 @@ def _author(groups: list[Group], *, adamw_lr_scale: float, **options: Any) -> Op
     return AuthorCASPR(groups, **options)
 
 
+def _one_method(make: Builder) -> Builder:
+    """Return the builder of an optimizer that treats all tensors alike, but for their learning rate."""
+
+    def with_rates(groups: list[Group], *, adamw_lr_scale: float = 1.0, **options: Any) -> Optimizer:
+        if adamw_lr_scale != 1:
+            rate = options["lr"] * adamw_lr_scale
+            groups = _with_rate(groups, rate, lambda group, p: group["precondition"] and p.ndim >= 2)
+        return make(groups, **options)
+
+    return with_rates
+
+
 def _torch(name: str, **fixed: Any) -> Builder:
     """Return the builder of a class of ``torch.optim``."""
 
@@ -177,7 +194,7 @@ def _torch(name: str, **fixed: Any) -> Builder:
         made: Optimizer = getattr(torch.optim, name)(groups, **fixed, **options)
         return made
 
-    return make
+    return _one_method(make)
 
 
 # Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
@@ -362,11 +379,13 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             NorMuonKeys,
             _normuon,
         ),
-        "ademamix": Entry("AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _ademamix),
+        "ademamix": Entry(
+            "AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _one_method(_ademamix)
+        ),
         "schedule_free": Entry(
             "Schedule-Free AdamW of pytorch-optimizer: weights are averaged in place of a decay",
             ScheduleFreeKeys,
-            _schedule_free,
+            _one_method(_schedule_free),
         ),
         "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
         "psgd_kron": Entry(

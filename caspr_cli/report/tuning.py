@@ -26,8 +26,8 @@ TRIALS = (
     "further seeds, which decide among the best."
 )
 RAN_WITH = (
-    "What the reported seeds ran with. -: the optimizer has no such key. Where AdamW takes some tensors, its "
-    "rate is lr times adamw_lr_scale; a row with momentum uses it for its matrices, and betas for what AdamW takes."
+    "What the reported seeds ran with. -: the optimizer has no such key. Embeddings, output layers, norms and biases "
+    "have the rate lr times adamw_lr_scale; a row with momentum uses it for its matrices, betas for what AdamW takes."
 )
 # The settings that methods share, and that a fair comparison has at the same value or tunes for all.
 SHARED = (

@@ -96,6 +96,7 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
         stand_in.grad = torch.empty_like(stand_in)
         flops = called_flops(optimizer)
     own, blocks = recipe.optim.name, "-"
+    other = "AdamW"
     reason = reason or ("matrix" if p.ndim == 2 else "tensor")
     if isinstance(optimizer, KroneckerOptimizer):
         (only,) = optimizer.param_groups
@@ -112,12 +113,13 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
             reason += " of one axis"
     elif own in TAKES:
         chosen = group["precondition"] and TAKES[own](p)
+        other = "NAdam" if own == "caspr_author" else "AdamW"
     else:
-        chosen = True
+        chosen, other = group["precondition"] and p.ndim >= 2, own
     scale = settings.get("adamw_lr_scale", 1.0)
-    adamw = ("NAdam" if own == "caspr_author" else "AdamW") + (f", lr x {scale:g}" if scale != 1 else "")
+    other += f", lr x {scale:g}" if scale != 1 else ""
     state = state_bytes(optimizer.state)
-    return Row(_pattern(name), 1, tuple(p.shape), blocks, own if chosen else adamw, reason, state, flops)
+    return Row(_pattern(name), 1, tuple(p.shape), blocks, own if chosen else other, reason, state, flops)
 
 
 def _blocks(layout: Layout) -> str:

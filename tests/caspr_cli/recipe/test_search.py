@@ -144,8 +144,8 @@ def test_every_space_fits_its_optimizers(name: str, optim: str) -> None:
 def test_a_joint_space_has_what_an_optimizer_has() -> None:
     rest = {"optim.lr", "optim.weight_decay", "schedule.warmup"}
     betas, scale, momentum = {"optim.betas.0", "optim.betas.1"}, {"optim.adamw_lr_scale"}, {"optim.momentum"}
-    own = {"caspr": betas | scale, "soap": betas | scale, "muon": betas | scale | momentum, "adamw": betas,
-           "sgd": momentum}  # fmt: skip
+    own = {"caspr": betas | scale, "soap": betas | scale, "muon": betas | scale | momentum, "adamw": betas | scale,
+           "sgd": momentum | scale}  # fmt: skip
     drawn = {optim: frozen(f"optim={optim}", "search=joint", trial=5) for optim in own}
     assert {optim: set(recipe.search.space) for optim, recipe in drawn.items()} == {
         optim: rest | keys for optim, keys in own.items()
