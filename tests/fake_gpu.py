@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from caspr_cli.optim import stacks
 from caspr_cli.optim.roots import probe_vectors
@@ -48,13 +48,17 @@ class FakeGPU(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.turn = 0
         self.answer = 0  # what the host reads of the device
+        self.capturing = False  # whether calls are recorded, as into a CUDA graph
         self._storages: dict[int, int] = {}
+        self._total, self._born = 0, dict[int, int]()  # storages so far, and the number of each that is alive
         self.reset()
 
     def reset(self) -> None:
         self.turn += 1
         self.kernels: Counter[str] = Counter()  # launches by operation
         self.waits: Counter[str] = Counter()  # by reason and place
+        self.calls: list[Any] = []  # of a capture: operations, with tensors that were there before, shapes and numbers
+        self._before = self._total
         self.views, self.flops, self.peak = 0, 0.0, self.live
 
     @property
@@ -74,6 +78,8 @@ class FakeGPU(TorchDispatchMode):
         target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
         if name == "is_pinned":
             return True
+        if self.capturing and (kwargs.get("pin_memory") or name == "_pin_memory"):
+            self.wait("pinned memory in a graph")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         if name == "_pin_memory":
@@ -99,12 +105,23 @@ class FakeGPU(TorchDispatchMode):
             return self._to_host(result, asynchronous=False)
         if name == "_to_copy" and not there and not kwargs.get("non_blocking"):
             self.wait("copy from memory that is not pinned")
-        result = op(*args, **kwargs)
+        if self.capturing:
+            self.calls.append((name, tree_map(self._recorded, (args, kwargs))))
+        result = None if name == "_fused_adamw_" else op(*args, **kwargs)  # with a tensor's rate it has no fake
         self._count(name, args, result)
         return result
 
+    def _recorded(self, x: Any) -> Any:
+        """Return what a graph would keep of an argument: of memory that was there before, which it is."""
+        if not _is_there(x):
+            with unset_fake_temporarily():
+                return x.tolist() if isinstance(x, Tensor) else x
+        born = self._born.get(x.untyped_storage()._cdata, -1)
+        which = born if 0 <= born <= self._before else "new"
+        return which, tuple(x.shape), x.stride(), x.storage_offset(), x.dtype
+
     def _to_host(self, into: Tensor, *, asynchronous: bool) -> Tensor:
-        if not asynchronous:
+        if self.capturing or not asynchronous:
             self.wait("copy to the host")
         self.kernels["copy to the host"] += 1
         with unset_fake_temporarily():
@@ -130,11 +147,13 @@ class FakeGPU(TorchDispatchMode):
         if key in self._storages:
             return
         size = self._storages[key] = -(-storage.nbytes() // ALLOCATED) * ALLOCATED
+        self._total = self._born[key] = self._total + 1
         self.live += size
         self.peak = max(self.peak, self.live)
 
         def free() -> None:
             self.live -= self._storages.pop(key)
+            del self._born[key]
 
         weakref.finalize(storage, free)
 
@@ -182,6 +201,8 @@ class Event:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._turn = self.gpu.turn
+        if self.gpu.capturing:
+            self.gpu.wait("an event in a graph")
 
     def record(self, *args: Any) -> None: ...
     def query(self) -> bool:
@@ -205,6 +226,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
         patch.setattr(Event, "gpu", gpu, raising=False)
         patch.setattr(torch.cuda, "current_stream", lambda *args: Stream())
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         patch.setattr(stacks, "View", FakeTensor)  # a fake cannot be of another class
         # Else torch's own optimizers take a loop.
         kinds = [*optimizers._foreach_supported_types, FakeTensor]

@@ -44,7 +44,7 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
 
     For an m x n block 2 m n (m + n) for the statistics, less the triangles that are not computed; 2 m n (m + n) times
     q for the application (once for a product), and the polar factor; and c (m^3 + n^3) / interval for the roots, with c
-    of :func:`root_flops`: 25 on a CPU, 80 on a GPU. An axis without statistics adds nothing to the sums. With
+    of :func:`root_flops`: 25 on a CPU, 72 on a GPU. An axis without statistics adds nothing to the sums. With
     ``measured`` as much again as one application goes to the statistics, and to the roots as much as turns the second
     moment.
 

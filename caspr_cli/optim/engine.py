@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from caspr_cli.optim import state as states
 from caspr_cli.optim import step as steps
 from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
 from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, without_removed
@@ -30,7 +31,7 @@ from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_u
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
-from caspr_cli.optim.stacks import Question, Stack, build_stacks, is_factor
+from caspr_cli.optim.stacks import Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
 MOST_NAMED = 8  # parameters in a warning
@@ -157,8 +158,7 @@ class KroneckerOptimizer(Optimizer):
         if self._division.divide(self.param_groups, plans, self.state):
             self._stacks.clear()
         given = self._gradients(plans)
-        sharded = [grads for index, grads in given.items() if plans[index].sharded]
-        norms = norms_of_rows({p: G for grads in sharded for p, G in grads.items() if is_sharded(p)})
+        norms = norms_of_rows({p: G for grads in given.values() for p, G in grads.items() if is_sharded(p)})
         inputs = [self._begin(index, plans[index], grads, norms) for index, grads in given.items()]
         lengths: dict[Tensor, Tensor] = {}
         if norms:
@@ -278,12 +278,12 @@ class KroneckerOptimizer(Optimizer):
 
     def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
         """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
-        if x.mask is None:
+        if x.mask is None or is_captured(x.mask.finite.device):  # with a mask nothing is known here
             return x.broken
         params, question = self._asked.get(index, ([], None))
         self._asked[index] = list(x.grads), Question(~x.mask.finite)
-        answers = question.answer() if question is not None else []
-        broken = [p for p, yes in zip(params, answers, strict=True) if yes and p not in self._told]
+        answers = zip(params, question.answer() if question else [], strict=True)
+        broken = [p for p, yes in answers if yes and p not in self._told]
         self._told.update(broken)
         return broken
 

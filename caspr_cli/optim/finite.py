@@ -9,12 +9,12 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from caspr_cli.optim.device import Question
 from caspr_cli.optim.fsdp import is_sharded
 from caspr_cli.optim.graft import frobenius, graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, factor_dtype
 from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.shard import summed
-from caspr_cli.optim.stacks import Question
 
 
 class Finite:

@@ -35,6 +35,12 @@ def needs_second_moment(graft: str) -> bool:
     return graft in ("adam", "rmsprop")
 
 
+def rate(group: dict[str, Any]) -> float | Tensor:
+    """Return the learning rate. A tensor on a GPU stays there: nobody waits, and a CUDA graph sees it change."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
 def graft_of(group: dict[str, Any], *, preconditioned: bool) -> str:
     """Return the graft method of a tensor: AdamW has those that are left to it for good, where "rms" is of the others,
     or "none" of those that have a length of their own, as in SOAP.
@@ -140,17 +146,24 @@ def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: l
     """
     for device in {length.device for length in lengths}:
         here = [i for i, length in enumerate(lengths) if length.device == device]
-        if known is None:
-            norms = frobenius([u for i in here for u in updates[i]]).split([len(updates[i]) for i in here])
-            have = torch.stack([torch.linalg.vector_norm(n) for n in norms])
-        else:
-            have = torch.stack([known[i] for i in here])
+        have = _norms([updates[i] for i in here]) if known is None else torch.stack([known[i] for i in here])
         factors = torch.where(have > 0, torch.stack([lengths[i] for i in here]) / have, 0).unbind()
         pieces, repeated = [], []
         for i, factor in zip(here, factors, strict=True):
             pieces += updates[i]
             repeated += [factor] * len(updates[i])
         torch._foreach_mul_(pieces, repeated)
+
+
+def _norms(updates: list[list[Tensor]]) -> Tensor:
+    """Return the norm ``[n]`` of each update, which is in pieces: those of as many pieces in one call."""
+    counts, found = [len(pieces) for pieces in updates], {}
+    for count in set(counts):
+        members = [i for i, n in enumerate(counts) if n == count]
+        norms = frobenius([u for i in members for u in updates[i]])
+        norms = norms if count == 1 else torch.linalg.vector_norm(norms.view(-1, count), dim=1)
+        found |= dict(zip(members, norms.unbind(), strict=True))
+    return torch.stack([found[i] for i in range(len(updates))])
 
 
 def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.fsdp import any_sharded
-from caspr_cli.optim.graft import are_alike, direction, frobenius, look_ahead, needs_second_moment
+from caspr_cli.optim.graft import are_alike, direction, frobenius, look_ahead, needs_second_moment, rate
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.scatter import Workspace
+from caspr_cli.optim.scatter import Workspace, add
 
 
 def is_masked(group: Group, params: list[Tensor]) -> bool:
@@ -81,12 +81,12 @@ class Mask:
 
     def decay(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         """Return what decay multiplies each of these parameters by."""
-        return self._kept(1 - float(group["lr"]) * group["weight_decay"], params)
+        return self._kept(1 - rate(group) * group["weight_decay"], params)
 
-    def _kept(self, factor: float, params: list[Tensor]) -> list[Tensor]:
+    def _kept(self, factor: float | Tensor, params: list[Tensor]) -> list[Tensor]:
         """Return the factor of each of these parameters, 0-d, and 1 for broken ones."""
-        kept = torch.full((len(params),), factor, dtype=torch.float64, device=self.finite.device)
-        return list(kept.masked_fill_(~self.is_finite(params), 1).unbind())
+        finite = self.is_finite(params)
+        return list(torch.where(finite, factor, torch.ones_like(finite, dtype=torch.float64)).unbind())
 
     def clean(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
         """Return these gradients, zeros for those that are not finite."""
@@ -121,7 +121,7 @@ class Mask:
         state: Any,
         group: Group,
         *,
-        lr: float,
+        lr: float | Tensor,
         weight_decay: float,
     ) -> None:
         """Take AdamW's step of these parameters on ``into``, one launch each, which leaves a broken one as it is."""
@@ -136,7 +136,7 @@ class Mask:
         self, params: list[Tensor], grads: list[Tensor], state: Any, group: Group, graft: str, *, nesterov: bool
     ) -> None:
         """Do as :func:`caspr_cli.optim.graft.diagonal_step`."""
-        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        (beta1, beta2), lr = group["betas"], rate(group)
         exp_avg = [state[p]["exp_avg"] for p in params]
         exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
         if graft == "adam" and not nesterov and are_alike(params, grads, exp_avg, exp_avg_sq):
@@ -149,7 +149,7 @@ class Mask:
         if group["weight_decay"]:
             torch._foreach_mul_(params, self.decay(group, params))
         finite = self.is_finite(params).unbind()
-        torch._foreach_add_(params, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], alpha=-lr)
+        add(params, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], -lr)
 
     def direction(
         self, params: list[Tensor], momenta: list[Tensor], exp_avg_sq: list[Tensor], group: Group, graft: str

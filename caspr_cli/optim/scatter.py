@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.device import sent
 from caspr_cli.optim.fsdp import BlockShard, local
-from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack, sent
+from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack
 
 MOST_CONSTANTS = 1024
 
@@ -84,6 +85,19 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source to its target."""
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+def add(targets: list[Tensor], sources: list[Tensor], factor: float | Tensor) -> None:
+    """Add this multiple of each source to its target.
+
+    Columns of a tensor go apart: where one tensor is not dense, a GPU takes all of a call one by one.
+    """
+    if isinstance(factor, Tensor):
+        sources, factor = list(torch._foreach_mul(sources, factor)), 1.0
+    for dense in (True, False):
+        some = [(t, u) for t, u in zip(targets, sources, strict=True) if t.is_contiguous() is dense]
+        if some:
+            torch._foreach_add_([t for t, _ in some], [u for _, u in some], alpha=factor)
 
 
 def fill(

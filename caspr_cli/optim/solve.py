@@ -67,8 +67,8 @@ def root_flops(group: Group, axes: int, device: torch.device) -> float:
         return EIGH_FLOPS
     p = root_exponent(group["order"], axes, group["exponent"])
     condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-    if is_scaled(device, condition):
-        steps = len(scaled_steps(POWER_ACCURACY / condition, p, 8 * torch.finfo(torch.float32).eps))
+    if is_scaled(device, condition):  # its first step has one product less, its last has that one alone
+        steps = len(scaled_steps(POWER_ACCURACY / condition, p, 8 * torch.finfo(torch.float32).eps)) - 1
     else:
         steps = newton_steps(condition, p)
     return 2.0 * steps * newton_products(p)

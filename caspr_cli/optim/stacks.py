@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
+from caspr_cli.optim.device import Question, is_captured, sent
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.roots import Root
 from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
@@ -29,30 +30,6 @@ LEAST_SCALE = 1e-20
 # that was silent has grown by thousands with its first gradient. Of rows that were not, 16 times was the most that was
 # seen (the first steps of the vision transformer and the tagger).
 OUTGROWN = 25
-
-
-def sent(small: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device, without waiting for the device."""
-    return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
-
-
-class Question:
-    """Numbers that a device computes and the host reads later: in the next step nobody waits, unless the device is a
-    whole step behind."""
-
-    def __init__(self, asked: Tensor) -> None:
-        self._answer, self._event = asked, None  # type: Tensor, torch.cuda.Event | None
-        if asked.device.type == "cuda":
-            self._answer = torch.empty(asked.shape, dtype=asked.dtype, device="cpu", pin_memory=True)
-            self._answer.copy_(asked, non_blocking=True)
-            self._event = torch.cuda.current_stream(asked.device).record_event()
-
-    def answer(self) -> list[bool]:
-        """Return the numbers."""
-        if self._event is not None and not self._event.query():
-            self._event.synchronize()
-        answer: list[bool] = self._answer.tolist()
-        return answer
 
 
 @dataclass(frozen=True)
@@ -113,6 +90,7 @@ class Stack:
     interval: int = 1
     refresh_offset: list[int] = field(default_factory=list)  # [K], the step of an interval at which a root is refreshed
     _chunks: list[tuple[list[Tensor], slice]] = field(default_factory=list)  # of all members
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # of rows, sent to the device once
     asked: tuple[list[int], Question] | None = None  # the lengths of the stacks of one GPU, and whether they outgrew
 
     @classmethod
@@ -184,7 +162,10 @@ class Stack:
         """Return an index of these rows (ascending): a slice, which copies nothing, where they are neighbours."""
         if rows[-1] - rows[0] == len(rows) - 1:
             return slice(rows[0], rows[-1] + 1)
-        return sent(torch.tensor(rows, device="cpu"), self.scale.device)
+        key = tuple(rows)
+        if key not in self._indices:
+            self._indices[key] = sent(torch.tensor(rows, device="cpu"), self.scale.device)
+        return self._indices[key]
 
     def is_due(self, row: int, age: int) -> bool:
         """Whether it is this row's turn, ``age`` steps after its first root."""
@@ -204,7 +185,7 @@ class Stack:
     def corrected(self, group: Group) -> Tensor:
         """``[K]``: c, where S and V are over c^2 with the bias of a moving average corrected."""
         if group["statistics"] == "ema":
-            return self.scale / torch.where(self.total > 0, self.total, 1).sqrt()
+            return self.scale / self.total.clamp(min=torch.finfo(self.total.dtype).tiny).sqrt()  # 0: so is the scale
         return self.scale
 
     def statistics(self, place: int, at: RowIndex, group: Group) -> Tensor:
@@ -282,11 +263,12 @@ class Stack:
 def outgrown(stacks: Sequence[Stack]) -> list[list[bool]]:
     """Return :meth:`Stack.outgrown` of each stack; on a GPU what was true in the step before, so as not to wait for it.
 
-    Where it is everyone's turn in each step, as with an interval of 1, nothing is asked, nor are numbers on the "meta"
-    device, which cannot be read.
+    Where it is everyone's turn in each step, as with an interval of 1, nothing is asked, nor are numbers that cannot be
+    read: on the "meta" device, and in a CUDA graph, which repeats the turns with which it was captured.
     """
     answers = {id(stack): [False] * len(stack.scale) for stack in stacks}
-    asked = [stack for stack in stacks if stack.interval > 1 and stack.shares and not stack.scale.is_meta]
+    asked = [stack for stack in stacks if stack.interval > 1 and stack.shares]
+    asked = [stack for stack in asked if not (stack.scale.is_meta or is_captured(stack.scale.device))]
     for device in {stack.scale.device for stack in asked}:
         here = [stack for stack in asked if stack.scale.device == device]
         lengths = [len(stack.scale) for stack in here]

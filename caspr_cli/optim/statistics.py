@@ -61,7 +61,7 @@ def accumulate(
     Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis (for m x n blocks 2 m n (m + n), less the
     part of the upper triangles that is not computed).
     """
-    finite = torch.isfinite(size)
+    finite = size < math.inf
     # The scale decays as the root of the statistics does, so that S / scale^2 decays by itself: no pass over S. And
     # after a gradient of 1e20, gradients of 1 are seen again as soon as they weigh anything in the true S.
     decayed = scale * math.sqrt(beta)

@@ -31,6 +31,7 @@ from caspr_cli.optim.graft import (
     graft_of,
     look_ahead,
     needs_second_moment,
+    rate,
     transfer_length,
     update_second_moment,
 )
@@ -39,7 +40,7 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
-from caspr_cli.optim.scatter import ReceivedRows, Workspace, fill, fill_whole, placed
+from caspr_cli.optim.scatter import ReceivedRows, Workspace, add, fill, fill_whole, placed
 from caspr_cli.optim.stacks import Stack, outgrown
 from caspr_cli.optim.state import counter
 from caspr_cli.optim.statistics import accumulate, per_block
@@ -124,7 +125,7 @@ def drop_broken(x: Inputs) -> Active:
     group, state, grads, broken, mask = x.group, x.state, dict(x.grads), [], None
     if x.masked:
         params = list(grads)
-        mask = Mask.of(torch.isfinite(x.finite.norms(params)), params, state, list(x.seen), group["betas"], x.workspace)
+        mask = Mask.of(x.finite.norms(params) < math.inf, params, state, list(x.seen), group["betas"], x.workspace)
     for p in x.finite.others():
         del grads[p]
         if "skipped" not in state[p]:
@@ -329,7 +330,7 @@ def _fill(
 
 def _finish_whole(members: list[Tensor], U: Tensor, lengths: Tensor | None, x: Active) -> None:
     """Do as :func:`finish` for parameters that are one block each, in few calls however many they are."""
-    group, lr, decay = x.group, float(x.group["lr"]), x.group["weight_decay"]
+    group, lr, decay = x.group, rate(x.group), x.group["weight_decay"]
     if lengths is not None:
         have = frobenius(U.unbind())
         U.mul_(per_block(torch.where(have > 0, lengths / have, 0).to(U.dtype), U))
@@ -338,7 +339,7 @@ def _finish_whole(members: list[Tensor], U: Tensor, lengths: Tensor | None, x: A
     if decay:
         torch._foreach_mul_(members, 1 - lr * decay if x.mask is None else x.mask.decay(group, members))
     updates = [u if u.shape == p.shape else u.view(p.shape) for p, u in zip(members, U.unbind(), strict=True)]
-    torch._foreach_add_(members, updates, alpha=-lr)
+    add(members, updates, -lr)
 
 
 def finish(
@@ -359,7 +360,7 @@ def finish(
     if not pieces:
         return
     group, params = x.group, {p: local(p) for p in pieces}
-    beta1, lr = group["betas"][0], float(group["lr"])
+    beta1, lr = group["betas"][0], rate(group)
     if wanted := [lengths[p] for p in pieces if p in lengths]:
         transfer_length([list(U.values()) for U in pieces.values()], wanted, known)
     elif x.mask is not None:
@@ -369,8 +370,7 @@ def finish(
         kept = 1 - lr * group["weight_decay"] if x.mask is None else x.mask.decay(group, list(pieces))
         torch._foreach_mul_(list(params.values()), kept)
     if group["precondition"] == "momentum":
-        targets, sources = placed(pieces, layouts, params)
-        torch._foreach_add_(targets, sources, alpha=-lr)
+        add(*placed(pieces, layouts, params), -lr)
         return
     exp_avg = {p: local(x.state[p]["exp_avg"]) for p in params}
     counters = [x.state[p]["updates"] for p in params]
@@ -387,7 +387,7 @@ def finish(
         targets, sources = placed(pieces, layouts, ahead)
         torch._foreach_add_(targets, sources, alpha=1 - beta1)
     updates = torch._foreach_div(list(ahead.values()), [1 - beta1**age for age in ages])
-    torch._foreach_add_(list(params.values()), updates, alpha=-lr)
+    add(list(params.values()), list(updates), -lr)
 
 
 def _by_block(values: Tensor, members: list[Tensor], stack: Stack) -> Tensor:

@@ -6,7 +6,7 @@ d, at most d, for the panels of one triangle:
     statistics   2 m n (t_m + t_n)
     application  2 q m n (m + n); once for a product
     roots        c (m^3 + n^3) / interval: c = 25 for an eigendecomposition on a CPU (in units of products), and for
-                 Newton on a GPU 2 (steps) (products a step), which is 80 for p = 4 and eps = 1e-6
+                 Newton on a GPU 2 (steps) (products a step), which is 72 for p = 4 and eps = 1e-6
     traffic      4 bytes times: 2 (m t_m + n t_n) for statistics and q (m^2 + n^2) for roots
     entries      4 bytes times PASSES m n, for all that is done entry by entry (moments, graft, scaling, weights)
     state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots, and m + n
