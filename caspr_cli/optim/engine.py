@@ -23,7 +23,7 @@ from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
-from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, without_removed
+from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed
 from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
@@ -399,8 +399,8 @@ class KroneckerOptimizer(Optimizer):
         owners, ranks, everyone, size = state.get("_division", older)
         super().__setstate__({k: v for k, v in state.items() if k not in ("_division", "_owners", "_divided")})
         self._reset(Division(owners, ranks, everyone, size, own.group))
-        self.defaults = without_removed(self.defaults)
-        self.defaults.setdefault("batch_axes", 0)  # of a pickle of an older version
+        # A pickle of an older version has not all options.
+        self.defaults = {o: options_of(CASPROptions)[o].default for o in OPTIONS} | without_removed(self.defaults)
         self.param_groups = [without_removed(group) for group in self.param_groups]
         for group in self.param_groups:
             for name in OPTIONS:
@@ -416,5 +416,5 @@ def _device_type(x: steps.Inputs) -> str:
 
 def _add_statistics(x: steps.Inputs, received: steps.Received) -> None:
     if x.steps:
-        with full_precision(_device_type(x)):
+        with full_precision(_device_type(x), tf32=x.group["statistics_tf32"]):
             steps.add_statistics(x, received)

@@ -10,8 +10,10 @@ import torch
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str, *, tf32: bool = False) -> Iterator[None]:
     """No TF32 or bfloat16 in float32 products, and no autocast: statistics square their input's condition.
+
+    With ``tf32`` those of a GPU are in TF32, whose numbers have ten bits after the first; sums stay in float32.
 
     The settings of each backend are put back as they were. (``torch.get_float32_matmul_precision`` raises where
     the user has set a backend's own.)
@@ -20,7 +22,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"
+            backend.fp32_precision = "tf32" if tf32 and backend is torch.backends.cuda.matmul else "ieee"
         # Some devices ("meta") have none to switch off.
         has_autocast = torch.amp.is_autocast_available(device_type)
         with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():

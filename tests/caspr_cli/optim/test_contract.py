@@ -50,7 +50,15 @@ GRID: dict[str, list[Any]] = {
     "gather_dtype": [None, torch.bfloat16],
     "maximize": [False, True],
 }
-WITHOUT_A_ROW = {"process_group", "group_size", "params", "lr", "graft_eps", "shard"}  # each has its own tests
+WITHOUT_A_ROW = {
+    "process_group",
+    "group_size",
+    "params",
+    "lr",
+    "graft_eps",
+    "shard",
+    "statistics_tf32",
+}  # each has its own tests
 ROWS = pairs(GRID)
 SHAPES: list[tuple[int, ...]] = [(6, 5), (6, 5), (4, 3, 3), (7,), (2, 3, 5), (), (5, 6)]
 LOW, PLAIN = 4, 6  # one parameter has another type, one is in a group that is not preconditioned

@@ -9,7 +9,8 @@ from references.kronecker import precondition
 from references.optimizer import reference_weights
 from references.stream import random_stream, statistics
 
-from caspr_cli.optim import CASPR, Shampoo
+from caspr_cli.optim import CASPR, Shampoo, step
+from caspr_cli.optim import statistics as statistics_module
 
 BETA = 0.9
 
@@ -158,3 +159,53 @@ def test_the_callers_matmul_precision_is_kept_and_not_used():
         torch.set_float32_matmul_precision(before)
     for u, u_expected in zip(updates, expected, strict=True):
         assert relative_error(u, u_expected) < 1e-6
+
+
+def rounded(X: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return X with so many bits after the first, to nearest, as tensor cores read their inputs."""
+    mantissa, exponent = torch.frexp(X)
+    return torch.ldexp((mantissa * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponent)
+
+
+def error_of_statistics(monkeypatch, condition, bits):
+    """The error of U after 20 gradients of which the statistics see this many bits."""
+    if bits:
+        whole = statistics_module.add_gram
+        monkeypatch.setattr(statistics_module, "add_gram", lambda S, X, weight: whole(S, rounded(X, bits), weight))
+    gradients = [
+        g for seed in range(4) for g in conditioned_stream(48, 32, condition, seed=10 + seed, dtype=torch.float32)
+    ]
+    updates = bare_updates(CASPR, gradients, eps=1e-6, beta=0.9)
+    exact = [gradient.double() for gradient in gradients]
+    return relative_error(updates[-1], precondition(exact[-1], statistics(exact, "ema", 0.9), 1e-6, "relative", 2))
+
+
+@pytest.mark.parametrize(("condition", "most"), [(10.0, 6e-5), (1e4, 3e-4)])
+def test_statistics_in_tf32_are_as_good_as_their_condition_allows(condition, most, monkeypatch):
+    plain = error_of_statistics(monkeypatch, condition, 0)
+    with monkeypatch.context() as patch:
+        tf32 = error_of_statistics(patch, condition, 10)
+    with monkeypatch.context() as patch:
+        bfloat16 = error_of_statistics(patch, condition, 7)
+    assert 10 * plain < tf32 < most < bfloat16
+
+
+def test_tf32_is_for_statistics_alone(monkeypatch):
+    seen = {}
+
+    def noting(name, whole):
+        def call(*args, **kwargs):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            seen[name] = [backend.fp32_precision for backend in backends]
+            return whole(*args, **kwargs)
+
+        return call
+
+    for name in ("accumulate", "refresh", "precondition"):
+        monkeypatch.setattr(step, name, noting(name, getattr(step, name)))
+    before = torch.backends.cuda.matmul.fp32_precision
+    for chosen in (False, True):
+        bare_updates(CASPR, random_stream(4, 3, steps=2, seed=0), eps=1e-4, beta=0.9, statistics_tf32=chosen)
+        products = "tf32" if chosen else "ieee"
+        assert seen == {"accumulate": [products, "ieee"], "refresh": ["ieee"] * 2, "precondition": ["ieee"] * 2}
+        assert torch.backends.cuda.matmul.fp32_precision == before
