@@ -54,8 +54,8 @@ _NOTES = """
     next step. A loaded state brings its options, but does not change the class; the ``eps`` of an AdamW state becomes
     ``graft_eps``.
 
-    On a GPU ``lr`` may be a tensor there. A step then waits for nothing once there are roots, and can be captured in CUDA
-    graphs, one for each step of an ``interval``, which are replayed in their order.
+    On a GPU ``lr`` may be a tensor there. A step then waits for nothing once there are roots, and can be captured in
+    CUDA graphs, one for each step of an ``interval``, which are replayed in their order.
 
     No gradient stops the training. A tensor whose gradient is not finite (or whose square is not, where a second moment
     is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]`` counts it. A new root

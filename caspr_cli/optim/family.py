@@ -208,8 +208,8 @@ class FullAdagradOptions:
     statistics_tf32: bool = option(
         False,
         """on a GPU, take the products of the statistics in TF32, for which it has faster units. Roots and what they
-        are applied to stay in float32. It changes U by about 4e-5 of its length where both sides of the gradients have
-        a condition of 10, and by 2e-4 where it is 1e4 (float32: 1e-6 and 2e-6; the rounding of inputs emulated on a
+        are applied to stay in float32. It changes U by about 5e-5 of its length where both sides of the gradients have
+        a condition of 10, and by 6e-4 where it is 1e4 (float32: 1e-6 and 2e-4; the rounding of inputs emulated on a
         CPU). Nothing changes on a CPU.""",
         in_recipe=False,
     )
