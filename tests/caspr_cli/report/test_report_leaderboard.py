@@ -29,11 +29,7 @@ def fair() -> tuple[Run, ...]:
 
 def wrong(runs: Sequence[Run]) -> list[str]:
     return [
-        line
-        for table in tables(runs)
-        for row in table.rows
-        if not row.untuned
-        for line in entry.problems(row, table.higher_is_better, draw)
+        line for table in tables(runs) for row in table.rows if not row.untuned for line in entry.problems(row, draw)
     ]
 
 
