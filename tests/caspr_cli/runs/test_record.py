@@ -53,6 +53,13 @@ def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_
     assert any("the same command, without resume=never, continues" in x for x in summary.footer(outcome, anew=True))
 
 
+def test_after_a_sweep_a_line_is_a_command_or_an_address() -> None:
+    compare, board, address = summary.after_sweep("my runs")
+    assert shlex.split(compare) == ["next", "caspr-report", "compare", "my runs"]
+    assert shlex.split(board) == ["tensorboard", "--logdir", "my runs"]
+    assert address.split() == ["open", summary.COMPARISON]
+
+
 def test_what_comes_next_can_be_run() -> None:
     """The sweep has the usual optimizers that have the given keys, and the one that was run."""
     logs, sweep = summary.next_commands(
