@@ -75,7 +75,7 @@ def _check(runs: Sequence[Run], tuned: Sequence[str] | None, wanted: Mapping[str
 
 
 def subjects(runs: Sequence[Run]) -> dict[Table, list[Run]]:
-    """Return the runs of each table, which has no rows yet: those of one task on the same data, by its hash.
+    """Return the runs of each table by the table, still without rows: one task on the same data, by the data's hash.
 
     Runs without a hash failed before they had the data, and count to the data of the most runs.
     """
@@ -96,7 +96,7 @@ def subjects(runs: Sequence[Run]) -> dict[Table, list[Run]]:
 
 
 def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
-    """Return the runs of each length, the longest first: runs of other lengths are not alike.
+    """Return the runs by their length, the longest first: only runs of one length are compared.
 
     Runs with ``horizon`` have no table of their own, where there are others: they show how soon a whole run can reach
     the target.
@@ -109,7 +109,7 @@ def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
 
 
 def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
-    """Yield where the same task on other data, or with other lengths, has a table of its own."""
+    """Yield a warning if the same task has another table, on other data or with another length."""
     same = [other for other in made if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)]
     others = list(dict.fromkeys(str(o.data_hash)[:8] for o in same if o.data_hash != table.data_hash))
     lengths = [f"{o.steps or 0:,}" for o in same if o.data_hash == table.data_hash and o.steps != table.steps]
@@ -123,7 +123,7 @@ def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
 
 
 def _debugged(table: Table, made: Sequence[Table], left_out: Sequence[Run]) -> Iterator[str]:
-    """Yield how many records were left out of this task; the first table has those of tasks without a table, too."""
+    """Yield how many records of this task were left out; the first table also counts those of tasks without a table."""
     tasks = {other.task for other in made}
     own = [run for run in left_out if run.config["task.name"] == table.task]
     own += [run for run in left_out if table is made[0] and run.config["task.name"] not in tasks]
@@ -174,7 +174,7 @@ def common_target(runs: Iterable[Run], *, higher_is_better: bool) -> float | Non
 
 
 def _place(row: Row) -> tuple[bool, bool, float, str]:
-    """The best mean first; rows with failed seeds at the end, as their mean is of the lucky ones."""
+    """Return a key to sort rows by: the best mean first; rows with failed seeds last, as the mean is of lucky ones."""
     mean = 0.0 if row.mean is None else -row.mean if row.higher_is_better else row.mean
     return row.mean is None, row.failed > 0, mean, row.label
 
@@ -204,7 +204,7 @@ def compared(rows: Sequence[Row], wanted: str | None) -> tuple[list[Row], str | 
         return replace(each, p_value=p_value, p_holm=p, tests=tests, baseline=base.label, verdict=said, test=test)
 
     chosen = {base.label for base in baselines.values()}
-    made = [replace(row, difference=difference(row), is_baseline=row.label in chosen) for row in rows]
+    made = [row.but(difference=difference(row), is_baseline=row.label in chosen) for row in rows]
     own = wanted is not None and without_name(wanted)
     baseline = (wanted if own else next(iter(chosen))) if chosen else None
     return made, baseline, [*warnings, *_unpaired(pairs, found)]
@@ -238,7 +238,7 @@ def _baselines(rows: Sequence[Row], wanted: str | None) -> tuple[dict[str, Row],
 
 
 def _unfair(row: Row, base: Row) -> str:
-    """Return what biases the comparison; empty if nothing does, or the same does on both sides.
+    """Return what biases the comparison; empty if nothing does, or if both sides have the same bias.
 
     A larger share of the seeds failed on one side, so that the good ones are left; or they selected the trial, so that
     the luckiest of several was taken: equal rows would then be "better" three to five times as often as they should.
@@ -254,7 +254,7 @@ def _unfair(row: Row, base: Row) -> str:
 
 
 def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparison]) -> Iterator[str]:
-    """Yield the seeds of one side that a paired test leaves out."""
+    """Yield a warning for seeds of one side that a paired test leaves out."""
     without: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for label, (row, base) in pairs.items():
         if found[label].paired:

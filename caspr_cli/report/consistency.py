@@ -54,7 +54,7 @@ def _numbers(seeds: Iterable[int]) -> str:
 
 
 def _unfinished(row: Row) -> Iterator[str]:
-    """Yield the seeds that are reported, or would be, and have no value."""
+    """Yield a warning for reported seeds that have no value, and for seeds that have not finished."""
     if row.selected is None:
         states = ", ".join(f"{n} {state}" for state, n in row.budget.items())
         yield f"{row.label}: no run is done with a finite value (trials: {states})"
@@ -67,7 +67,7 @@ def _unfinished(row: Row) -> Iterator[str]:
 
 
 def _selected_oddly(row: Row) -> Iterator[str]:
-    """Yield where nothing selected the trial, or another one has the held-out seeds."""
+    """Yield a warning if no value selected the trial, or if another trial has the held-out seeds."""
     if row.selected is None or not row.selecting:
         return
 
@@ -85,7 +85,7 @@ def _selected_oddly(row: Row) -> Iterator[str]:
 
 
 def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield where rows have other numbers of trials, or of seeds that selected one."""
+    """Yield a warning if rows differ in their numbers of trials, or of seeds that select."""
     trials = {row.label: len(row.trials) for row in rows if not row.untuned}
     selecting = {row.label: len(row.selecting) for row in rows if row.selecting}
     for what, numbers in (("trials", trials), ("seeds that select", selecting)):
@@ -94,7 +94,7 @@ def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _grown(row: Row) -> list[str]:
-    """Return the keys of which further trials have other ranges than the first."""
+    """Return the keys whose ranges grew during the search."""
     found: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for run in row.records:
         found[run.further] |= {(key, plain(numbers)) for key, (_, numbers) in ranges(run.config).items()}
@@ -112,7 +112,7 @@ def _budget(row: Row) -> Iterator[str]:
 
 
 def _duplicates(row: Row) -> Iterator[str]:
-    """Yield the keys in which records of one trial and seed differ, and ``code`` where it is another."""
+    """Yield a warning for several records of one trial and seed, with the keys in which they differ."""
     several = [runs for _, seeds in row.same for runs in seeds.values() if len(runs) > 1]
     found = set()
     for runs in several:
@@ -128,7 +128,7 @@ def _duplicates(row: Row) -> Iterator[str]:
 
 
 def _edges(row: Row) -> Iterator[str]:
-    """Yield selected values that are the smallest or largest of those tried."""
+    """Yield a warning for each selected value that is the smallest or the largest that was tried."""
     for key, end, tried in edges(row):
         best = setting(key, tried[0 if end == "smallest" else -1])
         span = f"{len(tried)} tried ({plain(tried[0])} to {plain(tried[-1])})"
@@ -136,7 +136,7 @@ def _edges(row: Row) -> Iterator[str]:
 
 
 def _beyond(row: Row) -> bool:
-    """Return whether an interval contains what the metric cannot be."""
+    """Return whether the interval contains values that the metric cannot have."""
     of = row.validation
     bounded = row.runs and row.runs[0].metric.rpartition("/")[2] in BOUNDED
     if not bounded or of.mean is None or of.low is None or of.high is None:
@@ -153,7 +153,7 @@ def targets_differ(rows: Sequence[Row], target: float | None) -> list[str]:
 
 
 def _differences(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield settings, ranges of a search, code, versions and hardware of which rows or runs have several."""
+    """Yield a warning for each setting, range, code, version and hardware that is not the same in all runs."""
     searched = sorted({key for row in rows for run in row.records for key in ranges(run.config)})
     asked: list[tuple[str, Callable[[Row, Run], str | None]]] = [
         *((key, lambda row, _, key=key: _shown(row.settings, key)) for key in _unequal(rows)),
@@ -183,7 +183,7 @@ def _groups(counts: dict[str, Counter[str]], rows: int, most: int = 4) -> Iterat
 
 
 def _unequal(rows: Sequence[Row]) -> list[str]:
-    """Return keys, but the optimizers' own, of which one optimizer has other values than another.
+    """Return the keys, except the optimizers' own, whose values differ between optimizers.
 
     Where all have the same several values they are variants, and labels show them.
     """

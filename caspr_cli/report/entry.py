@@ -40,14 +40,14 @@ def problems(row: Row, draw: Draw | None = None) -> list[str]:
 
 
 def other_searches(runs: Sequence[Run]) -> str:
-    """Return by which other searches runs were tuned; nothing where it is the one that the leaderboard asks for."""
+    """Return a line if runs were tuned by another search than the leaderboard's; else an empty text."""
     tuned = [run for run in runs if run.config.get("trial") != "default"]
     names = sorted({plain(run.config.get("search.name")) for run in tuned} - {SEARCH})
     return f"tuned by search={listed(names)}; the leaderboard has search={SEARCH}" if names else ""
 
 
 def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:
-    """Return in what a row differs from the rows that are on the board for its task at its scale."""
+    """Return the differences of a row from the rows of the leaderboard with its task and scale."""
     same = [b for b in board if (b.task, b.scale, b.data) == (table.task, table.scale, table.data)]
     if not same:
         return []
@@ -66,7 +66,7 @@ def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:
 
 
 def reproduced(row: Row, run: Run, value: float | None) -> str | None:
-    """Return what is wrong with the value that a reported run had when it was run again; None if it is near enough."""
+    """Return a line if a reported run ended elsewhere when it was run again; None if it is near enough."""
     if run.final is None or value is None:
         return None if run.final is value else f"seed {run.seed}: ended at {run.final}, and now at {value}"
     allowed = max(TOLERANCE * abs(run.final), DEVIATIONS * (row.validation.sd or 0.0))
@@ -80,7 +80,7 @@ def _name(run: Run) -> str:
 
 
 def _torn(run: Run) -> Iterator[str]:
-    """Yield what a record lacks, or where two of its files say different things."""
+    """Yield what a record lacks, and what its files contradict each other in."""
     if not run.ended:
         yield f"{_name(run)}: is {run.state}, and should have ended"
     if run.state != DONE:
@@ -101,7 +101,7 @@ def _equal(a: float | None, b: float | None) -> bool:
 
 
 def _trials(row: Row) -> Iterator[str]:
-    """Yield where the trials are not those of the search."""
+    """Yield a line for trials that are missing, too few, or not of the search."""
     said = sorted({int(run.config.get("search.trials") or 0) for run in row.records})
     if len(said) > 1:
         yield f"its records say different budgets: search.trials is {listed(list(map(str, said)))}"
@@ -125,7 +125,7 @@ def _finalists(row: Row) -> Iterator[str]:
 
 
 def _seeds(row: Row) -> Iterator[str]:
-    """Yield where the reported seeds are too few, or may have chosen the trial."""
+    """Yield a line if the reported seeds are too few, or may have chosen the trial."""
     fresh = {k: [r.seed for r in trial.runs if r.seed not in CHOOSING] for k, trial in enumerate(row.trials)}
     for k, seeds in fresh.items():
         if seeds and row.trials[k] is not row.selected:
@@ -138,7 +138,7 @@ def _seeds(row: Row) -> Iterator[str]:
 
 
 def _origin(row: Row) -> Iterator[str]:
-    """Yield where records are of different code, packages or data, or do not say."""
+    """Yield a line if the records have different code or packages, or do not name their data."""
     for what, of in (("code", provenance.code), ("versions", provenance.versions)):
         found = sorted({of(run) or "unknown" for run in row.records if run.state == DONE})
         if len(found) > 1:
@@ -150,7 +150,7 @@ def _origin(row: Row) -> Iterator[str]:
 
 
 def _undrawn(trial: Trial, draw: Draw) -> Iterator[str]:
-    """Yield the values of a trial that its search does not draw; those of further trials, of grown ranges, may be."""
+    """Yield the values of a trial that its search does not draw; trials that were added later are not checked."""
     run = trial.runs[0]
     if trial.index is None or trial.index >= int(run.config.get("search.trials") or 0):
         return

@@ -134,7 +134,7 @@ def _draw(axes: Axes, table: Table, shown: Sequence[Curve], styles: Styles, over
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Set the marks of the x axis at whole numbers, as 1,000."""
+    """Put the ticks of the x axis at whole numbers, written as 1,000."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
@@ -158,7 +158,7 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _first(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
-    """Return the point before a line comes into the range."""
+    """Return the x of the last point before the line enters the vertical range."""
     inside = next((k for k, value in enumerate(y) if low <= value <= high), len(x) - 1)
     return x[max(inside - 1, 0)]
 
@@ -293,7 +293,7 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
 
 
 def best_of(table: Table, styles: Styles | None = None) -> str:
-    """Draw the expected best validation after so many trials, of those that were run."""
+    """Draw the expected best validation by the number of trials."""
     rows = [row for row in table.rows if len(row.best_of) > 1]
     if not rows:
         return ""
@@ -349,7 +349,7 @@ def svg_of(figure: Figure, table: Table, what: str, alt: str) -> str:
 
 
 def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
-    """Write a line under the axis, if it is about any row; many or long labels are only counted."""
+    """Write a note about some rows under the axis, if there are any; many or long labels are only counted."""
     named = listed(labels)
     named = named if len(what) + len(named) < 80 else count(len(labels), "row")
     if labels:
@@ -357,7 +357,7 @@ def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
 
 
 def _unit(longest: float) -> tuple[str, float]:
-    """Return a unit for times up to so many seconds, in words, and its seconds."""
+    """Return the unit for times up to ``longest`` seconds, in words, and its length in seconds."""
     if longest < 180:
         return "seconds of training", 1.0
     return ("minutes of training", 60.0) if longest < 3 * 3600 else ("hours of training", 3600.0)

@@ -134,7 +134,7 @@ def verdict(found: Comparison, p_holm: float | None, tests: int, unfair: str = "
 
 
 def _sensitivity(found: Comparison, tests: int) -> str:
-    """Return what these seeds detect, and what more of them would."""
+    """Return which difference these seeds detect, and how many seeds would detect more."""
     assert found.spread is not None
     assert found.value is not None
     bound, (factor, unit) = stats.detectable(found.spread, tests), _unit(found)
@@ -230,7 +230,7 @@ def own_schedule(row: Row) -> str:
 
 
 def budget(row: Row) -> str:
-    """Return the number of trials, how many of them are not done, and how many runs of the best came after them."""
+    """Return the number of trials, how many are not done, and how many runs repeated the best ones."""
     if row.untuned:
         return "0"
     total = sum(row.budget.values())
@@ -250,7 +250,7 @@ def title(table: Table) -> str:
 
 
 def _horizon(table: Table) -> str:
-    """Return for which length the runs were planned, from whose curves steps to the target are read."""
+    """Return a note on the planned length of the runs from whose curves the steps to the target are read."""
     planned = f", steps to it read off a schedule of {table.steps:,} steps" if table.steps else ""
     own = any(row.own_schedule for row in table.rows)
     more = "; own schedule: the shortest whole run whose mean over the same seeds reaches it"

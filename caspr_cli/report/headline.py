@@ -23,7 +23,7 @@ TURNED = {"better": "worse", "worse": "better"}
 
 
 def headline(tables: Sequence[Table]) -> str:
-    """Return who has the best mean on how many tasks, and what one row is significantly better and worse than."""
+    """Return which row has the best mean on how many tasks, and which rows one row is better or worse than."""
     by_label = _by_label(tables)
     best, ranked = _best(tables, by_label)
     subject = next((label for rows in by_label for label in rows if label == SUBJECT), ranked[0] if ranked else "")
@@ -66,7 +66,7 @@ def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tup
 
 
 def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], subject: str) -> str:
-    """Return what ``subject`` is significantly better and worse than; with own baselines, what each row is."""
+    """Return which rows ``subject`` is significantly better and worse than; with own baselines, each row's verdict."""
     kinds: dict[str, list[str]] = defaultdict(list)
     own = [format.baseline(table) for table in tables if table.own_baselines]
     for rows in by_label:
@@ -88,7 +88,7 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
 
 
 def _against(rows: Mapping[str, Row], subject: str) -> list[tuple[str, str]]:
-    """Return what ``subject`` is in comparison with each other row, by label.
+    """Return the verdict of ``subject`` against each other row, with the label of that row.
 
     With the baseline, and if it is that itself, it is what the table says; the others are tested against it, corrected
     for the number of rows as in a table.

@@ -7,7 +7,6 @@ reaches a target later, and not by the same factor for each optimizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -21,12 +20,12 @@ HORIZON = "horizon"  # a key of runs that are only there for the length of a sch
 
 
 def with_own_schedules(rows: Sequence[Row], shorter: Sequence[Row]) -> list[Row]:
-    """Return the rows, each with the shortest whole run that reached the target, where shorter ones are there.
+    """Return the rows, each with the shortest whole run that reached the target, if there are shorter runs.
 
     Args:
         shorter: more of them, that are no rows of a table: of runs with ``horizon``.
     """
-    return [replace(row, own_schedule=_own(row, [*rows, *shorter])) for row in rows]
+    return [row.but(own_schedule=_own(row, [*rows, *shorter])) for row in rows]
 
 
 def _own(row: Row, rows: Sequence[Row]) -> OwnSchedule | None:
@@ -51,5 +50,5 @@ def _own(row: Row, rows: Sequence[Row]) -> OwnSchedule | None:
 
 
 def _recipe(row: Row, values: dict[str, Any]) -> str:
-    """Return what two runs have in common if they differ in their lengths and seeds alone."""
+    """Return a text that is the same for runs that differ only in length and seed."""
     return frozen([row.optim, {key: value for key, value in row.settings.items() if key != LENGTH}, values])

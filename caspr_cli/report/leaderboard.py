@@ -56,7 +56,7 @@ class Board:
 
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
-    """Return which rows of packs are ranked, the first pack first: of one optimizer on a task only one is.
+    """Return which rows of packs are ranked: on each task the first one of each optimizer.
 
     Args:
         packs: records by the name of the pack.
@@ -178,7 +178,7 @@ def _edges(row: Row) -> Iterator[str]:
 
 
 def _refused(refused: Mapping[str, Sequence[str]]) -> str:
-    """Return a list of the packs of which rows are not ranked, with the reasons."""
+    """Return a list of the packs that have rows that are not ranked, with the reasons."""
     by_reason: dict[tuple[str, ...], list[str]] = {}
     for pack, lines in refused.items():
         by_reason.setdefault(tuple(lines), []).append(f"`{pack}`")

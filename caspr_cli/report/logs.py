@@ -176,7 +176,7 @@ def _members(logs: list[Log], asked: Asked, notes: list[str]) -> DataFrame:
 
 
 def _word(value: Any) -> Any:
-    """Return a text as one word of a label, without the sign that ends a key there."""
+    """Return a text as one word of a label: without spaces and equals signs."""
     return re.sub(r"[\s=]+", "_", printable(value)) if isinstance(value, str) else value
 
 
@@ -295,7 +295,7 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:
-    """Yield notes on runs that end at different steps."""
+    """Yield a note for runs that end too early, and for different ends."""
     if short := [run.path for run in runs if str(run.status.get("error") or "").startswith("ends at")]:
         s = "s" * (len(short) == 1)
         yield f"{listed(short, 4)}: end{s} too early and count{s} as failed (--at best or --at STEP, if that was meant)"

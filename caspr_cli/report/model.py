@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -157,6 +157,12 @@ class Row:
     difference: Comparison | None = None
     is_baseline: bool = False
     own_schedule: OwnSchedule | None = None
+
+    def but(self, **changes: Any) -> Row:
+        """Return the row with another label or comparison; what was computed from its records is kept."""
+        made = replace(self, **changes)
+        vars(made).update(vars(self) | vars(made))
+        return made
 
     @property
     def optim(self) -> str:
@@ -328,7 +334,7 @@ class Row:
 
 
 def _progress(run: Run) -> tuple[int, str, str, str]:
-    """Return a key to sort by, at last by content, so that the order in which records are read does not matter."""
+    """Return a key to sort by progress, and then by content, so that the order of reading does not matter."""
     rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
     return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
 

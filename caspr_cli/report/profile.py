@@ -71,7 +71,7 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
 
 
 def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the tables of tasks that have one with more runs, of another length, each with why it is left out."""
+    """Yield the tables that are left out because another length of the task has more runs, and a note on it."""
     groups: dict[Table, list[tuple[str, Table]]] = {}
     for name, table in zip(called, tables, strict=True):
         groups.setdefault(replace(table, steps=None, rows=(), warnings=(), target=None, baseline=None), []).append(
@@ -93,7 +93,7 @@ def _never(
     labels: Sequence[str],
     unit: str,
 ) -> Iterator[str]:
-    """Yield what counts as not reached, where the table does not show why."""
+    """Yield a note for each row that counts as not reached, if the table does not show why."""
     for name, column in columns.items():
         if not any(map(math.isfinite, column.values())):
             yield f"{name}: no row reached the target"

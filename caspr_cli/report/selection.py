@@ -78,7 +78,7 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
     def labelled(row: Row) -> Row:
         name, *own = row.label.split(" ")
         more = {setting(key, row.settings[key]) for key in keys[row.optim, row.untuned] if key in row.settings}
-        return replace(row, label=" ".join([name, *sorted({*own, *more})]))
+        return row.but(label=" ".join([name, *sorted({*own, *more})]))
 
     return [replace(table, rows=tuple(map(labelled, table.rows))) for table in tables]
 

@@ -100,7 +100,7 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
 
 
 def _range(rows: Sequence[Row], *, higher: bool) -> tuple[float, float]:
-    """Return the vertical range: from the best to the median trial of the row where this is the worst."""
+    """Return the vertical range: from the best trial of all to the worst of the rows' median trials."""
     ends = []
     for row in rows:
         values = sorted((value for value in row.scores.values() if value is not None), reverse=higher)
@@ -131,7 +131,7 @@ def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bo
 
 
 def _dot(style: Style) -> dict[str, Any]:
-    """Return the mark of a trial, which tells rows of one hue apart, as dashes of lines do."""
+    """Return the marker of a row's trials; like the dashes of lines, it distinguishes rows of one hue."""
     marker, filled = MARKERS[DASHES.index(style.dash)]
     how: dict[str, Any] = {"color": style.colour, "linestyle": "none", "marker": marker, "markersize": 3.8}
     return how | {"markeredgewidth": 1.1} | ({} if filled else {"markerfacecolor": "none"})

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SEEDS = ("seed", "random_seed", "rng_seed", "seed_everything", "manual_seed")
-# The first there is. (W&B's _step counts calls of its log.)
+# Columns of steps: the first that a file has counts. (W&B's _step counts calls of its log.)
 STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "epoch")
 RUNS = ("name", "run", "run_name", "run name", "run_id", "id")  # columns that say which run a line is of
 STATES = ("state", "status")
-UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # such a CSV is called as its folder
+UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # a CSV of this name is called like its folder
 BANDS = ("__MIN", "__MAX")  # W&B's columns beside each curve
 # MLflow writes the number of a state.
 STATE = {"3": DONE, "4": FAILED, "5": FAILED, "1": "running", "2": "running", "finished": DONE, "failed": FAILED,

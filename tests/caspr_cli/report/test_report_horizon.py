@@ -38,14 +38,9 @@ def test_the_shortest_whole_run_whose_mean_reaches_the_target() -> None:
     (longest,) = export.entries([of_length(300, runs)])
     assert (longest["own_schedule_steps"], longest["own_schedule_seconds"]) == (200, 20.0)
     assert longest["steps_to_target"] == 200  # read off the curves
-
-
-def test_where_the_metric_should_rise() -> None:
     rising = {"task__target__higher_is_better": True, "task__target__value": 0.8}
-    runs = [
-        one for steps, end in ((100, 0.7), (200, 0.85), (300, 0.9)) for one in whole("soap", steps, [end], **rising)
-    ]
-    assert own(of_length(300, runs), "soap") == OwnSchedule(200, 20.0, (100, 200, 300))
+    up = [one for steps, end in ((100, 0.7), (200, 0.85), (300, 0.9)) for one in whole("soap", steps, [end], **rising)]
+    assert own(of_length(300, up), "soap") == OwnSchedule(200, 20.0, (100, 200, 300))
 
 
 @pytest.mark.parametrize(
