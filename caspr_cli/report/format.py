@@ -274,4 +274,4 @@ def marked(row: Row) -> str:
 
 def selected(row: Row) -> str:
     """Return the values of the tuned keys, as ``lr=0.006``."""
-    return settings.text(row.selected.values) if row.selected else ""
+    return settings.joined(row.selected.values) if row.selected else ""
