@@ -44,8 +44,8 @@ EXAMPLES = """\
   caspr-bench --task c4_lm --scale paper            a task's model
   caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
   caspr-bench --roots                               errors of inverse roots
-  caspr-bench --ranks 1,2,4                         a step that so many share
-  caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
+  caspr-bench --ranks 1,2,4                         processes share a step
+  caspr-bench --model gpt2-1.5b --scale 8,1024      on GPUs, predicted"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -87,7 +87,7 @@ def parser() -> Parser:
     what = made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
     what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
-    what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
+    what.add_argument("--params", metavar="N", help="a transformer with about N parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
