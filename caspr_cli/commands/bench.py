@@ -333,9 +333,9 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
 
 def fitting(cells: list[list[str]], spare: list[int]) -> Iterator[str]:
     """Yield the lines of a table. Where the terminal is narrow, the columns with the highest ``spare`` are left out."""
-    from caspr_cli.report.terminal import cell_lines
+    from caspr_cli.report.render import lines, sheet
 
-    return cell_lines(cells, terminal_width(), spare=spare, more="a wider terminal or --json")
+    yield from lines(sheet(cells[0], cells[1:], spare=spare), terminal_width(), more="a wider terminal or --json")
 
 
 def hanging(legend: str, indent: int) -> Iterator[str]:
