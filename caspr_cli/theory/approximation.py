@@ -118,9 +118,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         verdict=judged(list(places(cases) == 1)),
         finding=finding(cases),
         tables={measure: summary(cases, measure) for measure in MEASURES}
-        | {"nearer": nearer(cases), "steps": over_steps(cases)}
-        | {"cases": table(cases, "Every layer, seed and step", formats=dict.fromkeys(VALUES, ".4f"), shown=0)},
-        figures=tuple(_figure(cases, measure, y, title) for measure, (y, title) in FIGURES.items()),
+        | {"nearer": nearer(cases), "cases": table(cases, "Every layer, seed and step", shown=0)},
+        figures=tuple(_figure(cases, measure, *labels) for measure, labels in FIGURES.items()),
         claims=(
             # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
             ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
@@ -231,23 +230,6 @@ def nearer(cases: DataFrame) -> DataFrame:
     )
 
 
-def over_steps(cases: DataFrame) -> DataFrame:
-    """Return means over layers and seeds at each step."""
-    groups = cases.groupby(["task", "step", "preconditioner"], sort=False)
-    found = groups[VALUES].mean()
-    for measure in ("root", "inverse"):
-        found[f"{measure}_scaled"] = (1 - found[measure] ** 2).clip(lower=0) ** 0.5
-    found.insert(0, "cases", groups.size())
-    return table(
-        found.reset_index(),
-        "Over training: means over layers and seeds",
-        formats={"step": ","} | dict.fromkeys((*VALUES, "root_scaled", "inverse_scaled"), ".3f"),
-        note="root, inverse: cosines with F^½ and F^−½; scaled: relative distances after the best scaling, as root and "
-        "inverse have them; angle in degrees.",
-        shown=0,
-    )
-
-
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 FIGURES = {
@@ -257,7 +239,6 @@ FIGURES = {
 }
 
 
-def _figure(cases: DataFrame, measure: str, y: str, title: str) -> Figure:
+def _figure(cases: DataFrame, measure: str, unit: str, title: str) -> Figure:
     caption = f"{title} Mean over layers and seeds, band ± one standard deviation; the x axis is the step."
-    data = wide(cases)[measure].reset_index().set_index("task").loc[cases["task"].unique()].reset_index()
-    return panels.figure(measure, caption, data, STYLES, panel="task", x="step", y=y)
+    return panels.figure(measure, caption, cases, STYLES, ("task", "preconditioner", "step", measure), unit=unit)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from caspr_cli.bench.roots import root_flops
+from caspr_cli.bench.shapes import Shape, gated_layer
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
@@ -196,10 +197,9 @@ class Decoder:
     vocabulary: int = 32000
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Return the matrices of one layer: query, key, value, output; gate, up, down."""
-        w, k, h = self.width, self.keys, self.hidden
-        return [(w, w), (k, w), (k, w), (w, w), (h, w), (h, w), (w, h)]
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return the matrices of one layer."""
+        return gated_layer(self.width, self.hidden, self.keys)
 
     @property
     def parameters(self) -> int:
