@@ -151,7 +151,7 @@ def root_flops(method: str, d: int, p: int, steps: float) -> float:
 
 
 def least_seconds(run: Callable[[], object], now: Callable[[], float] = time.process_time) -> float:
-    """Return the shortest of a few runs, or of one where it takes long.
+    """Return the seconds of the shortest of a few runs, or of a single run that takes long.
 
     Args:
         now: the clock; the default counts the processors of this process, which on one thread is the time that it
@@ -232,7 +232,7 @@ x eigh32   error, and residual, in units of those of eigh32, in such lines with 
 def root_errors(
     d: int = 256, conditions: Sequence[float] = CONDITIONS, dampings: Sequence[float] = DAMPINGS
 ) -> DataFrame:
-    """Return each solver at each condition and damping, in this order, on matrices of d rows; always the same ones."""
+    """Return a row for each condition, damping and solver, in this order, on matrices of d rows, always the same."""
     return DataFrame(
         _root_error(name, matrix, condition, eps)
         for condition in conditions

@@ -1,4 +1,4 @@
-"""Steps of the optimizer that are taken here, and blocks as ranks share them, against what their shapes say."""
+"""Measured steps of the optimizer, and the blocks of each rank, beside what is predicted from shapes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def model_of(name: str, batch: int | None) -> Model:
 
 
 def divided(optimizer: KroneckerOptimizer, ranks: int) -> dict[str, Any]:
-    """Return how the optimizer's own rule divides blocks among ranks, as a row; its unit for roots is ``EIGH_FLOPS``.
+    """Return a row that says how the optimizer divides its blocks among ranks; roots are in units of ``EIGH_FLOPS``.
 
     Keys:
         most: FLOPs of the rank that has most, in its longest step.

@@ -74,7 +74,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
 
 
 def row_of(place: Sequence[Any], found: dict[str, float]) -> dict[str, Any]:
-    """Return one layer, or random stream, at one step as a row; ``place`` has the values of ``KEYS``."""
+    """Return the row of a layer or random stream at one step; ``place`` has the values of ``KEYS``."""
     row: dict[str, Any] = dict(zip(KEYS, place, strict=True))
     return row | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found
 
@@ -94,7 +94,7 @@ def failures(cases: DataFrame, key: str) -> int:
 
 
 def counted(cases: DataFrame, key: str, source: str) -> tuple[int, int]:
-    """Return the counterexamples of a statement, and how often it was checked."""
+    """Return the number of counterexamples of a statement, and how often it was checked."""
     margins = cases.loc[cases["source"] == source, key]
     return int((margins < CLEAR).sum()), int(margins.count())
 
@@ -127,7 +127,7 @@ def finding(cases: DataFrame) -> str:
 
 
 def counterexamples(cases: DataFrame) -> DataFrame:
-    """Return how often each statement that is false was so, among recorded and among random gradients."""
+    """Return how often each false statement failed, on recorded and on random gradients."""
     rows: list[dict[str, Any]] = [{"statement": text} for text in FALSE_CLAIMS.values()]
     heads: dict[str, str] = {}
     for source, own in cases.groupby("source", sort=False):
@@ -136,7 +136,7 @@ def counterexamples(cases: DataFrame) -> DataFrame:
             row |= dict(zip(list(heads)[-3:], (*counted(cases, key, str(source)), own[key].min()), strict=True))
     return table(
         rows,
-        "Statements that look like these, and are false",
+        "Similar statements that are false in general",
         heads=heads,
         formats={key: ".0e" if key.endswith("least") else "," for key in heads},
         note=f"Averages have beta = {BETA:g}; roots are {STALE} steps old, or of the first step before that; random "
@@ -182,7 +182,7 @@ def layers(cases: DataFrame) -> DataFrame:
 
 
 def recorded(found: Sequence[Recording]) -> DataFrame:
-    """Return what was trained: that it learned is part of what makes the gradients real."""
+    """Return the layers whose gradients were recorded, with the losses, which show that the models learned."""
     keys = ["task", "parameter", "m", "n", "rank", "seeds", "steps", "first", "last"]
     rows = [(r.task, r.parameter, *r.shape, r.rank, r.seed, len(r.gradients), *r.losses) for r in found]
     how = dict.fromkeys(keys[2:], "first") | {"rank": "max", "seeds": "count", "first": "mean", "last": "mean"}
@@ -249,7 +249,7 @@ def _signed(axes: Axes) -> None:
 
 
 def _spectra(one: Recording, step: int) -> DataFrame:
-    """Return the eigenvalues of the differences for one layer: some of them, both ends among these."""
+    """Return at most ``DRAWN_VALUES`` eigenvalues of each difference for one layer, with the least and the largest."""
     G, eps = one.gradients[:step], ridge(one.gradients)
     full, first, second, _, shampoo = (root.dense() for root in chain(G, eps, one.rank))
     bare = Root.of(full_statistic(G, eps)).power(0.5).dense()

@@ -189,7 +189,7 @@ def _streams(X: Tensor, Y: Tensor, samples: int, rounds: int, seeds: list[int]) 
 
 
 def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Return the problem of a word's tag by its last letter (the commonest, one each), its length, a capital, and 1.
+    """Return the problem of predicting the tag of a word from its last letter, its length, a capital, and 1.
 
     From the training split of the tagger's sample, words of letters alone, W is ``[8, 16]``: seven tags and all others.
     """
@@ -218,7 +218,7 @@ def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
 
 
 def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Return the problem whether properties of a molecule are above their medians.
+    """Return the problem of predicting whether properties of a molecule are above their medians.
 
     Features are the means of those of its atoms and bonds, its size, and 1. From the training split of the molecules'
     sample, W is ``[8, 10]``; most labels of a molecule are missing.

@@ -1,6 +1,6 @@
 """``caspr-verify roots``: how exact are inverse roots, what do they cost, and which damping do they need?
 
-The questions of reviewers on complexity, stability, the choice of damping and low precision, a table each.
+One table each for complexity, stability, the choice of damping, and low precision.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _errors(cases: DataFrame, index: list[str]) -> DataFrame:
 
 
 def _summary(cases: DataFrame, index: list[str]) -> DataFrame:
-    """Return the errors, what storing S is predicted to cost, and how Newton's iteration went, over seeds."""
+    """Return errors, the predicted errors of storing S, and the course of Newton's iteration, over seeds."""
     predicted = {
         name: cases[cases["solver"] == f"stored in {name}"].groupby(index)["predicted"].mean()
         for name in ("float32", "bfloat16")
@@ -261,7 +261,7 @@ def _law(constants: DataFrame) -> DataFrame:
 
 
 def _damped(cases: DataFrame) -> DataFrame:
-    """Return the errors by damping, and what damping does."""
+    """Return the errors by damping, and the effect of damping on the root and on an update."""
     values = torch.logspace(0, -math.log10(ILL), int(cases["d"].max()), dtype=torch.float64)
     found = _summary(cases, ["eps"])
     return found.join(DataFrame([moved(values, eps) for eps in found["eps"]]))

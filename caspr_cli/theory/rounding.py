@@ -83,8 +83,10 @@ def storage(values: Tensor, precision: Precision, p: int, shift: float = 0.0) ->
 
 
 def one_rounding(values: Tensor, precision: Precision, p: int) -> float:
-    """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own. (Then
-    ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle.) What is measured, over this, is c."""
+    """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own.
+
+    Then ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle. A measured error over this one is c.
+    """
     return sensitivity(values, p) * precision.unit * math.sqrt(len(values)) / 2
 
 
@@ -101,7 +103,7 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what each solver makes of each matrix, exponent and damping."""
+    """Yield a row for each matrix, exponent, damping and solver."""
     plans = list(product(exponents, dampings, SOLVERS))
     for condition, seed in product(conditions, seeds):
         matrix = Matrix.drawn(d, condition, seed)
@@ -110,7 +112,7 @@ def cases(
 
 
 def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
-    """Return what a solver makes of a matrix with a relative damping, as a row.
+    """Return the errors of a solver on a matrix with a relative damping, as a row.
 
     Keys:
         error: ||A - S~^(-1/p)|| / ||S~^(-1/p)||, Frobenius, with the shift that the solver says it has added.
@@ -198,7 +200,7 @@ def constants_of(bare: DataFrame) -> DataFrame:
 
 
 def moved(values: Tensor, eps: float) -> dict[str, float]:
-    """Return what damping does to S of these eigenvalues: to its root, and to the direction of a whitened update."""
+    """Return the effect of damping on S with these eigenvalues: on its root, and on the direction of an update."""
     shifted = values + eps * values.max()
     kept = values / shifted  # squares of what is left of each direction of S^(-1/2) G, which have all the same length
     change = values.pow(-1 / P) - shifted.pow(-1 / P)
