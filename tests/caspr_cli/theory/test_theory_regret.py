@@ -21,8 +21,6 @@ from caspr_cli.theory.online import (
     ladder,
     of_theorem,
     play,
-    play_all,
-    traces,
 )
 from caspr_cli.theory.problems import (
     LINEAR,
@@ -198,10 +196,6 @@ def test_every_inequality_of_the_bound(method, rank):
     assert (kept.at_end[:, 0] <= limit).all()
 
 
-def test_traces_stand_in_the_order_of_the_chain():
-    assert ordered(list(traces(problem(), [1.0, 2.0, 3.0, math.inf]).unbind(1)))
-
-
 # What does not hold.
 
 
@@ -242,14 +236,6 @@ def test_a_run_that_is_lost_has_infinite_regret_and_harms_no_other():
     runs = play(one, stale, eta)
     assert torch.isinf(runs.at_end[:, 0]).all()
     assert torch.allclose(runs.at_end[:, 1], play(one, stale, eta[:, 1:]).at_end[:, 0])
-
-
-def test_the_same_seeds_give_the_same_numbers():
-    first, second = (play_all(problem(rounds=8), METHODS[2], print) for _ in range(2))
-    assert torch.equal(first.grid.regret, second.grid.regret)
-    assert all(torch.equal(first.ladder.rungs[name], second.ladder.rungs[name]) for name in RUNGS)
-    share = first.theorem.at_end[:, 0] / first.theorem.limits()[:, -1]
-    assert ((share > 0) & (share < 1)).all()
 
 
 def test_the_answer_holds_and_its_tables_agree_with_each_other(monkeypatch):
