@@ -44,8 +44,8 @@ EXAMPLES = """\
   caspr-bench --task c4_lm --scale paper            a task's model
   caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
   caspr-bench --roots                               errors of inverse roots
-  caspr-bench --ranks 1,2,4                         a step that so many share
-  caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
+  caspr-bench --ranks 1,2,4                         on 1, 2 and 4 processes
+  caspr-bench --model gpt2-1.5b --scale 8,1024      on many GPUs, predicted"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -126,7 +126,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line, of which only what needs torch is left unchecked.
+    """Return the parsed command line. What needs torch is not checked yet.
 
     Raises:
         UserError: one line for the user.
@@ -172,7 +172,7 @@ def recipe_of(task: str, scale: str) -> Recipe:
 
 
 def writable(path: Path) -> Path:
-    """Return the path, with its directory made: better to know before minutes of measuring than after.
+    """Return the path after making its directory, so that a mistake is found before minutes of measuring.
 
     Raises:
         UserError: nothing can be written there.

@@ -350,7 +350,7 @@ def _error_figure(name: str, title: str, cases: DataFrame, panel: str, x: str, p
     predicted = predicted.assign(
         solver=predicted["solver"].str.replace("stored in", "predicted for"), error=predicted["predicted"]
     )
-    lines = {*drawn["solver"], *predicted["solver"]}
+    lines = {*cases["solver"], *predicted["solver"]}
     ticks = {"xticks": [10.0**k for k in powers], "xticklabels": [f"1e{k}" for k in powers], "ylim": (1e-6, 30)}
     if x == "condition":
         ticks |= {"ylim": (1e-16, 30), "yticks": [1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1]}
