@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,9 +53,9 @@ def test_version(call: Call) -> None:
 def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
     code = "import sys; from caspr_cli.commands import bench; sys.argv[1:] = ['--help']; bench.main()"
     code += "; assert 'torch' not in sys.modules"
-    start = time.perf_counter()
+    before = os.times()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert time.perf_counter() - start < 5
+    assert os.times().children_user - before.children_user < 5  # not by the clock: other work may share the machine
 
 
 @pytest.mark.parametrize(
