@@ -23,8 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
 from caspr_cli.optim.roots import Root, eigh_root, newton_root, residual
-from caspr_cli.optim.schedule import EIGH_FLOPS
-from caspr_cli.optim.solve import newton_products
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
@@ -139,15 +137,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(own)
-
-
-def root_flops(method: str, d: int, p: int, steps: float) -> float:
-    """Return the FLOPs of a root of d rows, 2 for a multiply and an add.
-
-    A decomposition counts as what takes as long (``EIGH_FLOPS`` d^3); a step of Newton has the products of
-    :func:`newton_products`.
-    """
-    return float(EIGH_FLOPS) * d**3 if method == "eigh" else 2.0 * d**3 * steps * newton_products(p)
 
 
 def least_seconds(run: Callable[[], object], now: Callable[[], float] = time.process_time) -> float:

@@ -44,10 +44,11 @@ from caspr_cli.bench.roots import (
     least_seconds,
     peak_bytes,
     product_rate,
-    root_flops,
 )
 from caspr_cli.optim.refresh import ACCEPTED
 from caspr_cli.optim.roots import Root, bound, newton_steps, residual
+from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.solve import newton_products
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 SMALL = 0.02  # predicted errors up to here are in the reach of a first order
@@ -175,7 +176,8 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
 
     with NewtonWatch() as watch:
         run()
-    flops = root_flops(solver.method, d, p, watch.steps or newton_steps(1 + 1 / eps, p))
+    cubes = EIGH_FLOPS if solver.method == "eigh" else 2 * watch.steps * newton_products(p)
+    flops = float(cubes * d**3)
     row = {"d": d, "solver": solver.method, "mb": peak_bytes(run) / 1e6, "ms": 1e3 * least_seconds(run)}
     row |= {"predicted_ms": 1e3 * flops / product_rate(d), "flops": flops, "steps": watch.steps or math.nan}
     return row | {"predicted_mb": MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
