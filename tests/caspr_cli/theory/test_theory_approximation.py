@@ -144,6 +144,8 @@ def test_the_answer_holds():
     rows = found.tables["root"]
     assert list(rows["preconditioner"]) == list(STYLES)
     assert all(0 < value <= 1 for value in rows["vit"])
-    (case,) = found.tables["cases"].query("step == 10 and preconditioner == 'caspr'").to_dict("records")
+    (case,) = (
+        found.tables["cases"].query("task == 'vit' and step == 10 and preconditioner == 'caspr'").to_dict("records")
+    )
     assert case["root"] == pytest.approx(rows.set_index("preconditioner").loc["caspr", "vit"])
     assert len(found.counterexamples) == 1
