@@ -215,28 +215,6 @@ def test_start_step_counts_the_gradients_in_the_statistics(precondition: str, wa
     assert max(found) < 3 * max(usual)
 
 
-def test_steps_without_preconditioning_are_not_in_the_statistics() -> None:
-    """On for two steps, off for twenty, on again: the third gradient is the third."""
-    params, optimizer = trained(CASPR, 2, **OPTIONS | {"start_step": 4})
-    optimizer.param_groups[0]["precondition"] = False
-    advance(params, optimizer, range(2, 22))
-    optimizer.param_groups[0]["precondition"] = "momentum"
-    advance(params, optimizer, [22])
-    assert not optimizer.state[params[0]]["root_0.0"].any()
-    advance(params, optimizer, [23])
-    assert optimizer.state[params[0]]["root_0.0"].any()
-
-
-def test_a_gradient_that_is_not_finite_does_not_count() -> None:
-    params = weights([(6, 5)])
-    optimizer = CASPR(params, **OPTIONS)
-    advance(params, optimizer, range(2))
-    params[0].grad = torch.full((6, 5), torch.nan)
-    with pytest.warns(UserWarning, match="not finite"):
-        optimizer.step()
-    assert float(optimizer.state[params[0]]["gradients"]) == 2
-
-
 @pytest.mark.parametrize(
     ("before", "after", "loaded"),
     [("momentum", "gradient", False), ("gradient", "momentum", True), ("gradient", False, False)],

@@ -45,15 +45,6 @@ def roots(params: list[nn.Parameter], optimizer: Any) -> list[Tensor]:
     return [v.clone() for p in params for k, v in optimizer.state[p].items() if k.startswith(("root_0", "root_1"))]
 
 
-def test_large_statistics_are_cut_off_in_the_middle_of_an_interval() -> None:
-    params, optimizer = trained(12, pack_roots=True)
-    others, other = resumed(params, optimizer)
-    assert_same(params, optimizer, others, other)
-    advance(params, optimizer, range(12, 20))
-    advance(others, other, range(12, 20))
-    assert_same(params, optimizer, others, other)
-
-
 # ---- other options after loading
 
 
@@ -96,18 +87,22 @@ def test_roots_in_bfloat16_and_back(loaded: bool, solver: str) -> None:
         torch.testing.assert_close(old, new, rtol=0, atol=2e-2 * float(old.abs().max()))
 
 
-@pytest.mark.parametrize(("old", "new"), [(280, 4), (4, 3), (3, 5)])
-def test_another_block_size_is_refused_in_words(old: int, new: int) -> None:
-    """One error that names the option; with the old value all goes on as if nothing had been tried."""
-    params, optimizer = trained(6, SMALL, block_size=old)
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("block_size", 280, 4), ("block_size", 4, 3), ("merge", "matrix", "none"), ("axes", "all", "first"),
+     ("axes", "first", "last"), ("axes", "last", "row"), ("axes", "row", "all")],
+)  # fmt: skip
+def test_a_state_of_other_blocks_or_axes_is_refused_in_words(name: str, old: Any, new: Any) -> None:
+    """One error that names the options; with the old value all goes on as if nothing had been tried."""
+    params, optimizer = trained(6, SMALL, **{name: old})
     others, other = resumed(params, optimizer)
-    other.param_groups[0]["block_size"] = new
+    other.param_groups[0][name] = new
     before = copies(others)
     for _ in range(2):
         with pytest.raises(ValueError, match="block_size, merge or axes were others when it was made"):
             advance(others, other, [6])
         assert all(map(torch.equal, others, before))
-    other.param_groups[0]["block_size"] = old
+    other.param_groups[0][name] = old
     advance(others, other, range(6, 16))
     advance(params, optimizer, range(6, 16))
     assert_same(params, optimizer, others, other)

@@ -10,22 +10,14 @@ import torch
 from references.drive import relative_error, run_with_turns
 from references.optimizer import reference_weights
 from references.stream import random_stream
+from stepping import advance
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caspr_cli.optim import CASPR, Shampoo, blocks, plan
 from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.cost import state_bytes
-from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import diagnose
-
-
-def advance(params: list[nn.Parameter], optimizer: KroneckerOptimizer, steps: range) -> None:
-    for step in steps:
-        for i, p in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
-        optimizer.step()
-
 
 # ---- an axis that is much longer than the others
 
@@ -101,14 +93,6 @@ def test_blocks_of_one_shape_and_other_axes_are_kept_apart() -> None:
             alone[i].grad = torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + i))
             optimizer.step()
         torch.testing.assert_close(together[i], alone[i])
-
-
-def test_types_may_be_mixed() -> None:
-    params = [nn.Parameter(torch.zeros(8, 6, dtype=t)) for t in (torch.float32, torch.bfloat16, torch.float32)]
-    optimizer = CASPR(params, start_step=2)
-    advance(params, optimizer, range(4))
-    assert len(optimizer.stacks(0)) == 1
-    assert all(torch.isfinite(p).all() and p.any() for p in params)
 
 
 # ---- first roots
