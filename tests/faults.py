@@ -7,8 +7,6 @@ run's life, or as soon as a phase is seen: start, validation, checkpoint, test, 
 with all processes stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import gzip

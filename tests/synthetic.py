@@ -1,7 +1,5 @@
 """Tables as ``caspr-report`` has them, from no records at all: for tests of figures and pages."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

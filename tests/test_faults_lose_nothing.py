@@ -1,7 +1,5 @@
 """Some faults of ``tests/faults.py``, so that the second tier has them; ``--count 50`` there is the long list."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Help of every command: it fits a terminal of 80 columns, and texts stand in one column."""
 
-from __future__ import annotations
-
 import re
 import sys
 

@@ -45,7 +45,7 @@ def test_it_follows_the_authors_code(shape: tuple[int, ...], scale: float, optio
     gradients = drawn(shape, 12 if "start_step" in options else 125, scale)
     start = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
     wanted = author_weights(start, [G.numpy() for G in gradients], lr=0.01, **options)
-    for mine, theirs in zip(weights(shape, gradients, lr=0.01, **options), wanted, strict=True):
+    for mine, theirs in zip(weights_of(shape, gradients, lr=0.01, **options), wanted, strict=True):
         np.testing.assert_allclose(mine.numpy(), theirs, rtol=0, atol=1e-11)
 
 

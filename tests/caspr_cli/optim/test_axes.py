@@ -1,7 +1,5 @@
 """One-sided and per-row preconditioning: the formulas, what holds of them, and that each is a choice like any other."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

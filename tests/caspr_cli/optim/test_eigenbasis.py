@@ -1,7 +1,5 @@
 """Weights between closed forms and a second moment that is measured in the eigenbasis."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

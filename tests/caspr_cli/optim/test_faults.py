@@ -1,7 +1,5 @@
 """Faults are put in on purpose: training goes on through them, and recovers after."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable

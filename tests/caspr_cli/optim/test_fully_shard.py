@@ -1,7 +1,5 @@
 """Parameters of `fully_shard`: the same weights as one process, a part of the state each, and torch's checkpoints."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -42,7 +42,6 @@ REFUSED = [
     ({"solver": "qr"}, "solver should be one of auto, eigh, newton but is: 'qr'"),
     ({"root_dtype": torch.float16}, "root_dtype should be one of None, torch.bfloat16 but is: torch.float16"),
     ({"apply_dtype": torch.float16}, "apply_dtype should be one of None, torch.bfloat16 but is: torch.float16"),
-    *(({"exponent": x}, r"exponent should be one of 0, 0\.25, 0\.5, 1 but is") for x in (0.3, 2, -1, math.nan)),
     ({"pack_roots": "yes"}, "pack_roots should be one of True, False but is: 'yes'"),
 ]
 
@@ -63,6 +62,8 @@ def test_values_out_of_range_are_named(options, message):
 
 OF_SOME = [  # that not all three classes have
     *((CASPR, "order", x, f"a positive integer or inf but is: {x}") for x in (0, -1, 1.5, math.nan, True)),
+    *((kind, "exponent", x, r"one of 0, 0\.25, 0\.5, 1 but is")
+      for kind in (CASPR, Shampoo) for x in (0.3, 2, -1, math.nan)),
     *((kind, "merge", "x", r"one of matrix, square, none.* but is: 'x'") for kind in (CASPR, Shampoo)),
     *((kind, "axes", x, f"one of all, first, last, row but is: {x!r}")
       for kind in (CASPR, Shampoo) for x in ("x", "rows", 0, None)),

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from references.drive import bare_updates, relative_error, run
+from references.drive import bare_updates, relative_error
 from references.kronecker import precondition
-from references.optimizer import reference_weights
 from references.stream import random_stream, statistics
 
 from caspr_cli.optim import CASPR, Shampoo
@@ -72,32 +71,6 @@ def test_half_precision_parameters_have_float32_factors(dtype, bound):
     for update, expected in zip(updates, expected_updates(gradients, 1e-4, 2), strict=True):
         assert update.dtype == dtype
         assert relative_error(update, expected) < bound
-
-
-@pytest.mark.parametrize(
-    ("graft", "precondition_mode", "dtype", "bound"),
-    [
-        ("adam", "momentum", torch.bfloat16, 0.03),
-        ("rmsprop", "gradient", torch.float16, 0.005),
-        ("sgd", "momentum", torch.float16, 0.005),
-        ("adam", "gradient", torch.bfloat16, 0.03),
-    ],
-)
-def test_half_precision_runs_follow_the_float64_run(graft, precondition_mode, dtype, bound):
-    weight, *gradients = random_stream(6, 8, steps=7, seed=4, dtype=dtype)
-    options = {
-        "lr": 0.05,
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.1,
-        "interval": 2,
-        "start_step": 3,
-        "eps": 1e-2,
-    }
-    options |= {"graft": graft, "precondition": precondition_mode, "graft_eps": 1e-3}
-    weights = run(CASPR, weight, gradients, **options)
-    expected = reference_weights(weight, gradients, **options)
-    assert weights[-1].dtype == dtype
-    assert relative_error(weights[-1], expected[-1]) < bound
 
 
 def test_the_callers_matmul_precision_is_kept_and_not_used():

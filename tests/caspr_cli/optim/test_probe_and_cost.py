@@ -1,7 +1,5 @@
 """Diagnostics against direct computation, and the cost model against counting."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

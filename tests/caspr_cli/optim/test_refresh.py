@@ -1,7 +1,5 @@
 """Who is refreshed when, from which statistics, and in what precision roots are kept and used."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 

@@ -4,8 +4,6 @@ A decomposition is wrong by roundings of the largest eigenvalue, so by rounding 
 the root mostly is. Tolerances are that with the constants below; the reference has the same error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

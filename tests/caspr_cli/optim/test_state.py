@@ -1,7 +1,5 @@
 """What a state holds, and how it goes on under other options, from an older version, or changed by hand."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import pickle
@@ -14,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references.drive import run
 from references.stream import random_stream
-from stepping import advance, assert_finite, assert_same, copies, distance, resumed, saved, through_disk, weights
+from stepping import (
+    advance,
+    assert_alike,
+    assert_finite,
+    assert_same,
+    copies,
+    distance,
+    loaded,
+    resumed,
+    saved,
+    through_disk,
+    weights,
+)
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR
@@ -103,9 +113,7 @@ def test_a_state_of_other_blocks_or_axes_is_refused_in_words(name: str, old: Any
             advance(others, other, [6])
         assert all(map(torch.equal, others, before))
     other.param_groups[0][name] = old
-    advance(others, other, range(6, 16))
-    advance(params, optimizer, range(6, 16))
-    assert_same(params, optimizer, others, other)
+    assert_alike((params, optimizer), (others, other), range(6, 16))
 
 
 # ---- a state that is changed by hand, or of another version
@@ -144,12 +152,9 @@ def test_statistics_of_an_older_version_load(solver: str) -> None:
             d = next(d for d in range(1, 400) if packed_length(d) == state[name].shape[1])
             state[name] = unpack(state[name], d)
     others = copies(params)
-    other = CASPR(others)
-    other.load_state_dict(content)
+    other = loaded(CASPR(others), content)
     assert other.state[others[4]]["statistics_0.0"].shape == (1, 270, 270)
-    advance(params, optimizer, range(6, 14))
-    advance(others, other, range(6, 14))
-    assert_same(params, optimizer, others, other)
+    assert_alike((params, optimizer), (others, other), range(6, 14))
 
 
 def without(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -163,8 +168,7 @@ def test_counters_that_are_missing_are_zero() -> None:
     content = through_disk(optimizer.state_dict())
     content["state"] = {i: without("retries", "rejected")(state) for i, state in content["state"].items()}
     others = copies(params)
-    other = CASPR(others)
-    other.load_state_dict(content)
+    other = loaded(CASPR(others), content)
     advance(params, optimizer, range(6, 14))
     advance(others, other, range(6, 14))
     assert all(map(torch.equal, params, others))
@@ -179,8 +183,7 @@ def test_without_roots_in_the_file_they_are_made_at_once() -> None:
     content = through_disk(optimizer.state_dict())
     content["state"] = {i: without("root_0", "root_1")(state) for i, state in content["state"].items()}
     others = copies(params)
-    other = CASPR(others)
-    other.load_state_dict(content)
+    other = loaded(CASPR(others), content)
     advance(others, other, [6])
     assert all(bool(A.flatten(1).any(1).all()) for A in roots(others, other))
     assert_finite(others, other)
@@ -201,9 +204,7 @@ def test_skips_and_refusals_are_part_of_a_checkpoint() -> None:
     assert float(optimizer.state[params[0]]["retries.0"]) > 0
     others, other = resumed(params, optimizer)
     assert_same(params, optimizer, others, other)
-    advance(params, optimizer, range(8, 20))
-    advance(others, other, range(8, 20))
-    assert_same(params, optimizer, others, other)
+    assert_alike((params, optimizer), (others, other), range(8, 20))
     assert float(other.state[others[3]]["skipped"]) == 1
     assert float(other.state[others[0]]["rejected.0"]) > 2
 
@@ -257,8 +258,7 @@ def test_any_pattern_of_gradients_and_cuts(data: st.DataObject) -> None:
     for step in range(steps):
         if step == cut:
             content = through_disk(optimizer.state_dict())
-            optimizer = CASPR(parameters, **options)
-            optimizer.load_state_dict(content)
+            optimizer = loaded(CASPR(parameters, **options), content)
         for parameter, stream in zip(parameters, gradients, strict=True):
             parameter.grad = None if stream[step] is None else stream[step].clone()
         optimizer.step()

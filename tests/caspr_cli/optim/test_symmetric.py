@@ -1,7 +1,5 @@
 """Packed symmetric matrices, and products of which one triangle is computed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Thin tensors, first roots, many small tensors: what could make a state or a step many times too large."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from references.drive import relative_error, run_with_turns
 from references.optimizer import reference_weights
 from references.stream import random_stream
-from stepping import advance
+from stepping import advance, loaded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,8 +134,7 @@ def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(monkeypatch: pyt
     optimizer = CASPR(params, **options)
     advance(params, optimizer, range(5))
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = CASPR(others, **options)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other = loaded(CASPR(others, **options), optimizer.state_dict())
     advance(params, optimizer, range(5, 14))
     advance(others, other, range(5, 14))
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

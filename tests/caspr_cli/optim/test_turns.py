@@ -1,7 +1,5 @@
 """Which step of an interval is whose turn."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

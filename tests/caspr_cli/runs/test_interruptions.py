@@ -1,7 +1,5 @@
 """Runs that are cut off: nothing is lost, and one line says what happened."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Whole runs, as a user starts them: results, resuming, signals, ranks, sweeps."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -212,30 +210,6 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     assert "Traceback" not in out
     assert not list(runner.record("diverged").glob("checkpoints/*"))
     assert "resume=retry" in runner(*diverging, expect=1)
-
-
-@pytest.mark.parametrize(
-    "optim",
-    [
-        "caspr_paper",
-        "caspr_polar",
-        "shampoo_polar",
-        "shampoo",
-        "adamw",
-        "nadamw",
-        "sgd",
-        "muon",
-        "soap",
-        "full_adagrad",
-        "normuon",
-        "ademamix",
-        "psgd_kron",
-    ],
-)
-def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
-    runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")
-    seen = losses(runner.record(f"all_{optim}"))
-    assert seen[8, "val/loss"] < seen[4, "val/loss"]
 
 
 @pytest.mark.parametrize("devices", [1, 2])
