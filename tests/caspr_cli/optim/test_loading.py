@@ -207,10 +207,10 @@ def test_start_step_counts_the_gradients_in_the_statistics(precondition: str, wa
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "loaded"),
+    ("before", "after", "by_disk"),
     [("momentum", "gradient", False), ("gradient", "momentum", True), ("gradient", False, False)],
 )
-def test_a_momentum_of_something_else_begins_anew(before: Any, after: Any, loaded: bool) -> None:
+def test_a_momentum_of_something_else_begins_anew(before: Any, after: Any, by_disk: bool) -> None:
     """Gradients are small and updates are of the size of one: taken for each other they are 1000 times too long."""
     params = weights(SHAPES)
     optimizer = CASPR(params, lr=0.05, start_step=3, interval=2, precondition=before)
@@ -226,7 +226,7 @@ def test_a_momentum_of_something_else_begins_anew(before: Any, after: Any, loade
         return moved
 
     usual = steps(range(30))
-    if loaded:
+    if by_disk:
         content = through_disk(optimizer.state_dict())
         optimizer = loaded(CASPR(params), content)
     optimizer.param_groups[0]["precondition"] = after
@@ -280,7 +280,8 @@ def test_a_state_of_an_older_version_goes_on_bit_for_bit(kind: str) -> None:
     """Seven steps by commit de29eed, whose states have no counters; its weights after five more are in the file."""
     content = torch.load(OLD, weights_only=True)[kind]
     params = [nn.Parameter(w) for w in content["before"]]
-    optimizer = loaded(CASPR(params), content["state"])
+    optimizer = CASPR(params)
+    optimizer.load_state_dict(content["state"])
     advance(params, optimizer, range(7, 12))
     assert all(torch.equal(p, expected) for p, expected in zip(params, content["after"], strict=True))
     assert float(optimizer.state[params[0]]["gradients"]) == 12
