@@ -8,6 +8,7 @@ import torch
 from pandas import to_numeric
 from torch import nn
 
+from caspr_cli.bench.shapes import layer
 from caspr_cli.commands import verify
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
@@ -17,7 +18,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report.answer import sheet
 from caspr_cli.theory import cost
 from caspr_cli.theory.cost import Choice
-from caspr_cli.theory.cost_runs import called_products, divided, layer, model_of
+from caspr_cli.theory.cost_runs import called_products, divided, model_of
 from caspr_cli.theory.work import (
     DECODERS,
     GPUS,
