@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 import synthetic
+from balanced import parsed
 from recorded import run
 from tabled import searched, seeds, table
 
@@ -19,40 +19,7 @@ from caspr_cli.report.format import mean_sd
 from caspr_cli.report.page import opening, page
 from caspr_cli.report.profile import profile
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
 COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
-
-
-class Balanced(HTMLParser):
-    """Raises where tags are not closed in order, and gathers what is in them."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[tuple[str, str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append((self.open[-1] if self.open else "", data))
-
-    def within(self, *tags: str) -> str:
-        return "\n".join(data for tag, data in self.text if tag in tags)
-
-
-def parsed(html: str) -> Balanced:
-    parser = Balanced()
-    parser.feed(html)
-    parser.close()
-    assert parser.open == []
-    return parser
 
 
 @cache
