@@ -332,7 +332,13 @@ POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
     plugins.OPTIMIZERS,
     {
-        "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
+        "caspr": Entry(
+            "CASPR: the axes' preconditioners combined by a Kronecker sum; then the polar factor, as in Muon",
+            CASPRKeys,
+            _family("CASPR"),
+            POLAR,
+        ),
+        "caspr_sum": Entry("CASPR as published: the Kronecker sum alone", CASPRKeys, _family("CASPR")),
         "caspr_paper": Entry(
             "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
             CASPRKeys,
@@ -345,12 +351,7 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             _author,
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
-        "caspr_polar": Entry(
-            "CASPR, each update replaced by its polar factor; Nesterov momentum as in Muon",
-            CASPRKeys,
-            _family("CASPR"),
-            POLAR,
-        ),
+        "caspr_polar": Entry("the name of caspr in older records", CASPRKeys, _family("CASPR"), POLAR),
         "shampoo_polar": Entry(
             "Shampoo, each update replaced by its polar factor; Nesterov momentum as in Muon",
             ShampooKeys,

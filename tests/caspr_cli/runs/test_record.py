@@ -93,9 +93,9 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
     made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
-    made.optim.polar, made.optim.eps, made.optim.order = True, 1e-9, math.inf
+    made.optim.polar, made.optim.eps, made.optim.order = False, 1e-9, math.inf
     name = Record.of(made).path.parent.name
-    assert name == f"eps1e-9-polar-orderinf-{compose.identity(made)}"
+    assert name == f"eps1e-9-no_polar-orderinf-{compose.identity(made)}"
     for key in ("interval", "start_step", "block_size", "weight_decay"):
         setattr(made.optim, key, 77)
     name = Record.of(made).path.parent.name

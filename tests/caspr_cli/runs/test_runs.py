@@ -294,7 +294,7 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     "optim",
     [
         "caspr_paper",
-        "caspr_polar",
+        "caspr_sum",
         "shampoo_polar",
         "shampoo",
         "adamw",
