@@ -328,6 +328,7 @@ def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optim
 
 SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
+CHOSEN = POLAR | {"lr": 1e-2}  # what won the comparisons in outputs/published
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
     plugins.OPTIMIZERS,
@@ -336,7 +337,7 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             "CASPR: the axes' preconditioners combined by a Kronecker sum; then the polar factor, as in Muon",
             CASPRKeys,
             _family("CASPR"),
-            POLAR,
+            CHOSEN,
         ),
         "caspr_sum": Entry("CASPR as published: the Kronecker sum alone", CASPRKeys, _family("CASPR")),
         "caspr_paper": Entry(
