@@ -59,8 +59,8 @@ FLAGS = {
     "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),
     "batch": Flag(None, positive, "samples in a step of that model (default: as in the task)"),
     "tokens": Flag(4e6, float, "tokens in a step of the large models"),
-    "efficiency": Flag(0.7, float, "the part of a GPU's peaks that the optimizer reaches"),
-    "mfu": Flag(0.4, float, "the part of a GPU's bfloat16 peak that training reaches"),
+    "efficiency": Flag(0.7, float, "fraction of a GPU's peak rates that the optimizer reaches"),
+    "mfu": Flag(0.4, float, "fraction of a GPU's bfloat16 peak that training reaches"),
     "float32": Flag(67.0, float, "TFLOP/s of a GPU; this and the next three: an H100's data sheet"),
     "bfloat16": Flag(989.0, float, "TFLOP/s of a GPU"),
     "memory": Flag(3.35, float, "TB/s of a GPU's memory"),
@@ -111,7 +111,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line, of which only what needs the tasks is left unchecked.
+    """Return the parsed command line. What needs the tasks is not checked yet.
 
     Raises:
         UserError: one line for the user.
@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.what is None:
         raise UserError(f"say what to verify (choices: {', '.join((*QUESTIONS, ALL))}; caspr-verify --help)")
     args.questions = tuple(QUESTIONS) if args.what == ALL else (args.what,)
-    # Better to know before minutes of computing than after.
+    # A mistake here is found before minutes of computing.
     there = next(parent for parent in (args.to, *args.to.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise UserError(f"--to {args.to}: {there} is no directory")

@@ -1,4 +1,4 @@
-"""Gradients of real training: a small model of each task on its bundled sample, and what its small layers saw.
+"""Gradients of real training: those of small layers in a small model of each task, on its bundled sample.
 
 Models are scaled down until the full-matrix statistic of a layer, ``[mn, mn]``, can be decomposed in float64 in a
 fraction of a second; data, losses and batches are those of the task.
@@ -113,7 +113,7 @@ def recordings(choice: Choice, log: Log) -> list[Recording]:
         hint = nearest(choice.task, MODELS)
         raise ConfigError(f"--task {choice.task}: no such task.{hint} (choices: {', '.join(MODELS)})")
     if choice.parameter and not choice.task:
-        raise ConfigError(f"--parameter {choice.parameter}: of which task? Add --task (choices: {', '.join(MODELS)})")
+        raise ConfigError(f"--parameter {choice.parameter}: needs a task; add --task (choices: {', '.join(MODELS)})")
     found: list[Recording] = []
     try:
         for name in choice.tasks:
@@ -142,21 +142,21 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
     found = tuple(name for name in shapes if pattern in name)
     if not found:
         raise ConfigError(
-            f"--parameter {pattern}: is in the name of no preconditioned parameter."
+            f"--parameter {pattern}: no preconditioned parameter has this in its name."
             f"{nearest(pattern, shapes)} (there are: {', '.join(shapes)})"
         )
     for name in found:
         size = torch.Size(shapes[name]).numel()
         if size > LARGEST:
             raise ConfigError(
-                f"--parameter {pattern}: {name} has {' x '.join(map(str, shapes[name]))} = {size:,} numbers, and the "
-                f"full matrix is taken of at most {LARGEST:,}"
+                f"--parameter {pattern}: {name} has {' x '.join(map(str, shapes[name]))} = {size:,} numbers, "
+                f"and a full matrix is computed for at most {LARGEST:,}"
             )
     return found
 
 
 def points(found: Sequence[Recording], log: Log) -> Iterator[tuple[Recording, int, Tensor]]:
-    """Yield each recording, step and the gradients up to it, for all ``STEPS``; those that are all zero are left out.
+    """Yield each recording, each of ``STEPS``, and the gradients up to it; steps with a gradient of zero are left out.
 
     Below a head that starts at zero there is no gradient at first.
     """

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from caspr_cli.bench.shapes import Shape, gated_layer
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
@@ -193,10 +194,9 @@ class Decoder:
     vocabulary: int = 32000
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Return the matrices of one layer: query, key, value, output; gate, up, down."""
-        w, k, h = self.width, self.keys, self.hidden
-        return [(w, w), (k, w), (k, w), (w, w), (h, w), (h, w), (w, h)]
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return the matrices of one layer."""
+        return gated_layer(self.width, self.hidden, self.keys)
 
     @property
     def parameters(self) -> int:

@@ -36,7 +36,7 @@ def test_layers_by_their_name():
         matching("patche5.weight", SHAPES)
     with pytest.raises(ConfigError, match=rf"8 x 3 x 8 x 8 = 1,536 numbers.* at most {LARGEST:,}"):
         matching("patches", SHAPES)
-    with pytest.raises(ConfigError, match="--parameter up: of which task"):
+    with pytest.raises(ConfigError, match="--parameter up: needs a task"):
         recordings(Choice(parameter="up"), silent)
 
 

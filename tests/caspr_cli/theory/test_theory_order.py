@@ -65,12 +65,6 @@ def test_tight_cases():
     assert half["gap_1"] < -0.1
 
 
-def test_a_single_axis_is_one_matrix():
-    """For a vector, all that looks at its own axis alone is full-matrix Adagrad; the chain still stands above it."""
-    traces = measured(checked(low_rank_stream((1, 4), 1, 5, 0), 1), "trace")
-    assert traces[4] > traces[1] > traces[0] == 1
-
-
 @pytest.mark.parametrize(
     ("key", "shape", "rank", "least"),
     [
@@ -114,9 +108,7 @@ def test_the_finding_follows_the_numbers():
 
 
 def test_rounding_is_no_failure_and_no_counterexample():
-    for margin, failed in ((-1e-10, 0), (-1e-6, 1)):
-        rows = order.statements(made_up(margin, 0.2)).set_index("statement")
-        assert rows.loc[CLAIMS["gap_2"], ["checked", "failed", "least"]].tolist() == [2, failed, margin]
+    assert [order.failures(made_up(margin, 0.2), "gap_2") for margin in (-1e-10, -1e-6)] == [0, 1]
     cases = pd.concat([made_up(-1e-3, -1e-7), made_up(0.3, source=DRAWN)])
     assert order.counted(cases, "gap_2", REAL) == (1, 2)
     assert order.counted(cases, "gap_2", DRAWN) == (0, 1)

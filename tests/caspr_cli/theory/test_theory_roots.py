@@ -202,4 +202,7 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     assert stability["eigh, float32"].tolist() == pytest.approx(own.loc[own["eps"] == 0, "error"].tolist())
     assert (stability["predicted"] >= default["float32"]).all()  # damping makes a root less sensitive
     assert (stability["steps"] <= stability["forecast"]).all()
-    assert found.tables["complexity"].loc[lambda t: t["solver"] == "eigh", "eigh"].eq(1).all()
+    eigh, newton = (own for _, own in found.tables["complexity"].groupby("solver"))
+    assert eigh["eigh"].eq(1).all()
+    assert eigh["cubes"].eq(25).all()
+    assert (newton["cubes"] == 2 * 4 * newton["steps"]).all()  # four products a step for p = 4
