@@ -1,7 +1,5 @@
 """Tables of records that were never run, with curves and trials: for tests of figures and pages."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tables of records that were never run, for tests of what is said of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

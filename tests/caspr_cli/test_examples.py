@@ -1,7 +1,5 @@
 """The programs in ``caspr_cli/examples`` run as they stand. (Own tasks and optimizers: ``test_own_packages``.)"""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Packages of others that bring a task, an optimizer and config files: as ``caspr-train new`` writes them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

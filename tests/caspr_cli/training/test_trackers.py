@@ -1,7 +1,5 @@
 """Lightning's loggers beside TensorBoard. What needs wandb or mlflow is skipped where they are not installed."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time
