@@ -16,7 +16,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
 from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, CasprConf, TrainerConf
+from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf, TrainerConf
 from caspr_cli.tasks.registry import CONFS, TASKS
 
 
@@ -87,12 +87,12 @@ def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_nam
             compose.parse(re.sub(rf"\b{key}: .*", text, older))
 
 
-def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
-    tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
-    assert tuned != CasprConf().lr
-    assert recipe().optim.lr == tuned
-    assert recipe("optim.lr=0.123").optim.lr == 0.123
-    assert recipe("scale=paper").optim.lr == CasprConf().lr  # tuned for another scale
+def test_tuned_values_yield_to_the_command_line() -> None:
+    tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_adamw.yaml").optim.lr
+    assert tuned != AdamWConf().lr
+    assert recipe("optim=adamw").optim.lr == tuned
+    assert recipe("optim=adamw", "optim.lr=0.123").optim.lr == 0.123
+    assert recipe("optim=adamw", "scale=paper").optim.lr == AdamWConf().lr  # tuned for another scale
 
 
 @pytest.mark.parametrize(
