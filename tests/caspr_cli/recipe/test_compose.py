@@ -16,7 +16,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
 from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf, TrainerConf
+from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, TrainerConf
 from caspr_cli.tasks.registry import CONFS, TASKS
 
 
