@@ -174,15 +174,15 @@ def test_text_that_no_file_can_hold_is_refused() -> None:
 
 
 def test_own_data_have_neither_the_target_nor_the_rate_of_the_sample() -> None:
-    own = ("task.data=files", "task.root=/somewhere")
-    usual, tuned = OPTIMIZERS["caspr"](), recipe()
+    adamw, own = "optim=adamw", ("task.data=files", "task.root=/somewhere")
+    usual, tuned = AdamWConf(), recipe(adamw)
     assert tuned.optim.lr != usual.lr
     assert tuned.task.target.value is not None
-    found = recipe(*own)
+    found = recipe(adamw, *own)
     assert compose.to_plain(found.optim) == compose.to_plain(usual)
     assert found.task.target.value is None
     assert found.task.target.metric == tuned.task.target.metric
     for words in (("task.target.value=3.5", "optim.lr=0.5", *own), (*own, "task.target.value=3.5", "optim.lr=0.5")):
         assert (recipe(*words).task.target.value, recipe(*words).optim.lr) == (3.5, 0.5)
     assert recipe("scale=paper", *own).task.target.value == recipe("scale=paper").task.target.value
-    assert recipe("task.data=sample") == tuned
+    assert recipe(adamw, "task.data=sample") == tuned
