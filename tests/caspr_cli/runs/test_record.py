@@ -15,7 +15,7 @@ import pytest
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf, Source
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
@@ -76,6 +76,9 @@ def test_what_comes_next_can_be_run() -> None:
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
     expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
     assert shlex.split(made[1]) == expected
+    own = Recipe(task=C4LMConf(data=Source.files, root="mine"), optim=SGDConf())
+    made = summary.next_commands(own, ["caspr-train", "task.data=files", "task.root=mine"])
+    assert shlex.split(made[1])[-2:] == ["search=lr", "trial=range(6)"]
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
