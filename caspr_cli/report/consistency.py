@@ -13,7 +13,7 @@ from caspr_cli.report import provenance
 from caspr_cli.report.format import interval
 from caspr_cli.report.model import HELD_OUT, Row, Run, Trial
 from caspr_cli.report.selection import ABSENT
-from caspr_cli.report.settings import SPACE, differing, plain, ranges, setting, text, values_of
+from caspr_cli.report.settings import SPACE, differing, joined, plain, ranges, setting, values_of
 from caspr_cli.report.trials import edges, why
 
 FEW = 3  # a mean over fewer seeds gets a warning
@@ -74,13 +74,13 @@ def _selected_oddly(row: Row) -> Iterator[str]:
     def held_out(trial: Trial) -> int:
         return len(trial.ended.keys() - row.selecting)
 
-    chosen, seeds = text(row.selected.values), _numbers(row.selecting)
+    chosen, seeds = joined(row.selected.values), _numbers(row.selecting)
     if all(score is None for score in row.scores.values()):
         yield f"{row.label}: every trial failed with seed {seeds}, which selects: nothing selected {chosen}"
     if not row.held_out:
         most = max(row.trials, key=held_out)
         if (n := held_out(most)) >= HELD_OUT:
-            values = f"{text(most.values)} has {n} held-out seeds"
+            values = f"{joined(most.values)} has {n} held-out seeds"
             yield f"{row.label}: {values}, but seed {seeds} selects {chosen}: run held-out seeds of that"
 
 
@@ -113,7 +113,7 @@ def _budget(row: Row) -> Iterator[str]:
 
 def _duplicates(row: Row) -> Iterator[str]:
     """Yield a warning for several records of one trial and seed, with the keys in which they differ."""
-    several = [runs for _, seeds in row.same for runs in seeds.values() if len(runs) > 1]
+    several = [runs for _, seeds in row.by_trial for runs in seeds.values() if len(runs) > 1]
     found = set()
     for runs in several:
         keys = {key for run in runs for key in run.config} - {"output_dir", "resume"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN
@@ -172,35 +172,37 @@ def sheet(table: Table, comparison: Callable[[Row], str] | None = None) -> Sheet
         comparison: the verdict in words; by default with its mark.
     """
     higher, rows = table.higher_is_better, table.rows
-    whole = [not row.failed for row in rows]  # rows with failed seeds do not win beside others: theirs are the lucky
+    whole = [not row.failed for row in rows]  # beside these, rows with failed seeds do not win: theirs are the lucky
 
     def column(
-        head: str, cell: Callable[[Row], str], spare: int = 0, value: Callable[[Row], float | None] | None = None,
-        *, higher: bool = False, right: bool = True,
+        head: str, cells: Iterable[str], spare: int = 0, values: Sequence[float | None] = (), *,
+        higher: bool = False, right: bool = True,
     ) -> Column:  # fmt: skip
-        values = [value(row) if value and (ok or not any(whole)) else None for row, ok in zip(rows, whole, strict=True)]
-        return Column(head, tuple(map(cell, rows)), right, spare, best(values, higher=higher))
+        kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=False)]
+        return Column(head, tuple(cells), right, spare, best(kept, higher=higher))
 
-    def test(row: Row) -> str:
-        return f"{mean_sd(row.test)}{f' (n = {row.test.n})' if 0 < row.test.n < row.n else ''}"
-
+    tests = [f"{mean_sd(row.test)}{f' (n = {row.test.n})' if 0 < row.test.n < row.n else ''}" for row in rows]
+    seconds = [row.seconds_to_target for row in rows]
     found = [
-        column("optimizer", lambda row: row.label, right=False),
-        column("n", seeds),
-        column("mean ± sd", lambda row: mean_sd(row.validation), 0, lambda row: row.mean, higher=higher),
-        column("95 % interval", lambda row: interval(row.validation), 2),
-        column("test", test, 3, lambda row: row.test.mean, higher=higher),
+        column("optimizer", [row.label for row in rows], right=False),
+        column("n", map(seeds, rows)),
+        column("mean ± sd", [mean_sd(row.validation) for row in rows], 0, [row.mean for row in rows], higher=higher),
+        column("95 % interval", [interval(row.validation) for row in rows], 2),
+        column("test", tests, 3, [row.test.mean for row in rows], higher=higher),
     ]
     if table.target is not None:
-        time = column("time to it", lambda row: duration(row.seconds_to_target), 4, lambda row: row.seconds_to_target)
-        found += [column(f"steps to {table.target:g}", steps_to_target, 1, lambda row: row.steps_to_target), time]
+        steps = [row.steps_to_target for row in rows]
+        found += [
+            column(f"steps to {table.target:g}", map(steps_to_target, rows), 1, steps),
+            column("time to it", map(duration, seconds), 4, seconds),
+        ]
     if any(row.own_schedule for row in rows):
-        steps: Callable[[Row], float | None] = lambda row: row.own_schedule.steps if row.own_schedule else None  # noqa: E731
-        found.append(column("own schedule", own_schedule, 1, steps))
+        own = [row.own_schedule.steps if row.own_schedule else None for row in rows]
+        found.append(column("own schedule", map(own_schedule, rows), 1, own))
     found += [
-        column("trials", budget, 5),
-        column("selected", lambda row: selected(row) or "-", right=False),
-        column("verdict", lambda row: (comparison or marked)(row) or "-", right=False),
+        column("trials", map(budget, rows), 5),
+        column("selected", [selected(row) or "-" for row in rows], right=False),
+        column("verdict", [(comparison or marked)(row) or "-" for row in rows], right=False),
     ]
     return Sheet(tuple(found), title(table))
 
@@ -274,4 +276,4 @@ def marked(row: Row) -> str:
 
 def selected(row: Row) -> str:
     """Return the values of the tuned keys, as ``lr=0.006``."""
-    return settings.text(row.selected.values) if row.selected else ""
+    return settings.joined(row.selected.values) if row.selected else ""

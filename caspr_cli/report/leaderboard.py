@@ -39,6 +39,10 @@ class Place:
     row: Row
     table: Table
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.table.task, self.table.scale, self.row.label
+
 
 @dataclass(frozen=True)
 class Board:
@@ -71,7 +75,8 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
             continue
         for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
             wrong = entry.problems(row, draw) + entry.against(row, table, found)
-            wrong += [f"{other.pack} has it already" for other in places if _same(other, row, table)]
+            own = (table.task, table.scale, row.label)
+            wrong += [f"{other.pack} has it already" for other in places if other.key == own]
             if wrong:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
@@ -83,19 +88,10 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
     return Board(tuple(places), found, refused)
 
 
-def _same(place: Place, row: Row, table: Table) -> bool:
-    return (place.table.task, place.table.scale, place.row.label) == (table.task, table.scale, row.label)
-
-
 def _tables(places: Sequence[Place]) -> tuple[Table, ...]:
     """Return tables of the rows that are ranked, each beside its untuned one."""
-    runs = [run for place in places for row in _with_untuned(place) for run in row.records]
-    return tuple(tables(runs)) if runs else ()
-
-
-def _with_untuned(place: Place) -> list[Row]:
-    untuned = untuned_of(place.row, place.table)
-    return [place.row, untuned] if untuned else [place.row]
+    rows = [row for place in places for row in (place.row, untuned_of(place.row, place.table)) if row]
+    return tuple(tables([run for row in rows for run in row.records])) if rows else ()
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from caspr_cli.common.shape import DONE, FAILED, printable
 from caspr_cli.report import trackers
 from caspr_cli.report.mlflow import read_mlflow
 from caspr_cli.report.model import Point, Run
-from caspr_cli.report.settings import frozen, short
-from caspr_cli.report.settings import text as settings_text
+from caspr_cli.report.settings import frozen, joined, short
 from caspr_cli.report.trackers import Asked, Found, Log, value_of
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _read(asked: Asked, path: Path, into: Found) -> None:
 def _named(logs: list[Log], asked: Asked, notes: list[str]) -> list[Log]:
     """Return the logs whose names match the pattern, with the parts of the names among their keys."""
     pattern = _pattern(asked.names) if asked.names else None
-    found, other = [], []
+    found, other = list[Log](), list[Log]()
     for log in logs:
         log.keys = {key: value_of(value) for key, value in SETTING.findall(log.name)} | log.keys
         levels = str(asked.names).count("/") + 1
@@ -169,7 +168,7 @@ def _members(logs: list[Log], asked: Asked, notes: list[str]) -> DataFrame:
         settings = {key(each): _word(log.keys[each]) for each in group[words:]}
         trial = {key(each): _word(log.keys[each]) for each in tuned}
         name = _word(log.keys[group[0]] if words else stem)
-        row, label = frozen([log.task, name, settings]), " ".join(filter(None, [name, settings_text(settings)]))
+        row, label = frozen([log.task, name, settings]), " ".join(filter(None, [name, joined(settings)]))
         settings["optim.name"] = name
         found.append((log, settings, trial, _seed(log, seed, asked), row, frozen([row, trial]), label))
     return DataFrame(found, columns=["log", "settings", "trial", "seed", "row", "same", "label"], dtype=object)

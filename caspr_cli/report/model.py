@@ -183,7 +183,7 @@ class Row:
     # ---- trials ----
 
     @cached_property
-    def same(self) -> list[tuple[dict[str, Any], dict[int, list[Run]]]]:
+    def by_trial(self) -> list[tuple[dict[str, Any], dict[int, list[Run]]]]:
         """The records of each trial: the values of its tuned keys, and the records of each seed."""
         found: dict[str, tuple[dict[str, Any], dict[int, list[Run]]]] = {}
         for run in self.records:
@@ -199,12 +199,14 @@ class Row:
         Of several records of one seed that one counts which has come further, then the later one.
         """
         made = []
-        for values, seeds in self.same:
+        for values, seeds in self.by_trial:
             runs = tuple(max(seeds[seed], key=_progress) for seed in sorted(seeds))
             index = next((k for run in runs if isinstance(k := run.config.get("trial"), int)), None)
             made.append(Trial(values, runs, index))
-        keys = [lambda trial: trial.index, *((lambda trial, key=key: trial.values.get(key)) for key in self.tuned)]
-        return tuple(sorted(made, key=lambda trial: [_sortable(of(trial)) for of in keys]))
+        return tuple(sorted(made, key=self._place))
+
+    def _place(self, trial: Trial) -> list[tuple[bool, float, str]]:
+        return [_sortable(value) for value in (trial.index, *map(trial.values.get, self.tuned))]
 
     @cached_property
     def choice(self) -> Choice:

@@ -30,7 +30,7 @@ def setting(key: str, value: Any) -> str:
     return f"{short(key)}={plain(value)}"
 
 
-def text(values: Mapping[str, Any]) -> str:
+def joined(values: Mapping[str, Any]) -> str:
     """Return ``lr=0.003 eps=1e-08``."""
     return " ".join(setting(key, value) for key, value in values.items())
 

@@ -16,8 +16,7 @@ from caspr_cli.report.model import Point, Run, Table
 from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, Profile, as_sheet
 from caspr_cli.report.render import Sheet, sheet
 from caspr_cli.report.selection import IGNORED_GROUPS
-from caspr_cli.report.settings import differing
-from caspr_cli.report.settings import text as settings
+from caspr_cli.report.settings import differing, joined
 
 BARS = "▁▂▃▄▅▆▇█"
 INDENT = "  "
@@ -137,7 +136,7 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
     found: dict[str, str] = {}
     for own in groups.values():
         keys = [key for key in differing(r.config for r in own) if not key.startswith((*NOT_LISTED, *IGNORED_GROUPS))]
-        found |= {run.path: settings({k: run.config[k] for k in keys if k in run.config}) for run in own}
+        found |= {run.path: joined({k: run.config[k] for k in keys if k in run.config}) for run in own}
     return found
 
 
@@ -149,7 +148,7 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
     yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
     own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}
-    yield from wrapped(f"optim    {settings(own)}", width)
+    yield from wrapped(f"optim    {joined(own)}", width)
     step = result.get("steps", status.get("step"))
     after = "" if step is None else f" at step {step}"
     time = "" if _seconds(run) is None else f", {duration(_seconds(run))} of training"

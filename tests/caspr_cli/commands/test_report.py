@@ -164,6 +164,14 @@ def test_another_target_and_a_profile(study: Path, call: Call) -> None:
     assert "caspr" in out
 
 
+def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) -> None:
+    assert call("curves", "--together", "--to", "c.svg") == 0
+    assert call.out == "wrote    c.svg\nwrote    c-dark.svg\n"
+    light, dark = (Path(name).read_text(encoding="utf8") for name in ("c.svg", "c-dark.svg"))
+    assert all(text.count(">vit<") == 1 for text in (light, dark))
+    assert light != dark
+
+
 def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
     for k in range(3):
         write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
