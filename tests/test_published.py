@@ -1,7 +1,5 @@
 """What is published can be made again from the records beside it, and gone on with."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

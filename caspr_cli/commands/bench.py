@@ -87,7 +87,7 @@ def parser() -> Parser:
     what = made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
     what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
-    what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
+    what.add_argument("--params", metavar="N", help="a transformer with about N parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
@@ -334,9 +334,9 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
 
 def fitting(cells: list[list[str]], spare: list[int]) -> Iterator[str]:
     """Yield the lines of a table. Where the terminal is narrow, the columns with the highest ``spare`` are left out."""
-    from caspr_cli.report.terminal import cell_lines
+    from caspr_cli.report.render import lines, sheet
 
-    return cell_lines(cells, terminal_width(), spare=spare, more="a wider terminal or --json")
+    yield from lines(sheet(cells[0], cells[1:], spare=spare), terminal_width(), more="a wider terminal or --json")
 
 
 def hanging(legend: str, indent: int) -> Iterator[str]:

@@ -334,7 +334,7 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
     {
         "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
         "caspr_paper": Entry(
-            "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
+            "CASPR with momentum after preconditioning, as in Shampoo for Optax: as the paper has it",
             CASPRKeys,
             _family("CASPR"),
             {"precondition": "gradient"},

@@ -1,7 +1,5 @@
 """Data as people have them: what is used, and what is refused, in one line that names the file. For every reader."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import json

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -9,11 +7,8 @@ from pathlib import Path
 import pytest
 from calling import Call
 
-from caspr_cli import __version__
 from caspr_cli.bench import measure
 from caspr_cli.commands import bench
-from caspr_cli.recipe.schema import OPTIMIZERS
-from caspr_cli.tasks.registry import CONFS
 
 TINY = ("--shapes", "2*12x8,6", "--rounds", "1", "--interval", "2")
 PROMISED = [
@@ -33,21 +28,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     return Call("caspr-bench", bench.main, monkeypatch, capsys)
-
-
-def test_help_fits_a_screen_and_lists_everything(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    for width, lines in ((110, 44), (80, 58)):
-        monkeypatch.setenv("COLUMNS", str(width))
-        assert call("--help") == 0
-        text = call.out
-        assert len(text.splitlines()) <= lines
-        assert max(map(len, text.splitlines())) <= width
-    assert all(name in text for name in [*CONFS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"])
-
-
-def test_version(call: Call) -> None:
-    assert call("--version") == 0
-    assert call.out == f"caspr-bench {__version__}\n"
 
 
 def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
@@ -85,7 +65,10 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--ranks", "2", "--model", "gpt2-small"], "--ranks: measures a step, and --model does not"),
         (["--model", "gpt-2"], "--model gpt-2: no such choice"),
         (["--model", "gpt2-small", "--gpu", "h1"], "--gpu h1: no such choice. Did you mean h100?"),
-        (["--model", "gpt2-small", "--scale", "x"], "--scale of --model: should be a positive integer but is x"),
+        (
+            ["--model", "gpt2-small", "--scale", "paper"],
+            "--scale of --model: should be a positive integer but is paper",
+        ),
         (["--model", "gpt2-small", "--optim", "adamw"], "--optim adamw: does not share its work among ranks; caspr"),
         (["--scale", "8"], "--scale: needs --task NAME, or --model NAME"),
         (["--ranks", "2", "--optim", "adamw"], "--optim adamw: does not share its work among ranks; caspr"),

@@ -47,18 +47,12 @@ def test_importing_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_help_names_every_question_and_task(call):
-    assert call("--help") == 0
-    text = call.out
-    assert all(name in text for name in (*verify.QUESTIONS, "all", "130 interrupted"))
+def test_help_of_a_question_names_its_flags(call):
     assert call("order", "--help") == 0
     own = call.out
     for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"):
         assert name in " ".join(own.split())
     assert "--tokens" not in own
-    assert max(map(len, (text + own).splitlines())) <= 110
-    assert call("--version") == 0
-    assert call.out.startswith("caspr-verify ")
 
 
 @pytest.mark.parametrize(

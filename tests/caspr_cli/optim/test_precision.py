@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from references.drive import bare_updates, relative_error, run
+from references.drive import bare_updates, relative_error
 from references.kronecker import precondition
-from references.optimizer import reference_weights
 from references.stream import random_stream, statistics
 
 from caspr_cli.optim import CASPR, Shampoo
@@ -72,77 +71,6 @@ def test_half_precision_parameters_have_float32_factors(dtype, bound):
     for update, expected in zip(updates, expected_updates(gradients, 1e-4, 2), strict=True):
         assert update.dtype == dtype
         assert relative_error(update, expected) < bound
-
-
-@pytest.mark.parametrize(
-    ("graft", "precondition_mode", "dtype", "bound"),
-    [
-        ("adam", "momentum", torch.bfloat16, 0.03),
-        ("rmsprop", "gradient", torch.float16, 0.005),
-        ("sgd", "momentum", torch.float16, 0.005),
-        ("adam", "gradient", torch.bfloat16, 0.03),
-    ],
-)
-def test_half_precision_runs_follow_the_float64_run(graft, precondition_mode, dtype, bound):
-    weight, *gradients = random_stream(6, 8, steps=7, seed=4, dtype=dtype)
-    options = {
-        "lr": 0.05,
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.1,
-        "interval": 2,
-        "start_step": 3,
-        "eps": 1e-2,
-    }
-    options |= {"graft": graft, "precondition": precondition_mode, "graft_eps": 1e-3}
-    weights = run(CASPR, weight, gradients, **options)
-    expected = reference_weights(weight, gradients, **options)
-    assert weights[-1].dtype == dtype
-    assert relative_error(weights[-1], expected[-1]) < bound
-
-
-def factors(optimizer, parameter):
-    """The state's tensors of another shape than the parameter's and more than one number: statistics and roots."""
-    tensors = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
-    return [tensor for tensor in tensors if tensor.shape != parameter.shape and tensor.numel() > 1]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "factor_dtype", "expected"),
-    [
-        (torch.float32, None, torch.float32),
-        (torch.float64, None, torch.float64),
-        (torch.bfloat16, None, torch.float32),
-        (torch.float16, None, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.bfloat16, torch.float64, torch.float64),
-        (torch.float64, torch.float32, torch.float32),
-    ],
-)
-def test_type_of_the_factors(dtype, factor_dtype, expected):
-    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
-    optimizer = CASPR([parameter], start_step=1, factor_dtype=factor_dtype)
-    parameter.grad = random_stream(3, 5, steps=1, seed=5, dtype=dtype)[0]
-    optimizer.step()
-    found = factors(optimizer, parameter)
-    assert len(found) >= 4  # two statistics, two roots
-    assert {tensor.dtype for tensor in found} == {expected}
-
-
-def test_parameters_of_four_types_in_one_optimizer():
-    """Each moves like alone, though their blocks have one shape."""
-    types = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-    streams = [random_stream(3, 4, steps=4, seed=6 + i, dtype=dtype) for i, dtype in enumerate(types)]
-    parameters = [torch.nn.Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in types]
-    options = {"lr": 0.1, "interval": 1, "start_step": 2}
-    optimizer = CASPR(parameters, **options)
-    for gradients in zip(*streams, strict=True):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer.step()
-    for parameter, stream in zip(parameters, streams, strict=True):
-        alone = run(CASPR, torch.ones(3, 4, dtype=parameter.dtype), stream, **options)[-1]
-        assert parameter.dtype == alone.dtype
-        assert relative_error(parameter.detach(), alone) < 1e-6
 
 
 def test_the_callers_matmul_precision_is_kept_and_not_used():

@@ -1,7 +1,5 @@
 """Tables by one command: what is run, and which trial is chosen."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -24,7 +22,7 @@ from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
 from caspr_cli.runs import experiment, horizon, trials
-from caspr_cli.runs.experiment import Experiment, Row
+from caspr_cli.runs.experiment import Experiment
 from caspr_cli.runs.launch import BAD_USAGE, SOME_FAILED, Outcome
 from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.tasks.registry import C4LMConf
@@ -421,16 +419,6 @@ def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
     told = Experiment.read("molpcba", ["optim=adamw", "search.trials=1", f"output_dir='{tmp_path}/a, b=c'"])
     assert told.output_dir == f"{tmp_path}/a, b=c"
     assert experiment.rows(told)[0].tuning[0].output_dir == told.output_dir
-
-
-def test_no_row_is_timed_by_what_cannot_start(tmp_path: Path) -> None:
-    """A data directory that is not there: the plan says so instead of failing, and without plan=true no job starts."""
-    told = Experiment.read("ud_pos", ["optim=adamw", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"])
-    (row,) = experiment.rows(told)
-    assert isinstance(row, Row)
-    with pytest.raises(ConfigError, match=r"^task.root: no such directory: /nowhere$"):
-        experiment.seconds(row, ["caspr-train"])
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("planned", [True, False])

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -321,6 +319,7 @@ def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
         ({"state": "done"}, Resume.auto, True, "skip"),
         ({"state": "done"}, Resume.retry, True, "skip"),
         ({"state": "done"}, Resume.never, True, "new"),
+        ({"state": "done", "result": "missing"}, Resume.auto, True, "continue"),  # it is evaluated again
         ({"state": "running"}, Resume.auto, True, "continue"),
         ({"state": "running"}, Resume.auto, False, "new"),
         ({"state": "preempted"}, Resume.auto, True, "continue"),
@@ -337,7 +336,7 @@ def test_what_the_same_command_does(
     record = Record(tmp_path)
     if status:
         (tmp_path / "status.json").write_text(json.dumps(status))
-    if status.get("state") == "done":
+    if status.get("state") == "done" and "result" not in status:
         (tmp_path / "result.json").write_text('{"final": {}}')
     if checkpoint:
         record.checkpoints.mkdir()
@@ -359,14 +358,6 @@ def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path: Path, status: di
     assert launch.plan(recipe(Resume.never), record) == "new"
     record.checkpoints.mkdir()
     record.previous.touch()
-    assert launch.plan(recipe(), record) == "continue"
-
-
-def test_done_without_its_result_is_evaluated_again(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    record.write("status.json", {"state": "done"})
-    record.checkpoints.mkdir()
-    record.last.touch()
     assert launch.plan(recipe(), record) == "continue"
 
 
@@ -422,23 +413,24 @@ def test_a_result_of_any_shape_is_shown_or_named(tmp_path: Path, key: str) -> No
         assert summary.table([Job(1, [], ENDED, record=str(tmp_path), exit_code=0)])
 
 
-@pytest.mark.parametrize("key", ["state", "error", "step", "attempts", "pid", "born", "host", "started", "updated"])
-def test_a_status_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
-    record = Record(tmp_path)
-    record.checkpoints.mkdir()
-    record.last.touch()
-    for value in ODD:
-        (tmp_path / "status.json").write_text(json.dumps({"state": "preempted", "step": 8, key: value}))
-        assert (damage := shown(record)) == "" or f"({key} is " in damage or value is None
+STATUS = ("state", "error", "step", "attempts", "pid", "born", "host", "started", "updated")
+PROVENANCE = ("command", "code", "data", "packages", "machine", "device", "attempts", "python")
 
 
-@pytest.mark.parametrize("key", ["command", "code", "data", "packages", "machine", "device", "attempts", "python"])
-def test_a_provenance_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"), [*(("status", key) for key in STATUS), *(("provenance", key) for key in PROVENANCE)]
+)
+def test_a_file_of_any_shape_is_read_or_named(tmp_path: Path, name: str, key: str) -> None:
     record = Record(tmp_path)
+    if name == "status":
+        record.checkpoints.mkdir()
+        record.last.touch()
     for value in ODD:
         inner = {"attempts": [{key: value}]} if key != "attempts" else {}
-        (tmp_path / "provenance.json").write_text(json.dumps({"code": {}, key: value} | inner))
-        assert (damage := shown(record)) == "" or f"({key} is " in damage
+        of = {"status": {"state": "preempted", "step": 8, key: value}, "provenance": {"code": {}, key: value} | inner}
+        (tmp_path / f"{name}.json").write_text(json.dumps(of[name]))
+        damage = shown(record)
+        assert damage == "" or f"({key} is " in damage or (name == "status" and value is None)
 
 
 def test_what_an_attempt_ran_with_is_kept_beside_the_first() -> None:

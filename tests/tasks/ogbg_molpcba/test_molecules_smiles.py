@@ -1,7 +1,5 @@
 """A CSV file of SMILES and labels."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
