@@ -42,7 +42,7 @@ EXAMPLES = """\
   caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
-  caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
+  caspr-bench --optim caspr_sum,caspr:graft=rms    modes of one engine
   caspr-bench --roots                               errors of inverse roots
   caspr-bench --ranks 1,2,4                         on 1, 2 and 4 processes
   caspr-bench --model gpt2-1.5b --scale 8,1024      on many GPUs, predicted"""

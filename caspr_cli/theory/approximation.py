@@ -15,7 +15,8 @@ from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
 from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Log, kronecker_stream, points, recordings
 from caspr_cli.theory.preconditioners import Root, combined, cosine
 
 QUESTION = "Is CASPR the nearest of its relatives to full-matrix Adagrad, over training?"
@@ -100,7 +101,7 @@ def nearness(gradients: Tensor, eps: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Compare every preconditioner with the full-matrix one, on recorded gradients and on Kronecker-structured noise.
 
     Raises:
@@ -129,12 +130,12 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     )
 
 
-def _recorded(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+def _recorded(choice: Layers, log: Log) -> Iterator[dict[str, Any]]:
     for one, step, seen in points(recordings(choice, log), log):
         yield from rows_of(nearness(seen, ridge(one.gradients)), one.task, one.parameter, one.seed, step)
 
 
-def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+def _noise(choice: Layers, log: Log) -> Iterator[dict[str, Any]]:
     log("Kronecker-structured noise")
     steps = (*QUICK_STEPS, 30, 100) if choice.quick else NOISE_STEPS
     for seed in choice.all_seeds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from pandas import DataFrame, concat
 
@@ -16,9 +16,10 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import cost_runs, panels
+from caspr_cli.theory.choices import Assumed, Costs
 from caspr_cli.theory.cost_runs import PARTS, Model
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, Assumed, scaled, stand_ins
+from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, gpu, scaled, stand_ins
 
 SMALL = 0.1  # of a training step
 QUESTION = "Does a step of CASPR take less than a tenth of a training step, here and for 1B to 70B parameters?"
@@ -29,23 +30,7 @@ RANKS, RANKED, LAYERS = (1, 2, 4, 8, 16, 32, 64), 1024, 12  # ranks; and what th
 SHARES = ("efficiency", "mfu")  # assumptions that are at most 1
 
 
-@dataclass(frozen=True)
-class Choice(Assumed):
-    """Options of the question.
-
-    Args:
-        quick: small layers: seconds.
-        seed: changes nothing; numbers are the same for any.
-        model, batch: the task whose model is costed, at its sample scale, and samples in its step.
-    """
-
-    quick: bool = False
-    seed: int = 0
-    model: str = "c4_lm"
-    batch: int | None = None
-
-
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
     """Return FLOPs, bytes and seconds of a step, predicted from shapes, and measured where that runs here.
 
     Raises:
@@ -209,7 +194,7 @@ def _scale(large: DataFrame, assumed: Assumed) -> DataFrame:
         note=f"Assumed: {assumed.tokens:.0e} tokens a step, 6 FLOPs a parameter and token at {assumed.mfu:g} of "
         f"{assumed.bfloat16:g} TFLOP/s; products and roots (Newton) in float32 at {assumed.efficiency:g} of "
         f"{assumed.float32:g}, passes over memory at as much of {assumed.memory:g} TB/s; a link of "
-        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {assumed.machine().capacity / 1e9:.0f} GB. Nothing "
+        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {gpu(assumed).capacity / 1e9:.0f} GB. Nothing "
         "overlaps. GB: weights and gradients in float32 and the optimizer's state, without activations. The faster "
         "links within a node are not counted. The share is of training and optimizer together.",
     )

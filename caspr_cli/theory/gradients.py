@@ -21,6 +21,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import TaskConf
 from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.registry import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, ViTConf
+from caspr_cli.theory.choices import Layers
 from caspr_cli.training.groups import param_groups
 
 Log = Callable[[str], None]
@@ -72,38 +73,7 @@ class Recording:
         return max(int(torch.linalg.matrix_rank(self.gradients).max()), 1)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Options of a question.
-
-    Args:
-        quick: less of everything: seconds.
-        seed: the first of ``seeds``.
-        task, parameter: record the gradients of these layers alone.
-        optim: the optimizer along whose path gradients are recorded.
-    """
-
-    quick: bool = False
-    seed: int = 0
-    seeds: int = 3
-    task: str | None = None
-    parameter: str | None = None
-    optim: str = "caspr"
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return QUICK_STEPS if self.quick else STEPS
-
-    @property
-    def all_seeds(self) -> range:
-        return range(self.seed, self.seed + (1 if self.quick else self.seeds))
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return (self.task,) if self.task else QUICK if self.quick else tuple(MODELS)
-
-
-def recordings(choice: Choice, log: Log) -> list[Recording]:
+def recordings(choice: Layers, log: Log) -> list[Recording]:
     """Return the gradients of the chosen parameters, for each task and seed.
 
     Raises:
@@ -115,18 +85,19 @@ def recordings(choice: Choice, log: Log) -> list[Recording]:
     if choice.parameter and not choice.task:
         raise ConfigError(f"--parameter {choice.parameter}: needs a task; add --task (choices: {', '.join(MODELS)})")
     found: list[Recording] = []
+    steps = (QUICK_STEPS if choice.quick else STEPS)[-1]
     try:
-        for name in choice.tasks:
+        for name in (choice.task,) if choice.task else QUICK if choice.quick else MODELS:
             log(f"{name}: reading its data")
             for seed in choice.all_seeds:
-                log(f"{name}: training for {choice.steps[-1]} steps, seed {seed}")
-                found += record(name, seed, choice.steps[-1], _wanted(choice, name), choice.optim)
+                log(f"{name}: training for {steps} steps, seed {seed}")
+                found += record(name, seed, steps, _wanted(choice, name), choice.optim)
     except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(str(error)) from error
     return found
 
 
-def _wanted(choice: Choice, task: str) -> tuple[str, ...]:
+def _wanted(choice: Layers, task: str) -> tuple[str, ...]:
     if choice.parameter:
         names = {n: tuple(p.shape) for n, p in _preconditioned(*_made(task, choice.seed)).items()}
         return matching(choice.parameter, names)

@@ -13,7 +13,8 @@ from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.chain import BETA, CLAIMS, FALSE_CLAIMS, GAPS, MEASURES, NAMES, STALE, chain, check, ridge
-from caspr_cli.theory.gradients import Choice, Log, Recording, low_rank_stream, points, recordings
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import Log, Recording, low_rank_stream, points, recordings
 from caspr_cli.theory.preconditioners import Root, axis_statistics, combined, full_statistic
 
 QUESTION = (
@@ -29,7 +30,7 @@ DRAWN_STEP = 10  # the step whose eigenvalues are drawn: early enough for what i
 DRAWN_VALUES = 64  # eigenvalues of a matrix that are drawn, at most
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Check the chain and its relatives on recorded gradients and on random ones.
 
     Raises:

@@ -13,7 +13,8 @@ from torch import Tensor
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
-from caspr_cli.theory.gradients import Choice, Log
+from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.online import (
     DEPARTURES,
     HALVINGS,
@@ -53,7 +54,7 @@ STYLES = {
 Example = Sequence[tuple[Method, Runs]]
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     """Return regret and bounds of all methods on all problems."""
     log("problems: the best W of each")
     problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))

@@ -18,7 +18,8 @@ from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
-from caspr_cli.theory.gradients import Choice, Log
+from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 
 QUESTION = "Are inverse roots in float32 within 1 % wherever the default damping lets a condition be?"
@@ -67,7 +68,7 @@ def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]
 # ---- answer ------------------------------------------------------------------------------------------------------
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     """Return errors, steps, seconds and bytes of all solvers; each seed is another basis."""
     found, costs = measured(choice.quick, list(choice.all_seeds), log)
     bare, default = found[found["set"] == CONDITION], found[found["set"] == LIBRARY]

@@ -19,7 +19,8 @@ from caspr_cli.theory.approximation import (
     rows_of,
 )
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import Choice, kronecker_stream
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import kronecker_stream
 
 
 def stream(steps, *shape):
@@ -138,7 +139,7 @@ def test_summaries_are_of_the_last_step_and_a_single_case_has_no_spread():
 
 
 def test_the_answer_holds():
-    found = approximation.answer(Choice(quick=True, task="vit"))
+    found = approximation.answer(Layers(quick=True, task="vit"))
     assert all(held for _, held in found.claims)
     assert [figure.name for figure in found.figures] == ["root", "inverse", "angle"]
     rows = found.tables["root"]

@@ -9,7 +9,6 @@ from pandas import to_numeric
 from torch import nn
 
 from caspr_cli.bench.shapes import layer
-from caspr_cli.commands import verify
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.roots import newton_steps
@@ -17,14 +16,13 @@ from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report.answer import sheet
 from caspr_cli.theory import cost
-from caspr_cli.theory.cost import Choice
+from caspr_cli.theory.choices import Assumed, Costs
 from caspr_cli.theory.cost_runs import called_products, divided, model_of
 from caspr_cli.theory.work import (
     DECODERS,
     GPUS,
     NODE,
     PASSES,
-    Assumed,
     Machine,
     exchanged,
     gathered,
@@ -189,17 +187,13 @@ def test_a_model_is_costed_as_the_plan_does():
 )
 def test_mistakes_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
-        cost.answer(Choice(quick=True, **options))
-
-
-def test_the_command_line_has_the_same_defaults():
-    assert vars(Choice()) == {"quick": False, "seed": 0} | {name: verify.FLAGS[name].default for name in verify.COSTED}
+        cost.answer(Costs(quick=True, **options))
 
 
 def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     monkeypatch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
     monkeypatch.setattr("caspr_cli.theory.cost_runs.COPIED", 2**16)
-    found = cost.answer(Choice(quick=True, model="vit"))
+    found = cost.answer(Costs(quick=True, model="vit"))
     assert all(held for _, held in found.claims)
     assert list(found.tables) == [
         "width", "block_size", "interval", "order", "model", "ranks", "scale", "decoders",

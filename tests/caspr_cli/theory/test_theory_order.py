@@ -10,7 +10,8 @@ import torch
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.theory import order
 from caspr_cli.theory.chain import CLAIMS, FALSE_CLAIMS, MEASURES, NAMES, chain, check, ridge
-from caspr_cli.theory.gradients import Choice, low_rank_stream
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import low_rank_stream
 from caspr_cli.theory.order import DRAWN, REAL, row_of
 
 STREAMS = [((3, 4), 1), ((4, 3), 2), ((4, 4), 4), ((1, 4), 1), ((4, 1), 1)]
@@ -122,7 +123,7 @@ def test_traces_and_layers_are_means_over_seeds_and_gaps_the_least():
 
 
 def test_the_answer_holds():
-    found = order.answer(Choice(quick=True, task="vit"))
+    found = order.answer(Layers(quick=True, task="vit"))
     assert all(held for _, held in found.claims)
     assert (len(found.claims), len(found.counterexamples)) == (len(CLAIMS), len(FALSE_CLAIMS))
     assert [figure.name for figure in found.figures] == ["traces", "eigenvalues"]
@@ -137,4 +138,4 @@ def test_the_answer_holds():
 
 def test_an_unknown_task_is_said_before_anything_is_read():
     with pytest.raises(ConfigError, match=r"--task vot: no such task. Did you mean vit\?"):
-        order.answer(Choice(task="vot"))
+        order.answer(Layers(task="vot"))

@@ -10,7 +10,7 @@ from references.stream import full_matrix, low_rank_stream, random_stream, stati
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import problems, regret
-from caspr_cli.theory.gradients import Choice
+from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.online import (
     DEPARTURES,
     METHODS,
@@ -241,7 +241,7 @@ def test_a_run_that_is_lost_has_infinite_regret_and_harms_no_other():
 def test_the_answer_holds_and_its_tables_agree_with_each_other(monkeypatch):
     monkeypatch.setattr(regret, "QUICK_ROUNDS", 11)  # with which roots every 10 rounds are old in the end
     monkeypatch.setattr(regret, "EXAMPLE_ROUNDS", 8 * 120)
-    found = regret.answer(Choice(quick=True, seed=4))
+    found = regret.answer(Seeds(quick=True, seed=4))
     assert all(held for _, held in found.claims)
     assert (len(found.counterexamples), len(found.figures)) == (3, 3)
     assert found.finding.startswith("CASPR's regret is ")
