@@ -239,3 +239,44 @@ def test_swapping_sides_flips_the_verdict(ours: list[float], theirs: list[float]
     flipped = {"better": "worse", "worse": "better"}
     first, second = (format.verdict(c, c.p_value, 1, higher_is_better=higher) for c in (one, other))
     assert flipped.get(first, format.NOT_SIGNIFICANT) == second.partition(":")[0]
+
+
+# ---- by simulation -----------------------------------------------------------------------------------------------
+
+DRAWS = 10_000
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
+    found = map(stats.summary, 7 + 0.3 * random(n, DRAWS, n))
+    assert np.mean([one.low <= 7 <= one.high for one in found]) == pytest.approx(0.95, abs=0.008)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(paired: bool) -> None:
+    """Five rows of three seeds without a difference: how often does any row get a verdict?"""
+    tables, first = random(5, DRAWS // 5, 5, 3), 10 * (not paired)  # other seeds: Welch
+    claimed = uncorrected = 0
+    for base, *rows in tables:
+        theirs = {first + seed: value for seed, value in by_seed(base).items()}
+        found = [stats.compare(by_seed(row), theirs) for row in rows]
+        raw = [one.p_value for one in found]
+        said = [
+            format.verdict(one, p, len(rows), higher_is_better=True)
+            for one, p in zip(found, stats.holm(raw), strict=True)
+        ]
+        claimed += any(words in ("better", "worse") for words in said)
+        uncorrected += min(raw) < 0.05
+    assert 0.01 * len(tables) < claimed <= 0.06 * len(tables)  # 0.05 and two standard errors
+    assert uncorrected > 0.08 * len(tables)  # without the correction it would not hold
+
+
+@pytest.mark.parametrize(("difference", "tests"), [(0.8, 1), (0.8, 5), (1.2, 5)])
+def test_as_many_seeds_as_are_promised_find_the_difference(difference: float, tests: int) -> None:
+    """One row of the table differs, the others do not: how often is it significant, after Holm's correction?"""
+    n = stats.seeds_needed(difference, stats.Spread(math.nan, math.nan, 1.0), tests)
+    draws = random(9, DRAWS, tests, n)
+    draws[:, 0] += difference
+    t = draws.mean(2) / draws.std(2, ddof=1) * math.sqrt(n)
+    found = [stats.holm(p)[0] < 0.05 for p in (2 * special.stdtr(n - 1, -np.abs(t))).tolist()]
+    assert 0.79 < np.mean(found) < 0.87
