@@ -16,7 +16,7 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, finite, table, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, finite, table, terminal_width
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import scales
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     steps = not args.roots and not args.ranks and not args.model
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = writable(args.png or PLOTS / f"{name}.png") if steps and not args.no_png else None
-    progress = Progress(sys.stderr)
+    progress = Progress(sys.stderr, SECONDS_BETWEEN_LINES)
     progress.say("importing torch")
     try:
         if args.roots or args.model:

@@ -18,7 +18,7 @@ from caspr_cli import __version__
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import Parser, UserError, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, duration, listed, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, duration, listed, terminal_width
 from caspr_cli.common.streams import OK, console_script
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 
 def answered(name: str, args: argparse.Namespace) -> Answer:
     """Return the answer of a question's module, with the command that asks for it and where it was computed."""
-    progress, start = Progress(sys.stderr), time.monotonic()
+    progress, start = Progress(sys.stderr, SECONDS_BETWEEN_LINES), time.monotonic()
     progress.say("importing torch")
     given = {flag: getattr(args, flag) for flag in QUESTIONS[name][1] if hasattr(args, flag)}
     module = import_module(f"caspr_cli.theory.{name}")

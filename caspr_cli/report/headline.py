@@ -83,10 +83,11 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
     better, worse = (said[kind] or "none" for kind in ("better", "worse"))
     if own:
         return f"significantly better than {own[0]}: {better}; worse: {worse}{untested}"
-    if len(tables) > 1 or not said[format.NOT_SIGNIFICANT]:
+    if len(tables) > 1:
         return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
-    alike = f"not significantly different from {said[format.NOT_SIGNIFICANT]}"
-    return f"{subject} is significantly better than {better}, worse than {worse}, and {alike}{untested}"
+    found = {"better than": said["better"], "worse than": said["worse"], "different from": said[format.NOT_SIGNIFICANT]}
+    parts = [f"{'not ' * (how == 'different from')}significantly {how} {who}" for how, who in found.items() if who]
+    return f"{subject} is {', and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}{untested}"
 
 
 def _of_rows(rows: Mapping[str, Row]) -> list[tuple[str, str]]:

@@ -188,6 +188,9 @@ def _resolved(name: str, logs: Sequence[Log], flag: str) -> str:
         return fitting[0]
     if fitting:
         raise UserError(f"{flag} {name}: several keys are called so: {listed(fitting)}")
+    if not known:
+        names = f"leave it out, or read it from their names, as {logs[0].name}: --names '{{{name}}}_seed{{seed}}'"
+        raise UserError(f"{flag} {name}: these runs have no hyperparameters; {names}")
     raise UserError(f"{flag} {name}: no run has this key.{nearest(name, known)} (keys: {listed(known, 12)})")
 
 

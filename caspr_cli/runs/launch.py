@@ -31,7 +31,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Logger, Recipe, Resume, Source
 from caspr_cli.runs import fingerprint, provenance
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
+from caspr_cli.runs.processes import DEVICE, LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -304,7 +304,8 @@ def _first_cause(report: bytes, returned: int) -> int:
     ends = [int(end) for end in re.findall(rb"exitcode +: (-?\d+) ", report)]
     if -signal.SIGKILL in ends or -signal.SIGTERM in ends:
         return -signal.SIGKILL  # the others ended as they lost it
-    if b"Watchdog caught collective operation timeout" in report:  # NCCL ends a rank that waits for another
+    # NCCL ends a rank that waits for another, or whose GPU is broken.
+    if b"Watchdog caught collective operation timeout" in report or DEVICE.search(report.decode(errors="replace")):
         return CUT_OFF
     return next((end for end in ends if end != CUT_OFF), CUT_OFF if ends else returned)
 
@@ -371,8 +372,10 @@ def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
         return f"a worker ended with {how}: a full disk, or a file that was cut short while it was read; see {log}"
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(written, _size(log) - TAIL))
-        if found := MEMORY.search(file.read().decode(errors="replace")):
-            return f"too little memory: {found[0]}; see {log}"
+        said = file.read().decode(errors="replace")
+        for what, words in (("too little memory", MEMORY), ("a GPU is broken or gone", DEVICE)):
+            if found := words.search(said):
+                return f"{what}: {found[0]}; see {log}"
     return f"a worker ended with {how}; see {log}"
 
 

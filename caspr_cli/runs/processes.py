@@ -94,13 +94,33 @@ MEMORY = re.compile(
 )
 
 
+# What CUDA (cudaGetErrorString of release 13) and NVIDIA's driver say of a GPU that is broken or taken away. An illegal
+# access, a failed launch or an assertion may be the program's own fault, so they are not here.
+DEVICE = re.compile(
+    r"uncorrectable (ECC|NVLink) error|devices?(\(s\))? is/are busy or unavailable|MPS client has been terminated"
+    r"|fallen off the bus|NVRM: Xid",
+    re.IGNORECASE,
+)
+
+
 def memory_error(error: BaseException | None) -> str | None:
     """Return what an error says about too little memory, itself or in its causes; None if it has another cause."""
-    while error is not None:
-        text = str(error).partition("\n")[0]
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    for cause in _causes(error):
+        text = str(cause).partition("\n")[0]
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return text or "there is not enough"
-        if isinstance(error, (RuntimeError, ImportError)) and MEMORY.search(text):
+        if isinstance(cause, (RuntimeError, ImportError)) and MEMORY.search(text):
             return text
-        error = error.__cause__ or error.__context__
     return None
+
+
+def device_error(error: BaseException | None) -> str | None:
+    """Return the line that says that a GPU is broken, of an error or its causes; None if it has another cause."""
+    texts = [str(cause) for cause in _causes(error) if isinstance(cause, RuntimeError)]
+    return next((line for text in texts for line in text.splitlines() if DEVICE.search(line)), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -93,10 +93,11 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
 
 
 def after_sweep(output_dir: str) -> list[str]:
-    """Return the commands that compare the runs of a sweep."""
+    """Return the commands that compare the runs of a sweep, and TensorBoard's address."""
     return [
         f"next     caspr-report compare {shlex.quote(output_dir)}",
-        f"         tensorboard --logdir {shlex.quote(output_dir)}    and open {COMPARISON}",
+        f"         tensorboard --logdir {shlex.quote(output_dir)}",
+        f"open     {COMPARISON}",
     ]
 
 

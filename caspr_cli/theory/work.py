@@ -6,7 +6,7 @@ d, at most d, for the panels of one triangle:
     statistics   2 m n (t_m + t_n)
     application  2 q m n (m + n); once for a product
     roots        c (m^3 + n^3) / interval: c = 25 for an eigendecomposition on a CPU (in units of products), and for
-                 Newton on a GPU 2 (steps) (products a step), which is 160 or so
+                 Newton on a GPU 2 (steps) (products a step), which is 80 for p = 4 and eps = 1e-6
     traffic      4 bytes times: 2 (m t_m + n t_n) for statistics and q (m^2 + n^2) for roots
     entries      4 bytes times PASSES m n, for all that is done entry by entry (moments, graft, scaling, weights)
     state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots, and m + n
@@ -31,14 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caspr_cli.bench.roots import root_flops
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
-from caspr_cli.optim.combine import root_exponent
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.roots import newton_steps
+from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 
 PASSES = 16  # of reading or writing a number for each weight, counted in the engine, without what stays in a cache
@@ -53,7 +51,7 @@ class Work:
     statistics: float
     apply: float
     roots: float  # by eigendecomposition, in units of products
-    newton: float  # by Newton's iteration
+    newton: float  # by Newton's iteration, as on a GPU
     traffic: float  # bytes of statistics and roots that pass through memory
     entries: float  # and of what is a number a weight
     moments: float  # bytes of state that are where the weights are
@@ -81,9 +79,8 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
     for group, _, sizes, shape, count in blocks_of(optimizer):
         m_n, q = math.prod(shape), passes(group, len(sizes))
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
-        p = root_exponent(group["order"], len(sizes), group["exponent"])
-        condition = 1 + 1 / group["eps"] if group["damping"] == "relative" else math.inf
-        own = sum(root_flops("newton", d, p, newton_steps(condition, p)) for d in sizes)
+        by_newton = group | {"solver": "newton", "measured": 0.0}
+        own = root_flops(by_newton, len(sizes), torch.device("cuda")) * sum(d**3 for d in sizes) if sizes else 0.0
         held = FLOAT * float(packed + full + (0 if is_vector(shape) else sum(sizes)))
         found["parameters"] += count * m_n
         found["newton"] += count * own / group["interval"]

@@ -16,8 +16,8 @@ from caspr_cli.runs.record import RUNNING, Record
 
 # What gloo, NCCL and the store in which ranks meet say; they have no exceptions of their own for it.
 HUNG = re.compile(
-    r"timed out (waiting|after)|wait timeout after|socket timeout|application timeout|collective operation timeout"
-    r"|operations have failed or timed out",
+    r"timed out (waiting|after|in blocking wait|during finalize)|wait timeout after|socket timeout|application timeout"
+    r"|collective operation timeout|(nccl|collective) operation timed out|operations have failed or timed out",
     re.IGNORECASE,
 )
 LOST = re.compile(

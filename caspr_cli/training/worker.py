@@ -12,7 +12,7 @@ from caspr_cli.common.errors import not_installed
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.runs.processes import LAUNCHER, lives, memory_error
+from caspr_cli.runs.processes import LAUNCHER, device_error, lives, memory_error
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -80,6 +80,8 @@ def _cause(record: Record, error: Exception) -> tuple[str | None, str]:
     """Return the state that an error leaves a run in (None: another rank writes it), and the message."""
     if memory := memory_error(error):  # before anything else is imported
         return FAILED, f"too little memory: {memory}; a smaller task.batch_size, or trainer.accumulate, needs less"
+    if broken := device_error(error):
+        return PREEMPTED, f"a GPU is broken or gone: {broken}"
     from caspr_cli.tasks.errors import DataError
     from caspr_cli.training.ranks import HungError, LostError
 

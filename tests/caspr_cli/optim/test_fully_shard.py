@@ -201,10 +201,11 @@ def test_updates_may_travel_in_bfloat16(two: Ranks) -> None:
 
 
 class Net(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, width: int = 33) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in ((24, 70), (70, 33), (33, 33), (33, 2)))
+        sizes = ((24, 70), (70, width), (width, width), (width, 2))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,9 +222,10 @@ def sharded(model: Net, **options: Any) -> Net:
     return fully_shard(model, **options)
 
 
-def fit(model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
+def fit(model: nn.Module, optimizer: Any, steps: range, part: tuple[int, int] | None = None) -> list[Tensor]:
+    """Train; ``part``: which of how many parts of a batch this rank has, if not as many as there are ranks."""
+    there = dist.is_initialized()
+    rank, world = part or ((dist.get_rank(), dist.get_world_size()) if there else (0, 1))
     dtype = next(model.parameters()).dtype
     for step in steps:
         x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step), dtype=dtype)
@@ -245,6 +247,38 @@ def test_a_model_of_fully_shard(ranks: Ranks, options: dict[str, Any]) -> None:
     expected = alone(real, False, options)
     for found in ranks(real, True, options):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def on_a_mesh(rank: int, how: str, width: int) -> tuple[list[Tensor], Any]:
+    """``replicas``: halves of the ranks have replicas of all rows (HSDP); ``stages``: each half has a model of its own,
+    as in pipeline parallelism, the second of this width. The state is saved on the way."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    half = dist.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (2, half), mesh_dim_names=("outer", "inner"))
+    if how == "replicas":
+        model, part = sharded(Net(), mesh=mesh), None
+    else:
+        model, part = sharded(Net(width=33 if rank < half else width), mesh=mesh["inner"]), (rank % half, half)
+    optimizer = CASPR(model.parameters(), **OPTIONS)
+    fit(model, optimizer, range(4), part)
+    return fit(model, optimizer, range(4, 7), part), full_state(optimizer)
+
+
+def in_one_process(rank: int, width: int) -> tuple[list[Tensor], Any]:
+    model = Net(width=width)
+    optimizer = CASPR(model.parameters(), **OPTIONS)
+    return fit(model, optimizer, range(7)), full_state(optimizer)
+
+
+@pytest.mark.parametrize("how", ["replicas", "stages"])
+def test_fully_shard_on_a_mesh_of_two_axes(ranks: Ranks, how: str) -> None:
+    found = ranks(on_a_mesh, how, 40)
+    for rank, (weights, state) in enumerate(found):
+        width = 40 if how == "stages" and rank >= len(found) // 2 else 33
+        expected, whole_state = alone(in_one_process, width)
+        torch.testing.assert_close(weights, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(state["state"], whole_state["state"], rtol=1e-7, atol=1e-9)
 
 
 def one_rank(rank: int) -> list[Tensor]:
@@ -304,12 +338,14 @@ def test_each_rank_keeps_its_part_of_the_state(ranks: Ranks) -> None:
     assert ranks(state_bytes, "rows", shapes) == [(factors // ranks.world, moments // ranks.world)] * ranks.world
 
 
-def through_torch(rank: int, path: str, start: int, load: bool, full: bool, shard: bool) -> list[Tensor]:
+def through_torch(rank: int, path: str, load: bool, full: bool, how: str) -> list[Tensor]:
     """torch.distributed.checkpoint; full: one file with everything in it, as `torch.save` writes it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-    model = sharded(Net()) if shard else Net()
+    model: nn.Module = sharded(Net()) if how == "fsdp" else Net()
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
     optimizer = CASPR(model.parameters(), **OPTIONS)
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
 
@@ -340,18 +376,26 @@ def through_torch(rank: int, path: str, start: int, load: bool, full: bool, shar
     return fit(model, optimizer, range(4, 7))
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["parts", "full"])
+@pytest.mark.parametrize(
+    ("how", "full"),
+    [
+        ("fsdp", False),
+        ("ddp", True),
+        pytest.param("fsdp", True, marks=pytest.mark.release),
+        pytest.param("ddp", False, marks=pytest.mark.release),
+    ],
+)
 def test_torchs_checkpoints_load_at_another_number_of_ranks(
-    two: Ranks, ranks: Ranks, full: bool, tmp_path: Path
+    two: Ranks, ranks: Ranks, how: str, full: bool, tmp_path: Path
 ) -> None:
-    expected = ranks(through_torch, str(tmp_path), 0, False, full, True)[0]
+    expected = ranks(through_torch, str(tmp_path), False, full, how)[0]
     for again in {two, ranks}:
-        for found in again(through_torch, str(tmp_path), 4, True, full, True):
-            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-    if full:
-        torch.testing.assert_close(
-            alone(through_torch, str(tmp_path), 4, True, full, False), expected, rtol=1e-8, atol=1e-10
-        )
+        for other in ("fsdp", "ddp"):
+            for found in again(through_torch, str(tmp_path), True, full, other):
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        alone(through_torch, str(tmp_path), True, full, "plain"), expected, rtol=1e-8, atol=1e-10
+    )
 
 
 def bare(rank: int, how: str, path: str, load: bool) -> tuple[list[Tensor], bool]:

@@ -52,13 +52,13 @@ def test_who_wins_where_and_what_it_costs() -> None:
 
 def test_one_task() -> None:
     runs = ends("adamw", 4.5) + ends("caspr", 4.0, 39.0)
-    assert said(runs) == "Best mean: caspr, which is significantly better than adamw, and worse than none."
+    assert said(runs) == "Best mean: caspr, which is significantly better than adamw."
     assert took(runs) == "By the clock of these runs a step took 1.3 times as long with caspr as with adamw."
 
 
 def test_the_baseline_may_win() -> None:
     lost = ends("adamw", 4.0) + ends("caspr", 4.5)
-    assert said(lost) == "Best mean: adamw; caspr is significantly better than none, and worse than adamw."
+    assert said(lost) == "Best mean: adamw; caspr is significantly worse than adamw."
     assert said(lost, baseline="caspr") == said(lost)
 
 
@@ -69,15 +69,13 @@ def test_with_its_baseline_the_subject_is_what_the_table_says() -> None:
     kind = next(row.kind for row in table.rows if row.label == "caspr")
     assert kind == "no significant difference"
     assert said(runs) == (
-        "Best mean: muon; caspr is significantly better than none, worse than muon, and not significantly different "
-        "from adamw."
+        "Best mean: muon; caspr is significantly worse than muon, and not significantly different from adamw."
     )
 
 
 def test_without_caspr_the_best_row_is_the_subject() -> None:
-    assert said(ends("adamw", 4.5) + ends("muon", 4.0)) == (
-        "Best mean: muon, which is significantly better than adamw, and worse than none."
-    )
+    found = said(ends("adamw", 4.5) + ends("muon", 4.0))
+    assert found == "Best mean: muon, which is significantly better than adamw."
 
 
 def test_one_row_has_nothing_to_win_against() -> None:
@@ -90,7 +88,7 @@ def test_no_baseline() -> None:
     apart = ends("caspr", 4.0) + ends("muon", 4.1, task__name="vit")
     assert said(apart) == "Only caspr has a value on c4_lm; only muon has a value on vit."
     found = said(ends("caspr", 4.0) + ends("muon", 4.1))
-    assert found == "Best mean: caspr, which is significantly better than muon, and worse than none."
+    assert found == "Best mean: caspr, which is significantly better than muon."
 
 
 def test_two_lengths_of_a_task_are_two_tables() -> None:
@@ -114,8 +112,8 @@ def test_a_better_mean_of_the_seeds_that_did_not_fail_is_named() -> None:
         if one.final is None:
             one.status["state"] = "failed"
     assert said(runs) == (
-        "Best mean: caspr (without muon, of which seeds failed); caspr is significantly better than adamw, and worse "
-        "than none (not tested: muon)."
+        "Best mean: caspr (without muon, of which seeds failed); caspr is significantly better than adamw (not tested: "
+        "muon)."
     )
 
 

@@ -491,7 +491,7 @@ def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     process.terminate()
     stopped, _ = process.communicate(timeout=300)
     assert process.returncode == 143, stopped
-    assert "goes on" in stopped
+    assert f"next     caspr-train {' '.join(given)}" in stopped.splitlines()
     out = runner(*given)
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"
     assert f"1 row, {each}: 10 runs" in out

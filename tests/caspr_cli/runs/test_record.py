@@ -51,6 +51,13 @@ def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_
     assert any("the same command, without resume=never, continues" in x for x in summary.footer(outcome, anew=True))
 
 
+def test_after_a_sweep_a_line_is_a_command_or_an_address() -> None:
+    compare, board, address = summary.after_sweep("my runs")
+    assert shlex.split(compare) == ["next", "caspr-report", "compare", "my runs"]
+    assert shlex.split(board) == ["tensorboard", "--logdir", "my runs"]
+    assert address.split() == ["open", summary.COMPARISON]
+
+
 def test_what_comes_next_can_be_run() -> None:
     """The sweep has the usual optimizers that have the given keys, and the one that was run."""
     logs, sweep = summary.next_commands(
@@ -255,6 +262,7 @@ def test_too_little_memory_is_known_by_many_names(error: Exception, expected: st
             "terminate called after throwing an instance of 'std::bad_alloc'",
             "too little memory: std::bad_alloc",
         ),
+        (-6, False, "CUDA error: uncorrectable ECC error encountered", "a GPU is broken or gone: uncorrectable ECC"),
         (1, False, "before: MemoryError", "a worker ended with exit status 1; see "),
     ],
 )
@@ -482,6 +490,13 @@ def test_of_several_ranks_the_first_cause_counts(ends: list[tuple[int, str]], ex
     assert launch._first_cause(report(*ends), 1) == expected
 
 
-def test_a_rank_that_nccl_ended_as_another_hung_was_cut_off() -> None:
-    said = b"[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)\n"
-    assert launch._first_cause(said + report((-6, "(SIGABRT)")), 1) == 75
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)", 75),
+        ("watchdog thread terminated with exception: CUDA error: uncorrectable ECC error encountered", 75),
+        ("watchdog thread terminated with exception: CUDA error: device-side assert triggered", -6),
+    ],
+)
+def test_a_rank_that_nccl_ended_was_cut_off_unless_it_was_at_fault(said: str, expected: int) -> None:
+    assert launch._first_cause(said.encode() + b"\n" + report((-6, "(SIGABRT)")), 1) == expected

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from caspr_cli.optim.shard import Barrier
-from caspr_cli.runs.record import Record
-from caspr_cli.training import ranks
+from caspr_cli.runs.record import FAILED, PREEMPTED, Record
+from caspr_cli.training import ranks, worker
 from caspr_cli.training.ranks import HungError, LostError, answering, wait_for_first
 
 # As gloo, the store and NCCL say it.
@@ -24,6 +24,8 @@ GONE = [
     "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
     "ncclInternalError: Internal check failed.\nLast error:\nSocket recv failed while polling for opId=0x7f",
     "NCCL communicator was aborted on rank 3.",
+    "NCCL communicator was aborted after a previous error",
+    "ncclRemoteError: A call failed.\nLast error:\nsocketProgress: Connection closed by remote peer node7<41234>",
 ]
 
 
@@ -45,13 +47,16 @@ ABORTED = (
     "operation timeout: WorkNCCL(SeqNum=41, OpType=ALLREDUCE, Timeout(ms)=1800000) ran for 1805695 milliseconds before "
     "timing out."
 )
-FAILED = (
+GAVE_UP = (
     "Some NCCL operations have failed or timed out. Due to the asynchronous nature of CUDA kernels, subsequent GPU "
     "operations might run on corrupted/incomplete data."
 )
 
 
-@pytest.mark.parametrize("message", [WAITED, CLOSED, ABORTED, FAILED])
+LATE = ["NCCL operation timed out", "WorkNCCL(SeqNum=3) timed out in blocking wait.", "Work timed out during finalize"]
+
+
+@pytest.mark.parametrize("message", [WAITED, CLOSED, ABORTED, GAVE_UP, *LATE])
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, message: str) -> None:
     with pytest.raises(HungError, match=r"^rank 1 did not answer for 5 s \(trainer.timeout\)$"):
         raising(Record(tmp_path), message)
@@ -67,6 +72,32 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, message: str) -> N
 def test_a_rank_that_is_gone_is_no_failure_of_this_one(tmp_path: Path, message: str) -> None:
     with pytest.raises(LostError):
         raising(Record(tmp_path), message)
+
+
+# As CUDA and NCCL say it, and whether the run may go on elsewhere. (An illegal access may be the program's own.)
+BROKEN = {
+    "CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported at some other call": True,
+    "CUDA error: uncorrectable NVLink error detected during the execution": True,
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable": True,
+    "NCCL error in: NCCLUtils.cpp:93, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nCuda failure 214 'uncorrectable ECC error encountered'": True,
+    "GPU 0000:3b:00.0: GPU has fallen off the bus": True,
+    "CUDA error: device-side assert triggered": False,
+    "CUDA error: an illegal memory access was encountered": False,
+    "CUDA error: unspecified launch failure": False,
+    "CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm": False,
+}
+
+
+@pytest.mark.parametrize(("message", "broken"), BROKEN.items(), ids=str)
+def test_a_broken_gpu_interrupts_a_run_and_a_faulty_program_fails(tmp_path: Path, message: str, broken: bool) -> None:
+    state, text = worker._cause(Record(tmp_path), RuntimeError(message))
+    assert state == (PREEMPTED if broken else FAILED)
+    assert text.startswith("a GPU is broken or gone: " if broken else f"RuntimeError: {message}")
+    assert not broken or "\n" not in text
+    outer = ValueError("in the loader")
+    outer.__cause__ = RuntimeError(message)
+    assert worker._cause(Record(tmp_path), outer)[0] == (PREEMPTED if broken else FAILED)
 
 
 def test_what_is_this_ranks_own_stays(tmp_path: Path) -> None:
