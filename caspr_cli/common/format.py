@@ -37,6 +37,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
+def milliseconds(value: float | None) -> str:
+    """Return about three digits without a unit: ``0.012``, ``1.23``, ``12.3``, ``12,346``; a dash if not known."""
+    if value is None:
+        return "-"
+    if value >= 10:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def size(number: float, unit: str = "B") -> str:
     """Return a size with three digits and a decimal prefix, as ``12.3 MB``."""
     value, prefixes = float(f"{number:.3g}"), ["", "k", "M", "G", "T", "P"]

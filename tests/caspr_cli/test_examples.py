@@ -9,7 +9,7 @@ import pytest
 
 from caspr_cli.examples import own_loop
 from caspr_cli.report import logs
-from caspr_cli.report.logs import Asked
+from caspr_cli.report.trackers import Asked
 
 EXAMPLES = Path(own_loop.__file__).parent
 

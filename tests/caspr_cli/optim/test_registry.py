@@ -70,7 +70,7 @@ def test_it_continues_from_its_own_state_and_so_does_a_copy(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["caspr", "caspr_paper", "caspr_polar", "shampoo", "full_adagrad", "muon", "normuon", "soap", "psgd_kron"]
+    "name", ["caspr", "caspr_sum", "caspr_paper", "shampoo", "full_adagrad", "muon", "normuon", "soap", "psgd_kron"]
 )
 def test_what_is_not_preconditioned_is_adamw(name: str) -> None:
     """One step on the same gradients: embedding and biases move as under AdamW, matrices do not."""

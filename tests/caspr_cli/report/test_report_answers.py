@@ -67,7 +67,8 @@ def test_cells():
     assert answers.cell(12345, ",") == "12,345"
     assert answers.cell("as it is", ".2f") == "as it is"
     made = answers.table(DataFrame({"n": [1, 2], "x": [0.5, math.inf], "yes": [True, False]}), "Frame")
-    assert answers.grid(made) == [["n", "x", "yes"], ["1", "0.5", "yes"], ["2", "inf", "no"]]
+    assert answers.sheet(made).heads == ["n", "x", "yes"]
+    assert answers.sheet(made).rows == [("1", "0.5", "yes"), ("2", "inf", "no")]
 
 
 def test_lines_for_a_terminal():

@@ -26,7 +26,7 @@ from caspr_cli.commands import report
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import logs
 from caspr_cli.report.compare import tables
-from caspr_cli.report.logs import Asked, Found
+from caspr_cli.report.trackers import Asked, Found
 
 METRIC = "val/loss"
 OBJECTS = "shape: !!python/tuple [1, 2]\nnet: !!python/object:a.B {c: 1}\n"  # in hparams.yaml

@@ -15,7 +15,7 @@ import pytest
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf, Source
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
@@ -76,6 +76,9 @@ def test_what_comes_next_can_be_run() -> None:
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
     expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
     assert shlex.split(made[1]) == expected
+    own = Recipe(task=C4LMConf(data=Source.files, root="mine"), optim=SGDConf())
+    made = summary.next_commands(own, ["caspr-train", "task.data=files", "task.root=mine"])
+    assert shlex.split(made[1])[-2:] == ["search=lr", "trial=range(6)"]
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
@@ -98,9 +101,9 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
     made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
-    made.optim.polar, made.optim.eps, made.optim.order = True, 1e-9, math.inf
+    made.optim.polar, made.optim.eps, made.optim.order = False, 1e-9, math.inf
     name = Record.of(made).path.parent.name
-    assert name == f"eps1e-9-polar-orderinf-{compose.identity(made)}"
+    assert name == f"eps1e-9-no_polar-orderinf-{compose.identity(made)}"
     for key in ("interval", "start_step", "block_size", "weight_decay"):
         setattr(made.optim, key, 77)
     name = Record.of(made).path.parent.name

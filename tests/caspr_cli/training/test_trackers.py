@@ -13,7 +13,7 @@ from caspr_cli.common import errors
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import AdamWConf, Logger, Recipe, Source
 from caspr_cli.report import logs
-from caspr_cli.report.logs import Asked
+from caspr_cli.report.trackers import Asked
 from caspr_cli.runs.launch import refuse_here
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
