@@ -107,6 +107,20 @@ def test_hooks_around_loading_see_what_torch_shows_them() -> None:
     }
 
 
+def test_a_group_that_cannot_be_is_not_added() -> None:
+    params = weights([(4, 4)])
+    optimizer = CASPR(params)
+    for wrong, error in (({"lr": "fast"}, TypeError), ({"eps": 0.0}, ValueError), ({}, ValueError)):
+        extra = (
+            [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int64), requires_grad=False)]
+            if not wrong
+            else weights([(2, 2)])
+        )
+        with pytest.raises(error):
+            optimizer.add_param_group({"params": extra, **wrong})
+        assert len(optimizer.param_groups) == 1
+
+
 def test_options_that_a_state_does_not_have_are_those_of_its_group() -> None:
     params = weights([(4, 4), (4, 4)])
     groups = [{"params": [p]} for p in params]

@@ -42,6 +42,11 @@ def test_a_block_of_zeros_stays_zero() -> None:
     assert polar_factor(G).isfinite().all()
 
 
+def test_more_axes_are_flattened_without_those_of_size_one() -> None:
+    G = blocks(2, 3, 8)
+    assert polar_factor(G.view(2, 1, 3, 4, 2)).equal(polar_factor(G).view(2, 1, 3, 4, 2))
+
+
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9)])
 def test_exponent_0_is_muon(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's Muon does its Newton-Schulz steps in bfloat16; here it is made to do them in float64."""
