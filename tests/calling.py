@@ -1,7 +1,5 @@
 """A command in this process: its exit code, and what it wrote."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

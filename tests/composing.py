@@ -1,7 +1,5 @@
 """Recipes in tests: Hydra composes each set of choices once in a process, and values are merged into a copy of it."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from omegaconf import DictConfig

@@ -5,8 +5,6 @@ by torch's limits for a launch), FLOPs of matrix products, bytes, and each place
 device. It cannot tell what a kernel computes, nor how long it takes.
 """
 
-from __future__ import annotations
-
 import math
 import traceback
 import weakref

@@ -1,7 +1,5 @@
 """Many ranks of which one alone is there: what it sends and receives, and no numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tables of options that are much shorter than all combinations."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Several ranks in tests: processes that stay, and call functions of test modules together under gloo on the CPU."""
 
-from __future__ import annotations
-
 import datetime
 import importlib
 import itertools

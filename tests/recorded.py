@@ -1,7 +1,5 @@
 """Records without training: as values, and as the directories that caspr-train would have left."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

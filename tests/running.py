@@ -1,7 +1,5 @@
 """Runs in tests: how they are started, and what is read from their records."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

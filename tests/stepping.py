@@ -1,13 +1,13 @@
 """Parameters and steps for tests of optimizers: gradients depend on the step and the parameter's number alone."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Pair = tuple[list[nn.Parameter], Any]  # parameters and their optimizer
 
 
 def weights(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -52,12 +52,23 @@ def through_disk(content: Any) -> Any:
     return torch.load(io.BytesIO(saved(content)), weights_only=True)
 
 
+def loaded(optimizer: Any, content: Any) -> Any:
+    """Return the optimizer with a state that was on the disk."""
+    optimizer.load_state_dict(through_disk(content))
+    return optimizer
+
+
 def resumed(params: list[nn.Parameter], optimizer: Any, **options: Any) -> tuple[list[nn.Parameter], Any]:
     """Copies of the weights in another process: an optimizer of the same class that loads the state from the disk."""
     others = copies(params)
-    other = type(optimizer)(others, **options)
-    other.load_state_dict(through_disk(optimizer.state_dict()))
-    return others, other
+    return others, loaded(type(optimizer)(others, **options), optimizer.state_dict())
+
+
+def assert_alike(one: Pair, two: Pair, steps: Iterable[int]) -> None:
+    """Parameters and state are the same after more steps."""
+    for params, optimizer in (one, two):
+        advance(params, optimizer, steps)
+    assert_same(*one, *two)
 
 
 def assert_same(params: list[nn.Parameter], optimizer: Any, others: list[nn.Parameter], other: Any) -> None:

@@ -1,7 +1,6 @@
 """What is published can be made again from the records beside it, and gone on with."""
 
-from __future__ import annotations
-
+import re
 import shlex
 import subprocess
 import sys
@@ -67,6 +66,12 @@ def test_the_leaderboard_is_that_of_the_records(tmp_path: Path) -> None:
     report("leaderboard", "records", "--to", str(made))
     assert text.endswith("    caspr-report leaderboard records --to README.md\n")
     assert made.read_text(encoding="utf8").replace(str(made), "README.md") == text
+
+
+def test_entries_of_the_leaderboard_are_whole() -> None:
+    """Trials as drawn, fresh seeds, values not edited, one code: the check that everybody's entry has to pass."""
+    entries = [f"records/{pack.name}" for pack in PACKS if re.fullmatch(r"fair_(?!.*_begun).*", pack.name)]
+    assert "wrong" not in report("check", *entries)
 
 
 def test_there_is_something() -> None:

@@ -41,7 +41,7 @@ class Settings:
 
 
 def entry_of(name: str) -> str:
-    """Return which optimizer a name is of that may have options of its own, as ``caspr:order=3:graft=rms``."""
+    """Return the optimizer of a name, which may have options behind it, as in ``caspr:order=3:graft=rms``."""
     return name.partition(":")[0]
 
 
@@ -129,7 +129,7 @@ def _first_roots_at_once() -> Iterator[None]:
 
 
 def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
-    """Return the same before its first step."""
+    """Return the optimizer ``name`` over ``groups``, before its first step."""
     try:
         if name == SCALABLE:
             return _scalable_shampoo(groups, settings)

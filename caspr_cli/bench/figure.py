@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from caspr_cli.bench.measure import Row
+from caspr_cli.common.format import milliseconds
 
 # Okabe and Ito's, which every kind of colour vision tells apart; greys for what is not split.
 COLOURS = {"statistics": "#0072B2", "roots": "#D55E00", "apply": "#009E73", "rest": "#A6A6A6"}
@@ -87,10 +88,3 @@ def _legend(figure: Figure, rows: list[Row]) -> None:
     if any(row.floor_ms is not None for row in rows):
         marks.append(Line2D([], [], color=BOUND, linewidth=3, label=BOUND_LABEL))
     figure.legend(handles=marks, loc="outside lower left", ncols=len(marks), frameon=False, fontsize=9)
-
-
-def milliseconds(value: float) -> str:
-    """Return three digits without a unit: ``0.0123``, ``1.23``, ``123``, ``12,345``."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""The least that a step can take: its matrix products alone, with operands and results in place.
+"""A lower bound of the time of a step: its matrix products alone, with operands and results in place.
 
 For the Kronecker family the products are those of the mathematics, in full (nothing is saved by symmetry). For other
 optimizers they are the products that a step really calls.
@@ -37,7 +37,7 @@ OPERATORS: dict[Any, tuple[Callable[..., Tensor], int]] = {
 
 
 class Operand(NamedTuple):
-    """A tensor as a product sees it."""
+    """Size, strides and type of a tensor in a product."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -114,7 +114,7 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
 
 
 def gemm_bound(optimizer: Optimizer, device: torch.device, seconds: Callable[[Run], float]) -> Run | None:
-    """Return what replays the products of a step; None if there are none. Takes one step to record them.
+    """Return a function that repeats the products of a step; None if there are none. It takes a step to record them.
 
     Args:
         seconds: times a function.
@@ -134,7 +134,7 @@ def gemm_bound(optimizer: Optimizer, device: torch.device, seconds: Callable[[Ru
 
 
 def replay_calls(calls: list[Call], device: torch.device) -> list[Run]:
-    """Return the same calls; operands and results of the same kind share memory, which can only make them faster."""
+    """Return functions that repeat these calls; like operands share memory, and like results, which costs no time."""
     operands: dict[tuple[Operand, int], Tensor] = {}
     results: dict[tuple[Any, ...], Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Steps of all optimizers in turns, so that whatever else the machine does hits all alike, and their statistics."""
+"""Time steps of all optimizers in turns, so that other load on the machine affects all alike; and their statistics."""
 
 from __future__ import annotations
 
@@ -43,24 +43,21 @@ BAR = 16  # characters
 Log = Callable[[str], None]
 
 
-class Wait:
-    """Says how far the work is, and how long the rest will take if its parts have their usual shares."""
+def waiting(log: Log, now: Callable[[], float] = time.perf_counter) -> Callable[[int, str, float], None]:
+    """Return a function that logs how far the work is, and how long the rest will take.
 
-    def __init__(self, log: Log, now: Callable[[], float] = time.perf_counter) -> None:
-        self._log, self._now, self._began = log, now, now()
+    It takes the number of the part (0 to 2), a text, and the share of this part that is done.
+    """
+    began = now()
 
-    def part(self, number: int) -> Callable[[str, float], None]:
-        """Return what takes a line and the share of part ``number`` (0 to 2) that is done."""
-        start, end = ENDS[number : number + 2]
+    def say(part: int, text: str, done: float) -> None:
+        start, end = ENDS[part : part + 2]
+        share, elapsed = start + done * (end - start), now() - began
+        left = f"  about {duration(elapsed / share - elapsed)} left" if share else ""
+        full = round(BAR * share)
+        log(f"[{'=' * full}{' ' * (BAR - full)}] {text}{left}")
 
-        def say(text: str, done: float) -> None:
-            share = start + done * (end - start)
-            elapsed = self._now() - self._began
-            left = f"  about {duration(elapsed / share - elapsed)} left" if share else ""
-            full = round(BAR * share)
-            self._log(f"[{'=' * full}{' ' * (BAR - full)}] {text}{left}")
-
-        return say
+    return say
 
 
 @dataclass
@@ -180,20 +177,20 @@ def measure(workload: Workload, names: list[str], settings: Settings, *, rounds:
     Raises:
         ConfigError: an optimizer refuses an option, or fails on this set or machine.
     """
-    wait, candidates, wanted = Wait(log), [], dict.fromkeys([*names, REFERENCE])
+    wait, candidates, wanted = waiting(log), [], dict.fromkeys([*names, REFERENCE])
     for number, name in enumerate(wanted):
-        wait.part(0)(f"warm-up: {name}", number / len(wanted))
+        wait(0, f"warm-up: {name}", number / len(wanted))
         with blamed(name):
             candidates.append(_candidate(name, workload, settings, rounds))
     device, rate = workload.first.device, _rate_timer(workload.first)
-    take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, wait.part(1))
+    take_turns([*(timer for one in candidates for timer in one.timers), rate], rounds, device, partial(wait, 1))
     train = workload.train_flops * rate.median / (2.0 * RATE_SIZE[device.type] ** 3)
     adamw = next(one for one in candidates if one.name == REFERENCE).own.median
     rows = [_row(one, workload, settings, train, adamw) for one in candidates if one.name in names]
     for i, row in enumerate(rows):
         if row.optimizer == "caspr" and row.floor_ms is not None:  # else there is nothing that has a root
             with blamed("caspr, its roots"):
-                rows[i] = replace(row, **refresh_costs(workload, settings, wait.part(2)))
+                rows[i] = replace(row, **refresh_costs(workload, settings, partial(wait, 2)))
     return rows
 
 
@@ -222,8 +219,7 @@ def _rate_timer(like: Tensor) -> Timer:
 def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Callable[[str, float], None]) -> None:
     """Run every timer in every round, without garbage collection.
 
-    Who begins goes around, and so does who comes after whom: what one leaves in the caches must not always be found by
-    the same other.
+    The order changes from round to round: else one timer would always find the caches as the same other left them.
     """
     gc.collect()
     collecting = gc.isenabled()
@@ -240,14 +236,14 @@ def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Call
 
 
 def order(turn: int, count: int) -> list[int]:
-    """Return a row of Williams' square: in ``count`` rows (if it is even) everyone follows every other just once."""
+    """Return a row of Williams' square: in ``count`` rows (if even) each timer follows each other one exactly once."""
     zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ...
     return [(turn + offset) % count for offset in zigzag]
 
 
 @contextmanager
 def blamed(name: str) -> Iterator[None]:
-    """Turn whatever an optimizer, this project's or not, raises into one line that names it."""
+    """Turn any error of an optimizer, this project's or not, into one line that names it."""
     try:
         yield
     except (ConfigError, ImportError):  # of the latter the console script says which extra brings it

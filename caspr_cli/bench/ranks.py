@@ -1,7 +1,7 @@
 """``caspr-bench --ranks``: a step whose work several ranks share, against one that a single process does alone.
 
-Every number of ranks has processes of its own. They stand by, and take turns, a few steps each, so that whatever else
-the machine does hits all alike.
+Each number of ranks has its own processes. They take turns, a few steps each, so that other load on the machine affects
+all alike.
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
 from caspr_cli.optim.roots import Root, eigh_root, newton_root, residual
-from caspr_cli.optim.schedule import EIGH_FLOPS
-from caspr_cli.optim.solve import newton_products
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
@@ -141,17 +139,8 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-def root_flops(method: str, d: int, p: int, steps: float) -> float:
-    """Return the FLOPs of a root of d rows, 2 for a multiply and an add.
-
-    A decomposition counts as what takes as long (``EIGH_FLOPS`` d^3); a step of Newton has the products of
-    :func:`newton_products`.
-    """
-    return float(EIGH_FLOPS) * d**3 if method == "eigh" else 2.0 * d**3 * steps * newton_products(p)
-
-
 def least_seconds(run: Callable[[], object], now: Callable[[], float] = time.process_time) -> float:
-    """Return the shortest of a few runs, or of one where it takes long.
+    """Return the seconds of the shortest of a few runs, or of a single run that takes long.
 
     Args:
         now: the clock; the default counts the processors of this process, which on one thread is the time that it
@@ -232,7 +221,7 @@ x eigh32   error, and residual, in units of those of eigh32, in such lines with 
 def root_errors(
     d: int = 256, conditions: Sequence[float] = CONDITIONS, dampings: Sequence[float] = DAMPINGS
 ) -> DataFrame:
-    """Return each solver at each condition and damping, in this order, on matrices of d rows; always the same ones."""
+    """Return a row for each condition, damping and solver, in this order, on matrices of d rows, always the same."""
     return DataFrame(
         _root_error(name, matrix, condition, eps)
         for condition in conditions

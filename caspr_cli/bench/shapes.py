@@ -29,32 +29,38 @@ class ShapeSet:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
+def layer(width: int) -> tuple[Shape, ...]:
+    """Return the matrices of a transformer's layer: attention in and out, MLP up and down; 12 width^2 numbers."""
+    return (3 * width, width), (width, width), (4 * width, width), (width, 4 * width)
+
+
+def gated_layer(width: int, hidden: int, keys: int) -> tuple[Shape, ...]:
+    """Return the matrices of a layer of a Llama: query, key, value, output; gate, up, down.
+
+    Args:
+        hidden: the width inside the MLP.
+        keys: columns of keys, and of values: ``width`` unless heads share them.
+    """
+    attention = (width, width), (keys, width), (keys, width), (width, width)
+    return (*attention, (hidden, width), (hidden, width), (width, hidden))
+
+
 def transformer(width: int) -> tuple[Shape, ...]:
-    """Return four layers (attention in and out, MLP up and down, with biases and two norms each) and an output layer.
+    """Return four layers (matrices, their biases and two norms each) and an output layer.
 
     The matrices hold 56 width^2 numbers, the vectors 52 width.
     """
-    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width))
     norms = ((width,),) * 4  # weight and bias of two
-    biases = tuple((rows,) for rows, _ in matrices)
-    return (*matrices, *norms, *biases) * LAYERS + ((8 * width, width),)
+    biases = tuple((rows,) for rows, _ in layer(width))
+    return (*layer(width), *norms, *biases) * LAYERS + ((8 * width, width),)
 
 
-def gpt2(width: int, layers: int) -> tuple[tuple[Shape, ...], int]:
-    """Return the matrices of a GPT-2 that are preconditioned, and how many numbers the rest has."""
-    matrices = ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)) * layers
-    return matrices, (50257 + 1024) * width + (13 * layers + 2) * width
-
-
-def llama(width: int, layers: int, hidden: int) -> tuple[tuple[Shape, ...], int]:
-    """Return the same of a Llama."""
-    matrices = ((width, width),) * 4 + ((hidden, width),) * 2 + ((width, hidden),)
-    return matrices * layers, 2 * 32000 * width + (2 * layers + 1) * width
-
-
-# Models that --model names.
-MODELS = {"gpt2-small": gpt2(768, 12), "gpt2-1.5b": gpt2(1600, 48), "llama-7b": llama(4096, 32, 11008)}
-
+# Models that --model names: the matrices that are preconditioned, and how many numbers the rest has.
+MODELS = {
+    "gpt2-small": (layer(768) * 12, (50257 + 1024) * 768 + (13 * 12 + 2) * 768),
+    "gpt2-1.5b": (layer(1600) * 48, (50257 + 1024) * 1600 + (13 * 48 + 2) * 1600),
+    "llama-7b": (gated_layer(4096, 11008, 4096) * 32, 2 * 32000 * 4096 + (2 * 32 + 1) * 4096),
+}
 PRESETS: dict[str, tuple[Shape, ...]] = {
     "medium": transformer(WIDTH // 2),
     "transformer": transformer(WIDTH),

@@ -16,7 +16,7 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, finite, table, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, finite, milliseconds, table, terminal_width
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import scales
@@ -42,10 +42,10 @@ EXAMPLES = """\
   caspr-bench --optim caspr,adamw --params 2M       two; less than a minute
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
-  caspr-bench --optim caspr,caspr_polar:graft=rms   modes of one engine
+  caspr-bench --optim caspr_sum,caspr:graft=rms    modes of one engine
   caspr-bench --roots                               errors of inverse roots
-  caspr-bench --ranks 1,2,4                         a step that so many share
-  caspr-bench --model gpt2-1.5b --scale 8,1024      so many GPUs, predicted"""
+  caspr-bench --ranks 1,2,4                         on 1, 2 and 4 processes
+  caspr-bench --model gpt2-1.5b --scale 8,1024      on many GPUs, predicted"""
 
 LEGEND = """\
 median      time of a step at the optimizer's own interval, like p99 and mean; the chart shows the median
@@ -87,7 +87,7 @@ def parser() -> Parser:
     what = made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
     what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
-    what.add_argument("--params", metavar="N", help="a transformer of about so many parameters: 300k, 14M, 1.5B")
+    what.add_argument("--params", metavar="N", help="a transformer with about N parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
     what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
@@ -126,7 +126,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line, of which only what needs torch is left unchecked.
+    """Return the parsed command line. What needs torch is not checked yet.
 
     Raises:
         UserError: one line for the user.
@@ -172,7 +172,7 @@ def recipe_of(task: str, scale: str) -> Recipe:
 
 
 def writable(path: Path) -> Path:
-    """Return the path, with its directory made: better to know before minutes of measuring than after.
+    """Return the path after making its directory, so that a mistake is found before minutes of measuring.
 
     Raises:
         UserError: nothing can be written there.
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     steps = not args.roots and not args.ranks and not args.model
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = writable(args.png or PLOTS / f"{name}.png") if steps and not args.no_png else None
-    progress = Progress(sys.stderr)
+    progress = Progress(sys.stderr, SECONDS_BETWEEN_LINES)
     progress.say("importing torch")
     try:
         if args.roots or args.model:
@@ -264,7 +264,7 @@ def _scale(args: argparse.Namespace) -> Made:
             f"{row.balance:.2f}",
             *(f"{x / 1e9:.2f}" for x in (row.factor_bytes, row.state_bytes, row.buffer_bytes, row.received_bytes)),
             f"{row.received_ratio:.2f}",
-            *(number(1e3 * x) for x in (row.compute_seconds, row.exchange_seconds)),
+            *(milliseconds(1e3 * x) for x in (row.compute_seconds, row.exchange_seconds)),
             f"{row.dealing_seconds:.2f}",
         ]
         for row in rows
@@ -285,9 +285,9 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
     cells = [
         [
             row.optimizer,
-            *map(number, (row.median_ms, row.p99_ms, row.mean_ms, row.step_ms, row.floor_ms)),
+            *map(milliseconds, (row.median_ms, row.p99_ms, row.mean_ms, row.step_ms, row.floor_ms)),
             *map(ratio, (row.floor_ratio, row.adamw_ratio)),
-            *map(number, (row.statistics_ms, row.roots_ms, row.apply_ms, row.rest_ms)),
+            *map(milliseconds, (row.statistics_ms, row.roots_ms, row.apply_ms, row.rest_ms)),
             f"{row.state_bytes_per_parameter:.1f}",
             f"{100 * row.share:.1f} %",
         ]
@@ -295,12 +295,13 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
     ]
     yield from fitting([heads, *cells], [0, 0, 5, 2, 4, 6, 7, 0, 3, 3, 3, 3, 1, 1])
     yield ""
-    yield from hanging(LEGEND.format(train=f"{number(first.train_ms)} ms", batch=batch), 12)
+    yield from hanging(LEGEND.format(train=f"{milliseconds(first.train_ms)} ms", batch=batch), 12)
     for row in rows:
         if row.refresh_ms is not None:
+            ours, lapack = map(milliseconds, (row.refresh_ms, row.lapack_ms))
             yield (
-                f"roots       of {row.optimizer}, all at once: {number(row.refresh_ms)} ms, {ratio(row.refresh_ratio)} "
-                f"x LAPACK's eigendecompositions of as many matrices of the same sizes ({number(row.lapack_ms)} ms)"
+                f"roots       of {row.optimizer}, all at once: {ours} ms, {ratio(row.refresh_ratio)} x LAPACK's "
+                f"eigendecompositions of as many matrices of the same sizes ({lapack} ms)"
             )
     versions = ", ".join(f"{name} {value}" for name, value in first.versions.items())
     yield f"machine     {first.device}, threads {first.threads}; {versions}"
@@ -318,9 +319,9 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
         [
             row.optimizer,
             str(row.ranks),
-            *map(number, (row.median_ms, row.mean_ms)),
+            *map(milliseconds, (row.median_ms, row.mean_ms)),
             f"{row.speedup:.2f}",
-            *map(number, (row.statistics_ms, row.roots_ms, row.apply_ms, row.communication_ms)),
+            *map(milliseconds, (row.statistics_ms, row.roots_ms, row.apply_ms, row.communication_ms)),
             *(f"{size / 1e6:.1f}" for size in (row.state_bytes, row.factor_bytes, row.bytes_received)),
             f"{row.bytes_received / row.weight_bytes:.2f}",
         ]
@@ -333,22 +334,15 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
 
 def fitting(cells: list[list[str]], spare: list[int]) -> Iterator[str]:
     """Yield the lines of a table. Where the terminal is narrow, the columns with the highest ``spare`` are left out."""
-    from caspr_cli.report.terminal import cell_lines
+    from caspr_cli.report.render import lines, sheet
 
-    return cell_lines(cells, terminal_width(), spare=spare, more="a wider terminal or --json")
+    yield from lines(sheet(cells[0], cells[1:], spare=spare), terminal_width(), more="a wider terminal or --json")
 
 
 def hanging(legend: str, indent: int) -> Iterator[str]:
     """Yield the lines of a legend, wrapped below their texts."""
     for line in legend.splitlines():
         yield from textwrap.wrap(line, terminal_width(), subsequent_indent=" " * indent, break_on_hyphens=False)
-
-
-def number(value: float | None) -> str:
-    """Return milliseconds in about three digits."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def ratio(value: float | None) -> str:

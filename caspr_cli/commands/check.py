@@ -55,7 +55,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         for row in table.rows:
             if row.untuned:
                 continue
-            wrong = [*entry.problems(row, table.higher_is_better, draw), *entry.against(row, table, standing)]
+            wrong = [*entry.problems(row, draw), *entry.against(row, table, standing)]
             wrong += [] if wrong or rerun is None else _again(row, rerun)
             name = f"{row.label} on {table.task}"
             for line in wrong:

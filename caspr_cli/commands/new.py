@@ -13,7 +13,19 @@ from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.tasks.registry import TASKS
 
 TEMPLATES = Path(__file__).with_name("templates")
-TRY = {"task": "caspr-train task={name}", "optimizer": "caspr-train task=ud_pos optim={name}"}
+TRY = {  # after it is installed
+    "task": (
+        "python -m pytest {name}",
+        "caspr-train task={name}",
+        "caspr-train -m task={name} optim=caspr,adamw seed=0,1,2",
+    ),
+    "optimizer": (
+        "python -m pytest {name}",
+        "caspr-train task=ud_pos optim={name}",
+        "caspr-train -m task=ud_pos optim={name},adamw seed=0,1,2",
+        "caspr-train experiment=ud_pos optim={name},adamw plan=true",
+    ),
+}
 
 
 def main(words: Sequence[str]) -> None:
@@ -35,9 +47,9 @@ def main(words: Sequence[str]) -> None:
         file.write_text(source.read_text(encoding="utf8").replace("NAME", name), encoding="utf8")
         written.append(str(file.relative_to(name)))
     say(f"wrote    {name}/: {', '.join(written)}")
-    say(f"next     pip install -e ./{name}")
-    say(f"         {TRY[kind].format(name=name)}")
-    say(f"         python -m pytest {name}")
+    say(f"next     pip install -e ./{name} pytest")
+    for line in TRY[kind]:
+        say(f"         {line.format(name=name)}")
 
 
 def _check(name: str) -> None:

@@ -21,12 +21,22 @@ from caspr_cli.common.format import count, listed, size, terminal_width
 from caspr_cli.common.streams import OK, RUN_FAILED, console_script
 
 if TYPE_CHECKING:
-    from caspr_cli.report.logs import Found
     from caspr_cli.report.model import Run, Table
+    from caspr_cli.report.trackers import Found
 
 WIDTH = 120  # where no terminal says its own
 SHOWN = 8  # warnings about files
 SUFFIXES = (".html", ".md", ".tex", ".csv", ".json", ".svg")
+# Of commands that write files: what --to is called in the help, how its name ends, whether it has to be given, and why.
+OUTPUTS = {
+    "compare": ("FILE", SUFFIXES, False, f"{', '.join(SUFFIXES)}; may be given several times"),
+    "profile": ("FILE.svg", (".svg",), False, "a figure; may be given several times"),
+    "curves": ("FILE.svg", (".svg",), True, "the figure"),
+    "trials": ("FILE", (".svg", ".md"), False, ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
+    "pack": ("FILE.jsonl.gz", (".jsonl.gz",), True, "the pack"),
+    "unpack": ("DIRECTORY", (), True, "where the records go"),
+    "leaderboard": ("FILE.md", (".md",), True, "the page"),
+}
 
 BASELINE = (
     "a row, as the table names it (default: adamw, where there is one); without an optimizer, as statistics=ema: each "
@@ -90,9 +100,9 @@ def parser() -> Parser:
     curves = command("curves", "validation over training, mean and 95-percent band over seeds")
     listing = command("list", "one line a record, the newest last")
     command("show", "one record in words")
-    pack = command("pack", "many records in one small file, to be read like a directory")
-    unpack = command("unpack", "the records of packs as directories again")
-    board = command("leaderboard", "the rows of packs that were tuned alike, and how to enter one's own")
+    command("pack", "many records in one small file, to be read like a directory")
+    command("unpack", "the records of packs as directories again")
+    command("leaderboard", "the rows of packs that were tuned alike, and how to enter one's own")
     check = command("check", "whether records may stand on the leaderboard, or what is wrong")
     check.add_argument("--board", metavar="DIRECTORY", type=Path, help="packs of the leaderboard that it has to fit")
     check.add_argument("--rerun", metavar="DIRECTORY", type=Path, help="run two reported seeds of each row again there")
@@ -118,22 +128,9 @@ def parser() -> Parser:
     curves.add_argument("--over", **units)
     curves.add_argument("--together", action="store_true", help="all tasks in one figure, and FILE-dark.svg for dark "
                         "pages")  # fmt: skip
-    _add_outputs(
-        (compare, "FILE", f"{', '.join(SUFFIXES)}; may be given several times"),
-        (profile, "FILE.svg", "a figure; may be given several times"),
-        (curves, "FILE.svg", "the figure"),
-        (trials, "FILE", ".svg (by learning rate, and FILE-keys.svg by each other key) or .md"),
-        (pack, "FILE.jsonl.gz", "the pack"),
-        (unpack, "DIRECTORY", "where the records go"),
-        (board, "FILE.md", "the page"),
-    )
+    for name, (called, _, _, text) in OUTPUTS.items():
+        commands.choices[name].add_argument("--to", metavar=called, type=Path, action="append", default=[], help=text)
     return made
-
-
-def _add_outputs(*kinds: tuple[Parser, str, str]) -> None:
-    """Add ``--to`` to commands that write files; a kind is a command, what its file is called, and a help text."""
-    for one, name, text in kinds:
-        one.add_argument("--to", metavar=name, type=Path, action="append", default=[], help=text)
 
 
 def _add_logs(one: Parser) -> None:
@@ -164,7 +161,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args: argparse.Namespace = parser().parse_args(argv)
     if args.what is None:
         raise UserError("say what to do (caspr-report --help)")
-    _check_files(args.what, getattr(args, "to", []))
+    if args.what in OUTPUTS:
+        _check_files(args.what, args.to)
     args.kind = getattr(args, "kind", None)
     if args.kind and not args.paths:
         raise UserError(f"--from {args.kind}: name the folder or the files of the logs")
@@ -205,19 +203,17 @@ def target(text: str) -> tuple[str, float]:
 
 
 def _check_files(what: str, files: Sequence[Path]) -> None:
+    _, allowed, needed, _ = OUTPUTS[what]
     if what == "unpack":
         if len(files) != 1 or files[0].is_file():
             raise UserError("unpack: name a directory with --to")
         return
-    allowed = {"compare": SUFFIXES, "pack": (".jsonl.gz",), "trials": (".svg", ".md"), "leaderboard": (".md",)}.get(
-        what, (".svg",)
-    )
     for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
             raise UserError(f"--to {file}: it is a directory")
-    if what in ("curves", "pack", "leaderboard") and len(files) != 1:
+    if needed and len(files) != 1:
         raise UserError(f"{what}: name a file with --to, as {what}{allowed[0]}")
 
 
@@ -261,10 +257,11 @@ def leaderboard(args: argparse.Namespace) -> None:
 def _logs(args: argparse.Namespace) -> Found:
     """Return the runs of other programs, and say what was guessed."""
     from caspr_cli.report import logs
+    from caspr_cli.report.trackers import Asked
 
     tuned = getattr(args, "tuned", None) or []
     given = {flag: value for flag in LOGS if (value := getattr(args, flag)) is not None}
-    found = logs.find(args.paths, logs.Asked(args.kind, given.pop("metric", None), tuned=tuned, **given))
+    found = logs.find(args.paths, Asked(args.kind, given.pop("metric", None), tuned=tuned, **given))
     args.tuned = list(map(logs.key, tuned))
     for line in found.notes:
         print(f"note     {line}", file=sys.stderr)
@@ -304,7 +301,7 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Print and write what is made from tables: compare, profile, curves, trials."""
-    from caspr_cli.report import format
+    from caspr_cli.report import export
     from caspr_cli.report.compare import tables
 
     asked = vars(args)
@@ -322,7 +319,7 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     for line in wrote:
         print(line, file=out)
     if quiet:
-        print(format.as_json(made), end="")
+        print(export.as_json(made), end="")
 
 
 def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table]) -> Iterator[str]:
@@ -347,14 +344,14 @@ def _command() -> str:
 
 def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> Iterator[tuple[Path, str]]:
     """Yield the files to write for one name: several for figures of which there is one for each table."""
-    from caspr_cli.report import format, markdown
+    from caspr_cli.report import export
 
     command = _command()
     writers: dict[str, Callable[[], str]] = {
-        ".md": lambda: (markdown.trials if args.what == "trials" else markdown.compared)(made, command),
-        ".tex": lambda: format.as_latex(made, command),
-        ".csv": lambda: format.as_csv(made),
-        ".json": lambda: format.as_json(made),
+        ".md": lambda: (export.trials_as_markdown if args.what == "trials" else export.as_markdown)(made, command),
+        ".tex": lambda: export.as_latex(made, command),
+        ".csv": lambda: export.as_csv(made),
+        ".json": lambda: export.as_json(made),
     }
     if file.suffix in writers:
         yield file, writers[file.suffix]()

@@ -189,7 +189,7 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
         return OK
     code = one_after_the_other(partial(announced, *sweep) for sweep in sweeps(experiment, table))
     if code in (INTERRUPTED, TERMINATED):
-        say(f"         {shlex.join(command)}    goes on")
+        say(f"stopped  the same command goes on:\nnext     {shlex.join(command)}")
     elif code != BAD_USAGE:
         report(experiment)
     return code

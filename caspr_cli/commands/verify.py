@@ -8,77 +8,43 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import Field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
-from caspr_cli.common import plugins
-from caspr_cli.common.errors import Parser, UserError, positive
+from caspr_cli.common.errors import Parser, UserError
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import Progress, duration, listed, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, duration, listed, terminal_width
 from caspr_cli.common.streams import OK, console_script
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.runs import provenance
-from caspr_cli.tasks.registry import TASKS
+from caspr_cli.theory.choices import Choice, Costs, Layers, Seeds
 
 FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
 ALL = "all"
 
 
-def natural(text: str) -> int:
-    """Return a seed."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"should be 0, 1, 2, ... but is {text}")
-    return int(text)
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of a question: its default, its type, and its line of help."""
-
-    default: Any
-    kind: Callable[[str], Any]
-    help: str
-    metavar: str | None = "N"
-    choices: tuple[str, ...] | None = None
-
-
-# The values of caspr_cli.theory.gradients, which cannot be imported here: it needs torch.
-OURS = [name for name in TASKS if plugins.package(plugins.TASKS, name) is None]
-FLAGS = {
-    "seed": Flag(0, natural, "the first seed"),
-    "seeds": Flag(3, positive, "number of seeds, for bands"),
-    "task": Flag(None, str, f"gradients of this task alone: {', '.join(OURS)}", "NAME"),
-    "parameter": Flag(None, str, "layers of the task with this in their names, with at most 1,024 numbers", "TEXT"),
-    "optim": Flag("caspr", str, "caspr or adamw, along whose path gradients are recorded", "NAME", ("caspr", "adamw")),
-    "model": Flag("c4_lm", str, "the task whose model is costed, at its sample scale", "NAME"),
-    "batch": Flag(None, positive, "samples in a step of that model (default: as in the task)"),
-    "tokens": Flag(4e6, float, "tokens in a step of the large models"),
-    "efficiency": Flag(0.7, float, "the part of a GPU's peaks that the optimizer reaches"),
-    "mfu": Flag(0.4, float, "the part of a GPU's bfloat16 peak that training reaches"),
-    "float32": Flag(67.0, float, "TFLOP/s of a GPU; this and the next three: an H100's data sheet"),
-    "bfloat16": Flag(989.0, float, "TFLOP/s of a GPU"),
-    "memory": Flag(3.35, float, "TB/s of a GPU's memory"),
-    "network": Flag(50.0, float, "GB/s of a GPU's link to other nodes"),
-}
-LAYERS = ("seed", "seeds", "task", "parameter", "optim")
-COSTED = tuple(name for name in FLAGS if name not in LAYERS)
-# Each question is a module of caspr_cli.theory, with its flags.
-QUESTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "order": ("full-matrix Adagrad <= order 1 <= CASPR <= ... <= Shampoo, on recorded gradients", LAYERS),
-    "approximation": ("how near each preconditioner comes to the full-matrix one, over training", LAYERS),
-    "regret": ("online convex problems: regret of all, against the bounds", ("seed", "seeds")),
-    "roots": ("inverse roots: error, steps, time and memory, predicted and measured", ("seed", "seeds")),
-    "cost": ("FLOPs, bytes and time of a step: here, and on paper for large models", ("seed", *COSTED)),
+# Each question is a module of caspr_cli.theory; its flags are fields of a dataclass.
+QUESTIONS: dict[str, tuple[str, type[Choice]]] = {
+    "order": ("full-matrix Adagrad <= order 1 <= CASPR <= ... <= Shampoo, on recorded gradients", Layers),
+    "approximation": ("how near each preconditioner comes to the full-matrix one, over training", Layers),
+    "regret": ("online convex problems: regret of all, against the bounds", Seeds),
+    "roots": ("inverse roots: error, steps, time and memory, predicted and measured", Seeds),
+    "cost": ("FLOPs, bytes and time of a step: here, and on paper for large models", Costs),
 }
 EXITS = """\
 exits    0 done   1 a statement that should hold did not   2 bad usage
          130 interrupted"""
+
+
+def flags(choice: type[Choice]) -> list[Field[Any]]:
+    """Return the fields that are flags."""
+    return [each for each in fields(choice) if each.metadata]
 
 
 def parser() -> Parser:
@@ -92,17 +58,14 @@ def parser() -> Parser:
     made.add_argument("--version", action="version", version=f"caspr-verify {__version__}")
     questions = made.add_subparsers(title="questions", metavar="question", dest="what")
     every = f"all of these, and one page of them: {OUTPUTS}/index.html"
-    for name, (text, flags) in (QUESTIONS | {ALL: (every, LAYERS)}).items():
+    for name, (text, choice) in (QUESTIONS | {ALL: (every, Layers)}).items():
         about = textwrap.fill(f"{text}.", 78)
         one: Parser = questions.add_parser(name, help=text, description=about, epilog=EXITS)
         one.add_argument("--quick", action="store_true", help="seconds instead of minutes: less of everything")
-        for flag in flags:
-            f = FLAGS[flag]
-            default = f"{f.default:g}" if isinstance(f.default, float) else f.default
-            said = f.help if default is None else f"{f.help} (default: {default})"
-            one.add_argument(
-                f"--{flag}", type=f.kind, default=f.default, metavar=f.metavar, choices=f.choices, help=said
-            )
+        for each in flags(choice):
+            default = f"{each.default:g}" if isinstance(each.default, float) else each.default
+            said = each.metadata["help"] + ("" if default is None else f" (default: {default})")
+            one.add_argument(f"--{each.name}", default=each.default, **{**each.metadata, "help": said})
         to = OUTPUTS if name == ALL else OUTPUTS / name
         text = f"directory for Markdown, JSON, CSV and SVG (default: {to})"
         one.add_argument("--to", type=Path, default=to, metavar="DIR", help=text)
@@ -111,7 +74,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line, of which only what needs the tasks is left unchecked.
+    """Return the parsed command line. What needs the tasks is not checked yet.
 
     Raises:
         UserError: one line for the user.
@@ -120,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.what is None:
         raise UserError(f"say what to verify (choices: {', '.join((*QUESTIONS, ALL))}; caspr-verify --help)")
     args.questions = tuple(QUESTIONS) if args.what == ALL else (args.what,)
-    # Better to know before minutes of computing than after.
+    # A mistake here is found before minutes of computing.
     there = next(parent for parent in (args.to, *args.to.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise UserError(f"--to {args.to}: {there} is no directory")
@@ -162,15 +125,17 @@ def run(args: argparse.Namespace) -> int:
 
 def answered(name: str, args: argparse.Namespace) -> Answer:
     """Return the answer of a question's module, with the command that asks for it and where it was computed."""
-    progress, start = Progress(sys.stderr), time.monotonic()
+    progress, start = Progress(sys.stderr, SECONDS_BETWEEN_LINES), time.monotonic()
     progress.say("importing torch")
-    given = {flag: getattr(args, flag) for flag in QUESTIONS[name][1] if hasattr(args, flag)}
+    _, kind = QUESTIONS[name]
+    given = {each: getattr(args, each.name) for each in flags(kind) if hasattr(args, each.name)}
     module = import_module(f"caspr_cli.theory.{name}")
     try:
-        one: Answer = module.answer(module.Choice(quick=args.quick, **given), progress.say)
+        choice = kind(quick=args.quick, **{each.name: value for each, value in given.items()})
+        one: Answer = module.answer(choice, progress.say)
     finally:
         progress.clear()
-    changed = {flag: value for flag, value in given.items() if value != FLAGS[flag].default}
+    changed = {each.name: value for each, value in given.items() if value != each.default}
     words = [word for flag, value in changed.items() for word in (f"--{flag}", str(value))]
     command = shlex.join(["caspr-verify", name, *(["--quick"] if args.quick else []), *words])
     return replace(one, command=command, provenance=origin(time.monotonic() - start))

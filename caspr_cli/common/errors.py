@@ -78,6 +78,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=24, width=min(get_terminal_size().columns, WIDEST) - 2)
 
+    def _format_action(self, action: argparse.Action) -> str:
+        """Return a flag's lines; of commands only theirs, as their title says what they are."""
+        if isinstance(action, argparse._SubParsersAction):
+            return self._join_parts([self._format_action(each) for each in self._iter_indented_subactions(action)])
+        return super()._format_action(action)
+
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         for each in self._iter_indented_subactions(action):  # argparse forgets that commands are indented

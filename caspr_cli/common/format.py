@@ -7,8 +7,11 @@ import math
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Collection, Sequence
 from typing import Any, TextIO
+
+SECONDS_BETWEEN_LINES = 10  # of progress, where no terminal shows it
 
 
 def count(number: int, noun: str, ending: str = "s") -> str:
@@ -32,6 +35,15 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes_left:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def milliseconds(value: float | None) -> str:
+    """Return about three digits without a unit: ``0.012``, ``1.23``, ``12.3``, ``12,346``; a dash if not known."""
+    if value is None:
+        return "-"
+    if value >= 10:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def size(number: float, unit: str = "B") -> str:
@@ -95,14 +107,25 @@ def table(
 
 
 class Progress:
-    """One line that is overwritten while long work goes on; silent if the stream is no terminal."""
+    """One line that is overwritten while long work goes on.
 
-    def __init__(self, stream: TextIO) -> None:
+    Args:
+        stream: where it is shown.
+        seconds: where the stream is no terminal, write a plain line, and the next one after so many seconds; None
+            writes none.
+    """
+
+    def __init__(self, stream: TextIO, seconds: float | None = None) -> None:
         self._stream, self._shown = stream, stream.isatty()
+        self._seconds, self._last_line = seconds, -math.inf
 
     def say(self, text: str) -> None:
         if self._shown:
             print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
+        elif self._seconds is not None and time.monotonic() - self._last_line >= self._seconds:
+            self._last_line = time.monotonic()
+            print(text, file=self._stream, flush=True)
 
     def clear(self) -> None:
-        self.say("")
+        if self._shown:
+            self.say("")

@@ -39,14 +39,18 @@ def joined(group: str, ours: dict[str, E]) -> dict[str, E]:
     """
     found, kind = dict(ours), type(next(iter(ours.values())))
     for point in _installed().select(group=group):
-        if point.name in found or not point.name.isidentifier():
-            raise _refused(point, "the name is taken" if point.name in found else "the name should be an identifier")
+        if point.name in ours:
+            raise _refused(point, "caspr-cli itself has this name; choose another")
+        if point.name in found:
+            raise _refused(point, f"{package(group, point.name)} has this name, too; uninstall one")
+        if not point.name.isidentifier():
+            raise _refused(point, "the name should have letters, digits and _ alone")
         try:
             entry = point.load()
-        except Exception as error:  # whatever its module does
-            raise _refused(point, f"cannot be imported ({type(error).__name__}: {error})") from error
+        except (Exception, SystemExit) as error:  # whatever its module does
+            raise _refused(point, f"cannot be imported ({_why(error)})") from error
         if not isinstance(entry, kind):
-            raise _refused(point, f"should be a {kind.__module__}.{kind.__name__} but is a {type(entry).__name__}")
+            raise _refused(point, f"should be a {_name(kind)} but is a {_name(type(entry))}")
         found[point.name] = entry
     return found
 
@@ -61,8 +65,8 @@ def folders() -> dict[Path, str]:
     for point in _installed().select(group=CONF):
         try:
             spec = find_spec(point.value)
-        except Exception as error:
-            raise _refused(point, f"cannot be imported ({type(error).__name__}: {error})") from error
+        except (Exception, SystemExit) as error:
+            raise _refused(point, f"cannot be imported ({_why(error)})") from error
         if spec is None or not spec.submodule_search_locations:
             raise _refused(point, f"{point.value} is no folder")
         found[Path(spec.submodule_search_locations[0])] = _package(point)
@@ -76,6 +80,14 @@ def package(group: str, name: str) -> str | None:
 
 def _package(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}".removeprefix("builtins.")
+
+
+def _why(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _refused(point: EntryPoint, why: str) -> UserError:

@@ -328,13 +328,20 @@ def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optim
 
 SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
+CHOSEN = POLAR | {"lr": 1e-2}  # what won the comparisons in outputs/published
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
     plugins.OPTIMIZERS,
     {
-        "caspr": Entry("CASPR: the axes' preconditioners combined by a Kronecker sum", CASPRKeys, _family("CASPR")),
+        "caspr": Entry(
+            "CASPR: the axes' preconditioners combined by a Kronecker sum; then the polar factor, as in Muon",
+            CASPRKeys,
+            _family("CASPR"),
+            CHOSEN,
+        ),
+        "caspr_sum": Entry("CASPR as published: the Kronecker sum alone", CASPRKeys, _family("CASPR")),
         "caspr_paper": Entry(
-            "CASPR with momentum after preconditioning, as in Shampoo for Optax: what the paper tells",
+            "CASPR with momentum after preconditioning, as in Shampoo for Optax: as the paper has it",
             CASPRKeys,
             _family("CASPR"),
             {"precondition": "gradient"},
@@ -345,12 +352,7 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             _author,
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
-        "caspr_polar": Entry(
-            "CASPR, each update replaced by its polar factor; Nesterov momentum as in Muon",
-            CASPRKeys,
-            _family("CASPR"),
-            POLAR,
-        ),
+        "caspr_polar": Entry("the name of caspr in older records", CASPRKeys, _family("CASPR"), POLAR),
         "shampoo_polar": Entry(
             "Shampoo, each update replaced by its polar factor; Nesterov momentum as in Muon",
             ShampooKeys,

@@ -34,8 +34,8 @@ NOT_IN_THE_NAME = (
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
 UNTUNED = "default"  # value of ``trial`` for a run with the default settings instead of drawn ones
-# Keys that are newer than some records, with the value at which a run is as it was without them. This value is not in
-# the name, so that those records are found again.
+# Keys that are newer than some records, with the value that those have. This value is not in the name, so that they
+# are found again.
 CAME_LATER = {
     "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.polar": False,
     "optim.adamw_lr_scale": 1.0, "optim.measured": 0.0, "trainer.strategy": "ddp",
@@ -199,7 +199,9 @@ def parse(text: str) -> Recipe:
         optim = without_removed(plain["optim"])
     except ValueError as error:
         raise ConfigError(f"optim.{error}") from error
-    return _build(plain | {"optim": optim})
+    conf = OPTIMIZERS.get(optim["name"])
+    before = {key.removeprefix("optim."): value for key, value in CAME_LATER.items()}
+    return _build(plain | {"optim": {key: value for key, value in before.items() if hasattr(conf, key)} | optim})
 
 
 def identity(recipe: Recipe) -> str:
@@ -218,7 +220,7 @@ def identity(recipe: Recipe) -> str:
 
 
 def readable(recipe: Recipe) -> str:
-    """Return the values of the optimizer that are not its defaults, and the identity: ``lr0.006-polar-3f2a91c0``."""
+    """Return the values of the optimizer that are not its defaults, and the identity: ``lr0.006-no_polar-3f2a91c0``."""
     own, given = to_plain(OPTIMIZERS[recipe.optim.name]()), to_plain(recipe.optim)
     words = [_word(key, value) for key, value in given.items() if value != own[key]]
     text = re.sub(r"[^\w.+-]", "", "-".join(words))

@@ -10,13 +10,14 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, finite, listed, wrapped
 from caspr_cli.report import render
+from caspr_cli.report.render import Column, Sheet
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,17 +113,20 @@ def cell(value: Any, form: str = "") -> str:
     return format(value, form) if isinstance(value, (int, float)) else str(value)
 
 
-def grid(made: DataFrame) -> list[list[str]]:
-    """Return the heads and the rows that people see."""
+def sheet(made: DataFrame) -> Sheet:
+    """Return the rows that people see; columns without text are aligned to the right."""
     heads, formats, shown = (made.attrs[name] for name in ("heads", "formats", "shown"))
-    records = made.head(len(made) if shown is None else shown).to_dict("records")
-    rows = [[cell(value, formats.get(key, "")) for key, value in record.items()] for record in records]
-    return [[str(heads.get(key, key)) for key in made.columns], *rows]
-
-
-def numeric(made: DataFrame) -> list[bool]:
-    """Return for each column whether it holds no text."""
-    return [not any(isinstance(value, str) for value in made[key]) for key in made.columns]
+    rows = made if shown is None else made.head(shown)
+    columns = [
+        Column(
+            str(heads.get(key, key)),
+            tuple(cell(value, formats.get(key, "")) for value in rows[key]),
+            right=not any(isinstance(value, str) for value in made[key]),
+            spare=max(place - 1, 0),
+        )
+        for place, key in enumerate(made.columns)
+    ]
+    return Sheet(tuple(columns), made.attrs["title"])
 
 
 def rest(name: str, made: DataFrame) -> str:
@@ -162,17 +166,21 @@ def said(answer: Answer) -> str:
 
 def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
     """Yield title, as many columns as there is room for, and the note."""
-    yield from textwrap.wrap(made.attrs["title"], width)
-    cells, right = grid(made), numeric(made)
-    lines, omitted = render.terminal(cells, width, right=right)
+    whole = sheet(made)
+    yield from textwrap.wrap(whole.caption, width)
+    lines, omitted = render.terminal(whole, width)
     if omitted or max(map(len, lines)) > width:
-        cells = [[text if len(text) <= WIDEST else text[: WIDEST - 1] + "…" for text in row] for row in cells]
-        lines, omitted = render.terminal(cells, width, right=right)
+        columns = [replace(c, head=_cut(c.head), cells=tuple(map(_cut, c.cells))) for c in whole.columns]
+        lines, omitted = render.terminal(Sheet(tuple(columns)), width)
     yield from lines
     said = [f"no room for: {listed(omitted)}" if omitted else "", rest(name, made)]
     if any(said):
         yield from textwrap.wrap(f"({'; '.join(filter(None, said))})", width)
     yield from textwrap.wrap(made.attrs["note"], width)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
 def write(answer: Answer, directory: Path) -> list[Path]:
@@ -234,7 +242,7 @@ def as_markdown(answer: Answer) -> str:
     for name, made in visible(answer).items():
         more = rest(name, made)
         note = " ".join(filter(None, [made.attrs["note"], f"({more}.)" if more else ""]))
-        lines = render.markdown(grid(made), numeric(made))
+        lines = render.markdown(sheet(made), aligned=True)
         tables.append("\n\n".join(filter(None, [f"## {made.attrs['title']}", lines, note])))
     made_by = f"Made by\n\n    {answer.command}" if answer.command else ""
     formula = f"    {answer.formula}" if answer.formula else ""

@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.format import count, listed
-from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
 from caspr_cli.report.horizon import HORIZON, LENGTH, with_own_schedules
-from caspr_cli.report.model import Difference, Row, Run, Table, Trial
+from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.provenance import data_hash
-from caspr_cli.report.selection import (
-    ALWAYS_TUNED,
-    UNTUNED,
-    Group,
-    Selection,
-    common_target,
-    grouped,
-    matching,
-    median,
-    planned,
-    searched_keys,
-    select,
-    time_to,
-    trials,
-    without_name,
-)
+from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, rows_of, without_name
+from caspr_cli.report.settings import ranges
 from caspr_cli.report.stats import Comparison
 
 DEBUG = "debug"  # runs with it only try whether everything works
 DEFAULT_BASELINE = "adamw"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The task, scale, data and planned steps that all rows of a table share."""
-
-    task: str
-    scale: str
-    data: str
-    metric: str
-    higher_is_better: bool
-    data_hash: str | None = None
-    steps: int | None = None
-
-    @classmethod
-    def of(cls, run: Run) -> Subject:
-        config = run.config
-        scale, data = (str(config.get(key, "-")) for key in ("scale", "task.data"))
-        higher = bool(config.get("task.target.higher_is_better", False))
-        return cls(str(config["task.name"]), scale, data, run.metric, higher)
 
 
 def tables(
@@ -81,7 +45,7 @@ def tables(
     found = subjects([run for run in runs if run.config.get(DEBUG) in (None, "none")])
     budgets = LENGTH not in (tuned or ())
     made = [
-        _table(replace(subject, steps=steps), own, every, baseline, tuned, wanted.get(subject.task))
+        _table(replace(subject, steps=steps, target=wanted.get(subject.task)), own, every, baseline, tuned)
         for subject, every in found.items()
         for steps, own in (by_steps(every) if budgets else {None: every}).items()
     ]
@@ -110,15 +74,17 @@ def _check(runs: Sequence[Run], tuned: Sequence[str] | None, wanted: Mapping[str
             raise UserError(f"--target {task}: no record is of this task.{nearest(task, tasks)}")
 
 
-def subjects(runs: Sequence[Run]) -> dict[Subject, list[Run]]:
-    """Return the runs of each table: those of one task on the same data, by the hash of its content.
+def subjects(runs: Sequence[Run]) -> dict[Table, list[Run]]:
+    """Return the runs of each table by the table, still without rows: one task on the same data, by the data's hash.
 
     Runs without a hash failed before they had the data, and count to the data of the most runs.
     """
-    kinds: dict[Subject, list[Run]] = defaultdict(list)
+    kinds: dict[Table, list[Run]] = defaultdict(list)
     for run in runs:
-        kinds[Subject.of(run)].append(run)
-    found: dict[Subject, list[Run]] = defaultdict(list)
+        scale, data = (str(run.config.get(key, "-")) for key in ("scale", "task.data"))
+        higher = bool(run.config.get("task.target.higher_is_better", False))
+        kinds[Table(str(run.config["task.name"]), scale, data, run.metric, higher)].append(run)
+    found: dict[Table, list[Run]] = defaultdict(list)
     for subject in sorted(kinds, key=lambda s: (s.task, s.scale, s.data, s.metric)):
         counts = Counter(known for run in kinds[subject] if (known := data_hash(run)))
         commonest = min(counts, key=lambda known: (-counts[known], known), default=None)
@@ -130,7 +96,7 @@ def subjects(runs: Sequence[Run]) -> dict[Subject, list[Run]]:
 
 
 def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
-    """Return the runs of each length, the longest first: runs of other lengths are not alike.
+    """Return the runs by their length, the longest first: only runs of one length are compared.
 
     Runs with ``horizon`` have no table of their own, where there are others: they show how soon a whole run can reach
     the target.
@@ -143,7 +109,7 @@ def by_steps(runs: Sequence[Run]) -> dict[int | None, list[Run]]:
 
 
 def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
-    """Yield where the same task on other data, or with other lengths, has a table of its own."""
+    """Yield a warning if the same task has another table, on other data or with another length."""
     same = [other for other in made if (other.task, other.scale, other.data) == (table.task, table.scale, table.data)]
     others = list(dict.fromkeys(str(o.data_hash)[:8] for o in same if o.data_hash != table.data_hash))
     lengths = [f"{o.steps or 0:,}" for o in same if o.data_hash == table.data_hash and o.steps != table.steps]
@@ -157,7 +123,7 @@ def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
 
 
 def _debugged(table: Table, made: Sequence[Table], left_out: Sequence[Run]) -> Iterator[str]:
-    """Yield how many records were left out of this task; the first table has those of tasks without a table, too."""
+    """Yield how many records of this task were left out; the first table also counts those of tasks without a table."""
     tasks = {other.task for other in made}
     own = [run for run in left_out if run.config["task.name"] == table.task]
     own += [run for run in left_out if table is made[0] and run.config["task.name"] not in tasks]
@@ -170,98 +136,50 @@ def _debug(runs: Sequence[Run]) -> str:
 
 
 def _table(
-    subject: Subject,
-    runs: Sequence[Run],
-    every: Sequence[Run],
-    baseline: str | None,
-    tuned: Sequence[str] | None,
-    given: float | None,
+    subject: Table, runs: Sequence[Run], every: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None
 ) -> Table:
     """Return one table.
 
     Args:
+        subject: the table without rows; its target is the one that the user wants.
         every: the runs of all lengths: of these ``runs`` have one.
-        baseline, tuned, given: as of :func:`tables`, with the target of this task.
+        baseline, tuned: as of :func:`tables`.
     """
     higher = subject.higher_is_better
-    target = common_target(runs, higher_is_better=higher) if given is None else given
+    target = common_target(runs, higher_is_better=higher) if subject.target is None else subject.target
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
-        keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched_keys(own), ALWAYS_TUNED}))
-        parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
-        rows += [_row(name, group, keys, higher, target) for part in parts for group in grouped(part, keys)]
+        searched = {key for run in own for key in ranges(run.config)}
+        keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched, ALWAYS_TUNED}))
         others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
-        shorter += [_row(name, group, keys, higher, target) for group in grouped(others, keys)]
-    rows = with_own_schedules(rows, shorter, target, higher_is_better=higher)
-    rows.sort(key=lambda row: _place(row, higher))
-    rows, chosen, unmatched = compared(rows, baseline, higher_is_better=higher)
-    differ = consistency.targets_differ(rows, target) if given is None else []
+        parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
+        *reported, more = [rows_of(part, keys, higher_is_better=higher, target=target) for part in (*parts, others)]
+        rows += [row for part in reported for row in part]
+        shorter += more
+    rows = sorted(with_own_schedules(rows, shorter), key=_place)
+    rows, chosen, unmatched = compared(rows, baseline)
+    differ = consistency.targets_differ(rows, target) if subject.target is None else []
     warnings = (*consistency.warnings(rows), *differ, *unmatched)
-    return Table(**vars(subject), target=target, baseline=chosen, rows=tuple(rows), warnings=warnings)
+    return replace(subject, target=target, baseline=chosen, rows=tuple(rows), warnings=warnings)
 
 
-def _place(row: Row, higher: bool) -> tuple[bool, bool, float, str]:
-    """The best mean first; rows with failed seeds at the end, as their mean is of the lucky ones."""
-    return row.mean is None, row.failed > 0, 0.0 if row.mean is None else -row.mean if higher else row.mean, row.label
+def common_target(runs: Iterable[Run], *, higher_is_better: bool) -> float | None:
+    """Return the target of most runs, of equally many the hardest; None if none has one."""
+    counts = Counter(value for run in runs if (value := run.config.get("task.target.value")) is not None)
+    sign = 1 if higher_is_better else -1
+    return float(max(counts, key=lambda value: (counts[value], sign * value))) if counts else None
 
 
-def _row(optim: str, group: Group, tuned: tuple[str, ...], higher: bool, target: float | None) -> Row:
-    made, duplicates = trials(group.runs, tuned)
-    selection = select(made, higher_is_better=higher)
-    runs = selection.runs
-    finals = [run.final for run in runs if run.final is not None]
-    tests = [run.test for run in runs if run.final is not None and run.test is not None]
-    times = [] if target is None else [time_to(target, run, higher_is_better=higher) for run in runs]
-    mean, sd = stats.mean_sd(finals)
-    low, high = stats.interval(finals)
-    test_mean, test_sd = stats.mean_sd(tests)
-    return Row(
-        task=str(group.runs[0].config["task.name"]),
-        optim=optim,
-        label=group.label,
-        trials=made,
-        selected=selection.trial,
-        runs=runs,
-        held_out=selection.held_out,
-        n=len(finals),
-        mean=mean,
-        sd=sd,
-        ci_low=low,
-        ci_high=high,
-        test_mean=test_mean,
-        test_sd=test_sd,
-        test_n=len(tests),
-        steps_to_target=median([step for step, _ in times]),
-        seconds_to_target=median([seconds for _, seconds in times]),
-        reached=None if target is None else sum(math.isfinite(step) for step, _ in times),
-        best_of=stats.best_of(planned(made, selection.scores), higher_is_better=higher),
-        budget=dict(Counter(_outcome(trial, selection) for trial in made)),
-        settings=group.settings,
-        tuned=tuned,
-        records=group.runs,
-        duplicates=duplicates,
-        selecting=selection.seeds,
-        unscored=selection.left_out,
-        scores=selection.scores,
-    )
+def _place(row: Row) -> tuple[bool, bool, float, str]:
+    """Return a key to sort rows by: the best mean first; rows with failed seeds last, as the mean is of lucky ones."""
+    mean = 0.0 if row.mean is None else -row.mean if row.higher_is_better else row.mean
+    return row.mean is None, row.failed > 0, mean, row.label
 
 
-def _outcome(trial: Trial, selection: Selection) -> str:
-    """Return the state of a trial: done if some seed is, unless a seed that selects failed."""
-    deciding = [run for run in trial.runs if run.seed in selection.seeds] or list(trial.runs)
-    ends = [run.final for run in deciding if run.ended]
-    if not ends:
-        return deciding[0].state
-    enough = all if selection.seeds else any
-    return DONE if enough(final is not None for final in ends) else FAILED
-
-
-def compared(
-    rows: Sequence[Row], wanted: str | None, *, higher_is_better: bool
-) -> tuple[list[Row], str | None, list[str]]:
+def compared(rows: Sequence[Row], wanted: str | None) -> tuple[list[Row], str | None, list[str]]:
     """Return the rows, each with its difference to its baseline; the name of the baseline; and warnings.
 
     Args:
@@ -270,25 +188,23 @@ def compared(
     """
     baselines, warnings = _baselines(rows, wanted)
     pairs = {row.label: (row, base) for row in rows if (base := baselines.get(row.label)) and base is not row}
-    found = {label: stats.compare(values_by_seed(row), values_by_seed(base)) for label, (row, base) in pairs.items()}
+    found = {label: stats.compare(row.values, base.values) for label, (row, base) in pairs.items()}
     unfair = {label: _unfair(row, base) for label, (row, base) in pairs.items()}
     p_values = {label: None if unfair[label] else each.p_value for label, each in found.items()}
     corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
     tests = sum(p is not None for p in p_values.values())
 
-    def difference(row: Row) -> Difference | None:
+    def difference(row: Row) -> Comparison | None:
         if row.label not in pairs:
             return None
         each, base, p = found[row.label], baselines[row.label], corrected[row.label]
-        share_of, test = stats.unit_of_shares(each.base), stats.compare(_tests(row), _tests(base))
-        said = verdict(each, p, tests, share_of, unfair[row.label], higher_is_better=higher_is_better)
-        return Difference(
-            **vars(each) | {"p_value": p_values[row.label]}, p_holm=p, verdict=said, baseline=base.label, tests=tests,
-            share_of=share_of, test=test, test_share_of=stats.unit_of_shares(test.base),
-        )  # fmt: skip
+        said = verdict(each, p, tests, unfair[row.label], higher_is_better=row.higher_is_better)
+        test = stats.compare(row.tests, base.tests)
+        p_value = p_values[row.label]
+        return replace(each, p_value=p_value, p_holm=p, tests=tests, baseline=base.label, verdict=said, test=test)
 
     chosen = {base.label for base in baselines.values()}
-    made = [replace(row, difference=difference(row), is_baseline=row.label in chosen) for row in rows]
+    made = [row.but(difference=difference(row), is_baseline=row.label in chosen) for row in rows]
     own = wanted is not None and without_name(wanted)
     baseline = (wanted if own else next(iter(chosen))) if chosen else None
     return made, baseline, [*warnings, *_unpaired(pairs, found)]
@@ -322,7 +238,7 @@ def _baselines(rows: Sequence[Row], wanted: str | None) -> tuple[dict[str, Row],
 
 
 def _unfair(row: Row, base: Row) -> str:
-    """Return what biases the comparison; empty if nothing does, or the same does on both sides.
+    """Return what biases the comparison; empty if nothing does, or if both sides have the same bias.
 
     A larger share of the seeds failed on one side, so that the good ones are left; or they selected the trial, so that
     the luckiest of several was taken: equal rows would then be "better" three to five times as often as they should.
@@ -337,22 +253,13 @@ def _unfair(row: Row, base: Row) -> str:
     return ""
 
 
-def values_by_seed(row: Row) -> dict[int, float]:
-    """Return the values of the reported seeds, without those that failed."""
-    return {run.seed: run.final for run in row.runs if run.final is not None}
-
-
-def _tests(row: Row) -> dict[int, float]:
-    return {run.seed: run.test for run in row.runs if run.final is not None and run.test is not None}
-
-
 def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparison]) -> Iterator[str]:
-    """Yield the seeds of one side that a paired test leaves out."""
+    """Yield a warning for seeds of one side that a paired test leaves out."""
     without: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for label, (row, base) in pairs.items():
         if found[label].paired:
             for one, other in ((row, base), (base, row)):
-                if more := values_by_seed(one).keys() - values_by_seed(other).keys():
+                if more := one.values.keys() - other.values.keys():
                     without[one.label, tuple(sorted(more))].append(other.label)
     for (label, seeds), others in without.items():
         named = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"

@@ -11,19 +11,9 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.report import provenance
 from caspr_cli.report.format import interval
-from caspr_cli.report.model import Row, Run, Trial
-from caspr_cli.report.selection import (
-    ABSENT,
-    HELD_OUT,
-    SPACE,
-    frozen,
-    further,
-    plain,
-    searched_keys,
-    setting,
-    settings,
-    values_of,
-)
+from caspr_cli.report.model import HELD_OUT, Row, Run, Trial
+from caspr_cli.report.selection import ABSENT
+from caspr_cli.report.settings import SPACE, differing, joined, plain, ranges, setting, values_of
 from caspr_cli.report.trials import edges, why
 
 FEW = 3  # a mean over fewer seeds gets a warning
@@ -48,7 +38,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         *(line for row in rows for line in (*_budget(row), *_duplicates(row), *_edges(row))),
         *_list(
             "intervals beyond what the metric can be, so they cover less than 95 %",
-            [f"{row.label} ({interval(row)})" for row in rows if _beyond(row)],
+            [f"{row.label} ({interval(row.validation)})" for row in rows if _beyond(row)],
         ),
         *_differences(rows),
     ]
@@ -64,7 +54,7 @@ def _numbers(seeds: Iterable[int]) -> str:
 
 
 def _unfinished(row: Row) -> Iterator[str]:
-    """Yield the seeds that are reported, or would be, and have no value."""
+    """Yield a warning for reported seeds that have no value, and for seeds that have not finished."""
     if row.selected is None:
         states = ", ".join(f"{n} {state}" for state, n in row.budget.items())
         yield f"{row.label}: no run is done with a finite value (trials: {states})"
@@ -77,25 +67,25 @@ def _unfinished(row: Row) -> Iterator[str]:
 
 
 def _selected_oddly(row: Row) -> Iterator[str]:
-    """Yield where nothing selected the trial, or another one has the held-out seeds."""
+    """Yield a warning if no value selected the trial, or if another trial has the held-out seeds."""
     if row.selected is None or not row.selecting:
         return
 
     def held_out(trial: Trial) -> int:
-        return sum(run.ended and run.seed not in row.selecting for run in trial.runs)
+        return len(trial.ended.keys() - row.selecting)
 
-    chosen, seeds = settings(row.selected.values), _numbers(row.selecting)
+    chosen, seeds = joined(row.selected.values), _numbers(row.selecting)
     if all(score is None for score in row.scores.values()):
         yield f"{row.label}: every trial failed with seed {seeds}, which selects: nothing selected {chosen}"
     if not row.held_out:
         most = max(row.trials, key=held_out)
         if (n := held_out(most)) >= HELD_OUT:
-            values = f"{settings(most.values)} has {n} held-out seeds"
+            values = f"{joined(most.values)} has {n} held-out seeds"
             yield f"{row.label}: {values}, but seed {seeds} selects {chosen}: run held-out seeds of that"
 
 
 def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield where rows have other numbers of trials, or of seeds that selected one."""
+    """Yield a warning if rows differ in their numbers of trials, or of seeds that select."""
     trials = {row.label: len(row.trials) for row in rows if not row.untuned}
     selecting = {row.label: len(row.selecting) for row in rows if row.selecting}
     for what, numbers in (("trials", trials), ("seeds that select", selecting)):
@@ -104,16 +94,11 @@ def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _grown(row: Row) -> list[str]:
-    """Return the keys of which further trials have other ranges than the first."""
-    first = {name for run in row.records if not further(run) for name in _ranges(run)}
-    grown = {name for run in row.records if further(run) for name in _ranges(run)} - first
-    return sorted({key for key, _ in grown})
-
-
-def _ranges(run: Run) -> set[tuple[str, str]]:
-    """Return the ranges from which a trial is drawn, each with its key."""
-    names = [name for name in run.config if name.startswith(SPACE)]
-    return {(name.removeprefix(SPACE).rpartition(".")[0], plain(run.config[name])) for name in names}
+    """Return the keys whose ranges grew during the search."""
+    found: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
+    for run in row.records:
+        found[run.further] |= {(key, plain(numbers)) for key, (_, numbers) in ranges(run.config).items()}
+    return sorted({key for key, _ in found[True] - found[False]})
 
 
 def _budget(row: Row) -> Iterator[str]:
@@ -127,20 +112,23 @@ def _budget(row: Row) -> Iterator[str]:
 
 
 def _duplicates(row: Row) -> Iterator[str]:
-    """Yield the keys in which records of one trial and seed differ, and ``code`` where it is another."""
+    """Yield a warning for several records of one trial and seed, with the keys in which they differ."""
+    several = [runs for _, seeds in row.by_trial for runs in seeds.values() if len(runs) > 1]
     found = set()
-    for left_out, kept in row.duplicates:
-        keys = (left_out.config.keys() | kept.config.keys()) - {"output_dir", "resume"}
-        found |= {key for key in keys if frozen(left_out.config.get(key)) != frozen(kept.config.get(key))}
-        found |= {"code"} if provenance.code(left_out) != provenance.code(kept) else set()
-    if row.duplicates:
+    for runs in several:
+        keys = {key for run in runs for key in run.config} - {"output_dir", "resume"}
+        found |= set(differing({key: run.config.get(key) for key in keys} for run in runs))
+        found |= {"code"} if len(set(map(provenance.code, runs))) > 1 else set()
+    if several:
         how = f"differing in {listed(sorted(found), 5)}" if found else "with the same settings"
-        what = f"{count(len(row.duplicates), 'record')} of a trial and seed that another has too, {how}"
+        what = (
+            f"{count(sum(len(runs) - 1 for runs in several), 'record')} of a trial and seed that another has too, {how}"
+        )
         yield f"{row.label}: {what}: the one that came further, or later, counts"
 
 
 def _edges(row: Row) -> Iterator[str]:
-    """Yield selected values that are the smallest or largest of those tried."""
+    """Yield a warning for each selected value that is the smallest or the largest that was tried."""
     for key, end, tried in edges(row):
         best = setting(key, tried[0 if end == "smallest" else -1])
         span = f"{len(tried)} tried ({plain(tried[0])} to {plain(tried[-1])})"
@@ -148,11 +136,12 @@ def _edges(row: Row) -> Iterator[str]:
 
 
 def _beyond(row: Row) -> bool:
-    """Return whether an interval contains what the metric cannot be."""
+    """Return whether the interval contains values that the metric cannot have."""
+    of = row.validation
     bounded = row.runs and row.runs[0].metric.rpartition("/")[2] in BOUNDED
-    if not bounded or row.mean is None or row.ci_low is None or row.ci_high is None:
+    if not bounded or of.mean is None or of.low is None or of.high is None:
         return False
-    return 0 <= row.mean <= 1 and (row.ci_low < 0 or row.ci_high > 1)
+    return 0 <= of.mean <= 1 and (of.low < 0 or of.high > 1)
 
 
 def targets_differ(rows: Sequence[Row], target: float | None) -> list[str]:
@@ -164,8 +153,8 @@ def targets_differ(rows: Sequence[Row], target: float | None) -> list[str]:
 
 
 def _differences(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield settings, ranges of a search, code, versions and hardware of which rows or runs have several."""
-    searched = sorted(searched_keys(run for row in rows for run in row.records))
+    """Yield a warning for each setting, range, code, version and hardware that is not the same in all runs."""
+    searched = sorted({key for row in rows for run in row.records for key in ranges(run.config)})
     asked: list[tuple[str, Callable[[Row, Run], str | None]]] = [
         *((key, lambda row, _, key=key: _shown(row.settings, key)) for key in _unequal(rows)),
         ("trainer.val_every", lambda _, run: _shown(run.config, "trainer.val_every")),  # when a target is noticed
@@ -194,7 +183,7 @@ def _groups(counts: dict[str, Counter[str]], rows: int, most: int = 4) -> Iterat
 
 
 def _unequal(rows: Sequence[Row]) -> list[str]:
-    """Return keys, but the optimizers' own, of which one optimizer has other values than another.
+    """Return the keys, except the optimizers' own, whose values differ between optimizers.
 
     Where all have the same several values they are variants, and labels show them.
     """
@@ -214,5 +203,5 @@ def _shown(settings: Mapping[str, Any], key: str) -> str | None:
 
 def _range(key: str, row: Row, run: Run) -> str | None:
     """Return ``log 0.001,0.1``; None if this run's search does not vary the key, or its range may have grown."""
-    kinds = (name for name in run.config if not further(run) and name.rpartition(".")[0] == f"{SPACE}{key}")
-    return " ".join(f"{name.rpartition('.')[2]} {plain(run.config[name])}" for name in sorted(kinds)) or None
+    kind, numbers = ranges(run.config).get(key, ("", None))
+    return None if run.further or not kind else f"{kind} {plain(numbers)}"

@@ -10,7 +10,8 @@ from caspr_cli.common.selection import AGAIN, TUNING_SEED, choose
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import provenance
 from caspr_cli.report.model import Row, Run, Table, Trial
-from caspr_cli.report.selection import ABSENT, SPACE, frozen, plain
+from caspr_cli.report.selection import ABSENT
+from caspr_cli.report.settings import frozen, plain, ranges
 
 SEARCH = "joint"
 LEAST_TRIALS = 8
@@ -25,29 +26,28 @@ CLOSE = 1e-9  # relative: a value of the curve that is rounded in the result
 Draw = Callable[[Mapping[str, Mapping[str, Any]], int], Mapping[str, Any]]
 
 
-def problems(row: Row, higher: bool, draw: Draw | None = None) -> list[str]:
+def problems(row: Row, draw: Draw | None = None) -> list[str]:
     """Return what is wrong with the records of a row, from these alone.
 
     Args:
-        higher: whether a higher metric is better.
         draw: to check the values of trials; None: they are taken as they are.
     """
     if other := other_searches(row.records):
         return [other]
     found = [line for run in row.records for line in _torn(run)]
-    found += [line for check in (_trials, _finalists, _seeds, _origin) for line in check(row, higher)]
+    found += [line for check in (_trials, _finalists, _seeds, _origin) for line in check(row)]
     return found + ([line for trial in row.trials for line in _undrawn(trial, draw)] if draw else [])
 
 
 def other_searches(runs: Sequence[Run]) -> str:
-    """Return by which other searches runs were tuned; nothing where it is the one that the leaderboard asks for."""
+    """Return a line if runs were tuned by another search than the leaderboard's; else an empty text."""
     tuned = [run for run in runs if run.config.get("trial") != "default"]
     names = sorted({plain(run.config.get("search.name")) for run in tuned} - {SEARCH})
     return f"tuned by search={listed(names)}; the leaderboard has search={SEARCH}" if names else ""
 
 
 def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:
-    """Return in what a row differs from the rows that are on the board for its task at its scale."""
+    """Return the differences of a row from the rows of the leaderboard with its task and scale."""
     same = [b for b in board if (b.task, b.scale, b.data) == (table.task, table.scale, table.data)]
     if not same:
         return []
@@ -66,10 +66,10 @@ def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:
 
 
 def reproduced(row: Row, run: Run, value: float | None) -> str | None:
-    """Return what is wrong with the value that a reported run had when it was run again; None if it is near enough."""
+    """Return a line if a reported run ended elsewhere when it was run again; None if it is near enough."""
     if run.final is None or value is None:
         return None if run.final is value else f"seed {run.seed}: ended at {run.final}, and now at {value}"
-    allowed = max(TOLERANCE * abs(run.final), DEVIATIONS * (row.sd or 0.0))
+    allowed = max(TOLERANCE * abs(run.final), DEVIATIONS * (row.validation.sd or 0.0))
     if abs(value - run.final) <= allowed:
         return None
     return f"seed {run.seed}: ended at {run.final:.6g}, and now at {value:.6g}; {allowed:.2g} is allowed"
@@ -80,7 +80,7 @@ def _name(run: Run) -> str:
 
 
 def _torn(run: Run) -> Iterator[str]:
-    """Yield what a record lacks, or where two of its files say different things."""
+    """Yield what a record lacks, and what its files contradict each other in."""
     if not run.ended:
         yield f"{_name(run)}: is {run.state}, and should have ended"
     if run.state != DONE:
@@ -100,45 +100,45 @@ def _equal(a: float | None, b: float | None) -> bool:
     return a == b or (a is not None and b is not None and abs(a - b) <= CLOSE * abs(b))
 
 
-def _trials(row: Row, higher: bool) -> Iterator[str]:
-    """Yield where the trials are not those of the search."""
+def _trials(row: Row) -> Iterator[str]:
+    """Yield a line for trials that are missing, too few, or not of the search."""
     said = sorted({int(run.config.get("search.trials") or 0) for run in row.records})
     if len(said) > 1:
         yield f"its records say different budgets: search.trials is {listed(list(map(str, said)))}"
     if said[-1] < LEAST_TRIALS:
         yield f"search.trials is {said[-1]}, and should be {LEAST_TRIALS} or more"
-    there = {trial.index for trial in row.trials if any(r.ended and r.seed == TUNING_SEED for r in trial.runs)}
+    there = {trial.index for trial in row.trials if TUNING_SEED in trial.ended}
     if missing := sorted(set(range(said[-1])) - there):
         yield f"of {said[-1]} trials {_numbers(missing)} {_are(missing)} missing at seed {TUNING_SEED}"
     if by_hand := sum(trial.index is None for trial in row.trials):
         yield f"{count(by_hand, 'trial')} without an index: not of the search"
 
 
-def _finalists(row: Row, higher: bool) -> Iterator[str]:
+def _finalists(row: Row) -> Iterator[str]:
     """Yield which trials should have been run again, and were not."""
-    ends = [{run.seed: run.final for run in trial.runs if run.ended} for trial in row.trials]
+    ends = [trial.ended for trial in row.trials]
     first = [{seed: value for seed, value in found.items() if seed == TUNING_SEED} for found in ends]
-    finalists = choose(first, higher_is_better=higher, rerank=RERANK).finalists
+    finalists = choose(first, higher_is_better=row.higher_is_better, rerank=RERANK).finalists
     if missing := [row.trials[k].index for k in finalists if not ends[k].keys() >= set(AGAIN)]:
         which = f"trial{'s' * (len(missing) > 1)} {_numbers(missing)}, of the best {RERANK}"
         yield f"{which}, {_are(missing)} missing at seeds {_numbers(AGAIN)}"
 
 
-def _seeds(row: Row, higher: bool) -> Iterator[str]:
-    """Yield where the reported seeds are too few, or may have chosen the trial."""
+def _seeds(row: Row) -> Iterator[str]:
+    """Yield a line if the reported seeds are too few, or may have chosen the trial."""
     fresh = {k: [r.seed for r in trial.runs if r.seed not in CHOOSING] for k, trial in enumerate(row.trials)}
     for k, seeds in fresh.items():
         if seeds and row.trials[k] is not row.selected:
             which = f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"
             yield f"trial {row.trials[k].index} was not selected, but run at {which}, too, which may have chosen"
-    reported = [run for run in row.selected.runs if run.ended and run.seed not in CHOOSING] if row.selected else []
+    reported = row.selected.ended.keys() - CHOOSING if row.selected else set()
     if len(reported) < LEAST_SEEDS:
         chose = f"seeds {_numbers(sorted(CHOOSING))} choose the trial"
         yield f"{count(len(reported), 'fresh seed')}, and should have {LEAST_SEEDS} or more ({chose})"
 
 
-def _origin(row: Row, higher: bool) -> Iterator[str]:
-    """Yield where records are of different code, packages or data, or do not say."""
+def _origin(row: Row) -> Iterator[str]:
+    """Yield a line if the records have different code or packages, or do not name their data."""
     for what, of in (("code", provenance.code), ("versions", provenance.versions)):
         found = sorted({of(run) or "unknown" for run in row.records if run.state == DONE})
         if len(found) > 1:
@@ -150,15 +150,11 @@ def _origin(row: Row, higher: bool) -> Iterator[str]:
 
 
 def _undrawn(trial: Trial, draw: Draw) -> Iterator[str]:
-    """Yield the values of a trial that its search does not draw; those of further trials, of grown ranges, may be."""
+    """Yield the values of a trial that its search does not draw; trials that were added later are not checked."""
     run = trial.runs[0]
     if trial.index is None or trial.index >= int(run.config.get("search.trials") or 0):
         return
-    space: dict[str, dict[str, Any]] = {}
-    for name, numbers in run.config.items():
-        if name.startswith(SPACE):
-            key, _, kind = name.removeprefix(SPACE).rpartition(".")
-            space[key] = {kind: numbers}
+    space = {key: {kind: numbers} for key, (kind, numbers) in ranges(run.config).items()}
     for key, value in draw(space, trial.index).items():
         if frozen(trial.values.get(key)) != frozen(value):
             yield f"trial {trial.index}: {key} is {plain(trial.values.get(key))}, and its search draws {plain(value)}"

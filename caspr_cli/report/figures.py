@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from statistics import median
 from textwrap import fill
 from types import MappingProxyType
@@ -23,7 +22,7 @@ from caspr_cli.report.format import interval as interval_text
 from caspr_cli.report.format import number
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import LONGEST, Profile, names, rho
-from caspr_cli.report.selection import labels_across
+from caspr_cli.report.selection import with_common_labels
 from caspr_cli.report.style import MUTED, Style, drawing, to_svg
 from caspr_cli.report.style import styles as styles_for
 
@@ -68,11 +67,7 @@ def together(tables: Sequence[Table], over: str = "steps") -> str:
     Args:
         over: as of :func:`curves`.
     """
-    across = labels_across([table.rows for table in tables])
-    tables = [
-        replace(table, rows=tuple(replace(row, label=label) for row, label in zip(table.rows, labels, strict=True)))
-        for table, labels in zip(tables, across, strict=True)
-    ]
+    tables = with_common_labels(tables)
     panels = [(name, table, c) for name, table in zip(names(tables), tables, strict=True)
               if _long_enough(c := _shown(table, over))]  # fmt: skip
     if not panels:
@@ -139,7 +134,7 @@ def _draw(axes: Axes, table: Table, shown: Sequence[Curve], styles: Styles, over
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Set the marks of the x axis at whole numbers, as 1,000."""
+    """Put the ticks of the x axis at whole numbers, written as 1,000."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
@@ -163,7 +158,7 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _first(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
-    """Return the point before a line comes into the range."""
+    """Return the x of the last point before the line enters the vertical range."""
     inside = next((k for k, value in enumerate(y) if low <= value <= high), len(x) - 1)
     return x[max(inside - 1, 0)]
 
@@ -234,7 +229,9 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
-    edges = [edge for row in rows for edge in (row.ci_low, row.ci_high, *(run.final for run in row.runs))]
+    edges = [
+        edge for row in rows for edge in (row.validation.low, row.validation.high, *(run.final for run in row.runs))
+    ]
     low, high = with_near([edge for edge in edges if edge is not None], low, high)
     few = [f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND) for row in table.rows]
     labels = [fill(f"{row.label}{n}", 28) for row, n in zip(table.rows, few, strict=True)]
@@ -245,8 +242,15 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
-            if row.is_baseline and row.n >= BAND and row.ci_low is not None and row.ci_high is not None:
-                axes.axvspan(row.ci_low, row.ci_high, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
+            if row.is_baseline and row.n >= BAND and row.validation.low is not None and row.validation.high is not None:
+                axes.axvspan(
+                    row.validation.low,
+                    row.validation.high,
+                    color=styles[row.label].colour,
+                    alpha=0.14,
+                    linewidth=0,
+                    zorder=0,
+                )
         axes.set_yticks(range(len(table.rows)), labels)
         axes.set_ylim(len(table.rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
@@ -254,7 +258,7 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.grid(axis="x")
         strip = [row.label for row in table.rows if row.is_baseline and row.n >= BAND]
         note(axes, "baseline, its interval as a strip", strip)
-        means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r)} (n = {r.n})" for r in table.rows)
+        means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r.validation)} (n = {r.n})" for r in table.rows)
         return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
 
 
@@ -276,14 +280,20 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
         return
     seeds = [run.final for run in row.runs if run.final is not None]
     axes.plot(seeds, [y + 0.24] * len(seeds), ".", color=style.colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
-    if row.ci_low is not None and row.ci_high is not None:
+    if row.validation.low is not None and row.validation.high is not None:
         width = 1.8 if row.n >= BAND else 0.7  # the interval of two reaches beyond the axes
-        axes.plot([row.ci_low, row.ci_high], [y, y], color=style.colour, linewidth=width, solid_capstyle="butt")
+        axes.plot(
+            [row.validation.low, row.validation.high],
+            [y, y],
+            color=style.colour,
+            linewidth=width,
+            solid_capstyle="butt",
+        )
     axes.plot([row.mean], [y], "o", color=style.colour, markersize=5.5)
 
 
 def best_of(table: Table, styles: Styles | None = None) -> str:
-    """Draw the expected best validation after so many trials, of those that were run."""
+    """Draw the expected best validation by the number of trials."""
     rows = [row for row in table.rows if len(row.best_of) > 1]
     if not rows:
         return ""
@@ -339,7 +349,7 @@ def svg_of(figure: Figure, table: Table, what: str, alt: str) -> str:
 
 
 def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
-    """Write a line under the axis, if it is about any row; many or long labels are only counted."""
+    """Write a note about some rows under the axis, if there are any; many or long labels are only counted."""
     named = listed(labels)
     named = named if len(what) + len(named) < 80 else count(len(labels), "row")
     if labels:
@@ -347,7 +357,7 @@ def note(axes: Axes, what: str, labels: Sequence[str]) -> None:
 
 
 def _unit(longest: float) -> tuple[str, float]:
-    """Return a unit for times up to so many seconds, in words, and its seconds."""
+    """Return the unit for times up to ``longest`` seconds, in words, and its length in seconds."""
     if longest < 180:
         return "seconds of training", 1.0
     return ("minutes of training", 60.0) if longest < 3 * 3600 else ("hours of training", 3600.0)

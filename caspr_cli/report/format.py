@@ -1,20 +1,17 @@
-"""Numbers, verdicts and tables as text: for terminals and pages, and as JSON, CSV, Markdown and LaTeX."""
+"""Numbers, verdicts and tables as text: what every form of a report has in common."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from caspr_cli.common.format import count, duration, finite, listed
+from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN
 from caspr_cli.common.shape import DONE
-from caspr_cli.report import render, stats
-from caspr_cli.report.model import Difference, Row, Table
-from caspr_cli.report.selection import settings
-from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison
+from caspr_cli.report import settings, stats
+from caspr_cli.report.model import Row, Table
+from caspr_cli.report.render import Column, Sheet, best
+from caspr_cli.report.stats import LEVEL, MOST_SEEDS, NO_SPREAD, POWER, Comparison, Summary
 
 NOT_SIGNIFICANT, NOT_TESTED = "no significant difference", "not tested"
 # A verdict has a mark, too: its colour alone would not reach everyone.
@@ -66,18 +63,16 @@ def number(value: float | None, spread: float | None = None) -> str:
     return text if text.strip("-0.") else text.lstrip("-")
 
 
-def mean_sd(mean: float | None, sd: float | None) -> str:
+def mean_sd(of: Summary) -> str:
     """Return ``3.992 ± 0.012``."""
-    if mean is None or sd is None:
-        return number(mean)
-    return f"{number(mean, sd)} ± {number(sd, sd) if sd > NO_SPREAD * abs(mean) else 0}"
+    if of.mean is None or of.sd is None:
+        return number(of.mean)
+    return f"{number(of.mean, of.sd)} ± {number(of.sd, of.sd) if of.sd > NO_SPREAD * abs(of.mean) else 0}"
 
 
-def interval(row: Row) -> str:
+def interval(of: Summary) -> str:
     """Return ``3.98 to 4.01``."""
-    if row.ci_low is None or row.ci_high is None:
-        return "-"
-    return f"{number(row.ci_low, row.sd)} to {number(row.ci_high, row.sd)}"
+    return "-" if of.low is None or of.high is None else f"{number(of.low, of.sd)} to {number(of.high, of.sd)}"
 
 
 def p(value: float, *, corrected: bool = False) -> str:
@@ -89,15 +84,11 @@ def p(value: float, *, corrected: bool = False) -> str:
     return f"{name} = {value:.{digits}f}"
 
 
-def change(found: Comparison, share_of: float | None) -> str:
-    """Return a difference and its interval with their signs, as ``-0.38 % (-0.94 to +0.18)``.
-
-    Args:
-        share_of: what it is in per cent of; None: it is in units of the metric.
-    """
+def change(found: Comparison) -> str:
+    """Return a difference and its interval with their signs, as ``-0.38 % (-0.94 to +0.18)``."""
     if found.value is None:
         return "-"
-    factor, unit = _unit(share_of)
+    factor, unit = _unit(found)
     if found.low is None or found.high is None:
         return f"{_signed(found.value * factor, abs(found.value) * factor)}{unit}"
     width = (found.high - found.low) / 2 * factor
@@ -105,8 +96,8 @@ def change(found: Comparison, share_of: float | None) -> str:
     return f"{_signed(found.value * factor, width)}{unit} ({low} to {high})"
 
 
-def _unit(share_of: float | None) -> tuple[float, str]:
-    return (1.0, "") if share_of is None else (100 / abs(share_of), " %")
+def _unit(found: Comparison) -> tuple[float, str]:
+    return (1.0, "") if found.share_of is None else (100 / abs(found.share_of), " %")
 
 
 def _signed(value: float, width: float) -> str:
@@ -117,15 +108,7 @@ def _signed(value: float, width: float) -> str:
 # ---- verdicts ----------------------------------------------------------------------------------------------------
 
 
-def verdict(
-    found: Comparison,
-    p_holm: float | None,
-    tests: int,
-    share_of: float | None,
-    unfair: str,
-    *,
-    higher_is_better: bool,
-) -> str:
+def verdict(found: Comparison, p_holm: float | None, tests: int, unfair: str = "", *, higher_is_better: bool) -> str:
     """Return ``better``, ``worse``, or why neither can be said.
 
     Args:
@@ -134,7 +117,7 @@ def verdict(
     """
     if found.value is None:
         return f"{NOT_TESTED}: no seed is done on one side"
-    difference = change(found, share_of)
+    difference = change(found)
     if unfair:
         return f"{NOT_TESTED}: {unfair}: {difference}"
     if found.n < 2:
@@ -147,14 +130,14 @@ def verdict(
     if p_holm < LEVEL:
         return "better" if (found.value > 0) == higher_is_better else "worse"
     alone = f"{p(found.p_value)} alone, {p(p_holm, corrected=True)}; " if found.p_value < LEVEL else ""
-    return f"{NOT_SIGNIFICANT}: {difference}; {alone}{_sensitivity(found, tests, share_of)}"
+    return f"{NOT_SIGNIFICANT}: {difference}; {alone}{_sensitivity(found, tests)}"
 
 
-def _sensitivity(found: Comparison, tests: int, share_of: float | None) -> str:
-    """Return what these seeds detect, and what more of them would."""
+def _sensitivity(found: Comparison, tests: int) -> str:
+    """Return which difference these seeds detect, and how many seeds would detect more."""
     assert found.spread is not None
     assert found.value is not None
-    bound, (factor, unit) = stats.detectable(found.spread, tests), _unit(share_of)
+    bound, (factor, unit) = stats.detectable(found.spread, tests), _unit(found)
     now = f"n = {found.n} detects {number(bound * factor, bound * factor)}{unit}"
     if found.n < FEW:
         return f"{now}; {_seeds(stats.seeds_to_detect(bound / 2, found.spread, tests))} would detect half of that"
@@ -166,75 +149,62 @@ def _seeds(n: int | None) -> str:
     return f"more than {MOST_SEEDS:,} seeds" if n is None else f"about {n} seeds"
 
 
-def against(difference: Difference) -> str:
+def against(difference: Comparison) -> str:
     """Return verdict, difference and test of a row in one line."""
     found = f"against {difference.baseline}: {difference.verdict}"
     if difference.value is None or difference.verdict.startswith((NOT_SIGNIFICANT, NOT_TESTED)):
         return found  # the verdict has the difference
     how = f"{difference.n} pairs" if difference.paired else "Welch"
     p_value = p(difference.p_holm or 0.0, corrected=difference.tests > 1)
-    found += f", {change(difference, difference.share_of)}, {p_value}, {how}"
-    other_sign = difference.value * (difference.test.value or 0.0) < 0  # where nothing is significant half have it
+    found += f", {change(difference)}, {p_value}, {how}"
+    test = difference.test.value if difference.test else None
+    other_sign = difference.value * (test or 0.0) < 0  # where nothing is significant half have it
     return f"{found}; test disagrees" if other_sign else found
 
 
-# ---- cells -------------------------------------------------------------------------------------------------------
+# ---- a table -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column for people; those with the highest ``spare`` are left out first where there is no room.
+def sheet(table: Table, comparison: Callable[[Row], str] | None = None) -> Sheet:
+    """Return a line for each row: the numbers that this table has, what was selected, and the verdict.
 
     Args:
-        value: what rows can be ranked by; None: by nothing.
-        higher: whether the highest is the best.
+        comparison: the verdict in words; by default with its mark.
     """
+    higher, rows = table.higher_is_better, table.rows
+    whole = [not row.failed for row in rows]  # beside these, rows with failed seeds do not win: theirs are the lucky
 
-    head: str
-    cell: Callable[[Row], str]
-    spare: int = 0
-    value: Callable[[Row], float | None] | None = None
-    higher: bool = False
+    def column(
+        head: str, cells: Iterable[str], spare: int = 0, values: Sequence[float | None] = (), *,
+        higher: bool = False, right: bool = True,
+    ) -> Column:  # fmt: skip
+        kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=False)]
+        return Column(head, tuple(cells), right, spare, best(kept, higher=higher))
 
-    def best(self, rows: Sequence[Row]) -> set[str]:
-        """Return the labels of the rows whose value is the best; none if all are equal or have none.
-
-        Rows with failed seeds do not count beside others: theirs are the lucky ones.
-        """
-        if self.value is None:
-            return set()
-        whole = [row for row in rows if not row.failed] or rows
-        values = {row.label: value for row in whole if (value := self.value(row)) is not None}
-        top = (max if self.higher else min)(values.values(), default=None)
-        found = {label for label, value in values.items() if value == top}
-        return found if len(found) < len(rows) else set()
-
-
-def columns(table: Table) -> list[Column]:
-    """Return the columns that this table needs."""
-
-    def test(row: Row) -> str:
-        n = f" (n = {row.test_n})" if 0 < row.test_n < row.n else ""
-        return f"{mean_sd(row.test_mean, row.test_sd)}{n}"
-
-    higher = table.higher_is_better
+    tests = [f"{mean_sd(row.test)}{f' (n = {row.test.n})' if 0 < row.test.n < row.n else ''}" for row in rows]
+    seconds = [row.seconds_to_target for row in rows]
     found = [
-        Column("optimizer", lambda row: row.label),
-        Column("n", seeds),
-        Column("mean ± sd", lambda row: mean_sd(row.mean, row.sd), 0, lambda row: row.mean, higher),
-        Column("95 % interval", interval, 2),
-        Column("test", test, 3, lambda row: row.test_mean, higher),
+        column("optimizer", [row.label for row in rows], right=False),
+        column("n", map(seeds, rows)),
+        column("mean ± sd", [mean_sd(row.validation) for row in rows], 0, [row.mean for row in rows], higher=higher),
+        column("95 % interval", [interval(row.validation) for row in rows], 2),
+        column("test", tests, 3, [row.test.mean for row in rows], higher=higher),
     ]
     if table.target is not None:
+        steps = [row.steps_to_target for row in rows]
         found += [
-            Column(f"steps to {table.target:g}", steps_to_target, 1, lambda row: row.steps_to_target),
-            Column("time to it", lambda row: duration(row.seconds_to_target), 4, lambda row: row.seconds_to_target),
+            column(f"steps to {table.target:g}", map(steps_to_target, rows), 1, steps),
+            column("time to it", map(duration, seconds), 4, seconds),
         ]
-    if any(row.own_schedule for row in table.rows):
-        found.append(
-            Column("own schedule", own_schedule, 1, lambda row: row.own_schedule.steps if row.own_schedule else None)
-        )
-    return [*found, Column("trials", budget, 5)]
+    if any(row.own_schedule for row in rows):
+        own = [row.own_schedule.steps if row.own_schedule else None for row in rows]
+        found.append(column("own schedule", map(own_schedule, rows), 1, own))
+    found += [
+        column("trials", map(budget, rows), 5),
+        column("selected", [selected(row) or "-" for row in rows], right=False),
+        column("verdict", [(comparison or marked)(row) or "-" for row in rows], right=False),
+    ]
+    return Sheet(tuple(found), title(table))
 
 
 def seeds(row: Row) -> str:
@@ -262,7 +232,7 @@ def own_schedule(row: Row) -> str:
 
 
 def budget(row: Row) -> str:
-    """Return the number of trials, how many of them are not done, and how many runs of the best came after them."""
+    """Return the number of trials, how many are not done, and how many runs repeated the best ones."""
     if row.untuned:
         return "0"
     total = sum(row.budget.values())
@@ -282,7 +252,7 @@ def title(table: Table) -> str:
 
 
 def _horizon(table: Table) -> str:
-    """Return for which length the runs were planned, from whose curves steps to the target are read."""
+    """Return a note on the planned length of the runs from whose curves the steps to the target are read."""
     planned = f", steps to it read off a schedule of {table.steps:,} steps" if table.steps else ""
     own = any(row.own_schedule for row in table.rows)
     more = "; own schedule: the shortest whole run whose mean over the same seeds reaches it"
@@ -306,85 +276,4 @@ def marked(row: Row) -> str:
 
 def selected(row: Row) -> str:
     """Return the values of the tuned keys, as ``lr=0.006``."""
-    return settings(row.selected.values) if row.selected else ""
-
-
-def cells(table: Table, comparison: Callable[[Row], str] = marked) -> list[list[str]]:
-    """Return the heads, and a line for each row, with what was selected and the verdict."""
-    shown = columns(table)
-    rows = [
-        [*(column.cell(row) for column in shown), selected(row) or "-", comparison(row) or "-"] for row in table.rows
-    ]
-    return [[*(column.head for column in shown), "selected", "verdict"], *rows]
-
-
-def strong(table: Table) -> set[render.Place]:
-    """Return which of the :func:`cells` are the best of their columns."""
-    labels = [row.label for row in table.rows]
-    best = (column.best(table.rows) for column in columns(table))
-    return {(labels.index(label) + 1, k) for k, found in enumerate(best) for label in found}
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-OF_TABLE = ("task", "scale", "data", "data_hash", "steps", "metric", "higher_is_better", "target", "baseline")
-OF_ROW = (
-    "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd", "test_n", "steps_to_target",
-    "seconds_to_target", "reached",
-)  # fmt: skip
-
-
-def entries(tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """Return a flat object for each row of each table, in units of the metric, steps and seconds; None: not known."""
-    return [_entry(table, row) for table in tables for row in table.rows]
-
-
-def _entry(table: Table, row: Row) -> dict[str, Any]:
-    found = row.difference
-    test = found.test if found else None
-    entry = {
-        **{name: getattr(table, name) for name in OF_TABLE},
-        **{name: getattr(row, name) for name in OF_ROW},
-        "seeds": [run.seed for run in row.runs],
-        "failed": row.failed,
-        "fresh": row.held_out,
-        "trials": len(row.trials),
-        "budget": row.budget,
-        "best_of": list(row.best_of),
-        "selected": row.selected.values if row.selected else None,
-        "difference": found and found.value,
-        "difference_low": found and found.low,
-        "difference_high": found and found.high,
-        "own_schedule_steps": row.own_schedule and row.own_schedule.steps,
-        "own_schedule_seconds": row.own_schedule and row.own_schedule.seconds,
-        "test_difference": test and test.value,
-        "test_difference_low": test and test.low,
-        "test_difference_high": test and test.high,
-        "pairs_or_seeds": found and found.n,
-        **{name: found and getattr(found, name) for name in ("verdict", "p_value", "p_holm", "paired")},
-        "against": found and found.baseline,
-        "tests": found and found.tests,
-        "values": {str(run.seed): run.final for run in row.runs},
-        "warnings": list(table.warnings),
-    }
-    return {key: finite(value) for key, value in entry.items()}  # JSON has no infinity, which optim.order may be
-
-
-def as_json(tables: Sequence[Table]) -> str:
-    return json.dumps(entries(tables), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def as_csv(tables: Sequence[Table]) -> str:
-    """Return the same as CSV, with lists and objects as JSON."""
-    from pandas import DataFrame  # slow to import
-
-    return render.csv(DataFrame(entries(tables), dtype=object))
-
-
-def as_latex(tables: Sequence[Table], command: str) -> str:
-    """Return tables for the package booktabs, with their warnings as notes."""
-    made = [
-        render.latex(cells(table, comparison), f"{title(table)}. {LEGEND} {BOLD}", table.warnings, strong(table))
-        for table in tables
-    ]
-    return "\n".join([f"% {command}\n% \\usepackage{{booktabs}}\n", *made])
+    return settings.joined(row.selected.values) if row.selected else ""

@@ -15,7 +15,7 @@ from caspr_cli.report import format, provenance
 from caspr_cli.report.compare import compared
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import names
-from caspr_cli.report.selection import labels_across
+from caspr_cli.report.selection import with_common_labels
 
 MOST = 6  # rows in one list
 SUBJECT = "caspr"  # the row that is compared with all others, where there is one
@@ -23,7 +23,7 @@ TURNED = {"better": "worse", "worse": "better"}
 
 
 def headline(tables: Sequence[Table]) -> str:
-    """Return who has the best mean on how many tasks, and what one row is significantly better and worse than."""
+    """Return which row has the best mean on how many tasks, and which rows one row is better or worse than."""
     by_label = _by_label(tables)
     best, ranked = _best(tables, by_label)
     subject = next((label for rows in by_label for label in rows if label == SUBJECT), ranked[0] if ranked else "")
@@ -35,8 +35,7 @@ def headline(tables: Sequence[Table]) -> str:
 
 
 def _by_label(tables: Sequence[Table]) -> list[dict[str, Row]]:
-    across = labels_across([table.rows for table in tables])
-    return [dict(zip(labels, table.rows, strict=True)) for labels, table in zip(across, tables, strict=True)]
+    return [{row.label: row for row in table.rows} for table in with_common_labels(tables)]
 
 
 def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tuple[str, list[str]]:
@@ -47,7 +46,8 @@ def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tup
         valued = {label: row for label, row in rows.items() if row.mean is not None}
         if len(valued) > 1:
             best = next(iter(valued.values()))  # rows with failed seeds stand behind the others
-            won[listed([k for k, row in valued.items() if _as_good(row, best)], MOST)] += 1
+            same = [k for k, row in valued.items() if (row.mean, row.failed) == (best.mean, best.failed)]
+            won[listed(same, MOST)] += 1
             sign = 1 if table.higher_is_better else -1
             luckier += [k for k, row in valued.items() if sign * (row.mean or 0.0) > sign * (best.mean or 0.0)]
         elif valued:
@@ -65,16 +65,13 @@ def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tup
     return f"Best mean: {listed(each, MOST)}{but}", ranked
 
 
-def _as_good(row: Row, best: Row) -> bool:
-    return (row.mean, row.failed) == (best.mean, best.failed)
-
-
 def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], subject: str) -> str:
-    """Return what ``subject`` is significantly better and worse than; with own baselines, what each row is."""
+    """Return which rows ``subject`` is significantly better and worse than; with own baselines, each row's verdict."""
     kinds: dict[str, list[str]] = defaultdict(list)
     own = [format.baseline(table) for table in tables if table.own_baselines]
-    for table, rows in zip(tables, by_label, strict=True):
-        for label, kind in _of_rows(rows) if own else _against(rows, subject, higher=table.higher_is_better):
+    for rows in by_label:
+        of_rows = [(label, row.kind) for label, row in rows.items() if row.difference is not None]
+        for label, kind in of_rows if own else _against(rows, subject):
             kinds[label].append(kind)
     said = {kind: _where(kinds, kind) for kind in ("better", "worse", format.NOT_SIGNIFICANT, format.NOT_TESTED)}
     if not any(said[kind] for kind in ("better", "worse", format.NOT_SIGNIFICANT)):
@@ -83,18 +80,15 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
     better, worse = (said[kind] or "none" for kind in ("better", "worse"))
     if own:
         return f"significantly better than {own[0]}: {better}; worse: {worse}{untested}"
-    if len(tables) > 1 or not said[format.NOT_SIGNIFICANT]:
+    if len(tables) > 1:
         return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
-    alike = f"not significantly different from {said[format.NOT_SIGNIFICANT]}"
-    return f"{subject} is significantly better than {better}, worse than {worse}, and {alike}{untested}"
+    found = {"better than": said["better"], "worse than": said["worse"], "different from": said[format.NOT_SIGNIFICANT]}
+    parts = [f"{'not ' * (how == 'different from')}significantly {how} {who}" for how, who in found.items() if who]
+    return f"{subject} is {', and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}{untested}"
 
 
-def _of_rows(rows: Mapping[str, Row]) -> list[tuple[str, str]]:
-    return [(label, row.kind) for label, row in rows.items() if row.difference is not None]
-
-
-def _against(rows: Mapping[str, Row], subject: str, *, higher: bool) -> list[tuple[str, str]]:
-    """Return what ``subject`` is in comparison with each other row, by label.
+def _against(rows: Mapping[str, Row], subject: str) -> list[tuple[str, str]]:
+    """Return the verdict of ``subject`` against each other row, with the label of that row.
 
     With the baseline, and if it is that itself, it is what the table says; the others are tested against it, corrected
     for the number of rows as in a table.
@@ -102,9 +96,7 @@ def _against(rows: Mapping[str, Row], subject: str, *, higher: bool) -> list[tup
     if subject not in rows or rows[subject].mean is None:
         return []
     own = rows[subject]
-    tested = (
-        list(rows.values()) if own.is_baseline else compared([*rows.values()], own.label, higher_is_better=higher)[0]
-    )
+    tested = list(rows.values()) if own.is_baseline else compared([*rows.values()], own.label)[0]
     found = []
     for label, row in zip(rows, tested, strict=True):
         if rows[label].is_baseline and own.difference is not None:
@@ -143,13 +135,10 @@ def costs(tables: Sequence[Table]) -> str:
     if not ratios or len(bases) > 1:
         return ""
     ranked = sorted(ratios, key=lambda label: median(ratios[label]))
-    first, *others = [f"{_times(median(ratios[label]))}" for label in ranked]
+    middles = [median(ratios[label]) for label in ranked]
+    first, *others = [f"{ratio:.2g} times" if ratio < 10 else f"{ratio:,.0f} times" for ratio in middles]
     more = "".join(f", {times} with {label}" for times, label in zip(others, ranked[1:], strict=True))
     return f"By the clock of these runs a step took {first} as long with {ranked[0]} as with {bases.pop()}{more}."
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2g} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _ratio(row: Row, base: Row) -> float | None:

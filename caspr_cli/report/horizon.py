@@ -7,36 +7,31 @@ reaches a target later, and not by the same factor for each optimizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from caspr_cli.common.selection import reaches
 from caspr_cli.report.model import OwnSchedule, Row, Run
-from caspr_cli.report.selection import frozen, median
+from caspr_cli.report.settings import frozen
+from caspr_cli.report.stats import median
 
 LENGTH = "trainer.max_steps"
 HORIZON = "horizon"  # a key of runs that are only there for the length of a schedule
 
 
-def with_own_schedules(
-    rows: Sequence[Row], shorter: Sequence[Row], target: float | None, *, higher_is_better: bool
-) -> list[Row]:
-    """Return the rows, each with the shortest whole run that reached the target, where shorter ones are there.
+def with_own_schedules(rows: Sequence[Row], shorter: Sequence[Row]) -> list[Row]:
+    """Return the rows, each with the shortest whole run that reached the target, if there are shorter runs.
 
     Args:
         shorter: more of them, that are no rows of a table: of runs with ``horizon``.
     """
-    if target is None:
-        return list(rows)
-    every = [*rows, *shorter]
-    return [replace(row, own_schedule=_own(row, every, target, higher=higher_is_better)) for row in rows]
+    return [row.but(own_schedule=_own(row, [*rows, *shorter])) for row in rows]
 
 
-def _own(row: Row, rows: Sequence[Row], target: float, *, higher: bool) -> OwnSchedule | None:
+def _own(row: Row, rows: Sequence[Row]) -> OwnSchedule | None:
     """Return the shortest length whose mean over the seeds of the row reaches the target; None if no run is shorter."""
     length, seeds = row.settings.get(LENGTH), {run.seed for run in row.runs}
-    if row.selected is None or not isinstance(length, int):
+    if row.target is None or row.selected is None or not isinstance(length, int):
         return None
     recipe, runs_of = _recipe(row, row.selected.values), dict[int, list[Run]]()
     for other in rows:
@@ -49,11 +44,11 @@ def _own(row: Row, rows: Sequence[Row], target: float, *, higher: bool) -> OwnSc
         return None
     for steps, runs in whole.items():
         finals = [run.final for run in runs if run.final is not None]
-        if len(finals) == len(runs) and reaches(fmean(finals), target, higher_is_better=higher):
+        if len(finals) == len(runs) and reaches(fmean(finals), row.target, higher_is_better=row.higher_is_better):
             return OwnSchedule(steps, median([run.result.get("seconds") for run in runs]), tuple(whole))
     return OwnSchedule(None, None, tuple(whole))
 
 
 def _recipe(row: Row, values: dict[str, Any]) -> str:
-    """Return what two runs have in common if they differ in their lengths and seeds alone."""
+    """Return a text that is the same for runs that differ only in length and seed."""
     return frozen([row.optim, {key: value for key, value in row.settings.items() if key != LENGTH}, values])

@@ -10,10 +10,10 @@ from pathlib import Path
 from caspr_cli.common.format import listed
 from caspr_cli.common.selection import TUNING_SEED
 from caspr_cli.report import entry, format, stats
-from caspr_cli.report.compare import tables, values_by_seed
+from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
-from caspr_cli.report.render import markdown, markdown_text
-from caspr_cli.report.selection import further, plain
+from caspr_cli.report.render import markdown, markdown_text, sheet
+from caspr_cli.report.settings import plain
 from caspr_cli.report.trials import edges
 from caspr_cli.report.tuning import untuned_of
 
@@ -39,6 +39,10 @@ class Place:
     row: Row
     table: Table
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.table.task, self.table.scale, self.row.label
+
 
 @dataclass(frozen=True)
 class Board:
@@ -56,7 +60,7 @@ class Board:
 
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
-    """Return which rows of packs are ranked, the first pack first: of one optimizer on a task only one is.
+    """Return which rows of packs are ranked: on each task the first one of each optimizer.
 
     Args:
         packs: records by the name of the pack.
@@ -70,8 +74,9 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
             refused[pack] = [other]
             continue
         for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
-            wrong = entry.problems(row, table.higher_is_better, draw) + entry.against(row, table, found)
-            wrong += [f"{other.pack} has it already" for other in places if _same(other, row, table)]
+            wrong = entry.problems(row, draw) + entry.against(row, table, found)
+            own = (table.task, table.scale, row.label)
+            wrong += [f"{other.pack} has it already" for other in places if other.key == own]
             if wrong:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
@@ -83,19 +88,10 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
     return Board(tuple(places), found, refused)
 
 
-def _same(place: Place, row: Row, table: Table) -> bool:
-    return (place.table.task, place.table.scale, place.row.label) == (table.task, table.scale, row.label)
-
-
 def _tables(places: Sequence[Place]) -> tuple[Table, ...]:
     """Return tables of the rows that are ranked, each beside its untuned one."""
-    runs = [run for place in places for row in _with_untuned(place) for run in row.records]
-    return tuple(tables(runs)) if runs else ()
-
-
-def _with_untuned(place: Place) -> list[Row]:
-    untuned = untuned_of(place.row, place.table)
-    return [place.row, untuned] if untuned else [place.row]
+    rows = [row for place in places for row in (place.row, untuned_of(place.row, place.table)) if row]
+    return tuple(tables([run for row in rows for run in row.records])) if rows else ()
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
@@ -122,20 +118,20 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     rows = [row for row in table.rows if not row.untuned]
     packs = {place.row.label: place.pack for place in places if place.table.task == table.task}
     yield f"## {markdown_text(format.title(table))}"
-    cells = [HEADS]
+    lines = []
     for number, (row, first) in enumerate(zip(rows, _against_first(table, rows), strict=True), 1):
         untuned = untuned_of(row, table)
-        cells.append([
-            str(number), row.label, str(row.n), format.mean_sd(row.mean, row.sd), format.interval(row),
-            format.mean_sd(row.test_mean, row.test_sd), format.number(untuned.mean, untuned.sd) if untuned else "-",
+        lines.append([
+            str(number), row.label, str(row.n), format.mean_sd(row.validation), format.interval(row.validation),
+            format.mean_sd(row.test), format.number(untuned.mean, untuned.validation.sd) if untuned else "-",
             str(len(row.trials)), _against_baseline(row), first, packs.get(row.label, "-"),
         ])  # fmt: skip
-    yield markdown(cells)
+    yield markdown(sheet(HEADS, lines))
     if notes := [line for row in rows for line in _edges(row)]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
     runs = rows[0].records
-    extended = str(any(map(further, runs))).lower()
+    extended = str(any(run.further for run in runs)).lower()
     budget = f"search.trials={runs[0].config['search.trials']} search.extend={extended}"
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
@@ -150,26 +146,25 @@ def _against_first(table: Table, rows: Sequence[Row]) -> list[str]:
     Which row is the first was not known before, so that p-values are corrected for all pairs of rows.
     """
     pairs = list(combinations(range(len(rows)), 2))
-    found = [stats.compare(values_by_seed(rows[b]), values_by_seed(rows[a])) for a, b in pairs]
+    found = [stats.compare(rows[b].values, rows[a].values) for a, b in pairs]
     tested = [
         None if rows[a].failed or rows[b].failed else each.p_value for (a, b), each in zip(pairs, found, strict=True)
     ]
     corrected = stats.holm(tested)
     said = ["-"]
     for each, p in list(zip(found, corrected, strict=True))[: len(rows) - 1]:  # combinations() begins with the first
-        kind = format.NOT_TESTED if p is None else format.NOT_SIGNIFICANT if p >= stats.LEVEL else ""
-        kind = kind or ("better" if ((each.value or 0) > 0) == table.higher_is_better else "worse")
-        said.append(_verdict(kind, each, stats.unit_of_shares(each.base), p))
+        kind = format.verdict(each, p, len(pairs), higher_is_better=table.higher_is_better).partition(":")[0]
+        said.append(_verdict(kind, each, p))
     return said
 
 
 def _against_baseline(row: Row) -> str:
     each = row.difference
-    return _verdict(row.kind, each, each.share_of, each.p_holm) if each else row.kind or "-"
+    return _verdict(row.kind, each, each.p_holm) if each else row.kind or "-"
 
 
-def _verdict(kind: str, each: stats.Comparison, share_of: float | None, p: float | None) -> str:
-    return f"{kind}, {format.change(each, share_of)}" + (f", {format.p(p, corrected=True)}" if p is not None else "")
+def _verdict(kind: str, each: stats.Comparison, p: float | None) -> str:
+    return f"{kind}, {format.change(each)}" + (f", {format.p(p, corrected=True)}" if p is not None else "")
 
 
 def _edges(row: Row) -> Iterator[str]:
@@ -179,7 +174,7 @@ def _edges(row: Row) -> Iterator[str]:
 
 
 def _refused(refused: Mapping[str, Sequence[str]]) -> str:
-    """Return a list of the packs of which rows are not ranked, with the reasons."""
+    """Return a list of the packs that have rows that are not ranked, with the reasons."""
     by_reason: dict[tuple[str, ...], list[str]] = {}
     for pack, lines in refused.items():
         by_reason.setdefault(tuple(lines), []).append(f"`{pack}`")

@@ -6,11 +6,9 @@ Every guess is said, in a note; a key of the command line replaces it.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.format import count, listed
@@ -19,10 +17,12 @@ from caspr_cli.common.shape import DONE, FAILED, printable
 from caspr_cli.report import trackers
 from caspr_cli.report.mlflow import read_mlflow
 from caspr_cli.report.model import Point, Run
-from caspr_cli.report.selection import frozen, plain
-from caspr_cli.report.trackers import Log
+from caspr_cli.report.settings import frozen, joined, short
+from caspr_cli.report.trackers import Asked, Found, Log, value_of
 
-SEEDS = ("seed", "random_seed", "rng_seed", "seed_everything", "manual_seed")
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 SEED = re.compile(r"seed[-_=:. /]?(\d+)|(?:^|(?<=[-_/,. ]))s(\d+)(?=$|[-_/,. ])", re.IGNORECASE)
 VERSION = re.compile(r"(?:^|/)version_\d+(?=$|/)")  # Lightning's number of a folder
 SETTING = re.compile(r"(?:^|(?<=[-_,/ ]))([A-Za-z][\w.]*?)=([^=,/ ]+?)(?=$|[,/ ]|[-_][A-Za-z][\w.]*=)")  # Hydra's names
@@ -31,10 +31,10 @@ HIGHER = {
     "recall", "r2", "psnr", "ssim", "top", "ndcg", "mrr", "reward", "return", "score",
 }  # fmt: skip
 LOWER = {"loss", "error", "err", "nll", "perplexity", "ppl", "mse", "mae", "rmse", "wer", "cer", "fid"}
+AT = {"end": "at the end", "best": "at its best step"}
 STAMP = 10**8  # a number from here on is a time or an identity, no hyperparameter
 
-
-READERS: dict[str, tuple[Callable[[Path, trackers.Wanted, trackers.Logs], Iterator[str]], str]] = {
+READERS: dict[str, tuple[Callable[[Path, Asked, Found], Iterator[str]], str]] = {
     "tensorboard": (trackers.read_tensorboard, "no event files of TensorBoard (events.out.tfevents.*) there"),
     "csv": (trackers.read_csv, "no CSV files there"),
     "wandb": (trackers.read_csv, "no CSV files there: export runs or a chart of W&B as CSV"),
@@ -42,68 +42,9 @@ READERS: dict[str, tuple[Callable[[Path, trackers.Wanted, trackers.Logs], Iterat
 }
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The flags of the command line.
-
-    Args:
-        kind: one of ``READERS``.
-        group: the hyperparameters of which each value is a row; None: the name of a run without its seed.
-        tuned: hyperparameters among whose values the best is chosen.
-        names: how a run is called, as ``{optimizer}/seed{seed}``; its parts become hyperparameters.
-        higher: None: by the name of the metric.
-        at: ``end``, ``best``, or the last value at or before this step.
-    """
-
-    kind: str
-    metric: str | None
-    group: Sequence[str] | None = None
-    seed: str | None = None
-    names: str | None = None
-    step: str | None = None
-    tuned: Sequence[str] = ()
-    higher: bool | None = None
-    at: str | int = "end"
-
-
-@dataclass
-class Found:
-    """The runs; ``warnings`` are of files, ``notes`` of what was guessed or left out."""
-
-    runs: list[Run] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def key(name: str) -> str:
     """Return the key that a hyperparameter has in a run; labels show it as ``lr``."""
-    own = name.removeprefix("optim.")
-    return f"optim.{own}{'_' * (own == 'name')}"
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A log, and the row, trial and seed that it is."""
-
-    log: Log
-    task: str
-    name: str  # of the row
-    settings: Mapping[str, Any]  # that distinguish rows of this name
-    trial: Mapping[str, Any]
-    seed: int | None
-
-    @property
-    def row(self) -> str:
-        return frozen([self.task, self.name, self.settings])
-
-    @property
-    def same(self) -> str:
-        """The settings that all seeds of a trial share."""
-        return frozen([self.row, self.trial])
-
-    @property
-    def label(self) -> str:
-        return " ".join([self.name, *(f"{k.removeprefix('optim.')}={plain(v)}" for k, v in self.settings.items())])
+    return f"optim.{short(name)}{'_' * (short(name) == 'name')}"
 
 
 def find(paths: Sequence[Path], asked: Asked) -> Found:
@@ -112,41 +53,48 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
     Raises:
         UserError: there are none, or they do not have what was asked for.
     """
-    keys = [*(asked.group or ()), *asked.tuned]
-    wanted = trackers.Wanted(asked.metric, asked.step, keys, lambda column: _is_seed(column, asked.seed))
-    logs = trackers.Logs()
+    found = Found()
     for path in paths:
-        _read(asked.kind, path, wanted, logs)
-    if not any(log.points for log in logs.runs):
-        there = f"metrics: {listed(sorted(logs.metrics), 12)}"
+        _read(asked, path, found)
+    if not any(log.points for log in found.logs):
+        there = f"metrics: {listed(sorted(found.metrics), 12)}"
         if asked.metric is None:
             raise UserError(f"--from {asked.kind}: name a metric with --metric ({there})")
-        raise UserError(f"--metric {asked.metric}: no run has it.{nearest(asked.metric, logs.metrics)} ({there})")
-    found = Found(warnings=logs.warnings)
-    if logs.without:
-        found.notes.append(f"without {asked.metric}, left out: {listed(logs.without, 4)}")
-    task = paths[0].resolve().name if len(paths) == 1 else "logs"
-    runs = list({log.path: log for log in logs.runs}.values())  # of a path that was named twice
-    members = _numbered(_members(_named(runs, asked, found.notes), asked, task, found.notes), found.notes)
-    _refuse_mixed(members)
-    found.notes += _mixed(members, asked.seed)
-    base = {
-        "task.target.metric": asked.metric,
-        "task.target.higher_is_better": _higher(str(asked.metric), asked.higher, found.notes),
-    }
-    curves = {id(member): _curve(member.log) for member in members}
-    if several := [member.log.name for member in members if len(curves[id(member)]) < len(member.log.points)]:
+        raise UserError(f"--metric {asked.metric}: no run has it.{nearest(asked.metric, found.metrics)} ({there})")
+    if found.without:
+        found.notes.append(f"without {asked.metric}, left out: {listed(found.without, 4)}")
+    logs = list({log.path: log for log in found.logs}.values())  # of a path that was named twice
+    members = _members(_named(logs, asked, found.notes), asked, found.notes)
+    _number(members, found.notes)
+    found.notes += _mixed(members, asked)
+    higher = _higher(str(asked.metric), asked.higher, found.notes)
+    members["curve"] = members["log"].map(_curve)
+    if several := [log.name for log, curve in zip(members["log"], members["curve"], strict=True)
+                   if len(curve) < len(log.points)]:  # fmt: skip
         found.notes.append(f"several values at one step, as after a resume: the last counts ({listed(several, 4)})")
-    longest: dict[str, int] = defaultdict(int)
-    for member in members:
-        longest[member.same] = max([longest[member.same], *(point.step for point in curves[id(member)])])
-    for member in members:
-        config = {**base, "task.name": member.task, "optim.name": member.name, **member.settings, **member.trial}
-        status, result = _end(member, curves[id(member)], longest[member.same], base, asked)
-        run = Run(member.log.path, config | {"seed": member.seed}, status, result, {}, curves[id(member)])
-        found.runs.append(run)
+    members["last"] = [curve[-1].step if curve else 0 for curve in members["curve"]]
+    members["longest"] = members.groupby("same")["last"].transform("max")
+    task = printable(paths[0].resolve().name if len(paths) == 1 else "logs")
+    target = {"task.target.metric": asked.metric, "task.target.higher_is_better": higher}
+    for one in members.itertuples():
+        config = {**target, "task.name": printable(one.log.task or task), "seed": one.seed, **one.settings, **one.trial}
+        found.runs.append(Run(one.log.path, config, *_end(one, higher, asked), {}, one.curve))
     found.notes += _about_ends(found.runs, asked)
     return found
+
+
+def _read(asked: Asked, path: Path, into: Found) -> None:
+    """Read all logs below a folder, or one file.
+
+    Raises:
+        UserError: the path holds none.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    reader, what = READERS[asked.kind]
+    before = len(into.warnings)
+    if not list(reader(path, asked, into)):
+        raise UserError(into.warnings[before] if into.warnings[before:] else f"{path}: {what}")
 
 
 # ---- rows and seeds --------------------------------------------------------------------------------------------------
@@ -155,21 +103,17 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
 def _named(logs: list[Log], asked: Asked, notes: list[str]) -> list[Log]:
     """Return the logs whose names match the pattern, with the parts of the names among their keys."""
     pattern = _pattern(asked.names) if asked.names else None
-    found, other = [], []
+    found, other = list[Log](), list[Log]()
     for log in logs:
-        log.keys = {key: trackers.value_of(value) for key, value in SETTING.findall(log.name)} | log.keys
-        if pattern:
-            levels = str(asked.names).count("/") + 1
-            match = pattern.fullmatch("/".join(log.name.split("/")[-levels:]))
-            if not match:
-                other.append(log.name)
-                continue
-            log.keys |= {key: trackers.value_of(value) for key, value in match.groupdict().items()}
-        found.append(log)
+        log.keys = {key: value_of(value) for key, value in SETTING.findall(log.name)} | log.keys
+        levels = str(asked.names).count("/") + 1
+        match = pattern.fullmatch("/".join(log.name.split("/")[-levels:])) if pattern else None
+        log.keys |= {key: value_of(value) for key, value in match.groupdict().items()} if match else {}
+        (found if match or not pattern else other).append(log)
     if not found:
-        raise UserError(f"--names {asked.names}: no run is called so (runs: {listed(other, 4)})")
+        raise UserError(f"--names {asked.names}: no run is called so (runs: {listed([o.name for o in other], 4)})")
     if other:
-        notes.append(f"not called {asked.names}, left out: {listed(other, 4)}")
+        notes.append(f"not called {asked.names}, left out: {listed([log.name for log in other], 4)}")
     return found
 
 
@@ -188,16 +132,27 @@ def _resolved(name: str, logs: Sequence[Log], flag: str) -> str:
         return fitting[0]
     if fitting:
         raise UserError(f"{flag} {name}: several keys are called so: {listed(fitting)}")
+    if not known:
+        names = f"leave it out, or read it from their names, as {logs[0].name}: --names '{{{name}}}_seed{{seed}}'"
+        raise UserError(f"{flag} {name}: these runs have no hyperparameters; {names}")
     raise UserError(f"{flag} {name}: no run has this key.{nearest(name, known)} (keys: {listed(known, 12)})")
 
 
-def _members(logs: list[Log], asked: Asked, task: str, notes: list[str]) -> list[_Member]:
-    """Return each log with its row, trial and seed."""
+def _members(logs: list[Log], asked: Asked, notes: list[str]) -> DataFrame:
+    """Return a line for each log.
+
+    Its columns are ``log``, ``settings`` (of the row), ``trial`` (the tuned keys), ``seed`` (None: not known), ``row``
+    and ``same`` (texts that all runs of a row and of a trial share), and ``label``.
+    """
+    from pandas import DataFrame  # slow to import
+
     tuned = [_resolved(name, logs, "--tuned") for name in asked.tuned]
     seed = _resolved(asked.seed, logs, "--seed") if asked.seed else None
     group = None if asked.group is None else [_resolved(name, logs, "--group") for name in asked.group]
-    if group is None:
-        group = _keys_of_names(logs, asked, tuned, seed)
+    if group is None:  # keys that names of runs have, as lr=0.1 or by the pattern
+        parts = _pattern(asked.names).groupindex if asked.names else {}
+        keys = dict.fromkeys([*parts, *(key for log in logs for key, _ in SETTING.findall(log.name))])
+        group = [key for key in keys if key not in (*tuned, seed) and not asked.is_seed(key)]
         how = listed(group) if group else "the name without its seed"
         notes.append(f"a row for each value of {how} (--group KEY,... chooses others)")
     own = {*group, *tuned}
@@ -207,26 +162,21 @@ def _members(logs: list[Log], asked: Asked, task: str, notes: list[str]) -> list
     if not logs:
         raise UserError(f"no run has all of {listed(sorted(own))}")
     words = bool(group) and all(isinstance(log.keys[group[0]], str) for log in logs)
-    stems = [] if group else _stems([log.name for log in logs])
+    names = ["run"] * len(logs) if group else _stems([log.name for log in logs])
     found = []
-    for k, log in enumerate(logs):
-        name = _word(log.keys[group[0]] if words else stems[k] if stems else "run")
+    for log, stem in zip(logs, names, strict=True):
         settings = {key(each): _word(log.keys[each]) for each in group[words:]}
         trial = {key(each): _word(log.keys[each]) for each in tuned}
-        found.append(_Member(log, printable(log.task or task), name, settings, trial, _seed(log, seed)))
-    return found
+        name = _word(log.keys[group[0]] if words else stem)
+        row, label = frozen([log.task, name, settings]), " ".join(filter(None, [name, joined(settings)]))
+        settings["optim.name"] = name
+        found.append((log, settings, trial, _seed(log, seed, asked), row, frozen([row, trial]), label))
+    return DataFrame(found, columns=["log", "settings", "trial", "seed", "row", "same", "label"], dtype=object)
 
 
 def _word(value: Any) -> Any:
-    """Return a text as one word of a label, without the sign that ends a key there."""
+    """Return a text as one word of a label: without spaces and equals signs."""
     return re.sub(r"[\s=]+", "_", printable(value)) if isinstance(value, str) else value
-
-
-def _keys_of_names(logs: Sequence[Log], asked: Asked, tuned: Sequence[str], seed: str | None) -> list[str]:
-    """Return the keys that names of runs have, as ``lr=0.1`` or by the pattern, without seed and tuned ones."""
-    pattern = _pattern(asked.names).groupindex if asked.names else {}
-    keys = dict.fromkeys([*pattern, *(key for log in logs for key, _ in SETTING.findall(log.name))])
-    return [key for key in keys if key not in tuned and not _is_seed(key, seed)]
 
 
 def _stems(names: Sequence[str]) -> list[str]:
@@ -240,78 +190,52 @@ def _stems(names: Sequence[str]) -> list[str]:
     return ["/".join(part[shared:]) or "run" for part in parts]
 
 
-def _is_seed(column: str, asked: str | None) -> bool:
-    return trackers.same(asked, column) if asked else re.split(r"[./]", column)[-1].casefold() in SEEDS
-
-
-def _seed(log: Log, given: str | None) -> int | None:
+def _seed(log: Log, given: str | None, asked: Asked) -> int | None:
     """Return the seed of a run, by its keys or else by its name; None if neither has one."""
-    keys = [given] if given else [key for key in log.keys if _is_seed(key, None)]
+    keys = [given] if given else [key for key in log.keys if asked.is_seed(key)]
     values = [log.keys[key] for key in keys if key in log.keys and log.keys[key] not in (None, "None")]
     if not values and not given:
         values = [int(next(filter(None, match.groups()))) for match in [*SEED.finditer(log.name)][-1:]]
-    if not values:
-        return None
-    value = values[0]
-    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+    value = values[0] if values else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | None):
         raise UserError(f"{log.path}: the seed should be a whole number but is {value!r}; --seed KEY names another")
-    return int(value)
+    return value
 
 
-def _numbered(members: list[_Member], notes: list[str]) -> list[_Member]:
-    """Return the same with seeds: where one has none, numbers that no two rows share, so that nothing is paired."""
-    without = [member.log.name for member in members if member.seed is None]
-    if not without:
-        return members
-    counts: dict[str, int] = defaultdict(int)
-    for member in members:
-        counts[member.same] += 1
-    first, start = dict[str, int](), 0
-    for row in dict.fromkeys(member.row for member in members):
-        first[row] = start
-        start += max(counts[member.same] for member in members if member.row == row)
-    used: dict[str, int] = defaultdict(int)
-    found = []
-    for member in members:
-        found.append(replace(member, seed=first[member.row] + used[member.same]))
-        used[member.same] += 1
+def _number(members: DataFrame, notes: list[str]) -> None:
+    """Where a seed is not known, set numbers that no two rows share as seeds, so that nothing is paired."""
+    if not (without := [log.name for log in members["log"][members["seed"].isna()]]):
+        return
+    sizes = members.groupby("row", sort=False)["same"].agg(lambda own: own.value_counts().max())
+    members["seed"] = members["row"].map(sizes.cumsum() - sizes) + members.groupby("same").cumcount()
     notes.append(f"no seed known of {listed(without, 4)}: runs are numbered, and no test is paired (--seed KEY, or "
                  "--names '{optimizer}-{seed}')")  # fmt: skip
-    return found
 
 
-def _refuse_mixed(members: Sequence[_Member]) -> None:
-    """Refuse runs of one row, trial and seed that have other hyperparameters: a row would be a mixture of them."""
-    same: dict[tuple[str, int | None], list[_Member]] = defaultdict(list)
-    for member in members:
-        same[member.same, member.seed].append(member)
-    for own in same.values():
-        keys = [name for name in own[0].log.keys if all(name in member.log.keys for member in own)]
-        differing = [name for name in keys if len({frozen(member.log.keys[name]) for member in own}) > 1]
-        if differing := [name for name in differing if all(_setting(member.log.keys[name]) for member in own)]:
+def _mixed(members: DataFrame, asked: Asked) -> Iterator[str]:
+    """Yield the hyperparameters in which runs of one row and trial differ.
+
+    Raises:
+        UserError: runs of one seed, too, do: the row would be a mixture of them.
+    """
+    values = [{key: frozen(value) for key, value in log.keys.items() if _setting(value)} for log in members["log"]]
+    table = type(members)(values, index=members.index)
+    for (_, seed), own in members.groupby(["same", "seed"], sort=False):
+        shared = table.loc[own.index].dropna(axis=1)
+        if differing := [key for key in shared if shared[key].nunique() > 1]:
             raise UserError(
-                f"{count(len(own), 'run')} of {own[0].label} with seed {own[0].seed} differ in {listed(differing, 6)}: "
-                f"--group KEY,... makes a row of each value, --tuned KEY chooses the best"
+                f"{count(len(own), 'run')} of {own['label'].iloc[0]} with seed {seed} differ in "
+                f"{listed(differing, 6)}: --group KEY,... makes a row of each value, --tuned KEY chooses the best"
             )
-
-
-def _mixed(members: Sequence[_Member], seed: str | None) -> Iterator[str]:
-    """Yield the keys in which runs of one row and trial differ. Values that do not recur are results."""
-    values: dict[str, list[str]] = defaultdict(list)
-    for member in members:
-        for name, value in member.log.keys.items():
-            if _setting(value) and not _is_seed(name, seed):
-                values[name].append(frozen(value))
-    known = [name for name, own in values.items() if 2 * len(set(own)) <= len(own)]
-    found: dict[str, set[str]] = defaultdict(set)
-    for name in known:
-        seen: dict[str, set[str]] = defaultdict(set)
-        for member in members:
-            seen[member.same].add(frozen(member.log.keys.get(name)))
-        found[name] = {member.label for member in members if len(seen[member.same]) > 1}
-    for name, labels in found.items():
-        if labels:
-            yield f"{name} differs within {listed(sorted(labels), 4)} (--group KEY,... makes a row of each value)"
+    for key in table:
+        known = table[key].dropna()
+        if 2 * known.nunique() > len(known) or asked.is_seed(key):  # values that do not recur are results
+            continue
+        several = table[key].fillna("").groupby(members["same"]).transform("nunique") > 1
+        if labels := sorted(set(members["label"][several])):
+            yield f"{key} differs within {listed(labels, 4)} (--group KEY,... makes a row of each value)"
 
 
 def _setting(value: Any) -> bool:
@@ -330,10 +254,11 @@ def _higher(metric: str, given: bool | None, notes: list[str]) -> bool:
         return given
     words = re.findall(r"[a-z]+\d*", metric.casefold())
     words += [word.rstrip("0123456789") for word in words]
-    higher = not LOWER.intersection(words) and bool(HIGHER.intersection(words))
-    if not LOWER.intersection(words):
-        how, other = ("higher", "lower") if higher else ("lower", "higher")
-        notes.append(f"{metric}: {how} is better, by its name (--{other}-is-better says otherwise)")
+    if LOWER.intersection(words):
+        return False
+    higher = bool(HIGHER.intersection(words))
+    how, other = ("higher", "lower") if higher else ("lower", "higher")
+    notes.append(f"{metric}: {how} is better, by its name (--{other}-is-better says otherwise)")
     return higher
 
 
@@ -346,55 +271,33 @@ def _curve(log: Log) -> tuple[Point, ...]:
     return tuple(points[step] for step in sorted(points))
 
 
-def _end(
-    member: _Member, curve: Sequence[Point], longest: int, base: Mapping[str, Any], asked: Asked
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return status and result of a run: it failed if its log says so, or ends before the others of its trial."""
-    last = curve[-1].step if curve else 0
-    status = {"state": member.log.state or DONE, "step": last, "updated": member.log.updated}
-    if isinstance(asked.at, int) and last < asked.at and status["state"] == DONE:
-        status |= {"state": FAILED, "error": f"ends at step {last}"}
-    if asked.at == "end" and member.log.state is None and last < longest:
-        status |= {"state": FAILED, "error": f"ends at step {last} of {longest}"}
-    if isinstance(asked.at, int) and curve and curve[0].step > asked.at:
-        status |= {"state": FAILED, "error": f"begins at step {curve[0].step}"}
-    if status["state"] != DONE:
+    state, error, at = one.log.state or DONE, None, asked.at
+    if isinstance(at, int) and one.last < at and state == DONE:
+        state, error = FAILED, f"ends at step {one.last}"
+    if at == "end" and one.log.state is None and one.last < one.longest:
+        state, error = FAILED, f"ends at step {one.last} of {one.longest}"
+    if isinstance(at, int) and one.curve and one.curve[0].step > at:
+        state, error = FAILED, f"begins at step {one.curve[0].step}"
+    status = {"state": state, "error": error, "step": one.last, "updated": one.log.updated}
+    if state != DONE:
         return status, {}
-    chosen = curve[-1]
-    if isinstance(asked.at, int):
-        chosen = [point for point in curve if point.step <= asked.at][-1]
-    elif asked.at == "best":
-        sign = -1 if base["task.target.higher_is_better"] else 1
-        chosen = min(curve, key=lambda point: (point.value is None, sign * (point.value or 0.0)))
-    at = (
-        f"at step {asked.at}"
-        if isinstance(asked.at, int)
-        else {"end": "at the end", "best": "at its best step"}[asked.at]
-    )
-    return status, {"steps": last, "final": {"step": chosen.step, base["task.target.metric"]: chosen.value}, "at": at}
+    chosen = one.curve[-1]
+    if isinstance(at, int):
+        chosen = [point for point in one.curve if point.step <= at][-1]
+    elif at == "best":
+        sign = -1 if higher else 1
+        chosen = min(one.curve, key=lambda point: (point.value is None, sign * (point.value or 0.0)))
+    final = {"step": chosen.step, asked.metric: chosen.value}
+    return status, {"steps": one.last, "final": final, "at": AT.get(str(at), f"at step {at}")}
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:
-    """Yield notes on runs that end at different steps."""
-    if short := [run.path for run in runs if str(run.status.get("error", "")).startswith("ends at")]:
-        yield (
-            f"{listed(short, 4)}: end{'s' * (len(short) == 1)} too early and count{'s' * (len(short) == 1)} as failed "
-            "(--at best or --at STEP, if that was meant)"
-        )
+    """Yield a note for runs that end too early, and for different ends."""
+    if short := [run.path for run in runs if str(run.status.get("error") or "").startswith("ends at")]:
+        s = "s" * (len(short) == 1)
+        yield f"{listed(short, 4)}: end{s} too early and count{s} as failed (--at best or --at STEP, if that was meant)"
     ends = sorted({run.result["steps"] for run in runs if run.result})
     if len(ends) > 1 and not isinstance(asked.at, int):
         yield f"runs end at different steps, from {ends[0]} to {ends[-1]} (--at {ends[0]} compares all there)"
-
-
-def _read(kind: str, path: Path, wanted: trackers.Wanted, into: trackers.Logs) -> None:
-    """Read all logs below a folder, or one file.
-
-    Raises:
-        UserError: the path holds none.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    reader, what = READERS[kind]
-    before = len(into.warnings)
-    if not sum(1 for _ in reader(path, wanted, into)):
-        raise UserError(into.warnings[before] if into.warnings[before:] else f"{path}: {what}")

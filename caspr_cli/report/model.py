@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from caspr_cli.common.selection import finite
+from caspr_cli.common.selection import Choice, choose, finite, reaches
 from caspr_cli.common.shape import DONE, FAILED, KINDS, DamagedError
-from caspr_cli.report.stats import Comparison
+from caspr_cli.report import stats
+from caspr_cli.report.settings import expanded, frozen, plain
+from caspr_cli.report.stats import Comparison, Summary
+
+HELD_OUT = 2  # with so many seeds that took no part in the selection, only these are reported
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,23 @@ class Run:
     def _at_the_end(self, part: str, metric: str) -> float | None:
         return finite((self.result.get(part) or {}).get(metric)) if self.state == DONE else None
 
+    @property
+    def further(self) -> bool:
+        """Whether its trial is one of those that come after a best value at the edge."""
+        trial, planned = self.config.get("trial"), self.config.get("search.trials")
+        extends = bool(self.config.get("search.extend"))
+        return extends and isinstance(trial, int) and planned is not None and trial >= planned
+
+    def time_to(self, target: float, *, higher_is_better: bool) -> tuple[float, float | None]:
+        """Return step and seconds of the first validation that reaches it: infinite if none does; None: not known."""
+        own = self.result.get("target") or {}
+        if self.state == DONE and own.get("value") == target:
+            return (math.inf, math.inf) if own.get("step") is None else (own["step"], own.get("seconds"))
+        for point in self.curve:
+            if point.value is not None and reaches(point.value, target, higher_is_better=higher_is_better):
+                return point.step, point.seconds
+        return math.inf, math.inf
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -91,28 +114,10 @@ class Trial:
     runs: tuple[Run, ...]  # by seed
     index: int | None = None  # in a search
 
-
-@dataclass(frozen=True)
-class Difference(Comparison):
-    """A row minus its baseline.
-
-    Args:
-        p_value: None also where the comparison would not be fair: more seeds failed, or chose the trial, on one side.
-        p_holm: after Holm's correction for the other rows of the table.
-        verdict: "better", "worse", or why there is none, in words.
-        baseline: its label.
-        tests: how many p-values the table has.
-        share_of: what percentages are of; None where that is too near 0, and differences are in units of the metric.
-        test, test_share_of: the same comparison of the test metric.
-    """
-
-    p_holm: float | None = None
-    verdict: str = ""
-    baseline: str = ""
-    tests: int = 1
-    share_of: float | None = None
-    test: Comparison = field(default_factory=Comparison)
-    test_share_of: float | None = None
+    @property
+    def ended(self) -> dict[int, float | None]:
+        """The final values of the runs that have ended, by seed."""
+        return {run.seed: run.final for run in self.runs if run.ended}
 
 
 @dataclass(frozen=True)
@@ -131,63 +136,37 @@ class OwnSchedule:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: an optimizer, or a variant of it, tuned.
+    """One line of a table: an optimizer, or a variant of it, tuned. Its numbers follow from its records.
 
     Args:
         label: what distinguishes it from the other rows, as ``caspr optim.eps=1e-4``.
-        trials: all of them, also failed and unfinished ones.
-        selected: the best trial; None if none is done.
-        runs: those that are reported: the held-out seeds of the selected trial where there are two, else all.
-        held_out: whether the reported seeds took no part in the selection.
-        n: how many of ``runs`` are done with a finite value.
-        steps_to_target, seconds_to_target: medians over ``runs``, where one that did not reach the target is infinite;
-            None where the median is infinite or there is no target.
-        reached: how many of ``runs`` reached the target; None if there is none.
-        scores: the mean of each trial that was compared, by its place in ``trials``, over the seeds that all of them
-            share; None if one failed or is not finite.
-        best_of: the expected validation of the best of k trials, for k = 1, 2, ...; without those that came after a
-            best value at the edge.
-        budget: trials by state, as ``{"done": 5, "failed": 1}``.
-        test_n: how many of the ``n`` have a test value.
         settings: the keys that distinguish rows, whether the label shows them or not.
-        tuned: the keys that its trials differ in.
-        records: all its runs.
-        duplicates: each run that does not count, and the one of the same trial and seed that does.
-        selecting: the seeds by which the trial was selected; empty if there was nothing to choose.
-        unscored: how many trials that ended have no run with these seeds.
+        records: all its runs, also failed and unfinished ones.
+        tuned: the keys in which its trials differ.
+        target: a value of the metric; None: there is none.
+        difference: this row minus its baseline; None for a baseline, or without one.
         own_schedule: None if no run of its settings is shorter.
     """
 
-    task: str
-    optim: str
     label: str
-    trials: tuple[Trial, ...]
-    selected: Trial | None
-    runs: tuple[Run, ...]
-    held_out: bool
-    n: int
-    mean: float | None
-    sd: float | None
-    ci_low: float | None
-    ci_high: float | None
-    test_mean: float | None
-    test_sd: float | None
-    test_n: int
-    steps_to_target: float | None
-    seconds_to_target: float | None
-    reached: int | None
-    best_of: tuple[float, ...]
-    budget: dict[str, int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    difference: Difference | None = None  # None for a baseline, or without one
-    is_baseline: bool = False
+    settings: dict[str, Any]
+    records: tuple[Run, ...]
     tuned: tuple[str, ...] = ()
-    records: tuple[Run, ...] = ()
-    duplicates: tuple[tuple[Run, Run], ...] = ()
-    selecting: frozenset[int] = frozenset()
-    unscored: int = 0
-    scores: dict[int, float | None] = field(default_factory=dict)
+    higher_is_better: bool = False
+    target: float | None = None
+    difference: Comparison | None = None
+    is_baseline: bool = False
     own_schedule: OwnSchedule | None = None
+
+    def but(self, **changes: Any) -> Row:
+        """Return the row with another label or comparison; what was computed from its records is kept."""
+        made = replace(self, **changes)
+        vars(made).update(vars(self) | vars(made))
+        return made
+
+    @property
+    def optim(self) -> str:
+        return str(self.settings["optim.name"])
 
     @property
     def untuned(self) -> bool:
@@ -201,10 +180,170 @@ class Row:
             return self.difference.verdict.partition(":")[0]
         return "baseline" if self.is_baseline else ""
 
+    # ---- trials ----
+
+    @cached_property
+    def by_trial(self) -> list[tuple[dict[str, Any], dict[int, list[Run]]]]:
+        """The records of each trial: the values of its tuned keys, and the records of each seed."""
+        found: dict[str, tuple[dict[str, Any], dict[int, list[Run]]]] = {}
+        for run in self.records:
+            config = expanded(run.config, self.tuned)
+            values = {key: config[key] for key in self.tuned if key in config}
+            found.setdefault(frozen(values), (values, {}))[1].setdefault(run.seed, []).append(run)
+        return list(found.values())
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The trials, in the order of a search or of their values.
+
+        Of several records of one seed that one counts which has come further, then the later one.
+        """
+        made = []
+        for values, seeds in self.by_trial:
+            runs = tuple(max(seeds[seed], key=_progress) for seed in sorted(seeds))
+            index = next((k for run in runs if isinstance(k := run.config.get("trial"), int)), None)
+            made.append(Trial(values, runs, index))
+        return tuple(sorted(made, key=self._place))
+
+    def _place(self, trial: Trial) -> list[tuple[bool, float, str]]:
+        return [_sortable(value) for value in (trial.index, *map(trial.values.get, self.tuned))]
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The trial with the best validation at the end, and how it was chosen."""
+        rerank = max((run.config.get("search.rerank") or 0 for trial in self.trials for run in trial.runs), default=0)
+        ends = [trial.ended for trial in self.trials]
+        return choose(ends, higher_is_better=self.higher_is_better, rerank=rerank)
+
+    @property
+    def selected(self) -> Trial | None:
+        """The best trial; None if none is done."""
+        return None if self.choice.best is None else self.trials[self.choice.best]
+
+    @property
+    def scores(self) -> dict[int, float | None]:
+        """The mean of each trial that was compared, over the seeds that all share, by its place; None if one failed."""
+        return self.choice.scores
+
+    @cached_property
+    def selecting(self) -> frozenset[int]:
+        """The seeds by which the trial was selected; empty if there was nothing to choose."""
+        return self.choice.seeds if sum(bool(trial.ended) for trial in self.trials) > 1 else frozenset()
+
+    @property
+    def unscored(self) -> int:
+        """The number of trials that ended and have no run with the seeds that select."""
+        return sum(bool(trial.ended) for trial in self.trials) - len(self.scores)
+
+    @cached_property
+    def budget(self) -> dict[str, int]:
+        """Trials by state, as ``{"done": 5, "failed": 1}``."""
+        return dict(Counter(map(self._state, self.trials)))
+
+    def _state(self, trial: Trial) -> str:
+        """Return ``done`` if some seed is, unless a seed that selects failed."""
+        deciding = [run for run in trial.runs if run.seed in self.selecting] or list(trial.runs)
+        ends = [run.final for run in deciding if run.ended]
+        if not ends:
+            return deciding[0].state
+        enough = all if self.selecting else any
+        return DONE if enough(final is not None for final in ends) else FAILED
+
+    @cached_property
+    def planned(self) -> list[float | None]:
+        """The scores of a search without further trials, which are drawn around the best of the others.
+
+        These alone are exchangeable, so that any k of them say what a search of k trials comes to.
+        """
+        return [score for k, score in self.scores.items() if not any(run.further for run in self.trials[k].runs)]
+
+    @cached_property
+    def best_of(self) -> tuple[float, ...]:
+        """The expected validation of the best of k of the planned trials, for k = 1, 2, ..."""
+        return stats.best_of(self.planned, higher_is_better=self.higher_is_better)
+
+    # ---- reported runs ----
+
+    @cached_property
+    def _held_out(self) -> tuple[Run, ...]:
+        return tuple(r for r in self.selected.runs if r.ended and r.seed not in self.selecting) if self.selected else ()
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the reported seeds took no part in the selection."""
+        return self.selected is not None and (not self.selecting or len(self._held_out) >= HELD_OUT)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that are reported: the held-out seeds of the selected trial where there are two, else all."""
+        if self.selected is None or self.held_out:
+            return self._held_out
+        return tuple(run for run in self.selected.runs if run.ended)
+
+    @cached_property
+    def values(self) -> dict[int, float]:
+        """The finite values at the end, by seed."""
+        return {run.seed: run.final for run in self.runs if run.final is not None}
+
+    @cached_property
+    def tests(self) -> dict[int, float]:
+        """The values of the test metric of the same runs, by seed."""
+        return {run.seed: run.test for run in self.runs if run.final is not None and run.test is not None}
+
+    @cached_property
+    def validation(self) -> Summary:
+        return stats.summary(self.values.values())
+
+    @cached_property
+    def test(self) -> Summary:
+        return stats.summary(self.tests.values())
+
+    @property
+    def n(self) -> int:
+        """The number of reported runs with a finite value."""
+        return self.validation.n
+
+    @property
+    def mean(self) -> float | None:
+        return self.validation.mean
+
     @property
     def failed(self) -> int:
         """The number of reported seeds without a finite value."""
         return len(self.runs) - self.n
+
+    # ---- target ----
+
+    @cached_property
+    def _times(self) -> list[tuple[float, float | None]]:
+        if self.target is None:
+            return []
+        return [run.time_to(self.target, higher_is_better=self.higher_is_better) for run in self.runs]
+
+    @property
+    def steps_to_target(self) -> float | None:
+        """The median over reported runs, where one that did not reach it is infinite; None: infinite, or no target."""
+        return stats.median([step for step, _ in self._times])
+
+    @property
+    def seconds_to_target(self) -> float | None:
+        return stats.median([seconds for _, seconds in self._times])
+
+    @property
+    def reached(self) -> int | None:
+        """How many of the reported runs reached the target; None if there is none."""
+        return None if self.target is None else sum(math.isfinite(step) for step, _ in self._times)
+
+
+def _progress(run: Run) -> tuple[int, str, str, str]:
+    """Return a key to sort by progress, and then by content, so that the order of reading does not matter."""
+    rank = {DONE: 2, FAILED: 1}.get(run.state, 0)
+    return rank, str(run.status.get("updated", "")), frozen([run.result, run.config]), run.path
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, (int, float))
+    return not number, float(value) if number else 0.0, plain(value)
 
 
 @dataclass(frozen=True)
@@ -222,12 +361,12 @@ class Table:
     data: str
     metric: str
     higher_is_better: bool
-    target: float | None
-    baseline: str | None
-    rows: tuple[Row, ...]
-    warnings: tuple[str, ...] = ()
     data_hash: str | None = None
     steps: int | None = None
+    target: float | None = None
+    baseline: str | None = None
+    rows: tuple[Row, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def own_baselines(self) -> bool:

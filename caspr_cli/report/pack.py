@@ -26,7 +26,7 @@ from caspr_cli.common.files import write_output
 from caspr_cli.common.format import size
 from caspr_cli.common.shape import DamagedError
 from caspr_cli.report.model import Run, point
-from caspr_cli.report.selection import SPACE
+from caspr_cli.report.settings import SPACE
 
 FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.

@@ -20,7 +20,8 @@ from caspr_cli.report.formulas import typeset, typeset_figure
 from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import Profile, names
-from caspr_cli.report.selection import labels_across
+from caspr_cli.report.render import Column
+from caspr_cli.report.selection import with_common_labels
 from caspr_cli.report.style import PALETTE, UNWRITABLE, Style
 
 Styles = Mapping[str, Style]
@@ -45,6 +46,7 @@ def _templates() -> Environment:
         lib=answer,
         profile=profile,
         tuning=tuning,
+        str=str,
     )
     made.filters.update(sentence=format.sentence)
     return made
@@ -83,10 +85,9 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
     """
     if found and len(found.tasks) < 2:
         found = None  # of one task it says what the table says
-    across = labels_across([table.rows for table in tables])
-    own = [row.label for table in tables for row in table.rows]
-    styles = style.styles([*own, *(label for labels in across for label in labels)])
-    by_label = [dict(zip(labels, table.rows, strict=True)) for labels, table in zip(across, tables, strict=True)]
+    across = with_common_labels(tables)
+    styles = style.styles(row.label for table in (*tables, *across) for row in table.rows)
+    by_label = [{row.label: row for row in table.rows} for table in across]
     runs = [run for table in tables for row in table.rows for run in row.runs]
     sections = [
         {"name": name, "anchor": f"task-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{k}", "table": table}
@@ -106,21 +107,19 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         profile_svg=figures.profile(found, styles) if found else "",
         first_command=shlex.join(next(filter(None, map(provenance.command, runs)), [])),
         provenance=_provenance(tables),
-        best=[_best_mean(table, rows) for table, rows in zip(tables, by_label, strict=True)],
+        best=[{table.rows[k].label for k in _mean(table).best} for table in across],
         in_per_cent=lambda table: any(row.difference and row.difference.share_of is not None for row in table.rows),
         marks=format.MARKS,
     )  # fmt: skip
 
 
-def _best_mean(table: Table, rows: Mapping[str, Row]) -> set[str]:
-    """Return the labels of the rows with the best mean, as the page has them."""
-    mean = next(column for column in format.columns(table) if column.head.startswith("mean"))
-    return {label for label, row in rows.items() if row.label in mean.best(table.rows)}
+def _mean(table: Table) -> Column:
+    return next(column for column in format.sheet(table).columns if column.head.startswith("mean"))
 
 
 def opening(tables: Sequence[Table]) -> list[str]:
     """Return what was compared, in three sentences."""
-    labels = list(dict.fromkeys(label for own in labels_across([table.rows for table in tables]) for label in own))
+    labels = list(dict.fromkeys(row.label for table in with_common_labels(tables) for row in table.rows))
     every = [row for table in tables for row in table.rows]
     reported = [run for row in every for run in row.runs]
     trials = count(sum(len(row.trials) for row in every if not row.untuned), "trial")

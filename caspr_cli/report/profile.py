@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.selection import labels_across
+from caspr_cli.report.render import Sheet, best, sheet
+from caspr_cli.report.selection import with_common_labels
 
 LONGEST = 4.0  # times the fastest: later is never
 SHOWN = (1.0, 1.5, 2.0, 4.0)  # of rho, in tables
@@ -53,11 +54,11 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
     Args:
         unit: of time, ``steps`` or ``seconds``.
     """
-    across, called = labels_across([table.rows for table in tables]), names(tables)
+    called = names(tables)
     other_lengths = dict(_other_lengths(tables, called))
     labelled = {
-        name: (table, dict(zip(labels, table.rows, strict=True)))
-        for name, table, labels in zip(called, tables, across, strict=True)
+        name: (table, {row.label: row for row in table.rows})
+        for name, table in zip(called, with_common_labels(tables), strict=True)
         if name not in other_lengths
     }
     judged = {name: rows for name, (table, rows) in labelled.items() if table.target is not None}
@@ -70,7 +71,7 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
 
 
 def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the tables of tasks that have one with more runs, of another length, each with why it is left out."""
+    """Yield the tables that are left out because another length of the task has more runs, and a note on it."""
     groups: dict[Table, list[tuple[str, Table]]] = {}
     for name, table in zip(called, tables, strict=True):
         groups.setdefault(replace(table, steps=None, rows=(), warnings=(), target=None, baseline=None), []).append(
@@ -92,7 +93,7 @@ def _never(
     labels: Sequence[str],
     unit: str,
 ) -> Iterator[str]:
-    """Yield what counts as not reached, where the table does not show why."""
+    """Yield a note for each row that counts as not reached, if the table does not show why."""
     for name, column in columns.items():
         if not any(map(math.isfinite, column.values())):
             yield f"{name}: no row reached the target"
@@ -123,30 +124,22 @@ def score(ratios: Sequence[float]) -> float:
     return sum(max(LONGEST - ratio, 0.0) for ratio in ratios) / (LONGEST - 1) / max(len(ratios), 1)
 
 
-def cells(found: Profile) -> list[list[str]]:
-    """Return the heads, and a line for each row: its score, the shares within multiples of the fastest, its times."""
-    heads = ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks]
-    rows = [
-        [label, f"{points:.3f}", *(f"{rho(found.ratios[label], tau):.2f}" for tau in SHOWN)]
-        + [times(ratio) for ratio in found.ratios[label]]
-        for label, points in found.scores.items()
-    ]
-    return [heads, *rows]
-
-
-def strong(found: Profile) -> set[tuple[int, int]]:
-    """Return which of the :func:`cells` are the best of their columns; none where all are equal."""
-    rows = [
-        [points, *(rho(found.ratios[label], tau) for tau in SHOWN), *(-ratio for ratio in found.ratios[label])]
-        for label, points in found.scores.items()
-    ]
-    columns = list(zip(*rows, strict=True))
-    return {
-        (line, k)
-        for k, column in enumerate(columns, 1)
-        for line, value in enumerate(column, 1)
-        if value == max(column) > min(column)
-    }
+def as_sheet(found: Profile) -> Sheet:
+    """Return for each row its score, the shares within multiples of the fastest, and its times."""
+    labels = list(found.scores)
+    values = [[found.scores[label] for label in labels]]
+    values += [[rho(found.ratios[label], tau) for label in labels] for tau in SHOWN]
+    ratios = list(zip(*(found.ratios[label] for label in labels), strict=True))
+    made = sheet(
+        ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks],
+        [
+            [label, f"{score:.3f}", *(f"{share:.2f}" for share in shares), *map(times, found.ratios[label])]
+            for label, score, *shares in zip(labels, *values, strict=True)
+        ],
+        spare=[0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)],
+    )
+    bold = [frozenset[int](), *map(best, values), *(best(column, higher=False) for column in ratios)]
+    return Sheet(tuple(replace(column, best=own) for column, own in zip(made.columns, bold, strict=True)))
 
 
 def names(tables: Sequence[Table]) -> list[str]:

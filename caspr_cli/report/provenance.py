@@ -15,7 +15,7 @@ def command(run: Run) -> list[str]:
 
 
 def hardware(run: Run) -> str:
-    """Return what computed: the GPU, or else the processor, with processes and threads."""
+    """Return the GPU, or else the processor, with the numbers of processes and threads."""
     device = run.provenance.get("device") or {}
     processor = (run.provenance.get("machine") or {}).get("processor")
     name = device.get("name") if device.get("type") != "cpu" else processor or "cpu"

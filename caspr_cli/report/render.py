@@ -1,10 +1,12 @@
-"""Tables of text, the heads first, as lines of a terminal, Markdown and LaTeX; data frames as CSV."""
+"""Tables of text, as lines of a terminal, Markdown and LaTeX (pages have them by a macro); data frames as CSV."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caspr_cli.common.format import table
@@ -12,8 +14,6 @@ from caspr_cli.common.format import table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-Cells = Sequence[Sequence[str]]
-Place = tuple[int, int]  # of a cell: line, with the heads as the first, and column
 # Characters that mean something to LaTeX or Markdown; to Markdown an underscore within a word does not.
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -21,43 +21,110 @@ LATEX = str.maketrans({
 })  # fmt: skip
 MARKDOWN = re.compile(r"[\\`*|\[]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes what begins with one of these
+MORE = "a wider terminal, --json or --to"
 
 
-def terminal(
-    cells: Cells,
-    width: int,
-    *,
-    right: Sequence[bool] | None = None,
-    spare: Sequence[int] | None = None,
-    strong: Collection[Place] = (),
-) -> tuple[list[str], list[str]]:
-    """Return the lines of the columns for which there is room, and the heads of the other columns.
+@dataclass(frozen=True)
+class Column:
+    """One column of a sheet.
 
     Args:
-        right: which columns are aligned to the right; by default all but the first.
-        spare: by column; the highest is left out first, and one with 0 never. By default the last of more than two.
-        strong: which cells are bold, by the codes of a terminal.
+        spare: where there is no room, columns with the highest number are left out first, and one with 0 never.
+        best: the rows whose cell is bold.
     """
-    columns = range(len(cells[0]))
-    right, spare = right or [k > 0 for k in columns], spare or [max(k - 1, 0) for k in columns]
-    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    shown = list(columns)
-    while sum(widths[k] for k in shown) - 2 > width and any(spare[k] for k in shown):
-        shown.remove(max(shown, key=spare.__getitem__))
-    bold = {(line, shown.index(k)) for line, k in strong if k in shown}
-    lines = table([[row[k] for k in shown] for row in cells], [right[k] for k in shown], bold)
-    return lines, [cells[0][k] for k in columns if k not in shown]
+
+    head: str
+    cells: tuple[str, ...]
+    right: bool = True
+    spare: int = 0
+    best: frozenset[int] = frozenset()
 
 
-def markdown(cells: Cells, right: Sequence[bool] = (), strong: Collection[Place] = ()) -> str:
+@dataclass(frozen=True)
+class Sheet:
+    """A table for people: texts in columns, the first of which names the rows."""
+
+    columns: tuple[Column, ...]
+    caption: str = ""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.columns[0].cells)
+
+    @property
+    def heads(self) -> list[str]:
+        return [column.head for column in self.columns]
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        return list(zip(*(column.cells for column in self.columns), strict=True))
+
+
+def sheet(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str = "",
+    *,
+    left: Sequence[str] = (),
+    spare: Sequence[int] | None = None,
+) -> Sheet:
+    """Return a sheet of rows.
+
+    Args:
+        left: the heads of columns that are aligned to the left, as the first is.
+        spare: of each column; by default the last of more than two is left out first.
+    """
+    spare = spare or [max(k - 1, 0) for k in range(len(heads))]
+    columns = zip(*rows, strict=True) if (rows := list(rows)) else [()] * len(heads)
+    right = [k > 0 and head not in left for k, head in enumerate(heads)]
+    return Sheet(tuple(map(Column, heads, map(tuple, columns), right, spare)), caption)
+
+
+def best(values: Sequence[float | None], *, higher: bool = True) -> frozenset[int]:
+    """Return the places of the best value; none if all have it."""
+    top = (max if higher else min)((value for value in values if value is not None), default=None)
+    found = frozenset(k for k, value in enumerate(values) if value is not None and value == top)
+    return found if len(found) < len(values) else frozenset()
+
+
+def terminal(made: Sheet, width: int, *, bold: bool = False) -> tuple[list[str], list[str]]:
+    """Return the lines of the columns for which there is room, heads first, and the heads of the other columns.
+
+    Args:
+        bold: whether the best cells are, by the codes of a terminal.
+    """
+    shown = list(made.columns)
+    widths = {id(column): max(map(len, (column.head, *column.cells))) + 2 for column in shown}
+    while sum(widths[id(column)] for column in shown) - 2 > width and any(column.spare for column in shown):
+        shown.remove(max(shown, key=lambda column: column.spare))
+    places = {(row + 1, k) for k, column in enumerate(shown) for row in column.best if bold}
+    lines = [[column.head for column in shown], *zip(*(column.cells for column in shown), strict=True)]
+    return table(lines, [column.right for column in shown], places), [c.head for c in made.columns if c not in shown]
+
+
+def lines(made: Sheet, width: int, *, bold: bool = False, more: str = MORE) -> list[str]:
+    """Return a table as lines of a terminal, with a line that says which columns have no room.
+
+    Args:
+        more: what has all columns.
+    """
+    found, omitted = terminal(made, width, bold=bold)
+    return [*found, *no_room(omitted, width, more)]
+
+
+def no_room(omitted: Sequence[str], width: int, more: str = MORE) -> list[str]:
+    """Return a note on columns that are not shown, and what shows them."""
+    return textwrap.wrap(f"(no room for: {', '.join(omitted)}; {more} has all)", width) if omitted else []
+
+
+def markdown(made: Sheet, *, aligned: bool = False) -> str:
     """Return a table of Markdown.
 
     Args:
-        right: which columns are aligned to the right; by default none.
-        strong: which cells are bold.
+        aligned: whether it says which columns are aligned to the right.
     """
-    heads, *rows = _emphasized(cells, markdown_text, "**{}**", strong)
-    rule = ["---:" if k < len(right) and right[k] else "---" for k in range(len(heads))]
+    rule = ["---:" if aligned and column.right else "---" for column in made.columns]
+    heads, *rows = _emphasized(made, markdown_text, "**{}**")
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
 
 
@@ -66,23 +133,25 @@ def markdown_text(text: str) -> str:
     return MARKDOWN.sub(r"\\\g<0>", text)
 
 
-def latex(cells: Cells, caption: str, notes: Iterable[str], strong: Collection[Place] = ()) -> str:
+def latex(made: Sheet, notes: Iterable[str]) -> str:
     """Return a table for the package booktabs, whose last column has sentences, with notes below."""
     from pandas import DataFrame  # slow to import
 
-    heads, *rows = _emphasized(cells, lambda text: text.translate(LATEX), r"\textbf{{{}}}", strong)
-    made = DataFrame(rows, columns=heads).style.hide(axis="index").to_latex(
-        hrules=True, column_format="l" + "r" * (len(heads) - 3) + r"lp{0.3\linewidth}", caption=caption.translate(LATEX)
+    heads, *rows = _emphasized(made, lambda text: text.translate(LATEX), r"\textbf{{{}}}")
+    form = "".join("r" if column.right else "l" for column in made.columns[:-1]) + r"p{0.3\linewidth}"
+    text = DataFrame(rows, columns=heads).style.hide(axis="index").to_latex(
+        hrules=True, column_format=form, caption=made.caption.translate(LATEX)
     )  # fmt: skip
     below = [rf"\par\smallskip\raggedright\footnotesize Note: {note.translate(LATEX)}" for note in notes]
-    return str(made).replace(r"\end{table}", "\n".join([*below, r"\end{table}"]))
+    return str(text).replace(r"\end{table}", "\n".join([*below, r"\end{table}"]))
 
 
-def _emphasized(cells: Cells, escaped: Callable[[str], str], bold: str, strong: Collection[Place]) -> list[list[str]]:
-    return [
-        [bold.format(escaped(text)) if (line, k) in strong else escaped(text) for k, text in enumerate(row)]
-        for line, row in enumerate(cells)
+def _emphasized(made: Sheet, escaped: Callable[[str], str], bold: str) -> list[list[str]]:
+    columns = [
+        [bold.format(escaped(cell)) if row in column.best else escaped(cell) for row, cell in enumerate(column.cells)]
+        for column in made.columns
     ]
+    return [list(map(escaped, made.heads)), *map(list, zip(*columns, strict=True))]
 
 
 def csv(frame: DataFrame) -> str:

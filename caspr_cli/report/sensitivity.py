@@ -13,10 +13,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from caspr_cli.report import format
 from caspr_cli.report.figures import WIDTH, axes_of, drawn, legend, note, svg_of, window
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.selection import ALWAYS_TUNED, plain
+from caspr_cli.report.selection import ALWAYS_TUNED
+from caspr_cli.report.settings import plain, ranges, short
 from caspr_cli.report.style import DASHDOT, DASHED, DOTTED, SOLID, Style, drawing
 from caspr_cli.report.style import styles as styles_for
-from caspr_cli.report.trials import kinds, number, outcomes, tried, varied, width
+from caspr_cli.report.trials import number, outcomes, tried, varied, width
 
 Styles = Mapping[str, Style]
 COLUMNS, PANEL = 2, 1.75  # of small multiples; inches of the height of each
@@ -46,7 +47,7 @@ def about_rates(table: Table) -> str:
 def by_rate(table: Table, styles: Styles | None = None) -> str:
     """Draw the value of each trial by its learning rate, one line a row, with the width of the range of good ones."""
     higher = table.higher_is_better
-    found = {row.label: wide for row in tried(table) if (wide := width(row, higher_is_better=higher))}
+    found = {row.label: wide for row in tried(table) if (wide := width(row))}
     rows = [row for row in table.rows if row.label in found]
     if not rows:
         return ""
@@ -76,7 +77,8 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
     if not keys:
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
-    drawn_as, lines = kinds(rows), math.ceil(len(keys) / COLUMNS)
+    lines = math.ceil(len(keys) / COLUMNS)
+    drawn_as = {key: kind for row in rows for run in row.records for key, (kind, _) in ranges(run.config).items()}
     with drawing():
         figure = Figure(figsize=(WIDTH, 0.2 + PANEL * lines), layout="constrained")
         panels = list(figure.subplots(lines, min(COLUMNS, len(keys)), sharey=True, squeeze=False).flat)
@@ -93,12 +95,12 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
             panel.set_visible(False)
         figure.supylabel(table.metric, fontsize=9)
         legend(figure, {row.label: row.label for row in rows}, styles, _dot)
-        what = ", ".join(key.removeprefix("optim.") for key in keys)
+        what = ", ".join(short(key) for key in keys)
         return svg_of(figure, table, "keys", f"{table.metric} on {table.task} of all trials by {what}, each in a panel")
 
 
 def _range(rows: Sequence[Row], *, higher: bool) -> tuple[float, float]:
-    """Return the vertical range: from the best to the median trial of the row where this is the worst."""
+    """Return the vertical range: from the best trial of all to the worst of the rows' median trials."""
     ends = []
     for row in rows:
         values = sorted((value for value in row.scores.values() if value is not None), reverse=higher)
@@ -116,9 +118,9 @@ def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bo
     (low, high), at_edge = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
     edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}
     how = _dot(style)
-    for one in outcomes(row, higher_is_better=higher):
+    for one in outcomes(row):
         value = one.trial.values.get(key)
-        if value is None or not one.ended or (x := x_of(value)) is None:
+        if value is None or not one.trial.ended or (x := x_of(value)) is None:
             continue
         mark = "x" if one.value is None else "v" if one.value < low else "^"
         if one.value is not None and low <= one.value <= high:
@@ -129,7 +131,7 @@ def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bo
 
 
 def _dot(style: Style) -> dict[str, Any]:
-    """Return the mark of a trial, which tells rows of one hue apart, as dashes of lines do."""
+    """Return the marker of a row's trials; like the dashes of lines, it distinguishes rows of one hue."""
     marker, filled = MARKERS[DASHES.index(style.dash)]
     how: dict[str, Any] = {"color": style.colour, "linestyle": "none", "marker": marker, "markersize": 3.8}
     return how | {"markeredgewidth": 1.1} | ({} if filled else {"markerfacecolor": "none"})
@@ -145,7 +147,7 @@ def _axis(rows: Sequence[Row], key: str, kind: str | None) -> tuple[str, bool, C
     Args:
         kind: how searches draw it. Without one, positive numbers over more than a decade are logarithmic.
     """
-    name = key.removeprefix("optim.")
+    name = short(key)
     values = [value for row in rows for trial in row.trials if (value := trial.values.get(key)) is not None]
     numbers = [value for value in values if number(value)]
     if len(numbers) < len(values):

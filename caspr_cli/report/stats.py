@@ -7,8 +7,9 @@ scipy.stats takes seconds to import, and the tests compare with it.
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,13 @@ class Comparison:
         value: the difference of the means, in units of the metric; None if one of the two has no seed.
         base: the other's values that took part.
         low, high: 95 % interval, not corrected; None if n < 2, or if all seeds differ by the same.
-        p_value: two-sided; None where ``low`` is, as ``spread``.
+        p_value: two-sided; None where ``low`` is, as ``spread``; and where the comparison would not be fair, as more
+            seeds failed, or chose the trial, on one side.
+        p_holm: after Holm's correction for the other rows of a table.
+        tests: how many p-values this table has.
+        baseline: the label of the other row.
+        verdict: "better", "worse", or why there is none, in words.
+        test: the same comparison of the test metric.
     """
 
     paired: bool = False
@@ -57,22 +64,56 @@ class Comparison:
     high: float | None = None
     p_value: float | None = None
     spread: Spread | None = None
+    p_holm: float | None = None
+    tests: int = 1
+    baseline: str = ""
+    verdict: str = ""
+    test: Comparison | None = None
+
+    @property
+    def share_of(self) -> float | None:
+        """The mean of ``base``, of which the difference is given in per cent; None where it is too near 0.
+
+        That is below ten standard deviations, and so wherever its 95 % interval contains 0.
+        """
+        base = summary(self.base)
+        return None if not base.mean or (base.sd is not None and abs(base.mean) < 10 * base.sd) else base.mean
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return mean and standard deviation (n - 1 in the denominator); None where there are too few values."""
-    array = np.asarray(values, dtype=float)
-    mean = float(array.mean()) if array.size else None
-    return mean, float(array.std(ddof=1)) if array.size > 1 else None
+@dataclass(frozen=True)
+class Summary:
+    """Values in five numbers.
+
+    Args:
+        sd: standard deviation (n - 1 in the denominator); None where there are fewer than two values.
+        low, high: the 95 % interval of the mean of normal values; None for fewer than two, or equal ones.
+    """
+
+    n: int
+    mean: float | None = None
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the 95 % interval of the mean of normal values; None for fewer than two, or equal ones."""
-    mean, sd = mean_sd(values)
-    if mean is None or sd is None or sd <= NO_SPREAD * max(map(abs, values)):
-        return None, None
-    half = quantile(len(values) - 1) * sd / math.sqrt(len(values))
-    return mean - half, mean + half
+def summary(values: Iterable[float]) -> Summary:
+    """Return number, mean, standard deviation and interval of some values."""
+    array = np.asarray([*values], dtype=float)
+    n, mean = array.size, float(array.mean()) if array.size else None
+    if mean is None or n < 2:
+        return Summary(n, mean)
+    sd = float(array.std(ddof=1))
+    if sd <= NO_SPREAD * float(np.abs(array).max()):
+        return Summary(n, mean, sd)
+    half = quantile(n - 1) * sd / math.sqrt(n)
+    return Summary(n, mean, sd, mean - half, mean + half)
+
+
+def median(times: Sequence[float | None]) -> float | None:
+    """Return the median; None if it is infinite, or a time is not known."""
+    known = [time for time in times if time is not None]
+    middle = statistics.median(known) if known and len(known) == len(times) else math.inf
+    return middle if math.isfinite(middle) else None
 
 
 def quantile(freedom: float, tests: int = 1) -> float:
@@ -155,15 +196,6 @@ def _fewest(enough: Callable[[int], bool]) -> int | None:
     numbers = range(2, MOST_SEEDS + 1)
     place = bisect_left(numbers, True, key=enough)
     return numbers[place] if place < len(numbers) else None
-
-
-def unit_of_shares(base: Sequence[float]) -> float | None:
-    """Return the mean, of which a difference is given in per cent; None where it is too near 0 to divide by.
-
-    That is below ten standard deviations, and so wherever its 95 % interval contains 0.
-    """
-    mean, sd = mean_sd(base)
-    return None if not mean or (sd is not None and abs(mean) < 10 * sd) else mean
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

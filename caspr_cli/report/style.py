@@ -66,6 +66,7 @@ KNOWN = {
     "sgd": Style("ink", SOLID),
     "full_adagrad": Style("amber", SOLID),
     "caspr_paper": Style("blue", DASHED),
+    "caspr_sum": Style("blue", DOTTED),
     "nadamw": Style("grey", DASHED),
 }
 

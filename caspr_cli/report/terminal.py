@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common.format import count, duration, listed, wrapped
-from caspr_cli.report import format, profile, provenance, render, tuning
+from caspr_cli.report import format, provenance, render, tuning
 from caspr_cli.report.format import number
 from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Point, Run, Table
-from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, SHOWN, Profile
-from caspr_cli.report.selection import IGNORED_GROUPS, differing, settings
+from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, Profile, as_sheet
+from caspr_cli.report.render import Sheet, sheet
+from caspr_cli.report.selection import IGNORED_GROUPS
+from caspr_cli.report.settings import differing, joined
 
 BARS = "▁▂▃▄▅▆▇█"
 INDENT = "  "
@@ -38,9 +40,9 @@ def compared(
     for each in made:
         yield ""
         yield from table_lines(each, width, bold=bold)
-        if len(cells := tuning.by_budget(each)) > 1:
+        if made_of := tuning.by_budget(each):
             budgets = True
-            yield from ["", "by number of trials", *cell_lines(cells, width)]
+            yield from ["", "by number of trials", *render.lines(made_of, width)]
     yield ""
     yield from wrapped(f"legend   {format.LEGEND}", width)
     yield from wrapped(f"marks    {format.LEGEND_OF_MARKS}{f' {format.BOLD}' * bold}", width)
@@ -50,58 +52,30 @@ def compared(
 
 def trials(made: Sequence[Table], width: int) -> Iterator[str]:
     """Yield the range of good learning rates of each row, and all trials."""
-    shown = [(each, cells) for each in made if len(cells := tuning.trials(each)) > 1]
+    shown = [(each, every) for each in made if (every := tuning.trials(each))]
     if not shown:
         yield "trials   no row has several"
         return
-    for each, cells in shown:
+    for each, every in shown:
         yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
-        if len(widths := tuning.widths(each)) > 1:
-            yield from [*cell_lines(widths, width), ""]
-        keys = len(cells[0]) - 5  # these go first where there is no room
-        aligned, spare = [False, *[True] * (keys + 3), False], [0, 0, 0, 1, *range(2, keys + 2), 0]
-        yield from [*cell_lines(cells, width, aligned, spare), ""]
+        if widths := tuning.widths(each):
+            yield from [*render.lines(widths, width), ""]
+        yield from [*render.lines(every, width), ""]
     yield from wrapped(f"rates    {tuning.WIDTHS}", width)
     yield from wrapped(f"trials   {tuning.TRIALS}", width)
 
 
-def cell_lines(
-    cells: render.Cells,
-    width: int,
-    right: Sequence[bool] | None = None,
-    spare: Sequence[int] | None = None,
-    strong: Collection[render.Place] = (),
-    more: str = "a wider terminal, --json or --to",
-) -> Iterator[str]:
-    """Yield a table, and which of its columns have no room; arguments as of :func:`render.terminal`.
-
-    Args:
-        more: what has all columns.
-    """
-    lines, omitted = render.terminal(cells, width, right=right, spare=spare, strong=strong)
-    yield from lines
-    if omitted:
-        yield from _no_room(omitted, width, more)
-
-
-def _no_room(omitted: Sequence[str], width: int, more: str = "a wider terminal, --json or --to") -> list[str]:
-    said = f"(no room for: {', '.join(omitted)}; {more} has all)"
-    return textwrap.wrap(said, width)
-
-
 def table_lines(made: Table, width: int, *, bold: bool = False) -> Iterator[str]:
     """Yield title, a line for each row with its settings and verdict below, and the warnings."""
-    yield from textwrap.wrap(format.title(made), width, subsequent_indent=INDENT)
-    columns = format.columns(made)
-    cells, strong = [line[: len(columns)] for line in format.cells(made)], format.strong(made) if bold else ()
-    (heads, *lines), omitted = render.terminal(cells, width, spare=[c.spare for c in columns], strong=strong)
+    whole = format.sheet(made)
+    yield from textwrap.wrap(whole.caption, width, subsequent_indent=INDENT)
+    (heads, *lines), omitted = render.terminal(Sheet(whole.columns[:-2]), width, bold=bold)  # these stand below
     yield heads
     for row, line in zip(made.rows, lines, strict=True):
         yield line
         if said := "; ".join(filter(None, [format.selected(row), format.marked(row)])):
             yield from textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT * 2)
-    if omitted:
-        yield from _no_room(omitted, width)
+    yield from render.no_room(omitted, width)
     for warning in made.warnings:
         yield from wrapped(f"warning  {warning}", width)
 
@@ -116,16 +90,14 @@ def profiled(found: Profile, width: int, *, bold: bool = False) -> Iterator[str]
     yield from wrapped(
         f"profile  median {found.unit} to target on {where}, as a multiple of the fastest of the task", width
     )
-    spare = [0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)]
-    strong = profile.strong(found) if bold else ()
-    yield from cell_lines(profile.cells(found), width, spare=spare, strong=strong, more="a wider terminal")
-    yield ""
-    legend = (
-        f"ρ(t)     share of tasks that are reached within t times the {found.unit} of the fastest",
-        f"score    AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; "
-        f"{NOT_ALGOPERF}",
+    yield from [*render.lines(as_sheet(found), width, bold=bold, more="a wider terminal"), ""]
+    yield from wrapped(
+        f"ρ(t)     share of tasks that are reached within t times the {found.unit} of the fastest", width
     )
-    yield from (line for text in legend for line in wrapped(text, width))
+    yield from wrapped(
+        f"score    AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; "
+        f"{NOT_ALGOPERF}", width
+    )  # fmt: skip
     yield from notes
 
 
@@ -149,8 +121,7 @@ def listing(runs: Sequence[Run], width: int) -> Iterator[str]:
         for run in runs
     ]
     spare = [2, 3, 5, 1, 0, 0, 0, 4, 0]
-    yield from cell_lines([heads, *rows], width, right=[False] * len(heads), spare=spare,
-                          more="a wider terminal or a pipe")  # fmt: skip
+    yield from render.lines(sheet(heads, rows, left=heads, spare=spare), width, more="a wider terminal or a pipe")
 
 
 def _seconds(run: Run) -> float | None:
@@ -165,7 +136,7 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
     found: dict[str, str] = {}
     for own in groups.values():
         keys = [key for key in differing(r.config for r in own) if not key.startswith((*NOT_LISTED, *IGNORED_GROUPS))]
-        found |= {run.path: settings({k: run.config[k] for k in keys if k in run.config}) for run in own}
+        found |= {run.path: joined({k: run.config[k] for k in keys if k in run.config}) for run in own}
     return found
 
 
@@ -177,7 +148,7 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     names = " ".join(f"{key}={config[f'{key}.name']}" for key in ("task", "optim"))
     yield f"run      {names} scale={config.get('scale')} seed={run.seed}{trial}"
     own = {key: value for key, value in config.items() if key.startswith("optim.") and key != "optim.name"}
-    yield from wrapped(f"optim    {settings(own)}", width)
+    yield from wrapped(f"optim    {joined(own)}", width)
     step = result.get("steps", status.get("step"))
     after = "" if step is None else f" at step {step}"
     time = "" if _seconds(run) is None else f", {duration(_seconds(run))} of training"

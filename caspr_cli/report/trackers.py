@@ -5,42 +5,65 @@ Nothing here decides what is a seed or a row; see ``logs``. MLflow is in ``mlflo
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.format import listed
 from caspr_cli.common.shape import DONE, FAILED
+from caspr_cli.report.model import Run
 from caspr_cli.report.records import LOADER, NO_YAML, flat
 
-# The first there is. (W&B's _step counts calls of its log.)
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SEEDS = ("seed", "random_seed", "rng_seed", "seed_everything", "manual_seed")
+# Columns of steps: the first that a file has counts. (W&B's _step counts calls of its log.)
 STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "epoch")
 RUNS = ("name", "run", "run_name", "run name", "run_id", "id")  # columns that say which run a line is of
 STATES = ("state", "status")
-UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # such a CSV is called as its folder
+UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # a CSV of this name is called like its folder
 BANDS = ("__MIN", "__MAX")  # W&B's columns beside each curve
 # MLflow writes the number of a state.
 STATE = {"3": DONE, "4": FAILED, "5": FAILED, "1": "running", "2": "running", "finished": DONE, "failed": FAILED,
          "killed": FAILED, "crashed": FAILED, "running": "running", "scheduled": "running"}  # fmt: skip
+Points = list[tuple[float, float]]  # step and value, in the order in which they were logged
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to read: the metric, the column of steps, and which columns say of which run a line is."""
+class Asked:
+    """The flags of the command line.
 
+    Args:
+        kind: one of ``READERS``.
+        group: the hyperparameters of which each value is a row; None: the name of a run without its seed.
+        tuned: hyperparameters among whose values the best is chosen.
+        names: how a run is called, as ``{optimizer}/seed{seed}``; its parts become hyperparameters.
+        step: the column of steps.
+        higher: whether a higher value is better; None: by the name of the metric.
+        at: ``end``, ``best``, or the last value at or before this step.
+    """
+
+    kind: str
     metric: str | None
+    group: Sequence[str] | None = None
+    seed: str | None = None
+    names: str | None = None
     step: str | None = None
-    keys: Sequence[str] = ()
-    is_seed: Callable[[str], bool] = lambda _: False
+    tuned: Sequence[str] = ()
+    higher: bool | None = None
+    at: str | int = "end"
+
+    def is_seed(self, key: str) -> bool:
+        return same(self.seed, key) if self.seed else re.split(r"[./]", key)[-1].casefold() in SEEDS
 
 
 @dataclass
@@ -50,7 +73,6 @@ class Log:
     Args:
         path: its file or folder.
         name: what it is called, as ``runs/adam/seed0``.
-        points: step and value in the order in which they were logged.
         keys: hyperparameters.
         task: what it is a run of, where the log says it.
         state: ``done``, ``failed`` or ``running``, where the log says it.
@@ -59,7 +81,7 @@ class Log:
 
     path: str
     name: str
-    points: list[tuple[float, float]]
+    points: Points
     keys: dict[str, Any]
     task: str | None = None
     state: str | None = None
@@ -67,13 +89,29 @@ class Log:
 
 
 @dataclass
-class Logs:
-    """What was found: runs, the names of all metrics, what could not be read, and folders without the metric."""
+class Found:
+    """What is below some paths.
 
-    runs: list[Log] = field(default_factory=list)
+    Args:
+        logs: those with the metric, or that failed before they logged it.
+        metrics: the names of all.
+        without: files and folders without the metric.
+        warnings: of files that cannot be read.
+        notes: what was guessed or left out.
+    """
+
+    runs: list[Run] = field(default_factory=list)
+    logs: list[Log] = field(default_factory=list)
     metrics: set[str] = field(default_factory=set)
-    warnings: list[str] = field(default_factory=list)
     without: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, log: Log) -> None:
+        if log.points or log.state == FAILED:
+            self.logs.append(log)
+        else:
+            self.without.append(log.path)
 
 
 def value_of(text: Any) -> Any:
@@ -93,10 +131,14 @@ def same(key: str, column: str) -> bool:
     return key == column or key == re.split(r"[./]", column)[-1]
 
 
-def walk(root: Path, into: Logs) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(root: Path, into: Found) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder with the names of its folders and files; a file is one of its folder."""
+
     def failed(error: OSError) -> None:
         into.warnings.append(f"{error.filename}: cannot be read ({error.strerror})")
 
+    if root.is_file():
+        yield root.parent, [], [root.name]
     for folder, inner, files in os.walk(root, onerror=failed):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield Path(folder), inner, sorted(files)
@@ -104,6 +146,7 @@ def walk(root: Path, into: Logs) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 def _name(root: Path, path: Path) -> str:
     """Return the name of a run: its path from the folder that was named, with this folder's own name."""
+    root = root if root.is_dir() else path
     return "/".join([root.resolve().name, *path.relative_to(root).parts])
 
 
@@ -119,19 +162,14 @@ class _Plain(LOADER):
 
 
 def _constructed(loader: Any, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    return (
-        loader.construct_sequence(node, deep=True)
-        if isinstance(node, yaml.SequenceNode)
-        else loader.construct_scalar(node)
-    )
+    kind = {yaml.MappingNode: "mapping", yaml.SequenceNode: "sequence"}.get(type(node), "scalar")
+    return getattr(loader, f"construct_{kind}")(node, **{} if kind == "scalar" else {"deep": True})
 
 
 _Plain.add_multi_constructor("", _constructed)
 
 
-def keys_of(file: Path, into: Logs) -> dict[str, Any]:
+def keys_of(file: Path, into: Found) -> dict[str, Any]:
     """Return the dotted keys of a file; none if it is not there or, with a warning, cannot be read."""
     try:
         plain = yaml.load(file.read_bytes(), Loader=_Plain)
@@ -146,36 +184,31 @@ def keys_of(file: Path, into: Logs) -> dict[str, Any]:
 # ---- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def read_tensorboard(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
-    """Read event files; a folder of them is one run, as TensorBoard has it."""
-    folders: dict[Path, Log] = {}
-    nested: dict[Path, dict[str, Any]] = {}
-    for folder, _, names in walk(root, into) if root.is_dir() else [(root.parent, [], [root.name])]:
+def read_tensorboard(root: Path, asked: Asked, into: Found) -> Iterator[str]:
+    """Read event files, and yield what was read; a folder of them is one run, as TensorBoard has it."""
+    own: dict[Path, tuple[Log, dict[str, Any]]] = {}
+    for folder, _, names in walk(root, into):
         files = [folder / name for name in names if "tfevents" in name or folder / name == root]
+        curves, keys = _events(files, asked, into)
+        yield from curves or keys
         if not files:
             continue
-        curves, keys = _events(files, wanted, into)
-        yield from curves or keys
         tags = {tag: (folder, tag) for tag in curves}
         tags |= {f"{folder.name}/{tag}": (folder.parent, tag) for tag in curves}  # Keras: validation/epoch_loss
         into.metrics |= curves.keys()
-        run, tag = tags.get(wanted.metric or "", (folder, ""))
+        run, tag = tags.get(asked.metric or "", (folder, ""))
         keys = keys_of(folder / "hparams.yaml", into) | keys
-        nested[folder] = keys
-        name = _name(root if root.is_dir() else folder, run if run.is_relative_to(root) else folder)
-        folders[folder] = Log(str(run), name, curves.get(tag, []), keys, updated=updated(*files))
-    for folder, log in folders.items():
-        if folder.parent in folders and folders[folder.parent].points and nested[folder]:
-            folders[folder.parent].keys |= nested[folder]  # SummaryWriter.add_hparams opens a folder of its own
-        elif log.points:
-            into.runs.append(log)
+        name = _name(root, run if root.is_dir() and run.is_relative_to(root) else folder)
+        own[folder] = Log(str(run), name, curves.get(tag, []), dict(keys), updated=updated(*files)), keys
+    for folder, (log, keys) in own.items():
+        parent = own.get(folder.parent)
+        if parent and parent[0].points and keys:
+            parent[0].keys |= keys  # SummaryWriter.add_hparams opens a folder of its own
         else:
-            into.without.append(log.path)
+            into.add(log)
 
 
-def _events(
-    files: Sequence[Path], wanted: Wanted, into: Logs
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
+def _events(files: Sequence[Path], asked: Asked, into: Found) -> tuple[dict[str, Points], dict[str, Any]]:
     """Return the scalars by tag, and hyperparameters. What a later attempt says to purge is left out.
 
     TensorBoard's own loader imports TensorFlow where it is installed, and without it takes three times as long.
@@ -185,13 +218,12 @@ def _events(
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from tensorboard.util.tensor_util import make_ndarray
 
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    curves: dict[str, Points] = defaultdict(list)
     keys: dict[str, Any] = {}
-    tag = (wanted.metric or "").rpartition("/")[2].encode()
+    tag = (asked.metric or "").rpartition("/")[2].encode()
     for file in files:
         try:
-            for record in _records(file, tag):
-                event = Event.FromString(record)
+            for event in map(Event.FromString, _records(file, tag)):
                 if event.session_log.status == SessionLog.START:
                     for name, points in curves.items():
                         curves[name] = [point for point in points if point[0] < event.step]
@@ -226,16 +258,10 @@ def _records(file: Path, checked: bytes) -> Iterator[bytes]:
     while at < len(content):  # length (8 bytes), its sum (4), the record, its sum (4)
         end = at + 12 + int.from_bytes(content[at : at + 8], "little")
         record, total = content[at + 12 : end], content[end : end + 4]
-        if (
-            (at == 0 or checked in record)
-            and len(total) == 4
-            and int.from_bytes(total, "little") != masked_crc32c(record)
-        ):
-            raise ValueError
-        if len(total) < 4:
-            if at == 0:
-                raise ValueError
+        if len(total) < 4 and at:
             return
+        if (at == 0 or checked in record) and total != masked_crc32c(record).to_bytes(4, "little"):
+            raise ValueError
         yield record
         at = end + 4
 
@@ -243,98 +269,118 @@ def _records(file: Path, checked: bytes) -> Iterator[bytes]:
 # ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def read_csv(root: Path, wanted: Wanted, into: Logs) -> Iterator[str]:
+def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
     """Read tables: a file a run (Lightning, Keras), a column a run (a chart of W&B), or a column that names the run."""
-    found = (folder / name for folder, _, names in walk(root, into) for name in names if name.endswith(".csv"))
-    for file in [root] if root.is_file() else found:
-        try:
-            with file.open(newline="", encoding="utf-8-sig") as stream:
-                head = stream.readline()
-                stream.seek(0)
-                separator = max(",;\t", key=head.count)
-                heads, *lines = [line for line in csv.reader(stream, delimiter=separator) if line] or [[]]
-        except (OSError, ValueError, csv.Error):
-            into.warnings.append(f"{file}: cannot be read as CSV")
+    from pandas import read_csv  # slow to import
+    from pandas.errors import EmptyDataError, ParserError
+
+    for file in (folder / name for folder, _, names in walk(root, into) for name in names):
+        if file.suffix != ".csv" and file != root:
             continue
-        if len(heads) < 2 or "" in heads[1:] or any(len(line) != len(heads) for line in lines[:-1]):
+        try:
+            with file.open(encoding="utf-8-sig") as stream:
+                separator = max(",;\t", key=stream.readline().count)
+            frame = read_csv(file, sep=separator, header=None, dtype=str, encoding="utf-8-sig", na_values=[],
+                             keep_default_na=False, index_col=False)  # fmt: skip
+        except (OSError, ValueError, EmptyDataError) as error:
+            what = "is no CSV with a line of heads and as many values in each line"
+            parsed = isinstance(error, (ParserError, EmptyDataError))
+            into.warnings.append(f"{file}: {what if parsed else 'cannot be read as CSV'}")
+            continue
+        heads = frame.iloc[0].tolist()
+        short = frame.isna().any(axis=1)
+        if len(heads) < 2 or "" in heads[1:] or short[:-1].any():
             into.warnings.append(f"{file}: is no CSV with a line of heads and as many values in each line")
             continue
         yield str(file)
-        rows = [dict(zip(heads, line, strict=True)) for line in lines if len(line) == len(heads)]  # the last may be cut
+        frame = frame[1:][~short[1:]].set_axis(heads, axis=1)  # the last line may be cut
+        frame = frame.loc[:, ~frame.columns.duplicated(keep="last")]
         name = file.with_suffix("") if file.stem.casefold() not in UNNAMED else file.parent
-        own = _name(root, name) if root.is_dir() else name.resolve().name
         into.metrics |= {head.rpartition(" - ")[2] for head in heads if not head.endswith(BANDS)}
+        log = Log(str(file), _name(root, name) if root.is_dir() else name.resolve().name, [], {}, updated=updated(file))
         try:
-            into.runs += _table(heads, rows, Log(str(file), own, [], {}, updated=updated(file)), wanted, into)
+            _table(frame, log, asked, into)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
 
 
-def _table(heads: Sequence[str], rows: list[dict[str, str]], file: Log, wanted: Wanted, into: Logs) -> Iterator[Log]:
-    """Yield the runs of one file.
+def _table(frame: DataFrame, file: Log, asked: Asked, into: Found) -> None:
+    """Add the runs of one file.
 
     Raises:
-        ValueError: a step or a value is no number.
+        ValueError: a step or a value is no number, or there is no such column of steps.
     """
+    heads: list[str] = list(frame.columns)
     lower = {head.casefold(): head for head in reversed(heads)}
-    step = wanted.step or next((lower[name] for name in STEPS if name in lower), None)
-    wide = [head for head in heads if head.endswith(f" - {wanted.metric}")]
-    if wanted.metric is not None and wanted.metric in heads:
-        owners = [head for head in heads if head.casefold() in RUNS]
-        owners = owners or [head for head in heads if _is_text(rows, head)]
-        owners += [head for head in heads if wanted.is_seed(head) or any(same(key, head) for key in wanted.keys)]
-        state = next((lower[name] for name in STATES if name in lower), None)
-        groups: dict[Any, list[dict[str, str]]] = defaultdict(list)
-        several = any(len({row[head] for row in rows}) > 1 for head in owners)
-        for number, row in enumerate(rows):  # without steps, each line is the whole run that it names
-            groups[number if several and not step else tuple(row[head] for head in owners)].append(row)
-        beside = keys_of(Path(file.path).parent / "hparams.yaml", into)
-        for own in groups.values():
-            keys = {head: value_of(own[0][head]) for head in heads if len({row[head] for row in own}) == 1}
-            others = {wanted.metric, step, state, *(head for head in owners if head.casefold() in RUNS)}
-            keys = beside | {head: value for head, value in keys.items() if value != "" and head not in others}
-            called = next((own[0][head] for head in owners if head.casefold() in RUNS), file.name)
-            ended = STATE.get(own[-1][state].casefold()) if state else None
-            points = _points(own, step, wanted.metric)
-            if several and [at for at, _ in points].count(min(points, default=(0, 0))[0]) > 1:  # a resume begins later
-                raise ValueError(
-                    f"{called} has several values of {wanted.metric} at its first step, so it is more than one run: "
-                    f"--group, --seed and --tuned name the columns that tell them apart"
-                )
-            if points or ended == FAILED:
-                path = ":".join([file.path, *(own[0][head] for head in owners if several)])
-                yield Log(path, called, points, keys, None, ended, file.updated)
-            else:
-                into.without.append(f"{called} in {file.path}")
-    elif wide:
-        for head in wide:
-            called = head.removesuffix(f" - {wanted.metric}")
-            yield Log(f"{file.path}:{called}", called, _points(rows, step, head), {}, updated=file.updated)
-    else:
+    step = asked.step or next((lower[name] for name in STEPS if name in lower), None)
+    if step is not None and step not in heads:
+        raise ValueError(f"no column is called {step} (columns: {listed(heads, 12)})")
+    if asked.metric in heads:
+        _runs(frame, file, str(asked.metric), step, asked, into)
+        return
+    wide = [head for head in heads if head.endswith(f" - {asked.metric}")]
+    for head in wide:
+        called = head.removesuffix(f" - {asked.metric}")
+        into.add(Log(f"{file.path}:{called}", called, _points(frame, step, head), {}, updated=file.updated))
+    if not wide:
         into.without.append(file.path)
 
 
-def _is_text(rows: Sequence[Mapping[str, str]], head: str) -> bool:
+def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Asked, into: Found) -> None:
+    """Add the runs of a file with a column of the metric."""
+    heads: list[str] = list(frame.columns)
+    named = [head for head in heads if head.casefold() in RUNS]
+    keys = (*(asked.group or ()), *asked.tuned)
+    owners = [
+        *(named or [head for head in heads if _is_text(frame[head].tolist())]),
+        *(head for head in heads if asked.is_seed(head) or any(same(key, head) for key in keys)),
+    ]
+    state = next((head for head in heads if head.casefold() in STATES), None)
+    several = any(frame[head].nunique() > 1 for head in owners)
+    beside = keys_of(Path(file.path).parent / "hparams.yaml", into)
+    by = range(len(frame)) if several and not step else [tuple(line) for line in frame[owners].values]
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for line, owner in enumerate(by):  # without steps, each line is the whole run that it names
+        groups[owner].append(line)
+    for lines in groups.values():
+        own = frame.iloc[lines]
+        first = own.iloc[0]
+        other = {metric, step, state, *named}
+        own_keys = {head: value_of(first[head]) for head in heads if own[head].nunique() == 1 and head not in other}
+        called = first[named[0]] if named else file.name
+        ended = STATE.get(own[state].iloc[-1].casefold()) if state else None
+        points = _points(own, step, metric)
+        if several and [at for at, _ in points].count(min(points, default=(0, 0))[0]) > 1:  # a resume begins later
+            raise ValueError(
+                f"{called} has several values of {metric} at its first step, so it is more than one run: "
+                f"--group, --seed and --tuned name the columns that tell them apart"
+            )
+        path = ":".join([file.path, *(first[head] for head in owners if several)])
+        own_keys = beside | {head: value for head, value in own_keys.items() if value != ""}
+        if points or ended == FAILED:
+            into.logs.append(Log(path, called, points, own_keys, None, ended, file.updated))
+        else:
+            into.without.append(f"{called} in {file.path}")
+
+
+def _is_text(values: Sequence[str]) -> bool:
     """Return whether a column holds words of which each occurs again, as names of optimizers do, and times do not."""
-    values = [row[head] for row in rows if row[head] != ""]
-    words = {value for value in values if isinstance(value_of(value), str)}
-    return bool(words) and 2 * len(set(values)) <= len(values)
+    known = [value for value in values if value != ""]
+    return any(isinstance(value_of(value), str) for value in known) and 2 * len(set(known)) <= len(known)
 
 
-def _points(rows: Sequence[Mapping[str, str]], step: str | None, metric: str) -> list[tuple[float, float]]:
+def _points(frame: DataFrame, step: str | None, metric: str) -> Points:
     """Return step and value of each line that has the metric; without a column of steps, lines are numbered.
 
     Raises:
-        ValueError: one of them is no number, or there is no such column.
+        ValueError: one of them is no number.
     """
     found = []
-    for number, row in enumerate(rows, 1):
-        if step is not None and step not in row:
-            raise ValueError(f"no column is called {step} (columns: {listed(list(row), 12)})")
-        if row[metric] != "":
-            at = row[step] if step else number
-            try:
-                found.append((float(at), float(row[metric])))
-            except ValueError:
-                raise ValueError(f"step {at!r} and {metric} {row[metric]!r} should be numbers") from None
+    steps = frame[step].tolist() if step else range(1, len(frame) + 1)
+    for at, value in zip(steps, frame[metric].tolist(), strict=True):
+        try:
+            if value != "":
+                found.append((float(at), float(value)))
+        except ValueError:
+            raise ValueError(f"step {at!r} and {metric} {value!r} should be numbers") from None
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeGuard
@@ -12,7 +12,8 @@ from typing import Any, TypeGuard
 from caspr_cli.common.selection import AGAIN
 from caspr_cli.common.shape import DONE
 from caspr_cli.report.model import Row, Run, Table, Trial
-from caspr_cli.report.selection import ALWAYS_TUNED, SPACE, frozen
+from caspr_cli.report.selection import ALWAYS_TUNED
+from caspr_cli.report.settings import frozen
 
 DIVERGED = re.compile(r"\bis (nan|-?inf)\b")  # the message of a run that stopped as its loss was not finite
 RANGE = 3  # so many values make a range
@@ -45,23 +46,16 @@ class Outcome:
     state: str
     best: bool
 
-    @property
-    def ended(self) -> bool:
-        return any(run.ended for run in self.trial.runs)
 
-
-def outcomes(row: Row, *, higher_is_better: bool) -> list[Outcome]:
+def outcomes(row: Row) -> list[Outcome]:
     """Return the trials of a row, the best value first, those without a value at the end."""
     found = []
     for k, trial in enumerate(row.trials):
         value = row.scores.get(k)
         again = tuple(run.final for run in trial.runs if run.seed in AGAIN and run.ended)
         found.append(Outcome(trial, value, again, _state(trial, value, k in row.scores), trial is row.selected))
-
-    def place(one: Outcome) -> tuple[bool, float]:
-        return one.value is None, 0.0 if one.value is None else -one.value if higher_is_better else one.value
-
-    return sorted(found, key=place)
+    sign = -1 if row.higher_is_better else 1
+    return sorted(found, key=lambda one: (one.value is None, sign * (one.value or 0.0)))
 
 
 def _state(trial: Trial, value: float | None, compared: bool) -> str:
@@ -77,7 +71,7 @@ def edges(row: Row) -> list[tuple[str, str, list[float]]]:
     """Return the keys of which the selected value is the smallest or the largest that was tried, with all of these."""
     found = []
     for key in row.tuned:
-        values = [trial.values[key] for trial in row.trials if key in trial.values and any(r.ended for r in trial.runs)]
+        values = [trial.values[key] for trial in row.trials if key in trial.values and trial.ended]
         seen = sorted({value for value in values if number(value)})
         best = row.selected.values.get(key) if row.selected else None
         if len(seen) >= RANGE and best in (seen[0], seen[-1]):
@@ -98,12 +92,6 @@ def varied(row: Row) -> list[str]:
     """Return the tuned keys in which its trials differ, the learning rate first."""
     keys = [key for key in row.tuned if len({frozen(trial.values.get(key)) for trial in row.trials}) > 1]
     return sorted(keys, key=lambda key: (key != ALWAYS_TUNED, key))
-
-
-def kinds(rows: Sequence[Row]) -> dict[str, str]:
-    """Return how searches draw each key: ``log``, ``linear``, ``one_minus_log`` or ``choice``."""
-    names = {name for row in rows for run in row.records for name in run.config if name.startswith(SPACE)}
-    return {key: kind for key, _, kind in (name.removeprefix(SPACE).rpartition(".") for name in sorted(names))}
 
 
 # ---- sensitivity -------------------------------------------------------------------------------------------------
@@ -134,21 +122,29 @@ class Width:
         return f"×{'≥' if any(self.open) else ''}{ratio:.{2 if ratio < 10 else 0}f}"
 
 
-def width(row: Row, *, higher_is_better: bool) -> Width | None:
+def width(row: Row) -> Width | None:
     """Return how wide the range of good learning rates is; None where fewer than two rates have a value."""
-    rated = [(row.trials[k].values.get(ALWAYS_TUNED), value) for k, value in row.scores.items()]
-    sign = -1.0 if higher_is_better else 1.0
+    sign = -1.0 if row.higher_is_better else 1.0
     best_at: dict[float, float] = {}
-    for x, value in rated:
+    for k, value in row.scores.items():
+        x = row.trials[k].values.get(ALWAYS_TUNED)
         if number(x) and x > 0 and value is not None:
             best_at[float(x)] = min(sign * value, best_at.get(float(x), math.inf))
+    return around(best_at, sign, joint=varied(row) != [ALWAYS_TUNED]) if len(best_at) > 1 else None
+
+
+def around(best_at: Mapping[float, float], sign: float = 1.0, *, joint: bool = False) -> Width:
+    """Return the range around the best of two or more rates.
+
+    Args:
+        best_at: the values, times ``sign`` so that lower is better, by rate.
+        joint: whether other keys vary as well.
+    """
     points = sorted(best_at.items())
-    if len(points) < 2:
-        return None
     best = min(points, key=lambda point: point[1])
     left = [point for point in points if point[0] <= best[0]]
     right = [point for point in reversed(points) if point[0] >= best[0]]
-    if varied(row) != [ALWAYS_TUNED]:
+    if joint:
         left, right = _records(left), _records(right)
     bound = best[1] + NEAR * abs(best[1])
     (low, low_open), (high, high_open) = (_reach(side[::-1], bound) for side in (left, right))

@@ -12,7 +12,7 @@ from typing import Any
 
 from caspr_cli.common.format import duration, size
 from caspr_cli.common.format import table as aligned
-from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
+from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, Source
 from caspr_cli.runs.launch import OK, TERMINATED, Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.record import REFUSED as RECORD_REFUSED
@@ -79,10 +79,12 @@ def _saved(record: Record, status: dict[str, Any]) -> str:
 def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
     """Return the commands that show the curves, and that repeat the given one over optimizers and seeds.
 
-    A learning rate that was given is one optimizer's own: then each has a search for it in place of the seeds.
+    A learning rate that was given is one optimizer's own, and none was tuned for data of the user: then each has a
+    search for it in place of the seeds.
     """
     kept = [word for word in command[1:] if word.partition("=")[0] not in NOT_REPEATED]
-    over = ["seed=0,1,2"] if "optim.lr" not in {word.partition("=")[0] for word in command} else SEARCH
+    untuned = recipe.task.data == Source.files or "optim.lr" in {word.partition("=")[0] for word in command}
+    over = SEARCH if untuned else ["seed=0,1,2"]
     keys = {word.split(".")[1].partition("=")[0] for word in kept if word.startswith("optim.")}
     others = [name for name in COMPARED if keys <= {f.name for f in fields(OPTIMIZERS[name])}]
     own = [] if recipe.optim.name in others else [recipe.optim.name]
@@ -93,10 +95,11 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
 
 
 def after_sweep(output_dir: str) -> list[str]:
-    """Return the commands that compare the runs of a sweep."""
+    """Return the commands that compare the runs of a sweep, and TensorBoard's address."""
     return [
         f"next     caspr-report compare {shlex.quote(output_dir)}",
-        f"         tensorboard --logdir {shlex.quote(output_dir)}    and open {COMPARISON}",
+        f"         tensorboard --logdir {shlex.quote(output_dir)}",
+        f"open     {COMPARISON}",
     ]
 
 

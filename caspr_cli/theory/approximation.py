@@ -15,7 +15,8 @@ from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
 from caspr_cli.theory import preconditioners as pre
 from caspr_cli.theory.chain import ridge
-from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Choice, Log, kronecker_stream, points, recordings
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import QUICK_STEPS, STEPS, Log, kronecker_stream, points, recordings
 from caspr_cli.theory.preconditioners import Root, combined, cosine
 
 QUESTION = "Is CASPR the nearest of its relatives to full-matrix Adagrad, over training?"
@@ -79,10 +80,10 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
 
 
 def nearness(gradients: Tensor, eps: float) -> dict[str, dict[str, float]]:
-    """Return how near each is to the full matrix after the last of ``gradients`` ``[T, m, n]``, by ``VALUES``.
+    """Return the ``VALUES`` of each preconditioner after the last of ``gradients`` ``[T, m, n]``.
 
     Cosines do not depend on the scale of X: after the best scaling the relative distance is sqrt(1 - cos^2). The
-    plain distance does, and compares X as its update uses it.
+    plain distance depends on it, and compares X as the update uses it.
     """
     roots = approximations(gradients, eps)
     full, G = roots.pop("full"), gradients[-1]
@@ -100,7 +101,7 @@ def nearness(gradients: Tensor, eps: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Compare every preconditioner with the full-matrix one, on recorded gradients and on Kronecker-structured noise.
 
     Raises:
@@ -118,9 +119,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         verdict=judged(list(places(cases) == 1)),
         finding=finding(cases),
         tables={measure: summary(cases, measure) for measure in MEASURES}
-        | {"nearer": nearer(cases), "steps": over_steps(cases)}
-        | {"cases": table(cases, "Every layer, seed and step", formats=dict.fromkeys(VALUES, ".4f"), shown=0)},
-        figures=tuple(_figure(cases, measure, y, title) for measure, (y, title) in FIGURES.items()),
+        | {"nearer": nearer(cases), "cases": table(cases, "Every layer, seed and step", shown=0)},
+        figures=tuple(_figure(cases, measure, *labels) for measure, labels in FIGURES.items()),
         claims=(
             # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
             ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
@@ -130,12 +130,12 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
     )
 
 
-def _recorded(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+def _recorded(choice: Layers, log: Log) -> Iterator[dict[str, Any]]:
     for one, step, seen in points(recordings(choice, log), log):
         yield from rows_of(nearness(seen, ridge(one.gradients)), one.task, one.parameter, one.seed, step)
 
 
-def _noise(choice: Choice, log: Log) -> Iterator[dict[str, Any]]:
+def _noise(choice: Layers, log: Log) -> Iterator[dict[str, Any]]:
     log("Kronecker-structured noise")
     steps = (*QUICK_STEPS, 30, 100) if choice.quick else NOISE_STEPS
     for seed in choice.all_seeds:
@@ -157,7 +157,7 @@ def wide(cases: DataFrame) -> DataFrame:
 
 
 def _cosines(cosines: DataFrame) -> str:
-    """Return how often the order of distances is also one of cosines, which is no law."""
+    """Return how often cosines follow the order of distances. In general they need not."""
     ordered = [cosines[a] >= cosines[b] - 1e-12 for a, b in pairwise(FAMILY)]
     falls = int(sum(ordered).eq(len(ordered)).sum())
     return (
@@ -178,7 +178,7 @@ def means(cases: DataFrame, measure: str) -> DataFrame:
 
 
 def places(cases: DataFrame) -> Series:
-    """Return by task the place of CASPR among the preconditioners that can be had, the nearest to F^½ first."""
+    """Return the rank of CASPR by task, 1 for the nearest to F^½, among preconditioners that do not need F itself."""
     found = means(cases[cases["task"] != NOISE], "root").drop(index=list(ORACLES))
     return found.rank(ascending=False).loc["caspr"]
 
@@ -190,7 +190,7 @@ def finding(cases: DataFrame) -> str:
     wins = found.idxmax().value_counts(sort=True)
     return (
         f"At step {real['step'].max()} {wins.index[0]} is nearest to F^½ on {wins.iloc[0]} of {len(place)} tasks; "
-        f"CASPR takes places {place.min():.0f} to {place.max():.0f} of {len(found)}."
+        f"CASPR ranks {place.min():.0f} to {place.max():.0f} of {len(found)}."
     )
 
 
@@ -217,7 +217,7 @@ def summary(cases: DataFrame, measure: str) -> DataFrame:
 
 
 def nearer(cases: DataFrame) -> DataFrame:
-    """Return in how many cases CASPR is nearer than another."""
+    """Return in how many cases CASPR is nearer to the full matrix than each of some others."""
     by = wide(cases[(cases["task"] != NOISE) & (cases["step"] > 1)])
     others = ["shampoo 1/4", "order 1", "shampoo 1/2", "row-wise", "diagonal"]
     rows = DataFrame({"other": others, "cases": len(by)})
@@ -225,26 +225,9 @@ def nearer(cases: DataFrame) -> DataFrame:
         rows[measure] = [int((sign * (by[measure]["caspr"] - by[measure][other]) > 0).sum()) for other in others]
     return table(
         rows,
-        "In how many cases CASPR is nearer than another",
+        "In how many cases CASPR is nearer than another preconditioner",
         heads={"other": "than", "root": "to F^½", "inverse": "to F^−½", "angle": "to the update"},
         note="Layers, seeds and steps after the first; to F^½ and F^−½ by cosine, to the update by angle.",
-    )
-
-
-def over_steps(cases: DataFrame) -> DataFrame:
-    """Return means over layers and seeds at each step."""
-    groups = cases.groupby(["task", "step", "preconditioner"], sort=False)
-    found = groups[VALUES].mean()
-    for measure in ("root", "inverse"):
-        found[f"{measure}_scaled"] = (1 - found[measure] ** 2).clip(lower=0) ** 0.5
-    found.insert(0, "cases", groups.size())
-    return table(
-        found.reset_index(),
-        "Over training: means over layers and seeds",
-        formats={"step": ","} | dict.fromkeys((*VALUES, "root_scaled", "inverse_scaled"), ".3f"),
-        note="root, inverse: cosines with F^½ and F^−½; scaled: relative distances after the best scaling, as root and "
-        "inverse have them; angle in degrees.",
-        shown=0,
     )
 
 
@@ -257,7 +240,6 @@ FIGURES = {
 }
 
 
-def _figure(cases: DataFrame, measure: str, y: str, title: str) -> Figure:
+def _figure(cases: DataFrame, measure: str, unit: str, title: str) -> Figure:
     caption = f"{title} Mean over layers and seeds, band ± one standard deviation; the x axis is the step."
-    data = wide(cases)[measure].reset_index().set_index("task").loc[cases["task"].unique()].reset_index()
-    return panels.figure(measure, caption, data, STYLES, panel="task", x="step", y=y)
+    return panels.figure(measure, caption, cases, STYLES, ("task", "preconditioner", "step", measure), unit=unit)

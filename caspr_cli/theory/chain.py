@@ -22,7 +22,7 @@ has no negative eigenvalue:
    below. A distance is what F^(1/2) has off this diagonal, and the differences on it, which grow with p; traces are
    sums of these. For inverses the same, with x^(-1/2), which is convex, and everything the other way around.
 
-What looks like it and is false: 2 without the 1/r; with roots of an earlier step; with blocks, against the whole of
+Similar statements that are false: 2 without the 1/r; with roots of an earlier step; with blocks, against the whole of
 F~; 7 with moving averages.
 """
 
@@ -99,7 +99,7 @@ def chain(gradients: Tensor, eps: float, rank: int, weights: Tensor | None = Non
 
 
 def check(gradients: Tensor, eps: float, rank: int) -> dict[str, float]:
-    """Return the margins of all statements after the last of ``gradients`` ``[T, m, n]``, and what the chain is like.
+    """Return the margins of all statements, and measures of the chain, after the last of ``gradients`` ``[T, m, n]``.
 
     About 25 decompositions of ``[mn, mn]``.
 
@@ -149,7 +149,7 @@ def _inverses(undone: list[Tensor], top: float) -> dict[str, float]:
 
 
 def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
-    """Return the margins of averages, of X against that of the step before, and of an old X against F~ of now."""
+    """Return the margins for moving averages, for X against the X before, and for an old X against F~ of now."""
     steps, past = len(gradients), gradients[:-1]
     averaged = chain(gradients, eps, rank, averaging(steps, BETA))[:3]
     found = {"averages": min(_gap(b, a) for a, b in pairwise(averaged))}

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
-from matplotlib.axes import Axes
 from pandas import DataFrame, concat
 
 from caspr_cli.bench.roots import threads
+from caspr_cli.bench.shapes import layer
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import cost_runs, panels
-from caspr_cli.theory.cost_runs import PARTS, Model, layer
+from caspr_cli.theory.choices import Assumed, Costs
+from caspr_cli.theory.cost_runs import PARTS, Model
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, Assumed, scaled, stand_ins
+from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, gpu, scaled, stand_ins
 
 SMALL = 0.1  # of a training step
 QUESTION = "Does a step of CASPR take less than a tenth of a training step, here and for 1B to 70B parameters?"
@@ -29,23 +30,7 @@ RANKS, RANKED, LAYERS = (1, 2, 4, 8, 16, 32, 64), 1024, 12  # ranks; and what th
 SHARES = ("efficiency", "mfu")  # assumptions that are at most 1
 
 
-@dataclass(frozen=True)
-class Choice(Assumed):
-    """Options of the question.
-
-    Args:
-        quick: small layers: seconds.
-        seed: changes nothing; numbers are the same for any.
-        model, batch: the task whose model is costed, at its sample scale, and samples in its step.
-    """
-
-    quick: bool = False
-    seed: int = 0
-    model: str = "c4_lm"
-    batch: int | None = None
-
-
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
     """Return FLOPs, bytes and seconds of a step, predicted from shapes, and measured where that runs here.
 
     Raises:
@@ -209,7 +194,7 @@ def _scale(large: DataFrame, assumed: Assumed) -> DataFrame:
         note=f"Assumed: {assumed.tokens:.0e} tokens a step, 6 FLOPs a parameter and token at {assumed.mfu:g} of "
         f"{assumed.bfloat16:g} TFLOP/s; products and roots (Newton) in float32 at {assumed.efficiency:g} of "
         f"{assumed.float32:g}, passes over memory at as much of {assumed.memory:g} TB/s; a link of "
-        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {assumed.machine().capacity / 1e9:.0f} GB. Nothing "
+        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {gpu(assumed).capacity / 1e9:.0f} GB. Nothing "
         "overlaps. GB: weights and gradients in float32 and the optimizer's state, without activations. The faster "
         "links within a node are not counted. The share is of training and optimizer together.",
     )
@@ -235,51 +220,47 @@ def _decoders() -> DataFrame:
 MEASURED = {"measured": style.Style("blue", style.SOLID), "predicted": style.Style("blue", style.DOTTED)}
 
 
-def _pair(runs: DataFrame, part: str, x: str, name: str) -> DataFrame:
+def _measured(runs: DataFrame, part: str, x: str, name: str) -> DataFrame:
     """Return a panel ``name``: milliseconds of a part of a step over the column ``x``, measured and predicted."""
-    found = runs[[x, part, f"{part}_predicted"]].astype(float)
-    return found.set_axis(["x", *MEASURED], axis=1).assign(part=name)
+    found = runs[[x, part, f"{part}_predicted"]].astype(float).set_axis(["x", *MEASURED], axis=1)
+    return found.melt("x", var_name="line", value_name="ms").assign(part=name)
 
 
 def _width_figure(runs: DataFrame) -> Figure:
-    data = concat([_pair(runs, part, "width", part) for part in PARTS]).rename(columns={"x": "width"})
+    data = concat([_measured(runs, part, "width", part) for part in PARTS]).rename(columns={"x": "width"})
     title = "Milliseconds of a layer's step by width, by part, measured and predicted; one thread of this CPU."
-    return panels.figure("width", title, data, MEASURED, panel="part", x="width", y="ms", finish=panels.logarithmic)
+    finish = panels.logarithmic()
+    return panels.figure("width", title, data, MEASURED, ("part", "line", "width", "ms"), finish=finish)
 
 
 def _options_figure(runs: dict[str, DataFrame]) -> Figure:
-    swept = [_pair(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
+    swept = [_measured(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
     title = (
         f"Milliseconds of a step by block size and by interval, width {runs['interval']['width'][0]}, measured and "
         "predicted."
     )
-    data = concat(swept).rename(columns={"x": ""})
     return panels.figure(
-        "options", title, data, MEASURED, panel="part", x="", y="ms", finish=lambda axes: axes.set_ylim(bottom=0)
+        "options",
+        title,
+        concat(swept).rename(columns={"x": ""}),
+        MEASURED,
+        ("part", "line", "", "ms"),
+        finish=lambda axes: axes.set(ylim=(0, None)),
     )
 
 
 def _scale_figure(large: DataFrame) -> Figure:
-    labels = large["model"] + ", " + large["variant"]
     hues = dict(zip((d.name for d in DECODERS), ("green", "blue", "vermilion"), strict=True))
     dashes = dict(zip((name for name, *_ in VARIANTS), (style.SOLID, style.DOTTED), strict=True))
-    styles = {f"{name}, {variant}": style.Style(hues[name], dashes[variant]) for name in hues for variant in dashes}
-
-    def finish(axes: Axes) -> None:
-        panels.logarithmic(axes)
-        axes.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
-        axes.minorticks_off()
-        axes.set_ylim(0.2, 100)
-
-    data = large.assign(label=labels, share=100 * large["share"]).rename(columns={"gpus": "GPUs"})
+    labels, shares = large["model"] + ", " + large["variant"], 100 * large["share"]
+    ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
     return panels.figure(
         "scale",
         "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs.",
-        data.pivot(index=["mode", "GPUs"], columns="label", values="share").reset_index(),
-        styles,
-        panel="mode",
-        x="GPUs",
-        y="share, %",
-        finish=finish,
+        large.assign(label=labels, percent=shares).rename(columns={"gpus": "GPUs"}),
+        {f"{name}, {variant}": style.Style(hues[name], dashes[variant]) for name in hues for variant in dashes},
+        ("mode", "label", "GPUs", "percent"),
+        unit="share, %",
+        finish=panels.logarithmic(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks], ylim=(0.2, 100)),
         legend_columns=2,
     )

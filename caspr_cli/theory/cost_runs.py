@@ -1,4 +1,4 @@
-"""Steps of the optimizer that are taken here, and blocks as ranks share them, against what their shapes say."""
+"""Measured steps of the optimizer, and the blocks of each rank, beside what is predicted from shapes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from caspr_cli import tasks
 from caspr_cli.bench.roots import least_seconds, product_rate
+from caspr_cli.bench.shapes import layer
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of, called_flops, state_bytes
@@ -27,11 +28,6 @@ WARM_UP = 2  # steps
 COPIED = 2**24  # numbers, more than caches hold
 PARTS = ("statistics", "roots", "apply", "rest")
 COUNTED = 256  # width of the layer whose products are counted
-
-
-def layer(width: int) -> list[tuple[int, int]]:
-    """Return the matrices of a transformer's layer: attention in and out, MLP up and down; 12 width^2 numbers."""
-    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
 
 
 def this_machine(size: int) -> Machine:
@@ -119,7 +115,7 @@ def model_of(name: str, batch: int | None) -> Model:
 
 
 def divided(optimizer: KroneckerOptimizer, ranks: int) -> dict[str, Any]:
-    """Return how the optimizer's own rule divides blocks among ranks, as a row; its unit for roots is ``EIGH_FLOPS``.
+    """Return a row that says how the optimizer divides its blocks among ranks; roots are in units of ``EIGH_FLOPS``.
 
     Keys:
         most: FLOPs of the rank that has most, in its longest step.

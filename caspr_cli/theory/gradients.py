@@ -1,4 +1,4 @@
-"""Gradients of real training: a small model of each task on its bundled sample, and what its small layers saw.
+"""Gradients of real training: those of small layers in a small model of each task, on its bundled sample.
 
 Models are scaled down until the full-matrix statistic of a layer, ``[mn, mn]``, can be decomposed in float64 in a
 fraction of a second; data, losses and batches are those of the task.
@@ -21,6 +21,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import TaskConf
 from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.registry import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, ViTConf
+from caspr_cli.theory.choices import Layers
 from caspr_cli.training.groups import param_groups
 
 Log = Callable[[str], None]
@@ -72,38 +73,7 @@ class Recording:
         return max(int(torch.linalg.matrix_rank(self.gradients).max()), 1)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Options of a question.
-
-    Args:
-        quick: less of everything: seconds.
-        seed: the first of ``seeds``.
-        task, parameter: record the gradients of these layers alone.
-        optim: the optimizer along whose path gradients are recorded.
-    """
-
-    quick: bool = False
-    seed: int = 0
-    seeds: int = 3
-    task: str | None = None
-    parameter: str | None = None
-    optim: str = "caspr"
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        return QUICK_STEPS if self.quick else STEPS
-
-    @property
-    def all_seeds(self) -> range:
-        return range(self.seed, self.seed + (1 if self.quick else self.seeds))
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return (self.task,) if self.task else QUICK if self.quick else tuple(MODELS)
-
-
-def recordings(choice: Choice, log: Log) -> list[Recording]:
+def recordings(choice: Layers, log: Log) -> list[Recording]:
     """Return the gradients of the chosen parameters, for each task and seed.
 
     Raises:
@@ -113,20 +83,21 @@ def recordings(choice: Choice, log: Log) -> list[Recording]:
         hint = nearest(choice.task, MODELS)
         raise ConfigError(f"--task {choice.task}: no such task.{hint} (choices: {', '.join(MODELS)})")
     if choice.parameter and not choice.task:
-        raise ConfigError(f"--parameter {choice.parameter}: of which task? Add --task (choices: {', '.join(MODELS)})")
+        raise ConfigError(f"--parameter {choice.parameter}: needs a task; add --task (choices: {', '.join(MODELS)})")
     found: list[Recording] = []
+    steps = (QUICK_STEPS if choice.quick else STEPS)[-1]
     try:
-        for name in choice.tasks:
+        for name in (choice.task,) if choice.task else QUICK if choice.quick else MODELS:
             log(f"{name}: reading its data")
             for seed in choice.all_seeds:
-                log(f"{name}: training for {choice.steps[-1]} steps, seed {seed}")
-                found += record(name, seed, choice.steps[-1], _wanted(choice, name), choice.optim)
+                log(f"{name}: training for {steps} steps, seed {seed}")
+                found += record(name, seed, steps, _wanted(choice, name), choice.optim)
     except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(str(error)) from error
     return found
 
 
-def _wanted(choice: Choice, task: str) -> tuple[str, ...]:
+def _wanted(choice: Layers, task: str) -> tuple[str, ...]:
     if choice.parameter:
         names = {n: tuple(p.shape) for n, p in _preconditioned(*_made(task, choice.seed)).items()}
         return matching(choice.parameter, names)
@@ -142,21 +113,21 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
     found = tuple(name for name in shapes if pattern in name)
     if not found:
         raise ConfigError(
-            f"--parameter {pattern}: is in the name of no preconditioned parameter."
+            f"--parameter {pattern}: no preconditioned parameter has this in its name."
             f"{nearest(pattern, shapes)} (there are: {', '.join(shapes)})"
         )
     for name in found:
         size = torch.Size(shapes[name]).numel()
         if size > LARGEST:
             raise ConfigError(
-                f"--parameter {pattern}: {name} has {' x '.join(map(str, shapes[name]))} = {size:,} numbers, and the "
-                f"full matrix is taken of at most {LARGEST:,}"
+                f"--parameter {pattern}: {name} has {' x '.join(map(str, shapes[name]))} = {size:,} numbers, "
+                f"and a full matrix is computed for at most {LARGEST:,}"
             )
     return found
 
 
 def points(found: Sequence[Recording], log: Log) -> Iterator[tuple[Recording, int, Tensor]]:
-    """Yield each recording, step and the gradients up to it, for all ``STEPS``; those that are all zero are left out.
+    """Yield each recording, each of ``STEPS``, and the gradients up to it; steps with a gradient of zero are left out.
 
     Below a head that starts at zero there is no gradient at first.
     """

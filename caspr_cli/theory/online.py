@@ -34,21 +34,143 @@ Lemma 10.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.preconditioners import METHODS, Learner, Method, combined_values
+from caspr_cli.theory.preconditioners import Root, combined_values, entrywise
 from caspr_cli.theory.problems import Problem
 
 EPS = 1e-6  # damping, in units of the mean of ||G||_F^2 where W = 0
 LOST = 1e9  # a run whose W has an entry that many times as large as ||W*|| is lost: its regret is infinite
 RUNGS = ("regret", "linear", "distances", "largest", "trace", "full", "bound")
 HALVINGS = range(9)  # step sizes of the grid: ||W*|| / 2^k, the same for all methods
+BISECTIONS = 45  # halvings of what is a few times as large as it needs to be: to 1e-13
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preconditioned online learner, W_{t+1} = W_t - eta X_t^{-1} G_t, by name.
+
+    Args:
+        order: q of a member of CASPR's family, ``math.inf`` for Shampoo; None for the others.
+        beta: of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all
+            alike it is the sum; None is the sum.
+        interval: rounds between two computations of roots; in between they are stale.
+        fresh: rounds, from the first, in which they are computed anew in any case.
+    """
+
+    name: str
+    label: str
+    order: float | None = None
+    beta: float | None = None
+    interval: int = 1
+    fresh: int = 0
+
+    @property
+    def ranked(self) -> bool:
+        """Whether r, the rank of gradients, is in its bound."""
+        return self.order is not None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether the distances in its bound are those of the largest entry."""
+        return self.name == "diagonal"
+
+
+METHODS = (
+    Method("full", "full-matrix Adagrad"),
+    Method("order1", "order 1", 1),
+    Method("caspr", "CASPR", 2),
+    Method("order3", "order 3", 3),
+    Method("shampoo", "Shampoo", math.inf),
+    Method("diagonal", "diagonal Adagrad"),
+    Method("descent", "gradient descent"),
+)
+# CASPR with what the theorem does not allow.
+DEPARTURES = (
+    Method("caspr", "CASPR, as the theorem has it", 2),
+    Method("average", "moving average, beta 0.9", 2, beta=0.9),
+    Method("stale", "roots every 10 rounds", 2, interval=10),
+    Method("later", "roots every 10 after 50 rounds", 2, interval=10, fresh=50),
+)
 CASPR = METHODS[2]
+
+
+class Learner:
+    """The statistics of a method over gradients ``[..., m, n]`` of many runs at once, and its preconditioner ``root``.
+
+    Args:
+        shape: ``[..., m, n]`` of W.
+        eps: broadcasts to ``[...]``; added to statistics, in the units of a squared gradient.
+    """
+
+    root: Root
+
+    def __init__(self, method: Method, shape: torch.Size, eps: Tensor) -> None:
+        self.method, self.shape, self.eps, self.age = method, shape, eps.expand(shape[:-2]), 0
+        self._seen: Any = (0.0, 0.0) if method.order else torch.zeros((), dtype=torch.float64)  # the statistics
+
+    def see(self, G: Tensor) -> None:
+        """Take G_t into X_t. For the full matrix this is an eigendecomposition of m n rows."""
+        self.age += 1
+        eps = self.eps[..., None, None]
+        if self.method.order is not None:
+            self._see_sides(G, self.method.order)
+        elif self.method.name == "full":
+            self._seen = self._seen + G.flatten(-2).unsqueeze(-1) * G.flatten(-2).unsqueeze(-2)
+            F = Root.of(self._seen)
+            self.root = replace(F, values=(F.values.clamp(min=0) + eps).sqrt())
+        elif self.method.name == "diagonal":
+            self._seen = self._seen + G.square()
+            self.root = entrywise((self._seen + eps).sqrt())
+        else:  # steps as 1 / sqrt(t), in units of the largest gradient so far: of degree 0, as all
+            self._seen = torch.maximum(self._seen, torch.linalg.matrix_norm(G, keepdim=True))
+            self.root = entrywise((math.sqrt(self.age) * self._seen.clamp(min=eps.sqrt())).expand(self.shape))
+
+    def _see_sides(self, G: Tensor, order: float) -> None:
+        beta = self.method.beta
+        keep, weight = (1.0, 1.0) if beta is None else (beta, 1 - beta)
+        self._seen = [keep * S + weight * own for S, own in zip(self._seen, (G @ G.mT, G.mT @ G), strict=True)]
+        if self.age <= self.method.fresh or (self.age - 1) % self.method.interval == 0:
+            times = 1.0 if beta is None else self.age / (1 - beta**self.age)
+            (a, V), (b, W) = (torch.linalg.eigh(times * S) for S in self._seen)
+            ridge = self.eps.unsqueeze(-1)
+            self.root = Root(combined_values(a.clamp(min=0) + ridge, b.clamp(min=0) + ridge, order), V, W)
+
+    def projected(self, W: Tensor, radius: Tensor) -> Tensor:
+        """Return the matrix of length at most ``radius`` ``[...]`` that is nearest to W in the norm of X_t.
+
+        It is (X_t + nu I)^{-1} X_t W, nu >= 0 (Lagrange); its length falls with nu, which is found by bisection. In the
+        norm of an entrywise bound, entries are cut.
+        """
+        if self.method.entrywise:
+            return W.clamp(-radius[..., None, None], radius[..., None, None])
+        V, x = self.root.rotated(W), self.root.values
+        radius = radius.clamp(min=torch.finfo(V.dtype).tiny)
+
+        def shorter(nu: Tensor) -> Tensor:
+            return V * x / (x + nu[..., None, None])
+
+        length = torch.linalg.matrix_norm(V)
+        low, high = torch.zeros_like(length), x.amax((-2, -1)) * (length / radius - 1).clamp(min=0)  # is short enough
+        for _ in range(BISECTIONS if bool((high > 0).any()) else 0):
+            nu = (low + high) / 2
+            long = torch.linalg.matrix_norm(shorter(nu)) > radius
+            low, high = torch.where(long, nu, low), torch.where(long, high, nu)
+        return self.root.back(shorter(high), self.shape)
+
+    def trace(self) -> Tensor:
+        """Return tr(X_t) ``[...]``; for gradient descent one of its equal eigenvalues, which its bound has."""
+        values = self.root.values
+        return values[..., 0, 0] if self.method.name == "descent" else values.sum((-2, -1))
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,47 +229,37 @@ class Played:
         return int(self.grid.at_end.mean(0).argmin())
 
 
-class Match:
-    """Runs ``[S, E]`` of one method on one problem, a round after the other.
+Watch = Callable[["Learner", Tensor, Tensor, Tensor], None]
+
+
+def play(
+    problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None, watch: Watch = lambda *seen: None
+) -> Runs:
+    """Return all runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given.
 
     Args:
-        radius: ``[S, E]``, of the ball that W is kept in, if it is.
+        watch: takes in each round the learner, whose X_t has G_t, and G_t, U_t and W_t - W*, all ``[S, E, m, n]``.
     """
-
-    def __init__(self, problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> None:
-        self.best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
-        self.learner = Learner(method, self.best.shape, EPS * scale_of(problem).unsqueeze(1))
-        self.rank = problem.rank if method.ranked else 1
-        self.W, self.distance = torch.zeros_like(self.best), torch.zeros_like(eta)
-        self._problem, self._eta, self._radius = problem, eta, radius
-        self._regret, self._sizes = [torch.zeros_like(eta)], list[Tensor]()
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Play all rounds; yield G_t, U_t and W_t - W*, all ``[S, E, m, n]``; X_t is then the learner's."""
-        for t in range(self._problem.rounds):
-            yield self._round(t)
-
-    def _round(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        off = self.W - self.best
-        paid, G = self._problem.play(t, self.W)
-        regret = self._regret[-1] + paid - self._problem.play(t, self.best)[0]
-        distance = torch.maximum(self.distance, length(off, self.learner.method))
-        self.learner.see(G)
-        U = self.learner.root.power(-1).apply(G)
-        W = self.W - self._eta[..., None, None] * U
-        if self._radius is not None:
-            W = self.learner.projected(W, self._radius)
-        lost = ~(W.abs().amax((-2, -1)) <= LOST * torch.linalg.matrix_norm(self.best))
-        self.W = torch.where(lost[..., None, None], 0, W)
-        self.distance = torch.where(lost, math.inf, distance)
-        self._regret.append(torch.where(lost, math.inf, regret))
-        self._sizes.append(self.learner.trace())
-        return G, U, off
-
-    def runs(self) -> Runs:
-        """Return what was played."""
-        regret, sizes = torch.stack(self._regret[1:], -1), torch.stack(self._sizes, -1)
-        return Runs(regret, sizes, self.distance, self._eta, self.rank)
+    best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
+    learner = Learner(method, best.shape, damping(problem).unsqueeze(1))
+    W, distance, regret, rounds = torch.zeros_like(best), torch.zeros_like(eta), torch.zeros_like(eta), []
+    for t in range(problem.rounds):
+        off = W - best
+        paid, G = problem.play(t, W)
+        regret = regret + paid - problem.play(t, best)[0]
+        distance = torch.maximum(distance, length(off, method))
+        learner.see(G)
+        U = learner.root.power(-1).apply(G)
+        watch(learner, G, U, off)
+        W = W - eta[..., None, None] * U
+        if radius is not None:
+            W = learner.projected(W, radius)
+        lost = ~(W.abs().amax((-2, -1)) <= LOST * torch.linalg.matrix_norm(best))
+        W = torch.where(lost[..., None, None], 0, W)
+        distance, regret = (torch.where(lost, math.inf, x) for x in (distance, regret))
+        rounds.append(torch.stack([regret, learner.trace()]))
+    regrets, sizes = torch.stack(rounds, -1)
+    return Runs(regrets, sizes, distance, eta, problem.rank if method.ranked else 1)
 
 
 def length(V: Tensor, method: Method) -> Tensor:
@@ -155,19 +267,11 @@ def length(V: Tensor, method: Method) -> Tensor:
     return V.abs().amax((-2, -1)) if method.entrywise else torch.linalg.matrix_norm(V)
 
 
-def scale_of(problem: Problem) -> Tensor:
-    """Return the mean of ||G_t||_F^2 at W = 0, ``[S]``."""
+def damping(problem: Problem) -> Tensor:
+    """Return eps ``[S]``, in units of the mean of ||G_t||_F^2 at W = 0."""
     W = torch.zeros_like(problem.best).unsqueeze(1)
     squares = [problem.play(t, W)[1].square().sum((-2, -1)) for t in range(problem.rounds)]
-    return torch.stack(squares).mean(0).squeeze(1)
-
-
-def play(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None = None) -> Runs:
-    """Return all runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given."""
-    match = Match(problem, method, eta, radius)
-    for _ in match:
-        pass
-    return match.runs()
+    return EPS * torch.stack(squares).mean(0).squeeze(1)
 
 
 def of_theorem(problem: Problem, method: Method) -> tuple[Tensor, Tensor]:
@@ -191,23 +295,25 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
 
     Cost: an eigendecomposition of m n rows a round.
     """
-    match = Match(problem, method, eta, radius)
-    learner, size = match.learner, math.prod(problem.best.shape[1:])
+    size = math.prod(problem.best.shape[1:])
     X = moment = torch.zeros(*eta.shape, size, size, dtype=torch.float64)
-    linear, distances, largest, products = (torch.zeros_like(eta) for _ in range(4))
-    growth = []
-    for G, U, off in match:
-        linear = linear + (G * off).sum((-2, -1))
-        products = products + (G * U).sum((-2, -1))
+    parts = []
+
+    def watch(learner: Learner, G: Tensor, U: Tensor, off: Tensor) -> None:
+        nonlocal X, moment
         change, v, g = learner.root.dense() - X, off.flatten(-2), G.flatten(-2)
         X, moment = X + change, moment + g.unsqueeze(-1) * g.unsqueeze(-2)
-        distances = distances + torch.einsum("...i,...ij,...j->...", v, change, v)
-        ends = torch.linalg.eigvalsh(change)
-        largest = largest + ends[..., -1]
-        growth.append(ends[..., 0] / learner.root.values.flatten(2).amax(-1))
-    runs, rank, trace = match.runs(), match.rank, learner.trace()
-    full = _trace_of_root(moment / rank, learner.eps) if method.ranked else trace
-    near, far = products * eta / 2, match.distance.square() / (2 * eta)
+        linear, product = ((G * other).sum((-2, -1)) for other in (off, U))
+        moved, ends = torch.einsum("...i,...ij,...j->...", v, change, v), torch.linalg.eigvalsh(change)
+        growth = ends[..., 0] / learner.root.values.flatten(2).amax(-1)
+        parts.append(torch.stack([linear, product, moved, ends[..., -1], growth]))
+
+    runs = play(problem, method, eta, radius, watch)
+    rounds = torch.stack(parts, -1)  # [5, S, 1, T]
+    linear, products, distances, largest, _ = rounds.sum(-1)
+    rank, trace = runs.rank, runs.sizes[..., -1]
+    full = _trace_of_root(moment / rank, damping(problem).unsqueeze(1)) if method.ranked else trace
+    near, far = products * eta / 2, runs.distance.square() / (2 * eta)
     rungs = (
         runs.at_end,
         linear,
@@ -217,20 +323,17 @@ def ladder(problem: Problem, method: Method, eta: Tensor, radius: Tensor | None 
         far * trace + eta * rank * full,
         (far + eta * rank) * trace,
     )
-    return Ladder(
-        runs,
-        {name: value.squeeze(1) for name, value in zip(RUNGS, rungs, strict=True)},
-        torch.stack(growth, -1).squeeze(1),
-        (products / (2 * rank * full)).squeeze(1),
-    )
+    named = {name: value.squeeze(1) for name, value in zip(RUNGS, rungs, strict=True)}
+    return Ladder(runs, named, rounds[-1].squeeze(1), (products / (2 * rank * full)).squeeze(1))
 
 
 def traces(problem: Problem, orders: list[float]) -> Tensor:
     """Return tr(F~_T^(1/2)), then tr(X_T) for each order, ``[S, 1 + orders]``, all of the gradients that CASPR sees."""
-    match = Match(problem, CASPR, *of_theorem(problem, CASPR))
-    G = torch.cat([G for G, *_ in match], 1)  # [S, T, m, n]
-    g, eps = G.flatten(-2), match.learner.eps.squeeze(1)
-    found = [_trace_of_root(g.mT @ g / match.rank, eps)]
+    seen: list[Tensor] = []
+    runs = play(problem, CASPR, *of_theorem(problem, CASPR), lambda learner, G, U, off: seen.append(G))
+    G, eps = torch.cat(seen, 1), damping(problem)  # [S, T, m, n]
+    g = G.flatten(-2)
+    found = [_trace_of_root(g.mT @ g / runs.rank, eps)]
     ends = [torch.linalg.eigvalsh(S.sum(1)).clamp(min=0) + eps.unsqueeze(-1) for S in (G @ G.mT, G.mT @ G)]
     found += [combined_values(ends[0], ends[1], order).sum((-2, -1)) for order in orders]
     return torch.stack(found, 1)

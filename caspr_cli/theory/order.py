@@ -13,7 +13,8 @@ from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, table
 from caspr_cli.theory import panels
 from caspr_cli.theory.chain import BETA, CLAIMS, FALSE_CLAIMS, GAPS, MEASURES, NAMES, STALE, chain, check, ridge
-from caspr_cli.theory.gradients import Choice, Log, Recording, low_rank_stream, points, recordings
+from caspr_cli.theory.choices import Layers
+from caspr_cli.theory.gradients import Log, Recording, low_rank_stream, points, recordings
 from caspr_cli.theory.preconditioners import Root, axis_statistics, combined, full_statistic
 
 QUESTION = (
@@ -29,7 +30,7 @@ DRAWN_STEP = 10  # the step whose eigenvalues are drawn: early enough for what i
 DRAWN_VALUES = 64  # eigenvalues of a matrix that are drawn, at most
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Check the chain and its relatives on recorded gradients and on random ones.
 
     Raises:
@@ -48,7 +49,6 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
         formula="F~^½ ⪯ X₁ ⪯ X₂ (CASPR) ⪯ X₃ ⪯ X_Shampoo,   X₂⁻¹ = ½ (X₁⁻¹ + X_Shampoo⁻¹)",
         finding=finding(cases),
         tables={
-            "statements": statements(cases),
             "counterexamples": counterexamples(cases),
             "traces": traces(cases),
             "layers": layers(cases),
@@ -57,7 +57,8 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
                 cases[[*KEYS, *margins]],
                 "Every margin",
                 formats=dict.fromkeys(margins, ".1e"),
-                note="The columns are statements, in the order of the tables above.",
+                note="The columns are the statements, in their order. One that should hold fails where its margin is "
+                "below 0 by more than rounding, 20 u cond(F~).",
                 shown=0,
             ),
         },
@@ -74,7 +75,7 @@ def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
 
 
 def row_of(place: Sequence[Any], found: dict[str, float]) -> dict[str, Any]:
-    """Return one layer, or random stream, at one step as a row; ``place`` has the values of ``KEYS``."""
+    """Return the row of a layer or random stream at one step; ``place`` has the values of ``KEYS``."""
     row: dict[str, Any] = dict(zip(KEYS, place, strict=True))
     return row | dict.fromkeys((*CLAIMS, *FALSE_CLAIMS)) | found
 
@@ -94,7 +95,7 @@ def failures(cases: DataFrame, key: str) -> int:
 
 
 def counted(cases: DataFrame, key: str, source: str) -> tuple[int, int]:
-    """Return the counterexamples of a statement, and how often it was checked."""
+    """Return the number of counterexamples of a statement, and how often it was checked."""
     margins = cases.loc[cases["source"] == source, key]
     return int((margins < CLEAR).sum()), int(margins.count())
 
@@ -126,27 +127,8 @@ def finding(cases: DataFrame) -> str:
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def statements(cases: DataFrame) -> DataFrame:
-    """Return how often each statement that should hold was checked, and failed."""
-    real = cases[cases["source"] == REAL]
-    number = {key: real[key].nunique() for key in ("task", "seed")}
-    rows = [(text, int(cases[key].count()), failures(cases, key), cases[key].min()) for key, text in CLAIMS.items()]
-    return table(
-        DataFrame(rows, columns=["statement", "checked", "failed", "least"]),
-        "Statements that should hold everywhere",
-        heads={"least": "least margin"},
-        formats={"checked": ",", "failed": ",", "least": ".1e"},
-        note=f"Checked at {len(real):,} points of training ({real.groupby(['task', 'parameter']).ngroups} layers, "
-        f"{number['task']} tasks, {number['seed']} seeds, steps {real['step'].min()} to {real['step'].max()}) and on "
-        f"{len(cases) - len(real):,} random streams. Margins are relative: the smallest eigenvalue of a difference "
-        "over the largest of the larger matrix, or a difference over the larger number; for the identity, the relative "
-        "error. A statement fails where its margin is below 0 by more than rounding, 20 u cond(F~).",
-        shown=0,
-    )
-
-
 def counterexamples(cases: DataFrame) -> DataFrame:
-    """Return how often each statement that is false was so, among recorded and among random gradients."""
+    """Return how often each false statement failed, on recorded and on random gradients."""
     rows: list[dict[str, Any]] = [{"statement": text} for text in FALSE_CLAIMS.values()]
     heads: dict[str, str] = {}
     for source, own in cases.groupby("source", sort=False):
@@ -155,7 +137,7 @@ def counterexamples(cases: DataFrame) -> DataFrame:
             row |= dict(zip(list(heads)[-3:], (*counted(cases, key, str(source)), own[key].min()), strict=True))
     return table(
         rows,
-        "Statements that look like these, and are false",
+        "Similar statements that are false in general",
         heads=heads,
         formats={key: ".0e" if key.endswith("least") else "," for key in heads},
         note=f"Averages have beta = {BETA:g}; roots are {STALE} steps old, or of the first step before that; random "
@@ -201,7 +183,7 @@ def layers(cases: DataFrame) -> DataFrame:
 
 
 def recorded(found: Sequence[Recording]) -> DataFrame:
-    """Return what was trained: that it learned is part of what makes the gradients real."""
+    """Return the layers whose gradients were recorded, with the losses, which show that the models learned."""
     keys = ["task", "parameter", "m", "n", "rank", "seeds", "steps", "first", "last"]
     rows = [(r.task, r.parameter, *r.shape, r.rank, r.seed, len(r.gradients), *r.losses) for r in found]
     how = dict.fromkeys(keys[2:], "first") | {"rank": "max", "seeds": "count", "first": "mean", "last": "mean"}
@@ -232,14 +214,14 @@ DIFFERENCES = {
 
 
 def _trace_figure(cases: DataFrame) -> Figure:
+    traces = cases[cases["source"] == REAL].rename(columns={f"trace {name}": name for name in STYLES})
     return panels.figure(
         "traces",
         "Traces along the chain, in units of tr F~^½: mean over layers and seeds, band ± one standard deviation.",
-        cases[cases["source"] == REAL].rename(columns={f"trace {name}": name for name in STYLES}),
+        traces.melt(["task", "step"], list(STYLES), "member", "trace"),
         STYLES,
-        panel="task",
-        x="step",
-        y="tr X / tr F~^½",
+        ("task", "member", "step", "trace"),
+        unit="tr X / tr F~^½",
         legend_columns=4,
     )
 
@@ -250,11 +232,9 @@ def _eigenvalue_figure(found: Sequence[Recording]) -> Figure:
     return panels.figure(
         "eigenvalues",
         f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails.",
-        concat([_spectra(one, step).assign(task=task) for task, one in last.items()]),
+        concat([_spectra(one, step) for one in last.values()]),
         DIFFERENCES,
-        panel="task",
-        x="share of all",
-        y="eigenvalue",
+        ("task", "difference", "share of all", "eigenvalue"),
         log=False,
         finish=_signed,
         legend_columns=2,
@@ -270,13 +250,16 @@ def _signed(axes: Axes) -> None:
 
 
 def _spectra(one: Recording, step: int) -> DataFrame:
-    """Return the eigenvalues of the differences for one layer: some of them, both ends among these."""
+    """Return at most ``DRAWN_VALUES`` eigenvalues of each difference for one layer, with the least and the largest."""
     G, eps = one.gradients[:step], ridge(one.gradients)
     full, first, second, _, shampoo = (root.dense() for root in chain(G, eps, one.rank))
     bare = Root.of(full_statistic(G, eps)).power(0.5).dense()
     old = combined(*axis_statistics(G[: max(step - STALE, 1)], eps), 2).dense()
     top, drawn = torch.linalg.matrix_norm(full, 2), torch.linspace(0, len(full) - 1, min(len(full), DRAWN_VALUES))
     pairs = ((first, full), (second, first), (shampoo, second), (second, bare), (old, full))
-    values = [torch.linalg.eigvalsh(larger - smaller)[drawn.round().long()] / top for larger, smaller in pairs]
-    shares = (drawn.round() + 0.5) / len(full)
-    return DataFrame(dict(zip(("share of all", *DIFFERENCES), [x.tolist() for x in (shares, *values)], strict=True)))
+    shares = ((drawn.round() + 0.5) / len(full)).tolist()
+    return concat(
+        DataFrame({"task": one.task, "difference": name, "share of all": shares, "eigenvalue": values.tolist()})
+        for name, (larger, smaller) in zip(DIFFERENCES, pairs, strict=True)
+        for values in [torch.linalg.eigvalsh(larger - smaller)[drawn.round().long()] / top]
+    )

@@ -24,42 +24,44 @@ def figure(
     title: str,
     data: DataFrame,
     styles: Mapping[str, Style],
+    columns: tuple[str, str, str, str],
     *,
-    panel: str,
-    x: str,
-    y: str,
+    unit: str | None = None,
     form: str = ".3g",
     log: bool = True,
     finish: Callable[[Axes], object] = lambda axes: None,
     legend_columns: int = 3,
 ) -> Figure:
-    """Return a figure with a panel for each value of the column ``panel``, in their order, and a line for each style.
+    """Return a figure with a panel for each value of the first column, in their order, and a line for each style.
 
-    A line shows the mean over the rows with the same ``x``, and a band of one standard deviation on both sides.
+    A line shows the mean over the rows with the same x, and a band of one standard deviation on both sides.
 
     Args:
-        data: the columns ``panel`` and ``x``, and one for each label in ``styles``; NaN where a row is of another line.
+        columns: of ``data``: the panel, the line, x and y. Rows whose line has no style are left out.
+        unit: the label of the y axes, by default the name of that column.
         form: of the numbers in the alternative text, which says where each line begins and ends.
         log: whether x is logarithmic.
-        finish: what else is done to each axes, as a limit or a scale.
+        finish: what else is done to each axes, as :func:`logarithmic`.
     """
-    data = data.reindex(columns=[panel, x, *styles])
-    groups = {str(text): own.groupby(x)[list(styles)] for text, own in data.groupby(panel, sort=False)}
+    panel, line, x, y = columns
+    data = data[data[line].isin(list(styles))]
+    groups = dict(iter(data.groupby(panel, sort=False)))
     rows, lines = -(-len(groups) // COLUMNS), -(-len(styles) // legend_columns)
     ends = []
     with style.drawing():
         canvas = Canvas(figsize=(WIDTH, HEIGHT * rows + 0.19 * lines + 0.2), layout="constrained")
-        axes = canvas.subplots(rows, COLUMNS, squeeze=False).flatten()
-        for place, (text, own) in enumerate(groups.items()):
-            means = own.mean()
-            _draw(axes[place], text, means, own.std(), styles, log=log)
-            finish(axes[place])
-            axes[place].set_ylabel(y if place % COLUMNS == 0 else "")
-            axes[place].set_xlabel(x if place + COLUMNS >= len(groups) else "")
-            drawn = ((label, line.dropna()) for label, line in means.items())
+        places = canvas.subplots(rows, COLUMNS, squeeze=False).flatten()
+        for k, (place, (text, own)) in enumerate(zip(places, groups.items(), strict=False)):
+            by = own.groupby([x, line])[y]
+            means, sds = (found.unstack().reindex(columns=list(styles)) for found in (by.mean(), by.std()))
+            _draw(place, str(text), means, sds, styles, log=log)
+            finish(place)
+            place.set_ylabel((y if unit is None else unit) if k % COLUMNS == 0 else "")
+            place.set_xlabel(x if k + COLUMNS >= len(groups) else "")
+            drawn = ((label, mean.dropna()) for label, mean in means.items())
             said = [f"{label} from {v.iloc[0]:{form}} to {v.iloc[-1]:{form}}" for label, v in drawn if len(v)]
             ends.append(f"{text}: {', '.join(said)}")
-        for unused in axes[len(groups) :]:
+        for unused in places[len(groups) :]:
             unused.set_axis_off()
         handles = [Line2D([], [], color=s.colour, linestyle=cast(Any, s.dash), linewidth=1.6) for s in styles.values()]
         canvas.legend(handles, list(styles), loc="outside lower left", ncols=legend_columns, fontsize=8, handlelength=3)
@@ -67,11 +69,19 @@ def figure(
         return Figure(name, title, style.to_svg(canvas, name, alt), alt)
 
 
-def logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, without powers of ten, which need mathematical text that figures do not have."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.minorticks_off()
+def logarithmic(**properties: Any) -> Callable[[Axes], None]:
+    """Return what makes a y axis logarithmic, and sets properties of the axes, as ``ylim``.
+
+    Ticks are no powers of ten, which need mathematical text that figures do not have.
+    """
+
+    def finish(axes: Axes) -> None:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.set(**properties)
+        axes.minorticks_off()
+
+    return finish
 
 
 def _draw(axes: Axes, title: str, means: DataFrame, sds: DataFrame, styles: Mapping[str, Style], *, log: bool) -> None:

@@ -1,4 +1,4 @@
-r"""The statistics and preconditioners of the paper as dense matrices on vec(G), in float64, and learners that use them.
+r"""The statistics and preconditioners of the paper as dense matrices on vec(G), in float64.
 
 Gradients are a stack ``[T, m, n]``; vec is row-major, so L acts as L x I and R as I x R. A *preconditioner* X is what
 stands for the root of the full-matrix statistic, X = F^(1/2); an update is X^{-1} vec(G). With L~ = eps I + sum G G^T
@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-BISECTIONS = 45  # halvings of what is a few times as large as it needs to be: to 1e-13
 
 
 @dataclass(frozen=True)
@@ -201,125 +199,3 @@ def loewner_gap(larger: Tensor, smaller: Tensor, scale: float) -> float:
 def cosine(A: Tensor, B: Tensor) -> float:
     """Return <A, B> / (||A|| ||B||), of matrices in the Frobenius sense."""
     return float((A * B).sum() / (A.norm() * B.norm()))
-
-
-# ---- learners ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """A preconditioned online learner, W_{t+1} = W_t - eta X_t^{-1} G_t, by name.
-
-    Args:
-        order: q of a member of CASPR's family, ``math.inf`` for Shampoo; None for the others.
-        beta: of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all
-            alike it is the sum; None is the sum.
-        interval: rounds between two computations of roots; in between they are stale.
-        fresh: rounds, from the first, in which they are computed anew in any case.
-    """
-
-    name: str
-    label: str
-    order: float | None = None
-    beta: float | None = None
-    interval: int = 1
-    fresh: int = 0
-
-    @property
-    def ranked(self) -> bool:
-        """Whether r, the rank of gradients, is in its bound."""
-        return self.order is not None
-
-    @property
-    def entrywise(self) -> bool:
-        """Whether the distances in its bound are those of the largest entry."""
-        return self.name == "diagonal"
-
-
-METHODS = (
-    Method("full", "full-matrix Adagrad"),
-    Method("order1", "order 1", 1),
-    Method("caspr", "CASPR", 2),
-    Method("order3", "order 3", 3),
-    Method("shampoo", "Shampoo", math.inf),
-    Method("diagonal", "diagonal Adagrad"),
-    Method("descent", "gradient descent"),
-)
-# CASPR with what the theorem does not allow.
-DEPARTURES = (
-    Method("caspr", "CASPR, as the theorem has it", 2),
-    Method("average", "moving average, beta 0.9", 2, beta=0.9),
-    Method("stale", "roots every 10 rounds", 2, interval=10),
-    Method("later", "roots every 10 after 50 rounds", 2, interval=10, fresh=50),
-)
-
-
-class Learner:
-    """The statistics of a method over gradients ``[..., m, n]`` of many runs at once, and its preconditioner ``root``.
-
-    Args:
-        shape: ``[..., m, n]`` of W.
-        eps: broadcasts to ``[...]``; added to statistics, in the units of a squared gradient.
-    """
-
-    root: Root
-
-    def __init__(self, method: Method, shape: torch.Size, eps: Tensor) -> None:
-        self.method, self.shape, self.eps, self.age = method, shape, eps.expand(shape[:-2]), 0
-        self._F = torch.diag_embed(self.eps.unsqueeze(-1).expand(*shape[:-2], shape[-2] * shape[-1]).double())
-        self._L = self._R = torch.zeros((), dtype=torch.float64)
-        self._squares, self._largest = self.eps[..., None, None].double(), self.eps.double().sqrt()
-
-    def see(self, G: Tensor) -> None:
-        """Take G_t into X_t. For the full matrix this is an eigendecomposition of m n rows."""
-        self.age += 1
-        if self.method.order is not None:
-            self._see_sides(G, self.method.order)
-        elif self.method.name == "full":
-            g = G.flatten(-2)
-            self._F = self._F + g.unsqueeze(-1) * g.unsqueeze(-2)
-            F = Root.of(self._F)
-            self.root = replace(F, values=F.values.clamp(min=self.eps[..., None, None]).sqrt())
-        elif self.method.name == "diagonal":
-            self._squares = self._squares + G.square()
-            self.root = entrywise(self._squares.sqrt())
-        else:  # steps as 1 / sqrt(t), in units of the largest gradient so far: of degree 0, as all
-            self._largest = torch.maximum(self._largest, torch.linalg.matrix_norm(G))
-            self.root = entrywise((math.sqrt(self.age) * self._largest)[..., None, None].expand(self.shape))
-
-    def _see_sides(self, G: Tensor, order: float) -> None:
-        beta = self.method.beta
-        keep, weight = (1.0, 1.0) if beta is None else (beta, 1 - beta)
-        self._L, self._R = keep * self._L + weight * G @ G.mT, keep * self._R + weight * G.mT @ G
-        if self.age <= self.method.fresh or (self.age - 1) % self.method.interval == 0:
-            times = 1.0 if beta is None else self.age / (1 - beta**self.age)
-            (a, V), (b, W) = (torch.linalg.eigh(times * S) for S in (self._L, self._R))
-            ridge = self.eps.unsqueeze(-1)
-            self.root = Root(combined_values(a.clamp(min=0) + ridge, b.clamp(min=0) + ridge, order), V, W)
-
-    def projected(self, W: Tensor, radius: Tensor) -> Tensor:
-        """Return the matrix of length at most ``radius`` ``[...]`` that is nearest to W in the norm of X_t.
-
-        It is (X_t + nu I)^{-1} X_t W, nu >= 0 (Lagrange); its length falls with nu, which is found by bisection. In the
-        norm of an entrywise bound, entries are cut.
-        """
-        if self.method.entrywise:
-            return W.clamp(-radius[..., None, None], radius[..., None, None])
-        V, x = self.root.rotated(W), self.root.values
-        radius = radius.clamp(min=torch.finfo(V.dtype).tiny)
-
-        def shorter(nu: Tensor) -> Tensor:
-            return V * x / (x + nu[..., None, None])
-
-        length = torch.linalg.matrix_norm(V)
-        low, high = torch.zeros_like(length), x.amax((-2, -1)) * (length / radius - 1).clamp(min=0)  # is short enough
-        for _ in range(BISECTIONS if bool((high > 0).any()) else 0):
-            nu = (low + high) / 2
-            long = torch.linalg.matrix_norm(shorter(nu)) > radius
-            low, high = torch.where(long, nu, low), torch.where(long, high, nu)
-        return self.root.back(shorter(high), self.shape)
-
-    def trace(self) -> Tensor:
-        """Return tr(X_t) ``[...]``; for gradient descent one of its equal eigenvalues, which its bound has."""
-        values = self.root.values
-        return values[..., 0, 0] if self.method.name == "descent" else values.sum((-2, -1))

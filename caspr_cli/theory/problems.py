@@ -36,7 +36,13 @@ class Loss:
     name: str
     value: Callable[[Tensor, Tensor], Tensor]  # [...]
     slope: Callable[[Tensor, Tensor], Tensor]  # df/dZ [..., m, b]
-    curvature: Callable[[Tensor, Tensor], Tensor]  # of each sample, for Z and Y [N, m]: [N, m, m]
+
+    def curvature(self, Z: Tensor, Y: Tensor) -> Tensor:
+        """Return the second derivative ``[N, m, m]`` in each sample, for Z and Y ``[N, m]``."""
+        Z = Z.detach().requires_grad_()
+        slopes = self.slope(Z.unsqueeze(-1), Y.unsqueeze(-1)).squeeze(-1)
+        rows = [torch.autograd.grad(slope.sum(), Z, retain_graph=True)[0] for slope in slopes.unbind(-1)]
+        return torch.stack(rows, 1)
 
 
 @dataclass(frozen=True)
@@ -71,34 +77,25 @@ def _known(Y: Tensor, x: Tensor) -> Tensor:
     return torch.where(torch.isnan(Y), 0, x)
 
 
-def _softmax_curvature(Z: Tensor, Y: Tensor) -> Tensor:
-    p = torch.softmax(Z, -1)
-    return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-
-
 SQUARES = Loss(
     "least squares",
     value=lambda Z, Y: (Z - Y).square().sum((-2, -1)) / 2,
     slope=lambda Z, Y: Z - Y,
-    curvature=lambda Z, Y: torch.eye(Z.shape[-1], dtype=Z.dtype).expand(*Z.shape, -1),
 )
 SOFTMAX = Loss(
     "logistic regression over classes",
     value=lambda Z, Y: (torch.logsumexp(Z, -2) - (Y * Z).sum(-2)).sum(-1),
     slope=lambda Z, Y: torch.softmax(Z, -2) - Y,
-    curvature=_softmax_curvature,
 )
 SIGMOID = Loss(  # of m labels at once; a target that is NaN was not observed and costs nothing
     "logistic regression of several labels",
     value=lambda Z, Y: _known(Y, torch.nn.functional.softplus(Z) - Y * Z).sum((-2, -1)),
     slope=lambda Z, Y: _known(Y, torch.sigmoid(Z) - Y),
-    curvature=lambda Z, Y: torch.diag_embed(_known(Y, torch.sigmoid(Z) * torch.sigmoid(-Z))),
 )
 LINEAR = Loss(
     "linear",
     value=lambda Z, Y: (Y * Z).sum((-2, -1)),
     slope=lambda Z, Y: Y.expand_as(Z),
-    curvature=lambda Z, Y: torch.zeros(*Z.shape, Z.shape[-1], dtype=Z.dtype),
 )
 
 
@@ -192,7 +189,7 @@ def _streams(X: Tensor, Y: Tensor, samples: int, rounds: int, seeds: list[int]) 
 
 
 def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Return the problem of a word's tag by its last letter (the commonest, one each), its length, a capital, and 1.
+    """Return the problem of predicting the tag of a word from its last letter, its length, a capital, and 1.
 
     From the training split of the tagger's sample, words of letters alone, W is ``[8, 16]``: seven tags and all others.
     """
@@ -221,7 +218,7 @@ def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
 
 
 def molecules(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
-    """Return the problem whether properties of a molecule are above their medians.
+    """Return the problem of predicting whether properties of a molecule are above their medians.
 
     Features are the means of those of its atoms and bonds, its size, and 1. From the training split of the molecules'
     sample, W is ``[8, 10]``; most labels of a molecule are missing.

@@ -7,16 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from matplotlib.axes import Axes
 from pandas import DataFrame, Series, concat
 from torch import Tensor
 
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
-from caspr_cli.theory.gradients import Choice, Log
-from caspr_cli.theory.online import HALVINGS, RUNGS, Played, Runs, of_theorem, play, play_all, traces
-from caspr_cli.theory.preconditioners import DEPARTURES, METHODS, Method
+from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.gradients import Log
+from caspr_cli.theory.online import (
+    DEPARTURES,
+    HALVINGS,
+    METHODS,
+    RUNGS,
+    Method,
+    Played,
+    Runs,
+    of_theorem,
+    play,
+    play_all,
+    traces,
+)
 from caspr_cli.theory.problems import all_problems, forgetting
 
 QUESTION = "Is CASPR's regret smaller than Shampoo's, as its smaller bound suggests?"
@@ -43,7 +54,7 @@ STYLES = {
 Example = Sequence[tuple[Method, Runs]]
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     """Return regret and bounds of all methods on all problems."""
     log("problems: the best W of each")
     problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))
@@ -318,11 +329,11 @@ def _forgetting(example: Example) -> DataFrame:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
-def _curve(p: Played, label: str, values: Tensor, after: int = 0) -> DataFrame:
+def _curve(p: Played, line: str, values: Tensor, after: int = 0) -> DataFrame:
     """Return values ``[S, T]`` at some rounds, as rows."""
     marks = [t for t in MARKS if after <= t < 0.45 * values.shape[1]] + [values.shape[1]]
-    at = values[:, [t - 1 for t in marks]]
-    return DataFrame({"problem": p.problem.name, "round": marks * len(at), label: at.flatten().tolist()})
+    at = values[:, [t - 1 for t in marks]].flatten().tolist()
+    return DataFrame({"problem": p.problem.name, "method": line, "round": marks * len(values), "regret": at})
 
 
 def _regret_figure(played: Sequence[Played]) -> Figure:
@@ -336,9 +347,8 @@ def _regret_figure(played: Sequence[Played]) -> Figure:
             for p in played
         ),
         STYLES,
-        panel="problem",
-        x="round",
-        y="regret / CASPR's",
+        ("problem", "method", "round", "regret"),
+        unit="regret / CASPR's",
     )
 
 
@@ -351,32 +361,29 @@ def _bound_figure(played: Sequence[Played]) -> Figure:
     lines = [_curve(p, p.method.label, p.theorem.regret[:, 0]) for p in shown]
     lines += [_curve(p, f"{p.method.label}, bound", p.theorem.limits()) for p in shown]
     least = min(float(p.theorem.regret[:, 0, -1].mean()) for p in shown)
-
-    def finish(axes: Axes) -> None:
-        panels.logarithmic(axes)
-        axes.set_ylim(bottom=least / 30)
-
-    title = "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted)."
     return panels.figure(
-        "bound", title, concat(lines), styles, panel="problem", x="round", y="regret", finish=finish, legend_columns=2
+        "bound",
+        "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted).",
+        concat(lines),
+        styles,
+        ("problem", "method", "round", "regret"),
+        finish=panels.logarithmic(ylim=(least / 30, None)),
+        legend_columns=2,
     )
 
 
 def _ladder_figure(seen: DataFrame) -> Figure:
     styles = {label: STYLES[label] for label in ("full-matrix Adagrad", "CASPR", "Shampoo")}
-    x = "step of the proof"
-    lines = [
-        DataFrame({"problem": own["problem"], x: place, str(label): own[f"rung {name}"] / own["rung regret"]})
-        for label, own in seen.groupby("method", sort=False)
-        for place, name in enumerate(RUNGS)
-    ]
-    means = concat(lines).groupby(["problem", x], sort=False).mean().reset_index()  # a band would hide the others
-
-    def finish(axes: Axes) -> None:
-        panels.logarithmic(axes)
-        axes.set_xticks(range(len(RUNGS)), ["–", "a", "b", "c", "d", "e", "f"])
-
-    title = "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds."
+    x, columns = "step of the proof", {f"rung {name}": place for place, name in enumerate(RUNGS)}
+    heights = seen[list(columns)].div(seen["rung regret"], axis=0).rename(columns=columns)
+    means = heights.groupby([seen["problem"], seen["method"]], sort=False).mean()  # a band would hide the others
     return panels.figure(
-        "ladder", title, means, styles, panel="problem", x=x, y="over the regret", log=False, finish=finish
+        "ladder",
+        "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds.",
+        means.reset_index().melt(["problem", "method"], var_name=x),
+        styles,
+        ("problem", "method", x, "value"),
+        unit="over the regret",
+        log=False,
+        finish=panels.logarithmic(xticks=range(len(RUNGS)), xticklabels=["–", "a", "b", "c", "d", "e", "f"]),
     )

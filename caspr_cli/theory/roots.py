@@ -1,6 +1,6 @@
 """``caspr-verify roots``: how exact are inverse roots, what do they cost, and which damping do they need?
 
-The questions of reviewers on complexity, stability, the choice of damping and low precision, a table each.
+One table each for complexity, stability, the choice of damping, and low precision.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from pandas import DataFrame, concat
 
 from caspr_cli.bench.precision import TF32
@@ -19,7 +18,8 @@ from caspr_cli.bench.roots import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
 from caspr_cli.theory import panels
-from caspr_cli.theory.gradients import Choice, Log
+from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 
 QUESTION = "Are inverse roots in float32 within 1 % wherever the default damping lets a condition be?"
@@ -68,7 +68,7 @@ def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]
 # ---- answer ------------------------------------------------------------------------------------------------------
 
 
-def answer(choice: Choice, log: Log = lambda text: None) -> Answer:
+def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     """Return errors, steps, seconds and bytes of all solvers; each seed is another basis."""
     found, costs = measured(choice.quick, list(choice.all_seeds), log)
     bare, default = found[found["set"] == CONDITION], found[found["set"] == LIBRARY]
@@ -180,7 +180,7 @@ def _errors(cases: DataFrame, index: list[str]) -> DataFrame:
 
 
 def _summary(cases: DataFrame, index: list[str]) -> DataFrame:
-    """Return the errors, what storing S is predicted to cost, and how Newton's iteration went, over seeds."""
+    """Return errors, the predicted errors of storing S, and the course of Newton's iteration, over seeds."""
     predicted = {
         name: cases[cases["solver"] == f"stored in {name}"].groupby(index)["predicted"].mean()
         for name in ("float32", "bfloat16")
@@ -262,7 +262,7 @@ def _law(constants: DataFrame) -> DataFrame:
 
 
 def _damped(cases: DataFrame) -> DataFrame:
-    """Return the errors by damping, and what damping does."""
+    """Return the errors by damping, and the effect of damping on the root and on an update."""
     values = torch.logspace(0, -math.log10(ILL), int(cases["d"].max()), dtype=torch.float64)
     found = _summary(cases, ["eps"])
     return found.join(DataFrame([moved(values, eps) for eps in found["eps"]]))
@@ -344,40 +344,38 @@ STYLES = {
 }
 
 
-def _error_figure(
-    name: str, title: str, cases: DataFrame, panel: str, x: str, powers: range, styles: dict[str, style.Style]
-) -> Figure:
+def _error_figure(name: str, title: str, cases: DataFrame, panel: str, x: str, powers: range) -> Figure:
     """Return the errors of solvers, and predictions of what is stored, over ``condition`` or ``eps``."""
-    lines = []
-    for solver in SOLVERS:
-        own = cases[(cases["solver"] == solver.name) & cases["finite"]]
-        columns = {"error": solver.name}
-        if solver.exact:
-            columns["predicted"] = f"predicted for {solver.stored.name}"
-        lines.append(own.rename(columns=columns))
-
-    def finish(axes: Axes) -> None:
-        panels.logarithmic(axes)
-        axes.set_ylim(1e-16 if x == "condition" else 1e-6, 30)
-        axes.set_xticks([10.0**k for k in powers], [f"1e{k}" for k in powers])
-        if x == "condition":
-            axes.set_yticks([1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1])
-            axes.set_xlim(right=cases["condition"].max())
-
+    drawn = cases[cases["finite"]]
+    predicted = drawn[drawn["solver"].isin([solver.name for solver in SOLVERS if solver.exact])]
+    predicted = predicted.assign(
+        solver=predicted["solver"].str.replace("stored in", "predicted for"), error=predicted["predicted"]
+    )
+    lines = {*cases["solver"], *predicted["solver"]}
+    ticks = {"xticks": [10.0**k for k in powers], "xticklabels": [f"1e{k}" for k in powers], "ylim": (1e-6, 30)}
+    if x == "condition":
+        ticks |= {"ylim": (1e-16, 30), "yticks": [1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1]}
+        ticks |= {"xlim": (None, cases["condition"].max())}
     return panels.figure(
-        name, title, concat(lines), styles, panel=panel, x=x, y="relative error", form=".0e", finish=finish
+        name,
+        title,
+        concat([drawn, predicted]),
+        {label: look for label, look in STYLES.items() if label in lines},
+        (panel, "solver", x, "error"),
+        unit="relative error",
+        form=".0e",
+        finish=panels.logarithmic(**ticks),
     )
 
 
 def _figures(bare: DataFrame, damped: DataFrame) -> Iterator[Figure]:
     exponents = bare.assign(panel=bare["p"].map("p = {}".format))
     title = "Error of S^(-1/p) by condition, without damping: mean over seeds, band ± one standard deviation."
-    yield _error_figure("conditions", title, exponents, "panel", "condition", range(2, 13, 2), STYLES)
+    yield _error_figure("conditions", title, exponents, "panel", "condition", range(2, 13, 2))
     low = damped[~damped["solver"].str.endswith("float64")]
     low = low.assign(panel=low["solver"].str.endswith("float32").map({True: "float32", False: "lower"}))
-    styles = {label: look for label, look in STYLES.items() if not label.endswith("float64")}
     title = f"Error of S~^(-1/4) by damping, relative to the largest eigenvalue, at a condition of {ILL:.0e}."
-    yield _error_figure("damping", title, low, "panel", "eps", range(-12, -1, 2), styles)
+    yield _error_figure("damping", title, low, "panel", "eps", range(-12, -1, 2))
 
 
 def _cost_figure(costs: DataFrame) -> Figure:
@@ -385,11 +383,12 @@ def _cost_figure(costs: DataFrame) -> Figure:
     lines = []
     for method, hue in {"eigh": "vermilion", "newton": "blue"}.items():
         styles |= {method: style.Style(hue, style.SOLID), f"{method}, predicted": style.Style(hue, style.DOTTED)}
-        own = costs[costs["solver"] == method]
-        for text, key in (("milliseconds", "ms"), ("megabytes", "mb")):
-            columns = {"d": "rows", key: method, f"predicted_{key}": f"{method}, predicted"}
-            lines.append(own.rename(columns=columns).assign(unit=text))
+        own = costs[costs["solver"] == method].rename(columns={"d": "rows"})
+        for unit, key in (("milliseconds", "ms"), ("megabytes", "mb")):
+            lines += [own.assign(unit=unit, line=method, value=own[key])]
+            lines += [own.assign(unit=unit, line=f"{method}, predicted", value=own[f"predicted_{key}"])]
     title = "Milliseconds and megabytes of a root by its rows, measured and predicted, one thread, float32."
+    finish = panels.logarithmic()
     return panels.figure(
-        "costs", title, concat(lines), styles, panel="unit", x="rows", y="", form=".0e", finish=panels.logarithmic
+        "costs", title, concat(lines), styles, ("unit", "line", "rows", "value"), form=".0e", finish=finish
     )

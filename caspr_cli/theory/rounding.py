@@ -44,10 +44,11 @@ from caspr_cli.bench.roots import (
     least_seconds,
     peak_bytes,
     product_rate,
-    root_flops,
 )
 from caspr_cli.optim.refresh import ACCEPTED
 from caspr_cli.optim.roots import Root, bound, newton_steps, residual
+from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.solve import newton_products
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 SMALL = 0.02  # predicted errors up to here are in the reach of a first order
@@ -83,8 +84,10 @@ def storage(values: Tensor, precision: Precision, p: int, shift: float = 0.0) ->
 
 
 def one_rounding(values: Tensor, precision: Precision, p: int) -> float:
-    """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own. (Then
-    ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle.) What is measured, over this, is c."""
+    """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own.
+
+    Then ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle. A measured error over this one is c.
+    """
     return sensitivity(values, p) * precision.unit * math.sqrt(len(values)) / 2
 
 
@@ -101,7 +104,7 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what each solver makes of each matrix, exponent and damping."""
+    """Yield a row for each matrix, exponent, damping and solver."""
     plans = list(product(exponents, dampings, SOLVERS))
     for condition, seed in product(conditions, seeds):
         matrix = Matrix.drawn(d, condition, seed)
@@ -110,7 +113,7 @@ def cases(
 
 
 def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]:
-    """Return what a solver makes of a matrix with a relative damping, as a row.
+    """Return the errors of a solver on a matrix with a relative damping, as a row.
 
     Keys:
         error: ||A - S~^(-1/p)|| / ||S~^(-1/p)||, Frobenius, with the shift that the solver says it has added.
@@ -173,7 +176,8 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
 
     with NewtonWatch() as watch:
         run()
-    flops = root_flops(solver.method, d, p, watch.steps or newton_steps(1 + 1 / eps, p))
+    cubes = EIGH_FLOPS if solver.method == "eigh" else 2 * watch.steps * newton_products(p)
+    flops = float(cubes * d**3)
     row = {"d": d, "solver": solver.method, "mb": peak_bytes(run) / 1e6, "ms": 1e3 * least_seconds(run)}
     row |= {"predicted_ms": 1e3 * flops / product_rate(d), "flops": flops, "steps": watch.steps or math.nan}
     return row | {"predicted_mb": MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
@@ -198,7 +202,7 @@ def constants_of(bare: DataFrame) -> DataFrame:
 
 
 def moved(values: Tensor, eps: float) -> dict[str, float]:
-    """Return what damping does to S of these eigenvalues: to its root, and to the direction of a whitened update."""
+    """Return the effect of damping on S with these eigenvalues: on its root, and on the direction of an update."""
     shifted = values + eps * values.max()
     kept = values / shifted  # squares of what is left of each direction of S^(-1/2) G, which have all the same length
     change = values.pow(-1 / P) - shifted.pow(-1 / P)

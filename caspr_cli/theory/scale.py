@@ -16,7 +16,8 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.plan import Plan, plan_key
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
-from caspr_cli.theory.work import FLOAT, NODE, Assumed, stand_ins, work_of
+from caspr_cli.theory.choices import Assumed
+from caspr_cli.theory.work import FLOAT, NODE, gpu, stand_ins, work_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ScaleRow:
     dealing_seconds: float  # measured here
 
 
-def on_paper(model: str, gpus: Sequence[int], gpu: Gpu, name: str, settings: Settings) -> Iterator[ScaleRow]:
+def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: Settings) -> Iterator[ScaleRow]:
     """Yield two rows for each number of GPUs.
 
     Args:
@@ -65,7 +66,7 @@ def on_paper(model: str, gpus: Sequence[int], gpu: Gpu, name: str, settings: Set
     matrices, rest = MODELS[model]
     optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings, settings.interval)
     assert isinstance(optimizer, KroneckerOptimizer)
-    (group,), work, machine = optimizer.param_groups, work_of(optimizer), gpu.rates.machine()
+    (group,), work, machine = optimizer.param_groups, work_of(optimizer), gpu(sheet.rates)
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
     root = root_flops(group, len(blocks[0][1]), torch.device("cuda"))
@@ -93,7 +94,7 @@ def on_paper(model: str, gpus: Sequence[int], gpu: Gpu, name: str, settings: Set
                 received_bytes=taken,
                 received_ratio=taken / sum(sizes),
                 compute_seconds=busiest / machine.products + passes,
-                exchange_seconds=_exchange(taken, n, gpu, machine.network, sharded=sharded),
+                exchange_seconds=_exchange(taken, n, sheet, machine.network, sharded=sharded),
                 dealing_seconds=dealing,
             )
 
@@ -119,8 +120,8 @@ def _travels(sizes: Sequence[int], owners: Sequence[int], ranks: int, *, sharded
     return sum(each), sum(sorted(each)[-2:]) * (1 + 1 / ranks)
 
 
-def _exchange(taken: float, ranks: int, gpu: Gpu, network: float, *, sharded: bool) -> float:
+def _exchange(taken: float, ranks: int, sheet: Gpu, network: float, *, sharded: bool) -> float:
     """Return the seconds until so many bytes are here. Links of a node bring once what all of its GPUs receive."""
     if ranks <= NODE:
-        return taken / gpu.node
-    return max(taken / gpu.node, taken / (1 if sharded else NODE) / network)
+        return taken / sheet.node
+    return max(taken / sheet.node, taken / (1 if sharded else NODE) / network)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from caspr_cli.bench.shapes import Shape, gated_layer
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.caspr import CASPR
@@ -38,6 +39,7 @@ from caspr_cli.optim.cost import blocks_of, passes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
+from caspr_cli.theory.choices import Assumed
 
 PASSES = 16  # of reading or writing a number for each weight, counted in the engine, without what stays in a cache
 FLOAT = 4  # bytes
@@ -193,10 +195,9 @@ class Decoder:
     vocabulary: int = 32000
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Return the matrices of one layer: query, key, value, output; gate, up, down."""
-        w, k, h = self.width, self.keys, self.hidden
-        return [(w, w), (k, w), (k, w), (w, w), (h, w), (h, w), (w, h)]
+    def shapes(self) -> tuple[Shape, ...]:
+        """Return the matrices of one layer."""
+        return gated_layer(self.width, self.hidden, self.keys)
 
     @property
     def parameters(self) -> int:
@@ -217,36 +218,16 @@ NODE = 8  # GPUs that share what comes over their links, by far faster ones
 GPUS = {"1B": (8, 64), "7B": (64, 256), "70B": (256, 1024, 4096)}
 
 
-@dataclass(frozen=True)
-class Assumed:
-    """Assumptions about a large training run.
+def gpu(assumed: Assumed) -> Machine:
+    """Return one GPU, at the share of its peaks that the optimizer reaches. Products in float32 use no TF32."""
+    peaks = (assumed.float32, assumed.bfloat16, assumed.memory)
+    float32, low, memory = (1e12 * assumed.efficiency * peak for peak in peaks)
+    return Machine(float32, float32, memory, low, network=1e9 * assumed.network, capacity=80e9, newton=True)
 
-    Args:
-        tokens: in a step.
-        efficiency: the part of peak FLOPs and bytes that products and passes reach on a GPU.
-        mfu: the part of bfloat16 peak FLOPs that training reaches.
-        float32, bfloat16: peak TFLOP/s of a GPU without sparsity.
-        memory: TB/s of a GPU's memory.
-        network: GB/s of each GPU's link to other nodes. Defaults: the data sheets of NVIDIA's H100 SXM, and of the
-            DGX H100, which has a link of 400 Gb/s for each of its eight.
-    """
 
-    tokens: float = 4e6
-    efficiency: float = 0.7
-    mfu: float = 0.4
-    float32: float = 67.0
-    bfloat16: float = 989.0
-    memory: float = 3.35
-    network: float = 50.0
-
-    def machine(self) -> Machine:
-        """Return one GPU, at the share of its peaks that the optimizer reaches. Products in float32 use no TF32."""
-        float32, low, memory = (1e12 * self.efficiency * peak for peak in (self.float32, self.bfloat16, self.memory))
-        return Machine(float32, float32, memory, low, network=1e9 * self.network, capacity=80e9, newton=True)
-
-    def training(self, parameters: float, gpus: int) -> float:
-        """Return the seconds of forward and backward."""
-        return TRAINING_FLOPS * parameters * self.tokens / (gpus * 1e12 * self.bfloat16 * self.mfu)
+def training_seconds(assumed: Assumed, parameters: float, gpus: int) -> float:
+    """Return the seconds of forward and backward of a step."""
+    return TRAINING_FLOPS * parameters * assumed.tokens / (gpus * 1e12 * assumed.bfloat16 * assumed.mfu)
 
 
 VARIANTS: tuple[tuple[str, int, bool], ...] = (
@@ -260,7 +241,7 @@ def scaled(decoder: Decoder, gpus: int, assumed: Assumed) -> Iterator[dict[str, 
 
     Under data parallelism every rank has all weights and moments and receives all updates.
     """
-    machine, training = assumed.machine(), assumed.training(decoder.parameters, gpus)
+    machine, training = gpu(assumed), training_seconds(assumed, decoder.parameters, gpus)
     for variant, interval, low in VARIANTS:
         whole, size = decoder.work(interval=interval), 2 if low else FLOAT
         # Weights and gradients, and AdamW's moments of what is not preconditioned.

@@ -15,11 +15,10 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
-from caspr_cli.common.format import duration
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, duration
 from caspr_cli.common.streams import silence
 from caspr_cli.runs.launch import BRIEF
 
-SECONDS_BETWEEN_LINES = 10
 BAR = 16  # characters
 
 

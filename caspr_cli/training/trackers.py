@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,15 @@ def _csv(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
 
 
 def _wandb(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
-    """Return a logger into ``wandb/`` in the record, and to the server."""
+    """Return a logger into ``wandb/`` in the record, and to the server.
+
+    Offline it begins anew, with all that was logged: wandb cannot go on with a file.
+    """
     import wandb
 
     known = record.read(TRACKERS)
     name = uuid.uuid4().hex[:8]
+    earlier = list(record.path.glob("wandb/offline-run-*"))
     logger = WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "caspr"),
         name=_name(recipe, record),
@@ -84,9 +88,25 @@ def _wandb(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
         save_dir=record.path,
         settings=wandb.Settings(silent=True, console="off"),
     )
-    logger.experiment  # noqa: B018  (asks for the key of the user)
+    run = logger.experiment  # asks for the key of the user
     record.write(TRACKERS, {"wandb": name} | known)
-    return logger, "wandb" in known
+    for folder in earlier if run.offline else ():
+        shutil.rmtree(folder)
+    return logger, run.resumed  # by the server, which may not know it: an earlier attempt was offline
+
+
+class _ContinuedMLFlow(MLFlowLogger):
+    """Logs no value twice: a run that was killed has logged steps beyond the checkpoint from which it goes on."""
+
+    def find_last(self) -> None:
+        """Ask the server for the last step of each metric."""
+        client, run = self.experiment, self.run_id
+        tags = client.get_run(run).data.metrics
+        self._last = {tag: max(each.step for each in client.get_metric_history(run, tag)) for tag in tags}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        new = {tag: value for tag, value in metrics.items() if step is None or step > self._last.get(tag, -1)}
+        super().log_metrics(new, step)
 
 
 def _mlflow(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
@@ -100,10 +120,11 @@ def _mlflow(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         settings: dict[str, Any] = {"tracking_uri": where, "artifact_location": str(folder / "mlruns")}
         if run := known.get("mlflow"):
-            logger = MLFlowLogger(recipe.task.name, run_id=run, **settings)
+            continued = _ContinuedMLFlow(recipe.task.name, run_id=run, **settings)
             with suppress(MlflowException):  # it was deleted there
-                logger.experiment.update_run(run, "RUNNING")
-                return logger, True
+                continued.experiment.update_run(run, "RUNNING")
+                continued.find_last()
+                return continued, True
         logger = MLFlowLogger(recipe.task.name, _name(recipe, record), **settings)
         record.write(TRACKERS, known | {"mlflow": logger.run_id})
     return logger, False

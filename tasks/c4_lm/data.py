@@ -74,9 +74,10 @@ class Corpus(Built):
                 raise damaged(path)
             if tokens < self._conf.sequence + 1:
                 key = "train_documents" if split == "train" else "eval_documents"
+                more = f", raise task.{key}" if getattr(self._conf, key) is not None else ""
                 raise DataError(
                     f"task.sequence: a window of {self._conf.sequence} + 1 tokens does not fit the {tokens} tokens of "
-                    f"the {split} split; lower task.sequence or raise task.{key}"
+                    f"the {split} split; lower task.sequence{more} or give more documents"
                 )
 
     def dataset(self, split: Split) -> Windows:

@@ -174,6 +174,8 @@ def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
             log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
     if not splits:
         splits = _divided([parts for parts in paths if len(parts) == depth + 2], depth, where)
+    if not splits and any(len(parts) == 2 and parts[1].lower().endswith(IMG_EXTENSIONS) for parts in paths):
+        raise DataError(f"{where}: one class alone ({next(iter(tops))}), there is nothing to tell apart")
     if "train" not in splits:
         raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
     if "test" not in splits:

@@ -70,7 +70,9 @@ class Smiles:
         labels = [self._labels(name, [row[i] for row in cells], wheres) for i, name in enumerate(names) if i != place]
         kept = [column for column in labels if column is not None]
         if not kept:
-            raise DataError(f"{self.name}: no column of labels; it should have {HOLDS}")
+            found = [f"{name} begins with {cells[0][i]!r}" for i, name in enumerate(names) if i != place]
+            said = f" ({', '.join(found[:4])})" if found else ""
+            raise DataError(f"{self.name}: no column of labels{said}; it should have {HOLDS}")
         return Graphs.of(graphs, np.stack(kept, axis=1)), {s: np.flatnonzero(np.array(splits) == s) for s in SPLITS}
 
     def _rows(self) -> Iterator[tuple[str, list[str]]]:

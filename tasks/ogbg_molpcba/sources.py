@@ -49,7 +49,8 @@ def molecules(conf: MolPCBAConf) -> Molecules:
 
 # ---- files: OGB's own --------------------------------------------------------------------------------------------
 
-HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"  # or task.root is a CSV file: smiles.py
+HOLDS = "raw/ and split/scaffold/ of OGB's pcba.zip"
+OR_TABLE = "or task.root should be a .csv file of SMILES and labels"  # smiles.py
 RAW = ("num-node-list", "num-edge-list", "node-feat", "edge", "edge-feat", "graph-label")
 SPLIT_FOLDER = "split/scaffold/"
 
@@ -141,6 +142,10 @@ def _split_files(names: set[str], top: Path) -> dict[Split, str]:
 def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
     """Return a directory or a zip, and the path in it to the folder with raw/: empty, or with a slash at its end."""
     given = Path(conf.root or "").expanduser()
+    if given.is_file() and given.suffix.lower() != ".zip":
+        raise DataError(
+            f"task.root: {conf.root} is neither a .csv of SMILES and labels, nor a directory or a .zip of OGB"
+        )
     disk = given if given.suffix.lower() == ".zip" and given.is_file() else root_of(conf, HOLDS)
     if disk.is_dir():
         tops = entries_below(disk, deep=False)
@@ -154,7 +159,9 @@ def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
     if "" in folders:
         return files_of(disk), ""
     if not folders:
-        raise DataError(f"task.root: no raw/ in {conf.root}, nor in a folder of it (it should hold {HOLDS})")
+        raise DataError(
+            f"task.root: no raw/ in {conf.root}, nor in a folder of it (it should hold {HOLDS}, {OR_TABLE})"
+        )
     if len(folders) > 1:
         raise DataError(f"task.root: {' and '.join(f[:-1] for f in folders)} are in {conf.root}; name one of them")
     return (Zip(disk), folders[0]) if disk.is_file() else (Folder(disk / folders[0]), "")

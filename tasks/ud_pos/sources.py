@@ -110,7 +110,9 @@ class Files:
             if f"{name}.gz" in names:
                 raise DataError(f"task.root: both {name} and {name}.gz in {conf.root}; remove one of them")
         if not codes:
-            raise DataError(f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}")
+            raise DataError(
+                f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}; or task.root can be one .conllu file"
+            )
         if len(codes) > 1:
             some = ", ".join(sorted(codes)[:4]) + (", ..." if len(codes) > 4 else "")
             raise DataError(f"task.root: {len(codes)} treebanks in {conf.root} ({some}); give each its own directory")

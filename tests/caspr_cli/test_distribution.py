@@ -1,7 +1,5 @@
 """What a user gets: the README's lines, and a wheel that works where there is no checkout."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The programs in ``caspr_cli/examples`` run as they stand. (Own tasks and optimizers: ``test_own_packages``.)"""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -11,7 +9,7 @@ import pytest
 
 from caspr_cli.examples import own_loop
 from caspr_cli.report import logs
-from caspr_cli.report.logs import Asked
+from caspr_cli.report.trackers import Asked
 
 EXAMPLES = Path(own_loop.__file__).parent
 

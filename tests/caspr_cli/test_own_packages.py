@@ -1,7 +1,5 @@
 """Packages of others that bring a task, an optimizer and config files: as ``caspr-train new`` writes them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -96,8 +94,10 @@ def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(hom
     ("text", "message"),
     [
         ("raise OSError('no')", "cannot be imported (OSError: no)"),
+        ("raise ValueError('no\\nand more')", "cannot be imported (ValueError: no and more)"),
+        ("import sys\nsys.exit(3)", "cannot be imported (SystemExit: 3)"),
         ("ENTRY = 3", "should be a caspr_cli.tasks.Entry but is a int"),
-        ("from own_signs import ENTRY", "should be a caspr_cli.tasks.Entry but is a Entry"),
+        ("from own_signs import ENTRY", "should be a caspr_cli.tasks.Entry but is a caspr_cli.optim.family.Entry"),
     ],
 )
 def test_a_package_that_cannot_be_used_is_named_in_one_line(text: str, message: str, home: Home) -> None:
@@ -122,7 +122,14 @@ def test_a_record_names_the_package_that_is_not_installed_any_more(home: Home) -
 def test_a_name_that_is_taken_is_refused(home: Home) -> None:
     points = home.site / "own_rings-0.1.0.dist-info" / "entry_points.txt"
     points.write_text(points.read_text().replace("own_rings = own_rings:", "vit = own_rings:"))
-    assert "entry point vit of caspr.tasks: the name is taken" in home("task=vit", expect=2)
+    said = home("task=vit", expect=2)
+    assert "entry point vit of caspr.tasks: caspr-cli itself has this name; choose another" in said
+    points.write_text(points.read_text().replace("vit = own_rings:", "own_signs = own_rings:"))
+    other = home.site / "own_signs-0.1.0.dist-info" / "entry_points.txt"
+    other.write_text(f"{other.read_text()}\n[caspr.tasks]\nown_signs = own_rings:ENTRY\n")
+    assert re.search(
+        r"own_signs of caspr.tasks: own_\w+ 0.1.0 has this name, too; uninstall one", home("task=vit", expect=2)
+    )
 
 
 @pytest.mark.parametrize(

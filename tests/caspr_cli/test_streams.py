@@ -1,7 +1,5 @@
 """Standard streams that are closed, full, or gone: nothing of what a command does or says is wrong for it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Optimizers to compare with, step by step from the formulas of their papers: float64, numpy, one tensor."""
 
-from __future__ import annotations
-
 from functools import reduce
 
 import numpy as np

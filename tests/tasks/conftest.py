@@ -1,7 +1,5 @@
 """A cache of its own for each test, and real data if they are available."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

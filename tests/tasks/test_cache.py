@@ -1,7 +1,5 @@
 """The cache of what tasks build: full disks, builders that died, damage."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """Data as people have them: what is used, and what is refused, in one line that names the file. For every reader."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import json
@@ -277,6 +275,8 @@ DAMAGED: dict[str, list[tuple[str, Damage, str]]] = {
         ("one-image", remove("train/dog/0.png", "train/dog/1.png", "train/dog/2.png"),
          r"class number 1 has one training image"),
         ("one-class", remove("train/cat", "test/cat"), r"^data: one class alone \(dog\)"),
+        ("one-folder", lambda root: [rename("train/cat", "cat")(root), remove("train", "test")(root)],
+         r"^data: one class alone \(cat\), there is nothing to tell apart$"),
     ],
     "opened": [
         ("cut", cut("test/cat/0.png"), r"^data: test/cat/0\.png cannot be decoded \("),

@@ -1,7 +1,5 @@
 """The methods that the runner calls on every task, on small data in its real format."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

@@ -1,7 +1,5 @@
 """``caspr-train`` as a user starts it, for each task."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

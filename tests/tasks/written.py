@@ -1,7 +1,5 @@
 """Small data sets in the real formats, and small recipes over them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from matplotlib.figure import Figure
 
-from caspr_cli.bench.figure import draw, milliseconds, png
+from caspr_cli.bench.figure import draw, png
 from caspr_cli.bench.measure import Row
+from caspr_cli.common.format import milliseconds
 
 ROW = Row(
     optimizer="caspr", median_ms=10.0, p99_ms=12.0, mean_ms=10.5, step_ms=8.0, floor_ms=5.0, floor_ratio=1.6,
@@ -53,7 +54,8 @@ def test_everything_has_its_label_inside_the_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.0123, "0.012")]
+    ("value", "text"),
+    [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.0123, "0.012"), (None, "-")],
 )
-def test_three_digits(value: float, text: str) -> None:
+def test_three_digits(value: float | None, text: str) -> None:
     assert milliseconds(value) == text

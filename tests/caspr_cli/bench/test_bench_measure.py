@@ -14,7 +14,7 @@ import torch
 from caspr_cli import __version__
 from caspr_cli.bench import measure as module
 from caspr_cli.bench.baselines import NEVER, SCALABLE, Settings, bytes_of_state, enter, make, parse_given
-from caspr_cli.bench.measure import Timer, Wait, blamed, eigendecompositions, measure, order, split, take_turns
+from caspr_cli.bench.measure import Timer, blamed, eigendecompositions, measure, order, split, take_turns, waiting
 from caspr_cli.bench.shapes import parse_shapes
 from caspr_cli.bench.workload import Workload, workload_of
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -162,10 +162,10 @@ def test_turns_and_garbage_collection() -> None:
 def test_the_wait_is_predicted_from_the_share_that_is_done() -> None:
     lines: list[str] = []
     clock = iter([100.0, 100.0, 110.0, 190.0])
-    wait = Wait(lines.append, lambda: next(clock))
-    wait.part(0)("warm-up: caspr", 0.0)
-    wait.part(0)("warm-up: soap", 0.5)
-    wait.part(2)("roots", 0.5)
+    wait = waiting(lines.append, lambda: next(clock))
+    wait(0, "warm-up: caspr", 0.0)
+    wait(0, "warm-up: soap", 0.5)
+    wait(2, "roots", 0.5)
     assert lines == [
         "[                ] warm-up: caspr",
         "[===             ] warm-up: soap  about 40.0 s left",

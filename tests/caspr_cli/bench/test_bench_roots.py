@@ -24,14 +24,13 @@ from caspr_cli.bench.roots import (
     NewtonWatch,
     least_seconds,
     main_table,
-    newton_products,
     peak_bytes,
     root_errors,
-    root_flops,
     roots_table,
     solvers_table,
 )
 from caspr_cli.optim.roots import newton_root, newton_steps
+from caspr_cli.optim.solve import newton_products
 
 D = 48
 NAMES = list(TABLE_SOLVERS)
@@ -77,11 +76,8 @@ def test_newton_is_watched_and_not_changed():
     assert watch.steps == 0
 
 
-@pytest.mark.parametrize(("p", "products"), [(2, 3), (4, 4), (6, 5)])
-def test_products_of_newton_and_what_they_cost(p, products):
-    assert newton_products(p) == products
-    assert root_flops("newton", 10, p, steps=3) == 2 * 10**3 * 3 * products
-    assert root_flops("eigh", 10, p, 0) == 25e3
+def test_products_of_a_step_of_newton():
+    assert [newton_products(p) for p in (2, 4, 6)] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("solver", OURS, ids=lambda s: s.name)

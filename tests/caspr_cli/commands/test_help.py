@@ -1,13 +1,14 @@
 """Help of every command: it fits a terminal of 80 columns, and texts stand in one column."""
 
-from __future__ import annotations
-
 import re
 import sys
 
 import pytest
 
+from caspr_cli import __version__
 from caspr_cli.commands import bench, report, train, verify
+from caspr_cli.recipe.schema import OPTIMIZERS
+from caspr_cli.tasks.registry import CONFS
 
 REPORT = ("compare", "profile", "trials", "curves", "list", "show", "pack", "unpack", "leaderboard", "check")
 COMMANDS = {
@@ -15,6 +16,12 @@ COMMANDS = {
     "caspr-bench": (bench, [[]]),
     "caspr-report": (report, [[], *([name] for name in REPORT)]),
     "caspr-verify": (verify, [[], *([name] for name in (*verify.QUESTIONS, verify.ALL))]),
+}
+LISTED = {  # what the help of a command names, and on how many lines
+    "caspr-train": ([*CONFS, *OPTIMIZERS], {80: 90, 200: 66}),
+    "caspr-bench": ([*CONFS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"], {80: 58, 200: 44}),
+    "caspr-report": (REPORT, {80: 60, 200: 40}),
+    "caspr-verify": ([*verify.QUESTIONS, "all", "130 interrupted"], {80: 60, 200: 60}),
 }
 CASES = [(name, words) for name, (_, every) in COMMANDS.items() for words in every]
 
@@ -27,11 +34,23 @@ def test_help_fits_and_is_aligned(
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "argv", [name, *words, "--help"])
     assert COMMANDS[name][0].main() == 0
-    lines = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    lines = text.splitlines()
     assert max(map(len, lines)) <= min(columns, 110)
+    if not words:
+        listed, most = LISTED[name]
+        assert len(lines) <= most[columns]
+        assert all(re.search(rf"\b{re.escape(each)}\b", text) for each in listed)
     flags = [line for line in lines if re.match(r"  (?:-|  \w+ )", line)]
     starts = {re.match(r" +\S.*?  +(?=\S)", line) for line in flags}
     assert None not in starts  # no text begins on the next line
     by_indent = {(len(line) - len(line.lstrip()), len(found[0])) for line in flags
                  if (found := re.match(r" +\S.*?  +(?=\S)", line))}  # fmt: skip
     assert len(by_indent) == len({indent for indent, _ in by_indent})
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_version(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--version"])
+    assert COMMANDS[name][0].main() == 0
+    assert capsys.readouterr().out == f"{name} {__version__}\n"

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import json
 import subprocess
@@ -57,11 +55,6 @@ def test_help_fits_a_screen(call: Call) -> None:
     assert call("compare", "--help") == 0
     text = call.out
     assert all(word in text for word in ("--baseline", "--tuned", "--target", "--json", *report.SUFFIXES))
-
-
-def test_version(call: Call) -> None:
-    assert call("--version") == 0
-    assert call.out == f"caspr-report {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -171,6 +164,14 @@ def test_another_target_and_a_profile(study: Path, call: Call) -> None:
     assert "caspr" in out
 
 
+def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) -> None:
+    assert call("curves", "--together", "--to", "c.svg") == 0
+    assert call.out == "wrote    c.svg\nwrote    c-dark.svg\n"
+    light, dark = (Path(name).read_text(encoding="utf8") for name in ("c.svg", "c-dark.svg"))
+    assert all(text.count(">vit<") == 1 for text in (light, dark))
+    assert light != dark
+
+
 def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
     for k in range(3):
         write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
@@ -191,16 +192,6 @@ def test_output_that_is_not_utf_8_has_question_marks(study: Path, monkeypatch: p
     assert call("compare", "--to", "x.md") == 0
     assert b" ? 0.020 " in out.getvalue()
     assert " ± 0.020 " in Path("x.md").read_text(encoding="utf8")
-
-
-@pytest.mark.parametrize("to", ["x.md", "x.tex", "x.csv"])
-def test_a_value_of_several_lines_breaks_no_line_of_a_file(study: Path, to: str, call: Call) -> None:
-    for k in (1, 2):
-        write(run("caspr", 7, 4.0, optim__note=f"{k}\nEVIL"), Path("outputs/c4_lm/odd", str(k)))
-    assert call("compare", "outputs", "--to", to) == 0
-    text = Path(to).read_text(encoding="utf8")
-    assert "note=1 EVIL" in text
-    assert not any(line.startswith("EVIL") for line in text.splitlines())
 
 
 @pytest.mark.release
@@ -233,15 +224,6 @@ def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
     assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
 
 
-def test_settings_alone_as_the_baseline(study: Path, call: Call) -> None:
-    for seed in range(3):
-        write(run("caspr", seed, 5.0 + seed / 9, optim__weight_decay=0.1), Path(study, "c4_lm/wd", f"seed{seed}"))
-    assert call("compare", study / "c4_lm", "--baseline", "weight_decay=0") == 0
-    out = " ".join(call.out.split())
-    assert "against caspr weight_decay=0: worse, " in out
-    assert call("compare", study / "c4_lm", "--baseline", "weight_decay=7") == 2
-
-
 def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     def interrupted(paths: object) -> None:
         raise KeyboardInterrupt
@@ -256,16 +238,6 @@ def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
     command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
-
-
-@pytest.mark.release
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("what", ["compare", "--help"])
-def test_a_full_disk_is_said_in_a_line(study: Path, what: str) -> None:
-    command = [sys.executable, "-m", "caspr_cli.commands.report", what]
-    with open("/dev/full", "w", encoding="utf8") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
 def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:

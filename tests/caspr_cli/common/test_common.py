@@ -98,6 +98,17 @@ def test_progress_is_one_line_for_a_terminal_alone() -> None:
         assert stream.getvalue() == shown
 
 
+def test_progress_is_plain_lines_in_a_pipe_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr("caspr_cli.common.format.time.monotonic", lambda: now[0])
+    progress = Progress(stream, 10)
+    for seconds, text in ((0, "one"), (9, "two"), (1, "three"), (20, "four")):
+        now[0] += seconds
+        progress.say(text)
+    progress.clear()
+    assert stream.getvalue() == "one\nthree\nfour\n"
+
+
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 

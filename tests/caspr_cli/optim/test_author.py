@@ -1,18 +1,17 @@
 """``AuthorCASPR`` against an independent transcription of the authors' code."""
 
-import copy
-import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from references.author import author_weights
+from stepping import advance, resumed, weights
 
 from caspr_cli.optim.author import AuthorCASPR, blocks_of, whole
 
 
-def weights(shape: tuple[int, ...], gradients: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+def weights_of(shape: tuple[int, ...], gradients: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
     p = torch.nn.Parameter(torch.linspace(-1, 1, steps=int(np.prod(shape)), dtype=torch.float64).reshape(shape))
     optimizer = AuthorCASPR([p], **options)
     found = []
@@ -46,7 +45,7 @@ def test_it_follows_the_authors_code(shape: tuple[int, ...], scale: float, optio
     gradients = drawn(shape, 12 if "start_step" in options else 125, scale)
     start = np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
     wanted = author_weights(start, [G.numpy() for G in gradients], lr=0.01, **options)
-    for mine, theirs in zip(weights(shape, gradients, lr=0.01, **options), wanted, strict=True):
+    for mine, theirs in zip(weights_of(shape, gradients, lr=0.01, **options), wanted, strict=True):
         np.testing.assert_allclose(mine.numpy(), theirs, rtol=0, atol=1e-11)
 
 
@@ -55,7 +54,7 @@ def test_a_convolution_is_the_matrix_of_its_output_channels() -> None:
     flat = [G.reshape(4, 12) for G in gradients]
     options: dict[str, Any] = {"interval": 2, "start_step": 3}
     for conv, matrix in zip(
-        weights((4, 3, 2, 2), gradients, **options), weights((4, 12), flat, **options), strict=True
+        weights_of((4, 3, 2, 2), gradients, **options), weights_of((4, 12), flat, **options), strict=True
     ):
         assert torch.equal(conv.reshape(4, 12), matrix)
 
@@ -80,22 +79,13 @@ def test_a_group_without_preconditioning_is_that_of_vectors() -> None:
 
 
 def test_a_cut_changes_nothing() -> None:
-    gradients = drawn((6, 4), 12)
-    p = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
-    optimizer = AuthorCASPR([p], start_step=3, interval=2)
-    for k, G in enumerate(gradients):
-        if k == 6:
-            q = torch.nn.Parameter(p.detach().clone())
-            other, file = AuthorCASPR([q], start_step=3, interval=2), io.BytesIO()
-            torch.save(copy.deepcopy(optimizer.state_dict()), file)
-            file.seek(0)
-            other.load_state_dict(torch.load(file, weights_only=True))
-        p.grad = G.clone()
-        optimizer.step()
-        if k >= 6:
-            q.grad = G.clone()
-            other.step()
-    assert torch.equal(p, q)
+    (p,) = params = weights([(6, 4)], torch.float64)
+    optimizer = AuthorCASPR(params, start_step=3, interval=2)
+    advance(params, optimizer, range(6))
+    others, other = resumed(params, optimizer, start_step=3, interval=2)
+    advance(params, optimizer, range(6, 12))
+    advance(others, other, range(6, 12))
+    assert torch.equal(p, others[0])
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"interval": 0}, {"block_size": 0}, {"eps": -1e-8}])

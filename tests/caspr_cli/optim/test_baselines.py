@@ -1,7 +1,5 @@
 """The optimizers of other packages follow their papers, with the options that the registry gives them."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

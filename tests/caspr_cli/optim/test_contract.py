@@ -1,7 +1,5 @@
 """What every optimizer promises with every option: a cut, a copy, a move, a cast, a gap, a late group, other ranks."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
@@ -14,12 +12,11 @@ import pytest
 import torch
 from pairs import pairs
 from ranks import Ranks, alone
-from stepping import advance, assert_finite, assert_same, copies, distance, noise, through_disk, weights
+from stepping import Pair, advance, assert_finite, assert_same, copies, distance, noise, through_disk, weights
 from torch import nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 
-Pair = tuple[list[nn.Parameter], Any]
 GRID: dict[str, list[Any]] = {
     "cls": [CASPR, Shampoo, FullAdagrad],
     "dtype": [torch.float32, torch.bfloat16, torch.float64, torch.float16],

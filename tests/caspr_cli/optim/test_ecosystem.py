@@ -92,15 +92,6 @@ def lightning_trainer(lightning, path, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_gives_the_bare_loop(tmp_path):
-    lightning = pytest.importorskip("lightning")
-    module, trainer = lightning_module(lightning), lightning_trainer(lightning, tmp_path)
-    trainer.fit(module, loader())
-    assert trainer.global_step == 8  # one optimizer, one count
-    assert torch.equal(weights_of(module), bare_loop())
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_lightning_resumes_to_the_same_weights(tmp_path):
     """A checkpoint after one epoch, restored by a new trainer into a new module."""
     lightning = pytest.importorskip("lightning")

@@ -1,7 +1,5 @@
 """Parameters of `fully_shard`: the same weights as one process, a part of the state each, and torch's checkpoints."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -322,17 +320,6 @@ def test_mixed_precision(two: Ranks) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def adamw(rank: int) -> bool:
-    ours, theirs = sharded(Net()), sharded(Net())
-    fit(ours, CASPR(ours.parameters(), lr=0.01, weight_decay=0.1, precondition=False), range(4))
-    fit(theirs, torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1), range(4))
-    return all(torch.equal(whole(a), whole(b)) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
-def test_what_is_not_preconditioned_is_left_to_torchs_adamw(two: Ranks) -> None:
-    assert two(adamw) == [True, True]
-
-
 def state_bytes(rank: int, how: str, shapes: list[tuple[int, ...]]) -> tuple[int, int]:
     """Of factors and of moments, on this rank."""
     optimizer = train(weights(how, torch.float32, shapes), range(2), how)
@@ -475,6 +462,7 @@ def changed(rank: int, how: str) -> list[Tensor]:
     warm = CASPR(params)  # without what it has learned of gradients
     warm.load_state_dict(without_factors(shampoo.state_dict()))
     warm.param_groups[0].update(start_step=2)
+    params, warm = copy.deepcopy([params, warm])
     train(params, range(22, 26), how, warm)
     return [whole(p) for p in params]
 
@@ -490,19 +478,6 @@ def test_changes_on_the_way_are_the_same_on_all_ranks(ranks: Ranks, how: str) ->
     expected = alone(changed, "plain")
     for found in ranks(changed, how):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
-
-
-def copied(rank: int) -> bool:
-    params = weights("rows", torch.float64, SHAPES)
-    optimizer = train(params, range(4), "rows")
-    both = copy.deepcopy([params, optimizer])
-    train(params, range(4, 6), "rows", optimizer)
-    train(both[0], range(4, 6), "rows", both[1])
-    return all(torch.equal(whole(a), whole(b)) for a, b in zip(params, both[0], strict=True))
-
-
-def test_a_copy_goes_on_by_itself(two: Ranks) -> None:
-    assert two(copied) == [True, True]
 
 
 def refused(rank: int, how: str) -> str:

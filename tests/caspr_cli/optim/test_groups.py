@@ -1,7 +1,5 @@
 """Which parameters go to which group, and what is refused in a group."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

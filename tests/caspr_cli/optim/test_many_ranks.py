@@ -1,7 +1,5 @@
 """What a rank of many receives and keeps: real plans of real models, of tensors that have shapes and no numbers."""
 
-from __future__ import annotations
-
 import math
 import time
 

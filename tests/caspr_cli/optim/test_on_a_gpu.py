@@ -1,7 +1,5 @@
 """What a step asks of a GPU: no answer. (One that is not there; what its masks compute is tested on the CPU.)"""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator

@@ -60,23 +60,21 @@ def test_values_out_of_range_are_named(options, message):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("order", [0, -1, 1.5, math.nan, True])
-def test_order_is_a_positive_integer_or_infinite(order):
-    with pytest.raises(ValueError, match=f"order should be a positive integer or inf but is: {order}"):
-        CASPR([parameter(2, 3)], order=order)
+OF_SOME = [  # that not all three classes have
+    *((CASPR, "order", x, f"a positive integer or inf but is: {x}") for x in (0, -1, 1.5, math.nan, True)),
+    *((kind, "exponent", x, r"one of 0, 0\.25, 0\.5, 1 but is")
+      for kind in (CASPR, Shampoo) for x in (0.3, 2, -1, math.nan)),
+    *((kind, "merge", "x", r"one of matrix, square, none.* but is: 'x'") for kind in (CASPR, Shampoo)),
+    *((kind, "axes", x, f"one of all, first, last, row but is: {x!r}")
+      for kind in (CASPR, Shampoo) for x in ("x", "rows", 0, None)),
+    (CASPR, "batch_axes", -1, "a positive integer or 0 but is: -1"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
-def test_merge_is_one_of_three(optimizer):
-    with pytest.raises(ValueError, match=r"merge should be one of matrix, square, none.* but is: 'x'"):
-        optimizer([parameter(2, 3)], merge="x")
-
-
-@pytest.mark.parametrize("axes", ["x", "rows", 0, None])
-@pytest.mark.parametrize("optimizer", [CASPR, Shampoo])
-def test_axes_are_one_of_four(optimizer, axes):
-    with pytest.raises(ValueError, match=f"axes should be one of all, first, last, row but is: {axes!r}"):
-        optimizer([parameter(2, 3)], axes=axes)
+@pytest.mark.parametrize(("kind", "name", "value", "words"), OF_SOME)
+def test_values_of_other_options_out_of_range(kind, name, value, words):
+    with pytest.raises(ValueError, match=f"{name} should be {words}"):
+        kind([parameter(2, 3)], **{name: value})
 
 
 @pytest.mark.parametrize("optimizer", [CASPR, Shampoo, FullAdagrad])

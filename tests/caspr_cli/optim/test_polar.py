@@ -1,7 +1,5 @@
 """The polar factor of U, and steps whose length is that of Muon's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

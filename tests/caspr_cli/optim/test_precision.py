@@ -6,7 +6,6 @@ import pytest
 import torch
 from references.drive import bare_updates, relative_error, run
 from references.kronecker import precondition
-from references.optimizer import reference_weights
 from references.stream import random_stream, statistics
 
 from caspr_cli.optim import CASPR, Shampoo, step
@@ -73,60 +72,6 @@ def test_half_precision_parameters_have_float32_factors(dtype, bound):
     for update, expected in zip(updates, expected_updates(gradients, 1e-4, 2), strict=True):
         assert update.dtype == dtype
         assert relative_error(update, expected) < bound
-
-
-@pytest.mark.parametrize(
-    ("graft", "precondition_mode", "dtype", "bound"),
-    [
-        ("adam", "momentum", torch.bfloat16, 0.03),
-        ("rmsprop", "gradient", torch.float16, 0.005),
-        ("sgd", "momentum", torch.float16, 0.005),
-        ("adam", "gradient", torch.bfloat16, 0.03),
-    ],
-)
-def test_half_precision_runs_follow_the_float64_run(graft, precondition_mode, dtype, bound):
-    weight, *gradients = random_stream(6, 8, steps=7, seed=4, dtype=dtype)
-    options = {
-        "lr": 0.05,
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.1,
-        "interval": 2,
-        "start_step": 3,
-        "eps": 1e-2,
-    }
-    options |= {"graft": graft, "precondition": precondition_mode, "graft_eps": 1e-3}
-    weights = run(CASPR, weight, gradients, **options)
-    expected = reference_weights(weight, gradients, **options)
-    assert weights[-1].dtype == dtype
-    assert relative_error(weights[-1], expected[-1]) < bound
-
-
-def factors(optimizer, parameter):
-    """The state's tensors of another shape than the parameter's and more than one number: statistics and roots."""
-    tensors = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
-    return [tensor for tensor in tensors if tensor.shape != parameter.shape and tensor.numel() > 1]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "factor_dtype", "expected"),
-    [
-        (torch.float32, None, torch.float32),
-        (torch.float64, None, torch.float64),
-        (torch.bfloat16, None, torch.float32),
-        (torch.float16, None, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.bfloat16, torch.float64, torch.float64),
-        (torch.float64, torch.float32, torch.float32),
-    ],
-)
-def test_type_of_the_factors(dtype, factor_dtype, expected):
-    parameter = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
-    optimizer = CASPR([parameter], start_step=1, factor_dtype=factor_dtype)
-    parameter.grad = random_stream(3, 5, steps=1, seed=5, dtype=dtype)[0]
-    optimizer.step()
-    found = factors(optimizer, parameter)
-    assert len(found) >= 4  # two statistics, two roots
-    assert {tensor.dtype for tensor in found} == {expected}
 
 
 def test_parameters_of_four_types_in_one_optimizer():

@@ -1,7 +1,5 @@
 """Diagnostics against direct computation, and the cost model against counting."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -10,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caspr_cli.optim import CASPR, Shampoo, probe
-from caspr_cli.optim.cost import blocks_of, state_bytes, step_flops
+from caspr_cli.optim import CASPR, probe
+from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.probe import LOWEST, counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.symmetric import packed_length
@@ -152,15 +150,6 @@ def test_flops_where_a_second_moment_is_measured() -> None:
         "roots": (EIGH_FLOPS * cubes + products + 2 * cubes) / 4,
     }
     assert step_flops(optimizer) == expected
-
-
-def test_state_bytes_are_those_of_the_tensors() -> None:
-    p = torch.randn(8, 4, requires_grad=True)
-    p.grad = torch.randn(8, 4)
-    optimizer = Shampoo([p], start_step=1)
-    optimizer.step()
-    # two counters, two moments, statistics, roots and shares of both axes, and five numbers of the block; float32
-    assert state_bytes(optimizer.state) == 4 * (2 + 2 * 32 + 2 * (64 + 16) + (8 + 4) + 5)
 
 
 def test_what_was_refused_is_counted() -> None:

@@ -1,7 +1,5 @@
 """Who is refreshed when, from which statistics, and in what precision roots are kept and used."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 from references.drive import bare_updates, relative_error
 from references.stream import random_stream
+from stepping import advance
 from torch import Tensor
 
 from caspr_cli.optim import CASPR, refresh, solve, stacks
@@ -22,13 +21,6 @@ def family(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[tor
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
     return params, CASPR(params, **{"start_step": 2, "interval": 5, "block_size": 16, "lr": 1e-2} | options)
-
-
-def advance(params: list[torch.nn.Parameter], optimizer: KroneckerOptimizer, steps: range) -> None:
-    for step in steps:
-        for i, p in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
-        optimizer.step()
 
 
 def roots(optimizer: KroneckerOptimizer) -> list[Tensor]:
@@ -59,17 +51,6 @@ def test_the_first_roots_are_those_of_all() -> None:
     assert not any(A.any() for A in roots(optimizer))
     advance(params, optimizer, range(1, 2))
     assert all(A.flatten(1).any(1).all() for A in roots(optimizer))
-
-
-def test_another_interval_deals_the_turns_anew() -> None:
-    params, optimizer = family()
-    advance(params, optimizer, range(4))
-    optimizer.param_groups[0]["interval"] = 2
-    advance(params, optimizer, range(4, 5))
-    assert {phase for stack in optimizer.stacks(0) for phase in stack.refresh_offset} == {0, 1}
-
-
-# ---- solvers
 
 
 # ---- precision and memory

@@ -1,7 +1,5 @@
 """Inverse roots of statistics that eigensolvers find hard."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The iteration of inverse roots that a GPU takes: as exact as the other, in half as many steps."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

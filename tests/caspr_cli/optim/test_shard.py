@@ -1,7 +1,5 @@
 """Several ranks share the work: the same weights, a part of the state each, and whole checkpoints."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Ranks, alone
-from stepping import advance, noise, weights
+from stepping import advance, loaded, noise, weights
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, Shampoo, plan, shard
@@ -196,8 +194,7 @@ def resume(rank: int, start: int, stop: int, path: str) -> list[Tensor]:
     with torch.no_grad():
         for p, w in zip(params, saved["weights"], strict=True):
             p.copy_(w)
-    optimizer = CASPR(params, **OPTIONS)
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizer = loaded(CASPR(params, **OPTIONS), saved["optimizer"])
     train(params, range(start, stop), optimizer)
     return values(params)
 
@@ -226,8 +223,7 @@ def save_at_once(rank: int, path: str) -> bool:
     """What was loaded is saved again, before and after a step, and by a copy."""
     saved = torch.load(path, weights_only=True)["optimizer"]
     params = weights(EVEN)
-    optimizer = CASPR(params, **OPTIONS)
-    optimizer.load_state_dict(saved)
+    optimizer = loaded(CASPR(params, **OPTIONS), saved)
     at_once = same(optimizer.state_dict(), saved)
     train(params, range(5, 6), optimizer)
     both = copy.deepcopy([params, optimizer])

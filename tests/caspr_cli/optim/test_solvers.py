@@ -4,8 +4,6 @@ A decomposition is wrong by roundings of the largest eigenvalue, so by rounding 
 the root mostly is. Tolerances are that with the constants below; the reference has the same error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 
@@ -34,7 +32,6 @@ from caspr_cli.optim.roots import (
     eigh_root,
     largest_eigenvalue,
     newton_root,
-    newton_steps,
     probe_vectors,
     residual,
 )
@@ -103,7 +100,7 @@ def test_the_reference_makes_the_spectrum_it_says(name: str) -> None:
 def test_eigh_is_the_reference(d: int, condition: float, damping: str) -> None:
     S, eps = matrix(d, condition), 0.01 / condition
     shift, exact = shift_of(S, eps, damping), torch.linalg.eigvalsh(S)
-    for p in POWERS:
+    for p in (1, 3, *POWERS):
         root = eigh_root(S[None], rule(eps, damping), p)
         assert relative_error(root.A[0], inverse_root(S, shift, p)) < rounding(condition, d)
         assert float(root.shift) == pytest.approx(shift, rel=1e-13)
@@ -118,7 +115,7 @@ def test_newton_is_the_reference(d: int, condition: float, damping: str) -> None
     """At its own damping, which is that of the power method's largest eigenvalue."""
     S, eps = matrix(d, condition), 0.01 / condition
     top = float(torch.linalg.eigvalsh(S)[-1])
-    for p in POWERS:
+    for p in (1, 3, *POWERS):
         root = newton_root(S[None], rule(eps, damping), p)
         shift = float(root.shift)
         assert_from_below(float(root.largest) - shift, top, d)
@@ -204,15 +201,6 @@ def test_a_batch_is_a_loop_to_the_last_bit(solver: Solver, dtype: torch.dtype) -
     assert torch.equal(together.A, torch.cat([solver(one[None], rule(1e-6), 4).A for one in S]))
 
 
-def test_an_easy_matrix_does_not_wait_for_a_hard_one() -> None:
-    """With 45 steps more, a finished one would have moved by roundings; and the hard one gets all it needs."""
-    easy, hard = matrix(64, 2.0, seed=1), matrix(64, 1e11, seed=2)
-    together = newton_root(torch.stack([easy, hard]), rule(1e-13), 4)
-    assert torch.equal(together.A[0], newton_root(easy[None], rule(1e-13), 4).A[0])
-    assert torch.equal(together.A[1], newton_root(hard[None], rule(1e-13), 4).A[0])
-    assert newton_steps(1e11, 4) > newton_steps(2.0, 4) + 20
-
-
 @pytest.mark.parametrize(("p", "condition"), [(p, (1 + p) / 2) for p in POWERS] + [(2, 1e2), (4, 1e6), (6, 1e4)])
 def test_the_steps_that_a_condition_calls_for_are_enough(condition: float, p: int) -> None:
     """A device is not asked whether it is ready: with as many steps as told it is. With half the digits it is not.
@@ -264,18 +252,6 @@ def test_a_bound_is_eight_roundings_of_the_condition() -> None:
 
 
 # ---- zeros, scales, what is not finite
-
-
-@pytest.mark.parametrize(("d", "dtype"), [(1, torch.float64), (5, torch.float32), (130, torch.float32)])
-def test_the_root_of_zeros_is_the_identity(d: int, dtype: torch.dtype) -> None:
-    S, eye = torch.zeros(2, d, d, dtype=dtype), torch.eye(d, dtype=dtype)
-    for p in POWERS:
-        for root in (
-            eigh_root(S, rule(0.1), p),
-            newton_root(S, rule(0.1), p),
-        ):
-            assert torch.equal(root.A, eye.repeat(2, 1, 1))
-            assert root.largest.tolist() == root.shift.tolist() == residual(S, root, p).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("solver", [eigh_root, newton_root])
@@ -361,6 +337,14 @@ def test_a_residual_is_the_dense_one_within_the_error_of_eight_probes(d: int, p:
             assert dense > 0.1 * size
 
 
+@pytest.mark.parametrize("p", [1, 3, 4])
+def test_the_residual_of_odd_roots(p: int) -> None:
+    S = matrix(8, 1e2)[None]
+    root = eigh_root(S, rule(1e-3), p)
+    root.A.mul_(1.1)
+    assert residual(S, root, p).item() == pytest.approx(1.1**p - 1, rel=1e-6)
+
+
 def test_of_one_row_it_is_exact() -> None:
     S = torch.tensor([[[4.0]]], dtype=torch.float64)
     root = Root(torch.tensor([[[1.0]]]).double(), torch.zeros(1).double(), torch.tensor([4.0]).double(), torch.ones(1))
@@ -423,16 +407,3 @@ def test_the_power_of_a_root_is_the_inverse(seed: int, d: int, log_condition: fl
     for root in (eigh_root(S[None], rule(1e-3), p), newton_root(S[None], rule(1e-3), p)):
         damped = S + float(root.shift) * eye
         torch.testing.assert_close(torch.linalg.matrix_power(root.A[0], p) @ damped, eye, rtol=0, atol=1e-9)
-
-
-@given(**MATRICES)
-@FEW
-def test_roots_are_symmetric_and_positive(seed: int, d: int, log_condition: float, p: int) -> None:
-    S = matrix(d, 10**log_condition, seed=seed)
-    for root in (
-        eigh_root(S[None], rule(1e-3), p),
-        newton_root(S[None], rule(1e-3), p),
-    ):
-        A = root.A[0]
-        assert float((A - A.mT).abs().max()) <= 1e-12 * float(A.abs().max())
-        assert float(torch.linalg.eigvalsh(A)[0]) > 0

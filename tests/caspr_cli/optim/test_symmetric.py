@@ -1,7 +1,5 @@
 """Packed symmetric matrices, and products of which one triangle is computed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +16,7 @@ from caspr_cli.optim.symmetric import (
     panel_views,
     panels,
     product,
+    trace,
     unpack,
 )
 
@@ -41,6 +40,7 @@ def test_packing_loses_nothing(d: int) -> None:
     packed = pack(S)
     assert packed.shape == (2, packed_length(d))
     assert torch.equal(unpack(packed, d), S)
+    torch.testing.assert_close(trace(packed, d), S.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-12, atol=1e-12)
     assert torch.equal(unpack(packed, d, torch.float32), S.float())
     assert torch.equal(pack(unpack(packed, d)), packed)
 

@@ -1,7 +1,5 @@
 """Thin tensors, first roots, many small tensors: what could make a state or a step many times too large."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -10,22 +8,14 @@ import torch
 from references.drive import relative_error, run_with_turns
 from references.optimizer import reference_weights
 from references.stream import random_stream
+from stepping import advance, loaded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caspr_cli.optim import CASPR, Shampoo, blocks, plan
 from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.cost import state_bytes
-from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import diagnose
-
-
-def advance(params: list[nn.Parameter], optimizer: KroneckerOptimizer, steps: range) -> None:
-    for step in steps:
-        for i, p in enumerate(params):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)).to(p.dtype)
-        optimizer.step()
-
 
 # ---- an axis that is much longer than the others
 
@@ -103,14 +93,6 @@ def test_blocks_of_one_shape_and_other_axes_are_kept_apart() -> None:
         torch.testing.assert_close(together[i], alone[i])
 
 
-def test_types_may_be_mixed() -> None:
-    params = [nn.Parameter(torch.zeros(8, 6, dtype=t)) for t in (torch.float32, torch.bfloat16, torch.float32)]
-    optimizer = CASPR(params, start_step=2)
-    advance(params, optimizer, range(4))
-    assert len(optimizer.stacks(0)) == 1
-    assert all(torch.isfinite(p).all() and p.any() for p in params)
-
-
 # ---- first roots
 
 
@@ -152,8 +134,7 @@ def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(monkeypatch: pyt
     optimizer = CASPR(params, **options)
     advance(params, optimizer, range(5))
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = CASPR(others, **options)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other = loaded(CASPR(others, **options), optimizer.state_dict())
     advance(params, optimizer, range(5, 14))
     advance(others, other, range(5, 14))
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

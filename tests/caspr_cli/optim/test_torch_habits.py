@@ -174,32 +174,3 @@ def test_grad_scaler_changes_nothing_and_skips_what_overflows(overflow_at):
     assert torch.equal(weights, weights_of(model))
     assert scale != 2.0**10
     assert torch.isfinite(weights).all()
-
-
-def test_unscaled_gradients_can_be_clipped_before_the_step():
-    """unscale_, clip_grad_norm_, step: the order of the torch documentation."""
-    model, inputs, targets = toy()
-    optimizer = CASPR(model.parameters(), lr=0.1, graft="sgd", betas=(0.0, 0.9), start_step=1)
-    scaler = torch.amp.GradScaler("cpu")
-    before = weights_of(model)
-    scaler.scale(1e3 * loss_of(model, inputs, targets)).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    assert norm > 1
-    # The sgd graft gives every tensor the length of its clipped gradient, so the whole has length lr.
-    assert torch.linalg.vector_norm(weights_of(model) - before).item() == pytest.approx(0.1, rel=1e-4)
-
-
-def test_tied_weights_are_stepped_once():
-    """One tensor under two names is one parameter, moved by the sum of both gradients."""
-    torch.manual_seed(0)
-    first, second = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
-    second.weight = first.weight
-    model = torch.nn.Sequential(first, torch.nn.Tanh(), second)
-    optimizer = CASPR(model.parameters(), lr=0.1, start_step=1, graft="sgd", betas=(0.0, 0.9))
-    model(torch.ones(3, 4)).sum().backward()
-    before, length = first.weight.detach().clone(), torch.linalg.vector_norm(first.weight.grad).item()
-    optimizer.step()
-    moved = torch.linalg.vector_norm(first.weight.detach() - before).item()
-    assert moved == pytest.approx(0.1 * length, rel=1e-5)

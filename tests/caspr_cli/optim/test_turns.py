@@ -1,12 +1,9 @@
 """Which step of an interval is whose turn."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +24,7 @@ def least_possible(costs: list[int], interval: int) -> int:
     return min(max(loads(costs, [0, *rest], interval)) for rest in ways)
 
 
-@given(COSTS, INTERVALS)
+@given(COSTS | st.just([]), INTERVALS)
 def test_every_item_has_a_step_of_the_interval_and_always_the_same(costs: list[int], interval: int) -> None:
     before = list(costs)
     found = phases(costs, interval)
@@ -54,13 +51,6 @@ def test_the_heaviest_step_is_at_most_four_thirds_of_the_best(costs: list[int], 
     assert 3 * interval * heaviest <= (4 * interval - 1) * least_possible(costs, interval)
 
 
-def test_the_bound_is_sharp() -> None:
-    """Graham's example: 5 5 4 4 3 3 3 fits into three steps of 9 and is dealt into one of 11."""
-    costs = [5, 5, 4, 4, 3, 3, 3]
-    assert least_possible(costs, 3) == 9
-    assert max(loads(costs, phases(costs, 3), 3)) == 11
-
-
 @given(COSTS, INTERVALS)
 def test_no_step_waits_while_another_has_two_turns_too_many(costs: list[int], interval: int) -> None:
     """The heaviest step, without the last of its items, is the lightest; so it is within one item of the mean."""
@@ -85,8 +75,3 @@ def test_fewer_items_than_steps_are_spread_evenly(costs: list[int], interval: in
     gaps = [b - a for a, b in itertools.pairwise([*steps, steps[0] + interval])]
     assert max(gaps) - min(gaps) <= 1
     assert min(gaps) >= 1
-
-
-@pytest.mark.parametrize("interval", [1, 7])
-def test_nothing_has_no_turn(interval: int) -> None:
-    assert phases([], interval) == []

@@ -1,7 +1,5 @@
 """Rows and columns that were silent, and then have gradients: dead units, unused classes, padded vocabularies."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

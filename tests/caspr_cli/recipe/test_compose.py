@@ -16,7 +16,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.checks import LIMITS, SHARES
 from caspr_cli.recipe.configs import CONF
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, CasprConf, TrainerConf
+from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, TrainerConf
 from caspr_cli.tasks.registry import CONFS, TASKS
 
 
@@ -64,10 +64,14 @@ def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
 
 
 def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
-    """Such as the README's, made before there were ``axes`` and ``exponent``."""
-    assert compose.identity(recipe()) == "4e9d1440"
+    """A record made before there were ``axes``, ``exponent`` and ``polar``: the published sum, then named ``caspr``."""
+    older = ("optim.lr=6e-3", "optim.betas=[0.9,0.95]", "optim.polar=false", "optim.nesterov=false")
+    assert compose.identity(recipe(*older)) == "4e9d1440"
     for key, value in {"axes": "row", "exponent": 1, "nesterov": True, "adamw_lr_scale": 0.5}.items():
-        assert compose.identity(recipe(f"optim.{key}={value}")) != "4e9d1440"
+        assert compose.identity(recipe(*older, f"optim.{key}={value}")) != "4e9d1440"
+    text = re.sub(r"\n  (axes|exponent|nesterov|polar|measured|adamw_lr_scale): .*", "", compose.save(recipe(*older)))
+    assert "polar" not in text
+    assert compose.parse(text) == recipe(*older)
     assert compose.identity(recipe("optim=adamw")) == compose.identity(recipe("optim=adamw", "seed=2"))
 
 
@@ -83,12 +87,12 @@ def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_nam
             compose.parse(re.sub(rf"\b{key}: .*", text, older))
 
 
-def test_tuned_values_yield_to_the_command_line(tmp_path: Path) -> None:
-    tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_caspr.yaml").optim.lr
-    assert tuned != CasprConf().lr
-    assert recipe().optim.lr == tuned
-    assert recipe("optim.lr=0.123").optim.lr == 0.123
-    assert recipe("scale=paper").optim.lr == CasprConf().lr  # tuned for another scale
+def test_tuned_values_yield_to_the_command_line() -> None:
+    tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_adamw.yaml").optim.lr
+    assert tuned != AdamWConf().lr
+    assert recipe("optim=adamw").optim.lr == tuned
+    assert recipe("optim=adamw", "optim.lr=0.123").optim.lr == 0.123
+    assert recipe("optim=adamw", "scale=paper").optim.lr == AdamWConf().lr  # tuned for another scale
 
 
 @pytest.mark.parametrize(
@@ -170,15 +174,15 @@ def test_text_that_no_file_can_hold_is_refused() -> None:
 
 
 def test_own_data_have_neither_the_target_nor_the_rate_of_the_sample() -> None:
-    own = ("task.data=files", "task.root=/somewhere")
-    usual, tuned = OPTIMIZERS["caspr"](), recipe()
+    adamw, own = "optim=adamw", ("task.data=files", "task.root=/somewhere")
+    usual, tuned = AdamWConf(), recipe(adamw)
     assert tuned.optim.lr != usual.lr
     assert tuned.task.target.value is not None
-    found = recipe(*own)
+    found = recipe(adamw, *own)
     assert compose.to_plain(found.optim) == compose.to_plain(usual)
     assert found.task.target.value is None
     assert found.task.target.metric == tuned.task.target.metric
     for words in (("task.target.value=3.5", "optim.lr=0.5", *own), (*own, "task.target.value=3.5", "optim.lr=0.5")):
         assert (recipe(*words).task.target.value, recipe(*words).optim.lr) == (3.5, 0.5)
     assert recipe("scale=paper", *own).task.target.value == recipe("scale=paper").task.target.value
-    assert recipe("task.data=sample") == tuned
+    assert recipe(adamw, "task.data=sample") == tuned

@@ -157,14 +157,14 @@ def test_a_joint_space_has_what_an_optimizer_has() -> None:
 
 
 def test_an_untuned_run_has_the_optimizers_own_values_and_those_of_the_command_line() -> None:
-    own = CasprConf(eps=1e-3)
-    recipe = frozen("optim=caspr", "search=joint", "trial=default", "optim.eps=1e-3")
+    own = OPTIMIZERS["caspr_sum"](eps=1e-3)
+    recipe = frozen("optim=caspr_sum", "search=joint", "trial=default", "optim.eps=1e-3")
     assert compose.to_plain(recipe.optim) == compose.to_plain(own)
     assert (recipe.trial, recipe.search.name, recipe.search.space) == ("default", None, {})
     assert recipe.schedule.decay == 0.8  # as the trials have it
-    alone = frozen("optim=caspr", "trial=default")
-    assert frozen("optim=caspr").optim.lr != alone.optim.lr == own.lr  # conf/tuned has another
-    assert compose.identity(alone) != compose.identity(frozen("optim=caspr", "optim.lr=1e-3"))
+    alone = frozen("optim=caspr_sum", "trial=default")
+    assert frozen("optim=caspr_sum").optim.lr != alone.optim.lr == own.lr  # conf/tuned has another
+    assert compose.identity(alone) != compose.identity(frozen("optim=caspr_sum", "optim.lr=1e-3"))
     assert compose.parse(compose.save(recipe)) == recipe
 
 

@@ -5,10 +5,10 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from balanced import parsed
 from matplotlib.figure import Figure as Drawing
 from pandas import DataFrame
 
@@ -67,7 +67,8 @@ def test_cells():
     assert answers.cell(12345, ",") == "12,345"
     assert answers.cell("as it is", ".2f") == "as it is"
     made = answers.table(DataFrame({"n": [1, 2], "x": [0.5, math.inf], "yes": [True, False]}), "Frame")
-    assert answers.grid(made) == [["n", "x", "yes"], ["1", "0.5", "yes"], ["2", "inf", "no"]]
+    assert answers.sheet(made).heads == ["n", "x", "yes"]
+    assert answers.sheet(made).rows == [("1", "0.5", "yes"), ("2", "inf", "no")]
 
 
 def test_lines_for_a_terminal():
@@ -133,41 +134,23 @@ def test_markdown():
     assert "nested" not in text
 
 
-class Parsed(HTMLParser):
-    """Identifiers, links, and what would be fetched."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.links, self.fetched, self.tags = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        for key, value in attributes:
-            if key == "id":
-                self.ids.append(value)
-            elif key == "href" and tag == "a":
-                self.links.append(value)
-            elif key in ("src", "href"):
-                self.fetched.append(value)
-
-
 def test_page_stands_alone():
     text = page.answers([answer(), answer("regret"), broken()], "Theory")
-    found = Parsed(text)
-    assert len(found.ids) == len(set(found.ids))
-    assert found.links == ["#order", "#regret", "#cost"]
-    assert {link[1:] for link in found.links} <= set(found.ids)
-    assert all(link.startswith("#") for link in found.fetched)  # uses of a figure's own parts
-    assert "script" not in found.tags
-    assert "link" not in found.tags
+    found = parsed(text)
+    ids = [each["id"] for _, each in found.seen if "id" in each]
+    assert len(ids) == len(set(ids))
+    links = [each["href"] for tag, each in found.seen if tag == "a"]
+    assert links == ["#order", "#regret", "#cost"]
+    assert {link[1:] for link in links} <= set(ids)
+    fetched = [value for _, each in found.seen for key, value in each.items() if key in ("src", "href")]
+    assert all(link.startswith("#") for link in fetched)  # to answers, and uses of a figure's own parts
+    assert not {"script", "link"} & {tag for tag, _ in found.seen}
     assert text.count("<svg") >= 3
     assert "prefers-color-scheme: dark" in text
     assert "3 &lt; 4 &amp; so on." in text
     start = text[: text.index("<main")]
-    assert "Is order so?" in start
-    assert "Is cost so?" in start
-    assert "1 of 5 statements that should hold did not: predicted is measured." in start
+    for said in ("Is order so?", "Is cost so?", "1 of 5 statements that should hold did not: predicted is measured."):
+        assert said in start
     assert "all 2 statements that should hold did" in page.answers([answer()], "Theory")
 
 

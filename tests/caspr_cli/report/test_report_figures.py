@@ -15,10 +15,11 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from recorded import run
+from tabled import axes_drawn, searched, seeds, table
 
 from caspr_cli.report import averages, figures, style
-from caspr_cli.report.model import Point, Table
+from caspr_cli.report.model import Table
 from caspr_cli.report.profile import profile
 
 FIGURES: dict[str, Callable[[Table], str]] = {
@@ -65,22 +66,26 @@ def test_bytes_are_the_same_in_another_process() -> None:
 
 
 def test_what_cannot_be_drawn_is_empty() -> None:
-    empty = synthetic.table([synthetic.row("muon", [])], baseline=None)
+    empty = synthetic.tables([synthetic.ended("muon", 0, 4.0, "new")])[0]
     assert [draw(empty) for draw in FIGURES.values()] == ["", "", "", ""]
-    assert drawn("bare", "trials") == ""
-    assert figures.profile(profile([synthetic.bare()], "steps")) == ""
+    assert drawn("bare", "trials") == figures.profile(profile([synthetic.bare()], "steps")) == ""
 
 
 def test_a_row_without_a_curve_or_times_is_named() -> None:
-    assert "no curve: muon" in texts(drawn("bare", "steps"))
-    assert "times unknown: adamw and muon" in texts(drawn("bare", "seconds"))
-    assert any("sgd, not finished" in text for text in texts(drawn("bare", "steps")))
-    assert any("adamw, n = 1" in text for text in texts(drawn("bare", "steps")))
-    ablation = figures.curves(synthetic.ablation())
-    assert {row.label for row in synthetic.ablation().rows} <= set(texts(ablation))  # in a legend
+    assert "no curve: muon and sgd" in texts(drawn("bare", "steps"))
+    assert "times unknown: nadamw, muon and sgd" in texts(figures.curves(timed_and_not(), "seconds"))
+    assert any("nadamw, n = 1" in text for text in texts(drawn("bare", "steps")))
+    failed = searched("caspr", [4.0, 4.1]) + seeds("caspr", [None, None], 1, optim__lr=1e-4)
+    assert "caspr, not finished" in texts(figures.curves(table(failed)))
+    assert {row.label for row in synthetic.ablation().rows} <= set(texts(figures.curves(synthetic.ablation())))
     svg = figures.intervals(synthetic.bare(), {row.label: style.KNOWN["soap"] for row in synthetic.bare().rows})
     assert style.PALETTE["green"][0] in svg
     assert style.PALETTE["grey"][0] not in svg
+
+
+def timed_and_not() -> Table:
+    bare = synthetic.bare()
+    return replace(bare, rows=(*bare.rows, synthetic.language().rows[0]))
 
 
 def test_a_diverged_row_flattens_nothing_and_has_its_value() -> None:
@@ -101,15 +106,8 @@ def test_the_target_is_drawn_or_said() -> None:
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Axes]:
     """Draws a figure, and returns its axes as matplotlib has them."""
-    made: list[Figure] = []
-    monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: made.append(figure) or alt)
-
-    def draw(figure: Callable[..., str], *args: object) -> Axes:
-        assert figure(*args)
-        made[-1].draw_without_rendering()
-        return made[-1].axes[0]
-
-    return draw
+    draw = axes_drawn(monkeypatch)
+    return lambda *args: draw(*args)[0]
 
 
 def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
@@ -119,7 +117,6 @@ def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
     assert [found.count(table.task) for table in tables] == [1] * len(tables)
     assert [found.count(label) for label in synthetic.ENDS] == [1] * len(synthetic.ENDS)
     assert found.count(f"{tables[0].metric} (lower is better)") == 1
-    assert figures.together([synthetic.table([synthetic.row("muon", [])], baseline=None)]) == ""
     dark = style.dark(svg)
     assert set(re.findall(r"#[0-9a-f]{6}\b", dark)) <= {dark for _, dark in style.PALETTE.values()}
     assert texts(dark) == found
@@ -127,8 +124,7 @@ def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
 
 def test_steps_are_marked_at_whole_numbers(axes: Callable[..., Axes]) -> None:
     """Also where there are three: no mark at 1.5 steps."""
-    short = [synthetic.run("caspr", seed, 4.0, steps=24) for seed in (1, 2, 3)]
-    found = axes(figures.curves, synthetic.table([synthetic.row("caspr", short)], baseline=None))
+    found = axes(figures.curves, table([run(curve=[(k, 1.0, 4.0 - k / 9) for k in (1, 2, 3)])]))
     ticks = [label.get_text() for label in found.get_xticklabels()]
     assert len(ticks) > 2
     assert all(re.fullmatch(r"[\d,]+", text) for text in ticks)
@@ -136,15 +132,9 @@ def test_steps_are_marked_at_whole_numbers(axes: Callable[..., Axes]) -> None:
 
 def test_two_seeds_are_two_thin_lines_and_no_band(axes: Callable[..., Axes]) -> None:
     """Their interval would be nine standard deviations to each side, and cover the other rows."""
-
-    def drawn_with(n: int) -> Axes:
-        rows = [synthetic.row("caspr", [synthetic.run("caspr", seed, 4.0 + seed / 50) for seed in range(n)])]
-        return axes(figures.curves, synthetic.table(rows, baseline=None))
-
-    two, three = drawn_with(2), drawn_with(3)
+    two, three = (axes(figures.curves, table(seeds("caspr", [4.0, 4.02, 4.04][:n]))) for n in (2, 3))
     assert [len(each.collections) for each in (two, three)] == [0, 1]
-    assert sorted(line.get_linewidth() for line in two.lines)[:2] == [0.7, 0.7]
-    assert not any(line.get_linewidth() == 0.7 for line in three.lines)
+    assert [sum(line.get_linewidth() == 0.7 for line in each.lines) for each in (two, three)] == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -185,16 +175,18 @@ def test_points_and_bars_of_intervals(axes: Callable[..., Axes]) -> None:
     shown = axes(figures.intervals, table)
     rows = [row for row in table.rows if row.label != "sgd"]  # diverged: a number at the edge
     bars = [line for line in shown.lines if len(line.get_xdata()) == 2 and len({*line.get_ydata()}) == 1]
-    assert [tuple(bar.get_xdata()) for bar in bars] == [(row.ci_low, row.ci_high) for row in rows]
+    assert [tuple(bar.get_xdata()) for bar in bars] == [(row.validation.low, row.validation.high) for row in rows]
     means = [line.get_xdata()[0] for line in shown.lines if len(line.get_xdata()) == 1]
     assert means == [row.mean for row in rows]
     assert [label.get_text() for label in shown.get_yticklabels()] == [row.label for row in table.rows]
     low, high = shown.get_xlim()
-    assert all(low < row.ci_low and row.ci_high < high for row in rows)
+    assert all(low < row.validation.low and row.validation.high < high for row in rows)
     assert high < 6
     strips = [patch for patch in shown.patches if patch.get_alpha() == 0.14]
     adamw = next(row for row in table.rows if row.label == "adamw")
-    assert [(s.get_x(), s.get_x() + s.get_width()) for s in strips] == [pytest.approx((adamw.ci_low, adamw.ci_high))]
+    assert [(s.get_x(), s.get_x() + s.get_width()) for s in strips] == [
+        pytest.approx((adamw.validation.low, adamw.validation.high))
+    ]
 
 
 def test_lines_of_trials_and_of_a_profile(axes: Callable[..., Axes]) -> None:
@@ -204,7 +196,7 @@ def test_lines_of_trials_and_of_a_profile(axes: Callable[..., Axes]) -> None:
         assert (list(line.get_xdata()), tuple(line.get_ydata())) == ([1, 2, 3, 4, 5, 6], row.best_of)
     assert shown.get_xlim() == (1, 6)
     found = profile(synthetic.study(), "steps")
-    assert "caspr 1.00" in figures.profile(found)
+    assert "shampoo 1.00" in figures.profile(found)
     shown = axes(figures.profile, found)
     for line, label in zip(shown.lines, found.scores, strict=True):
         x = line.get_xdata()
@@ -213,14 +205,13 @@ def test_lines_of_trials_and_of_a_profile(axes: Callable[..., Axes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "unit"), [(179, "seconds"), (180, "minutes"), (3 * 3600 - 1, "minutes"), (3 * 3600, "hours")]
+    ("seconds", "unit", "scale"),
+    [(179, "seconds", 1), (180, "minutes", 60), (3 * 3600 - 1, "minutes", 60), (3 * 3600, "hours", 3600)],
 )
-def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str) -> None:
-    made = synthetic.run("caspr", 1, 4.0)
-    run = replace(made, curve=tuple(replace(p, seconds=seconds * p.step / 400) for p in made.curve))
-    shown = axes(figures.curves, synthetic.table([synthetic.row("caspr", [run])], baseline=None), "seconds")
+def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str, scale: float) -> None:
+    one = run(curve=[(k, seconds * k / 4, 4.0 - k / 9) for k in (1, 2, 3, 4)])
+    shown = axes(figures.curves, table([one]), "seconds")
     assert shown.get_xlabel() == f"{unit} of training"
-    scale = {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
     assert shown.lines[0].get_xdata()[-1] == pytest.approx(seconds / scale)
 
 
@@ -232,8 +223,7 @@ def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str) -> 
     ],
 )
 def test_labels_are_text_and_long_ones_leave_room_for_the_figure(label: str, shown: str) -> None:
-    runs = [synthetic.run("caspr", k, 4.0 + k / 100) for k in range(3)]
-    made = synthetic.table([synthetic.row(label, runs)], baseline=None)
+    made = table(seeds(label, [4.0, 4.01, 4.02]))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="constrained_layout")  # where a figure has no room for its axes
         for draw in (figures.curves, figures.intervals):
@@ -260,56 +250,51 @@ def test_colours_can_be_read_on_both_grounds(name: str) -> None:
 
 
 def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
-    labels = [f"caspr eps=1e-{k}" for k in range(19)]
+    labels = [f"caspr eps=1e-{k}" for k in range(18)]
     found = style.styles(["adamw", *labels, "caspr"])
     assert found["caspr"] == style.KNOWN["caspr"]
     assert found["adamw"] == style.KNOWN["adamw"]
-    assert len(set(found.values())) == 21
+    assert len(set(found.values())) == 20
     assert len(style.styles(map(str, range(100)))) == 100
 
 
 def curve_of(values: list[list[float | None]]) -> averages.Curve | None:
-    runs = [
-        replace(synthetic.run("caspr", k, 4.0), curve=tuple(Point(s, 2.0 * s, v) for s, v in enumerate(own, 1)))
-        for k, own in enumerate(values)
-    ]
-    return averages.curve(synthetic.row("caspr", runs))
+    runs = [run("caspr", k, curve=[(s, 2.0 * s, v) for s, v in enumerate(own, 1)]) for k, own in enumerate(values)]
+    return averages.curve(table(runs).rows[0])
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
     """t for two degrees of freedom is 4.303; the standard error of 1, 2 and 3 is 0.577."""
     found = curve_of([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
     assert found is not None
-    assert found.low is not None
-    assert found.high is not None
-    assert found.mean == (2.0, 5.0)
-    assert (found.low[0], found.high[0]) == (pytest.approx(2 - 2.484, abs=1e-3), pytest.approx(2 + 2.484, abs=1e-3))
-    assert found.steps == (1, 2)
-    assert found.seconds == (2.0, 4.0)
-    assert found.low[1] == found.high[1] == 5.0  # a band of no width where seeds are equal
+    assert (found.mean, found.steps, found.seconds) == ((2.0, 5.0), (1, 2), (2.0, 4.0))
+    assert found.low == pytest.approx((2 - 2.484, 5.0), abs=1e-3)  # a band of no width where seeds are equal
+    assert found.high == pytest.approx((2 + 2.484, 5.0), abs=1e-3)
     some = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
     assert some is not None
-    assert some.steps == (1, 3)  # where all runs have a value
+    assert (some.steps, some.low) == ((1, 3), None)  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
-    runs = [synthetic.run("caspr", 0, 4.0), synthetic.run("caspr", 1, 9.0, state="failed")]
-    both, failed = averages.curve(synthetic.row("caspr", runs)), averages.curve(synthetic.row("caspr", runs[1:]))
+    runs = [run("caspr", 0, 4.0), run("caspr", 1, 9.0, "failed")]
+    both = averages.curve(table(runs).rows[0])
     assert both is not None
-    assert failed is not None
-    assert (both.n, both.mean[-1], both.finished, failed.finished) == (1, pytest.approx(4.0), True, False)
+    assert (both.n, both.mean[-1], both.finished) == (1, 4.0, True)
 
 
-def test_a_window_shows_the_ends_and_not_the_diverged_one() -> None:
-    low, high = figures.window([4.0, 4.1, 4.2, 9.0], higher=False)
-    assert 3.9 < low < 4.0
-    assert 4.2 < high < 4.3
-    low, high = figures.window([0.9, 0.88, 0.87, 0.1], higher=True)
-    assert 0.86 < low < 0.87
-    assert 0.9 < high < 0.91
-    low, high = figures.window([4.0, 9.0], higher=False)
-    assert low < 4
-    assert high > 9
-    low, high = figures.window([4.0], higher=False)
-    assert low < 4 < high
+@pytest.mark.parametrize(
+    ("ends", "higher", "low", "high"),
+    [
+        ([4.0, 4.1, 4.2, 9.0], False, (3.9, 4.0), (4.2, 4.3)),
+        ([0.9, 0.88, 0.87, 0.1], True, (0.86, 0.87), (0.9, 0.91)),
+        ([4.0, 9.0], False, (3.0, 4.0), (9.0, 10.0)),
+        ([4.0], False, (3.9, 4.0), (4.0, 4.1)),
+    ],
+)
+def test_a_window_shows_the_ends_and_not_the_diverged_one(
+    ends: list[float], higher: bool, low: tuple[float, float], high: tuple[float, float]
+) -> None:
+    found = figures.window(ends, higher=higher)
+    assert low[0] < found[0] < low[1]
+    assert high[0] < found[1] < high[1]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
@@ -319,11 +304,9 @@ def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float
     fits = min(gap, 1 / max(len(positions) - 1, 1))
     ranked = sorted(moved)
     assert all(b - a >= fits - 1e-9 for a, b in pairwise(ranked))
-    assert ranked[0] >= -1e-9
-    assert ranked[-1] <= 1 + 1e-9
-    for a in range(len(positions)):
-        for b in range(len(positions)):
-            assert not (positions[a] < positions[b] and moved[a] > moved[b])
+    assert -1e-9 <= ranked[0] <= ranked[-1] <= 1 + 1e-9
+    assert not any(a < b and x > y for a, x in zip(positions, moved, strict=True)
+                   for b, y in zip(positions, moved, strict=True))  # fmt: skip
     assert figures.apart([0.1, 0.9, 0.5], 0.06, 0, 1) == pytest.approx([0.1, 0.9, 0.5])
     assert figures.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.55, 0.45])
     assert figures.apart([], 0.1, 0, 1) == []

@@ -11,10 +11,10 @@ from pandas import DataFrame
 from recorded import run
 from tabled import seeds
 
-from caspr_cli.report import format, markdown, render, terminal
+from caspr_cli.report import export, format, render, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Table
-from caspr_cli.report.stats import Comparison
+from caspr_cli.report.stats import Comparison, Summary
 
 PROMISED = {
     "task", "scale", "data", "optim", "label", "n", "mean", "sd", "ci_low", "ci_high", "test_mean", "test_sd",
@@ -38,7 +38,7 @@ def lines(table: Table, width: int = 120) -> list[str]:
 
 
 def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
-    rows = json.loads(format.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    rows = json.loads(export.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [(row["task"], row["label"], row["n"]) for row in rows] == [
         ("c4_lm", "caspr", 3), ("c4_lm", "adamw", 3), ("c4_lm", "shampoo", 0), ("vit", "soap", 1),
     ]  # fmt: skip
@@ -53,8 +53,8 @@ def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
 
 
 def test_csv_has_the_same_rows(made: list[Table]) -> None:
-    rows = list(csv.DictReader(io.StringIO(format.as_csv(made))))
-    entries = format.entries(made)
+    rows = list(csv.DictReader(io.StringIO(export.as_csv(made))))
+    entries = export.entries(made)
     assert [float(row["mean"]) if row["mean"] else None for row in rows] == [entry["mean"] for entry in entries]
     assert json.loads(rows[0]["warnings"]) == list(made[0].warnings)
 
@@ -64,7 +64,7 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes() -> None:
     runs += [run("@caspr", s, -4.0 + 0.03 * s, task__data="=1+1") for s in range(3)]
     for one in runs:
         one.status["error"] = "-x"
-    text = format.as_csv(tables(runs))
+    text = export.as_csv(tables(runs))
     (first, second) = csv.DictReader(io.StringIO(text))
     assert [first["data"], second["label"], second["optim"]] == ["'=1+1", "'@caspr", "'@caspr"]
     assert (float(first["mean"]), first["n"], first["tests"], first["paired"]) == (pytest.approx(-4.48), "3", "", "")
@@ -112,7 +112,7 @@ def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(mad
     ],
 )
 def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
-    text = markdown.compared(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
+    text = export.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
     assert f"| adamw graft={said} | 1 |" in text
     assert f"adamw graft={said} (n = 1)" in text
     results, settings = (re.findall(r"(?m)^\|.*", part) for part in text.split("What the reported seeds ran with"))
@@ -124,7 +124,7 @@ def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> N
 
 
 def test_latex_escapes_and_balances(made: list[Table]) -> None:
-    text = format.as_latex(made, "caspr-report compare 100%")
+    text = export.as_latex(made, "caspr-report compare 100%")
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\bottomrule") == 2
     assert r"c4\_lm" in text
@@ -150,6 +150,9 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     text = " ".join(" ".join(lines(tables(turned)[0], 200)).split())
     assert "3 pairs; test disagrees adamw" in text
     assert "4.470 ± 0.014 (n = 2)" in text
+    none = [replace(each, result=each.result | {"test": {}}) for each in runs]
+    (test,) = (column for column in format.sheet(tables(none)[0]).columns if column.head == "test")
+    assert (test.cells, test.best) == (("-", "-"), set())
     alike = runs[:3] + [run("caspr", s, v) for s, v in enumerate((4.5, 4.53, 4.5))]
     turned = [replace(each, result=each.result | {"test": {"test/loss": 9 - each.final}}) for each in alike]
     difference = next(each.difference for each in tables(turned)[0].rows if each.difference)
@@ -180,7 +183,7 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     ],
 )
 def test_digits_are_those_of_the_spread(mean: float | None, sd: float | None, said: str) -> None:
-    assert format.mean_sd(mean, sd) == said
+    assert format.mean_sd(Summary(2, mean, sd)) == said
 
 
 @pytest.mark.parametrize(
@@ -200,20 +203,21 @@ def test_p_values_around_the_level_differ(value: float, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "low", "high", "share_of", "said"),
+    ("value", "low", "high", "base", "said"),
     [
-        (-0.0153, -0.0377, 0.0071, 4.0, "-0.38 % (-0.94 to +0.18)"),
-        (0.056, 0.01, 0.12, -4.0, "+1.4 % (+0.2 to +3.0)"),
-        (0.04, 0.0, 0.08, 4.0, "+1.0 % (0.0 to +2.0)"),
-        (-0.03, -0.063, 0.003, None, "-0.030 (-0.063 to +0.003)"),
-        (-0.5, None, None, 4.5, "-11 %"),
-        (0.0, None, None, 4.5, "0 %"),
+        (-0.0153, -0.0377, 0.0071, [4.0], "-0.38 % (-0.94 to +0.18)"),
+        (0.056, 0.01, 0.12, [-4.0], "+1.4 % (+0.2 to +3.0)"),
+        (0.04, 0.0, 0.08, [4.0], "+1.0 % (0.0 to +2.0)"),
+        (-0.03, -0.063, 0.003, [0.1, 0.3], "-0.030 (-0.063 to +0.003)"),  # near zero: in units of the metric
+        (-0.5, None, None, [4.5, 4.6, 4.4], "-11 %"),
+        (0.0, None, None, [4.5], "0 %"),
+        (None, None, None, [], "-"),
     ],
 )
 def test_differences_have_signs_and_the_digits_of_their_interval(
-    value: float, low: float | None, high: float | None, share_of: float | None, said: str
+    value: float | None, low: float | None, high: float | None, base: list[float], said: str
 ) -> None:
-    assert format.change(Comparison(value=value, low=low, high=high), share_of) == said
+    assert format.change(Comparison(value=value, low=low, high=high, base=tuple(base))) == said
 
 
 def test_who_did_not_reach_the_target_is_not_counted_as_who_did() -> None:
@@ -254,38 +258,30 @@ def test_a_record_in_words() -> None:
     assert "state    failed at step 100, 30.0 s of training: loss is nan" in failed
 
 
-def test_a_narrow_list_leaves_out_what_the_path_says_too() -> None:
-    runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
-    heads, *lines = terminal.listing(runs, 80)
-    assert heads.split() == ["task", "optim", "seed", "state", "step", "final", "record"]
-    assert max(map(len, lines)) <= 80
-    assert " ".join(lines).endswith("(no room for: settings that differ, time; a wider terminal or a pipe has all)")
-    narrow = list(terminal.listing(runs, 20))
-    assert narrow[0].split() == ["state", "step", "final", "record"]  # never less
+def best(table: Table) -> set[tuple[str, str]]:
+    """The rows and heads of bold cells."""
+    return {(table.rows[k].label, column.head) for column in format.sheet(table).columns for k in column.best}
 
 
 def test_the_best_of_each_column_is_bold(made: list[Table]) -> None:
     """Of means, tests and times, whether significant or not; not where there is one row, or all are equal."""
-    (first, second) = made
-    heads, *rows = format.cells(first)
-    assert {(rows[line - 1][0], heads[k]) for line, k in format.strong(first)} == {
-        ("caspr", "mean ± sd"), ("caspr", "test"), ("caspr", "steps to 4.5"), ("caspr", "time to it"),
-    }  # fmt: skip
-    assert format.strong(second) == set()
+    first, second = made
+    heads = ("mean ± sd", "test", "steps to 4.5", "time to it")
+    assert best(first) == {("caspr", head) for head in heads}
+    assert best(second) == set()
     alike = tables([run("adamw", s, 4.5) for s in range(2)] + [run("caspr", s, 4.5) for s in range(2)])
-    assert format.strong(alike[0]) == set()
+    assert best(alike[0]) == set()
     lucky = tables(seeds("adamw", [4.5, 4.6]) + seeds("caspr", [4.0, None]))[0]
-    assert {format.cells(lucky)[line][0] for line, _ in format.strong(lucky)} == {"adamw"}  # a seed of caspr failed
-    best = "4.030 ± 0.030"
-    assert f"| **{best}** |" in markdown.compared(made, "x")
-    assert rf"\textbf{{{best.replace('±', chr(36) + chr(92) + 'pm' + chr(36))}}}" in format.as_latex(made, "x")
+    assert {label for label, _ in best(lucky)} == {"adamw"}  # a seed of caspr failed
+    cell = "4.030 ± 0.030"
+    assert f"| **{cell}** |" in export.as_markdown(made, "x")
+    assert rf"\textbf{{{cell.replace('±', '$' + chr(92) + 'pm$')}}}" in export.as_latex(made, "x")
     shown = list(terminal.table_lines(first, 120, bold=True))
-    assert any(f"\x1b[1m{best}\x1b[0m" in line for line in shown)
-    plain = [re.sub("\x1b\\[[0-9]*m", "", line).rstrip() for line in shown]
-    assert plain == lines(first)
+    assert any(f"\x1b[1m{cell}\x1b[0m" in line for line in shown)
+    assert [re.sub("\x1b\\[[0-9]*m", "", line).rstrip() for line in shown] == lines(first)
 
 
-def test_the_list_has_the_newest_last_and_what_differs() -> None:
+def test_the_list_has_the_newest_last_and_leaves_out_what_the_path_says_too() -> None:
     runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
     text = list(terminal.listing(runs, 200))
     assert [line.split()[:5] for line in text[1:]] == [
@@ -293,3 +289,8 @@ def test_the_list_has_the_newest_last_and_what_differs() -> None:
         ["c4_lm", "adamw", "-", "2", "running"],
         ["c4_lm", "caspr", "lr=0.01", "5", "done"],
     ]
+    heads, *lines = terminal.listing(runs, 80)
+    assert heads.split() == ["task", "optim", "seed", "state", "step", "final", "record"]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).endswith("(no room for: settings that differ, time; a wider terminal or a pipe has all)")
+    assert next(terminal.listing(runs, 20)).split() == ["state", "step", "final", "record"]  # never less

@@ -4,7 +4,7 @@ import pytest
 from recorded import run
 from tabled import row, seeds, table
 
-from caspr_cli.report import format
+from caspr_cli.report import export, format
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import OwnSchedule, Run, Table
 
@@ -35,17 +35,12 @@ def test_the_shortest_whole_run_whose_mean_reaches_the_target() -> None:
     assert own(of_length(300, runs), "caspr") == OwnSchedule(200, 20.0, (100, 200, 300))
     assert own(of_length(200, runs), "caspr") == OwnSchedule(200, 20.0, (100, 200))
     assert own(of_length(100, runs), "caspr") is None  # nothing is shorter
-    (longest,) = format.entries([of_length(300, runs)])
+    (longest,) = export.entries([of_length(300, runs)])
     assert (longest["own_schedule_steps"], longest["own_schedule_seconds"]) == (200, 20.0)
     assert longest["steps_to_target"] == 200  # read off the curves
-
-
-def test_where_the_metric_should_rise() -> None:
     rising = {"task__target__higher_is_better": True, "task__target__value": 0.8}
-    runs = [
-        one for steps, end in ((100, 0.7), (200, 0.85), (300, 0.9)) for one in whole("soap", steps, [end], **rising)
-    ]
-    assert own(of_length(300, runs), "soap") == OwnSchedule(200, 20.0, (100, 200, 300))
+    up = [one for steps, end in ((100, 0.7), (200, 0.85), (300, 0.9)) for one in whole("soap", steps, [end], **rising)]
+    assert own(of_length(300, up), "soap") == OwnSchedule(200, 20.0, (100, 200, 300))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +71,7 @@ def test_none_of_the_lengths_may_do_and_there_may_be_no_target() -> None:
     runs = whole("adamw", 300, [5.0]) + whole("adamw", 100, [5.5])
     made = of_length(300, runs)
     assert own(made, "adamw") == OwnSchedule(None, None, (100, 300))
-    assert "not reached in 2 lengths" in [cell for line in format.cells(made) for cell in line]
+    assert "not reached in 2 lengths" in [cell for line in format.sheet(made).rows for cell in line]
     none = [one for steps in (100, 300) for one in whole("adamw", steps, [4.0], task__target__value=None)]
     assert own(of_length(300, none), "adamw") is None
 
@@ -84,10 +79,10 @@ def test_none_of_the_lengths_may_do_and_there_may_be_no_target() -> None:
 def test_the_heading_says_from_which_schedule_steps_are_read() -> None:
     plain = table(seeds("adamw", [4.0, 4.1]))
     assert format.title(plain).endswith("; target 4.5, steps to it read off a schedule of 300 steps")
-    assert "own schedule" not in format.cells(plain)[0]
+    assert "own schedule" not in format.sheet(plain).heads
     both = of_length(1300, whole("adamw", 1300, [4.0]) + whole("adamw", 100, [5.5], horizon=100))
     assert "read off a schedule of 1,300 steps; own schedule: the shortest whole run" in format.title(both)
-    assert "own schedule" in format.cells(both)[0]
-    assert "1,300 (2 lengths)" in [cell for line in format.cells(both) for cell in line]
+    assert "own schedule" in format.sheet(both).heads
+    assert "1,300 (2 lengths)" in [cell for line in format.sheet(both).rows for cell in line]
     assert "schedule" not in format.title(table(seeds("adamw", [4.0], task__target__value=None)))
     assert "schedule" not in format.title(table(seeds("adamw", [4.0], without=["trainer.max_steps"])))

@@ -26,7 +26,7 @@ from caspr_cli.commands import report
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import logs
 from caspr_cli.report.compare import tables
-from caspr_cli.report.logs import Asked, Found
+from caspr_cli.report.trackers import Asked, Found
 
 METRIC = "val/loss"
 OBJECTS = "shape: !!python/tuple [1, 2]\nnet: !!python/object:a.B {c: 1}\n"  # in hparams.yaml
@@ -546,3 +546,14 @@ sys.exit(main())
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == code, done.stderr
         assert said in (done.stderr if code else done.stdout)
+
+
+def test_without_hyperparameters_the_message_says_where_a_key_can_come_from(tmp_path: Path) -> None:
+    (tmp_path / "adam_seed0").mkdir()
+    (tmp_path / "adam_seed0" / "log.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
+    with pytest.raises(UserError) as caught:
+        logs.find([tmp_path], Asked("csv", "loss", group=["optimizer"]))
+    said = str(caught.value)
+    assert said.startswith("--group optimizer: these runs have no hyperparameters; leave it out, or ")
+    assert said.endswith(": --names '{optimizer}_seed{seed}'")
+    assert "adam_seed0" in said

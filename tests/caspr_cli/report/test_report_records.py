@@ -16,7 +16,7 @@ from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf
 from caspr_cli.report import pack as packs
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
-from caspr_cli.report.format import as_json
+from caspr_cli.report.export import as_json
 from caspr_cli.report.model import Run
 from caspr_cli.runs.launch import plan
 from caspr_cli.runs.record import Record

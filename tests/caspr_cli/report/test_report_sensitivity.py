@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from recorded import run
-from tabled import searched, seeds, table
+from tabled import axes_drawn, searched, seeds, table
 
-from caspr_cli.report import figures, sensitivity, style
+from caspr_cli.report import sensitivity, style
 from caspr_cli.report.model import Run, Table
-from caspr_cli.report.page import page
 
 Draw = Callable[[Table], str]
 BETA = "optim.betas.1"
@@ -36,16 +34,7 @@ def joint(**more: Any) -> Table:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[Draw, Table], list[Axes]]:
-    """Draws a figure, and returns its axes as matplotlib has them."""
-    made: list[Figure] = []
-    monkeypatch.setattr(figures, "to_svg", lambda figure, name, alt: made.append(figure) or alt)
-
-    def draw(figure: Draw, of: Table) -> list[Axes]:
-        assert figure(of)
-        made[-1].draw_without_rendering()
-        return made[-1].axes
-
-    return draw
+    return axes_drawn(monkeypatch)
 
 
 def marks(axes: Axes, marker: str) -> list[tuple[float, float]]:
@@ -110,22 +99,12 @@ def test_an_odd_number_of_keys_leaves_no_empty_axes(drawn: Callable[[Draw, Table
     assert [panel.get_visible() for panel in panels] == [True, True, True, False]
 
 
-def test_a_page_has_them_in_its_own_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "intervals", "best_of"):  # to save time
-        monkeypatch.setattr(figures, name, lambda *_: "")
-    html = page([joint()], None, "Joint", "caspr-report")
-    body = html[html.index("<body") :]
-    assert body.count("<figcaption>") == 2
-    assert sensitivity.BY_OTHERS in body
-    assert f"{sensitivity.BY_RATE} {sensitivity.JOINT}" in body
-    assert not any(light in body for light, _ in style.PALETTE.values())
-
-
 def test_what_cannot_be_drawn_is_empty() -> None:
     assert sensitivity.by_rate(table(seeds("caspr", [4.0, 4.1]))) == ""
     assert sensitivity.by_others(rates()) == ""
     assert sensitivity.by_rate(table(searched("caspr", [None, None]))) == ""
     assert sensitivity.about_rates(rates()) == sensitivity.BY_RATE
+    assert sensitivity.about_rates(joint()) == f"{sensitivity.BY_RATE} {sensitivity.JOINT}"
     zero = [run("caspr", 0, 4.0 + k, optim__lr=lr) for k, lr in enumerate([0.0, -1.0, "x"])]
     assert sensitivity.by_rate(table(zero)) == ""  # no rate has a logarithm
     some = [*zero, run("caspr", 0, 4.0, optim__lr=0.1), run("caspr", 0, 4.1, optim__lr=0.2)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from tabled import row, searched, seeds, table, warned
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import tuning
 from caspr_cli.report.compare import tables
+from caspr_cli.report.model import Run
 from caspr_cli.report.profile import names
 from caspr_cli.report.selection import where
 
@@ -140,12 +142,16 @@ def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them() ->
 # ---- selection ---------------------------------------------------------------------------------------------------
 
 
+def chosen(runs: Sequence[Run]) -> dict[str, float]:
+    """The selected learning rate of each row."""
+    return {each.label: each.selected.values["optim.lr"] for each in table(runs).rows if each.selected}
+
+
 def test_validation_selects_and_held_out_seeds_report() -> None:
     runs = searched("caspr", [4.2, 3.9, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
     found = table(runs).rows[0]
-    assert found.selected.values == {"optim.lr": 1e-3}
     assert ([each.seed for each in found.runs], found.held_out, found.n) == ([1, 2], True, 2)
-    assert found.mean == pytest.approx(4.025)
+    assert (found.selected.values, found.mean) == ({"optim.lr": 1e-3}, pytest.approx(4.025))
     assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
     assert found.budget == {"done": 3}
     assert not warned(table(runs), "flatters")
@@ -154,9 +160,26 @@ def test_validation_selects_and_held_out_seeds_report() -> None:
     assert [each.label for each in made.rows] == ["adamw", "caspr"]
     assert made.rows[1].selected.values == {"optim.lr": 1e-3}
     assert made.rows[0].held_out  # nothing was chosen
-    two = searched("caspr", [4.2, 4.0], optim__eps=1e-4) + searched("caspr", [3.0, 4.4], optim__eps=1e-6)
-    chosen = {each.label: each.selected.values["optim.lr"] for each in table(two).rows}
-    assert chosen == {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}  # no row lends another its trials
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        # No row lends another its trials.
+        (searched("caspr", [4.2, 4.0], optim__eps=1e-4) + searched("caspr", [3.0, 4.4], optim__eps=1e-6),
+         {"caspr eps=0.0001": 1e-3, "caspr eps=1e-06": 1e-4}),
+        # The mean over common seeds selects: seed 2 is not common, and a lucky seed does not decide.
+        (seeds("caspr", [3.0, 4.9], 0, optim__lr=1e-3) + seeds("caspr", [3.5, 3.6, 9.0], 0, optim__lr=1e-2),
+         {"caspr": 1e-2}),
+        # A failed trial is the worst, and so is one whose loss is not finite.
+        (searched("caspr", [None, 4.1]), {"caspr": 1e-3}),
+        ([*searched("caspr", [4.1]), run("caspr", 0, None, optim__lr=1.0)], {"caspr": 1e-4}),
+        # Where no seed is common the commonest decides.
+        (searched("caspr", [4.2, 4.1]) + seeds("caspr", [1.0, 1.0], 5, optim__lr=1.0), {"caspr": 1e-3}),
+    ],
+)  # fmt: skip
+def test_which_trial_is_selected(runs: list[Run], expected: dict[str, float]) -> None:
+    assert chosen(runs) == pytest.approx(expected)
 
 
 def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> None:
@@ -169,61 +192,38 @@ def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> N
     found = table(runs).rows[0]
     assert found.selected.index == 4
     assert found.best_of == pytest.approx([np.mean([4.2, 3.9, 4.1]), (4.1 + 2 * 3.9) / 3, 3.9])
-    captions = dict(tuning.beside(table(runs)))
-    (caption,) = (caption for caption in captions if caption.startswith(tuning.BY_BUDGET))
-    assert "added" in caption
-    assert captions[caption][0] == ["row", "0 trials", "3 trials"]
-    assert captions[caption][1][2] == "3.9000 (3.9000 to 4.2000)"
+    made = tuning.by_budget(table(runs))
+    assert made.caption == tuning.BY_BUDGET + tuning.FURTHER
+    assert made.heads == ["row", "0 trials", "3 trials"]
+    assert made.rows[0][2] == "3.9000 (3.9000 to 4.2000)"
     only_added = [run("caspr", 0, None, optim__lr=1.0, trial=0, **extended), *runs[3:]]
     assert table(only_added).rows[0].best_of == ()
     assert not warned(table(only_added), "nothing selected")
 
 
-def test_one_held_out_seed_is_too_few_so_all_are_reported_with_a_warning() -> None:
-    made = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))
-    assert ([each.seed for each in made.rows[0].runs], made.rows[0].held_out) == ([0, 1], False)
-    assert warned(made, "the reported seeds selected the trial, too", "caspr")
-
-
-def test_the_mean_over_common_seeds_selects_and_a_lucky_seed_does_not() -> None:
-    low = seeds("caspr", [3.0, 4.9], 0, optim__lr=1e-3)
-    high = seeds("caspr", [3.5, 3.6, 9.0], 0, optim__lr=1e-2)  # seed 2 is not common
-    assert table(low + high).rows[0].selected.values == {"optim.lr": 1e-2}
-
-
-def test_a_failed_trial_is_worst_and_a_failed_seed_makes_it_so() -> None:
-    runs = searched("caspr", [None, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-4)
-    found = table(runs).rows[0]
-    assert found.selected.values == {"optim.lr": 1e-3}
-    assert found.budget == {"failed": 1, "done": 1}
-    assert found.best_of == pytest.approx([4.1, 4.1])
+def test_budgets_count_trials_by_the_seeds_that_select() -> None:
+    failed = table(searched("caspr", [None, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-4)).rows[0]
+    assert (failed.budget, failed.best_of) == ({"failed": 1, "done": 1}, pytest.approx((4.1, 4.1)))
     not_finite = table([*searched("caspr", [4.1]), run("caspr", 0, None, optim__lr=1.0)]).rows[0]
-    assert (not_finite.selected.values, not_finite.budget) == ({"optim.lr": 1e-4}, {"done": 1, "failed": 1})
+    assert not_finite.budget == {"done": 1, "failed": 1}
 
 
-def test_where_no_seed_is_common_the_commonest_decides() -> None:
-    runs = searched("caspr", [4.2, 4.1]) + seeds("caspr", [1.0, 1.0], 5, optim__lr=1.0)
-    made = table(runs)
-    assert made.rows[0].selected.values == {"optim.lr": 1e-3}
-    assert warned(made, "caspr: 1 trial without seed 0, which selects, left out")
-
-
-def test_where_every_trial_failed_nothing_selected_the_one_that_is_reported() -> None:
-    runs = searched("caspr", [None, None]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
-    made = table(runs)
-    assert made.rows[0].selected.values == {"optim.lr": 1e-3}
-    assert warned(made, "caspr: every trial failed with seed 0, which selects: nothing selected lr=0.001")
-    assert not warned(table([*runs, run("caspr", 0, 4.0, optim__lr=1e-2)]), "nothing selected")
-
-
-def test_a_later_seed_of_all_trials_that_moves_the_choice_is_said() -> None:
-    """Seed 0 chose the first, which was run at held-out seeds; with seed 1 the second is selected, and has none."""
+def test_what_is_odd_about_a_selection_is_said() -> None:
+    one = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))  # too few to report alone
+    assert ([each.seed for each in one.rows[0].runs], one.rows[0].held_out) == ([0, 1], False)
+    assert warned(one, "the reported seeds selected the trial, too", "caspr")
+    other = table(searched("caspr", [4.2, 4.1]) + seeds("caspr", [1.0, 1.0], 5, optim__lr=1.0))
+    assert warned(other, "caspr: 1 trial without seed 0, which selects, left out")
+    none = searched("caspr", [None, None]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
+    assert chosen(none) == {"caspr": 1e-3}
+    assert warned(table(none), "caspr: every trial failed with seed 0, which selects: nothing selected lr=0.001")
+    assert not warned(table([*none, run("caspr", 0, 4.0, optim__lr=1e-2)]), "nothing selected")
+    # Seed 0 chose the first, which was run at held-out seeds; with seed 1 the second is selected, and has none.
     runs = searched("caspr", [4.0, 4.1]) + seeds("caspr", [4.0, 4.1, 4.0], 2, optim__lr=1e-4)
     assert not warned(table(runs), "held-out seeds, but")
-    moved = [*runs, run("caspr", 1, 4.6, optim__lr=1e-4), run("caspr", 1, 4.1, optim__lr=1e-3)]
-    made = table(moved)
-    assert [each.seed for each in made.rows[0].runs] == [0, 1]
-    assert warned(made, "caspr: lr=0.0001 has 3 held-out seeds, but seed 0 and 1 selects lr=0.001: run held")
+    moved = table([*runs, run("caspr", 1, 4.6, optim__lr=1e-4), run("caspr", 1, 4.1, optim__lr=1e-3)])
+    assert [each.seed for each in moved.rows[0].runs] == [0, 1]
+    assert warned(moved, "caspr: lr=0.0001 has 3 held-out seeds, but seed 0 and 1 selects lr=0.001: run held")
 
 
 # ---- seeds that failed, or have not finished ---------------------------------------------------------------------
@@ -312,10 +312,9 @@ def test_runs_of_another_length_have_a_table_of_their_own() -> None:
     assert together.steps is None
 
 
-def test_where_keeps_the_runs_that_meet_every_condition() -> None:
-    runs = [run("caspr", 0, optim__lr=0.01), run("caspr", 1, state="failed"), run("adamw", 2, optim__lr=0.010)]
-    runs += [run("muon", 3, optim__betas=[0.9, 0.99], task__name="vit")]
-    for conditions, kept in (
+@pytest.mark.parametrize(
+    ("conditions", "kept"),
+    [
         ([], [0, 1, 2, 3]),
         (["optim=caspr,muon"], [0, 1, 3]),
         (["optim=caspr", "lr=1e-2"], [0]),
@@ -325,18 +324,16 @@ def test_where_keeps_the_runs_that_meet_every_condition() -> None:
         (["betas=0.9,0.99"], [3]),
         (["task=vit"], [3]),
         (["max_steps=300", "task.name=c4_lm", "seed=1,2"], [1, 2]),
-    ):
-        assert [each.seed for each in where(runs, conditions)] == kept
-
-
-@pytest.mark.parametrize(
-    ("conditions", "message"),
-    [
         (["optm=caspr"], "--where optm=caspr: no record has this key. Did you mean optim?"),
-        (["optim=soap"], "--where optim=soap: no record has it (optim is adamw and caspr)"),
+        (["optim=soap"], "--where optim=soap: no record has it (optim is adamw, caspr and muon)"),
         (["optim=caspr", "seed=2"], "--where seed=2: no record has it (seed is 0 and 1)"),
     ],
 )
-def test_where_says_what_there_is(conditions: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=re.escape(message)):
-        where([run("caspr", 0), run("caspr", 1), run("adamw", 2)], conditions)
+def test_where_keeps_the_runs_that_meet_every_condition(conditions: list[str], kept: list[int] | str) -> None:
+    runs = [run("caspr", 0, optim__lr=0.01), run("caspr", 1, state="failed"), run("adamw", 2, optim__lr=0.010)]
+    runs += [run("muon", 3, optim__betas=[0.9, 0.99], task__name="vit")]
+    if isinstance(kept, str):
+        with pytest.raises(UserError, match=re.escape(kept)):
+            where(runs, conditions)
+    else:
+        assert [each.seed for each in where(runs, conditions)] == kept

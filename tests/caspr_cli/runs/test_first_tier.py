@@ -1,7 +1,5 @@
 """A sweep with real processes, in the first tier: the other tests with whole runs are for releases."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Runs that are cut off: nothing is lost, and one line says what happened."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Fault, can_mount, suite
+from faults import can_mount
 from running import Runner, losses, wait_for
 
 from caspr_cli.runs.processes import workers
@@ -48,15 +46,6 @@ def damage(file: Path) -> None:
     content[len(content) // 2] ^= 1
     file.unlink()
     file.write_bytes(content)
-
-
-def test_a_flipped_bit_in_the_last_checkpoint_costs_only_time(runner: Runner, whole: Path) -> None:
-    record = cut_off(runner, whole, "flipped")
-    damage(record / "checkpoints" / "last.ckpt")
-    out = runner("output_dir=flipped")
-    (warning,) = (line for line in out.splitlines() if line.startswith("warning"))
-    assert "last.ckpt is damaged" in warning
-    assert losses(record) == losses(whole)
 
 
 def test_where_nothing_is_whole_nothing_is_deleted(runner: Runner, whole: Path) -> None:
@@ -229,19 +218,3 @@ def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner: Runner, sweep: li
     assert "No space left on device" in out.splitlines()[-1]
     assert str(directory) in out.splitlines()[-1]
     assert "Traceback" not in out
-
-
-def test_a_sample_of_the_faults(runner: Runner) -> None:
-    """``python tests/faults.py`` has many more."""
-    faults = [
-        Fault("full disk", "train", 30, seed=1),
-        Fault("kill launcher", "checkpoint", 0, seed=2),
-        Fault("truncated", "train", 75, seed=3),
-        Fault("clock", "train", 110, seed=4),
-        Fault("joblib launcher", "validate", 0, seed=5),
-        Fault("kill rank", "test", 0, seed=6),
-    ]
-    said: list[str] = []
-    counted = suite(runner, {1: faults}, said.append)
-    assert len(counted) == (6 if can_mount() else 5), said
-    assert [fault.lost for _, fault in counted] == [[]] * len(counted), said

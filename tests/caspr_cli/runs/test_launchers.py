@@ -1,7 +1,5 @@
 """Sweeps with real processes: by Hydra's own launcher, and by the plugins of the extras."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Several machines: two launchers on this one stand for them."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -17,7 +15,7 @@ import pytest
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf, Source
 from caspr_cli.runs import guardian, launch, provenance, summary
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
@@ -53,6 +51,13 @@ def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_
     assert any("the same command, without resume=never, continues" in x for x in summary.footer(outcome, anew=True))
 
 
+def test_after_a_sweep_a_line_is_a_command_or_an_address() -> None:
+    compare, board, address = summary.after_sweep("my runs")
+    assert shlex.split(compare) == ["next", "caspr-report", "compare", "my runs"]
+    assert shlex.split(board) == ["tensorboard", "--logdir", "my runs"]
+    assert address.split() == ["open", summary.COMPARISON]
+
+
 def test_what_comes_next_can_be_run() -> None:
     """The sweep has the usual optimizers that have the given keys, and the one that was run."""
     logs, sweep = summary.next_commands(
@@ -71,6 +76,9 @@ def test_what_comes_next_can_be_run() -> None:
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", *given])
     expected = ["caspr-train", "-m", "task.layers=3", "optim=sgd,caspr,shampoo,adamw", "search=lr", "trial=range(6)"]
     assert shlex.split(made[1]) == expected
+    own = Recipe(task=C4LMConf(data=Source.files, root="mine"), optim=SGDConf())
+    made = summary.next_commands(own, ["caspr-train", "task.data=files", "task.root=mine"])
+    assert shlex.split(made[1])[-2:] == ["search=lr", "trial=range(6)"]
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
@@ -93,9 +101,9 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
     made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
-    made.optim.polar, made.optim.eps, made.optim.order = True, 1e-9, math.inf
+    made.optim.polar, made.optim.eps, made.optim.order = False, 1e-9, math.inf
     name = Record.of(made).path.parent.name
-    assert name == f"eps1e-9-polar-orderinf-{compose.identity(made)}"
+    assert name == f"eps1e-9-no_polar-orderinf-{compose.identity(made)}"
     for key in ("interval", "start_step", "block_size", "weight_decay"):
         setattr(made.optim, key, 77)
     name = Record.of(made).path.parent.name
@@ -314,6 +322,7 @@ def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
         ({"state": "done"}, Resume.auto, True, "skip"),
         ({"state": "done"}, Resume.retry, True, "skip"),
         ({"state": "done"}, Resume.never, True, "new"),
+        ({"state": "done", "result": "missing"}, Resume.auto, True, "continue"),  # it is evaluated again
         ({"state": "running"}, Resume.auto, True, "continue"),
         ({"state": "running"}, Resume.auto, False, "new"),
         ({"state": "preempted"}, Resume.auto, True, "continue"),
@@ -330,7 +339,7 @@ def test_what_the_same_command_does(
     record = Record(tmp_path)
     if status:
         (tmp_path / "status.json").write_text(json.dumps(status))
-    if status.get("state") == "done":
+    if status.get("state") == "done" and "result" not in status:
         (tmp_path / "result.json").write_text('{"final": {}}')
     if checkpoint:
         record.checkpoints.mkdir()
@@ -352,14 +361,6 @@ def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path: Path, status: di
     assert launch.plan(recipe(Resume.never), record) == "new"
     record.checkpoints.mkdir()
     record.previous.touch()
-    assert launch.plan(recipe(), record) == "continue"
-
-
-def test_done_without_its_result_is_evaluated_again(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    record.write("status.json", {"state": "done"})
-    record.checkpoints.mkdir()
-    record.last.touch()
     assert launch.plan(recipe(), record) == "continue"
 
 
@@ -415,23 +416,24 @@ def test_a_result_of_any_shape_is_shown_or_named(tmp_path: Path, key: str) -> No
         assert summary.table([Job(1, [], ENDED, record=str(tmp_path), exit_code=0)])
 
 
-@pytest.mark.parametrize("key", ["state", "error", "step", "attempts", "pid", "born", "host", "started", "updated"])
-def test_a_status_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
-    record = Record(tmp_path)
-    record.checkpoints.mkdir()
-    record.last.touch()
-    for value in ODD:
-        (tmp_path / "status.json").write_text(json.dumps({"state": "preempted", "step": 8, key: value}))
-        assert (damage := shown(record)) == "" or f"({key} is " in damage or value is None
+STATUS = ("state", "error", "step", "attempts", "pid", "born", "host", "started", "updated")
+PROVENANCE = ("command", "code", "data", "packages", "machine", "device", "attempts", "python")
 
 
-@pytest.mark.parametrize("key", ["command", "code", "data", "packages", "machine", "device", "attempts", "python"])
-def test_a_provenance_of_any_shape_is_read_or_named(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"), [*(("status", key) for key in STATUS), *(("provenance", key) for key in PROVENANCE)]
+)
+def test_a_file_of_any_shape_is_read_or_named(tmp_path: Path, name: str, key: str) -> None:
     record = Record(tmp_path)
+    if name == "status":
+        record.checkpoints.mkdir()
+        record.last.touch()
     for value in ODD:
         inner = {"attempts": [{key: value}]} if key != "attempts" else {}
-        (tmp_path / "provenance.json").write_text(json.dumps({"code": {}, key: value} | inner))
-        assert (damage := shown(record)) == "" or f"({key} is " in damage
+        of = {"status": {"state": "preempted", "step": 8, key: value}, "provenance": {"code": {}, key: value} | inner}
+        (tmp_path / f"{name}.json").write_text(json.dumps(of[name]))
+        damage = shown(record)
+        assert damage == "" or f"({key} is " in damage or (name == "status" and value is None)
 
 
 def test_what_an_attempt_ran_with_is_kept_beside_the_first() -> None:

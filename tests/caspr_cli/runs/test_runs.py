@@ -1,7 +1,5 @@
 """Whole runs, as a user starts them: results, resuming, signals, ranks, sweeps."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -96,36 +94,6 @@ def worker_of(record: Path) -> int:
     return worker
 
 
-@pytest.mark.parametrize("lines", [3, 11], ids=["before a checkpoint", "mid-epoch"])
-def test_killed_at_any_step_it_continues_bit_for_bit(runner: Runner, whole: Path, lines: int) -> None:
-    name = f"killed{lines}"
-    process = runner.start(f"output_dir={name}")
-    record = wait_for(runner, name, lines)
-    os.kill(worker_of(record), signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert "cut off" in out
-    assert json.loads((record / "status.json").read_text())["state"] == "preempted"
-    runner(f"output_dir={name}")
-    assert losses(record) == losses(whole)
-    assert json.loads((record / "status.json").read_text())["attempts"] == 2
-
-
-def test_the_launcher_killed_its_worker_ends_and_the_run_continues(runner: Runner, whole: Path) -> None:
-    process = runner.start("output_dir=orphan", "trainer.max_steps=20")
-    record = wait_for(runner, "orphan", 5)
-    worker = worker_of(record)
-    process.kill()
-    process.wait()
-    for _ in range(500):
-        if not Path(f"/proc/{worker}").exists():
-            break
-        time.sleep(0.02)
-    assert not Path(f"/proc/{worker}").exists()
-    runner("output_dir=orphan")
-    assert losses(record) == losses(whole)
-
-
 @pytest.mark.parametrize(("number", "code", "lines"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 10)])
 def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Signals, code: int, lines: int) -> None:
     name = f"signal{code}"
@@ -167,17 +135,6 @@ def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Pat
     only_evaluates(runner, ranks, "report", "trainer.devices=2")
 
 
-def test_two_ranks_save_together(runner: Runner, ranks: Path) -> None:
-    process = runner.start("output_dir=together", "trainer.devices=2")
-    record = wait_for(runner, "together", 3)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert json.loads((record / "status.json").read_text())["state"] == "preempted"
-    runner("output_dir=together", "trainer.devices=2")
-    assert losses(record) == losses(ranks)
-
-
 SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
 
 
@@ -201,30 +158,6 @@ def test_ranks_that_have_a_part_of_the_model_each(runner: Runner, ranks: Path) -
     assert {i: {k: x.shape for k, x in s.items()} for i, s in rows.items()} == {
         i: {k: x.shape for k, x in s.items()} for i, s in plain.items()
     }
-
-
-def test_one_rank_killed_is_a_run_cut_off(runner: Runner, ranks: Path) -> None:
-    process = runner.start("output_dir=lame", "trainer.devices=2")
-    record = wait_for(runner, "lame", 10)
-    second = [p for p in workers_of(record) if (Path(f"/proc/{p}/environ").read_bytes()).find(b"LOCAL_RANK=1") >= 0]
-    os.kill(second[0], signal.SIGKILL)
-    out, _ = process.communicate(timeout=90)
-    assert process.returncode == 143, out
-    assert "the same command continues" in out
-    runner("output_dir=lame", "trainer.devices=2")
-    assert losses(record) == losses(ranks)
-
-
-def test_ranks_whose_launcher_is_gone_end(runner: Runner) -> None:
-    process = runner.start("output_dir=alone", "trainer.devices=2", "trainer.max_steps=5000")
-    record = wait_for(runner, "alone", 3)
-    process.kill()
-    process.wait()
-    for _ in range(1500):
-        if not workers_of(record):
-            return
-        time.sleep(0.02)
-    raise AssertionError("ranks train on")
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(runner: Runner) -> None:
@@ -264,17 +197,6 @@ def test_what_cannot_be_trained_so_is_refused(runner: Runner, words: list[str], 
     assert f"refused  {message}" in runner("output_dir=cannot_be", *words, expect=2)
 
 
-def test_a_held_record_is_refused(runner: Runner) -> None:
-    first = runner.start("output_dir=held", "trainer.max_steps=2000")
-    try:
-        wait_for(runner, "held", 1)
-        out = runner("output_dir=held", "trainer.max_steps=2000", expect=2)
-        assert f"is being written by process {first.pid}" in out
-    finally:
-        first.send_signal(signal.SIGINT)
-        assert first.wait(timeout=60) == 130
-
-
 def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     diverging = [
         "output_dir=diverged",
@@ -288,30 +210,6 @@ def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     assert "Traceback" not in out
     assert not list(runner.record("diverged").glob("checkpoints/*"))
     assert "resume=retry" in runner(*diverging, expect=1)
-
-
-@pytest.mark.parametrize(
-    "optim",
-    [
-        "caspr_paper",
-        "caspr_polar",
-        "shampoo_polar",
-        "shampoo",
-        "adamw",
-        "nadamw",
-        "sgd",
-        "muon",
-        "soap",
-        "full_adagrad",
-        "normuon",
-        "ademamix",
-        "psgd_kron",
-    ],
-)
-def test_every_optimizer_runs(runner: Runner, optim: str) -> None:
-    runner(f"output_dir=all_{optim}", f"optim={optim}", "trainer.max_steps=8", "trainer.val_every=4")
-    seen = losses(runner.record(f"all_{optim}"))
-    assert seen[8, "val/loss"] < seen[4, "val/loss"]
 
 
 @pytest.mark.parametrize("devices", [1, 2])

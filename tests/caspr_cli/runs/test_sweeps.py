@@ -1,7 +1,5 @@
 """Decisions and messages of sweeps, without a single run."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

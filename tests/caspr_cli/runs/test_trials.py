@@ -1,7 +1,5 @@
 """The runner and the report choose the same trial."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -8,22 +8,21 @@ import torch
 from pandas import to_numeric
 from torch import nn
 
-from caspr_cli.commands import verify
+from caspr_cli.bench.shapes import layer
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.roots import newton_steps
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.report.answer import grid
+from caspr_cli.report.answer import sheet
 from caspr_cli.theory import cost
-from caspr_cli.theory.cost import Choice
-from caspr_cli.theory.cost_runs import called_products, divided, layer, model_of
+from caspr_cli.theory.choices import Assumed, Costs
+from caspr_cli.theory.cost_runs import called_products, divided, model_of
 from caspr_cli.theory.work import (
     DECODERS,
     GPUS,
     NODE,
     PASSES,
-    Assumed,
     Machine,
     exchanged,
     gathered,
@@ -188,17 +187,13 @@ def test_a_model_is_costed_as_the_plan_does():
 )
 def test_mistakes_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
-        cost.answer(Choice(quick=True, **options))
-
-
-def test_the_command_line_has_the_same_defaults():
-    assert vars(Choice()) == {"quick": False, "seed": 0} | {name: verify.FLAGS[name].default for name in verify.COSTED}
+        cost.answer(Costs(quick=True, **options))
 
 
 def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     monkeypatch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
     monkeypatch.setattr("caspr_cli.theory.cost_runs.COPIED", 2**16)
-    found = cost.answer(Choice(quick=True, model="vit"))
+    found = cost.answer(Costs(quick=True, model="vit"))
     assert all(held for _, held in found.claims)
     assert list(found.tables) == [
         "width", "block_size", "interval", "order", "model", "ranks", "scale", "decoders",
@@ -220,6 +215,7 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     assert sums == pytest.approx({"model": 48005003300.0, "ranks": 11037265900000.0})
     published = Path("outputs/published/verify/cost/cost.md").read_text(encoding="utf8").splitlines()
     for name in ("scale", "decoders"):  # numbers that follow from shapes alone
-        rows = grid(found.tables[name])
+        made = sheet(found.tables[name])
+        rows = [made.heads, *made.rows]
         assert len(rows) == {"scale": 1 + 4 * sum(map(len, GPUS.values())), "decoders": 1 + len(DECODERS)}[name]
         assert [row for row in rows if f"| {' | '.join(row)} |" not in published] == []

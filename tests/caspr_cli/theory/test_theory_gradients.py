@@ -5,11 +5,11 @@ import torch
 
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.tasks.registry import CONFS
+from caspr_cli.theory.choices import Layers
 from caspr_cli.theory.gradients import (
     LARGEST,
     LAYERS,
     MODELS,
-    Choice,
     as_matrix,
     kronecker_stream,
     low_rank_stream,
@@ -36,8 +36,8 @@ def test_layers_by_their_name():
         matching("patche5.weight", SHAPES)
     with pytest.raises(ConfigError, match=rf"8 x 3 x 8 x 8 = 1,536 numbers.* at most {LARGEST:,}"):
         matching("patches", SHAPES)
-    with pytest.raises(ConfigError, match="--parameter up: of which task"):
-        recordings(Choice(parameter="up"), silent)
+    with pytest.raises(ConfigError, match="--parameter up: needs a task"):
+        recordings(Layers(parameter="up"), silent)
 
 
 def test_a_convolution_is_seen_as_a_matrix():
@@ -73,7 +73,7 @@ def test_the_path_depends_on_the_optimizer_after_the_first_steps():
 
 @pytest.mark.release
 def test_what_is_asked_for_is_recorded():
-    found = recordings(Choice(quick=True, seed=3, task="vit", parameter="query"), silent)
+    found = recordings(Layers(quick=True, seed=3, task="vit", parameter="query"), silent)
     assert [(one.parameter, one.seed, one.shape) for one in found] == [("blocks.0.attention.query.weight", 3, (8, 8))]
 
 

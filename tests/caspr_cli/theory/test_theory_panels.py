@@ -9,20 +9,18 @@ from caspr_cli.report import style
 from caspr_cli.theory import panels
 
 STYLES = {"one": style.KNOWN["caspr"], "two": style.KNOWN["shampoo"]}
-DATA = DataFrame(
-    {
-        "where": ["b", "b", "b", "a", "c"],
-        "step": [1, 1, 10, 5, 5],
-        "one": [1.0, 3.0, 4.0, 7.0, math.nan],
-        "two": [math.nan, math.nan, math.nan, 8.0, 9.0],
-    }
-)
+COLUMNS = ("where", "line", "step", "size")
+ROWS = [
+    ("b", "one", 1, 1.0), ("b", "one", 1, 3.0), ("b", "one", 10, 4.0), ("a", "one", 5, 7.0), ("a", "two", 5, 8.0),
+    ("c", "one", 5, math.nan), ("c", "two", 5, 9.0), ("c", "three", 7, 9.0),
+]  # fmt: skip
+DATA = DataFrame(ROWS, columns=COLUMNS)
 
 
 @pytest.mark.parametrize("log", [True, False])
 def test_a_panel_for_each_group_and_a_mean_for_each_x(log):
     seen = []
-    found = panels.figure("f", "Title.", DATA, STYLES, panel="where", x="step", y="size", log=log, finish=seen.append)
+    found = panels.figure("f", "Title.", DATA, STYLES, COLUMNS, log=log, finish=seen.append)
     assert found.alt == "Title. b: one from 2 to 4; a: one from 7 to 7, two from 8 to 8; c: two from 9 to 9."
     assert [axes.get_title(loc="left") for axes in seen] == ["b", "a", "c"]
     assert [axes.get_ylabel() for axes in seen] == ["size", "", "size"]
@@ -34,3 +32,19 @@ def test_a_panel_for_each_group_and_a_mean_for_each_x(log):
     assert not seen[1].collections
     assert seen[0].get_xscale() == ("log" if log else "linear")
     assert [found.svg.count(f">{text}<") for text in ("one", "two", "b", "a", "c")] == [1] * 5  # one legend for all
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_what_else_is_asked():
+    seen = []
+    panels.figure(
+        "f",
+        "",
+        DATA,
+        STYLES,
+        COLUMNS,
+        unit="mm",
+        finish=lambda axes: seen.append(panels.logarithmic(ylim=(1, 10))(axes) or axes),
+    )
+    assert seen[0].get_ylabel() == "mm"
+    assert (seen[0].get_yscale(), seen[0].get_ylim()) == ("log", (1, 10))
+    assert seen[0].yaxis.get_major_formatter()(0.01) == "0.01"

@@ -12,7 +12,7 @@ from references.stream import random_stream
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
 from caspr_cli.bench.roots import BY_NAME, SOLVERS, Matrix
 from caspr_cli.theory import roots
-from caspr_cli.theory.gradients import Choice
+from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
     STORED,
@@ -184,7 +184,7 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     monkeypatch.setattr(roots, "QUICK_ROWS", 32)
     monkeypatch.setattr(roots, "DAMPINGS", (1e-10, 1e-6, 1e-2))
     monkeypatch.setattr(roots, "QUICK_SIZES", (16, 128))
-    found = roots.answer(Choice(quick=True, seed=3))
+    found = roots.answer(Seeds(quick=True, seed=3))
     assert all(held for _, held in found.claims)
     assert (len(found.counterexamples), len(found.figures)) == (2, 3)
     assert found.finding.startswith("With the default damping of 1e-06, ")
@@ -202,4 +202,7 @@ def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
     assert stability["eigh, float32"].tolist() == pytest.approx(own.loc[own["eps"] == 0, "error"].tolist())
     assert (stability["predicted"] >= default["float32"]).all()  # damping makes a root less sensitive
     assert (stability["steps"] <= stability["forecast"]).all()
-    assert found.tables["complexity"].loc[lambda t: t["solver"] == "eigh", "eigh"].eq(1).all()
+    eigh, newton = (own for _, own in found.tables["complexity"].groupby("solver"))
+    assert eigh["eigh"].eq(1).all()
+    assert eigh["cubes"].eq(25).all()
+    assert (newton["cubes"] == 2 * 4 * newton["steps"]).all()  # four products a step for p = 4

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from caspr_cli.recipe.schema import AdamWConf, Recipe, SearchConf
 from caspr_cli.tasks.registry import CONFS, C4LMConf
 from caspr_cli.training.hparams import METRICS, hyperparameters, summaries

@@ -1,7 +1,5 @@
 """The CUSTOM SCALARS page, as TensorBoard's own plugin puts it together from the runs of a directory."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

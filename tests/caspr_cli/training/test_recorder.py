@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -17,7 +15,7 @@ from caspr_cli.optim import CASPR
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.recipe.schema import AdamWConf, Logger, Recipe
 from caspr_cli.report import logs
-from caspr_cli.report.logs import Asked
+from caspr_cli.report.trackers import Asked
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 from caspr_cli.training.callbacks import Curves

@@ -312,8 +312,15 @@ def test_windows(tmp_path, count):
 
 @pytest.mark.parametrize(("split", "key"), [("train", "train_documents"), ("validation", "eval_documents")])
 def test_split_shorter_than_a_window_names_the_keys(conf, split, key):
-    with pytest.raises(DataError, match=rf"^task\.sequence: .*the {split} split.*task\.{key}$"):
+    with pytest.raises(DataError, match=rf"^task\.sequence: .*the {split} split.*task\.{key} or give more doc"):
         Corpus(conf(**{key: 1}, sequence=500)).check()
+
+
+def test_a_split_without_documents_does_not_name_a_limit_that_is_not_set(tmp_path):
+    (tmp_path / "a.txt").write_text("one document alone, of a few words")
+    own = C4LMConf(data=Source.files, root=str(tmp_path), vocab_size=300, sequence=8)
+    with pytest.raises(DataError, match=r"the 0 tokens of the \w+ split; lower task\.sequence or give more documents$"):
+        Corpus(own).check()
 
 
 # ---- long words --------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """The user's own text, in each format."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -111,8 +111,11 @@ def test_errors_of_the_root(tmp_path, tables, write):
     assert message("/nowhere").startswith("task.root: no such directory: /nowhere")
     assert message(tmp_path) == (
         f"task.root: no raw/ in {tmp_path}, nor in a folder of it "
-        "(it should hold raw/ and split/scaffold/ of OGB's pcba.zip)"
+        "(it should hold raw/ and split/scaffold/ of OGB's pcba.zip, or task.root should be a .csv file of SMILES and "
+        "labels)"
     )
+    (tmp_path / "notes.txt").write_text("no table")
+    assert message(tmp_path / "notes.txt").startswith(f"task.root: {tmp_path}/notes.txt is neither a .csv of SMILES")
     root = write(tables)
     assert message(root / "raw/edge.csv.gz").startswith("edge.csv.gz: no column smiles (it has ")
     shutil.copytree(root, tmp_path / "hiv")

@@ -1,7 +1,5 @@
 """A CSV file of SMILES and labels."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
@@ -41,7 +39,7 @@ def test_molecules_are_dealt_out_by_structure(name: str, tmp_path: Path) -> None
         ("smiles,y\nC,1\n\nxyz,0", r"a\.csv:4: 'xyz' is no SMILES of a molecule"),
         ("smiles,y\nC,1\nCC,2", r"a\.csv:3: y is '2', and should be 0, 1 or empty"),
         ("smiles,y\nC,1\nCC", r"a\.csv:3: 1 values, but 2 names in the first line"),
-        ("smiles,y\nC,high", r"a\.csv: no column of labels"),
+        ("smiles,y\nC,high", r"a\.csv: no column of labels \(y begins with 'high'\); it should"),
         ("smiles,y\n", r"a\.csv: has no molecules"),
         ("", r"a\.csv: is empty"),
     ],

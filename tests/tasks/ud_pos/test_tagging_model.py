@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import yaml
 
 from caspr_cli.tasks.ud_pos.data import PADDING
-from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Spelling, Tagger, sinusoids
+from caspr_cli.tasks.ud_pos.model import REACH, Spelling, Tagger, sinusoids
 
 
 def small(alphabet=20, dropout=0.0):
@@ -68,14 +68,6 @@ def test_spelling_by_hand():
         torch.testing.assert_close(channel(characters)[row], direct)
 
 
-@torch.no_grad()
-def test_an_unknown_word_still_has_its_spelling():
-    model = small()
-    words = torch.full((1, 2), 1)
-    one, other = model(words, torch.tensor([[2, 5, 3], [2, 6, 3]]), torch.tensor([[0, 1]]))[0]
-    assert not torch.allclose(one, other)
-
-
 def test_sinusoids():
     table = sinusoids(5, 8)
     assert table.shape == (5, 8)
@@ -102,11 +94,6 @@ def test_paper_scale_has_the_number_of_parameters_of_flax(pytestconfig):
     assert not any(name.endswith("bias") for name in attention)
     assert not task["characters"]
     assert task["word_dropout"] == 0
-
-
-def test_number_of_parameters_of_the_character_channel():
-    with_channel, without = (sum(p.numel() for p in small(alphabet).parameters()) for alphabet in (20, None))
-    assert with_channel - without == 20 * CHARACTER + 16 * CHARACTER * REACH + 16
 
 
 def test_padding_has_no_embedding_and_no_gradient():
