@@ -157,7 +157,8 @@ def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: l
 
 def _norms(updates: list[list[Tensor]]) -> Tensor:
     """Return the norm ``[n]`` of each update, which is in pieces: those of as many pieces in one call."""
-    counts, found = [len(pieces) for pieces in updates], {}
+    counts = [len(pieces) for pieces in updates]
+    found: dict[int, Tensor] = {}
     for count in set(counts):
         members = [i for i, n in enumerate(counts) if n == count]
         norms = frobenius([u for i in members for u in updates[i]])

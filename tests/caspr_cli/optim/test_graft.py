@@ -53,7 +53,9 @@ GRID = {
 }
 
 
-@pytest.mark.parametrize("row", pairs(GRID), ids=str)
+@pytest.mark.parametrize(
+    "row", pairs(GRID), ids=lambda row: "-".join(getattr(v, "__name__", str(v)) for v in row.values())
+)
 def test_a_graft_alone_is_torchs_optimizer(row):
     own, torchs, theirs = TORCHS[row["graft"]]
     weight, *gradients = random_stream(*row["shape"], steps=STEPS + 1, seed=1, dtype=row["dtype"])
