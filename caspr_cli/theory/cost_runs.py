@@ -80,7 +80,7 @@ def called_products() -> float:
 
 @dataclass(frozen=True)
 class Model:
-    """The cost of a task's model with CASPR, as ``debug=plan`` prints it."""
+    """The cost of a task's model with the published sum, as ``debug=plan`` prints it for ``optim=caspr_sum``."""
 
     task: str
     parameters: int

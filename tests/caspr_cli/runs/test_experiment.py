@@ -128,7 +128,7 @@ def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
     damping, base = Experiment.read("damping"), Experiment.read("c4_14m")
     assert damping.jobs["task"] == base.jobs["task"]
     assert damping.jobs["task.layers"] == base.jobs["task.layers"]
-    assert damping.jobs["optim"] == "caspr"
+    assert damping.jobs["optim"] == "caspr_sum"
     assert damping.jobs["search.trials"] == "4"
     assert damping.baseline != base.baseline
     assert damping.output_dir == "outputs/experiments/damping"
@@ -141,7 +141,9 @@ def test_a_list_in_a_list_is_one_value() -> None:
     told = Experiment.read("momentum", ["search.trials=1"])
     table = experiment.rows(told)
     assert [row.label for row in table] == [
-        f"optim={optim} optim.betas={betas}" for optim in ("caspr", "shampoo") for betas in ("[0.9,0.999]", "[0,0.999]")
+        f"optim={optim} optim.betas={betas}"
+        for optim in ("caspr_sum", "shampoo")
+        for betas in ("[0.9,0.999]", "[0,0.999]")
     ]
     betas = [getattr(row.tuning[0].optim, "betas", None) for row in table]
     assert [tuple(both) for both in betas if both] == [(0.9, 0.999), (0.0, 0.999)] * 2

@@ -159,14 +159,14 @@ def test_large_models_by_hand():
 
 
 def test_a_model_is_costed_as_the_plan_does():
-    """The numbers of ``caspr-train task=vit optim=caspr debug=plan``."""
-    from caspr_cli.recipe.schema import CasprConf, Recipe
+    """The numbers of ``caspr-train task=vit optim=caspr_sum debug=plan``."""
+    from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
     from caspr_cli.tasks.registry import ViTConf
     from caspr_cli.training.plan import plan
 
-    planned = plan(Recipe(task=ViTConf(), optim=CasprConf()))
+    planned = plan(Recipe(task=ViTConf(), optim=OPTIMIZERS["caspr_sum"]()))
     found = model_of("vit", None)
-    rows = [row for row in planned.rows if row.treatment == "caspr"]
+    rows = [row for row in planned.rows if row.treatment == "caspr_sum"]
     assert found.parameters == planned.parameters
     assert found.work.parameters == sum(row.count * math.prod(row.shape) for row in rows)
     assert found.work.products + found.work.roots == pytest.approx(sum(row.count * row.flops for row in rows))
