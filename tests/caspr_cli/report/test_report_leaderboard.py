@@ -18,7 +18,7 @@ from caspr_cli.report import entry, leaderboard, pack, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Row, Run
 
-PACK = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_molpcba.jsonl.gz"
+PACK = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_molpcba_muon.jsonl.gz"
 
 
 @cache
