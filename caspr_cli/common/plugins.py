@@ -44,7 +44,7 @@ def joined(group: str, ours: dict[str, E]) -> dict[str, E]:
         if point.name in found:
             raise _refused(point, f"{package(group, point.name)} has this name, too; uninstall one")
         if not point.name.isidentifier():
-            raise _refused(point, "the name should have letters, digits and _ alone")
+            raise _refused(point, "the name should be made of letters, digits and _")
         try:
             entry = point.load()
         except (Exception, SystemExit) as error:  # whatever its module does

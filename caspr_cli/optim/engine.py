@@ -389,8 +389,7 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        content: dict[str, Any] = super().__getstate__()
-        return content | {"_division": self._division.pickled}
+        return super().__getstate__() | {"_division": self._division.pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.

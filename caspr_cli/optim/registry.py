@@ -352,7 +352,9 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             _author,
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
-        "caspr_polar": Entry("the name of caspr in older records", CASPRKeys, _family("CASPR"), POLAR),
+        "caspr_polar": Entry(
+            "caspr with a rate of .001: its name in older records", CASPRKeys, _family("CASPR"), POLAR
+        ),
         "shampoo_polar": Entry(
             "Shampoo, each update replaced by its polar factor; Nesterov momentum as in Muon",
             ShampooKeys,

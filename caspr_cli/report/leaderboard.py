@@ -127,7 +127,8 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
             str(len(row.trials)), _against_baseline(row), first, packs.get(row.label, "-"),
         ])  # fmt: skip
     yield markdown(sheet(HEADS, lines))
-    if notes := [line for row in rows for line in _edges(row)]:
+    differ = [line for line in table.warnings if line.startswith("different ")]  # code and hardware of several packs
+    if notes := [*differ, *(line for row in rows for line in _edges(row))]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
     runs = rows[0].records

@@ -29,7 +29,7 @@ class Column:
     """One column of a sheet.
 
     Args:
-        spare: where there is no room, columns with the highest number are left out first, and one with 0 never.
+        spare: a narrow terminal leaves out the columns with the highest number first, and never one with 0.
         best: the rows whose cell is bold.
     """
 
@@ -88,7 +88,7 @@ def best(values: Sequence[float | None], *, higher: bool = True) -> frozenset[in
 
 
 def terminal(made: Sheet, width: int, *, bold: bool = False) -> tuple[list[str], list[str]]:
-    """Return the lines of the columns for which there is room, heads first, and the heads of the other columns.
+    """Return the lines of a table that is at most so wide, heads first, and the heads of the columns left out for it.
 
     Args:
         bold: whether the best cells are, by the codes of a terminal.
@@ -103,7 +103,7 @@ def terminal(made: Sheet, width: int, *, bold: bool = False) -> tuple[list[str],
 
 
 def lines(made: Sheet, width: int, *, bold: bool = False, more: str = MORE) -> list[str]:
-    """Return a table as lines of a terminal, with a line that says which columns have no room.
+    """Return a table as lines of a terminal; the last line names the columns that did not fit.
 
     Args:
         more: what has all columns.

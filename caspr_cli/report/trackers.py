@@ -90,7 +90,7 @@ class Log:
 
 @dataclass
 class Found:
-    """What is below some paths.
+    """The runs that were found below the given paths.
 
     Args:
         logs: those with the metric, or that failed before they logged it.

@@ -51,7 +51,9 @@ class Layers(Seeds):
 
     task: str | None = flag(None, f"gradients of this task alone: {', '.join(OURS)}", str, "NAME")
     parameter: str | None = flag(None, "layers whose names contain this, of at most 1,024 numbers", str, "TEXT")
-    optim: str = flag("caspr", "the optimizer that trains: caspr or adamw", str, "NAME", choices=("caspr", "adamw"))
+    optim: str = flag(
+        "caspr_sum", "the optimizer that trains: caspr_sum or adamw", str, "NAME", choices=("caspr_sum", "adamw")
+    )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
         stand_in.grad = torch.empty_like(stand_in)
         flops = called_flops(optimizer)
     own, blocks = recipe.optim.name, "-"
-    other = "AdamW"
+    other = "NAdam" if own == "caspr_author" else "AdamW"
     reason = reason or ("matrix" if p.ndim == 2 else "tensor")
     if isinstance(optimizer, KroneckerOptimizer):
         (only,) = optimizer.param_groups
@@ -113,7 +113,6 @@ def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe
             reason += " of one axis"
     elif own in TAKES:
         chosen = group["precondition"] and TAKES[own](p)
-        other = "NAdam" if own == "caspr_author" else "AdamW"
     else:
         chosen, other = group["precondition"] and p.ndim >= 2, own
     scale = settings.get("adamw_lr_scale", 1.0)

@@ -110,6 +110,13 @@ def test_what_takes_a_convolution(name: str, conv: str) -> None:
     assert treatments["wide.weight"] == name
 
 
+def test_adamw_has_another_rate_for_what_matrix_methods_leave_to_it() -> None:
+    treatments = {row.tensor: row.treatment for row in plan(recipe("adamw", adamw_lr_scale=0.5)).rows}
+    left = {tensor for tensor, treatment in treatments.items() if treatment == "adamw, lr x 0.5"}
+    assert left == {row.tensor for row in plan(recipe("caspr")).rows if row.treatment == "AdamW"}
+    assert {treatments[tensor] for tensor in treatments.keys() - left} == {"adamw"}
+
+
 def test_products_are_counted() -> None:
     (wide,) = (row for row in plan(recipe("muon", ns_steps=3)).rows if row.tensor == "wide.weight")
     m, n = 8, 30  # Newton-Schulz works on the wide side: A = X X', B = b A + c A A, X = a X + B X
