@@ -305,7 +305,7 @@ class ShampooOptions(FullAdagradOptions):
         False,
         """replace what the roots make of a block by its polar factor (five Newton-Schulz steps, as in Muon), of which
         all singular values are about 1: no direction can then be overshot. Use it with ``nesterov=True`` and
-        ``betas=(0.95, 0.95)``. A tensor that is cut into blocks has that of each block.""",
+        ``betas=(0.9, 0.99)``. A tensor that is cut into blocks has that of each block.""",
     )
     precondition_1d: bool = option(
         False,
