@@ -354,7 +354,10 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
         "caspr_polar": Entry(
-            "caspr with a rate of .001 and betas (.95, .95): its name in older records", CASPRKeys, _family("CASPR"), POLAR
+            "caspr with a rate of .001 and betas (.95, .95): its name in older records",
+            CASPRKeys,
+            _family("CASPR"),
+            POLAR,
         ),
         "shampoo_polar": Entry(
             "Shampoo, each update replaced by its polar factor; Nesterov momentum as in Muon",

@@ -19,17 +19,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from caspr_cli.common.errors import nearest
 from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.configs import files
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.recipe.search import ROUNDS, further
+from caspr_cli.recipe.tables import in_words, written
 from caspr_cli.runs.horizon import ROUNDS as HALVINGS
 from caspr_cli.runs.horizon import next_length
 from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
@@ -75,7 +73,7 @@ class Experiment:
         Raises:
             ConfigError: there is none of that name, or none at that scale.
         """
-        content = _content(name)
+        content = written(name)
         for word in given:
             parsed = words.parse(word)
             if parsed.is_sweep_override() and parsed.key_or_group in ONE:
@@ -91,7 +89,7 @@ class Experiment:
         jobs = {"scale": scale} | DEFAULTS | content["jobs"] | scales[scale] | where
         if changes.get("task.data", Source.sample.name) != Source.sample.name:
             jobs.pop("task.target.value", None)  # of other data
-        texts = {key: _text(value) for key, value in jobs.items()} | changes
+        texts = {key: in_words(value) for key, value in jobs.items()} | changes
         return cls(name, texts, content["baseline"], whether == "true")
 
     @property
@@ -125,31 +123,6 @@ class Experiment:
         """Return the overrides of the sweep that runs the selected trial of a row with fewer steps."""
         which = [f"trial={BEST}"] if self.searches else []
         return [*row.overrides, *which, f"seed={self.jobs.get('seed', '0')}", f"horizon={steps}"]
-
-
-def _content(name: str) -> dict[str, Any]:
-    """Return the content of its file, completed from the experiment that it is ``like``."""
-    known = files("experiment")
-    if name not in known:
-        raise ConfigError(
-            f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
-        )
-    own: dict[str, Any] = yaml.safe_load(known[name].read_text(encoding="utf8"))
-    if "like" not in own:
-        return {"baseline": None, "horizon": False} | own
-    base = _content(own["like"])
-    scales = {scale: jobs | own.get("scale", {}).get(scale, {}) for scale, jobs in base["scale"].items()}
-    horizon = own.get("horizon", base["horizon"])
-    return {"jobs": base["jobs"] | own["jobs"], "scale": scales, "baseline": own.get("baseline"), "horizon": horizon}
-
-
-def _text(value: Any) -> str:
-    """Return a value in Hydra's grammar: a list is several values, and a list in it is one value."""
-    if isinstance(value, list):
-        return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value)
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
 
 
 @dataclass(frozen=True)

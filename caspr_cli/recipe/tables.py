@@ -1,0 +1,74 @@
+"""The files of ``conf/experiment``, of which each describes a table: ours, and those of other packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from caspr_cli.common.errors import nearest
+from caspr_cli.recipe.configs import files
+from caspr_cli.recipe.errors import ConfigError
+
+KEYS = {"like": str, "jobs": dict, "scale": dict, "baseline": str, "horizon": bool}  # and what each holds
+
+
+def written(name: str, asking: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what the file of an experiment says: ``jobs``, ``scale``, ``baseline`` and ``horizon``.
+
+    What it does not say is that of the experiment that it is ``like``, but for the baseline.
+
+    Args:
+        name: of the file, without its suffix.
+        asking: the experiments that are like this one, which it cannot be like.
+
+    Raises:
+        ConfigError: there is none of that name, or its file says something else.
+    """
+    known = files("experiment")
+    if name not in known:
+        raise ConfigError(
+            f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
+        )
+    own = _checked(known[name])
+    base: dict[str, Any] = {"jobs": {}, "scale": {"sample": {}}, "horizon": False}
+    if "like" in own:
+        if own["like"] in (name, *asking):
+            raise ConfigError(f"{known[name]}: like: {own['like']} leads back to {name}")
+        base = written(own.pop("like"), (name, *asking))
+    else:
+        base["scale"] = own.get("scale", base["scale"])
+    scales = {scale: jobs | own.get("scale", {}).get(scale, {}) for scale, jobs in base["scale"].items()}
+    return base | {"baseline": None} | own | {"jobs": base["jobs"] | own.get("jobs", {}), "scale": scales}
+
+
+def _checked(file: Path) -> dict[str, Any]:
+    """Return the content of a file of an experiment, in which each key holds what it should."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{file}: is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: should have keys and values: {', '.join(KEYS)}")
+    for key, value in content.items():
+        if key not in KEYS:
+            raise ConfigError(f"{file}: {key} is not a key of an experiment.{nearest(str(key), KEYS)}")
+        if not isinstance(value, KEYS[key]):
+            what = {str: "a word", dict: "a mapping", bool: "true or false"}[KEYS[key]]
+            raise ConfigError(f"{file}: {key} should be {what} but is {value!r}")
+    for scale, jobs in content.get("scale", {}).items():
+        if not isinstance(jobs, dict):
+            raise ConfigError(f"{file}: scale.{scale} should be a mapping, as in {{sample: {{}}}}, but is {jobs!r}")
+    if "jobs" not in content and "like" not in content:
+        raise ConfigError(f"{file}: should have jobs, as in jobs: {{task: c4_lm, optim: [caspr, adamw]}}")
+    return content
+
+
+def in_words(value: Any) -> str:
+    """Return a value in Hydra's grammar: a list is several values, and a list in it is one value."""
+    if isinstance(value, list):
+        return ",".join(f"[{in_words(each)}]" if isinstance(each, list) else in_words(each) for each in value)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
