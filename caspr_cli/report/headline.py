@@ -80,7 +80,7 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
     better, worse = (said[kind] or "none" for kind in ("better", "worse"))
     if own:
         return f"significantly better than {own[0]}: {better}; worse: {worse}{untested}"
-    if len(tables) > 1:
+    if len(tables) > 1 and (said["better"] or said["worse"]):
         return f"{subject} is significantly better than {better}, and worse than {worse}{untested}"
     found = {"better than": said["better"], "worse than": said["worse"], "different from": said[format.NOT_SIGNIFICANT]}
     parts = [f"{'not ' * (how == 'different from')}significantly {how} {who}" for how, who in found.items() if who]

@@ -78,6 +78,9 @@ def test_who_wins_where_and_what_it_costs() -> None:
         (ends("adamw", 4.5) + ends("caspr", 4.0) + ends("adamw", 5.5, trainer__max_steps=100)
          + ends("caspr", 5.0, trainer__max_steps=100), {},
          "Best mean: caspr on 2 of 2 tables; caspr is significantly better than adamw on 2, and worse than none."),
+        (seeds("adamw", [4.5, 4.6]) + seeds("caspr", [4.5, 4.61]) + seeds("adamw", [5.5, 5.6], trainer__max_steps=100)
+         + seeds("caspr", [5.5, 5.61], trainer__max_steps=100), {},
+         "Best mean: adamw on 2 of 2 tables; caspr is not significantly different from adamw on 2."),
         (decayed("adamw", 4.5, 4.2) + decayed("caspr", 4.0, 4.1), {"baseline": "weight_decay=0"},
          "Best mean: caspr weight_decay=0; significantly better than each optimizer's own row with weight_decay=0: "
          "adamw weight_decay=0.1; worse: caspr weight_decay=0.1."),
