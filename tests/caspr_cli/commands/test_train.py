@@ -56,7 +56,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["optim.lr=abc"], "optim.lr should be a number but is 'abc'"),
         (
             ["optim.betas=0.9"],
-            "optim.betas should be a list in brackets, as in optim.betas=[0.95,0.95]",
+            "optim.betas should be a list in brackets, as in optim.betas=[0.9,0.99]",
         ),
         (["optim.learning_rate=1e-3"], "optim.learning_rate is not a key of optim=caspr. Did you mean optim.lr?"),
         (["optim.beta2=0.9"], "optim.beta2 is not a key of optim=caspr. Did you mean optim.betas?"),
