@@ -45,18 +45,6 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("outputs")
 
 
-def test_help_fits_a_screen(call: Call) -> None:
-    assert call("--help") == 0
-    text = call.out
-    assert len(text.splitlines()) <= 40
-    assert max(map(len, text.splitlines())) <= 110
-    for command in ("compare", "profile", "trials", "curves", "list", "show", "pack", "unpack"):
-        assert f"\n    {command} " in text
-    assert call("compare", "--help") == 0
-    text = call.out
-    assert all(word in text for word in ("--baseline", "--tuned", "--target", "--json", *report.SUFFIXES))
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -92,12 +80,6 @@ def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], messa
     assert message in err
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
-
-
-def test_no_outputs_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert call("compare") == 2
-    assert call.err.startswith("error: outputs: no such file or directory; caspr-train makes records")
 
 
 def test_compare_prints_a_table_for_each_task(study: Path, call: Call) -> None:

@@ -390,12 +390,3 @@ def test_parameters_in_another_order_are_refused_at_loading(kind: type) -> None:
     ):
         optimizer.load_state_dict(through_disk(other.state_dict()))
     assert not optimizer.state
-
-
-def test_groups_in_another_order_are_refused_at_loading() -> None:
-    params = weights(SHAPES)
-    first = CASPR([{"params": params[:2]}, {"params": params[2:], "precondition": False}], **OPTIONS)
-    advance(params, first, range(4))
-    second = CASPR([{"params": params[2:], "precondition": False}, {"params": params[:2]}])
-    with pytest.raises(ValueError, match=r"parameter 0 has shape \(4, 3, 3, 3\) here and \(6, 5\) in the state"):
-        second.load_state_dict(through_disk(first.state_dict()))

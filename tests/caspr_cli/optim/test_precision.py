@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from references.drive import bare_updates, relative_error, run
+from references.drive import bare_updates, relative_error
 from references.kronecker import precondition
 from references.stream import random_stream, statistics
 
@@ -72,23 +72,6 @@ def test_half_precision_parameters_have_float32_factors(dtype, bound):
     for update, expected in zip(updates, expected_updates(gradients, 1e-4, 2), strict=True):
         assert update.dtype == dtype
         assert relative_error(update, expected) < bound
-
-
-def test_parameters_of_four_types_in_one_optimizer():
-    """Each moves like alone, though their blocks have one shape."""
-    types = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-    streams = [random_stream(3, 4, steps=4, seed=6 + i, dtype=dtype) for i, dtype in enumerate(types)]
-    parameters = [torch.nn.Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in types]
-    options = {"lr": 0.1, "interval": 1, "start_step": 2}
-    optimizer = CASPR(parameters, **options)
-    for gradients in zip(*streams, strict=True):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer.step()
-    for parameter, stream in zip(parameters, streams, strict=True):
-        alone = run(CASPR, torch.ones(3, 4, dtype=parameter.dtype), stream, **options)[-1]
-        assert parameter.dtype == alone.dtype
-        assert relative_error(parameter.detach(), alone) < 1e-6
 
 
 def test_the_callers_matmul_precision_is_kept_and_not_used():

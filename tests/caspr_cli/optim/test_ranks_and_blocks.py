@@ -1,12 +1,10 @@
 """Tensors of every rank, how they merge to matrices, and how long axes are cut in blocks."""
 
-import math
-
 import pytest
 import torch
 from references.drive import bare_updates, relative_error, run, turns_of
 from references.kronecker import precondition
-from references.optimizer import axis_parts, merged_shape, reference_weights
+from references.optimizer import merged_shape, reference_weights
 from references.stream import random_stream, statistics
 
 from caspr_cli.optim import CASPR
@@ -44,13 +42,6 @@ def test_merging_is_preconditioning_the_reshaped_tensor(shape, merge, merged):
     expected = precondition(matrices[-1], statistics(matrices, "ema", BETA), 1e-4, "relative", 2)
     assert update.shape == shape
     assert relative_error(update.reshape(merged), expected) < 1e-9
-
-
-def test_axis_parts_are_those_of_tensor_split():
-    for size, block_size in [(1100, 1024), (7, 3), (6, 3), (1, 1), (5, 1), (10, 4), (4096, 1024)]:
-        count = math.ceil(size / block_size)
-        expected = [len(part) for part in torch.tensor_split(torch.arange(size), count)]
-        assert [part.stop - part.start for part in axis_parts(size, block_size)] == expected
 
 
 def test_one_parameter_in_many_equals_the_parameter_alone():

@@ -45,14 +45,6 @@ def test_every_block_has_one_turn_in_an_interval_and_the_turns_cost_alike() -> N
     assert max(costs) <= 1.34 * sum(costs) / len(costs)
 
 
-def test_the_first_roots_are_those_of_all() -> None:
-    params, optimizer = family()
-    advance(params, optimizer, range(1))
-    assert not any(A.any() for A in roots(optimizer))
-    advance(params, optimizer, range(1, 2))
-    assert all(A.flatten(1).any(1).all() for A in roots(optimizer))
-
-
 # ---- precision and memory
 
 
@@ -113,21 +105,6 @@ def test_the_fused_moments_are_those_of_the_plain_ones(dtype: torch.dtype, monke
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     for p, q in zip(fused, plain, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
-
-
-def test_the_number_of_threads_changes_next_to_nothing() -> None:
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            params, optimizer = family(torch.float64)
-            advance(params, optimizer, range(9))
-            results.append(params)
-    finally:
-        torch.set_num_threads(threads)
-    for p, q in zip(*results, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
 # ---- what a session may have set, and what it must find as it left it

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pairs import pairs
 from references.drive import relative_error
 from references.inverse_root import (
@@ -30,7 +28,6 @@ from caspr_cli.optim.roots import (
     bound,
     damping_shift,
     eigh_root,
-    largest_eigenvalue,
     newton_root,
     probe_vectors,
     residual,
@@ -83,14 +80,6 @@ def test_the_reference_is_the_root_with_fifty_digits(condition: float, p: int) -
         root = vectors * mpmath.diag([value ** (-mpmath.mpf(1) / p) for value in values]) * vectors.T
         exact = torch.tensor([[float(root[i, j]) for j in range(5)] for i in range(5)], dtype=torch.float64)
     assert relative_error(inverse_root(S, 1e-12, p), exact) < rounding(condition, 5)
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-def test_the_reference_makes_the_spectrum_it_says(name: str) -> None:
-    values = spectrum(name, 12, 1e4)
-    assert float(values[0] / values[-1]) == pytest.approx(1 if name == "equal" else 1e4)
-    found = torch.linalg.eigvalsh(with_spectrum(values, seed=1)).flip(0)
-    torch.testing.assert_close(found, values, rtol=0, atol=1e-14)
 
 
 # ---- float64: every condition, size, power and damping
@@ -345,25 +334,12 @@ def test_the_residual_of_odd_roots(p: int) -> None:
     assert residual(S, root, p).item() == pytest.approx(1.1**p - 1, rel=1e-6)
 
 
-def test_of_one_row_it_is_exact() -> None:
-    S = torch.tensor([[[4.0]]], dtype=torch.float64)
-    root = Root(torch.tensor([[[1.0]]]).double(), torch.zeros(1).double(), torch.tensor([4.0]).double(), torch.ones(1))
-    assert float(residual(S, root, 2)) == pytest.approx(3)
-
-
 def test_probes_are_signs_and_always_the_same() -> None:
     probes = probe_vectors(50, torch.float64, torch.device("cpu"))
     assert probes.shape == (PROBES, 50)
     assert probes.abs().eq(1).all()
     assert len(torch.unique(probes, dim=0)) == PROBES
     assert torch.equal(probes.float(), probe_vectors(50, torch.float32, torch.device("cpu")))
-
-
-@pytest.mark.parametrize("d", [1, 2, 50, 200])
-def test_the_power_method_is_near_and_from_below(d: int) -> None:
-    for name in SPECTRA:
-        for seed in range(3):
-            assert_from_below(float(largest_eigenvalue(matrix(d, 1e3, name, seed)[None])), 1.0, d)
 
 
 @pytest.mark.parametrize(
@@ -389,21 +365,3 @@ def test_two_threads_give_what_one_gives(counts: tuple[int, ...], solver: str, t
 
 
 # ---- what holds for every matrix
-
-
-MATRICES = {
-    "seed": st.integers(0, 10**6),
-    "d": st.integers(1, 40),
-    "log_condition": st.floats(0, 3),
-    "p": st.sampled_from(POWERS),
-}
-FEW = settings(max_examples=25, deadline=None)
-
-
-@given(**MATRICES)
-@FEW
-def test_the_power_of_a_root_is_the_inverse(seed: int, d: int, log_condition: float, p: int) -> None:
-    S, eye = matrix(d, 10**log_condition, seed=seed), torch.eye(d, dtype=torch.float64)
-    for root in (eigh_root(S[None], rule(1e-3), p), newton_root(S[None], rule(1e-3), p)):
-        damped = S + float(root.shift) * eye
-        torch.testing.assert_close(torch.linalg.matrix_power(root.A[0], p) @ damped, eye, rtol=0, atol=1e-9)

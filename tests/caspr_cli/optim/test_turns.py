@@ -51,14 +51,6 @@ def test_the_heaviest_step_is_at_most_four_thirds_of_the_best(costs: list[int], 
     assert 3 * interval * heaviest <= (4 * interval - 1) * least_possible(costs, interval)
 
 
-@given(COSTS, INTERVALS)
-def test_no_step_waits_while_another_has_two_turns_too_many(costs: list[int], interval: int) -> None:
-    """The heaviest step, without the last of its items, is the lightest; so it is within one item of the mean."""
-    heaviest = max(loads(costs, phases(costs, interval), interval))
-    steps = min(interval, len(costs))
-    assert steps * heaviest <= sum(costs) + (steps - 1) * max(costs)
-
-
 @given(st.integers(1, 60), INTERVALS)
 def test_equal_items_are_dealt_like_cards(count: int, interval: int) -> None:
     counts = loads([1] * count, phases([1] * count, interval), interval)

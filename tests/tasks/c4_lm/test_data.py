@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -261,15 +260,6 @@ def test_pointer_to_a_deleted_directory_builds_again(conf):
     directory.rmdir()
     assert Corpus(conf()).directory == directory
     Corpus(conf()).check()
-
-
-@pytest.mark.release
-def test_two_processes_build_at_once(conf, cache):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        arguments = documents(conf()), 300
-        one, other = pool.starmap(tokens.token_files, [arguments, arguments], chunksize=1)
-    assert one == other == Corpus(conf()).directory
-    assert {path.name for path in (cache / "c4_lm").iterdir()} == {".lock", "sources", one.name}
 
 
 def test_the_slower_of_two_builds_takes_the_other_ones_files(conf, cache, monkeypatch):

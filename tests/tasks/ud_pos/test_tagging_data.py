@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks.base import DataError, split_of
+from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.registry import TaggingConf, Tags
-from caspr_cli.tasks.ud_pos import data, sources
+from caspr_cli.tasks.ud_pos import data
 from caspr_cli.tasks.ud_pos.conllu import Sentence, read
 from caspr_cli.tasks.ud_pos.data import (
     BEGIN,
@@ -80,15 +80,6 @@ def test_reader_takes_syntactic_words(tmp_path, change):
     assert list(read(path, Tags.xpos)) == list(map(Sentence, WORDS, XPOS))
 
 
-def test_reader_of_gzip_and_of_nothing(tmp_path):
-    path = tmp_path / "a.conllu.gz"
-    path.write_bytes(gzip.compress(EXAMPLE.encode()))
-    assert [sentence.words for sentence in read(path, Tags.upos)] == WORDS
-    for text, message in (("", "is empty"), ("# one\n\n# two\n", "has no sentence"), ("\n\n", "has no sentence")):
-        with pytest.raises(DataError, match=rf"^none\.conllu: {message}$"):
-            list(read(write(tmp_path / "none.conllu", text), Tags.upos))
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -133,29 +124,6 @@ def test_sample_is_the_packages_treebank():
     assert described["name"].startswith("turkish-treebanks ")
     assert described["tags"] == 14
     assert 0.15 < described["splits"]["validation"]["unknown"] < 0.25
-
-
-def test_sample_splits_depend_on_the_text_alone(tmp_path, monkeypatch):
-    class Listed:
-        def __init__(self, path):
-            self.suffix, self.locate = path.suffix, lambda: path
-
-    def texts():
-        source = treebank(TaggingConf())
-        return {split: sorted(s.words for s in source.split(split)) for split in SPLITS}
-
-    blocks = [ROW.replace("word", f"word{i}", 1) + "\n\n" for i in range(60)]
-    one, other = (
-        write(tmp_path / "one.conllu", "".join(blocks[:40])),
-        write(tmp_path / "other.conllu", "".join(blocks[40:])),
-    )
-    monkeypatch.setattr(metadata, "files", lambda _: [Listed(other), Listed(one), Listed(tmp_path / "code.py")])
-    before = texts()
-    assert all(before.values())
-    write(one, "".join(reversed(blocks)))
-    write(other, "".join(blocks[:1]))  # a sentence that comes twice is twice in one split
-    split = split_of("word0", sources.HELD_OUT)
-    assert texts() == before | {split: sorted([*before[split], ["word0"]])}
 
 
 @pytest.mark.parametrize("broken", ["absent", "no record", "gone"])
