@@ -55,11 +55,18 @@ def transformer(width: int) -> tuple[Shape, ...]:
     return (*layer(width), *norms, *biases) * LAYERS + ((8 * width, width),)
 
 
-# Models that --model names: the matrices that are preconditioned, and how many numbers the rest has.
+def _llama(width: int, hidden: int, keys: int, layers: int) -> tuple[tuple[Shape, ...], int]:
+    return gated_layer(width, hidden, keys) * layers, (2 * 32000 + 2 * layers + 1) * width
+
+
+# Models that --model names: the matrices that are preconditioned, and how many numbers the rest has. Llamas are those
+# of arXiv:2401.02385 (TinyLlama), arXiv:2302.13971 and arXiv:2307.09288.
 MODELS = {
     "gpt2-small": (layer(768) * 12, (50257 + 1024) * 768 + (13 * 12 + 2) * 768),
     "gpt2-1.5b": (layer(1600) * 48, (50257 + 1024) * 1600 + (13 * 48 + 2) * 1600),
-    "llama-7b": (gated_layer(4096, 11008, 4096) * 32, 2 * 32000 * 4096 + (2 * 32 + 1) * 4096),
+    "llama-1.1b": _llama(2048, 5632, 256, 22),
+    "llama-7b": _llama(4096, 11008, 4096, 32),
+    "llama-70b": _llama(8192, 28672, 1024, 80),
 }
 PRESETS: dict[str, tuple[Shape, ...]] = {
     "medium": transformer(WIDTH // 2),

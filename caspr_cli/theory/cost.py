@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from pandas import DataFrame, concat
 
+from caspr_cli.bench.baselines import Settings
 from caspr_cli.bench.roots import threads
-from caspr_cli.bench.shapes import layer
+from caspr_cli.bench.shapes import MODELS, layer
+from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.caspr import CASPR
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.recipe.errors import ConfigError
@@ -19,7 +21,8 @@ from caspr_cli.theory import cost_runs, panels
 from caspr_cli.theory.choices import Assumed, Costs
 from caspr_cli.theory.cost_runs import PARTS, Model
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.work import DECODERS, GPUS, NODE, VARIANTS, gpu, scaled, stand_ins
+from caspr_cli.theory.scale import GPUS, NODE, on_paper
+from caspr_cli.theory.work import FLOAT, stand_ins
 
 SMALL = 0.1  # of a training step
 QUESTION = "Does a step of CASPR take less than a tenth of a training step, here and for 1B to 70B parameters?"
@@ -28,6 +31,8 @@ BLOCKS, INTERVALS, ORDERS = (64, 128, 256, 512), (1, 5, 10, 50), (1, 2, 3, math.
 SWEPT, QUICK_SWEPT = 256, 32  # width at which options are changed
 RANKS, RANKED, LAYERS = (1, 2, 4, 8, 16, 32, 64), 1024, 12  # ranks; and what they share
 SHARES = ("efficiency", "mfu")  # assumptions that are at most 1
+LARGE = {"llama-1.1b": (8, 64), "llama-7b": (64, 256), "llama-70b": (256, 1024, 4096)}  # models, and numbers of GPUs
+H100, CAPACITY = GPUS["h100"], 80e9  # bytes
 
 
 def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
@@ -45,7 +50,7 @@ def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
     model = cost_runs.model_of(choice.model, choice.batch)
     runs = _runs(choice.quick, log)
     block_count, ranks = _divided()
-    large = DataFrame(row for d in DECODERS for gpus in GPUS[d.name] for row in scaled(d, gpus, choice))
+    large = _large(choice, log)
     states = [(float(model.state), model.work.state)]
     states += [pair for own in runs.values() for pair in zip(own["state"], own["state_predicted"], strict=True)]
     state = all(abs(measured / predicted - 1) < 1e-3 for measured, predicted in states)
@@ -59,7 +64,7 @@ def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
         finding=finding(model, large),
         tables={name: _table(name, own) for name, own in runs.items()}
         | {"model": _model(model), "ranks": _ranks(ranks, block_count)}
-        | {"scale": _scale(large, choice), "decoders": _decoders()},
+        | {"scale": _scale(large, choice)},
         figures=(_width_figure(runs["width"]), _options_figure(runs), _scale_figure(large)),
         claims=(
             ("bytes of state are those of the formula (within 0.1 %, which are counters)", state),
@@ -89,7 +94,7 @@ def _runs(quick: bool, log: Log) -> dict[str, DataFrame]:
 def shares(model: Model, large: DataFrame) -> list[float]:
     """Return the part of a training step that is CASPR's: of this model's FLOPs, and of the time of each large one."""
     flops = model.work.products + model.work.roots
-    return [flops / (flops + model.training), *large.loc[large["variant"] == VARIANTS[0][0], "share"]]
+    return [flops / (flops + model.training), *large["share"]]
 
 
 def finding(model: Model, large: DataFrame) -> str:
@@ -182,37 +187,41 @@ def _ranks(ranks: DataFrame, blocks: int) -> DataFrame:
     )  # fmt: skip
 
 
+def _large(choice: Costs, log: Log) -> DataFrame:
+    """Return a step of large models on many GPUs, from shapes and data sheets, beside what training takes."""
+    rows, sheet = [], replace(H100, rates=choice)
+    for model, counts in LARGE.items():
+        log(f"{model}, on paper")
+        parameters = sum(math.prod(shape) for shape in MODELS[model][0]) + MODELS[model][1]
+        for row in on_paper(model, counts[:1] if choice.quick else counts, sheet, "caspr_sum", Settings()):
+            each = 1e12 * choice.bfloat16 * choice.mfu
+            training = TRAINING_FLOPS * parameters * choice.tokens / (row.gpus * each)
+            total = row.compute_seconds + row.exchange_seconds
+            weights = 2.0 * FLOAT * parameters / (1 if row.mode == "DDP" else row.gpus)  # and gradients
+            rows.append({
+                "model": model, "parameters": parameters, "gpus": row.gpus, "mode": row.mode, "training": training,
+                "compute": row.compute_seconds, "exchange": row.exchange_seconds, "total": total,
+                "share": total / (total + training), "gigabytes": (weights + row.state_bytes) / 1e9,
+                "fits": "yes" if weights + row.state_bytes <= CAPACITY else "no",
+            })  # fmt: skip
+    return DataFrame(rows)
+
+
 def _scale(large: DataFrame, assumed: Assumed) -> DataFrame:
-    parts = [key for key in large if key.startswith("s_")]
     return table(
         large,
         "At scale, on paper: seconds of a step on H100s",
-        heads={"gpus": "GPUs", "mode": "under", "variant": "options", "total": "optimizer", "gigabytes": "GB a GPU"}
-        | {key: key[2:] for key in parts},
-        formats={"gpus": ",", "training": ".3g", "total": ".3g", "share": ".1%", "gigabytes": ".3g"}
-        | dict.fromkeys(parts, ".2g"),
-        note=f"Assumed: {assumed.tokens:.0e} tokens a step, 6 FLOPs a parameter and token at {assumed.mfu:g} of "
-        f"{assumed.bfloat16:g} TFLOP/s; products and roots (Newton) in float32 at {assumed.efficiency:g} of "
+        heads={"gpus": "GPUs", "mode": "under", "total": "optimizer", "gigabytes": "GB a GPU"},
+        formats={"parameters": ".4g", "gpus": ",", "training": ".3g", "total": ".3g", "share": ".1%",
+                 "gigabytes": ".3g", "compute": ".2g", "exchange": ".2g"},
+        note=f"The models are TinyLlama, LLaMA 7B and Llama 2 70B, steps those of `caspr-bench --model`, in float32 "
+        f"with an interval of 10. Assumed: {assumed.tokens:.0e} tokens a step, 6 FLOPs a parameter and token at "
+        f"{assumed.mfu:g} of {assumed.bfloat16:g} TFLOP/s; products and roots (Newton) at {assumed.efficiency:g} of "
         f"{assumed.float32:g}, passes over memory at as much of {assumed.memory:g} TB/s; a link of "
-        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {gpu(assumed).capacity / 1e9:.0f} GB. Nothing "
-        "overlaps. GB: weights and gradients in float32 and the optimizer's state, without activations. The faster "
-        "links within a node are not counted. The share is of training and optimizer together.",
-    )
-
-
-def _decoders() -> DataFrame:
-    rows = []
-    for d in DECODERS:
-        work, own = d.work(), {"model": d.name, **vars(d), "parameters": d.parameters}
-        rows.append(own | {"preconditioned": work.parameters, "factors": work.factors / work.parameters})
-    return table(
-        DataFrame(rows).drop(columns="name"),
-        "The shapes that are assumed, of published models",
-        heads={"factors": "factors, bytes a parameter"},
-        formats=dict.fromkeys(("width", "layers", "hidden", "keys", "vocabulary"), ",")
-        | {"parameters": ".4g", "preconditioned": ".4g", "factors": ".1f"},
-        note="TinyLlama, LLaMA 7B and Llama 2 70B. Blocks of at most 1024. Embeddings and the head are left to AdamW.",
-    )
+        f"{assumed.network:g} GB/s for each GPU, {NODE} in a node; {CAPACITY / 1e9:.0f} GB. Nothing overlaps. GB: "
+        "weights and gradients in float32 and the optimizer's state, without activations. The share is of training "
+        "and optimizer together.",
+    )  # fmt: skip
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------
@@ -250,17 +259,13 @@ def _options_figure(runs: dict[str, DataFrame]) -> Figure:
 
 
 def _scale_figure(large: DataFrame) -> Figure:
-    hues = dict(zip((d.name for d in DECODERS), ("green", "blue", "vermilion"), strict=True))
-    dashes = dict(zip((name for name, *_ in VARIANTS), (style.SOLID, style.DOTTED), strict=True))
-    labels, shares = large["model"] + ", " + large["variant"], 100 * large["share"]
     ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
     return panels.figure(
         "scale",
         "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs.",
-        large.assign(label=labels, percent=shares).rename(columns={"gpus": "GPUs"}),
-        {f"{name}, {variant}": style.Style(hues[name], dashes[variant]) for name in hues for variant in dashes},
-        ("mode", "label", "GPUs", "percent"),
+        large.assign(percent=100 * large["share"]).rename(columns={"gpus": "GPUs"}),
+        {m: style.Style(hue, style.SOLID) for m, hue in zip(LARGE, ("green", "blue", "vermilion"), strict=False)},
+        ("mode", "model", "GPUs", "percent"),
         unit="share, %",
         finish=panels.logarithmic(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks], ylim=(0.2, 100)),
-        legend_columns=2,
     )

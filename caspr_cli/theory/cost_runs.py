@@ -21,7 +21,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.tasks.registry import CONFS
-from caspr_cli.theory.work import Machine, Work, gathered, seconds, stand_ins, work_of
+from caspr_cli.theory.work import FLOAT, Work, seconds, stand_ins, work_of
 from caspr_cli.training.timing import PhaseTimer
 
 WARM_UP = 2  # steps
@@ -30,13 +30,12 @@ PARTS = ("statistics", "roots", "apply", "rest")
 COUNTED = 256  # width of the layer whose products are counted
 
 
-def this_machine(size: int) -> Machine:
-    """Return one thread of this CPU: the rate of float32 products of ``size`` rows, and of a copy."""
+def rates(size: int) -> tuple[float, float]:
+    """Return FLOPs and bytes a second of one thread: of float32 products of ``size`` rows, and of a copy."""
     source, target = torch.randn(COPIED), torch.empty(COPIED)
     target.copy_(source)
     memory = 2.0 * source.nbytes / least_seconds(lambda: target.copy_(source))
-    rate = product_rate(size)
-    return Machine(products=rate, roots=rate, memory=memory)
+    return product_rate(size), memory
 
 
 def run(width: int, **options: Any) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def run(width: int, **options: Any) -> dict[str, Any]:
     for _ in range(WARM_UP):
         optimizer.step()
     work = work_of(optimizer)
-    expected = seconds(work, this_machine(min(width, optimizer.param_groups[0]["block_size"])))
+    expected = seconds(work, *rates(min(width, optimizer.param_groups[0]["block_size"])))
     optimizer.phase = spent = PhaseTimer(torch.device("cpu"), now=time.process_time)
     steps = max(5, optimizer.param_groups[0]["interval"])
     start = time.process_time()
@@ -138,4 +137,4 @@ def divided(optimizer: KroneckerOptimizer, ranks: int) -> dict[str, Any]:
     block = max(6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes in blocks)
     return {"ranks": ranks, "most": most, "bound": average + (1 - 1 / ranks) * block,
             "speedup": max(map(max, longest(1))) / most, "balance": average / most,
-            "received": gathered(work) if ranks > 1 else 0.0, "factors": work.factors / ranks}  # fmt: skip
+            "received": FLOAT * work.parameters if ranks > 1 else 0.0, "factors": work.factors / ranks}  # fmt: skip

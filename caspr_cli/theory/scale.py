@@ -17,7 +17,9 @@ from caspr_cli.optim.plan import Plan, plan_key
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.theory.choices import Assumed
-from caspr_cli.theory.work import FLOAT, NODE, gpu, stand_ins, work_of
+from caspr_cli.theory.work import FLOAT, stand_ins, work_of
+
+NODE = 8  # GPUs that share what comes over their links, by far faster ones
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class Gpu:
     name: str
     rates: Assumed
     node: float
+
+    @property
+    def products(self) -> float:
+        """FLOPs a second of products in float32, without TF32, that the optimizer reaches."""
+        return 1e12 * self.rates.efficiency * self.rates.float32
+
+    @property
+    def memory(self) -> float:
+        """Bytes of memory a second that it reads and writes."""
+        return 1e12 * self.rates.efficiency * self.rates.memory
 
 
 # NVIDIA's data sheets, of SXM modules without sparsity, in DGX machines: a link of 400 (A100: 200) Gb/s for each GPU.
@@ -66,7 +78,7 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
     matrices, rest = MODELS[model]
     optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings, settings.interval)
     assert isinstance(optimizer, KroneckerOptimizer)
-    (group,), work, machine = optimizer.param_groups, work_of(optimizer), gpu(sheet.rates)
+    (group,), work = optimizer.param_groups, work_of(optimizer)
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
     root = root_flops(group, len(blocks[0][1]), torch.device("cuda"))
@@ -81,7 +93,7 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
             busiest = sum(map(max, turns)) / len(turns)
             factors, most = _kept(blocks, owners, n)
             taken, buffers = _travels(sizes, owners, n, sharded=sharded)
-            passes = (work.traffic / n + work.entries / parts) / machine.memory
+            passes = (work.traffic / n + work.entries / parts) / sheet.memory
             yield ScaleRow(
                 gpus=count,
                 mode="fully_shard" if sharded else "DDP",
@@ -93,8 +105,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
                 buffer_bytes=buffers,
                 received_bytes=taken,
                 received_ratio=taken / sum(sizes),
-                compute_seconds=busiest / machine.products + passes,
-                exchange_seconds=_exchange(taken, n, sheet, machine.network, sharded=sharded),
+                compute_seconds=busiest / sheet.products + passes,
+                exchange_seconds=_exchange(taken, n, sheet, sharded=sharded),
                 dealing_seconds=dealing,
             )
 
@@ -120,8 +132,8 @@ def _travels(sizes: Sequence[int], owners: Sequence[int], ranks: int, *, sharded
     return sum(each), sum(sorted(each)[-2:]) * (1 + 1 / ranks)
 
 
-def _exchange(taken: float, ranks: int, sheet: Gpu, network: float, *, sharded: bool) -> float:
+def _exchange(taken: float, ranks: int, sheet: Gpu, *, sharded: bool) -> float:
     """Return the seconds until so many bytes are here. Links of a node bring once what all of its GPUs receive."""
     if ranks <= NODE:
         return taken / sheet.node
-    return max(taken / sheet.node, taken / (1 if sharded else NODE) / network)
+    return max(taken / sheet.node, taken / (1 if sharded else NODE) / (1e9 * sheet.rates.network))
