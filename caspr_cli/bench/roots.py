@@ -10,19 +10,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pandas import DataFrame, Series
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
-from caspr_cli.optim.roots import Root, eigh_root, newton_root, residual
+from caspr_cli.optim.roots import Root, eigh_root, newton_root
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
@@ -193,121 +192,3 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
-
-
-# ---- caspr-bench --roots -----------------------------------------------------------------------------------------
-
-TABLE_SOLVERS = {
-    "eigh32": "eigh, float32",
-    "eigh64": "stored in float32",
-    "newton32": "newton, float32",
-}
-CONDITIONS = (1e2, 1e4, 1e6, 1e8, 1e12)
-DAMPINGS = (1e-4, 1e-6, 1e-8, 1e-12)  # relative to the largest eigenvalue
-KNOWN = 1e-2  # error of eigh64 up to which float32 statistics determine their root
-ILL = 1e6  # condition from which on roundings matter
-
-LEGEND = f"""\
-error      ||A - S~^(-1/4)||_F / ||S~^(-1/4)||_F, S~ = S + eps lambda_max I of the float64 matrix S; solvers see float32
-residual   ||A^2 S~ A^2 - I||_F / sqrt(d) of the root A with the float32 matrix, computed in float64
-steps      of the Newton iteration, counted
-solvers    eigh32, eigh64, newton32: in that precision
-x eigh64   error in units of that of eigh64, which is the error of storing S: median, least and most of the lines
-           where eigh64 is at most {KNOWN:.0%} off
-x eigh32   error, and residual, in units of those of eigh32, in such lines with a condition of {ILL:.0e} or more:
-           least, most, and how many are below 1"""
-
-
-def root_errors(
-    d: int = 256, conditions: Sequence[float] = CONDITIONS, dampings: Sequence[float] = DAMPINGS
-) -> DataFrame:
-    """Return a row for each condition, damping and solver, in this order, on matrices of d rows, always the same."""
-    return DataFrame(
-        _root_error(name, matrix, condition, eps)
-        for condition in conditions
-        for matrix in [Matrix.drawn(d, condition, 0)]
-        for eps in dampings
-        for name in TABLE_SOLVERS
-    )
-
-
-def _root_error(name: str, matrix: Matrix, condition: float, eps: float) -> dict[str, Any]:
-    """Return the errors of one solver for one matrix.
-
-    Keys:
-        error: relative, Frobenius norm, against the root of the float64 matrix.
-        own_error: the same against the float64 root of the matrix as float32 has it: the solver's own.
-        residual: with the float32 matrix, in float64.
-        iterations: of Newton; else None.
-    """
-    solver = BY_NAME[TABLE_SOLVERS[name]]
-    seen, stored = solver.matrix(matrix.S), matrix.S.float().double()
-    values, Q = torch.linalg.eigh(stored[0])  # negative ones, which rounding makes, count as zero in all solvers
-    with NewtonWatch() as watch:
-        root = solver.run(seen, eps, P)
-    return {
-        "condition": condition,
-        "eps": eps,
-        "solver": name,
-        "error": distance(root.A[0], matrix.root(eps, P)),
-        "own_error": distance(root.A[0], (Q * (values.clamp(min=0) + eps * values[-1]).pow(-1 / P)) @ Q.mT),
-        "residual": float(residual(stored, replace(root, A=root.A.double()), P)),
-        "iterations": watch.steps or None,
-        "milliseconds": 1e3 * least_seconds(lambda: solver.run(seen, eps, P), time.perf_counter),
-    }
-
-
-def roots_table(rows: DataFrame) -> list[list[str]]:
-    """Return the cells of a table with a line for each condition and damping, all solvers side by side."""
-    names = list(TABLE_SOLVERS)
-    residuals = [name for name in names if name != "eigh64"]
-    over = ["", "", "error", *[""] * (len(names) - 1), "residual", *[""] * (len(residuals) - 1), "steps"]
-    lines = [over, ["condition", "eps", *names, *residuals, "newton32"]]
-    for (condition, eps), own in rows.groupby(["condition", "eps"], sort=False):
-        of = own.set_index("solver")
-        errors = [*of.loc[names, "error"], *of.loc[residuals, "residual"]]
-        steps = f"{of.loc['newton32', 'iterations']:.0f}"
-        lines.append([f"{condition:.0e}", f"{eps:.0e}", *(f"{error:.1e}" for error in errors), steps])
-    return lines
-
-
-def solvers_table(rows: DataFrame) -> list[list[str]]:
-    """Return the cells of a table with a line for each solver: time, and error in units of those of two others."""
-    by = rows.pivot(index=["condition", "eps"], columns="solver", values=["error", "residual", "milliseconds"])
-    known = by[by["error", "eigh64"] <= KNOWN]
-    ill = known[known.index.get_level_values("condition") >= ILL]
-
-    def ends(found: Series) -> list[str]:
-        return [f"{found.min():.2g}", f"{found.max():.2g}"] if len(found) else ["-", "-"]
-
-    lines = [["solver", "ms", "x eigh64", "least", "most", "lines", "x eigh32, least", "most", "below 1", "residual",
-              "most", "below 1", "lines"]]  # fmt: skip
-    for name in TABLE_SOLVERS:
-        over = known["error", name] / known["error", "eigh64"]
-        line = [name, f"{by['milliseconds', name].median():.3g}"]
-        line += [f"{over.median():.2g}" if len(over) else "-", *ends(over), str(len(over))]
-        for field in ("error", "residual"):
-            found = ill[field, name] / ill[field, "eigh32"]
-            line += [*ends(found), str(int((found < 1).sum()))]
-        lines.append([*line, str(len(ill))])
-    return lines
-
-
-def main_table(d: int = 256, count: int = 1) -> tuple[list[dict[str, Any]], str, list[list[list[str]]]]:
-    """Return the rows as they go into a JSON file, a title, and the tables to print.
-
-    Args:
-        d: rows of the matrices.
-        count: threads of torch while it runs; by default one, as each matrix has in the optimizer.
-    """
-    with threads(count):
-        rows, used = root_errors(d), torch.get_num_threads()
-    title = (
-        f"Roots S~^(-1/{P}) of {d} x {d} matrices, {used} thread{'s' if used > 1 else ''}, torch {torch.__version__}"
-    )
-    counted = [None if math.isnan(steps) else int(steps) for steps in rows["iterations"]]
-    records = [
-        row | {"iterations": steps, "d": d, "threads": used}
-        for row, steps in zip(rows.to_dict("records"), counted, strict=True)
-    ]
-    return records, title, [roots_table(rows), solvers_table(rows)]

@@ -16,7 +16,7 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, finite, milliseconds, table, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, finite, milliseconds, terminal_width
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import scales
@@ -43,7 +43,6 @@ EXAMPLES = """\
   caspr-bench --shapes "4*1536x512,200*64x64x3x3"   your own shapes
   caspr-bench --task c4_lm --scale paper            a task's model
   caspr-bench --optim caspr_sum,caspr:graft=rms    modes of one engine
-  caspr-bench --roots                               errors of inverse roots
   caspr-bench --ranks 1,2,4                         on 1, 2 and 4 processes
   caspr-bench --model gpt2-1.5b --scale 8,1024      on many GPUs, predicted"""
 
@@ -89,7 +88,6 @@ def parser() -> Parser:
     what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
     what.add_argument("--params", metavar="N", help="a transformer with about N parameters: 300k, 14M, 1.5B")
     what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
-    what.add_argument("--roots", action="store_true", help="errors of inverse roots, and no steps")
     made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
     scale = "of --task (default: sample); or numbers of GPUs, of --model (default: 8,64,1024)"
     made.add_argument("--scale", metavar="NAME", help=scale)
@@ -139,8 +137,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
     if args.model:
         one_of("--model", args.model, MODELS)
-        if args.task or args.params or args.roots:
-            raise UserError("--model: has shapes of its own, so leave out --task, --params and --roots")
+        if args.task or args.params:
+            raise UserError("--model: has shapes of its own, so leave out --task and --params")
         try:
             args.scale = ranks(args.scale or "8,64,1024")
         except argparse.ArgumentTypeError as error:
@@ -150,8 +148,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.shapes = args.shapes or ("transformer" if args.ranks else "medium")
     if args.scale and not (args.task or args.model):
         raise UserError("--scale: needs --task NAME, or --model NAME")
-    if args.ranks and (args.roots or args.model):
-        raise UserError(f"--ranks: measures a step, and {'--roots' if args.roots else '--model'} does not")
+    if args.ranks and args.model:
+        raise UserError("--ranks: measures a step, and --model does not")
     if args.batch and args.task:
         raise UserError("--batch: a task has a batch of its own")
     return args
@@ -198,14 +196,14 @@ def run(args: argparse.Namespace) -> None:
         if args.task
         else scaled_transformer(args.params) if args.params else parse_shapes(args.shapes)
     )  # fmt: skip
-    steps = not args.roots and not args.ranks and not args.model
+    steps = not args.ranks and not args.model
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = writable(args.png or PLOTS / f"{name}.png") if steps and not args.no_png else None
     progress = Progress(sys.stderr, SECONDS_BETWEEN_LINES)
     progress.say("importing torch")
     try:
-        if args.roots or args.model:
-            rows, lines, chart = _roots(args) if args.roots else _scale(args)
+        if args.model:
+            rows, lines, chart = _scale(args)
         else:
             rows, lines, chart = _steps(args, what, progress.say, draw=png is not None)
     finally:
@@ -239,14 +237,6 @@ def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, log: Callable[[str
     rows = measure.measured(what, args.optim, settings, machine, tokens=tokens, rounds=args.rounds, log=log)
     lines = list(report(rows, "its own batch" if args.task else f"{tokens:,} tokens"))
     return [asdict(row) for row in rows], lines, figure.png(figure.draw(rows)) if draw else b""
-
-
-def _roots(args: argparse.Namespace) -> Made:
-    from caspr_cli.bench import roots
-
-    rows, title, tables = roots.main_table(count=args.threads or 1)
-    lines = [title, *(line for cells in tables for line in ("", *table(cells))), "", *roots.LEGEND.splitlines()]
-    return rows, lines, b""
 
 
 def _scale(args: argparse.Namespace) -> Made:

@@ -61,7 +61,6 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
         (["--shapes", "3x3", "--set", "ordr=3"], "ordr is no option. Did you mean order?"),
         (["--shapes", "3x3", "--set", "eps=-1"], "caspr: eps should be > 0 but is: -1"),
         (["--ranks", "0"], "--ranks: should be a positive integer but is 0"),
-        (["--ranks", "2", "--roots"], "--ranks: measures a step, and --roots does not"),
         (["--ranks", "2", "--model", "gpt2-small"], "--ranks: measures a step, and --model does not"),
         (["--model", "gpt-2"], "--model gpt-2: no such choice"),
         (["--model", "gpt2-small", "--gpu", "h1"], "--gpu h1: no such choice. Did you mean h100?"),
@@ -143,18 +142,6 @@ def test_an_interruption_is_one_line_and_130(call: Call, monkeypatch: pytest.Mon
     assert call(*TINY, "--optim", "adamw", "--json", "rows.json", "--no-png") == 130
     assert (call.out, call.err) == ("", "importing torch\ninterrupted: nothing was written\n")
     assert not Path("rows.json").exists()
-
-
-def test_the_table_of_roots(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from caspr_cli.bench import roots
-
-    whole = roots.root_errors
-    monkeypatch.setattr(roots, "root_errors", lambda d: whole(12, (1e2,), (1e-4,)))
-    assert call("--roots", "--json", "roots.json") == 0
-    rows = json.loads(Path("roots.json").read_text(encoding="utf8"))
-    assert {row["solver"] for row in rows} == {"eigh32", "eigh64", "newton32"}
-    assert "eigh32" in call.out
-    assert call("--roots", "--task", "c4_lm") == 2
 
 
 def test_a_step_on_many_gpus_is_predicted(call: Call) -> None:
