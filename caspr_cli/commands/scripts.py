@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 from caspr_cli.common.streams import console_script
 
 
-def _start(command: str) -> int:
-    code: int = import_module(f"caspr_cli.commands.{command}").main()
-    return code
+def _script(command: str) -> Callable[[], int]:
+    def start() -> int:
+        code: int = import_module(f"caspr_cli.commands.{command}").main()
+        return code
+
+    return console_script(start)
 
 
-@console_script
-def train() -> int:
-    """Run ``caspr-train``."""
-    return _start("train")
-
-
-@console_script
-def report() -> int:
-    """Run ``caspr-report``."""
-    return _start("report")
-
-
-@console_script
-def bench() -> int:
-    """Run ``caspr-bench``."""
-    return _start("bench")
-
-
-@console_script
-def verify() -> int:
-    """Run ``caspr-verify``."""
-    return _start("verify")
+train, report, bench, verify = map(_script, ("train", "report", "bench", "verify"))

@@ -202,7 +202,7 @@ def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
         other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
         write(other, Path("outputs/c4_lm/caspr/other", f"seed{seed}"))
     assert call("curves", study / "c4_lm", "--to", "c.svg") == 0
-    names = ["c-c4_lm-sample-sample-val_loss-abcd.svg", "c-c4_lm-sample-sample-val_loss-ffff.svg"]
+    names = ["c-c4_lm-sample-sample-val_loss-abcd-300.svg", "c-c4_lm-sample-sample-val_loss-ffff-300.svg"]
     assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from references.author import author_weights
-from stepping import advance, resumed, weights
 
 from caspr_cli.optim.author import AuthorCASPR, blocks_of, whole
 
@@ -76,16 +75,6 @@ def test_a_group_without_preconditioning_is_that_of_vectors() -> None:
         both.step()
     assert torch.equal(p.detach().reshape(24), q.detach())
     assert "L" not in both.state[p]
-
-
-def test_a_cut_changes_nothing() -> None:
-    (p,) = params = weights([(6, 4)], torch.float64)
-    optimizer = AuthorCASPR(params, start_step=3, interval=2)
-    advance(params, optimizer, range(6))
-    others, other = resumed(params, optimizer, start_step=3, interval=2)
-    advance(params, optimizer, range(6, 12))
-    advance(others, other, range(6, 12))
-    assert torch.equal(p, others[0])
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"interval": 0}, {"block_size": 0}, {"eps": -1e-8}])

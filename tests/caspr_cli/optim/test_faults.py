@@ -580,9 +580,6 @@ def test_garbage_is_refused(monkeypatch: pytest.MonkeyPatch, garbage: str, axis:
     assert bool(torch.isfinite(params[0]).all())
 
 
-# Shapes at the ends of what there is.
-
-
 # Parameters that come and go.
 
 

@@ -326,14 +326,6 @@ def test_a_residual_is_the_dense_one_within_the_error_of_eight_probes(d: int, p:
             assert dense > 0.1 * size
 
 
-@pytest.mark.parametrize("p", [1, 3, 4])
-def test_the_residual_of_odd_roots(p: int) -> None:
-    S = matrix(8, 1e2)[None]
-    root = eigh_root(S, rule(1e-3), p)
-    root.A.mul_(1.1)
-    assert residual(S, root, p).item() == pytest.approx(1.1**p - 1, rel=1e-6)
-
-
 def test_probes_are_signs_and_always_the_same() -> None:
     probes = probe_vectors(50, torch.float64, torch.device("cpu"))
     assert probes.shape == (PROBES, 50)
@@ -362,6 +354,3 @@ def test_two_threads_give_what_one_gives(counts: tuple[int, ...], solver: str, t
         torch.testing.assert_close(several.root.shift, one.root.shift, rtol=1e-13, atol=0)
         torch.testing.assert_close(several.root.condition, one.root.condition, rtol=1e-11, atol=0)
         torch.testing.assert_close(several.residual, one.residual, rtol=0, atol=1e-12)
-
-
-# ---- what holds for every matrix
