@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 from pandas import DataFrame, concat
 
 from caspr_cli.bench.baselines import Settings
-from caspr_cli.bench.roots import threads
 from caspr_cli.bench.shapes import MODELS, layer
 from caspr_cli.bench.workload import TRAINING_FLOPS
 from caspr_cli.optim.caspr import CASPR
@@ -22,6 +21,7 @@ from caspr_cli.theory.choices import Assumed, Costs
 from caspr_cli.theory.cost_runs import PARTS, Model
 from caspr_cli.theory.gradients import Log
 from caspr_cli.theory.scale import GPUS, NODE, on_paper
+from caspr_cli.theory.solvers import threads
 from caspr_cli.theory.work import FLOAT, stand_ins
 
 SMALL = 0.1  # of a training step

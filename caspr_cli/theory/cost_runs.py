@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from caspr_cli import tasks
-from caspr_cli.bench.roots import least_seconds, product_rate
 from caspr_cli.bench.shapes import layer
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR
@@ -21,6 +20,7 @@ from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.tasks.registry import CONFS
+from caspr_cli.theory.solvers import least_seconds, product_rate
 from caspr_cli.theory.work import FLOAT, Work, seconds, stand_ins, work_of
 from caspr_cli.training.timing import PhaseTimer
 

@@ -32,8 +32,12 @@ import torch
 from pandas import DataFrame
 from torch import Tensor
 
-from caspr_cli.bench.precision import Precision
-from caspr_cli.bench.roots import (
+from caspr_cli.optim.refresh import ACCEPTED
+from caspr_cli.optim.roots import Root, bound, newton_steps, residual
+from caspr_cli.optim.schedule import EIGH_FLOPS
+from caspr_cli.optim.solve import newton_products
+from caspr_cli.theory.precision import Precision
+from caspr_cli.theory.solvers import (
     MATRICES_HELD,
     SOLVERS,
     Matrix,
@@ -45,10 +49,6 @@ from caspr_cli.bench.roots import (
     peak_bytes,
     product_rate,
 )
-from caspr_cli.optim.refresh import ACCEPTED
-from caspr_cli.optim.roots import Root, bound, newton_steps, residual
-from caspr_cli.optim.schedule import EIGH_FLOPS
-from caspr_cli.optim.solve import newton_products
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 SMALL = 0.02  # predicted errors up to here are in the reach of a first order

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "training": {"google", "lightning", "mlflow", "numpy", "rich", "tensorboard", "torch", "wandb", "common", "optim",
                  "recipe", "runs", "tasks"},
     "optim": {"torch", "pytorch_optimizer", "common.plugins"},
-    "bench": {"matplotlib", "numpy", "pandas", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
+    "bench": {"matplotlib", "numpy", "pytorch_optimizer", "torch", "common", "optim", "recipe", "tasks",
               "training"},
     "report": {"google", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard",
                "yaml", "common"},

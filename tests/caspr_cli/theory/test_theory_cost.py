@@ -136,7 +136,7 @@ def test_mistakes_are_named(options, words):
 
 
 def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
-    monkeypatch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
+    monkeypatch.setattr("caspr_cli.theory.solvers.TIMED", 0.0)
     monkeypatch.setattr("caspr_cli.theory.cost_runs.COPIED", 2**16)
     monkeypatch.setattr(cost, "LARGE", {"llama-7b": (64,), "llama-1.1b": (8,)})
     found = cost.answer(Costs(quick=True, model="vit"))

@@ -9,10 +9,9 @@ from references.inverse_root import inverse_root, spectrum, with_spectrum
 from references.kronecker import spectral_power
 from references.stream import random_stream
 
-from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
-from caspr_cli.bench.roots import BY_NAME, SOLVERS, Matrix
 from caspr_cli.theory import roots
 from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
 from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
     STORED,
@@ -26,6 +25,7 @@ from caspr_cli.theory.rounding import (
     storage,
     worst_case,
 )
+from caspr_cli.theory.solvers import BY_NAME, SOLVERS, Matrix
 
 EXPONENTS = [2, 4, 6]
 STORES = [solver for solver in SOLVERS if solver.exact]
@@ -180,7 +180,7 @@ def test_the_reach_ends_with_the_first_error_that_is_large():
 
 
 def test_the_answer_holds_and_its_tables_are_what_was_measured(monkeypatch):
-    monkeypatch.setattr("caspr_cli.bench.roots.TIMED", 0.0)
+    monkeypatch.setattr("caspr_cli.theory.solvers.TIMED", 0.0)
     monkeypatch.setattr(roots, "QUICK_ROWS", 32)
     monkeypatch.setattr(roots, "DAMPINGS", (1e-10, 1e-6, 1e-2))
     monkeypatch.setattr(roots, "QUICK_SIZES", (16, 128))

@@ -7,9 +7,11 @@ import torch
 from references.inverse_root import spectrum, with_spectrum
 from references.stream import random_stream
 
-from caspr_cli.bench import roots
-from caspr_cli.bench.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded
-from caspr_cli.bench.roots import (
+from caspr_cli.optim.roots import newton_root, newton_steps
+from caspr_cli.optim.solve import newton_products
+from caspr_cli.theory import solvers
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded
+from caspr_cli.theory.solvers import (
     MATRICES_HELD,
     OURS,
     Matrix,
@@ -17,8 +19,6 @@ from caspr_cli.bench.roots import (
     least_seconds,
     peak_bytes,
 )
-from caspr_cli.optim.roots import newton_root, newton_steps
-from caspr_cli.optim.solve import newton_products
 
 # ---- precision
 
@@ -74,7 +74,7 @@ def test_memory_is_as_many_matrices_as_are_counted(solver):
 
 
 def test_the_least_time_is_that_of_the_shortest_run(monkeypatch):
-    monkeypatch.setattr(roots, "TIMED", 0.05)
+    monkeypatch.setattr(solvers, "TIMED", 0.05)
     times = iter([0.0, 3.0, 3.0, 4.0, 4.0, 6.0])
     assert least_seconds(lambda: None, lambda: next(times)) == 3.0  # nothing slow is timed again
     times = iter([0.0, 0.02, 0.02, 0.03, 0.03, 0.06])

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from caspr_cli.bench.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
 from caspr_cli.optim.roots import Root, eigh_root, newton_root
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
