@@ -48,6 +48,14 @@ def test_shapes_are_a_function_of_their_seed():
     assert not np.array_equal(images, other[0])
 
 
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_each_shape_covers_a_middling_part_of_its_circle(name):
+    v, u = np.mgrid[-1.5:1.5:301j, -1.5:1.5:301j]
+    inside = shapes.SHAPES[name](u, v) < 0
+    assert 0.15 < inside.sum() * 0.01**2 / np.pi < 0.9
+    assert not inside[np.hypot(u, v) > 1.2].any()
+
+
 def test_sample_has_three_disjoint_splits_whatever_torchs_state(monkeypatch):
     monkeypatch.setattr(sources, "SAMPLE", {"train": 40, "validation": 20, "test": 10})
     before = torch.get_rng_state()
@@ -60,6 +68,15 @@ def test_sample_has_three_disjoint_splits_whatever_torchs_state(monkeypatch):
 
 
 # ---- folders and zips --------------------------------------------------------------------------------------------
+
+
+def test_a_linear_model_learns_little_of_the_shapes():
+    (train, labels), (test, expected) = shapes.draw(1500, seed=0), shapes.draw(500, seed=1)
+    x, y = (torch.from_numpy(part).float().flatten(1) / 255 - 0.5 for part in (train, test))
+    targets = torch.nn.functional.one_hot(torch.from_numpy(labels), 10).float() - 0.1
+    # ridge regression in its dual form, which is smaller here
+    weights = torch.linalg.solve(x @ x.mT + 1000 * torch.eye(len(x)), targets)
+    assert ((y @ x.mT @ weights).argmax(1) == torch.from_numpy(expected)).float().mean() < 0.2
 
 
 def test_folder_holds_out_a_tenth_of_each_class(conf):

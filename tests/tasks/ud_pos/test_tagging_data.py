@@ -126,6 +126,16 @@ def test_sample_is_the_packages_treebank():
     assert 0.15 < described["splits"]["validation"]["unknown"] < 0.25
 
 
+def test_a_split_of_the_sample_depends_on_the_text_alone():
+    source = treebank(TaggingConf())
+    before = {split: [sentence.words for sentence in source.split(split)] for split in SPLITS}
+    assert all(before.values())
+    source._sentences.reverse()
+    first = source._sentences.pop()
+    for split, texts in before.items():
+        assert [sentence.words for sentence in source.split(split)] == [w for w in texts[::-1] if w is not first.words]
+
+
 @pytest.mark.parametrize("broken", ["absent", "no record", "gone"])
 def test_sample_without_its_package(monkeypatch, broken):
     class Gone:
