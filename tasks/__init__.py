@@ -23,6 +23,8 @@ class Entry(NamedTuple):
     about: str
     keys: type[TaskConf]
     task: str  # "module:class", imported when a run starts; called as ``Task(conf, seed)``
+    # "module:function" that imports no torch; called as ``samples(conf)``, it reads own data a sample at each step
+    samples: str | None = None
 
 
 def load(conf: TaskConf, seed: int) -> Task:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from caspr_cli.optim.groups import left_to_adamw
 from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.names import SPLITS, Split, split_of
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 __all__ = ["SPLITS", "Data", "DataError", "Split", "Task", "split_of"]
-
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-def split_of(name: str, held_out: float) -> Split:
-    """Return the split of a sample in data without splits of their own: it depends on the sample's name alone.
-
-    Args:
-        held_out: share of the samples in the validation split, and in the test split.
-    """
-    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
-    return "validation" if part < held_out else "test" if part < 2 * held_out else "train"
 
 
 class Data(Protocol):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe.schema import TaskConf
 from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.names import is_ignored, refuse_unfinished
 
+T = TypeVar("T")
 LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates without end
 
 # ---- one boundary around every reader ------------------------------------------------------------------------------
@@ -55,6 +57,15 @@ def reason(error: Exception) -> str:
     if not words or isinstance(error, (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)):
         words = f"{type(error).__name__}: {words}".removesuffix(": ")  # they are meant for programmers
     return words
+
+
+def result(steps: Generator[None, None, T]) -> T:
+    """Take all steps of a reader, and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(T, end.value)
 
 
 @contextmanager

@@ -1,18 +1,19 @@
-"""Names of files and folders: which are no data, which are unfinished, which name a split.
+"""Names: which files and folders are no data, which are unfinished, which name a split, and which split a sample is in.
 
-Every reader uses this, whether its files lie in a directory or in an archive.
+Every reader uses this, whether its files lie in a directory or in an archive. Imports no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import Literal, get_args
 
 from caspr_cli.tasks.errors import DataError
 
-if TYPE_CHECKING:
-    from caspr_cli.tasks.base import Split
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 # What systems, editors and file servers leave in folders, beside all that begins with a dot; in small letters.
 IGNORED = {
@@ -32,6 +33,16 @@ SPLIT_NAMES: dict[str, Split] = {
     "dev": "validation",
     "test": "test",
 }
+
+
+def split_of(name: str, held_out: float) -> Split:
+    """Return the split of a sample in data without splits of their own: it depends on the sample's name alone.
+
+    Args:
+        held_out: share of the samples in the validation split, and in the test split.
+    """
+    part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
+    return "validation" if part < held_out else "test" if part < 2 * held_out else "train"
 
 
 def is_ignored(name: str, *, folder: bool = False) -> bool:

@@ -123,22 +123,35 @@ TASKS = plugins.joined(
     plugins.TASKS,
     {
         "c4_lm": Entry(
-            "decoder language model on English text (log-perplexity)", C4LMConf, "caspr_cli.tasks.c4_lm.task:C4LM"
+            "decoder language model on English text (log-perplexity)",
+            C4LMConf,
+            "caspr_cli.tasks.c4_lm.task:C4LM",
+            "caspr_cli.tasks.c4_lm.sources:samples",
         ),
         "ogbg_molpcba": Entry(
             "graph network on molecules, 128 yes-or-no labels (mean average precision)",
             MolPCBAConf,
             "caspr_cli.tasks.ogbg_molpcba.task:MolPCBA",
+            "caspr_cli.tasks.ogbg_molpcba.sources:samples",
         ),
         "resnet": Entry(
             "residual convolutional network on images (accuracy)",
             ResNetConf,
             "caspr_cli.tasks.resnet.task:ResNetTask",
+            "caspr_cli.tasks.images.sources:samples",
         ),
         "ud_pos": Entry(
-            "part-of-speech tagger on a treebank (accuracy)", TaggingConf, "caspr_cli.tasks.ud_pos.task:Tagging"
+            "part-of-speech tagger on a treebank (accuracy)",
+            TaggingConf,
+            "caspr_cli.tasks.ud_pos.task:Tagging",
+            "caspr_cli.tasks.ud_pos.sources:samples",
         ),
-        "vit": Entry("vision transformer on images (accuracy)", ViTConf, "caspr_cli.tasks.vit.task:ViTTask"),
+        "vit": Entry(
+            "vision transformer on images (accuracy)",
+            ViTConf,
+            "caspr_cli.tasks.vit.task:ViTTask",
+            "caspr_cli.tasks.images.sources:samples",
+        ),
     },
 )
 CONFS: dict[str, type[TaskConf]] = {name: entry.keys for name, entry in TASKS.items()}

@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape
-from caspr_cli.common.errors import uninstalled
 from caspr_cli.common.files import write_whole
 from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import Accelerator, Logger, Recipe, Resume, Source
+from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance
+from caspr_cli.runs.here import refuse_here
 from caspr_cli.runs.nodes import meeting_place
-from caspr_cli.runs.processes import DEVICE, LAUNCHER, MEMORY, cores, has_gpu, memory_kills, workers
+from caspr_cli.runs.processes import DEVICE, LAUNCHER, MEMORY, cores, memory_kills, workers
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,
@@ -151,24 +150,6 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         if exit_code == OK and not recipe.trainer.keep_checkpoints:
             shutil.rmtree(record.checkpoints, ignore_errors=True)
         return Outcome(record, exit_code, ran=True, signal=stopped_by)
-
-
-def refuse_here(recipe: Recipe) -> None:
-    """Refuse what this machine lacks, before seconds go by for importing torch.
-
-    Raises:
-        ConfigError: there is no GPU, no such data, or no such package.
-    """
-    if recipe.trainer.accelerator == Accelerator.gpu and not has_gpu():
-        raise ConfigError("trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu")
-    if recipe.task.data == Source.files and recipe.task.root is None:
-        raise ConfigError("task.root: task.data=files needs the directory of your data: add task.root=DIR")
-    for logger in recipe.logger:
-        if logger != Logger.csv and (missing := uninstalled(logger.name)):
-            raise ConfigError(f"logger=[{logger.name}]: {missing}")
-    root = fingerprint.root_of(recipe)
-    if root is not None and not root.exists():
-        raise ConfigError(f"task.root: no such directory: {recipe.task.root}")
 
 
 def _join(recipe: Recipe, record: Record, allocation: Allocation, leader: Holder) -> Outcome | None:

@@ -25,6 +25,7 @@ from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.runs import elsewhere, summary, trials
 from caspr_cli.runs.guardian import guarded
+from caspr_cli.runs.here import refuse_here
 from caspr_cli.runs.launch import (
     BAD_USAGE,
     INTERRUPTED,
@@ -36,7 +37,6 @@ from caspr_cli.runs.launch import (
     Outcome,
     plan,
     preflight,
-    refuse_here,
     run,
 )
 from caspr_cli.runs.processes import memory_error

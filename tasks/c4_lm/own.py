@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from caspr_cli.tasks.base import DataError, Split, split_of
+from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.files import data_files, lines, reading, stamps
-from caspr_cli.tasks.names import split_named
+from caspr_cli.tasks.names import Split, split_named, split_of
 from caspr_cli.tasks.registry import C4LMConf
 
 log = logging.getLogger("caspr")

@@ -20,10 +20,10 @@ from platform import python_implementation, python_version
 from typing import Protocol
 
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks.base import DataError, Split, split_of
 from caspr_cli.tasks.c4_lm.own import KINDS, OwnText, kind_of, record_of
+from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.files import data_files, entries_below, lines, reaching, reading, regular, root_of, stamps
-from caspr_cli.tasks.names import call_split, split_named
+from caspr_cli.tasks.names import SPLITS, Split, call_split, split_named, split_of
 from caspr_cli.tasks.registry import C4LMConf
 
 log = logging.getLogger("caspr")
@@ -65,6 +65,14 @@ def files(conf: C4LMConf) -> Documents:
     if any(map(kind_of, data_files(root))):
         return OwnText(conf, root)
     raise DataError(f"task.root: no text in {conf.root}: it should hold {HOLDS}")
+
+
+def samples(conf: C4LMConf) -> Iterator[None]:
+    """Read the documents, one at each step. Raises :class:`DataError` as the sources."""
+    source = documents(conf)
+    for split in SPLITS:
+        for _ in source.split(split):
+            yield
 
 
 def _halve(held_out: Iterable[str], conf: C4LMConf, split: Split) -> Iterator[str]:

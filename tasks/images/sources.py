@@ -11,29 +11,26 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
 
 from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import files_of
-from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.files import data_files, entries_below, reaching, reading, root_of, stamps
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import data_files, entries_below, root_of, stamps
 from caspr_cli.tasks.images.albums import Album, Array, ArrayAlbum, FileAlbum
 from caspr_cli.tasks.images.shapes import SHAPES, draw
-from caspr_cli.tasks.names import SPLIT_NAMES, call_split, resembles_split, split_named
+from caspr_cli.tasks.names import SPLIT_NAMES, SPLITS, Split, call_split, resembles_split, split_named
 from caspr_cli.tasks.registry import Images, ImagesConf
 
 log = logging.getLogger("caspr")
 
 SAMPLE: dict[Split, int] = {"train": 24_000, "validation": 2_000, "test": 2_000}  # images
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
 HELD_OUT = 0.1  # of each class, for validation where a data set has none
 LAYOUT = "train/<class>/<image>, test/<class>/<image> and perhaps validation/<class>/<image>; or <class>/<image> alone"
 EXTRACT = (
@@ -75,6 +72,8 @@ def pictures(conf: ImagesConf) -> Pictures:
                 f"then {EXTRACT}, and take task.data=files task.root=DIR"
             )
         return ImageNet(conf)
+    from caspr_cli.tasks.images.published import Published  # imports torch
+
     return Published(conf)
 
 
@@ -91,6 +90,15 @@ def hold_out(labels: Array) -> tuple[Array, Array]:
         count = max(1, round(HELD_OUT * len(of_class)))
         chosen[np.random.default_rng(int(label)).permutation(of_class)[:count]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def samples(conf: ImagesConf) -> Iterator[None]:
+    """Read the user's own folders, an image at each step. Raises :class:`DataError` as the sources."""
+    if conf.images is Images.folder:
+        for album in pictures(conf).load(Path()).albums.values():
+            for index in range(len(album.labels)):
+                album.image(index)
+                yield
 
 
 # ---- sample: shapes ----------------------------------------------------------------------------------------------
@@ -174,7 +182,7 @@ def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
             log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
     if not splits:
         splits = _divided([parts for parts in paths if len(parts) == depth + 2], depth, where)
-    if not splits and any(len(parts) == 2 and parts[1].lower().endswith(IMG_EXTENSIONS) for parts in paths):
+    if not splits and any(len(parts) == 2 and parts[1].lower().endswith(EXTENSIONS) for parts in paths):
         raise DataError(f"{where}: one class alone ({next(iter(tops))}), there is nothing to tell apart")
     if "train" not in splits:
         raise DataError(f"task.root: no folder train in {where}; the layout is {LAYOUT}")
@@ -195,7 +203,7 @@ def _in_splits(paths: list[list[str]], depth: int, where: str) -> tuple[dict[Spl
     for parts in paths:
         inner = parts[depth:]
         name = "/".join(parts)
-        is_image = name.lower().endswith(IMG_EXTENSIONS)
+        is_image = name.lower().endswith(EXTENSIONS)
         split = split_named(inner[0]) if len(inner) > 1 else None
         if not split:  # or a README beside the splits
             others["/".join(parts[: depth + 1]) if len(inner) > 1 else ""] += is_image
@@ -208,7 +216,7 @@ def _in_splits(paths: list[list[str]], depth: int, where: str) -> tuple[dict[Spl
         files = groups.setdefault(group, []) if group else []
         if rest and rest[-1]:
             if not is_image:
-                raise DataError(f"{where}: {name} is not an image ({', '.join(IMG_EXTENSIONS)})")
+                raise DataError(f"{where}: {name} is not an image ({', '.join(EXTENSIONS)})")
             files.append(name)
     return splits, others
 
@@ -220,7 +228,7 @@ def _divided(paths: list[list[str]], depth: int, where: str) -> dict[Split, Grou
     """
     groups: Groups = {}
     for parts in paths:
-        if parts[-1].lower().endswith(IMG_EXTENSIONS):
+        if parts[-1].lower().endswith(EXTENSIONS):
             groups.setdefault(parts[depth], []).append("/".join(parts))
     splits: dict[Split, Groups] = {}
     for group, files in sorted(groups.items()):
@@ -269,93 +277,3 @@ class ImageNet(Folder):
         # of folders alone: there are a thousand of them, and a million files
         classes = [folder / name for folder in self._folders for name in entries_below(folder, deep=False)]
         return [self.name, *stamps(classes)]
-
-
-# ---- torchvision's data sets -------------------------------------------------------------------------------------
-
-PUBLISHED: dict[Images, Callable[..., Any]] = {
-    Images.cifar10: datasets.CIFAR10,
-    Images.cifar100: datasets.CIFAR100,
-    Images.fashion_mnist: datasets.FashionMNIST,
-}
-
-
-class Published:
-    """CIFAR-10, CIFAR-100 or Fashion-MNIST: files as torchvision leaves them, or fetched by it."""
-
-    def __init__(self, conf: ImagesConf) -> None:
-        self.name = conf.images.value
-        self._class: Any = PUBLISHED[conf.images]
-        self._root: Path | None = None
-        if conf.data is Source.files:
-            self._root = root_of(conf, f"the files of torchvision.datasets.{self._class.__name__}")
-
-    def identity(self) -> list[str]:
-        if self._root is None:
-            return [self.name]  # what was fetched once serves without a network
-        return [self.name, *stamps(path for path, _ in self._files(self._root))]
-
-    def load(self, aside: Path) -> Found:
-        if self._root is not None:
-            return self._read(self._root)
-        with TemporaryDirectory(dir=aside) as fetched:
-            self._fetch(fetched)
-            return self._read(Path(fetched))
-
-    def _fetch(self, root: str) -> None:
-        log.info("fetching %s", self.name)
-        instead = "take task.data=sample, or task.data=files task.root=DIR with the files of torchvision in DIR"
-        with reaching(f"the server of {self.name}", instead):
-            try:
-                self._class(root, download=True)
-            except RuntimeError as error:  # a wrong md5, or, of Fashion-MNIST, every mirror failed
-                reason = " ".join(str(error).split())
-                if "corrupted" in reason:
-                    raise DataError(f"{self.name}: what came from its server has another md5 than it should") from error
-                raise ConnectionError(reason) from error
-
-    def _files(self, root: Path) -> list[tuple[Path, str | None]]:
-        """Return the files that torchvision reads, with their md5 where it knows one; raises where one is missing."""
-        name = self._class.__name__
-        found: list[tuple[Path, str | None]]
-        if self._class is datasets.FashionMNIST:  # torchvision knows the md5 of the packed files alone
-            found = [(root / name / "raw" / packed.removesuffix(".gz"), None) for packed, _ in self._class.resources]
-        else:
-            meta = [self._class.meta["filename"], self._class.meta["md5"]]
-            members = [*self._class.train_list, *self._class.test_list, meta]
-            found = [(root / self._class.base_folder / file, md5) for file, md5 in members]
-        for path, _ in found:
-            if not path.is_file():
-                raise DataError(
-                    f"task.root: no {path.relative_to(root)} in {root} (unpacked, as torchvision's {name} leaves it)"
-                )
-        return found
-
-    def _read(self, root: Path) -> Found:
-        for path, md5 in self._files(root):
-            if md5 and not check_integrity(path, md5):
-                raise DataError(f"{path.name}: has another md5 than it should; fetch {self.name} again")
-        images, labels, classes = self._part(root, train=True)
-        test_images, test_labels, _ = self._part(root, train=False)
-        train, validation = hold_out(labels)
-        return Found(
-            classes,
-            {
-                "train": ArrayAlbum(images[train], labels[train]),
-                "validation": ArrayAlbum(images[validation], labels[validation]),
-                "test": ArrayAlbum(test_images, test_labels),
-            },
-        )
-
-    def _part(self, root: Path, *, train: bool) -> tuple[Array, Array, list[str]]:
-        """Return images, labels ``[N]`` and the names of the classes of a split."""
-        of_it = ("train", "data_batch") if train else ("t10k", "test")
-        where = ", ".join(path.name for path, _ in self._files(root) if path.name.startswith(of_it))
-        with reading(f"{where}:", f"these are not the files of {self.name}"):  # whatever their reader makes of others
-            part = self._class(str(root), train=train, download=False)
-            images, labels, classes = np.asarray(part.data), np.asarray(part.targets, np.int64), list(part.classes)
-        if len(images) != len(labels) or not images.size:
-            raise DataError(f"{where}: {len(images)} images and {len(labels)} labels")
-        if labels.max() >= len(classes):
-            raise DataError(f"{where}: label {labels.max()}, but {self.name} has {len(classes)} classes, from 0 on")
-        return images, labels, classes

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.names import SPLITS, Split
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 
 log = logging.getLogger("caspr")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.files import lines, reading, stamps
+from caspr_cli.tasks.errors import DataError
+from caspr_cli.tasks.files import lines, reading, result, stamps
+from caspr_cli.tasks.names import SPLITS, Split
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, MOST_NODES, Array, Graphs
 from caspr_cli.tasks.ogbg_molpcba.measured import split_of
 
@@ -38,7 +39,11 @@ class Smiles:
         return [self.name, *stamps([self._file])]
 
     def read(self) -> tuple[Graphs, dict[Split, Array]]:
-        """Return the graphs and their splits.
+        """Return the graphs and their splits. Raises as :meth:`steps`."""
+        return result(self.steps())
+
+    def steps(self) -> Generator[None, None, tuple[Graphs, dict[Split, Array]]]:
+        """Read the molecules, one at each step, and return the graphs and their splits.
 
         Raises:
             DataError: names the line.
@@ -65,6 +70,7 @@ class Smiles:
             splits.append(split_of(canonical(molecule)[1]))
             cells.append([value.strip().lower() for value in row])
             wheres.append(where)
+            yield
         if not graphs:
             raise DataError(f"{self.name}: has no molecules")
         labels = [self._labels(name, [row[i] for row in cells], wheres) for i, name in enumerate(names) if i != place]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,9 @@ import numpy as np
 from caspr_cli.recipe.schema import Source
 from caspr_cli.tasks.archives import Files as Archive
 from caspr_cli.tasks.archives import Folder, Zip, files_of
-from caspr_cli.tasks.base import SPLITS, DataError, Split
+from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.files import entries_below, reaching, root_of, stamps
-from caspr_cli.tasks.names import call_split, resembles_split, split_named
+from caspr_cli.tasks.names import SPLITS, Split, call_split, resembles_split, split_named
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES, MISSING, MOST_NODES, Array, Graphs, both_ways
 from caspr_cli.tasks.ogbg_molpcba.measured import Measured
 from caspr_cli.tasks.ogbg_molpcba.smiles import Smiles, is_table
@@ -45,6 +45,12 @@ def molecules(conf: MolPCBAConf) -> Molecules:
         given = Path(conf.root or "").expanduser()
         return Smiles(given) if is_table(given) else Files(conf)
     return Hub() if conf.data is Source.hub else Measured()
+
+
+def samples(conf: MolPCBAConf) -> Iterator[None]:
+    """Read the user's own table, a molecule at each step. Raises :class:`DataError` as the sources."""
+    source = molecules(conf)
+    return source.steps() if isinstance(source, Smiles) else iter(())
 
 
 # ---- files: OGB's own --------------------------------------------------------------------------------------------

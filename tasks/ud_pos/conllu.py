@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from caspr_cli.tasks.base import DataError
+from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.files import lines
 from caspr_cli.tasks.registry import Tags
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.files import reading
+from caspr_cli.tasks.base import SPLITS, Split
+from caspr_cli.tasks.files import reading, result
 from caspr_cli.tasks.registry import TaggingConf
 from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence
-from caspr_cli.tasks.ud_pos.sources import treebank
+from caspr_cli.tasks.ud_pos.sources import sentences, treebank
 
 PADDING, UNKNOWN = 0, 1  # the first two word ids, and the first two of characters
 BEGIN, END = 2, 3  # characters: a word's two ends
@@ -150,20 +150,7 @@ class Corpus:
     @reading("task.data: the sentences")
     def sentences(self) -> dict[Split, list[Sentence]]:
         """All sentences. Raises :class:`DataError` where they cannot be read, or are nothing to train on."""
-        found = {split: list(self._source.split(split)) for split in SPLITS}
-        name, tags = self._source.name, self._conf.tags.name
-        for split in SPLITS:
-            if not found[split]:
-                raise DataError(f"{name}: no sentence in the {split} split")
-            if all(tag == MISSING for sentence in found[split] for tag in sentence.tags):
-                raise DataError(f"task.tags: {name} has no {tags} in its {split} split; try the other of upos and xpos")
-            if all(word == MISSING for sentence in found[split] for word in sentence.words):
-                raise DataError(f"{name}: every word is '_': its text is withheld; ask its makers for it")
-        seen = {tag for sentence in found["train"] for tag in sentence.tags} - {MISSING}
-        for split in SPLITS:
-            if not any(tag in seen for sentence in found[split] for tag in sentence.tags):
-                raise DataError(f"{name}: no tag of the {split} split is found in the training split")
-        return found
+        return result(sentences(self._source, self._conf.tags))
 
     @cached_property
     def lexicon(self) -> Lexicon:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks.base import DataError, Split, split_of
+from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.files import entries_below, reaching, regular, root_of
-from caspr_cli.tasks.names import call_split, split_named
+from caspr_cli.tasks.names import SPLITS, Split, call_split, split_named, split_of
 from caspr_cli.tasks.registry import TaggingConf, Tags
 from caspr_cli.tasks.ud_pos.conllu import MISSING, Sentence, read
 
@@ -32,6 +32,39 @@ def treebank(conf: TaggingConf) -> Treebank:
     alone = conf.root is not None and Path(conf.root).expanduser().is_file()
     kinds = {Source.sample: Sample, Source.files: OneFile if alone else Files, Source.hub: Hub}
     return kinds[conf.data](conf)
+
+
+def samples(conf: TaggingConf) -> Iterator[None]:
+    """Read the sentences, one at each step. Raises :class:`DataError` as :func:`sentences`."""
+    return sentences(treebank(conf), conf.tags)
+
+
+def sentences(source: Treebank, tags: Tags) -> Generator[None, None, dict[Split, list[Sentence]]]:
+    """Read the sentences of each split, one at each step, and return them.
+
+    Raises:
+        DataError: they cannot be read, or are nothing to train on.
+    """
+    found: dict[Split, list[Sentence]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for sentence in source.split(split):
+            found[split].append(sentence)
+            yield
+    name = source.name
+    for split in SPLITS:
+        if not found[split]:
+            raise DataError(f"{name}: no sentence in the {split} split")
+        if all(tag == MISSING for sentence in found[split] for tag in sentence.tags):
+            raise DataError(
+                f"task.tags: {name} has no {tags.name} in its {split} split; try the other of upos and xpos"
+            )
+        if all(word == MISSING for sentence in found[split] for word in sentence.words):
+            raise DataError(f"{name}: every word is '_': its text is withheld; ask its makers for it")
+    seen = {tag for sentence in found["train"] for tag in sentence.tags} - {MISSING}
+    for split in SPLITS:
+        if not any(tag in seen for sentence in found[split] for tag in sentence.tags):
+            raise DataError(f"{name}: no tag of the {split} split is found in the training split")
+    return found
 
 
 # ---- sample: Turkish, from a package --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ MAY_IMPORT = {
                  "report", "bench", "theory", "tasks.registry"},
     "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",
                "tasks.registry"},
-    "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe"},
+    "runs": {"hydra", "omegaconf", "psutil", "yaml", "common", "recipe", "tasks.errors", "tasks.own"},
     "examples": {"lightning", "torch", "transformers", "CASPR", "param_groups"},
     "training": {"google", "lightning", "mlflow", "numpy", "rich", "tensorboard", "torch", "wandb", "common", "optim",
                  "recipe", "runs", "tasks"},
@@ -48,6 +48,26 @@ NEVER = {
     # Both take seconds to import, and data are checked before.
     **{f"caspr_cli/training/{name}.py": {"lightning"} for name in ("begin", "describe", "groups", "progress")},
     **{f"tasks/{name}.py": {"torchmetrics"} for name in ("base", "simple", *(f"{each}/task" for each in TASKS))},
+    **{
+        f"tasks/{name}.py": {"torch", "torchvision", "tasks.base", "tasks.cache"}
+        for name in (
+            "archives",
+            "errors",
+            "files",
+            "names",
+            "own",
+            "registry",
+            "c4_lm/own",
+            "c4_lm/sources",
+            "images/albums",
+            "images/sources",
+            "ud_pos/conllu",
+            "ud_pos/sources",
+            "ogbg_molpcba/features",
+            "ogbg_molpcba/smiles",
+            "ogbg_molpcba/sources",
+        )
+    },
     "caspr_cli/optim/family.py": {"torch", "pytorch_optimizer"},
 }
 

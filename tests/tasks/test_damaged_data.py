@@ -19,8 +19,8 @@ from PIL import Image
 from written import write_fashion, write_image, write_molecules, write_shards, write_treebank
 
 from caspr_cli import tasks
-from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks import files, registry
+from caspr_cli.recipe.schema import Source, TaskConf
+from caspr_cli.tasks import files, own, registry
 from caspr_cli.tasks.archives import Zip
 from caspr_cli.tasks.base import SPLITS, DataError, Task
 from caspr_cli.tasks.names import is_ignored, resembles_split, split_named
@@ -86,13 +86,16 @@ def written(reader: str, tmp_path: Path) -> Path:
     return root
 
 
-def read(reader: str, root: Path | str | None, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
-    """All that a run reads, as it reads it."""
+def conf_of(reader: str, root: Path | str | None, **changes: Any) -> TaskConf:
     _, name, small = READERS[reader]
-    conf = registry.CONFS[name](
+    return registry.CONFS[name](
         **{"data": Source.files, "root": root and str(root), "batch_size": 2, **small, **changes}
     )
-    task = tasks.load(conf, 0)
+
+
+def read(reader: str, root: Path | str | None, **changes: Any) -> tuple[Task, dict[str, list[Any]]]:
+    """All that a run reads, as it reads it."""
+    task = tasks.load(conf_of(reader, root, **changes), 0)
     task.prepare()
     found: dict[str, list[Any]] = {}
     for split in SPLITS:
@@ -343,6 +346,34 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, reader: str, dam
     with pytest.raises(DataError, match=words) as caught:
         read(reader, root)
     assert "\n" not in str(caught.value)
+
+
+EARLY = ("c4", "ud", "images", "zip", "opened")  # whose samples are read before torch is imported
+
+
+@pytest.mark.parametrize("reader", EARLY)
+def test_damage_is_found_before_a_run_starts(
+    tmp_path: Path, reader: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own, "SECONDS", 600)
+    for number, (name, damage, words) in enumerate(DAMAGED[reader]):
+        (tmp_path / str(number)).mkdir()
+        root = written(reader, tmp_path / str(number))
+        own.check(conf_of(reader, root))
+        damage(root)
+        with pytest.raises(DataError) as caught:
+            own.check(conf_of(reader, root))
+        assert re.search(words, str(caught.value)), name
+    assert not list(cache.glob("*"))
+
+
+def test_a_look_at_large_data_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = written("ud", tmp_path)
+    (root / "xx_a-ud-dev.conllu").write_text("no tabs")  # behind the training split
+    with pytest.raises(DataError, match="1 columns, not 10"):
+        own.check(conf_of("ud", root))
+    monkeypatch.setattr(own, "SECONDS", 0)
+    own.check(conf_of("ud", root))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -21,7 +21,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         raise AssertionError("a run was started")
 
     monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
-    monkeypatch.setattr("caspr_cli.runs.launch.has_gpu", lambda: False)
+    monkeypatch.setattr("caspr_cli.runs.here.has_gpu", lambda: False)
     return Call("caspr-train", train.main, monkeypatch, capsys)
 
 
@@ -138,6 +138,32 @@ def test_mistakes(argv: list[str], message: str, call: Call) -> None:
     assert len(call.err.splitlines()) <= 3
     assert "Traceback" not in call.err + call.out
     assert "HYDRA_FULL_ERROR" not in call.err
+
+
+OWN = {
+    "c4_lm": ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "a.jsonl:2: has no text; a record is a string, or an object"),
+    "ud_pos": ("a.conllu", "1\tone\n", "a.conllu:1: 2 columns, not 10 with one tab between each"),
+    "ogbg_molpcba": ("a.csv", "smiles,y\nC,1\nxyz,0\n", "a.csv:3: 'xyz' is no SMILES of a molecule"),
+    "vit": ("cat/1.png", "no image", "data: one class alone (cat), there is nothing to tell apart"),
+}
+
+
+@pytest.mark.parametrize("task", OWN)
+def test_own_data_are_refused_before_torch_is_imported(task: str, tmp_path: Path) -> None:
+    name, text, message = OWN[task]
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    root = file.parent.parent if task == "vit" else file if name.endswith((".conllu", ".csv")) else file.parent
+    words = [f"task={task}", "task.data=files", f"task.root={root}", *["task.images=folder"] * (task == "vit")]
+    start = "import sys; from caspr_cli.commands import scripts; sys.modules['torch'] = None; sys.exit(scripts.train())"
+    done = subprocess.run(
+        [sys.executable, "-c", start, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.startswith(f"error: {message}"), done.stdout + done.stderr
+    assert done.returncode == 2
+    assert "importing torch" not in done.stdout
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

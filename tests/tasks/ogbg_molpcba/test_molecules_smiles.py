@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks import own
 from caspr_cli.tasks.base import SPLITS, DataError
 from caspr_cli.tasks.ogbg_molpcba.sources import molecules
 from caspr_cli.tasks.registry import MolPCBAConf
@@ -47,3 +48,5 @@ def test_molecules_are_dealt_out_by_structure(name: str, tmp_path: Path) -> None
 def test_what_cannot_be_read_is_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"^{message}"):
         read(tmp_path / "a.csv", text)
+    with pytest.raises(DataError, match=f"^{message}"):
+        own.check(MolPCBAConf(data=Source.files, root=str(tmp_path / "a.csv")))
