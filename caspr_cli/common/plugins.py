@@ -69,16 +69,23 @@ def folders() -> dict[Path, str]:
             raise _refused(point, f"cannot be imported ({_why(error)})") from error
         if spec is None or not spec.submodule_search_locations:
             raise _refused(point, f"{point.value} is no folder")
-        found[Path(spec.submodule_search_locations[0])] = _package(point)
+        found[Path(spec.submodule_search_locations[0])] = of(point)
     return found
 
 
 def package(group: str, name: str) -> str | None:
     """Return which package brings an entry, as "my-work 0.1"; None if it is ours."""
-    return next((_package(point) for point in _installed().select(group=group, name=name)), None)
+    found = point(group, name)
+    return found and of(found)
 
 
-def _package(point: EntryPoint) -> str:
+def point(group: str, name: str) -> EntryPoint | None:
+    """Return the entry point of another package; None if the entry is ours."""
+    return next(iter(_installed().select(group=group, name=name)), None)
+
+
+def of(point: EntryPoint) -> str:
+    """Return which package an entry point is of, as "my-work 0.1"."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
@@ -91,4 +98,4 @@ def _why(error: BaseException) -> str:
 
 
 def _refused(point: EntryPoint, why: str) -> UserError:
-    return UserError(f"package {_package(point)}: entry point {point.name} of {point.group}: {why}")
+    return UserError(f"package {of(point)}: entry point {point.name} of {point.group}: {why}")

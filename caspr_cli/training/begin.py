@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from caspr_cli import tasks
+from caspr_cli.common import plugins
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.base import Task
+from caspr_cli.training.blame import blaming
 from caspr_cli.training.describe import prepared
 from caspr_cli.training.groups import build_options
 from caspr_cli.training.progress import Progress
@@ -45,7 +47,8 @@ def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
         ConfigError: an option cannot be used, or the data have changed since the run began.
         DataError: the data cannot be read.
     """
-    task = tasks.load(recipe.task, recipe.seed)
+    with blaming(recipe, plugins.TASKS):
+        task = tasks.load(recipe.task, recipe.seed)
     progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
     if progress:
         _show_log(progress)
@@ -60,18 +63,21 @@ def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
 
 
 @contextmanager
-def naming_the_key() -> Iterator[None]:
-    """Name the key of an option that an optimizer refuses."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(f"optim.{error}") from error
+def naming_the_key(recipe: Recipe) -> Iterator[None]:
+    """Name the key of an option that an optimizer refuses; of another package's optimizer, the package."""
+    with blaming(recipe, plugins.OPTIMIZERS):
+        try:
+            yield
+        except ValueError as error:
+            if plugins.package(plugins.OPTIMIZERS, recipe.optim.name):
+                raise
+            raise ConfigError(f"optim.{error}") from error
 
 
 def _refuse_options(recipe: Recipe) -> None:
     """Refuse options that no model could be trained with."""
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
-    with naming_the_key():
+    with naming_the_key(recipe):
         build(recipe.optim.name, [group], build_options(recipe.optim))
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from caspr_cli import tasks
+from caspr_cli.common import plugins
 from caspr_cli.common.errors import not_installed
 from caspr_cli.common.streams import complain
 from caspr_cli.recipe import compose
@@ -22,6 +23,7 @@ from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint
 from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.files import data_files
+from caspr_cli.training.blame import blaming
 
 
 def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dict[str, Any]]:
@@ -34,8 +36,9 @@ def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dic
     if (root := fingerprint.root_of(recipe)) is not None:
         with suppress(DataError, OSError):  # the task reads them next, and says what is wrong
             taken = fingerprint.take(root, data_files(root))
-    task.prepare()
-    return taken, task.describe_data()
+    with blaming(recipe, plugins.TASKS):
+        task.prepare()
+        return taken, task.describe_data()
 
 
 def answer(question: str, recipe: Recipe) -> Iterator[str]:
@@ -43,7 +46,9 @@ def answer(question: str, recipe: Recipe) -> Iterator[str]:
     if question == "plan":
         from caspr_cli.training.plan import plan, table  # slow, and not needed for the data
 
-        yield from table(plan(recipe))
+        with blaming(recipe, plugins.TASKS):
+            found = plan(recipe)
+        yield from table(found)
     else:
         taken, data = prepared(recipe, tasks.load(recipe.task, recipe.seed))
         yield json.dumps({"files": taken or {}, "data": data})

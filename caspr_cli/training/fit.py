@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
+from caspr_cli.common import plugins
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.cost import blocks_of, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -25,6 +26,7 @@ from caspr_cli.runs.record import PROVENANCE, Record, RecordDamagedError
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import synchronize
 from caspr_cli.training.begin import Begun, naming_the_key
+from caspr_cli.training.blame import blaming
 from caspr_cli.training.callbacks import Checkpoints, Curves, StopOnSignal, Stopped
 from caspr_cli.training.checkpoints import Owner, Start, WholeFile, find
 from caspr_cli.training.data import TaskData
@@ -45,10 +47,11 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
     owner = Owner.of(recipe, described)
     start = find(record, owner, recipe.trainer.max_steps)
     torch.manual_seed(recipe.seed)
-    module = TrainingModule(task, task.model(), recipe)
-    optimizer = _optimizer(module)
-    _check_target(recipe, task)
-    data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
+    with blaming(recipe, plugins.TASKS):
+        module = TrainingModule(task, task.model(), recipe)
+        optimizer = _optimizer(module)
+        _check_target(recipe, task)
+        data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
     writing = Recorder(record, recipe, start.step, start.lines) if rank == 0 else nullcontext()
     with answering(record, rank, world, recipe.trainer.timeout), writing as recorder:
         curves = Curves(recipe, recorder, progress)
@@ -59,7 +62,9 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
         if recorder and progress:
             origin = _keep_origin(record, described, begun.files, _device(trainer, world))
             recorder.pages()
-            for line in _header(recipe, task, module, optimizer, trainer, world):
+            with blaming(recipe, plugins.TASKS):
+                header = _header(recipe, task, module, optimizer, trainer, world)
+            for line in header:
                 progress.say(line)
             if changed := provenance.changes(origin):
                 progress.say(f"warning  this run began with {'; '.join(changed)}")
@@ -101,7 +106,7 @@ def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
 
 def _optimizer(module: TrainingModule) -> Any:
     """Return a throwaway optimizer; refuses options that do not fit this model before anything is written."""
-    with naming_the_key():
+    with naming_the_key(module.recipe):
         return module.configure_optimizers()["optimizer"]
 
 

@@ -16,8 +16,8 @@ from caspr_cli.optim.blocks import TIMES, Layout
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
-from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
+from caspr_cli.training.begin import naming_the_key
 from caspr_cli.training.groups import build_options, param_groups
 
 
@@ -56,7 +56,7 @@ def plan(recipe: Recipe) -> Plan:
     plain = task.plain(model)
     names = {p: name for name, p in model.named_parameters()}
     rows: dict[Any, Row] = {}
-    try:
+    with naming_the_key(recipe):
         for group in param_groups(task, model):
             for p in group["params"]:
                 row = _row(names[p], p, group, plain.get(names[p]), recipe)
@@ -65,8 +65,6 @@ def plan(recipe: Recipe) -> Plan:
                     rows[key].count += 1
                 else:
                     rows[key] = row
-    except ValueError as error:
-        raise ConfigError(f"optim.{error}") from error
     order = {_pattern(name): i for i, name in reversed(list(enumerate(names.values())))}
     sizes = {name: p.numel() for p, name in names.items()}
     return Plan(

@@ -106,6 +106,41 @@ def test_a_package_that_cannot_be_used_is_named_in_one_line(text: str, message: 
     assert said == f"error: package own_rings 0.1.0: entry point own_rings of caspr.tasks: {message}\n"
 
 
+SIGNS, RINGS = ("own_signs/own_signs/__init__.py", "own_signs/own_signs/optimizer.py"), "own_rings/own_rings/task.py"
+FAULTS = [  # file, what stands in it, what is put there, and what is said of the package
+    (SIGNS[0], "    from own_signs", "    {}['x']\n    from own_signs",
+     r"own_signs 0.1.0: build \(__init__.py, line \d+\): KeyError: 'x'"),
+    (RINGS, "def datasets(self):", "def datasets(self):\n        1 / 0",
+     r"own_rings 0.1.0: Rings.datasets \(task.py, line \d+\): ZeroDivisionError: division by zero"),
+    (SIGNS[1], "        super().", "        raise ValueError('no')\n        super().",
+     r"own_signs 0.1.0: SignMomentum.__init__ \(optimizer.py, line \d+\): ValueError: no"),
+    (SIGNS[0], "build(groups, **keys)", "build(groups, lr)",
+     r"own_signs 0.1.0: own_signs:ENTRY: TypeError: build\(\) got an unexpected keyword argument .*"),
+    (RINGS, "class Rings", "class Rungs",
+     r"own_rings 0.1.0: own_rings:ENTRY: AttributeError: module 'own_rings.task' has no attribute 'Rings'"),
+    (RINGS, "import torch", "import nowhere_at_all",
+     r"own_rings 0.1.0: <module> \(task.py, line \d+\): ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    (RINGS, "def model(self):", "def model(self):\n        torch.zeros(2) @ torch.zeros(3)",
+     r"own_rings 0.1.0: Rings.model \(task.py, line \d+\): RuntimeError: .*"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "message"),
+    [pytest.param(*fault, marks=pytest.mark.release if i > 1 else ()) for i, fault in enumerate(FAULTS)],
+)
+def test_an_error_of_a_package_names_package_and_function(
+    file: str, before: str, after: str, message: str, home: Home
+) -> None:
+    """In the process that will train, and in that of ``debug=plan``."""
+    text = (home.folder / file).read_text()
+    assert before in text
+    (home.folder / file).write_text(text.replace(before, after, 1))
+    debug = "plan" if any(name in message for name in ("build ", "model ")) else "fast"
+    said = home("task=own_rings", "optim=own_signs", f"debug={debug}", expect=2)
+    assert re.search(rf"(error: |refused  )package {message}\n", said), said
+
+
 def test_a_record_names_the_package_that_is_not_installed_any_more(home: Home) -> None:
     record = home.folder / "outputs" / "own_rings" / "own_signs" / "0123abcd" / "seed0"
     record.mkdir(parents=True)
