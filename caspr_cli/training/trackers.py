@@ -80,7 +80,7 @@ def _wandb(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
     known = record.read(TRACKERS)
     name = uuid.uuid4().hex[:8]
     earlier = list(record.path.glob("wandb/offline-run-*"))
-    logger = WandbLogger(
+    logger = _ContinuedWandb(
         project=os.environ.get("WANDB_PROJECT", "caspr"),
         name=_name(recipe, record),
         group=f"{recipe.task.name}/{recipe.optim.name}/{record.path.parent.name}",
@@ -92,21 +92,40 @@ def _wandb(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
     record.write(TRACKERS, {"wandb": name} | known)
     for folder in earlier if run.offline else ():
         shutil.rmtree(folder)
-    return logger, run.resumed  # by the server, which may not know it: an earlier attempt was offline
+    if run.resumed:  # by the server, which may not know it: an earlier attempt was offline
+        logger.last = _last_steps(wandb.Api().run(f"{run.entity}/{run.project}/{run.id}").scan_history())
+    return logger, False
 
 
-class _ContinuedMLFlow(MLFlowLogger):
+def _last_steps(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the last step of each metric in a history of W&B, in which Lightning has written the step beside them."""
+    last: dict[str, int] = {}
+    for line in history:
+        step = line.get("trainer/global_step")
+        last |= {tag: max(step, last.get(tag, -1)) for tag, value in line.items() if None not in (step, value)}
+    return last
+
+
+class _Continued(LightningLogger):
     """Logs no value twice: a run that was killed has logged steps beyond the checkpoint from which it goes on."""
 
+    last: Mapping[str, int] = {}  # step of each metric that the server has
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if new := {tag: value for tag, value in metrics.items() if step is None or step > self.last.get(tag, -1)}:
+            super().log_metrics(new, step)
+
+
+class _ContinuedWandb(_Continued, WandbLogger):
+    pass
+
+
+class _ContinuedMLFlow(_Continued, MLFlowLogger):
     def find_last(self) -> None:
         """Ask the server for the last step of each metric."""
         client, run = self.experiment, self.run_id
         tags = client.get_run(run).data.metrics
-        self._last = {tag: max(each.step for each in client.get_metric_history(run, tag)) for tag in tags}
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        new = {tag: value for tag, value in metrics.items() if step is None or step > self._last.get(tag, -1)}
-        super().log_metrics(new, step)
+        self.last = {tag: max(each.step for each in client.get_metric_history(run, tag)) for tag in tags}
 
 
 def _mlflow(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:

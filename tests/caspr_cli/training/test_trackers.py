@@ -14,7 +14,7 @@ from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import AdamWConf, Logger, Recipe, Source
 from caspr_cli.report import logs
 from caspr_cli.report.trackers import Asked
-from caspr_cli.runs.launch import refuse_here
+from caspr_cli.runs.here import refuse_here
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 from caspr_cli.training import trackers
@@ -127,6 +127,37 @@ def test_wandb_has_one_run_offline_and_its_history_compares(tmp_path: Path, monk
         writer.writerows({"": number, **line} for number, line in enumerate(history))
     (run,) = logs.find([table.parent], Asked("wandb", "val/loss")).runs
     assert (run.final, [point.step for point in run.curve]) == (0.25, [4])  # and not _step, which counts calls
+
+
+def test_wandb_online_is_asked_what_it_has_and_no_step_is_logged_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is imitated: wandb itself runs offline, and says that it has resumed the run."""
+    wandb = pytest.importorskip("wandb", reason="pip install 'caspr-cli[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    server: list[dict[str, Any]] = []  # the history, as its API has it: each line with all tags
+    asked: list[str] = []
+    log = wandb.sdk.wandb_run.Run.log
+
+    def logged(self: Any, data: dict[str, Any], *rest: Any, **more: Any) -> None:
+        server.append({"train/loss": None, "val/loss": None, "_step": len(server)} | data)
+        log(self, data, *rest, **more)
+
+    class Api:
+        def run(self, path: str) -> Any:
+            asked.append(path)
+            return type("Known", (), {"scan_history": lambda _: list(server)})()
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", logged)
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "resumed", property(lambda _: bool(server)))
+    monkeypatch.setattr(wandb, "Api", Api)
+    kept = cut_and_resumed(tmp_path, Logger.wandb)
+    (name,) = kept.read("trackers.json").values()
+    assert [path.rpartition("/")[2] for path in asked] == [name]
+    losses = [(line["trainer/global_step"], line["train/loss"]) for line in server if line["train/loss"] is not None]
+    assert losses == [(1, 8.0), (2, 4.0), (3, 8.0 / 3), (4, 2.0)]
+    assert [line["trainer/global_step"] for line in server] == [1, 2, 3, 4, 4]
+    assert server[-1]["val/loss"] == 0.25  # of the step at which the first attempt was cut off
 
 
 def test_mlflow_has_one_run_in_one_database_and_it_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
