@@ -76,7 +76,7 @@ def folders() -> dict[Path, str]:
 def package(group: str, name: str) -> str | None:
     """Return which package brings an entry, as "my-work 0.1"; None if it is ours."""
     found = point(group, name)
-    return found and of(found)
+    return of(found) if found else None
 
 
 def point(group: str, name: str) -> EntryPoint | None:

@@ -102,30 +102,38 @@ def _last_steps(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     last: dict[str, int] = {}
     for line in history:
         step = line.get("trainer/global_step")
-        last |= {tag: max(step, last.get(tag, -1)) for tag, value in line.items() if None not in (step, value)}
+        if step is not None:
+            last |= {tag: max(step, last.get(tag, -1)) for tag, value in line.items() if value is not None}
     return last
 
 
-class _Continued(LightningLogger):
-    """Logs no value twice: a run that was killed has logged steps beyond the checkpoint from which it goes on."""
+# A run that was killed has logged steps beyond the checkpoint from which it goes on. ``last`` has the last step of each
+# metric that the server knows of the run, so that no value is logged twice.
 
-    last: Mapping[str, int] = {}  # step of each metric that the server has
+
+def _new(metrics: Mapping[str, float], step: int | None, last: Mapping[str, int]) -> dict[str, float]:
+    return {tag: value for tag, value in metrics.items() if step is None or step > last.get(tag, -1)}
+
+
+class _ContinuedWandb(WandbLogger):
+    last: Mapping[str, int] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := {tag: value for tag, value in metrics.items() if step is None or step > self.last.get(tag, -1)}:
+        if new := _new(metrics, step, self.last):  # else a line with the step alone
             super().log_metrics(new, step)
 
 
-class _ContinuedWandb(_Continued, WandbLogger):
-    pass
+class _ContinuedMLFlow(MLFlowLogger):
+    last: Mapping[str, int] = {}
 
-
-class _ContinuedMLFlow(_Continued, MLFlowLogger):
     def find_last(self) -> None:
         """Ask the server for the last step of each metric."""
         client, run = self.experiment, self.run_id
         tags = client.get_run(run).data.metrics
         self.last = {tag: max(each.step for each in client.get_metric_history(run, tag)) for tag in tags}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(_new(metrics, step, self.last), step)
 
 
 def _mlflow(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:
