@@ -9,7 +9,7 @@ from caspr_cli.recipe.task import TaskConf
 from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.registry import TASKS
 
-SECONDS = 2.0  # as long as importing torch takes; whatever is not read by then, the run reads and refuses itself
+SECONDS = 2.0  # of CPU, as much as importing torch takes; what is not read by then, the run reads and refuses itself
 
 
 def check(conf: TaskConf) -> None:
@@ -21,10 +21,11 @@ def check(conf: TaskConf) -> None:
     if not (named := TASKS[conf.name].samples):
         return
     module, _, function = named.partition(":")
-    until = time.monotonic() + SECONDS
     try:
-        for _ in getattr(import_module(module), function)(conf):
-            if time.monotonic() > until:
+        samples = getattr(import_module(module), function)(conf)
+        until = time.process_time() + SECONDS
+        for _ in samples:
+            if time.process_time() > until:
                 return
     except DataError:
         raise

@@ -97,9 +97,12 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
 
 
 def as_range(key: str, text: str) -> str:
-    """Return how a range of whole numbers is written, if the text is meant as one."""
+    """Return how several whole numbers are written, if the text is meant as a range or a list of them."""
     found = re.fullmatch(r"(\d+)(?:-|:|\.{2,3})(\d+)", text)
-    return f": for {found[1]} to {found[2]} write -m {key}='range({found[1]},{int(found[2]) + 1})'" if found else ""
+    if found:
+        return f": for {found[1]} to {found[2]} write -m {key}='range({found[1]},{int(found[2]) + 1})'"
+    listed = re.fullmatch(r"\[([\d, -]+)\]", text)
+    return f": for each of them write -m {key}={listed[1].replace(' ', '')}" if listed else ""
 
 
 def _has(keys: DictConfig, key: str) -> bool:
@@ -126,4 +129,7 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
     if "is not a ListConfig, list or tuple" in message:
         usual = OmegaConf.select(keys(), key, default=["A", "B"]) or [typed.partition("=")[2]]
         return f"{typed}: {key} should be a list in brackets, as in {key}=[{','.join(map(str, usual))}]"
+    if "is not a subclass of" in message:
+        hint = f" Did you mean {key}.name={typed.partition('=')[2]}?" if _has(keys(), f"{key}.name") else ""
+        return f"{typed}: {key} has keys of its own.{hint} (keys: caspr-train --cfg job --package {key})"
     return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -37,6 +38,8 @@ def parse(word: str) -> Override:
 
 
 def _unreadable(word: str) -> str:
+    if re.fullmatch(r"[\w./-]*", word):
+        return f"cannot read '{word}': a word is key=value, as in seed=1 (caspr-train --help)"
     return (
         f"cannot read '{word}': a word is key=value; quote a value that has blanks, commas, =, ~, brackets, quotes or "
         "accents, as in \"key='a, b'\""

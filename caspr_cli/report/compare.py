@@ -50,7 +50,7 @@ def tables(
         for steps, own in (by_steps(every) if budgets else {None: every}).items()
     ]
     if not made:
-        raise UserError(f"all {count(len(runs), 'record')} have {_debug(left_out)}, which is not compared")
+        raise UserError(f"nothing to compare: {count(len(runs), 'record')} with {_debug(left_out)}, which is left out")
     rows = [row for table in made for row in table.rows]
     if baseline is not None and not matching(rows, baseline):
         labels = list(dict.fromkeys(row.label for row in rows))

@@ -201,11 +201,14 @@ class Session:
 
     def plan(self, recipe: Recipe, job: Job) -> Job:
         """Return a job of ``debug=plan``, with its table."""
-        code, text = preflight(recipe)
-        text = f"{_title(recipe)}  (debug=plan: nothing is trained)\n{text}".rstrip()
+        title = f"{_title(recipe)}  (debug=plan: nothing is trained)"
         if self.here:
-            say(text)
-        return replace(job, state=ENDED, exit_code=code, text=text)
+            say(title)
+            say("start    importing torch takes some seconds")
+        code, text = preflight(recipe)
+        if self.here:
+            say(text.rstrip())
+        return replace(job, state=ENDED, exit_code=code, text=f"{title}\n{text}".rstrip())
 
     @contextmanager
     def watch(self, sweep: Sweep) -> Iterator[None]:

@@ -83,6 +83,12 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["--mutlirun"], "--mutlirun is not a flag. Did you mean --multirun?"),
         (["--lr=3"], "--lr=3 is not a flag: keys are written key=value"),
         (["lr=3"], "lr is not a key. Did you mean optim.lr?"),
+        (["seed", "3"], "cannot read 'seed': a word is key=value, as in seed=1 (caspr-train --help)"),
+        (["seed=[0,1]"], "seed should be an integer but is '[0, 1]': for each of them write -m seed=0,1"),
+        (
+            ["schedule=cosine"],
+            "schedule=cosine: schedule has keys of its own. Did you mean schedule.name=cosine? (keys: ",
+        ),
         (["seed=="], "cannot read 'seed=='"),
         (["output_dir=~/runs"], "cannot read 'output_dir=~/runs': a word is key=value; quote a value"),
         (["task=null"], "task=null: no such choice. (choices: c4_lm, ogbg_molpcba"),

@@ -77,7 +77,7 @@ def test_runs_that_look_whether_all_works_are_left_out_and_said() -> None:
     assert made.warnings == ("1 record with debug=fast left out",)
     other = run(seed=0, debug="fast", task__name="vit")
     assert warned(table([*seeds("adamw", [4.0]), other]), "1 record with debug=fast left out")
-    with pytest.raises(UserError, match="all 1 record have debug=fast, which is not compared"):
+    with pytest.raises(UserError, match="nothing to compare: 1 record with debug=fast, which is left out"):
         tables([look])
 
 
