@@ -34,6 +34,13 @@ def bare() -> str:
     return page([synthetic.bare()], None, "Little is known", COMMAND)
 
 
+def results_of(html: str) -> tuple[str, str]:
+    """Return the first table, and the same for phones."""
+    results = html[html.index('id="results"') : html.index("</section>")]
+    wide, _, narrow = results.partition('class="numbers narrow"')
+    return wide, narrow
+
+
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time of a page."""
@@ -80,10 +87,13 @@ def test_what_the_page_of_a_study_says() -> None:
         assert word in cells
     assert {"▲", "▼", "≈", "●"} <= set(cells)
     assert re.search(r"in test [+-]\d+\.\d+ % \([+-]", cells)
-    results = html[html.index('id="results"') : html.index("</section>")]
+    results, cards = results_of(html)
     means = re.findall(r"\d ± [^<]*", results)
     assert len(means) == 11
     assert all(re.search(r"\(n = 5|\(n = 4 of 5", mean) for mean in means)
+    assert sorted(re.findall(r"\d ± [^<]*", cards)) == sorted(means)  # on a phone, a card for each task
+    assert re.findall(r'scope="row">(\w+)', cards) == ["c4_lm", "resnet"]
+    assert "not run" not in cards
     assert "n = 5: shampoo, caspr, soap, adamw and sgd; n = 4: muon." in found.within("figcaption")
     for said in (
         "4 of 5", "lr=0.001", "1, 2, 3 (failed), 4, 5, held out", "number 0, of 6 (1 failed)", "A CPU, 2 cores",
@@ -129,7 +139,8 @@ def test_labels_and_words_of_files_are_text() -> None:
 def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures: None) -> None:
     made = table(seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.4, 4.51, 4.49]))
     html = page([made], None, "One", COMMAND)
-    results = html[html.index('id="results"') : html.index("</section>")]
+    results, cards = results_of(html)
+    assert re.findall(r'class="best">([^<]*) \(', cards) == [mean_sd(made.rows[0].validation)]
     assert re.findall(r'class="best">([^<]*) \(', results) == [mean_sd(made.rows[0].validation)]
     row = results[results.index("</svg>caspr") :]
     row = row[: row.index("</tr>")]
@@ -171,7 +182,7 @@ def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial
     said = "all ended with a finite value, and 2 more of the selected settings are not finished"
     assert f"3 reported runs with seeds 0 to 2; {said}" in opening(made)[1]
     found = parsed(page(made, None, "Part", COMMAND)).within("td", "span")
-    assert found.count("its seeds selected the trial") == 1
+    assert found.count("its seeds selected the trial") == 2  # the second is for phones
 
 
 def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch: pytest.MonkeyPatch) -> None:
