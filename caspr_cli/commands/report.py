@@ -240,7 +240,9 @@ def run(args: argparse.Namespace) -> int:
     if len(found.warnings) > SHOWN:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
     if not found.runs:
-        raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {records.HOW}")
+        events = any(next(path.rglob("*tfevents*"), None) for path in args.paths)
+        how = "it has logs of TensorBoard: add --from tensorboard --metric NAME" if events else records.HOW
+        raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {how}")
     runs = where(found.runs, getattr(args, "where", ()))
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, runs)
     return OK

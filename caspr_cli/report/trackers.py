@@ -139,6 +139,7 @@ def walk(root: Path, into: Found) -> Iterator[tuple[Path, list[str], list[str]]]
 
     if root.is_file():
         yield root.parent, [], [root.name]
+        return
     for folder, inner, files in os.walk(root, onerror=failed):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield Path(folder), inner, sorted(files)

@@ -59,6 +59,7 @@ def test_transformers_trainer_learns() -> None:
 
 def test_the_chart_of_wandb_is_a_table() -> None:
     found = logs.find([EXAMPLES / "wandb_chart.csv"], Asked("wandb", "val/loss"))
+    assert found.warnings == []
     assert sorted({run.config["optim.name"] for run in found.runs}) == ["adamw", "caspr"]
     assert sorted(run.seed for run in found.runs) == [0, 0, 1, 1, 2, 2]
     assert [point.step for point in found.runs[0].curve] == [50, 100, 150, 200]

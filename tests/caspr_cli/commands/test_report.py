@@ -56,6 +56,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "--json=1"], "--json takes no value"),
         (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
+        (["compare", "events"], "no records in events; it has logs of TensorBoard: add --from tensorboard --metric "),
         (["compare", "--baseline", "adamv"], "--baseline adamv: no row is called so. Did you mean adamw? (rows: "),
         (["compare", "--target", "vit"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit"),
         (["compare", "--target", "vit=nan"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit=nan"),
@@ -75,6 +76,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], message: str, call: Call) -> None:
     Path("d.md").mkdir()
     Path("empty").mkdir()
+    Path("events").mkdir()
+    Path("events", "events.out.tfevents.1").touch()
     assert call(*argv) == 2
     err = call.err
     assert message in err
