@@ -304,8 +304,8 @@ class ShampooOptions(FullAdagradOptions):
     polar: bool = option(
         False,
         """replace what the roots make of a block by its polar factor (five Newton-Schulz steps, as in Muon), of which
-        all singular values are about 1: no direction can then be overshot. Use it with ``nesterov=True`` and
-        ``betas=(0.9, 0.99)``. A tensor that is cut into blocks has that of each block.""",
+        all singular values are about 1: no direction can then be overshot. Use it with ``nesterov=True``,
+        ``graft="rms"`` and ``betas=(0.9, 0.99)``. A tensor that is cut into blocks has that of each block.""",
     )
     precondition_1d: bool = option(
         False,

@@ -41,7 +41,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
     assert topics.DEFAULTS in (topics.FOLDER / "tuning.md").read_text()
     rows = topics.defaults().splitlines()
     assert len(rows) == len(OPTIMIZERS) + 2
-    assert "| `caspr` | 0.01 | 0.9, 0.99 | - | 0 | 10 |" in rows
+    assert "| `caspr` | 0.02 | 0.9, 0.99 | - | 0 | 10 |" in rows
     assert "| `sgd` | 0.1 | - | 0.9 | 0 | - |" in rows
 
 
