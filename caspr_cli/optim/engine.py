@@ -28,6 +28,7 @@ from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
+from caspr_cli.optim.parts import check_torch
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import Workspace
@@ -49,6 +50,9 @@ class KroneckerOptimizer(Optimizer):
 
     #: Seconds that ``state_dict()`` waits for other ranks.
     timeout: float = 300
+
+    #: Whether ``state_dict()`` has only this rank's part of statistics and roots, for torch.distributed.checkpoint.
+    sharded_state: bool = False
 
     _has_warned_of_eps = False
 
@@ -309,18 +313,26 @@ class KroneckerOptimizer(Optimizer):
         Then it is a collective operation, to be called on every rank, unless :meth:`consolidate_state_dict` was called
         since the last step. They are in the memory of the CPU. What it returns may be loaded by any number of ranks.
 
+        With ``sharded_state`` nothing is gathered: it holds views of what this rank owns, of which
+        torch.distributed.checkpoint makes a checkpoint that any number of ranks loads, with or without it.
+
         Raises:
-            RuntimeError: not all ranks have called it within ``timeout``, or the state was gathered on another rank.
+            RuntimeError: not all ranks have called it within ``timeout``, or the state was gathered on another rank;
+                or, with ``sharded_state``, torch is older than 2.14.
         """
         if not self._division.ranks:
             return super().state_dict()
-        to, whole = self._gathered or (None, self._gather(None))
+        if self.sharded_state:
+            check_torch()
+            to, factors = None, states.own_parts(self.state, self.param_groups, self._division.shares)
+        else:
+            to, factors = self._gathered or (None, self._gather(None))
         if to not in (None, dist.get_rank()):
             raise RuntimeError(f"consolidate_state_dict() has gathered the state on rank {to}: call state_dict() there")
 
         def complete(_: Optimizer, content: dict[str, Any]) -> None:
-            for i, factors in whole.items():
-                content["state"][i] = states.without_factors(content["state"].get(i, {})) | factors
+            for i, named in factors.items():
+                content["state"][i] = states.without_factors(content["state"].get(i, {})) | named
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
@@ -362,15 +374,18 @@ class KroneckerOptimizer(Optimizer):
                 state. Nothing has changed then.
         """
         given: list[dict[str, Any]] = []
+        division = self._division
 
         def take(_: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
-            given.append(states.accepted(content, self.param_groups, dict(self.fixed)))
+            given.append(states.accepted(content, self.param_groups, dict(self.fixed), division.shares))
             return given[-1] | {"state": {i: states.without_factors(s) for i, s in given[-1]["state"].items()}}
 
         def restore(_: Optimizer) -> None:
             states.restore(self.state, given[-1], self.param_groups)
             for p, group in states.params_of(self.param_groups):
                 states.count_as_before(self.state.get(p, {}), group, False)
+            if states.has_parts(given[-1]):
+                self._division.owners = division.owners
             if any(is_factor(name) for entries in self.state.values() for name in entries):
                 self._division.divide(self.param_groups, self._plan(), self.state, check=False)  # before it takes room
             states.move(self.state)
