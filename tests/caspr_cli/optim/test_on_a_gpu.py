@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 from fake_gpu import FakeGPU, fake_gpu
+from fake_ranks import Sent, many
 from pairs import pairs
 from stepping import noise, weights
-from torch import nn
+from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, Shampoo, engine, roots, statistics, step
 from caspr_cli.optim.state import COUNTERS
@@ -85,6 +86,27 @@ def test_no_step_waits_for_the_device_and_a_graph_of_each_turn_can_be_repeated(c
         assert first == second
         assert first[0] != first[1]  # other blocks have their turn
         assert gpu.launches <= MOST[way]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("way", ["plain", "nesterov"])
+def test_on_several_ranks_a_graph_of_each_turn_can_be_repeated(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives, too, are the same in each turn, of the same memory. (NCCL's wait is for a stream, not for the host.)"""
+    monkeypatch.setattr("caspr_cli.optim.dealing.BUCKET", 1)  # a block of each rank
+    with many(2), fake_gpu() as gpu:
+
+        def gather(received: Tensor, sent: Tensor, **options: Any) -> Sent:
+            gpu.note("all_gather", received, sent)
+            return Sent()
+
+        monkeypatch.setattr("caspr_cli.optim.shard.all_gather", gather)
+        optimizer = made(**WAYS[way], shapes=[(64, 48)] * 5, lr=torch.ones((), device="cuda"))
+        assert waits(gpu, optimizer, 4)[2:] == [{}] * 2
+        first, second = captured(gpu, optimizer, 2), captured(gpu, optimizer, 2)
+        assert first == second
+        assert first[0] != first[1]
+        assert [name for name, _ in first[0]].count("all_gather") == (3 if way == "plain" else 10)
+        assert optimizer.ranks == 2
 
 
 @pytest.mark.usefixtures("quick")
