@@ -198,15 +198,13 @@ def has_parts(content: Content) -> bool:
 def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> dict[int, dict[str, Tensor]]:
     """Return the factors of the blocks that this rank owns, by the number of the parameter: views, which nobody else is
     asked for."""
-    found = {}
+    found = defaultdict[int, dict[str, Tensor]](dict)
     for i, (p, group) in enumerate(params_of(groups)):
-        if p in shares:
-            layout, named = layout_of(p, group), {k: v for k, v in state.get(p, {}).items() if is_factor(k)}
-            shapes = {name: shape_of(name, layout) for name in named}
-            found[i] = {
-                name: Part.of(value, shares[p].indices[shapes[name]], len(layout.blocks[shapes[name]]))
-                for name, value in named.items()
-            }
+        layout = layout_of(p, group)
+        for name, value in state.get(p, {}).items() if p in shares else ():
+            if is_factor(name):
+                shape = shape_of(name, layout)
+                found[i][name] = Part.of(value, shares[p].indices[shape], len(layout.blocks[shape]))
     return found
 
 
