@@ -284,7 +284,7 @@ class StopOnSignal(Callback):
         # a collective in the middle of whatever collective the step is in. It is never called, so what Lightning asks
         # the ranks about it before each step, which waits for the device, has no use.
         self._listen()
-        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+        cast(Any, trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor = lambda: None
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_requested = True

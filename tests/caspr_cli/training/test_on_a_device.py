@@ -118,7 +118,29 @@ def test_batches_for_a_gpu_are_in_pinned_memory(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     trainer = SimpleNamespace(workers=0, accelerator=SimpleNamespace(name=accelerator))
     data = SimpleNamespace(recipe=SimpleNamespace(trainer=trainer), task=SimpleNamespace(collate=None))
-    assert TaskData._loading(cast(Any, data))["pin_memory"] is pinned
+    assert TaskData._loading(cast(Any, data), "train")["pin_memory"] is pinned
+
+
+@pytest.mark.parametrize(
+    ("asked", "costs", "cores", "workers"),
+    [
+        (None, True, 12, 5),
+        (None, True, 64, 8),
+        (None, True, 1, 0),
+        (None, False, 12, 0),
+        (3, False, 1, 3),
+        (0, True, 9, 0),
+    ],
+)
+def test_processes_read_ahead_where_reading_costs(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, costs: bool, cores: int, workers: int
+) -> None:
+    """Two ranks share the cores, and each needs one for its steps."""
+    monkeypatch.setattr("caspr_cli.training.data.cores", lambda: cores)
+    trainer = SimpleNamespace(workers=asked, accelerator=SimpleNamespace(name="cpu"), devices=2)
+    task, sets = SimpleNamespace(collate=None), {"train": SimpleNamespace(reading_costs=costs)}
+    data = SimpleNamespace(recipe=SimpleNamespace(trainer=trainer), task=task, _datasets=sets)
+    assert TaskData._loading(cast(Any, data), "train")["num_workers"] == workers
 
 
 @pytest.fixture
