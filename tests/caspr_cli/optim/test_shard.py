@@ -17,7 +17,7 @@ from ranks import Ranks, alone
 from stepping import advance, loaded, noise, saved, weights
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo, plan, shard
+from caspr_cli.optim import CASPR, Shampoo, plan, scatter, shard
 from caspr_cli.optim.dealing import PADDED, Block, Loads, deal, group_size, received
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
@@ -133,6 +133,13 @@ def bytes_of_a_step(rank: int, dtype: torch.dtype) -> list[int]:
         optimizer = train(weights([(64, 64)] * 4, dtype), range(3), gather_dtype=gather_dtype)
         found.append(optimizer.bytes_received)
     return found
+
+
+def test_many_small_tensors_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, seen = [torch.zeros(600, 600) for _ in range(30)], []
+    monkeypatch.setattr(scatter, "local", lambda p: seen.append(p) or p)
+    assert [len(run) for run in scatter.chunks(params)] == [2] * 15
+    assert len(seen) == 30
 
 
 def test_updates_travel_in_bfloat16_where_parameters_are(two: Ranks) -> None:
