@@ -31,7 +31,8 @@ class Data(Protocol):
     def dataset(self, split: Split) -> Dataset[Any]:
         """Return a map-style data set (``len`` and integer index), the same on every rank and in every run.
 
-        Training samples may be augmented with what they draw from torch's global generator; no other generator.
+        Training samples may be augmented with what they draw from torch's global generator; no other generator. A true
+        ``reading_costs`` of a data set asks for processes that read ahead.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -103,11 +103,15 @@ class FakeGPU(TorchDispatchMode):
             return self._to_host(result, asynchronous=False)
         if name == "_to_copy" and not there and not kwargs.get("non_blocking"):
             self.wait("copy from memory that is not pinned")
-        if self.capturing:
-            self.calls.append((name, tree_map(self._recorded, (args, kwargs))))
+        self.note(name, *args, **kwargs)
         result = None if name == "_fused_adamw_" else op(*args, **kwargs)  # with a tensor's rate it has no fake
         self._count(name, args, result)
         return result
+
+    def note(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Note an operation that is captured."""
+        if self.capturing:
+            self.calls.append((name, tree_map(self._recorded, (args, kwargs))))
 
     def _recorded(self, x: Any) -> Any:
         """Return what a graph would keep of an argument: of memory that was there before, which it is."""

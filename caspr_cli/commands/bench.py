@@ -67,7 +67,7 @@ factors   statistics and roots of that GPU; state: with moments; buffers: for wh
 received  bytes that a GPU gets in a step; x: as a multiple of the updates
 predicted compute and exchange, at {efficiency:.0%} of the data sheet and if nothing overlapped: {float32:g} TFLOP/s \
 in float32, {memory:g} TB/s of memory; {node:g} GB/s within a node of 8, {network:g} GB/s a link beyond
-dealing   time on this machine to choose owners, once a run: the one number that is measured"""
+dealing   CPU time on this machine to choose owners, once a run: the one number that is measured"""
 
 
 def ranks(text: str) -> list[int]:

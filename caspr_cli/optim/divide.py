@@ -16,10 +16,11 @@ from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.dealing import Block, Loads, deal, group_size
 from caspr_cli.optim.fsdp import TransferPlan, is_sharded, row_group
 from caspr_cli.optim.options import Group, travel_dtype
+from caspr_cli.optim.parts import Part
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
 from caspr_cli.optim.shard import Team, agree, world_size
 from caspr_cli.optim.solve import root_flops
-from caspr_cli.optim.stacks import check_factors, is_factor, outdated
+from caspr_cli.optim.stacks import check_factors, is_factor, outdated, shape_of
 
 Known = tuple[Tensor, Block, int]  # a parameter, one of its blocks, and the bytes of its update
 
@@ -181,5 +182,7 @@ class Division:
             del state[name]
         for name in [name for name in state if is_factor(name)]:
             value = state.pop(name)
-            if mine := self.shares[p].indices.get(layout.shapes[int(name.rpartition(".")[2])]):
+            if isinstance(value, Part):  # this rank's already
+                state[name] = value.as_subclass(Tensor)
+            elif mine := self.shares[p].indices.get(shape_of(name, layout)):
                 state[name] = value[mine]

@@ -24,12 +24,14 @@ from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
 from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed
-from caspr_cli.optim.finite import Finite, norms_of_rows
+from caspr_cli.optim.finite import Finite, norms_of_rows, refuse_sparse
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
+from caspr_cli.optim.parts import check_torch
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
 from caspr_cli.optim.precision import full_precision
+from caspr_cli.optim.refresh import keep_roots_of
 from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.stacks import Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
@@ -49,6 +51,9 @@ class KroneckerOptimizer(Optimizer):
 
     #: Seconds that ``state_dict()`` waits for other ranks.
     timeout: float = 300
+
+    #: Whether ``state_dict()`` has only this rank's part of statistics and roots, for torch.distributed.checkpoint.
+    sharded_state: bool = False
 
     _has_warned_of_eps = False
 
@@ -152,7 +157,7 @@ class KroneckerOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse()
+        refuse_sparse(self.param_groups, type(self).__name__)
         plans = self._plan()
         self._gathered, self._exchange.bytes_received = None, 0
         if self._division.divide(self.param_groups, plans, self.state):
@@ -186,12 +191,6 @@ class KroneckerOptimizer(Optimizer):
         if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
         return loss
-
-    def _refuse_sparse(self) -> None:
-        """Refuse sparse gradients, before anything has moved."""
-        for group in self.param_groups:
-            if any((G := p.grad) is not None and G.is_sparse for p in group["params"]):
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _plan(self) -> list[Plan]:
         """Return the plan of each group; a group that has changed gets another."""
@@ -231,7 +230,7 @@ class KroneckerOptimizer(Optimizer):
         count, seen = (states.next_counts(known, name, self._given) for name in ("step", "gradients"))
         stacks = self._stacks_of(index, group, plan, list(count))
         if count:
-            self._keep_roots_of(root_options(group), group, stacks)
+            keep_roots_of(root_options(group), group, stacks)
         shares = {p: self.share(p, group) for p in plan.layouts} if self._division.shares else plan.layouts
         shared = self._division.is_shared(group, plan)
         return steps.Inputs(
@@ -268,14 +267,6 @@ class KroneckerOptimizer(Optimizer):
                 stack.interval, stack.plan = group["interval"], plan
         return stacks
 
-    @staticmethod
-    def _keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack]) -> None:
-        """Forget roots of other options; a group says which its roots are of."""
-        if tuple(group["roots_of"]) != options:
-            for stack in stacks:
-                stack.forget_roots()
-        group["roots_of"] = options
-
     def _broken(self, index: int, x: steps.Active) -> list[Tensor]:
         """Return the parameters of a group to warn of; on a GPU those of the step before, so as not to wait for it."""
         if x.mask is None or is_captured(x.mask.finite.device):  # with a mask nothing is known here
@@ -309,18 +300,26 @@ class KroneckerOptimizer(Optimizer):
         Then it is a collective operation, to be called on every rank, unless :meth:`consolidate_state_dict` was called
         since the last step. They are in the memory of the CPU. What it returns may be loaded by any number of ranks.
 
+        With ``sharded_state`` it holds views of what this rank owns, and nobody else is asked. What
+        torch.distributed.checkpoint makes of all ranks' may be loaded by any number of ranks, with or without it.
+
         Raises:
-            RuntimeError: not all ranks have called it within ``timeout``, or the state was gathered on another rank.
+            RuntimeError: not all ranks have called it within ``timeout``, or the state was gathered on another rank;
+                or, with ``sharded_state``, torch is older than 2.14.
         """
         if not self._division.ranks:
             return super().state_dict()
-        to, whole = self._gathered or (None, self._gather(None))
+        if self.sharded_state:
+            check_torch()
+            to, factors = None, states.own_parts(self.state, self.param_groups, self._division.shares)
+        else:
+            to, factors = self._gathered or (None, self._gather(None))
         if to not in (None, dist.get_rank()):
             raise RuntimeError(f"consolidate_state_dict() has gathered the state on rank {to}: call state_dict() there")
 
         def complete(_: Optimizer, content: dict[str, Any]) -> None:
-            for i, factors in whole.items():
-                content["state"][i] = states.without_factors(content["state"].get(i, {})) | factors
+            for i, named in factors.items():
+                content["state"][i] = states.without_factors(content["state"].get(i, {})) | named
 
         handle = self.register_state_dict_post_hook(complete, prepend=True)
         try:
@@ -361,16 +360,18 @@ class KroneckerOptimizer(Optimizer):
             ValueError: an option is out of its range, or a parameter has another shape or other blocks than in the
                 state. Nothing has changed then.
         """
-        given: list[dict[str, Any]] = []
+        given, division = list[dict[str, Any]](), self._division
 
         def take(_: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
-            given.append(states.accepted(content, self.param_groups, dict(self.fixed)))
+            given.append(states.accepted(content, self.param_groups, dict(self.fixed), division.shares))
             return given[-1] | {"state": {i: states.without_factors(s) for i, s in given[-1]["state"].items()}}
 
         def restore(_: Optimizer) -> None:
             states.restore(self.state, given[-1], self.param_groups)
             for p, group in states.params_of(self.param_groups):
                 states.count_as_before(self.state.get(p, {}), group, False)
+            if states.has_parts(given[-1]):
+                self._division.owners = division.owners
             if any(is_factor(name) for entries in self.state.values() for name in entries):
                 self._division.divide(self.param_groups, self._plan(), self.state, check=False)  # before it takes room
             states.move(self.state)

@@ -7,6 +7,7 @@ damping is ten times as large at its next turn (and falls again with each succes
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ def refresh(due: Due, group: Group) -> None:
                 batch, room = [], most
     if batch:
         _refresh(batch, group)
+
+
+def keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack]) -> None:
+    """Forget roots of other options; a group says which its roots are of."""
+    if tuple(group["roots_of"]) != options:
+        for stack in stacks:
+            stack.forget_roots()
+    group["roots_of"] = options
 
 
 def _apart(due: Due) -> Due:

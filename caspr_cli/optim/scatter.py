@@ -70,13 +70,14 @@ class Workspace:
 def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield a few at a time, so that they stay in the cache."""
     run: list[Tensor] = []
+    total = 0
     for p in params:
-        if run and sum(local(q).numel() for q in run) + local(p).numel() > (
-            CHUNK_CPU if p.device.type == "cpu" else CHUNK
-        ):
+        size = local(p).numel()
+        if run and total + size > (CHUNK_CPU if p.device.type == "cpu" else CHUNK):
             yield run
-            run = []
+            run, total = [], 0
         run.append(p)
+        total += size
     if run:
         yield run
 

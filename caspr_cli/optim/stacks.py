@@ -13,6 +13,7 @@ from torch import Tensor
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.device import Question, is_captured, sent
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.parts import length
 from caspr_cli.optim.roots import Root
 from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
 
@@ -368,7 +369,7 @@ def check_axes(state: Iterable[str], p: Tensor, layout: Layout) -> None:
 
 
 def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
-    """Refuse statistics and roots, whole ones, of other axes or blocks.
+    """Refuse statistics and roots, whole ones or parts, of other axes or blocks.
 
     Raises:
         ValueError: the same on all ranks.
@@ -378,7 +379,7 @@ def check_factors(state: dict[str, Tensor], p: Tensor, layout: Layout) -> None:
     for name in names:
         kind, _, part = name.rpartition(".")
         shape, axis = dict(enumerate(layout.shapes)).get(int(part)), kind.rpartition("_")[2]
-        if shape is None or len(state[name]) != len(layout.blocks[shape]):
+        if shape is None or length(state[name]) != len(layout.blocks[shape]):
             raise ValueError(other_blocks(name, p))
         if axis.isdigit():
             d = shape[int(axis)]
@@ -394,6 +395,11 @@ def is_factor(name: str) -> bool:
     own = ("scale", "root_scale", "total", "retries", "rejected", "moment")
     of_axes = ("statistics_", "root_", "basis_", "share_", "eigenvalue_")
     return name.partition(".")[0] in own or name.startswith(of_axes)
+
+
+def shape_of(name: str, layout: Layout) -> Shape:
+    """Return the shape of the blocks of a factor."""
+    return layout.shapes[int(name.rpartition(".")[2])]
 
 
 def other_blocks(name: str, p: Tensor) -> str:

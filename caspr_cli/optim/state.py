@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from caspr_cli.optim.blocks import Shape
+from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.fsdp import distribute, is_sharded
 from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate
+from caspr_cli.optim.parts import Part
 from caspr_cli.optim.plan import is_preconditioned, layout_of
 from caspr_cli.optim.shard import Team, collected
-from caspr_cli.optim.stacks import check_factors, is_factor
+from caspr_cli.optim.stacks import check_factors, is_factor, shape_of
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
 # precondition="gradient", gradients that were not finite.
@@ -101,11 +102,12 @@ def count_as_before(state: State, group: Group, owned: bool) -> None:
             state["updates"] = (step - group["start_step"] + 1).clamp(min=0)
 
 
-def accepted(content: Content, groups: list[Group], fixed: Group) -> Content:
+def accepted(content: Content, groups: list[Group], fixed: Group, shares: dict[Tensor, Layout]) -> Content:
     """Return a state_dict as it is taken into ``groups``, of whose options some are not the state's to say.
 
     Args:
         fixed: options that make the class what it is.
+        shares: the blocks that this rank owns.
 
     Raises:
         ValueError: an option that cannot be, or parameters of other shapes or blocks; names the option, or the
@@ -115,11 +117,11 @@ def accepted(content: Content, groups: list[Group], fixed: Group) -> Content:
     for i, (theirs, mine) in enumerate(zip(saved, groups, strict=False)):
         saved[i] = adopted(theirs, mine, fixed)
     content = content | {"param_groups": saved}
-    _check(content, groups)
+    _check(content, groups, shares)
     return with_own_rows(content, groups)
 
 
-def _check(content: Content, groups: list[Group]) -> None:
+def _check(content: Content, groups: list[Group], shares: dict[Tensor, Layout]) -> None:
     saved = content["param_groups"]
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return  # which torch refuses
@@ -135,6 +137,18 @@ def _check(content: Content, groups: list[Group]) -> None:
                 )
         if is_preconditioned(p, group):
             check_factors(state, p, layout_of(p, group))
+            _check_parts(state, number, layout_of(p, group), shares.get(p))
+
+
+def _check_parts(state: State, number: int, layout: Layout, share: Layout | None) -> None:
+    """Refuse parts of factors that are of other blocks than a rank owns."""
+    for name, value in state.items():
+        mine = share.indices.get(shape_of(name, layout)) if share and isinstance(value, Part) else None
+        if isinstance(value, Part) and value.numbers != mine:
+            raise ValueError(
+                f"{name} of parameter {number} is a part, of other blocks than this rank owns: load into what this "
+                "optimizer's own state_dict() gives (torch.distributed.checkpoint), and that into it"
+            )
 
 
 def with_own_rows(content: Content, groups: list[Group]) -> Content:
@@ -176,6 +190,24 @@ def without_factors(state: State) -> State:
     return {name: value for name, value in state.items() if not is_factor(name)}
 
 
+def has_parts(content: Content) -> bool:
+    """Whether a state_dict has parts of factors."""
+    return any(isinstance(value, Part) for state in content["state"].values() for value in state.values())
+
+
+def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> dict[int, dict[str, Tensor]]:
+    """Return the factors of the blocks that this rank owns, by the number of the parameter: views, which nobody else is
+    asked for."""
+    found = defaultdict[int, dict[str, Tensor]](dict)
+    for i, (p, group) in enumerate(params_of(groups)):
+        layout = layout_of(p, group)
+        for name, value in state.get(p, {}).items() if p in shares else ():
+            if is_factor(name):
+                shape = shape_of(name, layout)
+                found[i][name] = Part.of(value, shares[p].indices[shape], len(layout.blocks[shape]))
+    return found
+
+
 def whole_factors(
     state: Any,
     groups: list[Group],
@@ -201,7 +233,7 @@ def whole_factors(
                 continue
             p, group = everyone[i]
             for name, rows in named.items():
-                ranks = owners[p][layout_of(p, group).shapes[int(name.rpartition(".")[2])]]
+                ranks = owners[p][shape_of(name, layout_of(p, group))]
                 if name not in whole[i]:
                     whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
                 whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()

@@ -214,6 +214,7 @@ def identity(recipe: Recipe) -> str:
         group, name = key.split(".")
         if plain[group].get(name) == before:
             del plain[group][name]
+    plain["trainer"]["workers"] = plain["trainer"]["workers"] or 0  # null came later, and changes no result
     if isinstance(recipe.optim, KroneckerConf):  # records that were made with these keys are found again, too
         plain["optim"] |= REMOVED
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

@@ -137,7 +137,7 @@ class TrainerConf:
     compile: bool = False  # torch.compile the model
     timeout: float = 600.0  # seconds that a rank waits for another before the run counts as cut off
     keep_checkpoints: bool = True  # of a run that is done; what is cut off keeps its own in any case
-    workers: int = 0  # processes a rank that read samples ahead; 0: read between steps, best where data are in memory
+    workers: int | None = None  # processes a rank that read samples ahead; null: some where files are decoded, else 0
 
 
 @dataclass

@@ -84,11 +84,11 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
     root = root_flops(group, len(blocks[0][1]), torch.device("cuda"))
     for count in gpus:
         for sharded in (False, True):
-            start = time.perf_counter()
+            start = time.process_time()
             n = count if sharded else group_size(blocks, sizes, count)
             loads, parts = Loads(n, root), count if sharded else 1
             owners = deal(blocks, sizes, loads)
-            dealing = time.perf_counter() - start
+            dealing = time.process_time() - start
             turns = [[a + b for a, b in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
             busiest = sum(map(max, turns)) / len(turns)
             factors, most = _kept(blocks, owners, n)

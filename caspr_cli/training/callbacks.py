@@ -17,6 +17,7 @@ from torch import Tensor
 
 from caspr_cli.common.selection import reaches
 from caspr_cli.optim.cost import state_bytes
+from caspr_cli.optim.device import Question, sent
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe, Strategy
@@ -29,6 +30,7 @@ from caspr_cli.training.recorder import Recorder
 from caspr_cli.training.timing import Clock, PhaseTimer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # clusters send the last
+ASK_EVERY = 4  # steps on GPUs after which ranks ask each other whether to stop
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
 
@@ -269,6 +271,7 @@ class StopOnSignal(Callback):
         # Its launcher is this process's parent, or (several ranks) the parent of torch's launcher.
         self._parent, self._launcher = os.getppid(), int(os.environ.get(LAUNCHER, os.getpid()))
         self._stop_requested = False
+        self._asked: Question | None = None  # whether any rank was, of GPUs that may not have come to it
         self._listen()
 
     def _listen(self) -> None:
@@ -278,8 +281,10 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # Lightning has put its own handler in front, which broadcasts to the other ranks from inside the signal:
-        # a collective in the middle of whatever collective the step is in.
+        # a collective in the middle of whatever collective the step is in. It is never called, so what Lightning asks
+        # the ranks about it before each step, which waits for the device, has no use.
         self._listen()
+        cast(Any, trainer.fit_loop.epoch_loop)._broadcast_sigterm_tensor = lambda: None
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -290,9 +295,11 @@ class StopOnSignal(Callback):
         between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         early = trainer.global_step < trainer.max_steps
         # Where a validation comes next, it is part of the record that this checkpoint would stand for.
-        if between_steps and early and not validation_follows(trainer, batch_idx) and self._agreed(trainer):
-            self.checkpoints.save(trainer)
-            raise Stopped
+        if between_steps and early and not validation_follows(trainer, batch_idx):
+            on_gpus = trainer.world_size > 1 and module.device.type == "cuda"
+            if self._agreed_before(trainer.global_step, module.device) if on_gpus else self._agreed(trainer):
+                self.checkpoints.save(trainer)
+                raise Stopped
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Stop if asked to; :class:`Checkpoints` has saved before."""
@@ -301,9 +308,22 @@ class StopOnSignal(Callback):
 
     def _agreed(self, trainer: Trainer) -> bool:
         """Return whether any rank was asked to stop: a signal may reach one a step earlier, and they stop together."""
+        return bool(trainer.strategy.reduce_boolean_decision(self._should_stop(), all=False))
+
+    def _agreed_before(self, step: int, device: torch.device) -> bool:
+        """Return what ranks agreed on when they last asked, which is every few steps, so that none waits for its GPU:
+        a step later the answer is there."""
+        answer = self._asked is not None and bool(self._asked.answer()[0])
+        self._asked = None
+        if step % ASK_EVERY == 0:
+            stop = sent(torch.tensor([int(self._should_stop())], device="cpu"), device)
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+            self._asked = Question(stop)
+        return answer
+
+    def _should_stop(self) -> bool:
         # A dead launcher that nobody has waited for still answers to its number, but is no parent any more.
-        stop = self._stop_requested or os.getppid() != self._parent or not lives(self._launcher)
-        return bool(trainer.strategy.reduce_boolean_decision(stop, all=False))
+        return self._stop_requested or os.getppid() != self._parent or not lives(self._launcher)
 
 
 def validation_follows(trainer: Trainer, batch_idx: int) -> bool:

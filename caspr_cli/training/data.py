@@ -12,7 +12,10 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from caspr_cli.recipe.schema import Recipe, Strategy
+from caspr_cli.runs.processes import cores
 from caspr_cli.tasks.base import SPLITS, DataError, Split, Task
+
+MOST_WORKERS = 8  # processes a rank, where their number is not given
 
 Draw = tuple[int, int]  # index of a sample, and the seed of what it draws when it is read
 
@@ -112,7 +115,9 @@ class TaskData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         self.begun = True
-        return DataLoader(Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading())
+        return DataLoader(
+            Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading("train")
+        )
 
     def first_batches(self, count: int) -> Iterator[Any]:
         """Yield the first batches of the run on this rank (with ``accumulate``: parts of batches)."""
@@ -137,11 +142,16 @@ class TaskData(LightningDataModule):
         if self.recipe.trainer.strategy == Strategy.fsdp:
             count = min(-(-size // (batch * self.world)), size // self.world)
             batches = [share[start::count] for start in range(count)]
-            return DataLoader(self._datasets[split], batch_sampler=cast(Any, batches), **self._loading())
-        return DataLoader(torch.utils.data.Subset(self._datasets[split], share), batch_size=batch, **self._loading())
+            return DataLoader(self._datasets[split], batch_sampler=cast(Any, batches), **self._loading(split))
+        mine = torch.utils.data.Subset(self._datasets[split], share)
+        return DataLoader(mine, batch_size=batch, **self._loading(split))
 
-    def _loading(self) -> dict[str, Any]:
+    def _loading(self, split: Split) -> dict[str, Any]:
         workers = self.recipe.trainer.workers
+        if workers is None:
+            costs = getattr(self._datasets[split], "reading_costs", False)
+            own = cores() // self.recipe.trainer.devices - 1  # a core is for the steps
+            workers = min(MOST_WORKERS, max(own, 0)) if costs else 0
         return {
             "collate_fn": self.task.collate,
             "num_workers": workers,

@@ -75,6 +75,7 @@ class Opened(Dataset[Sample]):
 
     def __init__(self, album: Album, change: Callable[[Image.Image], Image.Image]) -> None:
         self._album, self._change = album, change
+        self.reading_costs = isinstance(album, FileAlbum)  # a file is decoded for each sample
 
     def __len__(self) -> int:
         return len(self._album.labels)

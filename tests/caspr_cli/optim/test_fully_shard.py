@@ -338,8 +338,9 @@ def test_each_rank_keeps_its_part_of_the_state(ranks: Ranks) -> None:
     assert ranks(state_bytes, "rows", shapes) == [(factors // ranks.world, moments // ranks.world)] * ranks.world
 
 
-def through_torch(rank: int, path: str, load: bool, full: bool, how: str) -> list[Tensor]:
-    """torch.distributed.checkpoint; full: one file with everything in it, as `torch.save` writes it."""
+def through_torch(rank: int, path: str, load: bool, kind: str, how: str) -> list[Tensor]:
+    """torch.distributed.checkpoint, of whole factors or, with ``parts``, of those of each rank; ``full``: one file with
+    everything in it, as `torch.save` writes it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -347,7 +348,8 @@ def through_torch(rank: int, path: str, load: bool, full: bool, how: str) -> lis
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = CASPR(model.parameters(), **OPTIONS)
-    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    optimizer.sharded_state, full = kind == "parts", kind == "full"
+    options = StateDictOptions(full_state_dict=full, cpu_offload=kind != "whole")
 
     def save_or_load(model_state: Any, optimizer_state: Any) -> Any:
         content = {"model": model_state, "optimizer": optimizer_state}
@@ -377,24 +379,26 @@ def through_torch(rank: int, path: str, load: bool, full: bool, how: str) -> lis
 
 
 @pytest.mark.parametrize(
-    ("how", "full"),
+    ("how", "kind"),
     [
-        ("fsdp", False),
-        ("ddp", True),
-        pytest.param("fsdp", True, marks=pytest.mark.release),
-        pytest.param("ddp", False, marks=pytest.mark.release),
+        ("fsdp", "parts"),
+        ("ddp", "full"),
+        pytest.param("fsdp", "full", marks=pytest.mark.release),
+        pytest.param("fsdp", "whole", marks=pytest.mark.release),
+        pytest.param("ddp", "whole", marks=pytest.mark.release),
+        pytest.param("ddp", "parts", marks=pytest.mark.release),
     ],
 )
 def test_torchs_checkpoints_load_at_another_number_of_ranks(
-    two: Ranks, ranks: Ranks, how: str, full: bool, tmp_path: Path
+    two: Ranks, ranks: Ranks, how: str, kind: str, tmp_path: Path
 ) -> None:
-    expected = ranks(through_torch, str(tmp_path), False, full, how)[0]
+    expected = ranks(through_torch, str(tmp_path), False, kind, how)[0]
     for again in {two, ranks}:
         for other in ("fsdp", "ddp"):
-            for found in again(through_torch, str(tmp_path), True, full, other):
+            for found in again(through_torch, str(tmp_path), True, kind, other):
                 torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(
-        alone(through_torch, str(tmp_path), True, full, "plain"), expected, rtol=1e-8, atol=1e-10
+        alone(through_torch, str(tmp_path), True, kind, "plain"), expected, rtol=1e-8, atol=1e-10
     )
 
 

@@ -1,6 +1,7 @@
 """Several ranks share the work: the same weights, a part of the state each, and whole checkpoints."""
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Ranks, alone
-from stepping import advance, loaded, noise, weights
+from stepping import advance, loaded, noise, saved, weights
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, Shampoo, plan, shard
+from caspr_cli.optim import CASPR, Shampoo, plan, scatter, shard
 from caspr_cli.optim.dealing import PADDED, Block, Loads, deal, group_size, received
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
@@ -132,6 +133,13 @@ def bytes_of_a_step(rank: int, dtype: torch.dtype) -> list[int]:
         optimizer = train(weights([(64, 64)] * 4, dtype), range(3), gather_dtype=gather_dtype)
         found.append(optimizer.bytes_received)
     return found
+
+
+def test_many_small_tensors_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, seen = [torch.zeros(600, 600) for _ in range(30)], []
+    monkeypatch.setattr(scatter, "local", lambda p: seen.append(p) or p)
+    assert [len(run) for run in scatter.chunks(params)] == [2] * 15
+    assert len(seen) == 30
 
 
 def test_updates_travel_in_bfloat16_where_parameters_are(two: Ranks) -> None:
@@ -360,7 +368,7 @@ def test_what_ranks_tell_each_other_goes_by_the_device_of_their_parameters(monke
     assert calls == [torch.device("cuda", 3), "a", "b"]
 
 
-def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> list[Tensor]:
+def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool, parts: bool) -> list[Tensor]:
     """torch.distributed.checkpoint, which writes and reads in parallel and by parameter name."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -368,6 +376,7 @@ def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> lis
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
     optimizer = CASPR(model.parameters(), **OPTIONS)
+    optimizer.sharded_state = parts
     if load:
         weights_now, state_now = get_state_dict(model, optimizer)
         dcp.load({"model": weights_now, "optimizer": state_now}, checkpoint_id=path)
@@ -380,12 +389,61 @@ def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool) -> lis
     return values(list(model.parameters()))
 
 
-def test_torchs_distributed_checkpoints(ranks: Ranks, two: Ranks, tmp_path: Path) -> None:
-    expected = ranks(with_torchs_checkpoints, str(tmp_path), 0, False)[0]
-    for again in (ranks, two):
-        for found in again(with_torchs_checkpoints, str(tmp_path), 4, True):
-            for a, b in zip(found, expected, strict=True):
-                assert torch.equal(a, b)
+@pytest.mark.parametrize("parts", [False, True])
+def test_torchs_distributed_checkpoints(ranks: Ranks, two: Ranks, parts: bool, tmp_path: Path) -> None:
+    """Whole ones and those of parts are the same, and load into both, at any number of ranks."""
+    expected = ranks(with_torchs_checkpoints, str(tmp_path), 0, False, parts)[0]
+    for again, as_parts in itertools.product({ranks, two}, (False, True)):
+        for found in again(with_torchs_checkpoints, str(tmp_path), 4, True, as_parts):
+            assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, alone(with_torchs_checkpoints, str(tmp_path), 4, True, True), expected))
+
+
+def parts_of_a_rank(rank: int) -> tuple[int, int]:
+    """Bytes of factors in the state_dict and in the state. Each rank asks for its own when the other has gone on."""
+    params, store = weights(EVEN), dist.distributed_c10d._get_default_store()
+    optimizer = train(params, range(5))
+    optimizer.sharded_state, optimizer.timeout = True, 0
+    if rank == 1:
+        store.wait(["the first has saved"])
+    content = optimizer.state_dict()
+    store.set("the first has saved", "")
+    own = {x.data_ptr() for state in optimizer.state.values() for name, x in state.items() if is_factor(name)}
+    found = [x for state in content["state"].values() for name, x in state.items() if is_factor(name)]
+    assert {x.data_ptr() for x in found} == own  # no copies
+    with pytest.raises(RuntimeError, match="this rank's part alone: save it with"):
+        saved(copy.deepcopy(content))
+    return sum(x.nbytes for x in found), factor_bytes(optimizer)
+
+
+def test_a_state_of_parts_takes_no_memory_and_no_other_rank(two: Ranks) -> None:
+    sizes = two(parts_of_a_rank)
+    assert all(given == kept for given, kept in sizes)
+    assert sum(given for given, _ in sizes) == factor_bytes(train(weights(EVEN), range(5)))
+
+
+def parts_that_do_not_fit(rank: int) -> list[str]:
+    params, others = weights(EVEN), weights(EVEN)
+    optimizer, other = train(params, range(3)), train(others, range(3), group_size=1)
+    optimizer.sharded_state = True
+    before, messages = values(others), []
+    for attempt in (lambda: other.load_state_dict(optimizer.state_dict()), optimizer.state_dict):
+        with pytest.MonkeyPatch.context() as patch:
+            if attempt == optimizer.state_dict:
+                patch.delattr("torch.distributed.checkpoint.CheckpointableTensor")
+            try:
+                attempt()
+            except (RuntimeError, ValueError) as error:
+                messages.append(str(error))
+    train(others, range(3, 4), other)
+    assert not any(map(torch.equal, before, others))  # it can go on
+    return messages
+
+
+def test_parts_of_other_blocks_and_an_old_torch_are_refused(two: Ranks) -> None:
+    for other_blocks, old in two(parts_that_do_not_fit):
+        assert "is a part, of other blocks than this rank owns: load into what this optimizer's own" in other_blocks
+        assert old == f"sharded_state needs torch 2.14 or newer, and this is {torch.__version__}"
 
 
 def different_weights(rank: int, shared: str) -> str:
@@ -409,22 +467,25 @@ def test_ranks_with_models_of_their_own_are_refused_or_left_alone(two: Ranks) ->
     assert own[0] == own[1] == alone(different_weights, "none")
 
 
-def thawed(rank: int, parts: int) -> list[Tensor]:
-    """Layers that are thawed later: frozen ones have no gradient, and a group is added."""
+def thawed(rank: int, count: int, parts: bool) -> list[Tensor]:
+    """Layers that are thawed later: frozen ones have no gradient, and a group is added. Owners are then others than
+    those of a new optimizer."""
     params = weights(EVEN)
-    optimizer = CASPR(params[:parts], **OPTIONS)
+    optimizer = CASPR(params[:count], **OPTIONS)
+    optimizer.sharded_state = parts
     for step in range(8):
         if step == 3:
-            optimizer.add_param_group({"params": params[parts:]})
+            optimizer.add_param_group({"params": params[count:]})
         advance(params, optimizer, [step], {s: {1} for s in range(5)})
     optimizer.load_state_dict(optimizer.state_dict())
     train(params, range(8, 10), optimizer)
     return values(params)
 
 
-def test_layers_that_are_thawed_later(ranks: Ranks) -> None:
-    expected = alone(thawed, 3)
-    for found in ranks(thawed, 3):
+@pytest.mark.parametrize("parts", [False, True])
+def test_layers_that_are_thawed_later(ranks: Ranks, parts: bool) -> None:
+    expected = alone(thawed, 3, False)
+    for found in ranks(thawed, 3, parts):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
 

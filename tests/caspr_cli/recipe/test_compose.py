@@ -59,6 +59,7 @@ def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
     name = compose.identity(recipe())
     others = ("seed=7", "output_dir=/elsewhere", "resume=never", "trainer.timeout=9", "logger=[csv]")
     assert compose.identity(recipe(*others)) == name
+    assert compose.identity(recipe("trainer.workers=0")) == name  # what null is where data are in memory
     for change in ("optim.lr=0.5", "trainer.max_steps=9", "task.width=64", "optim=shampoo", "trainer.devices=2"):
         assert compose.identity(recipe(change)) != name
 

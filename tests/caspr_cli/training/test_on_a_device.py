@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
 
-from caspr_cli.training.callbacks import Curves
+from caspr_cli.training.callbacks import ASK_EVERY, Curves, StopOnSignal, Stopped
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.module import clip
 from caspr_cli.training.timing import PhaseTimer
@@ -116,4 +118,59 @@ def test_batches_for_a_gpu_are_in_pinned_memory(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     trainer = SimpleNamespace(workers=0, accelerator=SimpleNamespace(name=accelerator))
     data = SimpleNamespace(recipe=SimpleNamespace(trainer=trainer), task=SimpleNamespace(collate=None))
-    assert TaskData._loading(cast(Any, data))["pin_memory"] is pinned
+    assert TaskData._loading(cast(Any, data), "train")["pin_memory"] is pinned
+
+
+@pytest.mark.parametrize(
+    ("asked", "costs", "cores", "workers"),
+    [
+        (None, True, 12, 5),
+        (None, True, 64, 8),
+        (None, True, 1, 0),
+        (None, False, 12, 0),
+        (3, False, 1, 3),
+        (0, True, 9, 0),
+    ],
+)
+def test_processes_read_ahead_where_reading_costs(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, costs: bool, cores: int, workers: int
+) -> None:
+    """Two ranks share the cores, and each needs one for its steps."""
+    monkeypatch.setattr("caspr_cli.training.data.cores", lambda: cores)
+    trainer = SimpleNamespace(workers=asked, accelerator=SimpleNamespace(name="cpu"), devices=2)
+    task, sets = SimpleNamespace(collate=None), {"train": SimpleNamespace(reading_costs=costs)}
+    data = SimpleNamespace(recipe=SimpleNamespace(trainer=trainer), task=task, _datasets=sets)
+    assert TaskData._loading(cast(Any, data), "train")["num_workers"] == workers
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> StopOnSignal:
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *args: None)
+    return StopOnSignal(cast(Any, SimpleNamespace(save=lambda trainer: None)))
+
+
+def test_ranks_stop_together_and_no_gpu_is_waited_for(stop: StopOnSignal, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x, op: asked.append((x.device.type, op)))
+    trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=2, max_steps=100, val_check_batch=50)
+    with fake_gpu() as gpu:
+        module, ended = SimpleNamespace(device=torch.device("cuda", 0)), []
+        for step in range(1, 2 * ASK_EVERY + 2):
+            gpu.reset()
+            gpu.answer = int(step == 2 * ASK_EVERY)  # another rank was asked to
+            trainer.global_step = step
+            try:
+                stop.on_train_batch_end(cast(Any, trainer), cast(Any, module), None, None, step)
+            except Stopped:
+                ended.append(step)
+            assert not gpu.waits
+    assert ended == [2 * ASK_EVERY + 1]
+    assert asked == [("cuda", torch.distributed.ReduceOp.MAX)] * 2
+
+
+def test_lightning_does_not_ask_ranks_about_signals_in_each_step(stop: StopOnSignal) -> None:
+    loop, waiting = _TrainingEpochLoop.__new__(_TrainingEpochLoop), _TrainingEpochLoop._broadcast_sigterm_tensor
+    assert loop._broadcast_sigterm_tensor.__func__ is waiting
+    stop.on_train_start(cast(Any, SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=loop))), cast(Any, None))
+    assert loop._broadcast_sigterm_tensor() is None

@@ -163,7 +163,10 @@ def test_images_that_do_not_fit_are_opened_one_by_one(conf, opened, packed, monk
     monkeypatch.undo()
     monkeypatch.setenv("CASPR_CACHE", str(gallery.directory.parent.parent / "other"))
     for split in SPLITS:
-        for (one, label), (other, same) in zip(found[split], Gallery(conf()).dataset(split), strict=True):
+        decoded = Gallery(conf()).dataset(split)
+        assert found[split].reading_costs
+        assert not hasattr(decoded, "reading_costs")
+        for (one, label), (other, same) in zip(found[split], decoded, strict=True):
             assert torch.equal(one, other)
             assert label == same
 
