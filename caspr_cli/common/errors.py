@@ -46,9 +46,15 @@ class UserError(Exception):
 
 
 def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return `` Did you mean X?``, or nothing if no choice is close: a wrong guess misleads more than none helps."""
+    """Return `` Did you mean X?``, or nothing if no choice is close: a wrong guess misleads more than none helps.
+
+    Close is also the one choice that begins with the word, as ``c4_lm`` with ``c4``.
+    """
     known = {choice.lower(): choice for choice in choices}
     match = get_close_matches(word.lower(), known, n=1, cutoff=CLOSE)
+    if not match and len(word) > 1:
+        longer = [choice for choice in known if choice.startswith(word.lower())]
+        match = longer if len(longer) == 1 else []
     return f" Did you mean {prefix}{known[match[0]]}?" if match else ""
 
 

@@ -48,6 +48,8 @@ def test_what_is_right_is_parsed() -> None:
     assert parser().parse_args(["build", "--json", "--speed", "3"]) == expected
     assert nearest("xyz", ["abc"]) == ""
     assert nearest("lrr", ["lr"], "optim.") == " Did you mean optim.lr?"
+    assert nearest("c4", ["c4_lm", "vit"], "task=") == " Did you mean task=c4_lm?"
+    assert nearest("ca", ["caspr_sum", "caspr_paper"]) == ""
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
