@@ -328,7 +328,7 @@ def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optim
 
 SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
-# Not behind the published sum on any of the five tasks, with no tuning at all (outputs/published/family.md).
+# Single runs, not tuned: behind the published sum at its best rate on none of five tasks (outputs/published/family.md).
 CHOSEN = POLAR | {"graft": "rms", "betas": (0.9, 0.99), "lr": 2e-2}
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(

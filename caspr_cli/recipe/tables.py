@@ -32,13 +32,11 @@ def written(name: str, asking: tuple[str, ...] = ()) -> dict[str, Any]:
             f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
         )
     own = _checked(known[name])
-    base: dict[str, Any] = {"jobs": {}, "scale": {"sample": {}}, "horizon": False}
-    if "like" in own:
-        if own["like"] in (name, *asking):
-            raise ConfigError(f"{known[name]}: like: {own['like']} leads back to {name}")
-        base = written(own.pop("like"), (name, *asking))
-    else:
-        base["scale"] = own.get("scale", base["scale"])
+    like = own.pop("like", None)
+    if like in (name, *asking):
+        raise ConfigError(f"{known[name]}: like: {like} leads back to {name}")
+    alone = {"jobs": {}, "scale": own.get("scale", {"sample": {}}), "horizon": False}
+    base = written(like, (name, *asking)) if like else alone
     scales = {scale: jobs | own.get("scale", {}).get(scale, {}) for scale, jobs in base["scale"].items()}
     return base | {"baseline": None} | own | {"jobs": base["jobs"] | own.get("jobs", {}), "scale": scales}
 

@@ -1,4 +1,4 @@
-"""What a run needs of this machine, checked before torch is imported, which takes seconds."""
+"""Checks that this machine has what a run needs. They come before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 

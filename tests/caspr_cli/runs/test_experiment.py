@@ -128,9 +128,9 @@ def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_pat
 
 
 def test_without_a_search_only_the_reported_seeds_run() -> None:
-    told = Experiment.read("polar", ["task=vit,resnet", "seed=1,2"])
-    table = experiment.rows(told)
-    assert not told.searches
+    untuned = Experiment.read("polar", ["task=vit,resnet", "seed=1,2"])
+    table = experiment.rows(untuned)
+    assert not untuned.searches
     assert len({row.label for row in table}) == len(table) == 4
     assert {(len(row.tuning), len(row.untuned), len(row.reported)) for row in table} == {(0, 0, 2)}
 
