@@ -119,19 +119,13 @@ class Timer:
 
 @dataclass
 class Candidate:
-    """An optimizer and its timers.
-
-    Args:
-        own: of steps at its own interval.
-        still: of steps without a refresh; the same as ``own`` where nothing is refreshed.
-        bound: of its matrix products alone.
-    """
+    """An optimizer and its timers."""
 
     name: str
     optimizer: Optimizer
-    own: Timer
-    still: Timer
-    bound: Timer | None
+    own: Timer  # of steps at its own interval
+    still: Timer  # of steps without a refresh; the same as `own` where nothing is refreshed
+    bound: Timer | None  # of its matrix products alone
 
     @property
     def timers(self) -> list[Timer]:

@@ -19,21 +19,14 @@ def finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best of several trials.
+    """The best of several trials."""
 
-    Args:
-        best: its index; None if no trial has a run with a finite value.
-        seeds: those that decided.
-        scores: of each trial that was compared, by index, its mean over the seeds of all; None if one is not finite.
-        order: these trials by that mean, the best first.
-        finalists: those that are, or have to be, run again.
-    """
-
-    best: int | None
-    seeds: frozenset[int]
+    best: int | None  # its index; None if no trial has a run with a finite value
+    seeds: frozenset[int]  # those that decided
+    # of each trial that was compared, by index, its mean over the seeds of all; None if one is not finite
     scores: dict[int, float | None]
-    order: tuple[int, ...] = ()
-    finalists: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()  # these trials by that mean, the best first
+    finalists: tuple[int, ...] = ()  # those that are, or have to be, run again
 
 
 def choose(trials: Sequence[Mapping[int, float | None]], *, higher_is_better: bool, rerank: int = 0) -> Choice:

@@ -40,29 +40,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answer:
-    """The findings of one command of ``caspr-verify``.
-
-    Args:
-        finding: the answer in one sentence of at most 30 words, made from the numbers.
-        tables: by the name of their CSV file, each made by :func:`table`.
-        claims: each statement that should hold, and whether it held wherever it was checked; if one did not, the
-            command fails.
-        counterexamples: statements that do not hold in general, each with how often it failed here.
-        text: more paragraphs, where the tables do not suffice.
-        verdict: the answer in a word, made from the numbers, where all claims held.
-        formula: what the question is about, as plain text: ``X_Shampoo``, ``F~^½``, ``(1 − x)^(−1/p)``.
-    """
+    """The findings of one command of ``caspr-verify``."""
 
     name: str
     question: str
-    finding: str = ""
-    verdict: str = YES
-    formula: str = ""
-    tables: Mapping[str, DataFrame] = field(default_factory=dict)
+    finding: str = ""  # the answer in one sentence of at most 30 words, made from the numbers
+    verdict: str = YES  # the answer in a word, made from the numbers, where all claims held
+    formula: str = ""  # what the question is about, as plain text: `X_Shampoo`, `F~^½`, `(1 − x)^(−1/p)`
+    tables: Mapping[str, DataFrame] = field(default_factory=dict)  # by the name of their CSV file, each made by `table`
     figures: tuple[Figure, ...] = ()
+    # each statement that should hold, and whether it held wherever it was checked; if one did not, the command fails
     claims: tuple[tuple[str, bool], ...] = ()
-    counterexamples: tuple[str, ...] = ()
-    text: tuple[str, ...] = ()
+    counterexamples: tuple[str, ...] = ()  # statements that do not hold in general, each with how often it failed here
+    text: tuple[str, ...] = ()  # more paragraphs, where the tables do not suffice
     command: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 

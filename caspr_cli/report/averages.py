@@ -13,25 +13,17 @@ BAND = 3  # seeds from which on a curve has a band: at two the interval is nine 
 
 @dataclass(frozen=True)
 class Curve:
-    """A row over its validations.
-
-    Args:
-        n: runs that are averaged: the finished ones, or those there are if none is.
-        finished: whether ``n`` counts finished runs.
-        seconds: the median at each step; None if a run has no times.
-        low, high: 95 % interval of the mean at each step; None if n < ``BAND``.
-        singles: the values of each run, where there are two.
-    """
+    """A row over its validations."""
 
     label: str
-    n: int
-    finished: bool
+    n: int  # runs that are averaged: the finished ones, or those there are if none is
+    finished: bool  # whether `n` counts finished runs
     steps: tuple[int, ...]
-    seconds: tuple[float, ...] | None
+    seconds: tuple[float, ...] | None  # the median at each step; None if a run has no times
     mean: tuple[float, ...]
-    low: tuple[float, ...] | None
+    low: tuple[float, ...] | None  # low, high: 95 % interval of the mean at each step; None if n < `BAND`
     high: tuple[float, ...] | None
-    singles: tuple[tuple[float, ...], ...] = ()
+    singles: tuple[tuple[float, ...], ...] = ()  # the values of each run, where there are two
 
 
 def curve(row: Row) -> Curve | None:

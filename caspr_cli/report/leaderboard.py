@@ -46,17 +46,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Board:
-    """What packs hold.
+    """What packs hold."""
 
-    Args:
-        places: the rows that are ranked.
-        tables: of their records, those of one task together.
-        refused: by pack, why its rows, or some, are not ranked.
-    """
-
-    places: tuple[Place, ...]
-    tables: tuple[Table, ...]
-    refused: dict[str, list[str]]
+    places: tuple[Place, ...]  # the rows that are ranked
+    tables: tuple[Table, ...]  # of their records, those of one task together
+    refused: dict[str, list[str]]  # by pack, why its rows, or some, are not ranked
 
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:

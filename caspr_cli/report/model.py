@@ -39,21 +39,14 @@ def point(step: Any, seconds: Any, value: Any) -> Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One record.
+    """One record."""
 
-    Args:
-        path: its directory; for a packed record, ``<file>:<path it had>``.
-        config: dotted keys of the recipe, as ``optim.lr``; a list is one value.
-        status, result, provenance: the JSON files; empty where there is none yet.
-        curve: the validations, by step.
-    """
-
-    path: str
-    config: dict[str, Any]
-    status: dict[str, Any]
+    path: str  # its directory; for a packed record, `<file>:<path it had>`
+    config: dict[str, Any]  # dotted keys of the recipe, as `optim.lr`; a list is one value
+    status: dict[str, Any]  # status, result, provenance: the JSON files; empty where there is none yet
     result: dict[str, Any]
     provenance: dict[str, Any]
-    curve: tuple[Point, ...] = ()
+    curve: tuple[Point, ...] = ()  # the validations, by step
 
     @property
     def seed(self) -> int:
@@ -122,41 +115,26 @@ class Trial:
 
 @dataclass(frozen=True)
 class OwnSchedule:
-    """The shortest run whose schedule ends where it reached the target, among whole runs of one recipe.
+    """The shortest run whose schedule ends where it reached the target, among whole runs of one recipe."""
 
-    Args:
-        steps, seconds: of training; None if no length reached it, or the seconds are not known.
-        tried: the lengths that all seeds of the row were run with.
-    """
-
-    steps: int | None
+    steps: int | None  # steps, seconds: of training; None if no length reached it, or the seconds are not known
     seconds: float | None
-    tried: tuple[int, ...]
+    tried: tuple[int, ...]  # the lengths that all seeds of the row were run with
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: an optimizer, or a variant of it, tuned. Its numbers follow from its records.
+    """One line of a table: an optimizer, or a variant of it, tuned. Its numbers follow from its records."""
 
-    Args:
-        label: what distinguishes it from the other rows, as ``caspr optim.eps=1e-4``.
-        settings: the keys that distinguish rows, whether the label shows them or not.
-        records: all its runs, also failed and unfinished ones.
-        tuned: the keys in which its trials differ.
-        target: a value of the metric; None: there is none.
-        difference: this row minus its baseline; None for a baseline, or without one.
-        own_schedule: None if no run of its settings is shorter.
-    """
-
-    label: str
-    settings: dict[str, Any]
-    records: tuple[Run, ...]
-    tuned: tuple[str, ...] = ()
+    label: str  # what distinguishes it from the other rows, as `caspr optim.eps=1e-4`
+    settings: dict[str, Any]  # the keys that distinguish rows, whether the label shows them or not
+    records: tuple[Run, ...]  # all its runs, also failed and unfinished ones
+    tuned: tuple[str, ...] = ()  # the keys in which its trials differ
     higher_is_better: bool = False
-    target: float | None = None
-    difference: Comparison | None = None
+    target: float | None = None  # a value of the metric; None: there is none
+    difference: Comparison | None = None  # this row minus its baseline; None for a baseline, or without one
     is_baseline: bool = False
-    own_schedule: OwnSchedule | None = None
+    own_schedule: OwnSchedule | None = None  # None if no run of its settings is shorter
 
     def but(self, **changes: Any) -> Row:
         """Return the row with another label or comparison; what was computed from its records is kept."""
@@ -348,22 +326,18 @@ def _sortable(value: Any) -> tuple[bool, float, str]:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of one task, scale, data set and length: the best mean first, rows with failed seeds at the end.
-
-    Args:
-        data_hash: a hash of the data's content; None if no record has it.
-        steps: the length that all its runs are planned for; None if they do not say it, or rows are tuned over it.
-        baseline: a label; or settings, as ``statistics=ema``, of which each optimizer has a row of its own.
-    """
+    """All rows of one task, scale, data set and length: the best mean first, rows with failed seeds at the end."""
 
     task: str
     scale: str
     data: str
     metric: str
     higher_is_better: bool
-    data_hash: str | None = None
+    data_hash: str | None = None  # a hash of the data's content; None if no record has it
+    # the length that all its runs are planned for; None if they do not say it, or rows are tuned over it
     steps: int | None = None
     target: float | None = None
+    # a label; or settings, as `statistics=ema`, of which each optimizer has a row of its own
     baseline: str | None = None
     rows: tuple[Row, ...] = ()
     warnings: tuple[str, ...] = ()

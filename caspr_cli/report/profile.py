@@ -24,19 +24,13 @@ NOT_ALGOPERF = "AlgoPerf's is of wall-clock times, and of the fastest trial; her
 
 @dataclass(frozen=True)
 class Profile:
-    """Times to target over tasks.
+    """Times to target over tasks."""
 
-    Args:
-        unit: of time: ``steps`` or ``seconds``.
-        tasks: those that have a target.
-        ratios: by label, for each task the row's time over the task's best; infinite where it was not reached.
-        left_out: what does not count, or counts as not reached, in words.
-    """
-
-    unit: str
-    tasks: tuple[str, ...]
+    unit: str  # of time: `steps` or `seconds`
+    tasks: tuple[str, ...]  # those that have a target
+    # by label, for each task the row's time over the task's best; infinite where it was not reached
     ratios: dict[str, tuple[float, ...]]
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what does not count, or counts as not reached, in words
 
     @property
     def scores(self) -> dict[str, float]:

@@ -26,18 +26,13 @@ MORE = "a wider terminal, --json or --to"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a sheet.
-
-    Args:
-        spare: a narrow terminal leaves out the columns with the highest number first, and never one with 0.
-        best: the rows whose cell is bold.
-    """
+    """One column of a sheet."""
 
     head: str
     cells: tuple[str, ...]
     right: bool = True
-    spare: int = 0
-    best: frozenset[int] = frozenset()
+    spare: int = 0  # a narrow terminal leaves out the columns with the highest number first, and never one with 0
+    best: frozenset[int] = frozenset()  # the rows whose cell is bold
 
 
 @dataclass(frozen=True)

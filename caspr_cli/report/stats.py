@@ -23,52 +23,36 @@ NO_SPREAD = 1e-12  # relative: a smaller standard error is the rounding of equal
 
 @dataclass(frozen=True)
 class Spread:
-    """The random error of a difference.
+    """The random error of a difference."""
 
-    Args:
-        error, freedom: its standard error and degrees of freedom.
-        sd: the standard deviation of one seed (pair).
-        each: n seeds a side have (n - 1) times this degrees of freedom: 1 for pairs, up to 2 for Welch's test.
-    """
-
-    error: float
+    error: float  # error, freedom: its standard error and degrees of freedom
     freedom: float
-    sd: float
+    sd: float  # the standard deviation of one seed (pair)
+    # n seeds a side have (n - 1) times this degrees of freedom: 1 for pairs, up to 2 for Welch's test
     each: float = 1.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row minus another, over seeds.
+    """One row minus another, over seeds."""
 
-    Args:
-        paired: whether it is a paired test; otherwise it is Welch's.
-        n: pairs, or the smaller of the two numbers of seeds.
-        value: the difference of the means, in units of the metric; None if one of the two has no seed.
-        base: the other's values that took part.
-        low, high: 95 % interval, not corrected; None if n < 2, or if all seeds differ by the same.
-        p_value: two-sided; None where ``low`` is, as ``spread``; and where the comparison would not be fair, as more
-            seeds failed, or chose the trial, on one side.
-        p_holm: after Holm's correction for the other rows of a table.
-        tests: how many p-values this table has.
-        baseline: the label of the other row.
-        verdict: "better", "worse", or why there is none, in words.
-        test: the same comparison of the test metric.
-    """
-
-    paired: bool = False
-    n: int = 0
+    paired: bool = False  # whether it is a paired test; otherwise it is Welch's
+    n: int = 0  # pairs, or the smaller of the two numbers of seeds
+    # the difference of the means, in units of the metric; None if one of the two has no seed
     value: float | None = None
-    base: tuple[float, ...] = ()
+    base: tuple[float, ...] = ()  # the other's values that took part
+    # low, high: 95 % interval, not corrected; None if n < 2, or if all seeds differ by the same
     low: float | None = None
     high: float | None = None
+    # two-sided; None where `low` is, as `spread`; and where the comparison would not be fair, as more seeds failed, or
+    # chose the trial, on one side
     p_value: float | None = None
     spread: Spread | None = None
-    p_holm: float | None = None
-    tests: int = 1
-    baseline: str = ""
-    verdict: str = ""
-    test: Comparison | None = None
+    p_holm: float | None = None  # after Holm's correction for the other rows of a table
+    tests: int = 1  # how many p-values this table has
+    baseline: str = ""  # the label of the other row
+    verdict: str = ""  # "better", "worse", or why there is none, in words
+    test: Comparison | None = None  # the same comparison of the test metric
 
     @property
     def share_of(self) -> float | None:
@@ -82,16 +66,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """Values in five numbers.
-
-    Args:
-        sd: standard deviation (n - 1 in the denominator); None where there are fewer than two values.
-        low, high: the 95 % interval of the mean of normal values; None for fewer than two, or equal ones.
-    """
+    """Values in five numbers."""
 
     n: int
     mean: float | None = None
-    sd: float | None = None
+    sd: float | None = None  # standard deviation (n - 1 in the denominator); None where there are fewer than two values
+    # low, high: the 95 % interval of the mean of normal values; None for fewer than two, or equal ones
     low: float | None = None
     high: float | None = None
 

@@ -40,27 +40,18 @@ Points = list[tuple[float, float]]  # step and value, in the order in which they
 
 @dataclass(frozen=True)
 class Asked:
-    """The flags of the command line.
+    """The flags of the command line."""
 
-    Args:
-        kind: one of ``READERS``.
-        group: the hyperparameters of which each value is a row; None: the name of a run without its seed.
-        tuned: hyperparameters among whose values the best is chosen.
-        names: how a run is called, as ``{optimizer}/seed{seed}``; its parts become hyperparameters.
-        step: the column of steps.
-        higher: whether a higher value is better; None: by the name of the metric.
-        at: ``end``, ``best``, or the last value at or before this step.
-    """
-
-    kind: str
+    kind: str  # one of `READERS`
     metric: str | None
+    # the hyperparameters of which each value is a row; None: the name of a run without its seed
     group: Sequence[str] | None = None
     seed: str | None = None
-    names: str | None = None
-    step: str | None = None
-    tuned: Sequence[str] = ()
-    higher: bool | None = None
-    at: str | int = "end"
+    names: str | None = None  # how a run is called, as `{optimizer}/seed{seed}`; its parts become hyperparameters
+    step: str | None = None  # the column of steps
+    tuned: Sequence[str] = ()  # hyperparameters among whose values the best is chosen
+    higher: bool | None = None  # whether a higher value is better; None: by the name of the metric
+    at: str | int = "end"  # `end`, `best`, or the last value at or before this step
 
     def is_seed(self, key: str) -> bool:
         return same(self.seed, key) if self.seed else re.split(r"[./]", key)[-1].casefold() in SEEDS
@@ -68,44 +59,27 @@ class Asked:
 
 @dataclass
 class Log:
-    """One run.
+    """One run."""
 
-    Args:
-        path: its file or folder.
-        name: what it is called, as ``runs/adam/seed0``.
-        keys: hyperparameters.
-        task: what it is a run of, where the log says it.
-        state: ``done``, ``failed`` or ``running``, where the log says it.
-        updated: when it was written last.
-    """
-
-    path: str
-    name: str
+    path: str  # its file or folder
+    name: str  # what it is called, as `runs/adam/seed0`
     points: Points
-    keys: dict[str, Any]
-    task: str | None = None
-    state: str | None = None
-    updated: str = ""
+    keys: dict[str, Any]  # hyperparameters
+    task: str | None = None  # what it is a run of, where the log says it
+    state: str | None = None  # `done`, `failed` or `running`, where the log says it
+    updated: str = ""  # when it was written last
 
 
 @dataclass
 class Found:
-    """The runs that were found below the given paths.
-
-    Args:
-        logs: those with the metric, or that failed before they logged it.
-        metrics: the names of all.
-        without: files and folders without the metric.
-        warnings: of files that cannot be read.
-        notes: what was guessed or left out.
-    """
+    """The runs that were found below the given paths."""
 
     runs: list[Run] = field(default_factory=list)
-    logs: list[Log] = field(default_factory=list)
-    metrics: set[str] = field(default_factory=set)
-    without: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    logs: list[Log] = field(default_factory=list)  # those with the metric, or that failed before they logged it
+    metrics: set[str] = field(default_factory=set)  # the names of all
+    without: list[str] = field(default_factory=list)  # files and folders without the metric
+    warnings: list[str] = field(default_factory=list)  # of files that cannot be read
+    notes: list[str] = field(default_factory=list)  # what was guessed or left out
 
     def add(self, log: Log) -> None:
         if log.points or log.state == FAILED:

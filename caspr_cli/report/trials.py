@@ -31,20 +31,14 @@ def why(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial and its outcome.
-
-    Args:
-        value: its mean over the seeds that all trials of the row share; None if it has none that is finite.
-        again: the metric at the seeds with which the best trials were run again, as far as they have ended.
-        state: ``done``, or why there is no value.
-        best: whether it is the selected one.
-    """
+    """One trial and its outcome."""
 
     trial: Trial
-    value: float | None
+    value: float | None  # its mean over the seeds that all trials of the row share; None if it has none that is finite
+    # the metric at the seeds with which the best trials were run again, as far as they have ended
     again: tuple[float | None, ...]
-    state: str
-    best: bool
+    state: str  # `done`, or why there is no value
+    best: bool  # whether it is the selected one
 
 
 def outcomes(row: Row) -> list[Outcome]:
@@ -99,21 +93,15 @@ def varied(row: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class Width:
-    """The learning rates around the best one whose value is within 1 % of the best.
+    """The learning rates around the best one whose value is within 1 % of the best."""
 
-    Args:
-        line: rates and values that are joined in the figure, by rate: all trials, or, where other keys vary as well,
-            those that no trial farther from the best on the same side surpasses.
-        best: rate and value of the best.
-        low, high: the range; between two points of the line it is interpolated.
-        open: whether the range reaches the last point of the line on a side, so that it may be wider.
-    """
-
+    # rates and values that are joined in the figure, by rate: all trials, or, where other keys vary as well, those that
+    # no trial farther from the best on the same side surpasses
     line: tuple[tuple[float, float], ...]
-    best: tuple[float, float]
-    low: float
+    best: tuple[float, float]  # rate and value of the best
+    low: float  # low, high: the range; between two points of the line it is interpolated
     high: float
-    open: tuple[bool, bool]
+    open: tuple[bool, bool]  # whether the range reaches the last point of the line on a side, so that it may be wider
 
     @property
     def factor(self) -> str:

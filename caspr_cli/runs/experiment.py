@@ -52,18 +52,14 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Experiment:
-    """The jobs of one table.
-
-    Args:
-        jobs: overrides of ``caspr-train``, without ``trial``; a value may be several, as in ``caspr,adamw``.
-        baseline: label of the row that the others are compared with; without an optimizer, as ``statistics=ema``, it
-            is each optimizer's own row with this setting.
-        horizon: whether the selected trial of each row is also run shorter: how soon does a whole run reach the target?
-    """
+    """The jobs of one table."""
 
     name: str
-    jobs: Mapping[str, str]
+    jobs: Mapping[str, str]  # overrides of `caspr-train`, without `trial`; a value may be several, as in `caspr,adamw`
+    # label of the row that the others are compared with; without an optimizer, as `statistics=ema`, it is each
+    # optimizer's own row with this setting
     baseline: str | None
+    # whether the selected trial of each row is also run shorter: how soon does a whole run reach the target?
     horizon: bool = False
 
     @classmethod
@@ -127,27 +123,17 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one row of the table, of which some may be done.
+    """The runs of one row of the table, of which some may be done."""
 
-    Args:
-        label: its overrides that other rows do not have.
-        tuning: the trials, at the tuning seed; empty without a search.
-        again: the best trials at other seeds, as soon as all trials have ended.
-        reported: the held-out seeds of the selected trial, as soon as there is one; without a search, of the recipe.
-        untuned: the same seeds of the optimizer's own values.
-        unknown: how many more runs there will be, of which the records do not say yet what they are.
-        search: draws the trials.
-        overrides: those of each of its jobs, without trial and seed.
-    """
-
-    label: str
-    tuning: tuple[Recipe, ...]
-    again: tuple[Recipe, ...]
+    label: str  # its overrides that other rows do not have
+    tuning: tuple[Recipe, ...]  # the trials, at the tuning seed; empty without a search
+    again: tuple[Recipe, ...]  # the best trials at other seeds, as soon as all trials have ended
+    # the held-out seeds of the selected trial, as soon as there is one; without a search, of the recipe
     reported: tuple[Recipe, ...]
-    untuned: tuple[Recipe, ...]
-    unknown: int = 0
-    search: Tuning | None = None
-    overrides: tuple[str, ...] = ()
+    untuned: tuple[Recipe, ...]  # the same seeds of the optimizer's own values
+    unknown: int = 0  # how many more runs there will be, of which the records do not say yet what they are
+    search: Tuning | None = None  # draws the trials
+    overrides: tuple[str, ...] = ()  # those of each of its jobs, without trial and seed
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:

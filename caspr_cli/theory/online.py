@@ -54,22 +54,16 @@ BISECTIONS = 45  # halvings of what is a few times as large as it needs to be: t
 
 @dataclass(frozen=True)
 class Method:
-    """A preconditioned online learner, W_{t+1} = W_t - eta X_t^{-1} G_t, by name.
-
-    Args:
-        order: q of a member of CASPR's family, ``math.inf`` for Shampoo; None for the others.
-        beta: of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all
-            alike it is the sum; None is the sum.
-        interval: rounds between two computations of roots; in between they are stale.
-        fresh: rounds, from the first, in which they are computed anew in any case.
-    """
+    """A preconditioned online learner, W_{t+1} = W_t - eta X_t^{-1} G_t, by name."""
 
     name: str
     label: str
-    order: float | None = None
+    order: float | None = None  # q of a member of CASPR's family, `math.inf` for Shampoo; None for the others
+    # of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all alike it
+    # is the sum; None is the sum
     beta: float | None = None
-    interval: int = 1
-    fresh: int = 0
+    interval: int = 1  # rounds between two computations of roots; in between they are stale
+    fresh: int = 0  # rounds, from the first, in which they are computed anew in any case
 
     @property
     def ranked(self) -> bool:

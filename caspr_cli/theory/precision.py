@@ -13,14 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Precision:
-    """A floating point format.
-
-    Args:
-        bits: of the significand, with the one that is not stored.
-    """
+    """A floating point format."""
 
     name: str
-    bits: int
+    bits: int  # of the significand, with the one that is not stored
 
     @property
     def unit(self) -> float:

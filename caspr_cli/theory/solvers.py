@@ -53,20 +53,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Solver:
-    """One way to find a root.
-
-    Args:
-        precision: whose roundings its error is made of.
-        stored: the type in which S is given to it.
-        method: ``eigh`` or ``newton``.
-        exact: whether it computes in float64 whatever S is stored in; its error is then that of storing S.
-    """
+    """One way to find a root."""
 
     name: str
-    precision: Precision
-    stored: Precision
-    method: str
-    exact: bool = False
+    precision: Precision  # whose roundings its error is made of
+    stored: Precision  # the type in which S is given to it
+    method: str  # `eigh` or `newton`
+    exact: bool = False  # whether it computes in float64 whatever S is stored in; its error is then that of storing S
 
     def matrix(self, S: Tensor) -> Tensor:
         """Return S ``[1, d, d]``, float64, as this solver sees it."""

@@ -26,17 +26,12 @@ from caspr_cli.training.progress import Progress
 
 @dataclass
 class Begun:
-    """A run whose data are there.
-
-    Args:
-        progress: None on all ranks but the first.
-        files, described: see :func:`caspr_cli.training.describe.prepared`.
-    """
+    """A run whose data are there."""
 
     recipe: Recipe
     task: Task
-    progress: Progress | None
-    files: fingerprint.Stamps | None
+    progress: Progress | None  # None on all ranks but the first
+    files: fingerprint.Stamps | None  # files, described: see `caspr_cli.training.describe.prepared`
     described: dict[str, Any]
 
 

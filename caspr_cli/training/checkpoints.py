@@ -35,16 +35,11 @@ CURVES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Owner:
-    """The run that a checkpoint belongs to.
+    """The run that a checkpoint belongs to."""
 
-    Args:
-        recipe: its identity, as in the path of the record.
-        data: hash of the content of its data; None in a checkpoint that does not say.
-    """
-
-    recipe: str
+    recipe: str  # its identity, as in the path of the record
     seed: int
-    data: str | None
+    data: str | None  # hash of the content of its data; None in a checkpoint that does not say
 
     @classmethod
     def of(cls, recipe: Recipe, data: Mapping[str, Any]) -> Owner:
