@@ -24,8 +24,7 @@ class Data(Protocol):
     def check(self) -> None:
         """Read the data, or build what is kept of them on disk. Idempotent, and safe to be killed.
 
-        Raises:
-            DataError: they cannot be used.
+        Raises DataError if they cannot be used.
         """
 
     def dataset(self, split: Split) -> Dataset[Any]:

@@ -48,12 +48,10 @@ def digest(parts: Iterable[str]) -> str:
 def build_once(built: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
     """Return the directory ``built``, made now if it is not there.
 
+    Raises DataError if the cache cannot be written, and OSError if the disk is full, or does not answer.
+
     Args:
         build: fills the empty directory that it is given, and returns what goes into ``meta.json``.
-
-    Raises:
-        DataError: the cache cannot be written.
-        OSError: the disk is full, or does not answer.
     """
     if (built / META).is_file():
         return built
@@ -69,9 +67,8 @@ def build_once(built: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
 def building(parent: Path) -> Iterator[Path]:
     """Give an empty directory in the folder ``parent`` of the cache to build something in, and delete it at the end.
 
-    Raises:
-        DataError: the cache cannot be written.
-        OSError: the disk is full, or does not answer; it names a file or ``parent``.
+    Raises DataError if the cache cannot be written, and OSError if the disk is full, or does not answer; it names a
+    file or ``parent``.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)

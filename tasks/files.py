@@ -120,13 +120,11 @@ def entries_below(root: Path, *, deep: bool = True) -> list[str]:
     """Return the sorted paths of all files and folders below a directory, relative to it; a folder's ends in a slash.
 
     Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`caspr_cli.tasks.names`).
+    Raises DataError if something is no file and no folder, a link leads nowhere or in a circle, a file was not fetched
+    to its end, or a folder cannot be listed.
 
     Args:
         deep: whether to go into its folders.
-
-    Raises:
-        DataError: something is no file and no folder, a link leads nowhere or in a circle, a file was not fetched to
-            its end, a folder cannot be listed.
     """
     found: list[str] = []
 
@@ -197,10 +195,8 @@ def stamps(paths: Iterable[Path]) -> list[str]:
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines of a file in UTF-8, gzipped where its name ends in ``.gz``.
 
-    A byte order mark at its beginning is left out.
-
-    Raises:
-        DataError: the file is empty, truncated, damaged or no text; the message names the file and the line.
+    A byte order mark at its beginning is left out. Raises DataError, which names file and line, if the file is empty,
+    truncated, damaged or no text.
     """
     number = 0
     regular(path)

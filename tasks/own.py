@@ -15,8 +15,7 @@ SECONDS = 2.0  # of CPU, as much as importing torch takes; what is not read by t
 def check(conf: TaskConf) -> None:
     """Read own data from their beginning for some seconds: small ones to their end.
 
-    Raises:
-        DataError: they cannot be used.
+    Raises DataError if they cannot be used.
     """
     if not (named := TASKS[conf.name].samples):
         return

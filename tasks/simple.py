@@ -43,8 +43,7 @@ class SimpleTask(Task):
     def datasets(self) -> Mapping[Split, Dataset[Any]]:
         """Return ``train``, ``validation`` and ``test``, with length and integer index; the same in every process.
 
-        Raises:
-            DataError: they cannot be used; one line for the user.
+        Raises DataError if they cannot be used.
         """
 
     @abstractmethod

@@ -64,11 +64,10 @@ def defaults(name: str) -> dict[str, Any]:
 def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict[str, Any]:
     """Return the options in ``--set KEY=VALUE``, checked against those of the chosen optimizers.
 
+    Raises ConfigError for an unknown option, a value that cannot be read, or an option that has a flag of its own.
+
     Args:
         flag: the one to blame.
-
-    Raises:
-        ConfigError: no such option, a value that cannot be read, or an option that has a flag of its own.
     """
     known = {key: default for name in names if is_kronecker(name) for key, default in defaults(name).items()}
     given = {}
@@ -105,11 +104,10 @@ def _value(key: str, text: str) -> int | float | bool | str:
 def make(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
     """Return the optimizer ``name`` over ``groups``, which become its own, after ``WARM_UP`` steps.
 
+    Raises ConfigError if it refuses an option.
+
     Args:
         interval: steps between two refreshes.
-
-    Raises:
-        ConfigError: it refuses an option.
     """
     optimizer = enter(name, groups, settings, interval)
     with _first_roots_at_once() if interval == NEVER else nullcontext():

@@ -143,13 +143,10 @@ def measured(
     rounds: int,
     log: Log,
 ) -> list[Row]:
-    """Return a row for each of ``names``.
+    """Return a row for each of ``names``. Raises ConfigError.
 
     Args:
         tokens: in one training step of a set of shapes; a task has a batch of its own.
-
-    Raises:
-        ConfigError: one line for the user.
     """
     if machine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no such device here. Did you mean cpu?")
@@ -165,11 +162,10 @@ def measured(
 def measure(workload: Workload, names: list[str], settings: Settings, *, rounds: int, log: Log) -> list[Row]:
     """Return a row for each of ``names``.
 
+    Raises ConfigError if an optimizer refuses an option, or fails on this set or machine.
+
     Args:
         rounds: in each, every optimizer makes a step; one with an interval makes as many as two intervals need in all.
-
-    Raises:
-        ConfigError: an optimizer refuses an option, or fails on this set or machine.
     """
     wait, candidates, wanted = waiting(log), [], dict.fromkeys([*names, REFERENCE])
     for number, name in enumerate(wanted):

@@ -72,13 +72,10 @@ def measured_ranks(
     rounds: int,
     log: Log,
 ) -> list[RanksRow]:
-    """Return a row for each of ``names`` at each number of ranks.
+    """Return a row for each of ``names`` at each number of ranks. Raises ConfigError.
 
     Args:
         rounds: in each, every number of ranks makes as many steps as an interval has.
-
-    Raises:
-        ConfigError: one line for the user.
     """
     if machine.device == "cuda" and torch.cuda.device_count() < max(counts):
         raise ConfigError(f"--ranks {max(counts)}: torch sees {torch.cuda.device_count()} CUDA devices here")
@@ -131,11 +128,7 @@ class Team:
         self._pipes = pipes
 
     def ask(self, request: str) -> list[Any]:
-        """Return the answer of each rank.
-
-        Raises:
-            ConfigError: a rank failed, or does not answer.
-        """
+        """Return the answer of each rank. Raises ConfigError if a rank failed, or does not answer."""
         for pipe in self._pipes:
             with suppress(BrokenPipeError):  # the process has ended, as will be seen below
                 pipe.send(request)

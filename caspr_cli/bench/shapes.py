@@ -78,8 +78,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
 def parse_shapes(text: str) -> ShapeSet:
     """Return the set that ``--shapes`` names: comma-separated ``[COUNT*]SIZExSIZE...`` or names of presets.
 
-    Raises:
-        ConfigError: names the part that cannot be read.
+    Raises ConfigError for a part that cannot be read.
     """
     parts = [part.strip() for part in text.split(",")]
     shapes = tuple(shape for part in parts for shape in _part(part))
@@ -100,11 +99,7 @@ def _part(part: str) -> tuple[Shape, ...]:
 
 
 def parse_size(text: str) -> int:
-    """Return ``14M``, ``1.5B``, ``300k`` or ``14000000`` as a number.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Return ``14M``, ``1.5B``, ``300k`` or ``14000000`` as a number. Raises ConfigError if it is none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbg]?)", text.strip().lower())
     size = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:

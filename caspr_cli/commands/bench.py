@@ -124,11 +124,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the parsed command line. What needs torch is not checked yet.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Return the parsed command line. What needs torch is not checked yet. Raises UserError."""
     args: argparse.Namespace = parser().parse_args(argv)
     chosen = args.optim or ("caspr" if args.ranks or args.model else ",".join(DEFAULT))
     words = [name.strip().partition(":") for name in chosen.split(",")]
@@ -158,8 +154,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def recipe_of(task: str, scale: str) -> Recipe:
     """Return the recipe of a task in one of its scales.
 
-    Raises:
-        UserError: there is no such task, or it has no such scale.
+    Raises UserError if there is no such task, or it has no such scale.
     """
     from caspr_cli.recipe.composer import Composer  # here, because it imports Hydra
 
@@ -172,8 +167,7 @@ def recipe_of(task: str, scale: str) -> Recipe:
 def writable(path: Path) -> Path:
     """Return the path after making its directory, so that a mistake is found before minutes of measuring.
 
-    Raises:
-        UserError: nothing can be written there.
+    Raises UserError if nothing can be written there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,11 +179,7 @@ def writable(path: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, and write what was asked for.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Measure, print, and write what was asked for. Raises UserError."""
     target = writable(Path(args.json)) if args.json and args.json != "-" else None
     what: ShapeSet | Recipe = (
         recipe_of(args.task, args.scale or "sample")

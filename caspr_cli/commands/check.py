@@ -20,8 +20,7 @@ AGAIN = 2  # reported seeds of a row that are run again
 def packs(paths: Sequence[Path]) -> dict[str, list[Run]]:
     """Return the records of packs by their names; a directory stands for the packs in it.
 
-    Raises:
-        UserError: a path is neither, or there is no pack.
+    Raises UserError if a path is neither, or there is no pack.
     """
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path])]
     if not files:

@@ -31,8 +31,7 @@ TRY = {  # after it is installed
 def main(words: Sequence[str]) -> None:
     """Write the package into a folder of its name in the working directory, and print what to do next.
 
-    Raises:
-        UserError: the name cannot be one, or the folder is there.
+    Raises UserError if the name cannot be one, or the folder is there.
     """
     if len(words) != 2:
         raise UserError("write caspr-train new task NAME, or caspr-train new optimizer NAME")

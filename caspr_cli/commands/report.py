@@ -153,11 +153,7 @@ def _add_logs(one: Parser) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the command line.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Return the command line. Raises UserError."""
     args: argparse.Namespace = parser().parse_args(argv)
     if args.what is None:
         raise UserError("say what to do (caspr-report --help)")
@@ -218,11 +214,7 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the records, and do what was asked for. Return the exit code.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Read the records, and do what was asked for. Return the exit code. Raises UserError."""
     from caspr_cli.report import records
     from caspr_cli.report.selection import where
 

@@ -39,8 +39,7 @@ def _plain(value: Any) -> str:
 def show(words: list[str]) -> None:
     """Print the topic that is asked for, or the list of topics; on a terminal with bold heads and drawn tables.
 
-    Raises:
-        UserError: there is no such topic.
+    Raises UserError if there is no such topic.
     """
     known = titles()
     if not words:

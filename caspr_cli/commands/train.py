@@ -240,8 +240,7 @@ def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
 def flags_of(argv: list[str]) -> argparse.Namespace:
     """Return the flags, and the other words as ``words``; they may stand in any order.
 
-    Raises:
-        UserError: a flag does not exist, or two do not go together.
+    Raises UserError if a flag does not exist, or two do not go together.
     """
     parser = Parser(add_help=False)
     parser.add_argument("--multirun", "-m", action="store_true")

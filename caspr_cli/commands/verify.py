@@ -74,11 +74,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the parsed command line. What needs the tasks is not checked yet.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Return the parsed command line. What needs the tasks is not checked yet. Raises UserError."""
     args: argparse.Namespace = parser().parse_args(argv)
     if args.what is None:
         raise UserError(f"say what to verify (choices: {', '.join((*QUESTIONS, ALL))}; caspr-verify --help)")
@@ -93,11 +89,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute, print, and write. Return the exit code.
-
-    Raises:
-        UserError: one line for the user.
-    """
+    """Compute, print, and write. Return the exit code. Raises UserError."""
     out = sys.stderr if args.json else sys.stdout
     width = terminal_width(answers.WIDTH)
     made: list[Answer] = []

@@ -59,11 +59,7 @@ def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
 
 
 def one_of(flag: str, value: str, choices: Iterable[str]) -> str:
-    """Return the value, if it is one of the choices.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Return the value, if it is one of the choices. Raises UserError if it is not."""
     known = list(choices)
     if value not in known:
         raise UserError(f"{flag} {value}: no such choice.{nearest(value, known)} (choices: {', '.join(known)})")

@@ -19,8 +19,7 @@ RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an er
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all. A reader sees the old file or the new one, never a part.
 
-    Raises:
-        OSError: with the file's name.
+    Raises OSError with the file's name.
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -40,8 +39,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_output(path: Path, content: str | bytes) -> None:
     """Write a file that the user has asked for, whole or not at all, and its directory if there is none.
 
-    Raises:
-        UserError: nothing can be written there; its cause is the OSError.
+    Raises UserError if nothing can be written there; its cause is the OSError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

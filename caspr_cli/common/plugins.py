@@ -34,8 +34,7 @@ def _installed() -> EntryPoints:
 def joined(group: str, ours: dict[str, E]) -> dict[str, E]:
     """Return our entries and those of other packages.
 
-    Raises:
-        UserError: an entry cannot be used; names its package.
+    Raises UserError, which names the package, if an entry cannot be used.
     """
     found, kind = dict(ours), type(next(iter(ours.values())))
     for point in _installed().select(group=group):
@@ -58,8 +57,7 @@ def joined(group: str, ours: dict[str, E]) -> dict[str, E]:
 def folders() -> dict[Path, str]:
     """Return the folders with config files of other packages, and the package of each, as "my-work 0.1".
 
-    Raises:
-        UserError: there is no such folder.
+    Raises UserError if there is no such folder.
     """
     found = {}
     for point in _installed().select(group=CONF):

@@ -59,13 +59,10 @@ class DamagedError(ValueError):
 
 
 def parsed(content: bytes, *, finite: bool = True) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text. Raises DamagedError if it is no JSON.
 
     Args:
         finite: whether NaN and Infinity become None; else they are numbers.
-
-    Raises:
-        DamagedError: it is no JSON.
     """
     try:
         return json.loads(content, parse_constant=(lambda _: None) if finite else None)
@@ -76,11 +73,10 @@ def parsed(content: bytes, *, finite: bool = True) -> Any:
 def part(name: str, content: Any) -> dict[str, Any]:
     """Return a part of a record with the types that its readers need; its texts can be printed.
 
+    Raises DamagedError if it has another shape.
+
     Args:
         name: ``config`` (dotted keys), ``status``, ``result`` or ``provenance``.
-
-    Raises:
-        DamagedError: it has another shape.
     """
     if not isinstance(content, dict):
         raise DamagedError(f"{name} is no mapping")
@@ -117,8 +113,7 @@ def inner(node: Any, *keys: str) -> Any:
 def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
     """Return a value with all its texts made printable and encodable.
 
-    Raises:
-        DamagedError: something in it has a type that records do not have, or is too large.
+    Raises DamagedError if something in it has a type that records do not have, or is too large.
     """
     if depth > DEEPEST:
         raise DamagedError(f"{key} is nested too deeply")

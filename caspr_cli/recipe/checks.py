@@ -35,13 +35,10 @@ ROW_BY_ROW = ("adamw", "sgd")  # whose step of some rows needs no others
 
 
 def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
-    """Raise an error if a recipe cannot be run.
+    """Raise ConfigError, which names the key and the value, if a recipe cannot be run.
 
     Args:
         plain: the recipe in builtin types.
-
-    Raises:
-        ConfigError: names the key and the value.
     """
     values = dict(leaves(plain))
     for key, (least, most) in LIMITS.items():

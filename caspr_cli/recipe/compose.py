@@ -55,14 +55,11 @@ def register_schemas() -> None:
 
 
 def freeze(config: DictConfig, given: Iterable[str] = (), trial: int | None = None) -> Recipe:
-    """Return the checked recipe.
+    """Return the checked recipe. Raises ConfigError if a value is missing or out of range.
 
     Args:
         given: overrides of the command line; a search does not change the keys that they set.
         trial: replaces that of the config.
-
-    Raises:
-        ConfigError: a value is missing or out of range.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     plain.pop("hydra", None)
@@ -111,8 +108,7 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
 def _lacks(plain: Mapping[str, Any], key: str) -> bool:
     """Return whether only other optimizers have a key, so that it is not drawn for this one.
 
-    Raises:
-        ConfigError: no optimizer has it.
+    Raises ConfigError if no optimizer has it.
     """
     group, _, rest = key.partition(".")
     if group != "optim" or search.has(plain, key):
@@ -191,8 +187,7 @@ def load(path: Path) -> Recipe:
 def parse(text: str) -> Recipe:
     """Return the recipe in the text of a ``config.yaml``.
 
-    Raises:
-        ConfigError: it has an option that was removed, with another value than its default.
+    Raises ConfigError if it has an option that was removed, with another value than its default.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     try:

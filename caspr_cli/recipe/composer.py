@@ -37,14 +37,13 @@ LISTS = ("logger", "optim.betas")  # keys of which a value is a list: with comma
 class Composer:
     """Composes the configs of one command line.
 
+    Raises ConfigError if a word cannot be read, or sets a key of Hydra that is not allowed.
+
     Args:
         given: its words, each ``key=value``.
         sweeps: whether a word may have several values.
         place: a directory with more config files.
         name: the config file to begin with.
-
-    Raises:
-        ConfigError: a word cannot be read, or sets a key of Hydra that is not allowed.
     """
 
     def __init__(

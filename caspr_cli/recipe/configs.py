@@ -17,11 +17,7 @@ def folders() -> dict[Path, str | None]:
 
 
 def files(group: str) -> dict[str, Path]:
-    """Return the files of a config group by name.
-
-    Raises:
-        UserError: two packages have the same one.
-    """
+    """Return the files of a config group by name. Raises UserError if two packages have the same one."""
     found: dict[str, Path] = {}
     for folder, package in folders().items():
         for file in sorted((folder / group).glob("*.yaml")):

@@ -33,8 +33,7 @@ PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "f
 def use(directory: str | None) -> None:
     """Let Hydra look for configs in those of other packages after our own, and then in this directory, if any.
 
-    Raises:
-        ConfigError: the directory cannot be read.
+    Raises ConfigError if the directory cannot be read.
     """
     for plugin in (Files, Lookup):
         Plugins.instance().register(plugin)
@@ -123,11 +122,7 @@ def _text(file: str) -> str:
 
 
 def _config(file: str, text: str) -> DictConfig:
-    """Return the content of a file, checked.
-
-    Raises:
-        ConfigError: names the file and the line.
-    """
+    """Return the content of a file, checked. Raises ConfigError, which names the file and the line."""
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

@@ -27,10 +27,8 @@ def draw(space: Space, trial: int) -> dict[str, Any]:
     """Return the values of a trial: point ``trial`` (from 0) of a scrambled Sobol sequence over the sorted keys.
 
     The scrambling is the same for all searches. Trials of optimizers with the same keys therefore lie at the same
-    places of their ranges. Numbers have four significant digits.
-
-    Raises:
-        ConfigError: a range is malformed, or there is no such trial.
+    places of their ranges. Numbers have four significant digits. Raises ConfigError if a range is malformed, or there
+    is no such trial.
     """
     from scipy.stats import qmc  # slow to import, and needed by searches alone
 
@@ -129,8 +127,7 @@ def drawn(plain: Mapping[str, Any]) -> dict[str, Any]:
 def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Set dotted keys of a config in place; a number names an element of a list, as in ``optim.betas.0``.
 
-    Raises:
-        ConfigError: there is no such key.
+    Raises ConfigError if there is no such key.
     """
     for key, value in values.items():
         if not has(plain, key):

@@ -62,15 +62,12 @@ def refuse(key: str, where: str = "") -> None:
 
 
 def check(given: DictConfig, plain: DictConfig | None) -> None:
-    """Check Hydra's part of a composed config.
+    """Check Hydra's part of a composed config. Raises ConfigError, which names the key.
 
     Args:
         given: the ``hydra`` part of the config.
         plain: the same part of a config without the user's words; None if only words could change it, and they were
             checked.
-
-    Raises:
-        ConfigError: names the key.
     """
     if plain is not None:
         usual = _leaves(plain)
@@ -94,11 +91,10 @@ def check(given: DictConfig, plain: DictConfig | None) -> None:
 def check_values(launcher: Mapping[str, Any]) -> None:
     """Refuse a value of more than one line, which a scheduler would read as commands.
 
+    Raises ConfigError, which names the key.
+
     Args:
         launcher: its keys, with all references resolved.
-
-    Raises:
-        ConfigError: names the key.
     """
     for key, value in leaves(launcher):
         if not str(value).isprintable():

@@ -21,11 +21,7 @@ LONGEST = 10_000  # characters of a word; the grammar takes seconds for more
 
 @cache
 def parse(word: str) -> Override:
-    """Return a word as Hydra reads it.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Return a word as Hydra reads it. Raises ConfigError if it cannot be read."""
     try:
         if len(word) > LONGEST:
             raise ConfigError(f"cannot read '{word[:40]}...': it has more than {LONGEST:,} characters")
@@ -55,8 +51,7 @@ def is_hydras(word: Override) -> bool:
 def split(words: Sequence[str]) -> list[list[str]]:
     """Return the words of each job: all combinations; the last key changes fastest. The last of equal keys counts.
 
-    Raises:
-        ConfigError: a word is not a list of values, or there are too many jobs.
+    Raises ConfigError if a word is not a list of values, or there are too many jobs.
     """
     values: dict[str, list[str]] = {}
     for word in words:

@@ -176,10 +176,8 @@ def _cut(text: str) -> str:
 def write(answer: Answer, directory: Path) -> list[Path]:
     """Write all files of an answer, each whole or not at all, and return their paths.
 
-    A page in Markdown, everything in JSON, a CSV for each table, an SVG for each figure.
-
-    Raises:
-        UserError: nothing can be written there.
+    A page in Markdown, everything in JSON, a CSV for each table, an SVG for each figure. Raises UserError if nothing
+    can be written there.
     """
     contents = {
         f"{answer.name}.md": as_markdown(answer),

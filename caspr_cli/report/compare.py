@@ -28,16 +28,13 @@ def tables(
     tuned: Sequence[str] | None = None,
     wanted: Mapping[str, float] | None = None,
 ) -> list[Table]:
-    """Return all tables, by task.
+    """Return all tables, by task. Raises UserError if no table has such a row, or no record such a task or key.
 
     Args:
         baseline: label of a row, by default adamw's, where there is one; or settings alone, as ``statistics=ema``,
             for each optimizer's own row with these.
         tuned: keys that rows are tuned over, in place of the learning rate and those of the searches.
         wanted: targets by task, in place of those of the recipes.
-
-    Raises:
-        UserError: no table has such a row, no record such a task, or no record such a key.
     """
     wanted = wanted or {}
     _check(runs, tuned, wanted)

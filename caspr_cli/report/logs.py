@@ -48,11 +48,7 @@ def key(name: str) -> str:
 
 
 def find(paths: Sequence[Path], asked: Asked) -> Found:
-    """Return all runs below these paths.
-
-    Raises:
-        UserError: there are none, or they do not have what was asked for.
-    """
+    """Return all runs below these paths. Raises UserError if there are none, or they do not have what was asked for."""
     found = Found()
     for path in paths:
         _read(asked, path, found)
@@ -84,11 +80,7 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
 
 
 def _read(asked: Asked, path: Path, into: Found) -> None:
-    """Read all logs below a folder, or one file.
-
-    Raises:
-        UserError: the path holds none.
-    """
+    """Read all logs below a folder, or one file. Raises UserError if the path holds none."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     reader, what = READERS[asked.kind]
@@ -217,8 +209,7 @@ def _number(members: DataFrame, notes: list[str]) -> None:
 def _mixed(members: DataFrame, asked: Asked) -> Iterator[str]:
     """Yield the hyperparameters in which runs of one row and trial differ.
 
-    Raises:
-        UserError: runs of one seed, too, do: the row would be a mixture of them.
+    Raises UserError if runs of one seed do, too: the row would be a mixture of them.
     """
     values = [{key: frozen(value) for key, value in log.keys.items() if _setting(value)} for log in members["log"]]
     table = type(members)(values, index=members.index)

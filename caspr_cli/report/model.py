@@ -29,8 +29,7 @@ class Point:
 def point(step: Any, seconds: Any, value: Any) -> Point:
     """Return a validation; what is not finite is None.
 
-    Raises:
-        DamagedError: the step is no integer, or another of the three no number.
+    Raises DamagedError if the step is no integer, or another of the three no number.
     """
     if not KINDS["integer"](step) or not all(x is None or type(x) in (int, float) for x in (seconds, value)):
         raise DamagedError("a validation has other values than numbers")

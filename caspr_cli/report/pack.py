@@ -117,13 +117,11 @@ def _cleaned(node: Any, host: str | None) -> Any:
 def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
     """Write the records of packs as directories again, so that ``caspr-train`` knows what is done.
 
-    Training curves, logs and checkpoints are not in a pack. A record that is there already stays.
+    Training curves, logs and checkpoints are not in a pack. A record that is there already stays. Raises UserError if
+    nothing can be written there, or a path leads out of it.
 
     Returns:
         How many were written, and how many were there.
-
-    Raises:
-        UserError: nothing can be written there, or a path leads out of it.
     """
     written = there = 0
     for run in runs:
@@ -161,11 +159,7 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(file: Path) -> list[Run]:
-    """Return the records of a pack.
-
-    Raises:
-        UserError: the file is no pack, is damaged, or is larger than any pack.
-    """
+    """Return the records of a pack. Raises UserError if the file is no pack, is damaged, or is larger than any pack."""
     try:
         with gzip.open(file, "rb") as stream:
             lines = enumerate(_lines(file, stream), 1)

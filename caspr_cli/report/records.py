@@ -39,8 +39,7 @@ class Records:
 def find(paths: Sequence[Path]) -> Records:
     """Return all records below these directories, and in packs; each once, sorted by path.
 
-    Raises:
-        UserError: a path is not there, or a file is no pack.
+    Raises UserError if a path is not there, or a file is no pack.
     """
     found, seen = Records(), set()
     for path in paths:
@@ -75,11 +74,7 @@ def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
 
 
 def read(path: Path, warnings: list[str]) -> Run:
-    """Return one record.
-
-    Raises:
-        DamagedError: it has to be left out; the message begins with the file.
-    """
+    """Return one record. Raises DamagedError, which begins with the file, if it has to be left out."""
     config = _part(path / "config.yaml")
     status = _part(path / "status.json")  # before the result, which is written first
     result = _part(path / "result.json")

@@ -123,8 +123,7 @@ def _normal(word: str) -> str:
 def where(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
     """Return the runs that meet all conditions, as ``optim=caspr,adamw``, ``lr=0.01`` or ``state=failed``.
 
-    Raises:
-        UserError: no record has such a key, or none of those that are left this value.
+    Raises UserError if no record has such a key, or none of those that are left this value.
     """
     found = list(runs)
     for condition in conditions:

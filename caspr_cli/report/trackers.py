@@ -219,13 +219,10 @@ def _events(files: Sequence[Path], asked: Asked, into: Found) -> tuple[dict[str,
 
 
 def _records(file: Path, checked: bytes) -> Iterator[bytes]:
-    """Yield the records of an event file, to its end or to where it was cut off.
+    """Yield the records of an event file, to its end or to where it was cut off. Raises ValueError if a sum is wrong.
 
     Args:
         checked: the sums of records that hold these bytes are checked, and that of the first.
-
-    Raises:
-        ValueError: a sum is wrong.
     """
     from tensorboard.summary.writer.record_writer import masked_crc32c
 
@@ -282,8 +279,7 @@ def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
 def _table(frame: DataFrame, file: Log, asked: Asked, into: Found) -> None:
     """Add the runs of one file.
 
-    Raises:
-        ValueError: a step or a value is no number, or there is no such column of steps.
+    Raises ValueError if a step or a value is no number, or there is no such column of steps.
     """
     heads: list[str] = list(frame.columns)
     lower = {head.casefold(): head for head in reversed(heads)}
@@ -347,8 +343,7 @@ def _is_text(values: Sequence[str]) -> bool:
 def _points(frame: DataFrame, step: str | None, metric: str) -> Points:
     """Return step and value of each line that has the metric; without a column of steps, lines are numbered.
 
-    Raises:
-        ValueError: one of them is no number.
+    Raises ValueError if one of them is no number.
     """
     found = []
     steps = frame[step].tolist() if step else range(1, len(frame) + 1)

@@ -66,8 +66,7 @@ class Experiment:
     def read(cls, name: str, given: Iterable[str] = ()) -> Experiment:
         """Return an experiment by its name, changed by overrides of the command line.
 
-        Raises:
-            ConfigError: there is none of that name, or none at that scale.
+        Raises ConfigError if there is none of that name, or none at that scale.
         """
         content = written(name)
         for word in given:
@@ -164,11 +163,7 @@ def _ended(recipe: Recipe) -> bool:
 
 
 def rows(experiment: Experiment) -> list[Row]:
-    """Return every row of the table.
-
-    Raises:
-        ConfigError: a recipe cannot be run.
-    """
+    """Return every row of the table. Raises ConfigError if a recipe cannot be run."""
     composer = Composer(experiment.shared(), sweeps=True)
     combinations = composer.jobs()
     if not combinations:
@@ -281,11 +276,8 @@ def _seeds(experiment: Experiment) -> list[int]:
 def seconds(row: Row, command: list[str]) -> float | str:
     """Return the seconds of one run of a row: those of its runs that are done, else estimated from a short run.
 
-    If they are not known, return why.
-
-    Raises:
-        ConfigError: the row cannot be run, as its data are missing.
-        StoppedError: the user stopped the short run.
+    If they are not known, return why. Raises ConfigError if the row cannot be run, as its data are missing, and
+    StoppedError if the user stopped the short run.
     """
     recipes = row.recipes
     if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):

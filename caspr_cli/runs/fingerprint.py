@@ -75,11 +75,10 @@ def moved(record: Record, root: Path) -> list[str] | None:
 def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> None:
     """Refuse data whose content differs from the data that the run began with.
 
+    Raises ConfigError if their hash differs.
+
     Args:
         data: the task's description of the data as they are now.
-
-    Raises:
-        ConfigError: their hash differs.
     """
     before = record.read(PROVENANCE).get("data") or {}
     old, new = before.get("hash"), data.get("hash")
@@ -104,8 +103,7 @@ def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> N
 def check_done(recipe: Recipe, record: Record) -> None:
     """Refuse a run that is done if its data have changed since; reads the content only if stamps differ.
 
-    Raises:
-        ConfigError: the data have changed, or cannot be read.
+    Raises ConfigError if the data have changed, or cannot be read.
     """
     root = root_of(recipe)
     if root is None or not moved(record, root):

@@ -22,8 +22,7 @@ PARTS = 1 << ROUNDS  # to one of which the length is known
 def shortened(config: DictConfig, steps: int) -> DictConfig:
     """Return the config of a run of so many steps, as ``horizon`` says.
 
-    Raises:
-        ConfigError: it is not shorter than the run.
+    Raises ConfigError if it is not shorter than the run.
     """
     trainer = config.trainer
     if not 1 <= steps <= trainer.max_steps:

@@ -106,11 +106,7 @@ def plan(recipe: Recipe, record: Record) -> str:
 
 
 def run(recipe: Recipe, command: list[str], allocation: Allocation = Allocation()) -> Outcome:
-    """Run a recipe to its end.
-
-    Raises:
-        RecordBusyError: another process runs it.
-    """
+    """Run a recipe to its end. Raises RecordBusyError if another process runs it."""
     record = Record.of(recipe)
     if recipe.trainer.nodes == 1:
         return _lead(recipe, record, command, allocation)

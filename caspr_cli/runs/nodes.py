@@ -15,8 +15,7 @@ FIRST_PORT, PORTS = 20000, 20000
 def meeting_place(trainer: TrainerConf, environment: Mapping[str, str]) -> str:
     """Return HOST:PORT: the given one, or that of the first machine of a SLURM job.
 
-    Raises:
-        ConfigError: neither is there.
+    Raises ConfigError if neither is there.
     """
     if trainer.rendezvous is not None:
         return trainer.rendezvous

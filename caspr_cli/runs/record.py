@@ -89,8 +89,7 @@ class Record:
     def read(self, name: str) -> dict[str, Any]:
         """Return a JSON file of the record, checked to have the shape that readers need; empty if there is none.
 
-        Raises:
-            RecordDamagedError: it has another shape.
+        Raises RecordDamagedError if it has another shape.
         """
         file = self.path / name
         try:
@@ -113,11 +112,10 @@ class Record:
     def held(self, say: Callable[[str], None] = streams.say) -> Iterator[int]:
         """Hold the record's lock; a child that inherits the descriptor goes on holding it.
 
+        Raises RecordBusyError if another process holds it.
+
         Args:
             say: gets a line if the process that held it is dead, and its workers are waited for.
-
-        Raises:
-            RecordBusyError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor, ranks = (os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644) for name in LOCKS)

@@ -67,8 +67,7 @@ class Session:
     def all(self, composer: Composer) -> None:
         """Run the jobs of a sweep: here, one after the other, or elsewhere.
 
-        Raises:
-            ConfigError: the sweep is refused as a whole.
+        Raises ConfigError if the sweep is refused as a whole.
         """
         if not (jobs := composer.jobs()):
             raise ConfigError("a sweep over no value: there is nothing to run")

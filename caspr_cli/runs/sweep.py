@@ -66,9 +66,7 @@ class Job:
 def new_folder(above: Path, output_dir: str) -> Path:
     """Return a new empty folder, named by the time.
 
-    Raises:
-        ConfigError: ``output_dir`` cannot be written.
-        OSError: its disk is full.
+    Raises ConfigError if ``output_dir`` cannot be written, and OSError if its disk is full.
     """
     try:
         above.mkdir(parents=True, exist_ok=True)
@@ -96,8 +94,7 @@ class Sweep:
     def begin(cls, composer: Composer, jobs: list[list[str]]) -> Sweep:
         """Return a sweep whose folder is made, with a file for each job.
 
-        Raises:
-            ConfigError: the folder cannot be made, or jobs ask the launcher for different things.
+        Raises ConfigError if the folder cannot be made, or jobs ask the launcher for different things.
         """
         output_dir = composer.config(jobs[0]).output_dir
         above = Path(output_dir, ".sweep").absolute()
@@ -171,8 +168,7 @@ class Sweep:
     def allocation(self, recipe: Recipe) -> Iterator[Allocation]:
         """Wait until a job has its share of the machine, and hold it.
 
-        Raises:
-            ConfigError: its share has too few GPUs.
+        Raises ConfigError if its share has too few GPUs.
         """
         if self.here:
             yield Allocation()  # signals come to this very process
@@ -239,8 +235,7 @@ def visible_gpus(environment: Mapping[str, str], present: list[Path]) -> tuple[s
 def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ...]) -> dict[str, str | None]:
     """Return the environment variables of a job in one of ``slots`` equal parts of the machine.
 
-    Raises:
-        ConfigError: the part has fewer GPUs than the job wants devices.
+    Raises ConfigError if the part has fewer GPUs than the job wants devices.
     """
     wanted, part = recipe.trainer.devices, len(gpus) // slots
     environment: dict[str, str | None] = {"OMP_NUM_THREADS": str(max(1, cores // slots // wanted))}

@@ -26,13 +26,11 @@ class Tuning:
 
     With ``search.extend`` those after the first ``search.trials`` come in rounds. Before each, the best trial so far
     decides: where its value lies at the edge of its range, the trials of the round are drawn from about that edge.
+    Raises ConfigError if its trials cannot be run.
 
     Args:
         config: as Hydra composes it.
         given: the overrides of the command line.
-
-    Raises:
-        ConfigError: its trials cannot be run.
     """
 
     def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
@@ -47,9 +45,8 @@ class Tuning:
     def __call__(self, index: int) -> Recipe:
         """Return a trial.
 
-        Raises:
-            ConfigError: the recipe has no search, or the trials it depends on have not ended.
-            RecordDamagedError: a record that decides this cannot be read.
+        Raises ConfigError if the recipe has no search, or the trials it depends on have not ended, and
+        RecordDamagedError if a record that decides this cannot be read.
         """
         if index not in self._recipes:
             self._recipes[index] = compose.freeze(self.config(index), self._given, index)
@@ -83,11 +80,8 @@ class Tuning:
     def growth(self, number: int) -> dict[str, tuple[search.Range, search.Range]]:
         """Return the ranges that grow after so many rounds, as :func:`search.grown` does.
 
-        A range that would not grow to valid values stays.
-
-        Raises:
-            ConfigError: not all trials have ended.
-            RecordDamagedError: a record cannot be read.
+        A range that would not grow to valid values stays. Raises ConfigError if not all trials have ended, and
+        RecordDamagedError if a record cannot be read.
         """
         whole = self.space(number)[0]
         ends = [{TUNING_SEED: finals[TUNING_SEED]} for finals in ended(self, self.count(number))]
@@ -108,13 +102,12 @@ class Tuning:
 def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
     """Return the config of a job with its trial as a number, where the records say which, with its space and length.
 
+    Raises ConfigError if there is no such trial, or the trials that decide have not ended, and RecordDamagedError if a
+    record that decides cannot be read.
+
     Args:
         given: the overrides of the command line.
         known: the searches of other jobs, by the overrides without trial and seed.
-
-    Raises:
-        ConfigError: there is no such trial, or the trials that decide have not ended.
-        RecordDamagedError: a record that decides cannot be read.
     """
     if (steps := config.horizon) is not None:
         config = cast(DictConfig, OmegaConf.merge(config, {"horizon": None}))
@@ -135,14 +128,11 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
 def best(trial: Callable[[int], Recipe]) -> int:
     """Return the trial with the best validation at its end.
 
-    :func:`caspr_cli.common.selection.choose` has the rule: what is run at other seeds is what a report selects.
+    :func:`caspr_cli.common.selection.choose` has the rule: what is run at other seeds is what a report selects. Raises
+    ConfigError if some have not ended, or all failed, and RecordDamagedError if a record cannot be read.
 
     Args:
         trial: the recipe of each, at ``TUNING_SEED``.
-
-    Raises:
-        ConfigError: some have not ended, or all failed.
-        RecordDamagedError: a record cannot be read.
     """
     choice, finals = chosen(trial)
     first = trial(0)
@@ -161,11 +151,8 @@ def best(trial: Callable[[int], Recipe]) -> int:
 def top(trial: Callable[[int], Recipe], place: int) -> int:
     """Return the trial at a place, from 1, in the order before any trial is run again.
 
-    Where fewer have a finite value, it is the last of these.
-
-    Raises:
-        ConfigError: some trials have not ended, or all failed.
-        RecordDamagedError: a record cannot be read.
+    Where fewer have a finite value, it is the last of these. Raises ConfigError if some trials have not ended, or all
+    failed, and RecordDamagedError if a record cannot be read.
     """
     choice, _ = chosen(trial)
     finite = [k for k in choice.order if choice.scores[k] is not None]
@@ -199,9 +186,7 @@ def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, fl
 def ended(trial: Callable[[int], Recipe], count: int) -> list[Mapping[int, float | None]]:
     """Return the metric at the end of the first trials, by seed.
 
-    Raises:
-        ConfigError: some have not ended at ``TUNING_SEED``.
-        RecordDamagedError: a record cannot be read.
+    Raises ConfigError if some have not ended at ``TUNING_SEED``, and RecordDamagedError if a record cannot be read.
     """
     first = trial(0)
     finals = [_finals(Record.of(trial(index)).path.parent, first.task.target.metric) for index in range(count)]

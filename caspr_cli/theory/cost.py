@@ -38,8 +38,7 @@ H100, CAPACITY = GPUS["h100"], 80e9  # bytes
 def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
     """Return FLOPs, bytes and seconds of a step, predicted from shapes, and measured where that runs here.
 
-    Raises:
-        ConfigError: no such task, or a number that is not above 0.
+    Raises ConfigError for an unknown task, or a number that is not above 0.
     """
     for name in (f.name for f in fields(Assumed)):
         value = getattr(choice, name)

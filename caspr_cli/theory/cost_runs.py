@@ -91,11 +91,10 @@ class Model:
 def model_of(name: str, batch: int | None) -> Model:
     """Return the cost of a task's model at its sample scale.
 
+    Raises ConfigError for an unknown task, or a batch of nothing.
+
     Args:
         batch: samples in a step; the task's own if there is none given.
-
-    Raises:
-        ConfigError: no such task; a batch of nothing.
     """
     if name not in CONFS:
         raise ConfigError(f"--model {name}: no such task.{nearest(name, CONFS)} (choices: {', '.join(CONFS)})")

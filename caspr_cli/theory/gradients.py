@@ -76,8 +76,7 @@ class Recording:
 def recordings(choice: Layers, log: Log) -> list[Recording]:
     """Return the gradients of the chosen parameters, for each task and seed.
 
-    Raises:
-        ConfigError: no such task or parameter, or one that is too large; data that cannot be read.
+    Raises ConfigError for an unknown task or parameter, one that is too large, or data that cannot be read.
     """
     if choice.task and choice.task not in MODELS:
         hint = nearest(choice.task, MODELS)
@@ -107,8 +106,7 @@ def _wanted(choice: Layers, task: str) -> tuple[str, ...]:
 def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return the names of parameters with ``pattern`` in them.
 
-    Raises:
-        ConfigError: no parameter matches, or one is too large for its full matrix.
+    Raises ConfigError if no parameter matches, or one is too large for its full matrix.
     """
     found = tuple(name for name in shapes if pattern in name)
     if not found:

@@ -33,8 +33,7 @@ DRAWN_VALUES = 64  # eigenvalues of a matrix that are drawn, at most
 def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Check the chain and its relatives on recorded gradients and on random ones.
 
-    Raises:
-        ConfigError: there is no such task or parameter, or it is too large.
+    Raises ConfigError if there is no such task or parameter, or it is too large.
     """
     found = recordings(choice, log)
     real = [

@@ -38,9 +38,8 @@ class Begun:
 def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
     """Load a recipe's task and prepare its data.
 
-    Raises:
-        ConfigError: an option cannot be used, or the data have changed since the run began.
-        DataError: the data cannot be read.
+    Raises ConfigError if an option cannot be used, or the data have changed since the run began, and DataError if the
+    data cannot be read.
     """
     with blaming(recipe, plugins.TASKS):
         task = tasks.load(recipe.task, recipe.seed)

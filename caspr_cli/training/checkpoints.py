@@ -65,13 +65,12 @@ class Start:
 def find(record: Record, owner: Owner, steps: int) -> Start:
     """Return the last checkpoint that is whole and whose curves are there; the same on all ranks, as none writes yet.
 
+    Raises RecordDamagedError if there are checkpoints, but none can be used, and AnotherRunError if one is of another
+    run. (One that was written before checkpoints said so is taken.)
+
     Args:
         owner: this run.
         steps: of the whole run.
-
-    Raises:
-        RecordDamagedError: there are checkpoints, but none can be used.
-        AnotherRunError: one is of another run. (One that was written before checkpoints said so is taken.)
     """
     files = [path for path in (record.last, record.previous) if path.exists()]
     whole, damaged = _whole_lines(record.metrics), record.last
@@ -95,9 +94,8 @@ def find(record: Record, owner: Owner, steps: int) -> Start:
 def _read(path: Path, owner: Owner, steps: int) -> tuple[int, int]:
     """Return the steps of a checkpoint and its lines of metrics.
 
-    Raises:
-        DamagedError: it is damaged; every bit that is read later is checked.
-        AnotherRunError: it is of another run.
+    Raises DamagedError if it is damaged (every bit that is read later is checked), and AnotherRunError if it is of
+    another run.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -85,8 +85,7 @@ class Seeded(Dataset[Any]):
 class TaskData(LightningDataModule):
     """The splits of a task as loaders for this rank.
 
-    Raises:
-        DataError: a split has not enough samples, for a batch or for each rank to have one.
+    Raises DataError if a split has not enough samples, for a batch or for each rank to have one.
     """
 
     def __init__(self, task: Task, recipe: Recipe, *, start: int, rank: int, world: int) -> None:

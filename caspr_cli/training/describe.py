@@ -29,8 +29,7 @@ from caspr_cli.training.blame import blaming
 def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dict[str, Any]]:
     """Prepare a task's data; return the stamps that the user's files had before, and the task's description of them.
 
-    Raises:
-        DataError: the data cannot be read.
+    Raises DataError if the data cannot be read.
     """
     taken = None
     if (root := fingerprint.root_of(recipe)) is not None:

@@ -40,9 +40,8 @@ class LostError(Exception):
 def answering(record: Record, rank: int, world: int, timeout: float) -> Iterator[None]:
     """Turn an error that another rank caused into one of two types; errors of this rank pass through.
 
-    Raises:
-        HungError: some rank did not answer in time; it is ended, as it may not listen to anything milder.
-        LostError: the connection to some rank is gone.
+    Raises HungError if some rank did not answer in time (it is ended, as it may not listen to anything milder), and
+    LostError if the connection to some rank is gone.
     """
     try:
         yield
@@ -60,9 +59,8 @@ def answering(record: Record, rank: int, world: int, timeout: float) -> Iterator
 def wait_for_first(record: Record, rank: int, world: int, timeout: float) -> None:
     """Wait until the first rank has written how the run ended; that rank may wait for the disk after its last step.
 
-    Raises:
-        HungError: it has not written it in time.
-        LostError: it is gone, on another machine perhaps, and has written nothing.
+    Raises HungError if it has not written it in time, and LostError if it is gone, on another machine perhaps, and has
+    written nothing.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to save here
     deadline = time.monotonic() + timeout

@@ -28,11 +28,10 @@ from caspr_cli.training import hparams
 def begun(recipe: Recipe, record: Record, lines: Iterable[bytes]) -> list[LightningLogger]:
     """Return the loggers of a run, which hold its keys and what earlier attempts have logged.
 
+    Raises ConfigError if one of them cannot be used.
+
     Args:
         lines: of ``metrics.jsonl``, up to the checkpoint from which the run goes on.
-
-    Raises:
-        ConfigError: one of them cannot be used.
     """
     made = []
     for kind in dict.fromkeys(recipe.logger):

@@ -81,8 +81,7 @@ class OwnText:
 def documents_of(file: Path) -> Iterator[str]:
     """Yield the documents of a file; empty ones are left out.
 
-    Raises:
-        DataError: names the file and the line or row, and what a record should look like.
+    Raises DataError, which names the file, the line or row, and what a record should look like.
     """
     kind = kind_of(file)
     if kind == ".txt":

@@ -22,10 +22,8 @@ if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds,
 class C4LM(Task):
     """A decoder language model on the standard library's English, on C4's shards, or on C4 from the hub.
 
-    Batches are LongTensors ``[B, T + 1]``: inputs are all tokens but the last, targets all but the first.
-
-    Raises:
-        DataError: a shape that no model has.
+    Batches are LongTensors ``[B, T + 1]``: inputs are all tokens but the last, targets all but the first. Raises
+    DataError for a shape that no model has.
     """
 
     unit: ClassVar[str] = "tokens"

@@ -162,12 +162,11 @@ Groups = dict[str, list[str]]  # the names of the images of each class
 def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
     """Return the image files of each split and class, where "validation" may be missing.
 
+    Raises DataError, which names the file or folder, if they lie in no such layout.
+
     Args:
         entries: paths; a folder's ends in a slash.
         where: name of what they lie in, for messages.
-
-    Raises:
-        DataError: they lie in no such layout; the message names the file or folder.
     """
     paths = [entry.split("/") for entry in entries]
     tops = {parts[0] for parts in paths if len(parts) > 1}

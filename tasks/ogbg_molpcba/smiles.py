@@ -45,8 +45,7 @@ class Smiles:
     def steps(self) -> Generator[None, None, tuple[Graphs, dict[Split, Array]]]:
         """Read the molecules, one at each step, and return the graphs and their splits.
 
-        Raises:
-            DataError: names the line.
+        Raises DataError, which names the line.
         """
         from caspr_cli.tasks.ogbg_molpcba.features import canonical, graph, parse  # needs RDKit
 

@@ -236,12 +236,11 @@ def _columns(where: str, names: list[str]) -> None:
 def graphs_of(table: Any, where: str, first: int) -> Graphs:
     """Return the graphs of an Arrow table of the hub: columns ``node_feat``, ``edge_index``, ``edge_attr`` and ``y``.
 
+    Raises DataError for a row that is no molecule, which it names.
+
     Args:
         where: the table's name, for messages.
         first: number of its first row, counted from 0.
-
-    Raises:
-        DataError: a row that is no molecule; the message names it.
     """
     rows = _Rows(table, where, first)
     node_counts, nodes = rows.matrices("node_feat", ATOM_SIZES)

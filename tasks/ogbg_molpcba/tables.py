@@ -24,14 +24,13 @@ def read_table(
 ) -> Array:
     """Return all cells of the file ``name``, ``[rows, columns]``.
 
+    Raises DataError, which names file and line, if the file cannot be read to its end, or a line has other columns or a
+    cell another value than this.
+
     Args:
         sizes: for each column, how many values it can take, 0 the first; or one number for as many columns as the
             first line has.
         missing: cells may be empty, and are MISSING then.
-
-    Raises:
-        DataError: the file cannot be read to its end, or a line has other columns or a cell another value than
-            this; the message names file and line.
     """
     short = name.rpartition("/")[2]
     parts: list[Array] = []

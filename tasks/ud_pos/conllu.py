@@ -29,9 +29,7 @@ def read(path: Path, tags: Tags) -> Iterator[Sentence]:
 
     Words are the *syntactic* words, those with a whole number for ID: of a multiword token its parts are read, and
     empty nodes are not. Every word must have a UPOS, as the format demands; an XPOS is optional, and ``_`` is kept.
-
-    Raises:
-        DataError: the file is not CoNLL-U, or has no sentence; the message names file and line.
+    Raises DataError, which names file and line, if the file is not CoNLL-U, or has no sentence.
     """
     words: list[str] = []
     found: list[str] = []

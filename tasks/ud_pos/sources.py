@@ -42,8 +42,7 @@ def samples(conf: TaggingConf) -> Iterator[None]:
 def sentences(source: Treebank, tags: Tags) -> Generator[None, None, dict[Split, list[Sentence]]]:
     """Read the sentences of each split, one at each step, and return them.
 
-    Raises:
-        DataError: they cannot be read, or are nothing to train on.
+    Raises DataError if they cannot be read, or are nothing to train on.
     """
     found: dict[Split, list[Sentence]] = {split: [] for split in SPLITS}
     for split in SPLITS:

@@ -22,10 +22,7 @@ if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds,
 class Tagging(Task):
     """Part-of-speech tags of a treebank, by a transformer encoder over word embeddings and spellings.
 
-    Batches are those of :func:`caspr_cli.tasks.ud_pos.data.batch_of`.
-
-    Raises:
-        DataError: a shape that no model has.
+    Batches are those of :func:`caspr_cli.tasks.ud_pos.data.batch_of`. Raises DataError for a shape that no model has.
     """
 
     unit: ClassVar[str] = "words"
