@@ -37,7 +37,7 @@ def curve(row: Row) -> Curve | None:
     values = [[float(points[step].value or 0.0) for points in by_step] for step in steps]
     times = [[time for points in by_step if (time := points[step].seconds) is not None] for step in steps]
     mean, bands = tuple(map(fmean, values)), map(summary, values)  # no band where all values are equal
-    edges = [(m, m) if b.low is None or b.high is None else (b.low, b.high) for m, b in zip(mean, bands, strict=True)]
+    edges = [band.ends or (m, m) for m, band in zip(mean, bands, strict=True)]
     low, high = zip(*edges, strict=True) if len(runs) >= BAND else (None, None)
     singles = tuple(zip(*values, strict=True)) if 1 < len(runs) < BAND else ()
     seconds = tuple(map(median, times)) if all(len(own) == len(runs) for own in times) else None

@@ -51,13 +51,10 @@ def tables(
     rows = [row for table in made for row in table.rows]
     if baseline is not None and not matching(rows, baseline):
         labels = list(dict.fromkeys(row.label for row in rows))
-        raise UserError(
-            f"--baseline {baseline}: no row is called so.{nearest(baseline, labels)} (rows: {listed(labels, 12)})"
-        )
-    return [
-        replace(table, warnings=(*table.warnings, *_others(table, made), *_debugged(table, made, left_out)))
-        for table in made
-    ]
+        known = f"{nearest(baseline, labels)} (rows: {listed(labels, 12)})"
+        raise UserError(f"--baseline {baseline}: no row is called so.{known}")
+    more = [(*table.warnings, *_others(table, made), *_debugged(table, made, left_out)) for table in made]
+    return [replace(table, warnings=own) for table, own in zip(made, more, strict=True)]
 
 
 def _check(runs: Sequence[Run], tuned: Sequence[str] | None, wanted: Mapping[str, float]) -> None:
@@ -113,10 +110,8 @@ def _others(table: Table, made: Sequence[Table]) -> Iterator[str]:
     if lengths:
         yield f"runs of {table.task} for {listed(lengths, 4)} steps have a table of their own"
     if others:
-        yield (
-            f"records of {table.task} on different data: these are on {str(table.data_hash)[:8]}, "
-            f"those on {listed(others, 4)} have a table of their own"
-        )
+        here = f"records of {table.task} on different data: these are on {str(table.data_hash)[:8]}"
+        yield f"{here}, those on {listed(others, 4)} have a table of their own"
 
 
 def _debugged(table: Table, made: Sequence[Table], left_out: Sequence[Run]) -> Iterator[str]:
@@ -140,7 +135,6 @@ def _table(
     Args:
         subject: the table without rows; its target is the one that the user wants.
         every: the runs of all lengths: of these ``runs`` have one.
-        baseline, tuned: as of :func:`tables`.
     """
     higher = subject.higher_is_better
     target = common_target(runs, higher_is_better=higher) if subject.target is None else subject.target
@@ -179,9 +173,7 @@ def _place(row: Row) -> tuple[bool, bool, float, str]:
 def compared(rows: Sequence[Row], wanted: str | None) -> tuple[list[Row], str | None, list[str]]:
     """Return the rows, each with its difference to its baseline; the name of the baseline; and warnings.
 
-    Args:
-        wanted: label of a row; by default adamw's, if it has one row alone. Without an optimizer's name, as
-            ``statistics=ema``: each optimizer's own row with these settings.
+    ``wanted`` is the ``baseline`` of :func:`tables`.
     """
     baselines, warnings = _baselines(rows, wanted)
     pairs = {row.label: (row, base) for row in rows if (base := baselines.get(row.label)) and base is not row}
@@ -224,9 +216,8 @@ def _baselines(rows: Sequence[Row], wanted: str | None) -> tuple[dict[str, Row],
         if len(candidates) == 1:
             found |= {row.label: candidates[0] for row in group}
         elif len(rows) > 1 and optim:
-            warnings.append(
-                f"no baseline for {optim}: {len(candidates) or 'no'} row{'s' * bool(candidates)} with {label}"
-            )
+            many = f"{len(candidates)} rows" if candidates else "no row"
+            warnings.append(f"no baseline for {optim}: {many} with {label}")
         elif len(rows) > 1:
             why = f"{len(candidates)} rows are {label}" if candidates else f"there is no {label}"
             example = (candidates or group)[0].label
@@ -261,7 +252,5 @@ def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparis
     for (label, seeds), others in without.items():
         named = f"seed{'s' * (len(seeds) > 1)} {listed([str(seed) for seed in seeds])}"
         has = "have" if len(others) > 1 else "has"
-        yield (
-            f"{label}: {named} left out of the comparison with {listed(others, 5)}, which {has} no value there; "
-            "means are over all"
-        )
+        where = f"the comparison with {listed(others, 5)}, which {has} no value there"
+        yield f"{label}: {named} left out of {where}; means are over all"

@@ -121,9 +121,8 @@ def _duplicates(row: Row) -> Iterator[str]:
         found |= {"code"} if len(set(map(provenance.code, runs))) > 1 else set()
     if several:
         how = f"differing in {listed(sorted(found), 5)}" if found else "with the same settings"
-        what = (
-            f"{count(sum(len(runs) - 1 for runs in several), 'record')} of a trial and seed that another has too, {how}"
-        )
+        more = count(sum(len(runs) - 1 for runs in several), "record")
+        what = f"{more} of a trial and seed that another has too, {how}"
         yield f"{row.label}: {what}: the one that came further, or later, counts"
 
 
@@ -139,9 +138,7 @@ def _beyond(row: Row) -> bool:
     """Return whether the interval contains values that the metric cannot have."""
     of = row.validation
     bounded = row.runs and row.runs[0].metric.rpartition("/")[2] in BOUNDED
-    if not bounded or of.mean is None or of.low is None or of.high is None:
-        return False
-    return 0 <= of.mean <= 1 and (of.low < 0 or of.high > 1)
+    return bool(bounded) and 0 <= (of.mean or 0.0) <= 1 and any(not 0 <= end <= 1 for end in of.ends)
 
 
 def targets_differ(rows: Sequence[Row], target: float | None) -> list[str]:

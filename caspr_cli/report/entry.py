@@ -27,11 +27,7 @@ Draw = Callable[[Mapping[str, Mapping[str, Any]], int], Mapping[str, Any]]
 
 
 def problems(row: Row, draw: Draw | None = None) -> list[str]:
-    """Return what is wrong with the records of a row, from these alone.
-
-    Args:
-        draw: to check the values of trials; None: they are taken as they are.
-    """
+    """Return what is wrong with the records of a row, from these alone; ``draw`` also checks the values of trials."""
     if other := other_searches(row.records):
         return [other]
     found = [line for run in row.records for line in _torn(run)]

@@ -39,13 +39,10 @@ Ends = Sequence[tuple[str, float, float]]  # label, x and y
 
 
 def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> str:
-    """Draw the mean of each row at each validation, with its 95 % interval, and the target.
-
-    Of two seeds thin lines stand in place of the interval.
+    """Draw the mean of each row at each validation, with its 95 % interval (of two seeds: both lines), and the target.
 
     Args:
         over: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
-        styles: those that labels have in other figures.
     """
     shown = _shown(table, over)
     if not _long_enough(shown):
@@ -62,11 +59,7 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
 
 
 def together(tables: Sequence[Table], over: str = "steps") -> str:
-    """Draw the curves of several tables as panels of one figure, with one legend: a row has one style in all panels.
-
-    Args:
-        over: as of :func:`curves`.
-    """
+    """Draw the curves of several tables as panels of one figure, with one legend: a row has one style in all panels."""
     tables = with_common_labels(tables)
     panels = [(name, table, c) for name, table in zip(names(tables), tables, strict=True)
               if _long_enough(c := _shown(table, over))]  # fmt: skip
@@ -206,12 +199,9 @@ def _labelled(
 
 
 def legend(
-    figure: Figure,
-    names: Mapping[str, str],
-    styles: Styles,
-    drawn: Callable[[Style], dict[str, Any]] = drawn,
+    figure: Figure, names: Mapping[str, str], styles: Styles, drawn: Callable[[Style], dict[str, Any]] = drawn,
     columns: int = 3,
-) -> None:
+) -> None:  # fmt: skip
     """Write the names of lines under the axes, by label, and make room for them; in fewer columns if they are long."""
     longest = max(map(len, names.values()))
     columns = 1 if longest > 36 else 2 if longest > 14 else columns
@@ -229,10 +219,7 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
     low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
-    edges = [
-        edge for row in rows for edge in (row.validation.low, row.validation.high, *(run.final for run in row.runs))
-    ]
-    low, high = with_near([edge for edge in edges if edge is not None], low, high)
+    low, high = with_near([edge for row in rows for edge in (*row.validation.ends, *row.values.values())], low, high)
     few = [f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND) for row in table.rows]
     labels = [fill(f"{row.label}{n}", 28) for row, n in zip(table.rows, few, strict=True)]
     lines = max(label.count("\n") + 1 for label in labels)
@@ -242,15 +229,8 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
         axes.set_xlim(low, high)
         for y, row in enumerate(table.rows):
             _interval(axes, y, row, styles[row.label], (low, high))
-            if row.is_baseline and row.n >= BAND and row.validation.low is not None and row.validation.high is not None:
-                axes.axvspan(
-                    row.validation.low,
-                    row.validation.high,
-                    color=styles[row.label].colour,
-                    alpha=0.14,
-                    linewidth=0,
-                    zorder=0,
-                )
+            if row.is_baseline and row.n >= BAND and (ends := row.validation.ends):
+                axes.axvspan(*ends, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
         axes.set_yticks(range(len(table.rows)), labels)
         axes.set_ylim(len(table.rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
@@ -278,17 +258,11 @@ def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, fl
         text, side = (f"{number(row.mean)} →", "right") if row.mean > high else (f"← {number(row.mean)}", "left")
         axes.text(high if side == "right" else low, y, text, color=style.colour, fontsize=8.5, ha=side, va="center")
         return
-    seeds = [run.final for run in row.runs if run.final is not None]
+    seeds = list(row.values.values())
     axes.plot(seeds, [y + 0.24] * len(seeds), ".", color=style.colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
-    if row.validation.low is not None and row.validation.high is not None:
+    if row.validation.ends:
         width = 1.8 if row.n >= BAND else 0.7  # the interval of two reaches beyond the axes
-        axes.plot(
-            [row.validation.low, row.validation.high],
-            [y, y],
-            color=style.colour,
-            linewidth=width,
-            solid_capstyle="butt",
-        )
+        axes.plot(row.validation.ends, [y, y], color=style.colour, linewidth=width, solid_capstyle="butt")
     axes.plot([row.mean], [y], "o", color=style.colour, markersize=5.5)
 
 
@@ -309,11 +283,9 @@ def best_of(table: Table, styles: Styles | None = None) -> str:
         whole_numbers(axes)
         _labelled(figure, axes, [(row.label, len(row.best_of), row.best_of[-1]) for row in rows], styles)
         note(axes, "fewer than two trials", [row.label for row in table.rows if len(row.best_of) < 2])
-        ends = "; ".join(
-            f"{row.label} {number(row.best_of[0])} after 1, {number(row.best_of[-1])} after {len(row.best_of)}"
-            for row in rows
-        )
-        alt = f"Expected best {table.metric} on {table.task} by number of trials. {ends}"
+        ends = [(row.label, row.best_of) for row in rows]
+        said = [f"{name} {number(of[0])} after 1, {number(of[-1])} after {len(of)}" for name, of in ends]
+        alt = f"Expected best {table.metric} on {table.task} by number of trials. {'; '.join(said)}"
         return svg_of(figure, table, "trials", alt)
 
 
@@ -367,14 +339,10 @@ def _unit(longest: float) -> tuple[str, float]:
 
 
 def window(ends: Sequence[float], wanted: Sequence[float] = (), *, higher: bool) -> tuple[float, float]:
-    """Return the range of an axis on which ``ends`` can be distinguished.
+    """Return the range of an axis on which ``ends`` can be distinguished, and on which all ``wanted`` values are.
 
-    From the best to the worst of them, but not to those that lie ``FAR`` times as far from the best as the median one:
-    a row that diverged does not flatten all others.
-
-    Args:
-        wanted: values that should be seen, whatever is said above.
-        higher: whether higher is better.
+    It goes from the best to the worst end, but not to those that lie ``FAR`` times as far from the best as the median
+    one: a row that diverged does not flatten all others.
     """
     sign = -1.0 if higher else 1.0
     ranked = sorted(sign * end for end in ends)

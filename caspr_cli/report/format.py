@@ -72,7 +72,7 @@ def mean_sd(of: Summary) -> str:
 
 def interval(of: Summary) -> str:
     """Return ``3.98 to 4.01``."""
-    return "-" if of.low is None or of.high is None else f"{number(of.low, of.sd)} to {number(of.high, of.sd)}"
+    return " to ".join(number(end, of.sd) for end in of.ends) or "-"
 
 
 def p(value: float, *, corrected: bool = False) -> str:
@@ -168,15 +168,14 @@ def against(difference: Comparison) -> str:
 def sheet(table: Table, comparison: Callable[[Row], str] | None = None) -> Sheet:
     """Return a line for each row: the numbers that this table has, what was selected, and the verdict.
 
-    Args:
-        comparison: the verdict in words; by default with its mark.
+    ``comparison`` gives the verdict in words; by default it has its mark, too.
     """
     higher, rows = table.higher_is_better, table.rows
     whole = [not row.failed for row in rows]  # beside these, rows with failed seeds do not win: theirs are the lucky
 
     def column(
-        head: str, cells: Iterable[str], spare: int = 0, values: Sequence[float | None] = (), *,
-        higher: bool = False, right: bool = True,
+        head: str, cells: Iterable[str], spare: int = 0, values: Sequence[float | None] = (), higher: bool = False,
+        right: bool = True,
     ) -> Column:  # fmt: skip
         kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=False)]
         return Column(head, tuple(cells), right, spare, best(kept, higher=higher))

@@ -22,8 +22,7 @@ HORIZON = "horizon"  # a key of runs that are only there for the length of a sch
 def with_own_schedules(rows: Sequence[Row], shorter: Sequence[Row]) -> list[Row]:
     """Return the rows, each with the shortest whole run that reached the target, if there are shorter runs.
 
-    Args:
-        shorter: more of them, that are no rows of a table: of runs with ``horizon``.
+    ``shorter`` are more rows, of runs with ``horizon``, which are in no table.
     """
     return [row.but(own_schedule=_own(row, [*rows, *shorter])) for row in rows]
 

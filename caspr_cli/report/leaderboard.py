@@ -54,12 +54,7 @@ class Board:
 
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
-    """Return which rows of packs are ranked: on each task the first one of each optimizer.
-
-    Args:
-        packs: records by the name of the pack.
-        draw: see :func:`caspr_cli.report.entry.problems`.
-    """
+    """Return which rows of packs, by name, are ranked: on each task the first one of each optimizer."""
     places: list[Place] = []
     refused: dict[str, list[str]] = {}
     found: tuple[Table, ...] = ()
@@ -96,9 +91,8 @@ def page(packs: Mapping[str, Sequence[Run]], command: str, draw: entry.Draw | No
     found = board(packs, draw)
     sections = [part for table in found.tables for part in _section(table, found.places)]
     if empty := sorted(EXPERIMENTS.keys() - {table.task for table in found.tables}):
-        sections.append(
-            f"No row is ranked yet on {listed(empty)}: `{_entry(empty[0])}` would be the first on {empty[0]}."
-        )
+        first = f"`{_entry(empty[0])}` would be the first on {empty[0]}"
+        sections.append(f"No row is ranked yet on {listed(empty)}: {first}.")
     rules = {
         "search": entry.SEARCH, "seed": TUNING_SEED, "rerank": entry.RERANK, "seeds": entry.LEAST_SEEDS,
         "deviations": entry.DEVIATIONS, "tolerance": f"{100 * entry.TOLERANCE:g} %",
@@ -142,10 +136,8 @@ def _against_first(table: Table, rows: Sequence[Row]) -> list[str]:
     """
     pairs = list(combinations(range(len(rows)), 2))
     found = [stats.compare(rows[b].values, rows[a].values) for a, b in pairs]
-    tested = [
-        None if rows[a].failed or rows[b].failed else each.p_value for (a, b), each in zip(pairs, found, strict=True)
-    ]
-    corrected = stats.holm(tested)
+    whole = [not (rows[a].failed or rows[b].failed) for a, b in pairs]
+    corrected = stats.holm([each.p_value if ok else None for each, ok in zip(found, whole, strict=True)])
     said = ["-"]
     for each, p in list(zip(found, corrected, strict=True))[: len(rows) - 1]:  # combinations() begins with the first
         kind = format.verdict(each, p, len(pairs), higher_is_better=table.higher_is_better).partition(":")[0]

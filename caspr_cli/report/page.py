@@ -25,29 +25,23 @@ from caspr_cli.report.selection import with_common_labels
 from caspr_cli.report.style import PALETTE, UNWRITABLE, Style
 
 Styles = Mapping[str, Style]
+BEST_OF = (
+    "The expected best of so many trials, of those that were run, with the seeds that select: the last value is the "
+    "winner's, which was lucky, so that held-out seeds end worse."
+)
 
 
 @cache
 def _templates() -> Environment:
     made = Environment(
-        loader=PackageLoader("caspr_cli.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("caspr_cli.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
         finalize=lambda value: UNWRITABLE.sub("\ufffd", value) if type(value) is str else value,
-    )
+    )  # fmt: skip
     made.globals.update(
-        palette=PALETTE,
-        inline=inline,
-        typeset=typeset,
-        typeset_figure=typeset_figure,
-        format=format,
-        lib=answer,
-        profile=profile,
-        tuning=tuning,
-        str=str,
-    )
+        palette=PALETTE, inline=inline, typeset=typeset, typeset_figure=typeset_figure, format=format, lib=answer,
+        profile=profile, tuning=tuning, str=str,
+    )  # fmt: skip
     made.filters.update(sentence=format.sentence)
     return made
 
@@ -166,22 +160,16 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
         if row.n:
             counts.setdefault(row.n, []).append(row.label)
     n = "; ".join(f"n = {n}{f': {listed(counts[n])}' * (len(counts) > 1)}" for n in sorted(counts, reverse=True))
-    drawn = [
-        (
+    drawn = {
+        f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}.":
             figures.curves(table, "steps", styles),
-            f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}.",
-        ),
-        (figures.curves(table, "seconds", styles), "The same by time: seconds are medians over seeds."),
-        (figures.intervals(table, styles), f"Means with their 95 % intervals; small dots are single seeds; {n}."),
-        (
-            figures.best_of(table, styles),
-            "The expected best of so many trials, of those that were run, with the seeds that select: the last value "
-            "is the winner's, which was lucky, so that held-out seeds end worse.",
-        ),
-        (sensitivity.by_rate(table, styles), sensitivity.about_rates(table)),
-        (sensitivity.by_others(table, styles), sensitivity.BY_OTHERS),
-    ]
-    return [(svg, caption) for svg, caption in drawn if svg]
+        "The same by time: seconds are medians over seeds.": figures.curves(table, "seconds", styles),
+        f"Means with their 95 % intervals; small dots are single seeds; {n}.": figures.intervals(table, styles),
+        BEST_OF: figures.best_of(table, styles),
+        sensitivity.about_rates(table): sensitivity.by_rate(table, styles),
+        sensitivity.BY_OTHERS: sensitivity.by_others(table, styles),
+    }  # fmt: skip
+    return [(svg, caption) for caption, svg in drawn.items() if svg]
 
 
 def _provenance(tables: Sequence[Table]) -> dict[str, Any]:

@@ -40,13 +40,10 @@ class Profile:
 
 
 def profile(tables: Sequence[Table], unit: str) -> Profile:
-    """Return the profile of all rows over tasks; rows with the same settings are one.
+    """Return the profile of all rows over tasks; rows with the same settings are one. ``unit``: steps or seconds.
 
     A task without a target is left out. A row that a task does not have counts there as one that did not reach the
     target, as in AlgoPerf, and so do all rows of a task where none did.
-
-    Args:
-        unit: of time, ``steps`` or ``seconds``.
     """
     called = names(tables)
     other_lengths = dict(_other_lengths(tables, called))
@@ -68,25 +65,20 @@ def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[t
     """Yield the tables that are left out because another length of the task has more runs, and a note on it."""
     groups: dict[Table, list[tuple[str, Table]]] = {}
     for name, table in zip(called, tables, strict=True):
-        groups.setdefault(replace(table, steps=None, rows=(), warnings=(), target=None, baseline=None), []).append(
-            (name, table)
-        )
+        subject = replace(table, steps=None, rows=(), warnings=(), target=None, baseline=None)
+        groups.setdefault(subject, []).append((name, table))
     for group in groups.values():
         most, _ = max(group, key=lambda one: sum(len(row.records) for row in one[1].rows))
         for name, table in group:
             if name != most:
-                yield (
-                    name,
-                    f"{name} is left out: {most} has more runs (--where max_steps={table.steps} takes it instead)",
-                )
+                instead = f"--where max_steps={table.steps} takes it instead"
+                yield name, f"{name} is left out: {most} has more runs ({instead})"
 
 
 def _never(
-    judged: Mapping[str, Mapping[str, Row]],
-    columns: Mapping[str, Mapping[str, float]],
-    labels: Sequence[str],
+    judged: Mapping[str, Mapping[str, Row]], columns: Mapping[str, Mapping[str, float]], labels: Sequence[str],
     unit: str,
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield a note for each row that counts as not reached, if the table does not show why."""
     for name, column in columns.items():
         if not any(map(math.isfinite, column.values())):
@@ -120,19 +112,16 @@ def score(ratios: Sequence[float]) -> float:
 
 def as_sheet(found: Profile) -> Sheet:
     """Return for each row its score, the shares within multiples of the fastest, and its times."""
-    labels = list(found.scores)
-    values = [[found.scores[label] for label in labels]]
-    values += [[rho(found.ratios[label], tau) for label in labels] for tau in SHOWN]
-    ratios = list(zip(*(found.ratios[label] for label in labels), strict=True))
-    made = sheet(
-        ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks],
-        [
-            [label, f"{score:.3f}", *(f"{share:.2f}" for share in shares), *map(times, found.ratios[label])]
-            for label, score, *shares in zip(labels, *values, strict=True)
-        ],
-        spare=[0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)],
-    )
-    bold = [frozenset[int](), *map(best, values), *(best(column, higher=False) for column in ratios)]
+    ratios = {label: found.ratios[label] for label in found.scores}
+    values = [list(found.scores.values()), *([rho(own, tau) for own in ratios.values()] for tau in SHOWN)]
+    rows = [
+        [label, f"{score:.3f}", *(f"{share:.2f}" for share in shares), *map(times, ratios[label])]
+        for label, score, *shares in zip(ratios, *values, strict=True)
+    ]
+    heads = ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks]
+    made = sheet(heads, rows, spare=[0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)])
+    bold = [frozenset[int](), *map(best, values)]
+    bold += [best(column, higher=False) for column in zip(*ratios.values(), strict=True)]
     return Sheet(tuple(replace(column, best=own) for column, own in zip(made.columns, bold, strict=True)))
 
 

@@ -85,8 +85,7 @@ def best(values: Sequence[float | None], *, higher: bool = True) -> frozenset[in
 def terminal(made: Sheet, width: int, *, bold: bool = False) -> tuple[list[str], list[str]]:
     """Return the lines of a table that is at most so wide, heads first, and the heads of the columns left out for it.
 
-    Args:
-        bold: whether the best cells are, by the codes of a terminal.
+    With ``bold`` the best cells have the codes of a terminal for it.
     """
     shown = list(made.columns)
     widths = {id(column): max(map(len, (column.head, *column.cells))) + 2 for column in shown}
@@ -98,11 +97,7 @@ def terminal(made: Sheet, width: int, *, bold: bool = False) -> tuple[list[str],
 
 
 def lines(made: Sheet, width: int, *, bold: bool = False, more: str = MORE) -> list[str]:
-    """Return a table as lines of a terminal; the last line names the columns that did not fit.
-
-    Args:
-        more: what has all columns.
-    """
+    """Return a table as lines of a terminal; the last line names the columns that did not fit, and what has all."""
     found, omitted = terminal(made, width, bold=bold)
     return [*found, *no_room(omitted, width, more)]
 
@@ -113,11 +108,7 @@ def no_room(omitted: Sequence[str], width: int, more: str = MORE) -> list[str]:
 
 
 def markdown(made: Sheet, *, aligned: bool = False) -> str:
-    """Return a table of Markdown.
-
-    Args:
-        aligned: whether it says which columns are aligned to the right.
-    """
+    """Return a table of Markdown; ``aligned``: it says which columns are aligned to the right."""
     rule = ["---:" if aligned and column.right else "---" for column in made.columns]
     heads, *rows = _emphasized(made, markdown_text, "**{}**")
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])

@@ -31,20 +31,14 @@ def rows_of(runs: Sequence[Run], tuned: Sequence[str], **common: Any) -> list[Ro
     """Return the rows of one optimizer, tuned or untuned, with labels that distinguish them.
 
     A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
-
-    Args:
-        common: more fields of all rows.
+    ``common`` are more fields of all rows.
     """
-    configs = [
-        {
-            key: value
-            for key, value in expanded(run.config, tuned).items()
-            if (key not in IGNORED or (key, value) == UNTUNED)
-            and key not in tuned
-            and not key.startswith(IGNORED_GROUPS)
-        }
-        for run in runs
-    ]
+
+    def counts(key: str, value: Any) -> bool:
+        ignored = key in IGNORED and (key, value) != UNTUNED
+        return not (ignored or key in tuned or key.startswith(IGNORED_GROUPS))
+
+    configs = [{k: v for k, v in expanded(run.config, tuned).items() if counts(k, v)} for run in runs]
     missing = {
         key: None if frozen(None) in seen else next(iter(seen.values())) if len(seen) == 1 else ABSENT
         for key, seen in values_of(configs).items()

@@ -63,11 +63,11 @@ def by_rate(table: Table, styles: Styles | None = None) -> str:
         legend(figure, {label: f"{label}, {wide.factor}" for label, wide in found.items()}, styles)
         missing = [row.label for row in table.rows if row.label not in found and not row.untuned]
         note(axes, "fewer than two rates with a value", missing)
-        ends = "; ".join(
+        ends = [
             f"{label} {format.number(wide.best[1])} at {plain(wide.best[0])}, within 1 % {wide.factor}"
             for label, wide in found.items()
-        )
-        return svg_of(figure, table, "rates", f"{table.metric} on {table.task} by learning rate. {ends}")
+        ]
+        return svg_of(figure, table, "rates", f"{table.metric} on {table.task} by learning rate. {'; '.join(ends)}")
 
 
 def by_others(table: Table, styles: Styles | None = None) -> str:

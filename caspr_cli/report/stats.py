@@ -75,6 +75,11 @@ class Summary:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The two ends of the interval; empty where there is none."""
+        return () if self.low is None or self.high is None else (self.low, self.high)
+
 
 def summary(values: Iterable[float]) -> Summary:
     """Return number, mean, standard deviation and interval of some values."""
@@ -102,13 +107,11 @@ def quantile(freedom: float, tests: int = 1) -> float:
 
 
 def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison:
-    """Return the difference of the means, ours minus theirs, with its test.
+    """Return the difference of the means, ours minus theirs (values by seed), with its test.
 
     The test is paired where all seeds of one side are seeds of the other, two or more. Otherwise it is Welch's over
     all seeds: pairs of a few common seeds would leave out the rest.
 
-    Args:
-        ours, theirs: values by seed.
     """
     common = sorted(ours.keys() & theirs.keys())
     paired = len(common) >= 2 and len(common) == min(len(ours), len(theirs))
@@ -140,8 +143,7 @@ def _welch(a: np.ndarray, b: np.ndarray) -> Spread:
 def detectable(spread: Spread, tests: int = 1) -> float:
     """Return the smallest observed difference that would be significant with these seeds.
 
-    Args:
-        tests: of the table. The 5 % are shared among them (Bonferroni), as Holm's correction does in its first step.
+    The 5 % are shared among the ``tests`` of a table (Bonferroni), as Holm's correction does in its first step.
     """
     return quantile(spread.freedom, tests) * spread.error
 
@@ -155,9 +157,6 @@ def seeds_needed(difference: float, spread: Spread, tests: int = 1) -> int | Non
     """Return the smallest n whose t-test finds such a true difference with 80 % power; None above ``MOST_SEEDS``.
 
     The power is that of the noncentral t distribution (J. Cohen, Statistical Power Analysis, 1988, chapter 2).
-
-    Args:
-        tests: as in :func:`detectable`.
     """
 
     def found(n: int) -> bool:

@@ -26,11 +26,7 @@ NOT_LISTED = ("seed", "output_dir", "resume", "debug", "task.root", "trial")  # 
 def compared(
     made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int, *, bold: bool = False
 ) -> Iterator[str]:
-    """Yield all tables, and how to read them.
-
-    Args:
-        bold: whether the best of each column is, by the codes of a terminal.
-    """
+    """Yield all tables, and how to read them; with ``bold`` the best of each column has the codes of a terminal."""
     where = listed([str(path) for path in paths], 3)
     yield from wrapped(f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}", width)
     yield from wrapped(f"in short {headline(made)}", width)
@@ -86,18 +82,12 @@ def profiled(found: Profile, width: int, *, bold: bool = False) -> Iterator[str]
     if not found.tasks:
         yield from ["profile  no task has a target: there is nothing to compare", *notes]
         return
-    where = count(len(found.tasks), "task")
-    yield from wrapped(
-        f"profile  median {found.unit} to target on {where}, as a multiple of the fastest of the task", width
-    )
+    what = f"median {found.unit} to target on {count(len(found.tasks), 'task')}"
+    score = f"AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; {NOT_ALGOPERF}"
+    yield from wrapped(f"profile  {what}, as a multiple of the fastest of the task", width)
     yield from [*render.lines(as_sheet(found), width, bold=bold, more="a wider terminal"), ""]
-    yield from wrapped(
-        f"ρ(t)     share of tasks that are reached within t times the {found.unit} of the fastest", width
-    )
-    yield from wrapped(
-        f"score    AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; "
-        f"{NOT_ALGOPERF}", width
-    )  # fmt: skip
+    yield from wrapped(f"ρ(t)     share of tasks reached within t times the {found.unit} of the fastest", width)
+    yield from wrapped(f"score    {score}", width)
     yield from notes
 
 
@@ -164,16 +154,10 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
         values = [point.value for point in run.curve if point.value is not None]
         validations = count(len(run.curve), "validation")
         yield f"curve    {bars}  {number(values[0])} to {number(values[-1])} in {validations}"
-    origin = {
-        "command": " ".join(provenance.command(run)),
-        "data": provenance.data(run),
-        "machine": provenance.hardware(run),
-        "code": provenance.code(run),
-        "versions": provenance.versions(run),
-    }
+    origin = {"command": " ".join(provenance.command(run)), "data": provenance.data(run)}
+    origin |= {"machine": provenance.hardware(run), "code": provenance.code(run), "versions": provenance.versions(run)}
     for what, text in origin.items():
-        if text:
-            yield from wrapped(f"{what:<9}{text}", width)
+        yield from wrapped(f"{what:<9}{text}", width) if text else ()
     yield f"record   {run.path}"
 
 
@@ -186,7 +170,5 @@ def sparkline(curve: Sequence[Point], most: int = 40) -> str:
     unit = max(map(abs, finite)) or 1.0  # their difference can be more than a float holds
     low, span = min(finite) / unit, (max(finite) / unit - min(finite) / unit)
     top = len(BARS) - 1
-    return "".join(
-        "×" if p.value is None else BARS[round(top * (p.value / unit - low) / span)] if span else BARS[0]
-        for p in points
-    )
+    heights = [None if p.value is None else top * (p.value / unit - low) / (span or 1.0) for p in points]
+    return "".join("×" if height is None else BARS[round(height)] for height in heights)
