@@ -16,7 +16,7 @@ from caspr_cli import __version__
 from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
 from caspr_cli.common.files import write_output
-from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, finite, milliseconds, terminal_width
+from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, count, finite, milliseconds, terminal_width
 from caspr_cli.common.streams import INTERRUPTED, OK, console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import scales
@@ -83,42 +83,37 @@ def parser() -> Parser:
         epilog="exits    0 done   2 bad usage   130 interrupted",
     )
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
-    what = made.add_mutually_exclusive_group()
+
+    def flag(name: str, metavar: str, text: str, **more: Any) -> None:
+        more.pop("to", made).add_argument(f"--{name}", metavar=metavar, help=text, **more)
+
+    what, png = made.add_mutually_exclusive_group(), made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"
-    what.add_argument("--shapes", metavar="LIST", help=f"{shapes} (default: medium; with --ranks transformer)")
-    what.add_argument("--params", metavar="N", help="a transformer with about N parameters: 300k, 14M, 1.5B")
-    what.add_argument("--task", metavar="NAME", help=f"a task's model: {', '.join(TASKS)}")
-    made.add_argument("--model", metavar="NAME", help=f"a step on many GPUs, predicted: {', '.join(MODELS)}")
-    scale = "of --task (default: sample); or numbers of GPUs, of --model (default: 8,64,1024)"
-    made.add_argument("--scale", metavar="NAME", help=scale)
-    made.add_argument("--gpu", metavar="NAME", default="h100", help="of --model: h100 (default), h200 or a100")
-    made.add_argument("--ranks", metavar="LIST", type=ranks, help="numbers of processes that share a step")
-    names = (
-        f"what to measure: {', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}; or a mode: caspr:order=3:graft=rms"
-    )
-    made.add_argument("--optim", metavar="LIST", help=names)
+    flag("shapes", "LIST", f"{shapes} (default: medium; with --ranks transformer)", to=what)
+    flag("params", "N", "a transformer with about N parameters: 300k, 14M, 1.5B", to=what)
+    flag("task", "NAME", f"a task's model: {', '.join(TASKS)}", to=what)
+    flag("model", "NAME", f"a step on many GPUs, predicted: {', '.join(MODELS)}")
+    flag("scale", "NAME", "of --task (default: sample); or numbers of GPUs, of --model (default: 8,64,1024)")
+    flag("gpu", "NAME", "of --model: h100 (default), h200 or a100", default="h100")
+    flag("ranks", "LIST", "numbers of processes that share a step", type=ranks)
+    names = f"{', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
+    flag("optim", "LIST", f"what to measure: {names}; or a mode: caspr:order=3:graft=rms")
     interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
-    made.add_argument("--interval", metavar="N", type=positive, default=10, help=interval)
+    flag("interval", "N", interval, type=positive, default=10)
     block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
-    made.add_argument("--block-size", metavar="N", type=positive, default=1024, help=block)
+    flag("block-size", "N", block, type=positive, default=1024)
     given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
-    made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="given", help=given)
+    flag("set", "KEY=VALUE", given, action="append", default=[], dest="given")
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
-    made.add_argument("--batch", metavar="N", type=positive, help=batch)
+    flag("batch", "N", batch, type=positive)
     rounds = "number of rounds; every optimizer makes one step in each (default: 10)"
-    made.add_argument("--rounds", metavar="N", type=positive, default=10, help=rounds)
+    flag("rounds", "N", rounds, type=positive, default=10)
     dtype = f"type of weights and gradients: {', '.join(DTYPES)} (default: float32)"
-    made.add_argument("--dtype", metavar="TYPE", choices=DTYPES, default="float32", help=dtype)
-    made.add_argument(
-        "--device", metavar="NAME", choices=("cpu", "cuda"), default="cpu", help="cpu (the default) or cuda"
-    )
-    threads = "threads on a CPU; with --ranks, threads of each rank (default: 1)"
-    made.add_argument("--threads", metavar="N", type=positive, help=threads)
-    made.add_argument(
-        "--json", metavar="FILE", help="the rows as a list; - for standard output, with nothing else on it"
-    )
-    png = made.add_mutually_exclusive_group()
-    png.add_argument("--png", metavar="FILE", type=Path, help=f"the chart (default: {PLOTS}/<what was measured>.png)")
+    flag("dtype", "TYPE", dtype, choices=DTYPES, default="float32")
+    flag("device", "NAME", "cpu (the default) or cuda", choices=("cpu", "cuda"), default="cpu")
+    flag("threads", "N", "threads on a CPU; with --ranks, threads of each rank (default: 1)", type=positive)
+    flag("json", "FILE", "the rows as a list; - for standard output, with nothing else on it")
+    flag("png", "FILE", f"the chart (default: {PLOTS}/<what was measured>.png)", type=Path, to=png)
     png.add_argument("--no-png", action="store_true", help="no chart")
     return made
 
@@ -152,16 +147,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def recipe_of(task: str, scale: str) -> Recipe:
-    """Return the recipe of a task in one of its scales.
-
-    Raises UserError if there is no such task, or it has no such scale.
-    """
+    """Return the recipe of a task in one of its scales. Raises UserError if there is no such task or scale."""
     from caspr_cli.recipe.composer import Composer  # here, because it imports Hydra
 
     one_of("--task", task, TASKS)
     one_of("--scale", scale, scales(task))
-    words = [f"task={task}", f"scale={scale}"]
-    return compose.freeze(Composer(words).config(words))
+    return compose.freeze(Composer().config([f"task={task}", f"scale={scale}"]))
 
 
 def writable(path: Path) -> Path:
@@ -181,11 +172,9 @@ def writable(path: Path) -> Path:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for. Raises UserError."""
     target = writable(Path(args.json)) if args.json and args.json != "-" else None
-    what: ShapeSet | Recipe = (
-        recipe_of(args.task, args.scale or "sample")
-        if args.task
-        else scaled_transformer(args.params) if args.params else parse_shapes(args.shapes)
-    )  # fmt: skip
+    what: ShapeSet | Recipe = scaled_transformer(args.params) if args.params else parse_shapes(args.shapes)
+    if args.task:
+        what = recipe_of(args.task, args.scale or "sample")
     steps = not args.ranks and not args.model
     name = what.name if isinstance(what, ShapeSet) else f"{what.task.name}-{what.scale}"
     png = writable(args.png or PLOTS / f"{name}.png") if steps and not args.no_png else None
@@ -279,10 +268,9 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
     for row in rows:
         if row.refresh_ms is not None:
             ours, lapack = map(milliseconds, (row.refresh_ms, row.lapack_ms))
-            yield (
-                f"roots       of {row.optimizer}, all at once: {ours} ms, {ratio(row.refresh_ratio)} x LAPACK's "
-                f"eigendecompositions of as many matrices of the same sizes ({lapack} ms)"
-            )
+            times = f"{ours} ms, {ratio(row.refresh_ratio)} x LAPACK's eigendecompositions"
+            same = f"as many matrices of the same sizes ({lapack} ms)"
+            yield f"roots       of {row.optimizer}, all at once: {times} of {same}"
     versions = ", ".join(f"{name} {value}" for name, value in first.versions.items())
     yield f"machine     {first.device}, threads {first.threads}; {versions}"
 
@@ -290,10 +278,9 @@ def report(rows: list[Row], batch: str) -> Iterator[str]:
 def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
     """Yield the table of shared steps, and the meaning of its columns."""
     first = rows[0]
-    yield (
-        f"caspr-bench {__version__}  {first.set}, {first.parameters:,} parameters, {first.dtype}; times in ms, "
-        f"{first.threads} thread{'s' * (first.threads > 1)} a rank on {first.device}, {os.cpu_count()} cores"
-    )
+    machine = f"{count(first.threads, 'thread')} a rank on {first.device}, {os.cpu_count()} cores"
+    size = f"{first.parameters:,} parameters, {first.dtype}"
+    yield f"caspr-bench {__version__}  {first.set}, {size}; times in ms, {machine}"
     heads = ["optimizer", "ranks", "median", "mean", "speedup", *PARTS, "state MB", "factors MB", "received MB", "x"]
     cells = [
         [
@@ -302,7 +289,7 @@ def ranks_report(rows: list[RanksRow]) -> Iterator[str]:
             *map(milliseconds, (row.median_ms, row.mean_ms)),
             f"{row.speedup:.2f}",
             *map(milliseconds, (row.statistics_ms, row.roots_ms, row.apply_ms, row.communication_ms)),
-            *(f"{size / 1e6:.1f}" for size in (row.state_bytes, row.factor_bytes, row.bytes_received)),
+            *(f"{n / 1e6:.1f}" for n in (row.state_bytes, row.factor_bytes, row.bytes_received)),
             f"{row.bytes_received / row.weight_bytes:.2f}",
         ]
         for row in rows

@@ -18,10 +18,7 @@ AGAIN = 2  # reported seeds of a row that are run again
 
 
 def packs(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Return the records of packs by their names; a directory stands for the packs in it.
-
-    Raises UserError if a path is neither, or there is no pack.
-    """
+    """Return the records of packs by their names; a directory stands for its packs. Raises UserError without any."""
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"no packs in {paths[0]}; caspr-report pack makes them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,17 +15,15 @@ from caspr_cli.tasks.registry import TASKS
 
 TEMPLATES = Path(__file__).with_name("templates")
 TRY = {  # after it is installed
-    "task": (
-        "python -m pytest {name}",
-        "caspr-train task={name}",
-        "caspr-train -m task={name} optim=caspr,adamw seed=0,1,2",
-    ),
-    "optimizer": (
-        "python -m pytest {name}",
-        "caspr-train task=ud_pos optim={name}",
-        "caspr-train -m task=ud_pos optim={name},adamw seed=0,1,2",
-        "caspr-train experiment=ud_pos optim={name},adamw plan=true",
-    ),
+    "task": """\
+python -m pytest {name}
+caspr-train task={name}
+caspr-train -m task={name} optim=caspr,adamw seed=0,1,2""",
+    "optimizer": """\
+python -m pytest {name}
+caspr-train task=ud_pos optim={name}
+caspr-train -m task=ud_pos optim={name},adamw seed=0,1,2
+caspr-train experiment=ud_pos optim={name},adamw plan=true""",
 }
 
 
@@ -47,8 +46,7 @@ def main(words: Sequence[str]) -> None:
         written.append(str(file.relative_to(name)))
     say(f"wrote    {name}/: {', '.join(written)}")
     say(f"next     pip install -e ./{name} pytest")
-    for line in TRY[kind]:
-        say(f"         {line.format(name=name)}")
+    say(textwrap.indent(TRY[kind].format(name=name), " " * 9))
 
 
 def _check(name: str) -> None:

@@ -106,12 +106,8 @@ def parser() -> Parser:
     check = command("check", "whether records may stand on the leaderboard, or what is wrong")
     check.add_argument("--board", metavar="DIRECTORY", type=Path, help="packs of the leaderboard that it has to fit")
     check.add_argument("--rerun", metavar="DIRECTORY", type=Path, help="run two reported seeds of each row again there")
-    units: dict[str, Any] = {
-        "choices": ("steps", "seconds"),
-        "default": "steps",
-        "metavar": "UNIT",
-        "help": "steps (the default) or seconds",
-    }
+    units: dict[str, Any] = {"choices": ("steps", "seconds"), "default": "steps", "metavar": "UNIT"}
+    units["help"] = "steps (the default) or seconds"
     for one in (compare, profile, curves):
         one.add_argument("--baseline", metavar="LABEL", help=BASELINE)
         one.add_argument("--target", metavar="TASK=VALUE", type=target, action="append", default=[], help="another "
@@ -144,9 +140,8 @@ def _add_logs(one: Parser) -> None:
     own.add_argument("--seed", metavar="KEY", help="the hyperparameter that is the seed (default: seed, or the name's)")
     own.add_argument("--names", metavar="PATTERN", help="how runs are called, as '{optimizer}/lr{lr}-{seed}'")
     own.add_argument("--step", metavar="COLUMN", help="of a CSV (default: step, or else epoch)")
-    own.add_argument(
-        "--at", metavar="WHICH", type=at, help="the value that counts: end, best, or a step (default: end)"
-    )
+    own.add_argument("--at", metavar="WHICH", type=at, help="the value that counts: end, best, or a step (default: "
+                     "end)")  # fmt: skip
     for word in ("higher", "lower"):
         own.add_argument(f"--{word}-is-better", dest="higher", action="store_const", const=word == "higher",
                          help="in place of a guess from the metric's name")  # fmt: skip
@@ -200,11 +195,9 @@ def target(text: str) -> tuple[str, float]:
 
 def _check_files(what: str, files: Sequence[Path]) -> None:
     _, allowed, needed, _ = OUTPUTS[what]
-    if what == "unpack":
-        if len(files) != 1 or files[0].is_file():
-            raise UserError("unpack: name a directory with --to")
-        return
-    for file in files:
+    if what == "unpack" and (len(files) != 1 or files[0].is_file()):
+        raise UserError("unpack: name a directory with --to")
+    for file in files if what != "unpack" else ():
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
@@ -218,14 +211,8 @@ def run(args: argparse.Namespace) -> int:
     from caspr_cli.report import records
     from caspr_cli.report.selection import where
 
-    if args.what == "check":
-        from caspr_cli.commands.check import check
-
-        return OK if check(args.paths, args.board, args.rerun) else RUN_FAILED
-    if args.what == "leaderboard":
-        leaderboard(args)
-        return OK
-
+    if args.what in ("check", "leaderboard"):
+        return check(args) if args.what == "check" else leaderboard(args)
     found = _logs(args) if args.kind else records.find(args.paths)
     for line in found.warnings[:SHOWN]:
         print(f"warning  {line}", file=sys.stderr)
@@ -240,12 +227,19 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def leaderboard(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> int:
+    from caspr_cli.commands.check import check
+
+    return OK if check(args.paths, args.board, args.rerun) else RUN_FAILED
+
+
+def leaderboard(args: argparse.Namespace) -> int:
     from caspr_cli.commands.check import draw, packs
     from caspr_cli.report.leaderboard import page
 
     write_output(args.to[0], page(packs(args.paths), _command(), draw))
     print(f"wrote    {args.to[0]}")
+    return OK
 
 
 def _logs(args: argparse.Namespace) -> Found:
@@ -308,9 +302,7 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
             if content:
                 write_output(path, content)
             wrote.append(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw")
-    for line in [] if quiet else [*_lines(args, runs, made)]:
-        print(line, file=out)
-    for line in wrote:
+    for line in [*([] if quiet else _lines(args, runs, made)), *wrote]:
         print(line, file=out)
     if quiet:
         print(export.as_json(made), end="")

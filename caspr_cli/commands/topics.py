@@ -37,17 +37,14 @@ def _plain(value: Any) -> str:
 
 
 def show(words: list[str]) -> None:
-    """Print the topic that is asked for, or the list of topics; on a terminal with bold heads and drawn tables.
-
-    Raises UserError if there is no such topic.
-    """
+    """Print the topic that is asked for, or the list; on a terminal with bold heads. Raises UserError if unknown."""
     known = titles()
     if not words:
         lines = [f"  caspr-train help {name:<8} {title}" for name, title in known.items()]
         say("\n".join(["topics", *lines]))
         return
     text = (FOLDER / f"{one_of('help', words[0], known)}.md").read_text(encoding="utf8")
-    text = text.replace(DEFAULTS, defaults()) if DEFAULTS in text else text
+    text = text.replace(DEFAULTS, defaults())
     if not sys.stdout.isatty():
         say(text.rstrip())
         return

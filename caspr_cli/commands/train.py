@@ -25,7 +25,18 @@ from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
 from caspr_cli.common.format import terminal_width, wrapped
-from caspr_cli.common.streams import cause, complain, console_script, say
+from caspr_cli.common.streams import (
+    BAD_USAGE,
+    INTERRUPTED,
+    OK,
+    RUN_FAILED,
+    SOME_FAILED,
+    TERMINATED,
+    cause,
+    complain,
+    console_script,
+    say,
+)  # fmt: skip
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices, described
@@ -34,7 +45,6 @@ from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import provenance
 from caspr_cli.runs.experiment import Experiment, StoppedError, damaged, rows, seconds, sweeps
 from caspr_cli.runs.experiment import plan as plan_of
-from caspr_cli.runs.launch import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.runs.record import FULL, RecordDamagedError
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import EXTRAS, new_folder
@@ -89,25 +99,23 @@ def usage() -> str:
     def listing(kind: str) -> str:
         return "\n".join(hanging(f"  {name:<14} {about}", 17) for name, about in ours(kind).items())
 
+    searches = ", ".join(name for name in ours("search") if name != "none")
     text = HELP.format(
         version=__version__,
         tasks=listing("task"),
         optimizers=listing("optim"),
         scales=listing("scale"),
-        searches=hanging(
-            f"         search ({', '.join(name for name in ours('search') if name != 'none')}) trial trainer.max_steps "
-            "optim.lr seed resume output_dir",
-            9,
-        ),
+        searches=hanging(f"         search ({searches}) trial trainer.max_steps optim.lr seed resume output_dir", 9),
         experiments=hanging(f"tables   experiment={', '.join(ours('experiment'))}", 9),
         topics=" | ".join(topics.titles()),
     )
-    others: dict[str, list[str]] = {}
+    others: dict[str, str] = {}
     for kind, found in kinds.items():
         for name, (about, package) in found.items():
             if package is not None:
-                others.setdefault(package, []).append(f"  {kind + '=' + name:<24} {about}".rstrip())
-    return text + "".join(f"{line}\n" for package in others for line in (f"of {package}", *others[package]))
+                line = f"  {kind + '=' + name:<24} {about}".rstrip()
+                others[package] = f"{others.get(package, f'of {package}')}\n{line}"
+    return text + "".join(f"{lines}\n" for lines in others.values())
 
 
 def hanging(text: str, indent: int) -> str:
@@ -238,10 +246,7 @@ def one_after_the_other(commands: Iterable[Callable[[], int]]) -> int:
 
 
 def flags_of(argv: list[str]) -> argparse.Namespace:
-    """Return the flags, and the other words as ``words``; they may stand in any order.
-
-    Raises UserError if a flag does not exist, or two do not go together.
-    """
+    """Return the flags, and the other words as ``words``; they may stand in any order. Raises UserError."""
     parser = Parser(add_help=False)
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--run", "-r", action="store_true")
@@ -277,11 +282,7 @@ def check_word(word: str, flags: list[str]) -> None:
 
 
 def compose_and_run(argv: list[str], *, brief: bool = False) -> int:
-    """Run a command line: one run, a sweep, or a print of the config. Return the exit code.
-
-    Args:
-        brief: print one line for each job.
-    """
+    """Run a command line: a run, a sweep (``brief``: a line a job), or a print of the config. Return the exit code."""
     session, composer = Session(["caspr-train", *argv], brief=brief), None
     try:
         flags = flags_of(argv)
@@ -351,9 +352,8 @@ def full(error: Exception) -> bool:
 
 def not_installed(error: BaseException, argv: list[str]) -> str | None:
     """Return what to install: the chosen launcher, or the package that brought a task or optimizer to a record."""
-    group, _, name = ((error.missing_cfg_file if isinstance(error, MissingConfigException) else "") or "").rpartition(
-        "/"
-    )
+    file = error.missing_cfg_file if isinstance(error, MissingConfigException) else None
+    group, _, name = (file or "").rpartition("/")
     if group == "hydra/launcher" and name in EXTRAS:
         return f"hydra/launcher={name} is not installed: pip install 'caspr-cli[{EXTRAS[name]}]'"
     if group not in ("task", "optim"):

@@ -22,8 +22,7 @@ EXTRAS = {
 
 def not_installed(error: ImportError) -> str | None:
     """Return how to install the module that an import did not find; None if it is not one of :data:`EXTRAS`."""
-    module = (error.name or "").partition(".")[0]
-    return _install(module)
+    return _install((error.name or "").partition(".")[0])
 
 
 def uninstalled(module: str) -> str | None:

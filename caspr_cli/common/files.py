@@ -17,10 +17,7 @@ RUST = re.compile(r"\(os error (\d+)\)")  # libraries written in Rust name an er
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all. A reader sees the old file or the new one, never a part.
-
-    Raises OSError with the file's name.
-    """
+    """Write a file whole or not at all: a reader sees the old or the new one. Raises OSError with the file's name."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -49,11 +46,7 @@ def write_output(path: Path, content: str | bytes) -> None:
 
 
 def disk_error(error: BaseException | None, numbers: Set[int] = DISK) -> OSError | None:
-    """Return the disk's error among the causes of an error; None if there is none.
-
-    Args:
-        numbers: the errno values that count as the disk's.
-    """
+    """Return the disk's error (of these errno values) among the causes of an error; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in numbers:
             return error

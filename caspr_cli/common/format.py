@@ -109,10 +109,7 @@ def table(
 class Progress:
     """One line that is overwritten while long work goes on.
 
-    Args:
-        stream: where it is shown.
-        seconds: where the stream is no terminal, write a plain line, and the next one after so many seconds; None
-            writes none.
+    Where the stream is no terminal, it is a plain line, and the next one after so many ``seconds``; None: none.
     """
 
     def __init__(self, stream: TextIO, seconds: float | None = None) -> None:

@@ -59,11 +59,7 @@ class DamagedError(ValueError):
 
 
 def parsed(content: bytes, *, finite: bool = True) -> Any:
-    """Return the value of a JSON text. Raises DamagedError if it is no JSON.
-
-    Args:
-        finite: whether NaN and Infinity become None; else they are numbers.
-    """
+    """Return the value of a JSON text; with ``finite`` NaN and Infinity become None. Raises DamagedError."""
     try:
         return json.loads(content, parse_constant=(lambda _: None) if finite else None)
     except (ValueError, RecursionError) as error:
@@ -111,10 +107,7 @@ def inner(node: Any, *keys: str) -> Any:
 
 
 def tidy(node: Any, key: str = "", depth: int = 0) -> Any:
-    """Return a value with all its texts made printable and encodable.
-
-    Raises DamagedError if something in it has a type that records do not have, or is too large.
-    """
+    """Return a value with all texts made printable and encodable. Raises DamagedError for what records do not have."""
     if depth > DEEPEST:
         raise DamagedError(f"{key} is nested too deeply")
     if isinstance(node, dict):

@@ -9,7 +9,8 @@ from functools import wraps
 
 from caspr_cli.common.errors import UserError, not_installed
 
-OK, RUN_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes, as documented in the README
+# Exit codes, as --help has them.
+OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -50,11 +51,9 @@ def _exit_code(main: Callable[[], int]) -> int:
         return main()
     except SystemExit as stop:  # of --help and --version
         return int(stop.code or OK)
-    except UserError as error:
-        complain(str(error))
-        return BAD_USAGE
-    except ModuleNotFoundError as error:
-        if (message := not_installed(error)) is None:
+    except (UserError, ModuleNotFoundError) as error:
+        message = str(error) if isinstance(error, UserError) else not_installed(error)
+        if message is None:
             raise
         complain(message)
         return BAD_USAGE

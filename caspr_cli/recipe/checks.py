@@ -27,19 +27,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "task.mixup": (0, 10**6), "task.word_dropout": (0, 10**6),
 }  # fmt: skip
 SHARES = ("task.dropout", "task.label_smoothing")  # in [0, 1)
-
 LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
-
-
 ROW_BY_ROW = ("adamw", "sgd")  # whose step of some rows needs no others
 
 
 def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
-    """Raise ConfigError, which names the key and the value, if a recipe cannot be run.
-
-    Args:
-        plain: the recipe in builtin types.
-    """
+    """Raise ConfigError, which names key and value, if a recipe (``plain``: in builtin types) cannot be run."""
     values = dict(leaves(plain))
     for key, (least, most) in LIMITS.items():
         if (value := values.get(key)) is not None and not least <= value <= most:
@@ -51,13 +44,12 @@ def check(recipe: Recipe, plain: Mapping[str, Any]) -> None:
     _check_optim(plain["optim"], recipe.trainer.strategy)
     _check_trainer(recipe.trainer, recipe.task.batch_size)
     schedule = recipe.schedule
-    for name in ("warmup", "decay"):
-        if not 0 <= getattr(schedule, name) <= 1:
-            raise ConfigError(f"schedule.{name} is a fraction of the run, 0 to 1, but is {getattr(schedule, name)}")
+    for key in ("schedule.warmup", "schedule.decay"):
+        if not 0 <= values[key] <= 1:
+            raise ConfigError(f"{key} is a fraction of the run, 0 to 1, but is {values[key]}")
     if schedule.warmup + schedule.decay > 1 + 1e-9:
-        raise ConfigError(
-            f"schedule.warmup + schedule.decay should be at most 1 but is {schedule.warmup + schedule.decay:g}"
-        )
+        both = schedule.warmup + schedule.decay
+        raise ConfigError(f"schedule.warmup + schedule.decay should be at most 1 but is {both:g}")
     _check_task(recipe.task)
     if not recipe.output_dir:
         raise ConfigError("output_dir is empty: name a directory")
@@ -76,10 +68,8 @@ def _check_trainer(trainer: TrainerConf, batch: int) -> None:
     parts = trainer.devices * trainer.nodes * trainer.accumulate
     if batch % parts:
         nodes = " x trainer.nodes" if trainer.nodes > 1 else ""
-        raise ConfigError(
-            f"task.batch_size should be a multiple of trainer.devices{nodes} x trainer.accumulate = {parts} "
-            f"but is {batch}"
-        )
+        factors = f"trainer.devices{nodes} x trainer.accumulate"
+        raise ConfigError(f"task.batch_size should be a multiple of {factors} = {parts} but is {batch}")
     if trainer.strategy == Strategy.fsdp:
         if trainer.devices * trainer.nodes == 1:
             raise ConfigError("trainer.strategy=fsdp divides the model among processes: add trainer.devices=N")

@@ -106,10 +106,7 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
 
 
 def _lacks(plain: Mapping[str, Any], key: str) -> bool:
-    """Return whether only other optimizers have a key, so that it is not drawn for this one.
-
-    Raises ConfigError if no optimizer has it.
-    """
+    """Return whether only other optimizers have a key, so that it is not drawn here. Raises ConfigError if none has."""
     group, _, rest = key.partition(".")
     if group != "optim" or search.has(plain, key):
         return False
@@ -185,10 +182,7 @@ def load(path: Path) -> Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """Return the recipe in the text of a ``config.yaml``.
-
-    Raises ConfigError if it has an option that was removed, with another value than its default.
-    """
+    """Return the recipe in a text. Raises ConfigError if a removed option in it has another value than its default."""
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
     try:
         optim = without_removed(plain["optim"])

@@ -25,9 +25,9 @@ UNTUNED = "~tuned@_global_"  # leaves out what was found by tuning on the data o
 
 
 class Composed(NamedTuple):
-    """A composed config: the recipe's keys, typed, and Hydra's own."""
+    """A composed config."""
 
-    recipe: DictConfig
+    recipe: DictConfig  # typed
     hydra: DictConfig
 
 
@@ -35,13 +35,11 @@ LISTS = ("logger", "optim.betas")  # keys of which a value is a list: with comma
 
 
 class Composer:
-    """Composes the configs of one command line.
+    """Composes the configs of one command line: of its words, each ``key=value`` (or, with ``sweeps``, several values).
 
     Raises ConfigError if a word cannot be read, or sets a key of Hydra that is not allowed.
 
     Args:
-        given: its words, each ``key=value``.
-        sweeps: whether a word may have several values.
         place: a directory with more config files.
         name: the config file to begin with.
     """
@@ -117,17 +115,10 @@ class Composer:
         return self._base(given)[0].hydra
 
     def launcher(self, given: Sequence[str], folder: str) -> dict[str, Any]:
-        """Return the launcher's keys for a job, with all references resolved.
-
-        Args:
-            folder: where the launcher writes its files.
-        """
+        """Return the launcher's keys for a job, with all references resolved; it writes its files into ``folder``."""
         config = OmegaConf.create(OmegaConf.to_container(self.config(given), enum_to_str=True))
-        config.hydra = {
-            "launcher": OmegaConf.to_container(self.hydra(given).launcher),
-            "sweep": {"dir": folder},
-            "job": {"name": NAME},
-        }
+        own = OmegaConf.to_container(self.hydra(given).launcher)
+        config.hydra = {"launcher": own, "sweep": {"dir": folder}, "job": {"name": NAME}}
         found = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
         settings.check_values(found)
         return found

@@ -31,10 +31,7 @@ PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "f
 
 
 def use(directory: str | None) -> None:
-    """Let Hydra look for configs in those of other packages after our own, and then in this directory, if any.
-
-    Raises ConfigError if the directory cannot be read.
-    """
+    """Let Hydra look for configs in ours, in other packages', then in this directory. Raises ConfigError if unread."""
     for plugin in (Files, Lookup):
         Plugins.instance().register(plugin)
     Lookup.directories, Files.loaded = [str(folder) for folder in plugins.folders()], []
@@ -76,9 +73,7 @@ class Files(ConfigSource):
             header = self._get_header_dict(text)
         except ValueError as error:
             raise ConfigError(f"{file}:1: {error}") from error
-        for place in (config_path, header["package"] or ""):
-            if f"{place}/".startswith(("hydra/", "hydra.")):
-                settings.refuse(place, f"{file}: ")
+        _refuse_hydra(f"{file}: ", config_path, header["package"] or "")
         return ConfigResult(self.provider, self.full_path(), _config(file, text), header)
 
     def available(self) -> bool:
@@ -150,6 +145,13 @@ def _config(file: str, text: str) -> DictConfig:
         _refuse(file, _culprit(root), str(error).splitlines()[0])
 
 
+def _refuse_hydra(where: str, *places: str) -> None:
+    """Refuse places of Hydra's own that are not allowed."""
+    for place in places:
+        if f"{place}/".startswith(("hydra/", "hydra.")):
+            settings.refuse(place, where)
+
+
 def _refuse(file: str, line: int, why: str) -> NoReturn:
     raise ConfigError(f"{file}:{line + 1}: {why}")
 
@@ -194,20 +196,14 @@ def _check_defaults(file: str, node: yaml.Node) -> None:
         if isinstance(entry, yaml.MappingNode) and len(entry.value) == 1:
             group, chosen = entry.value[0]
             names = chosen.value if isinstance(chosen, yaml.SequenceNode) else [chosen]
-        if not _is_text(group) or not all(_is_text(name) or _is_null(name) for name in names):
+        if not _is(group, "str") or not all(_is(name, "str", "null") for name in names):
             _refuse(file, entry.start_mark.line, "an entry of defaults should be a name or one group: name")
         path, _, package = group.value.split(" ")[-1].lstrip("/").partition("@")
-        for place in (path, package):
-            if f"{place}/".startswith(("hydra/", "hydra.")):
-                settings.refuse(place, f"{file}:{entry.start_mark.line + 1}: ")
+        _refuse_hydra(f"{file}:{entry.start_mark.line + 1}: ", path, package)
 
 
-def _is_text(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and bool(node.tag == "tag:yaml.org,2002:str")
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and bool(node.tag == "tag:yaml.org,2002:null")
+def _is(node: yaml.Node, *kinds: str) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag.rpartition(":")[2] in kinds
 
 
 def _culprit(node: yaml.Node) -> int:

@@ -41,11 +41,9 @@ class ConfigError(UserError):
 
 
 def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence[str]) -> str:
-    """Return a message about the user's mistake that caused an exception of Hydra or OmegaConf.
+    """Return a message about the user's mistake in ``argv`` that caused an exception of Hydra or OmegaConf.
 
-    Args:
-        keys: returns the config of the choices alone, for suggestions.
-        argv: the overrides as typed.
+    ``keys`` returns the config of the choices alone, for suggestions.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

@@ -87,10 +87,7 @@ def further(trials: int) -> int:
 def edges(space: Space, values: Mapping[str, Any]) -> dict[str, int]:
     """Return the keys whose value lies in the outer part of its range: -1 at the low end, 1 at the high one."""
     found = {}
-    for key, kinds in space.items():
-        kind, ends = _range(key, kinds)
-        if kind == "choice":
-            continue
+    for key, (kind, ends) in {key: _range(key, kinds) for key, kinds in space.items() if "choice" not in kinds}.items():
         (low, high), x = ends, 1 - values[key] if kind == "one_minus_log" else values[key]
         place = (x - low) / (high - low) if kind == "linear" else math.log(x / low) / math.log(high / low)
         if not EDGE < place < 1 - EDGE:

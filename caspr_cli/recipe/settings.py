@@ -48,11 +48,7 @@ LAUNCHERS: dict[str, tuple[str, set[str]]] = {
 
 
 def refuse(key: str, where: str = "") -> None:
-    """Raise a :class:`ConfigError` unless the key, ``hydra.job.chdir`` or ``hydra/launcher``, is on the list.
-
-    Args:
-        where: the file and line of the key, for the message.
-    """
+    """Raise ConfigError, beginning with ``where``, unless the key, as ``hydra/launcher``, is on the list."""
     below = key.replace("/", ".").removeprefix("hydra").removeprefix(".")
     if not any(f"{below}.".startswith(f"{allowed}.") for allowed in ALLOWED):
         raise ConfigError(
@@ -64,10 +60,7 @@ def refuse(key: str, where: str = "") -> None:
 def check(given: DictConfig, plain: DictConfig | None) -> None:
     """Check Hydra's part of a composed config. Raises ConfigError, which names the key.
 
-    Args:
-        given: the ``hydra`` part of the config.
-        plain: the same part of a config without the user's words; None if only words could change it, and they were
-            checked.
+    ``plain`` is the same part without the user's words; None if only words could change it, and they were checked.
     """
     if plain is not None:
         usual = _leaves(plain)
@@ -89,13 +82,7 @@ def check(given: DictConfig, plain: DictConfig | None) -> None:
 
 
 def check_values(launcher: Mapping[str, Any]) -> None:
-    """Refuse a value of more than one line, which a scheduler would read as commands.
-
-    Raises ConfigError, which names the key.
-
-    Args:
-        launcher: its keys, with all references resolved.
-    """
+    """Raise ConfigError for a resolved value of more than one line, which a scheduler would read as commands."""
     for key, value in leaves(launcher):
         if not str(value).isprintable():
             raise ConfigError(f"hydra.launcher.{key} should be one line of plain characters but is {value!r}")

@@ -20,15 +20,12 @@ def written(name: str, asking: tuple[str, ...] = ()) -> dict[str, Any]:
     What it does not say is that of the experiment that it is ``like``, but for the baseline. Raises ConfigError if
     there is none of that name, or its file says something else.
 
-    Args:
-        name: of the file, without its suffix.
-        asking: the experiments that are like this one, which it cannot be like.
+    ``asking`` are the experiments that are like this one, which it cannot be like.
     """
     known = files("experiment")
     if name not in known:
-        raise ConfigError(
-            f"experiment={name}: no such choice.{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
-        )
+        choices = f"{nearest(name, known, 'experiment=')} (choices: {', '.join(known)})"
+        raise ConfigError(f"experiment={name}: no such choice.{choices}")
     own = _checked(known[name])
     like = own.pop("like", None)
     if like in (name, *asking):

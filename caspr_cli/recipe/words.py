@@ -51,7 +51,7 @@ def is_hydras(word: Override) -> bool:
 def split(words: Sequence[str]) -> list[list[str]]:
     """Return the words of each job: all combinations; the last key changes fastest. The last of equal keys counts.
 
-    Raises ConfigError if a word is not a list of values, or there are too many jobs.
+    Raises ConfigError if a sweep is over no list of values, or there are too many jobs.
     """
     values: dict[str, list[str]] = {}
     for word in words:

@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from caspr_cli.common.errors import nearest
 from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
+from caspr_cli.common.streams import BAD_USAGE
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
@@ -30,7 +32,7 @@ from caspr_cli.recipe.search import ROUNDS, further
 from caspr_cli.recipe.tables import in_words, written
 from caspr_cli.runs.horizon import ROUNDS as HALVINGS
 from caspr_cli.runs.horizon import next_length
-from caspr_cli.runs.launch import BAD_USAGE, Allocation, run
+from caspr_cli.runs.launch import Allocation, run
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clear_left, own
 from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
 
@@ -125,11 +127,11 @@ class Row:
     """The runs of one row of the table, of which some may be done."""
 
     label: str  # its overrides that other rows do not have
-    tuning: tuple[Recipe, ...]  # the trials, at the tuning seed; empty without a search
-    again: tuple[Recipe, ...]  # the best trials at other seeds, as soon as all trials have ended
+    tuning: tuple[Recipe, ...] = ()  # the trials, at the tuning seed; empty without a search
+    again: tuple[Recipe, ...] = ()  # the best trials at other seeds, as soon as all trials have ended
     # the held-out seeds of the selected trial, as soon as there is one; without a search, of the recipe
-    reported: tuple[Recipe, ...]
-    untuned: tuple[Recipe, ...]  # the same seeds of the optimizer's own values
+    reported: tuple[Recipe, ...] = ()
+    untuned: tuple[Recipe, ...] = ()  # the same seeds of the optimizer's own values
     unknown: int = 0  # how many more runs there will be, of which the records do not say yet what they are
     search: Tuning | None = None  # draws the trials
     overrides: tuple[str, ...] = ()  # those of each of its jobs, without trial and seed
@@ -174,18 +176,14 @@ def rows(experiment: Experiment) -> list[Row]:
     for overrides in combinations:
         own = [word for word in overrides if word not in common]
         label = " ".join(own or [word for word in overrides if word.startswith("optim=")] or overrides[:3])
-        config = composer.config(overrides)
-        if not experiment.searches:
-            recipe = compose.freeze(config, overrides)
-            reported = tuple(replace(recipe, seed=seed) for seed in seeds)
-            found.append(Row(label, (), (), reported, (), overrides=tuple(overrides)))
-            continue
-        tuning = Tuning(config, overrides)
-        trials = tuple(map(tuning, range(tuning.trials)))
-        config.trial = compose.UNTUNED
-        untuned = compose.freeze(config, overrides)
-        untuned_runs = tuple(replace(untuned, seed=seed) for seed in seeds)
-        found.append(Row(label, trials, (), (), untuned_runs, search=tuning, overrides=tuple(overrides)))
+        config, row = composer.config(overrides), Row(label, overrides=tuple(overrides))
+        if experiment.searches:
+            tuning = Tuning(config, overrides)
+            row = replace(row, search=tuning, tuning=tuple(map(tuning, range(tuning.trials))))
+            config.trial = compose.UNTUNED
+        recipe = compose.freeze(config, overrides)
+        runs = tuple(replace(recipe, seed=seed) for seed in seeds)
+        found.append(replace(row, untuned=runs) if experiment.searches else replace(row, reported=runs))
     if not experiment.searches:
         return found
     rounds = next((number for number in range(ROUNDS) if not growing(found, number)), ROUNDS)
@@ -267,17 +265,15 @@ def _seeds(experiment: Experiment) -> list[int]:
     if not seeds:
         raise ConfigError(f"seed={given}: no seed, so that there is nothing to run")
     if experiment.searches and (choosing := {TUNING_SEED, *AGAIN}.intersection(seeds)):
-        raise ConfigError(
-            f"seed={given}: seed {min(choosing)} chooses among the trials, and what chose is not to be reported"
-        )
+        why = "chooses among the trials, and what chose is not to be reported"
+        raise ConfigError(f"seed={given}: seed {min(choosing)} {why}")
     return seeds
 
 
 def seconds(row: Row, command: list[str]) -> float | str:
-    """Return the seconds of one run of a row: those of its runs that are done, else estimated from a short run.
+    """Return the seconds of one run of a row (of its done runs, or estimated from a short one), or why it has none.
 
-    If they are not known, return why. Raises ConfigError if the row cannot be run, as its data are missing, and
-    StoppedError if the user stopped the short run.
+    Raises ConfigError if the row cannot be run, as its data are missing, and StoppedError if the user stopped it.
     """
     recipes = row.recipes
     if row.left and (root := recipes[0].task.root) is not None and not os.path.exists(root):
@@ -311,28 +307,23 @@ def seconds(row: Row, command: list[str]) -> float | str:
 
 def damaged(table: list[Row]) -> list[str]:
     """Return a line for each record of the table that cannot be read."""
-    found = []
+    found: dict[str, None] = {}
     for recipe in (recipe for row in table for recipe in row.recipes):
         try:
             _ = Record.of(recipe).status
         except RecordDamagedError as damage:
-            found.append(f"damaged  {damage}")
-    return list(dict.fromkeys(found))
+            found[f"damaged  {damage}"] = None
+    return list(found)
 
 
 def _lasted(record: Record) -> float | None:
     """Return the seconds of a run that was done in one attempt; None for any other run."""
-    try:
+    with suppress(RecordDamagedError, KeyError, ValueError, TypeError):  # the last: another program wrote the record
         status = record.status
-    except RecordDamagedError:
-        return None
-    if status.get("state") != DONE or status.get("attempts") != 1:
-        return None
-    try:
-        started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
-        return (ended - started).total_seconds()
-    except (KeyError, ValueError, TypeError):  # another program wrote the record
-        return None
+        if status.get("state") == DONE and status.get("attempts") == 1:
+            started, ended = (datetime.fromisoformat(status[key]) for key in ("started", "updated"))
+            return (ended - started).total_seconds()
+    return None
 
 
 def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> list[str]:

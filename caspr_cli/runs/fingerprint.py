@@ -73,13 +73,7 @@ def moved(record: Record, root: Path) -> list[str] | None:
 
 
 def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> None:
-    """Refuse data whose content differs from the data that the run began with.
-
-    Raises ConfigError if their hash differs.
-
-    Args:
-        data: the task's description of the data as they are now.
-    """
+    """Raise ConfigError if the data, as the task describes them now, have another hash than when the run began."""
     before = record.read(PROVENANCE).get("data") or {}
     old, new = before.get("hash"), data.get("hash")
     if old is None or old == new:
@@ -87,11 +81,8 @@ def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> N
     root = root_of(recipe)
     files = [name for name in (moved(record, root) if root else None) or () if name != "."]
     shown = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" if len(files) > NAMED else "")
-    other = [
-        f"{key} {before[key]}, now {data[key]}"
-        for key in ("name", "tokenizers", "python")
-        if key in before and key in data and before[key] != data[key]
-    ]
+    both = [key for key in ("name", "tokenizers", "python") if key in before and key in data]
+    other = [f"{key} {before[key]}, now {data[key]}" for key in both if before[key] != data[key]]
     why = "; ".join([*([f"changed: {shown}"] if shown else []), *other])
     where = f"task.root={recipe.task.root}: " if root else ""
     raise ConfigError(
@@ -101,10 +92,7 @@ def refuse_changed(recipe: Recipe, record: Record, data: Mapping[str, Any]) -> N
 
 
 def check_done(recipe: Recipe, record: Record) -> None:
-    """Refuse a run that is done if its data have changed since; reads the content only if stamps differ.
-
-    Raises ConfigError if the data have changed, or cannot be read.
-    """
+    """Raise ConfigError if the data of a done run have changed since; the content is read only if stamps differ."""
     root = root_of(recipe)
     if root is None or not moved(record, root):
         return

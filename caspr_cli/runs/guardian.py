@@ -32,13 +32,9 @@ def guarded(folder: Path) -> Iterator[None]:
     """Run the guardian while a launcher has processes on this machine."""
     os.environ[SWEEP] = str(folder)
     module = [sys.executable, "-m", "caspr_cli.runs.guardian", str(folder)]
-    guardian = subprocess.Popen(
-        module,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in the terminal is not for it
-    )
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # In a session of its own: Ctrl-C in the terminal is not for it.
+    guardian = subprocess.Popen(module, stdin=subprocess.PIPE, start_new_session=True, **silent)
     assert guardian.stdin is not None
     try:
         yield

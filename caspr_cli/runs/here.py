@@ -16,10 +16,7 @@ from caspr_cli.tasks.errors import DataError
 
 
 def refuse_here(recipe: Recipe) -> None:
-    """Refuse what this machine lacks, and own data that cannot be used.
-
-    Raises ConfigError if there is no GPU, no such data or no such package, or the data are not as the task reads them.
-    """
+    """Raise ConfigError if this machine lacks a GPU, data or a package, or own data are not as the task reads them."""
     if recipe.trainer.accelerator == Accelerator.gpu and not has_gpu():
         raise ConfigError("trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu")
     if recipe.task.data == Source.files and recipe.task.root is None:

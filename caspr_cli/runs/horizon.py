@@ -20,10 +20,7 @@ PARTS = 1 << ROUNDS  # to one of which the length is known
 
 
 def shortened(config: DictConfig, steps: int) -> DictConfig:
-    """Return the config of a run of so many steps, as ``horizon`` says.
-
-    Raises ConfigError if it is not shorter than the run.
-    """
+    """Return the config of a run of so many steps, as ``horizon`` says. Raises ConfigError if it is not shorter."""
     trainer = config.trainer
     if not 1 <= steps <= trainer.max_steps:
         raise ConfigError(f"horizon={steps}: should be from 1 to trainer.max_steps, which is {trainer.max_steps}")

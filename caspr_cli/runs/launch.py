@@ -24,7 +24,7 @@ from typing import Any
 
 from caspr_cli.common import shape
 from caspr_cli.common.files import write_whole
-from caspr_cli.common.streams import complain, say
+from caspr_cli.common.streams import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, TERMINATED, complain, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance
@@ -48,9 +48,6 @@ from caspr_cli.runs.record import (
     RecordDamagedError,
     now,
 )
-
-# Exit codes, as documented in the README.
-OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 BRIEF = "CASPR_BRIEF"  # names a job to its worker, which then shows one live line
 # A launcher of ours or another's sets these for its children; a new process group must not see them.

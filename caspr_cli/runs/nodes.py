@@ -13,10 +13,7 @@ FIRST_PORT, PORTS = 20000, 20000
 
 
 def meeting_place(trainer: TrainerConf, environment: Mapping[str, str]) -> str:
-    """Return HOST:PORT: the given one, or that of the first machine of a SLURM job.
-
-    Raises ConfigError if neither is there.
-    """
+    """Return HOST:PORT: the given one, or that of the first machine of a SLURM job. Raises ConfigError without any."""
     if trainer.rendezvous is not None:
         return trainer.rendezvous
     hosts, job = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_JOB_ID", "")

@@ -32,8 +32,7 @@ NOT_ABOUT_NUMBERS = ("hydra-core", "omegaconf", "tensorboard")
 def collect(command: list[str], recipe: Recipe | None = None) -> dict[str, Any]:
     """Return what is known before the run starts; the worker adds device and data.
 
-    Args:
-        recipe: what is run; its task or optimizer may be of another package, whose version is noted, too.
+    The task or optimizer of ``recipe`` may be of another package, whose version is noted, too.
     """
     return {
         "command": command,
@@ -59,30 +58,19 @@ def brought(recipe: Recipe | None) -> dict[str, str]:
 
 
 def missing(output_dir: Path, group: str, name: str) -> str | None:
-    """Return which package brought a task or an optimizer to a record here, if it is not installed any more.
-
-    Args:
-        group: ``task`` or ``optim``.
-        name: the choice that is not known.
-    """
+    """Return which package brought a choice (``group``: task or optim) to a record, if it is not installed any more."""
     records = f"{name}/*/*/seed*" if group == "task" else f"*/{name}/*/seed*"
     for file in sorted(output_dir.glob(f"{records}/{PROVENANCE}")):
         with suppress(RecordDamagedError, OSError):
             packages = Record(file.parent).read(PROVENANCE).get("packages") or {}
-            if gone := [
-                f"{each} {packages[each]}" for each in packages if each not in PACKAGES and not installed(each)
-            ]:
-                return f"{group}={name}: {file.parent} ran it from the package {' and '.join(gone)}, not installed now"
+            gone = [each for each in packages if each not in PACKAGES and not installed(each)]
+            if brought := " and ".join(f"{each} {packages[each]}" for each in gone):
+                return f"{group}={name}: {file.parent} ran it from the package {brought}, not installed now"
     return None
 
 
 def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, time: str) -> dict[str, Any]:
-    """Return the content of ``provenance.json`` when another attempt starts.
-
-    Args:
-        found: the content before.
-        attempt: its number, from 1.
-    """
+    """Return the content of ``provenance.json``, ``found`` before, when an attempt of this number starts."""
     if not found:
         return collected
     entry = {"attempt": attempt, "started": time} | _differing(found, collected)
@@ -91,8 +79,7 @@ def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, tim
 
 def completed(found: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content with data and device, which the worker adds; the record's own are the first attempt's."""
-    added = {key: value for key, value in where.items() if key not in found}
-    whole = {**found, **added}
+    whole = {**found, **where, **found}  # in this order
     if later := whole.get("attempts"):
         whole["attempts"] = [*later[:-1], later[-1] | _differing(whole, where)]
     return whole

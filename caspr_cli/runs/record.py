@@ -27,7 +27,7 @@ from caspr_cli.recipe.compose import identity, readable
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import birth, lives
 
-RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, "failed", "preempted"
+RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, shape.FAILED, "preempted"
 REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
 PROVENANCE = "provenance.json"
 TRACKERS = "trackers.json"  # the ids of this run at Weights & Biases and MLflow: a resume goes on with it there
@@ -87,10 +87,7 @@ class Record:
         return self.read("result.json")
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the record, checked to have the shape that readers need; empty if there is none.
-
-        Raises RecordDamagedError if it has another shape.
-        """
+        """Return a JSON file of the record; empty if there is none. Raises RecordDamagedError if it cannot be used."""
         file = self.path / name
         try:
             content: dict[str, Any] = shape.parsed(file.read_bytes())
@@ -112,10 +109,8 @@ class Record:
     def held(self, say: Callable[[str], None] = streams.say) -> Iterator[int]:
         """Hold the record's lock; a child that inherits the descriptor goes on holding it.
 
-        Raises RecordBusyError if another process holds it.
-
-        Args:
-            say: gets a line if the process that held it is dead, and its workers are waited for.
+        ``say`` gets a line if the process that held it is dead, and its workers are waited for. Raises RecordBusyError
+        if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor, ranks = (os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644) for name in LOCKS)

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
+from caspr_cli.common import streams
 from caspr_cli.common.format import Progress, terminal_width
-from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_directory, say
+from caspr_cli.common.streams import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, complain, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
@@ -26,19 +27,7 @@ from caspr_cli.recipe.schema import Recipe, Resume, Source
 from caspr_cli.runs import elsewhere, summary, trials
 from caspr_cli.runs.guardian import guarded
 from caspr_cli.runs.here import refuse_here
-from caspr_cli.runs.launch import (
-    BAD_USAGE,
-    INTERRUPTED,
-    OK,
-    RUN_FAILED,
-    SOME_FAILED,
-    TERMINATED,
-    Allocation,
-    Outcome,
-    plan,
-    preflight,
-    run,
-)
+from caspr_cli.runs.launch import Allocation, Outcome, plan, preflight, run
 from caspr_cli.runs.processes import memory_error
 from caspr_cli.runs.record import FULL, Record, RecordBusyError, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, LOOK, LOST, REFUSED, STARTED, WAITING, Job, Sweep, watching
@@ -65,10 +54,7 @@ class Session:
         self.only = self.run(composer.config(composer.words), Job(1, composer.words))
 
     def all(self, composer: Composer) -> None:
-        """Run the jobs of a sweep: here, one after the other, or elsewhere.
-
-        Raises ConfigError if the sweep is refused as a whole.
-        """
+        """Run the jobs of a sweep: here, one after the other, or elsewhere. Raises ConfigError if all are refused."""
         if not (jobs := composer.jobs()):
             raise ConfigError("a sweep over no value: there is nothing to run")
         composer.check(jobs)
@@ -109,7 +95,7 @@ class Session:
         assert self.sweep is not None
         if self.sweep.stop_requests():
             return
-        keep_imports_out_of_the_working_directory()  # a cluster may not have handed the environment on
+        streams.keep_imports_out_of_the_working_directory()  # a cluster may not have handed the environment on
         hydra = HydraConfig.get()
         number = hydra.job.num + 1
         os.chdir(self.sweep.directory)  # where the command was typed: all paths begin there
@@ -150,7 +136,7 @@ class Session:
             if self.sweep is None:
                 raise
             traceback.print_exc()
-            return replace(job, state=ENDED, exit_code=RUN_FAILED, why=f"{type(error).__name__}: {error}")
+            return replace(job, state=ENDED, exit_code=streams.RUN_FAILED, why=f"{type(error).__name__}: {error}")
         if self.here and not self.brief:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)
@@ -190,9 +176,8 @@ class Session:
             values = [f"{key}={value}" for key, value in search.drawn(compose.to_plain(recipe)).items()]
             say(f"search   {recipe.search.name}, trial {recipe.trial}: {' '.join(values)}")
         elif recipe.task.data == Source.files and not any(o.startswith("optim.lr=") for o in overrides):
-            say(
-                f"untuned  optim.lr={recipe.optim.lr:g} was not tuned for these data: try -m search=lr trial='range(6)'"
-            )
+            rate = f"optim.lr={recipe.optim.lr:g}"
+            say(f"untuned  {rate} was not tuned for these data: try -m search=lr trial='range(6)'")
         say(f"record   {record.path} ({todo})")
         if todo in ("new", "continues"):
             refuse_here(recipe)

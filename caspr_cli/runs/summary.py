@@ -12,8 +12,9 @@ from typing import Any
 
 from caspr_cli.common.format import duration, size
 from caspr_cli.common.format import table as aligned
+from caspr_cli.common.streams import OK, TERMINATED
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, Source
-from caspr_cli.runs.launch import OK, TERMINATED, Outcome
+from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
 from caspr_cli.runs.record import REFUSED as RECORD_REFUSED
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
@@ -26,11 +27,7 @@ COMPARED = ("caspr", "shampoo", "adamw")  # where a run's own keys allow it
 
 
 def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
-    """Return the lines that say how a run ended and where its record is.
-
-    Args:
-        anew: the command has resume=never, and would delete the record.
-    """
+    """Return the lines that say how a run ended and where its record is; ``anew``: the command has resume=never."""
     record, status = outcome.record, outcome.record.status
     state = status.get("state")
     if state == DONE:
@@ -128,10 +125,9 @@ def result_of(job: Job) -> tuple[str, str, str]:
     if status.get("state") == DONE:
         metric = (result.get("target") or {}).get("metric") or ""
         test = metric.replace("val/", "test/")
-        scores = (
-            f"{metric} {_value(result.get('final') or {}, metric)}  {test} {_value(result.get('test') or {}, test)}"
-        )
-        return f"done{before}", f"{scores}  {duration(result.get('seconds'))}", job.record
+        final, tested = _value(result.get("final") or {}, metric), _value(result.get("test") or {}, test)
+        took = duration(result.get("seconds"))
+        return f"done{before}", f"{metric} {final}  {test} {tested}  {took}", job.record
     error = (job.why or status.get("error") or "").partition("\n")[0].removesuffix(f"; see {record.log}")
     if status.get("state") == PREEMPTED:
         saved = _saved(record, status)

@@ -64,10 +64,7 @@ class Job:
 
 
 def new_folder(above: Path, output_dir: str) -> Path:
-    """Return a new empty folder, named by the time.
-
-    Raises ConfigError if ``output_dir`` cannot be written, and OSError if its disk is full.
-    """
+    """Return a new empty folder, named by the time. Raises OSError for a full disk, else ConfigError."""
     try:
         above.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=above, prefix=time.strftime("%Y%m%d-%H%M%S-")))
@@ -92,10 +89,7 @@ class Sweep:
 
     @classmethod
     def begin(cls, composer: Composer, jobs: list[list[str]]) -> Sweep:
-        """Return a sweep whose folder is made, with a file for each job.
-
-        Raises ConfigError if the folder cannot be made, or jobs ask the launcher for different things.
-        """
+        """Return a sweep with its folder, which has a file for each job. Raises ConfigError if the sweep cannot be."""
         output_dir = composer.config(jobs[0]).output_dir
         above = Path(output_dir, ".sweep").absolute()
         clear_left(above, "[0-9]*")
@@ -155,10 +149,8 @@ class Sweep:
 
     def twin(self, job: Job) -> bool:
         """Return whether another job, which runs, has the same record."""
-        return any(
-            j.record == job.record and j.number != job.number and j.state == STARTED and not self.lost(j)
-            for j in self.jobs()
-        )
+        others = [j for j in self.jobs() if j.record == job.record and j.number != job.number]
+        return any(j.state == STARTED and not self.lost(j) for j in others)
 
     def lost(self, job: Job) -> bool:
         """Return whether the process of a job is known to be gone."""
@@ -166,10 +158,7 @@ class Sweep:
 
     @contextmanager
     def allocation(self, recipe: Recipe) -> Iterator[Allocation]:
-        """Wait until a job has its share of the machine, and hold it.
-
-        Raises ConfigError if its share has too few GPUs.
-        """
+        """Wait until a job has its share of the machine, and hold it. Raises ConfigError if that has too few GPUs."""
         if self.here:
             yield Allocation()  # signals come to this very process
             return
@@ -235,7 +224,7 @@ def visible_gpus(environment: Mapping[str, str], present: list[Path]) -> tuple[s
 def share(recipe: Recipe, slot: int, slots: int, cores: int, gpus: tuple[str, ...]) -> dict[str, str | None]:
     """Return the environment variables of a job in one of ``slots`` equal parts of the machine.
 
-    Raises ConfigError if the part has fewer GPUs than the job wants devices.
+    Raises ConfigError if the part has too few GPUs.
     """
     wanted, part = recipe.trainer.devices, len(gpus) // slots
     environment: dict[str, str | None] = {"OMP_NUM_THREADS": str(max(1, cores // slots // wanted))}

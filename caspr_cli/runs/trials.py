@@ -26,11 +26,7 @@ class Tuning:
 
     With ``search.extend`` those after the first ``search.trials`` come in rounds. Before each, the best trial so far
     decides: where its value lies at the edge of its range, the trials of the round are drawn from about that edge.
-    Raises ConfigError if its trials cannot be run.
-
-    Args:
-        config: as Hydra composes it.
-        given: the overrides of the command line.
+    Raises ConfigError if its trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
     """
 
     def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
@@ -102,12 +98,9 @@ class Tuning:
 def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
     """Return the config of a job with its trial as a number, where the records say which, with its space and length.
 
-    Raises ConfigError if there is no such trial, or the trials that decide have not ended, and RecordDamagedError if a
-    record that decides cannot be read.
-
-    Args:
-        given: the overrides of the command line.
-        known: the searches of other jobs, by the overrides without trial and seed.
+    ``given`` are the overrides of the command line, ``known`` the searches of other jobs by these, without trial and
+    seed. Raises ConfigError if there is no such trial, or the trials that decide have not ended, and RecordDamagedError
+    if a record that decides cannot be read.
     """
     if (steps := config.horizon) is not None:
         config = cast(DictConfig, OmegaConf.merge(config, {"horizon": None}))
@@ -137,10 +130,11 @@ def best(trial: Callable[[int], Recipe]) -> int:
     choice, finals = chosen(trial)
     first = trial(0)
     if left := [k for k in choice.finalists if not set(AGAIN) <= finals[k].keys()]:
+        many = len(choice.finalists)
         raise ConfigError(
-            f"trial=best of search={first.search.name}: {len(left)} of the best {len(choice.finalists)} trials of "
+            f"trial=best of search={first.search.name}: {len(left)} of the best {many} trials of "
             f"optim={first.optim.name} have not ended at other seeds (search.rerank): first run -m "
-            f"trial={','.join(tops(len(choice.finalists)))} seed={','.join(map(str, AGAIN))}"
+            f"trial={','.join(tops(many))} seed={','.join(map(str, AGAIN))}"
         )
     if choice.best is None or all(score is None for score in choice.scores.values()):
         every = f"all {len(finals)} trials of {first.optim.name}"

@@ -13,6 +13,7 @@ from running import Runner, wait_for
 
 from caspr_cli.commands import train
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
+from caspr_cli.common.streams import BAD_USAGE, SOME_FAILED
 from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
@@ -23,7 +24,7 @@ from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
 from caspr_cli.runs import experiment, horizon, trials
 from caspr_cli.runs.experiment import Experiment
-from caspr_cli.runs.launch import BAD_USAGE, SOME_FAILED, Outcome
+from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.tasks.registry import C4LMConf
 
