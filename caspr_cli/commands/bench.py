@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from caspr_cli import __version__
 from caspr_cli.bench.shapes import MODELS, PRESETS, ShapeSet, parse_shapes, scaled_transformer
 from caspr_cli.common.errors import Parser, UserError, one_of, positive
+from caspr_cli.common.exits import INTERRUPTED, OK
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, count, finite, milliseconds, terminal_width
-from caspr_cli.common.streams import INTERRUPTED, OK, console_script
+from caspr_cli.common.streams import console_script
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.configs import scales
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from caspr_cli import __version__
 from caspr_cli.common.errors import WIDEST, Parser, UserError
+from caspr_cli.common.exits import OK, RUN_FAILED
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size, terminal_width
-from caspr_cli.common.streams import OK, RUN_FAILED, console_script
+from caspr_cli.common.streams import console_script
 
 if TYPE_CHECKING:
     from caspr_cli.report.model import Run, Table

@@ -24,19 +24,9 @@ from caspr_cli import __version__
 from caspr_cli.commands import new, topics
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
+from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.common.format import terminal_width, wrapped
-from caspr_cli.common.streams import (
-    BAD_USAGE,
-    INTERRUPTED,
-    OK,
-    RUN_FAILED,
-    SOME_FAILED,
-    TERMINATED,
-    cause,
-    complain,
-    console_script,
-    say,
-)  # fmt: skip
+from caspr_cli.common.streams import cause, complain, console_script, say
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices, described

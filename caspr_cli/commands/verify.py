@@ -16,15 +16,15 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common.errors import Parser, UserError
+from caspr_cli.common.exits import OK, RUN_FAILED
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import SECONDS_BETWEEN_LINES, Progress, duration, listed, terminal_width
-from caspr_cli.common.streams import OK, console_script
+from caspr_cli.common.streams import console_script
 from caspr_cli.report import answer as answers
 from caspr_cli.report.answer import Answer
 from caspr_cli.runs import provenance
 from caspr_cli.theory.choices import Choice, Costs, Layers, Seeds
 
-FAILED = 1  # a statement that should hold did not
 OUTPUTS = Path("outputs/verify")
 ALL = "all"
 
@@ -153,7 +153,7 @@ def judged(made: Sequence[Answer]) -> int:
     broken = [(one.name, text) for one in made for text, held in one.claims if not held]
     for name, text in broken:
         print(f"failed   {name}: {text}", file=sys.stderr)
-    return FAILED if broken else OK
+    return RUN_FAILED if broken else OK
 
 
 @console_script

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from functools import wraps
 
 from caspr_cli.common.errors import UserError, not_installed
+from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED
 
-# Exit codes, as --help has them.
-OK, RUN_FAILED, BAD_USAGE, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 

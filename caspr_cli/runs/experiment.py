@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common.errors import nearest
+from caspr_cli.common.exits import BAD_USAGE
 from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
-from caspr_cli.common.streams import BAD_USAGE
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape
+from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, TERMINATED
 from caspr_cli.common.files import write_whole
-from caspr_cli.common.streams import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, TERMINATED, complain, say
+from caspr_cli.common.streams import complain, say
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import Recipe, Resume
 from caspr_cli.runs import fingerprint, provenance
@@ -47,7 +48,7 @@ from caspr_cli.runs.record import (
     RecordBusyError,
     RecordDamagedError,
     now,
-)
+)  # fmt: skip
 
 BRIEF = "CASPR_BRIEF"  # names a job to its worker, which then shows one live line
 # A launcher of ours or another's sets these for its children; a new process group must not see them.

@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli import __version__
-from caspr_cli.common import streams
+from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.common.format import Progress, terminal_width
-from caspr_cli.common.streams import BAD_USAGE, INTERRUPTED, OK, SOME_FAILED, TERMINATED, complain, say
+from caspr_cli.common.streams import complain, keep_imports_out_of_the_working_directory, say
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError, explain
@@ -95,7 +95,7 @@ class Session:
         assert self.sweep is not None
         if self.sweep.stop_requests():
             return
-        streams.keep_imports_out_of_the_working_directory()  # a cluster may not have handed the environment on
+        keep_imports_out_of_the_working_directory()  # a cluster may not have handed the environment on
         hydra = HydraConfig.get()
         number = hydra.job.num + 1
         os.chdir(self.sweep.directory)  # where the command was typed: all paths begin there
@@ -136,7 +136,7 @@ class Session:
             if self.sweep is None:
                 raise
             traceback.print_exc()
-            return replace(job, state=ENDED, exit_code=streams.RUN_FAILED, why=f"{type(error).__name__}: {error}")
+            return replace(job, state=ENDED, exit_code=RUN_FAILED, why=f"{type(error).__name__}: {error}")
         if self.here and not self.brief:
             complain(why)
         return replace(job, state=REFUSED, exit_code=exit_code, why=why)

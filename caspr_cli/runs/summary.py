@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from caspr_cli.common.exits import OK, TERMINATED
 from caspr_cli.common.format import duration, size
 from caspr_cli.common.format import table as aligned
-from caspr_cli.common.streams import OK, TERMINATED
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, Source
 from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError

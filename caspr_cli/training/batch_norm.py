@@ -30,8 +30,7 @@ def synchronize(model: nn.Module, device: torch.device) -> nn.Module:
 class BatchNormOverRanks(nn.BatchNorm1d):
     """What :class:`torch.nn.SyncBatchNorm` is on GPUs, for other devices, where DDP refuses that class.
 
-    It takes inputs of any rank. Each layer needs one collective of 2 C + 1 numbers, forward and backward; none in
-    evaluation.
+    It takes inputs of any rank. A layer needs one collective of 2 C + 1 numbers, forward and backward, in training.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -37,8 +37,7 @@ QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 class Curves(Callback):
     """Training and validation curves, the best value, and when the target was reached.
 
-    Args:
-        recorder, progress: None on all ranks but the first.
+    ``recorder`` and ``progress`` are None on all ranks but the first.
     """
 
     def __init__(self, recipe: Recipe, recorder: Recorder | None, progress: Progress | None) -> None:
@@ -93,9 +92,8 @@ class Curves(Callback):
         self.clock.start()  # from its pause: validations and checkpoints are no training
         next_step = trainer.global_step + 1
         everywhere = self.recipe.trainer.strategy == Strategy.fsdp  # each rank has a part of what is measured
-        cast(TrainingModule, module).measure_update = next_step % self.recipe.trainer.log_every == 0 and (
-            everywhere or self.recorder is not None
-        )
+        wanted = everywhere or self.recorder is not None
+        cast(TrainingModule, module).measure_update = wanted and next_step % self.recipe.trainer.log_every == 0
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # of this step; the scheduler moves on before its end
 
     def on_train_batch_end(
@@ -136,8 +134,7 @@ class Curves(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.clock.pause()
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.clock.pause()
+    on_train_end = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         module = cast(TrainingModule, module)
@@ -209,15 +206,12 @@ def _refuse_nan(name: str, loss: float, step: int) -> None:
 class Checkpoints(Callback):
     """``last.ckpt`` at each validation and after the last step, ``best.ckpt`` beside it, and the one before it.
 
-    Comes after :class:`Curves` in the list of callbacks.
-
-    Args:
-        start: where this attempt goes on. A last checkpoint that could not be used must not displace the one that was.
-        owner: written into each, so that it is not taken for one of another run.
+    Comes after :class:`Curves` in the list of callbacks. ``owner`` is written into each.
     """
 
     def __init__(self, record: Record, curves: Curves, start: Start, owner: Owner) -> None:
         self.record, self.curves, self.owner = record, curves, owner
+        # A last checkpoint that could not be used must not displace the one that this attempt goes on from.
         self._keep = start.checkpoint == record.last
 
     def on_train_batch_end(

@@ -94,14 +94,9 @@ class TaskData(LightningDataModule):
         self.begun = False  # training samples were asked for: whatever a checkpoint holds is restored by then
         self._datasets = {split: task.dataset(split) for split in SPLITS}
         self._sampler = StepSampler(
-            self._size("train"),
-            recipe.task.batch_size,
-            seed=recipe.seed,
-            start=start,
-            rank=rank,
-            world=world,
+            self._size("train"), recipe.task.batch_size, seed=recipe.seed, start=start, rank=rank, world=world,
             accumulate=recipe.trainer.accumulate,
-        )
+        )  # fmt: skip
         for split in SPLITS:
             if (size := self._size(split)) < world:
                 raise DataError(
@@ -114,9 +109,8 @@ class TaskData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         self.begun = True
-        return DataLoader(
-            Seeded(self._datasets["train"]), batch_sampler=cast(Any, self._sampler), **self._loading("train")
-        )
+        dataset = Seeded(self._datasets["train"])
+        return DataLoader(dataset, batch_sampler=cast(Any, self._sampler), **self._loading("train"))
 
     def first_batches(self, count: int) -> Iterator[Any]:
         """Yield the first batches of the run on this rank (with ``accumulate``: parts of batches)."""

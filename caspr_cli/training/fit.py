@@ -39,8 +39,7 @@ from caspr_cli.training.sharded import ShardedStrategy
 def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
     """Train, validate and test; continue from the record's last checkpoint if there is one.
 
-    Returns:
-        The content of ``result.json``, or None if a signal ended the run early (it is saved).
+    Return the content of ``result.json``, or None if a signal ended the run early (it is saved).
     """
     _silence()
     recipe, task, progress, described = begun.recipe, begun.task, begun.progress, begun.described
@@ -63,7 +62,7 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
             origin = _keep_origin(record, described, begun.files, _device(trainer, world))
             recorder.pages()
             with blaming(recipe, plugins.TASKS):
-                header = _header(recipe, task, module, optimizer, trainer, world)
+                header = _header(module, optimizer, trainer, world)
             for line in header:
                 progress.say(line)
             if changed := provenance.changes(origin):
@@ -167,15 +166,8 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", message=r".*(isinstance\(treespec, LeafSpec\)|srun).*")
 
 
-def _header(
-    recipe: Recipe,
-    task: Task,
-    module: TrainingModule,
-    optimizer: Any,
-    trainer: Trainer,
-    world: int,
-) -> list[str]:
-    parameters, chosen = _sizes(module)
+def _header(module: TrainingModule, optimizer: Any, trainer: Trainer, world: int) -> list[str]:
+    recipe, (parameters, chosen) = module.recipe, _sizes(module)
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
     lines = [
@@ -185,13 +177,11 @@ def _header(
     ]
     if isinstance(optimizer, KroneckerOptimizer):
         flops = step_flops(optimizer, trainer.strategy.root_device)
-        whole = task.train_flops(module.model) + sum(flops.values())
+        whole = module.task.train_flops(module.model) + sum(flops.values())
         blocks = sum(count for *_, count in blocks_of(optimizer))
-        lines.append(
-            f"optim    {blocks} blocks; predicted from FLOPs: {100 * sum(flops.values()) / whole:.0f} % of a step ("
-            + ", ".join(f"{k} {100 * v / whole:.0f}" for k, v in flops.items())
-            + ")"
-        )
+        parts = ", ".join(f"{part} {100 * of / whole:.0f}" for part, of in flops.items())
+        share = f"{100 * sum(flops.values()) / whole:.0f} % of a step ({parts})"
+        lines.append(f"optim    {blocks} blocks; predicted from FLOPs: {share}")
     return lines
 
 

@@ -29,13 +29,10 @@ METRICS = [f"{split}/{name}" for split in ("val", "test") for name in NAMES]
 def summaries(recipe: Recipe, identity: str) -> list[Summary]:
     """Return the columns of the page, and the start (with its group) and end of this run.
 
-    Args:
-        identity: the hash of the recipe without its seed; runs that share it are one group, which the page averages.
+    Runs that share ``identity``, the hash of the recipe without its seed, are one group, which the page averages.
     """
-    values = hyperparameters(recipe)
-    start = plugin_data_pb2.SessionStartInfo(
-        group_name=f"{recipe.task.name}/{recipe.optim.name}/{identity}", start_time_secs=time.time()
-    )
+    values, group = hyperparameters(recipe), f"{recipe.task.name}/{recipe.optim.name}/{identity}"
+    start = plugin_data_pb2.SessionStartInfo(group_name=group, start_time_secs=time.time())
     for name, value in values.items():
         start.hparams[name].CopyFrom(_value(value))
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
@@ -65,11 +62,8 @@ def _experiment(values: dict[str, bool | float | str]) -> api_pb2.Experiment:
         others |= _flatten({"task": to_plain(task())})
     experiment = api_pb2.Experiment()
     for name, value in (others | values).items():
-        kind = api_pb2.DATA_TYPE_STRING
-        if isinstance(value, bool):
-            kind = api_pb2.DATA_TYPE_BOOL
-        elif isinstance(value, (int, float)):
-            kind = api_pb2.DATA_TYPE_FLOAT64
+        kinds = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
+        kind = kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64)
         info = experiment.hparam_infos.add(name=name, type=kind, differs=name in COLUMNS)
         if isinstance(value, bool):  # a filter box for each of the two
             info.domain_discrete.CopyFrom(ListValue(values=[Value(bool_value=b) for b in (False, True)]))

@@ -62,7 +62,7 @@ class TrainingModule(LightningModule):
     def __init__(self, task: Task, model: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.task, self.model, self.recipe = task, model, recipe
-        # In a plain dict, which is no part of the module: a module in bfloat16 would count in bfloat16.
+        # In a dict, which is no part of the module: a module in bfloat16 would count in bfloat16.
         self.metrics = {"val": task.metrics(), "test": task.metrics()}
         if recipe.trainer.compile:
             model.compile()
@@ -169,23 +169,14 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         self.weights("train")  # a checkpoint has those to evaluate
 
+    on_validation_end = on_test_end = on_train_start
+
     def on_validation_start(self) -> None:
         self.weights("eval")
+        for metric in self.metrics.values():
+            metric.to(self.device)
 
-    def on_validation_end(self) -> None:
-        self.weights("train")
-
-    def on_test_start(self) -> None:
-        self.weights("eval")
-
-    def on_test_end(self) -> None:
-        self.weights("train")
-
-    def on_validation_epoch_start(self) -> None:
-        self.metrics["val"].to(self.device)
-
-    def on_test_epoch_start(self) -> None:
-        self.metrics["test"].to(self.device)
+    on_test_start = on_validation_start
 
     def on_validation_epoch_end(self) -> None:
         self._score("val")

@@ -65,10 +65,10 @@ def plan(recipe: Recipe) -> Plan:
                     rows[key].count += 1
                 else:
                     rows[key] = row
-    order = {_pattern(name): i for i, name in reversed(list(enumerate(names.values())))}
+    order = [_pattern(name) for name in names.values()]
     sizes = {name: p.numel() for p, name in names.items()}
     return Plan(
-        sorted(rows.values(), key=lambda row: order[row.tensor]),
+        sorted(rows.values(), key=lambda row: order.index(row.tensor)),
         parameters=sum(sizes.values()),
         preconditioned=sum(n for name, n in sizes.items() if name not in plain),
         model_flops=task.train_flops(model),

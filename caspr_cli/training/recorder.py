@@ -29,9 +29,8 @@ BINS = 8  # of a histogram, a decade
 class Recorder:
     """Writes one record's curves.
 
-    Args:
-        step, lines: where the last checkpoint stands, in steps and in lines of ``metrics.jsonl``. What lies after it
-            was written by an attempt that was cut off, and is dropped.
+    The last checkpoint stands at ``step`` and after ``lines`` of ``metrics.jsonl``. What lies after it was written by
+    an attempt that was cut off, and is dropped.
     """
 
     def __init__(self, record: Record, recipe: Recipe, step: int = 0, lines: int = 0) -> None:
@@ -59,11 +58,7 @@ class Recorder:
                 self._writer.add_scalar(tag, value, step)
 
     def spectrum(self, step: int, logarithms: Tensor) -> None:
-        """Write a histogram of all eigenvalues, in bins of an eighth of a decade, the same at each step and run.
-
-        Args:
-            logarithms: log10 of eigenvalues over the largest of their block: at most 0.
-        """
+        """Write a histogram of eigenvalues (log10 of each over the largest of its block), in eighths of a decade."""
         values = logarithms.double().cpu().numpy()
         edges = np.arange(np.floor(BINS * values.min(initial=0)) - 1, 1) / BINS
         self._writer.add_histogram("optim/spectrum", values, step, bins=edges)

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,32 +32,27 @@ class Clock:
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a call takes, its work on the device included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait: Callable[..., object] = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
 
 
 class PhaseTimer:
-    """Seconds by phase. On CUDA, events are recorded now and read later, when nobody waits for them.
+    """Seconds by phase, to which those of ``seconds`` are added.
 
-    Args:
-        seconds: counted earlier.
-        now: the clock where the device is not CUDA; by default that of the wall.
+    On CUDA, events are recorded now and read later, when nobody waits for them; elsewhere ``now`` is the clock.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        seconds: dict[str, float] | None = None,
-        now: Callable[[], float] | None = None,
-    ) -> None:
-        self._cuda, self._now = device.type == "cuda", now or time.perf_counter
+        self, device: torch.device, seconds: dict[str, float] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self._cuda, self._now = device.type == "cuda", now
         self._seconds = defaultdict(float, seconds or {})
-        self._open: dict[str, float | torch.cuda.Event] = {}
+        self._open: dict[str, Any] = {}  # times, or events
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self, phase: str) -> None:
@@ -64,11 +60,11 @@ class PhaseTimer:
 
     def stop(self, phase: str) -> None:
         began, ended = self._open.pop(phase), self._mark()
-        if isinstance(began, float) and isinstance(ended, float):
-            self._seconds[phase] += ended - began
-        elif not isinstance(began, float) and not isinstance(ended, float):
+        if self._cuda:
             self._pending.append((phase, began, ended))
             self._drain()
+        else:
+            self._seconds[phase] += ended - began
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -78,7 +74,7 @@ class PhaseTimer:
         finally:
             self.stop(phase)
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def _mark(self) -> Any:
         if not self._cuda:
             return self._now()
         event = torch.cuda.Event(enable_timing=True)

@@ -28,10 +28,8 @@ from caspr_cli.training import hparams
 def begun(recipe: Recipe, record: Record, lines: Iterable[bytes]) -> list[LightningLogger]:
     """Return the loggers of a run, which hold its keys and what earlier attempts have logged.
 
-    Raises ConfigError if one of them cannot be used.
-
-    Args:
-        lines: of ``metrics.jsonl``, up to the checkpoint from which the run goes on.
+    That are the ``lines`` of ``metrics.jsonl``, up to the checkpoint from which the run goes on. Raises ConfigError if
+    a logger cannot be used.
     """
     made = []
     for kind in dict.fromkeys(recipe.logger):
@@ -51,11 +49,7 @@ def begun(recipe: Recipe, record: Record, lines: Iterable[bytes]) -> list[Lightn
 
 
 def end(logger: LightningLogger, how: str | None) -> None:
-    """Write the end of a run.
-
-    Args:
-        how: ``success``, ``failed``, or None: it was cut off, and goes on when the same command is given.
-    """
+    """Write how a run ended: ``success``, ``failed``, or None: it was cut off, and the same command goes on."""
     logger.save()
     if how:
         logger.finalize(how)
@@ -106,25 +100,22 @@ def _last_steps(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return last
 
 
-# A run that was killed has logged steps beyond the checkpoint from which it goes on. ``last`` has the last step of each
-# metric that the server knows of the run, so that no value is logged twice.
+class _Continued:
+    """A run that was killed has logged steps beyond the checkpoint from which it goes on: none is logged twice."""
+
+    last: Mapping[str, int] = {}  # the last step of each metric that the server knows of the run
+
+    def new(self, metrics: Mapping[str, float], step: int | None) -> dict[str, float]:
+        return {tag: value for tag, value in metrics.items() if step is None or step > self.last.get(tag, -1)}
 
 
-def _new(metrics: Mapping[str, float], step: int | None, last: Mapping[str, int]) -> dict[str, float]:
-    return {tag: value for tag, value in metrics.items() if step is None or step > last.get(tag, -1)}
-
-
-class _ContinuedWandb(WandbLogger):
-    last: Mapping[str, int] = {}
-
+class _ContinuedWandb(_Continued, WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if new := _new(metrics, step, self.last):  # else a line with the step alone
+        if new := self.new(metrics, step):  # else a line with the step alone
             super().log_metrics(new, step)
 
 
-class _ContinuedMLFlow(MLFlowLogger):
-    last: Mapping[str, int] = {}
-
+class _ContinuedMLFlow(_Continued, MLFlowLogger):
     def find_last(self) -> None:
         """Ask the server for the last step of each metric."""
         client, run = self.experiment, self.run_id
@@ -132,7 +123,7 @@ class _ContinuedMLFlow(MLFlowLogger):
         self.last = {tag: max(each.step for each in client.get_metric_history(run, tag)) for tag in tags}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(_new(metrics, step, self.last), step)
+        super().log_metrics(self.new(metrics, step), step)
 
 
 def _mlflow(recipe: Recipe, record: Record) -> tuple[LightningLogger, bool]:

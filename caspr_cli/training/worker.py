@@ -24,7 +24,7 @@ from caspr_cli.runs.record import (
     RUNNING,
     Record,
     RecordDamagedError,
-)
+)  # fmt: skip
 
 NAMES_RANKS = ("rank ", "no rank ")  # the start of a message that names its rank
 

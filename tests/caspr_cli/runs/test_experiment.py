@@ -12,8 +12,8 @@ import pytest
 from running import Runner, wait_for
 
 from caspr_cli.commands import train
+from caspr_cli.common.exits import BAD_USAGE, SOME_FAILED
 from caspr_cli.common.selection import AGAIN, TUNING_SEED
-from caspr_cli.common.streams import BAD_USAGE, SOME_FAILED
 from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
