@@ -46,12 +46,9 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def build_once(built: Path, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Return the directory ``built``, made now if it is not there.
+    """Return the directory ``built``, made now if it is not there. Raises as :func:`building`.
 
-    Raises DataError if the cache cannot be written, and OSError if the disk is full, or does not answer.
-
-    Args:
-        build: fills the empty directory that it is given, and returns what goes into ``meta.json``.
+    ``build`` fills the empty directory that it is given, and returns what goes into ``meta.json``.
     """
     if (built / META).is_file():
         return built

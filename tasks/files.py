@@ -93,11 +93,7 @@ def reaching(what: str, instead: str) -> Iterator[None]:
 
 
 def root_of(conf: TaskConf, holds: str) -> Path:
-    """Return the directory ``task.root``.
-
-    Args:
-        holds: what should be in it, for the message: "the *.conllu files of a treebank".
-    """
+    """Return the directory ``task.root``; ``holds`` says for the message what should be in it."""
     if conf.root is None:
         raise DataError(f"task.root: task.data={conf.data.value} needs the directory of {holds}")
     root = Path(conf.root).expanduser()
@@ -121,10 +117,7 @@ def entries_below(root: Path, *, deep: bool = True) -> list[str]:
 
     Links are followed. Hidden files, backups and what systems leave are passed over (:mod:`caspr_cli.tasks.names`).
     Raises DataError if something is no file and no folder, a link leads nowhere or in a circle, a file was not fetched
-    to its end, or a folder cannot be listed.
-
-    Args:
-        deep: whether to go into its folders.
+    to its end, or a folder cannot be listed. ``deep``: it goes into folders.
     """
     found: list[str] = []
 
@@ -152,13 +145,8 @@ def entries_below(root: Path, *, deep: bool = True) -> list[str]:
     return sorted(found)
 
 
-KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
+KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+         stat.S_IFDIR: "a folder"}  # fmt: skip
 
 
 def mode_of(path: Path) -> int:

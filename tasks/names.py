@@ -26,31 +26,22 @@ IGNORED = {
 UNFINISHED = (".crdownload", ".part", ".partial", ".download", ".opdownload", ".filepart", ".aria2", ".!ut", ".!qb")
 
 SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
+    "train": "train", "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test",
-}
+}  # fmt: skip
 
 
 def split_of(name: str, held_out: float) -> Split:
     """Return the split of a sample in data without splits of their own: it depends on the sample's name alone.
 
-    Args:
-        held_out: share of the samples in the validation split, and in the test split.
+    Validation and test each have a share of ``held_out``.
     """
     part = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in [0, 1)
     return "validation" if part < held_out else "test" if part < 2 * held_out else "train"
 
 
 def is_ignored(name: str, *, folder: bool = False) -> bool:
-    """Return whether a file or folder is passed over by its name: hidden files, traces of programs, backups.
-
-    Args:
-        folder: it is one; a ``~`` at its end means nothing then.
-    """
+    """Return whether a file or folder (a ``~`` at its end means nothing) is hidden, a backup, or a program's trace."""
     if name.startswith(".") or name.lower() in IGNORED:
         return True
     return not folder and (name.endswith("~") or (len(name) > 2 and name[0] == name[-1] == "#"))

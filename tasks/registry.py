@@ -119,41 +119,22 @@ class ViTConf(ImagesConf):
     dropout: float = 0.0
 
 
-TASKS = plugins.joined(
-    plugins.TASKS,
-    {
-        "c4_lm": Entry(
-            "decoder language model on English text (log-perplexity)",
-            C4LMConf,
-            "caspr_cli.tasks.c4_lm.task:C4LM",
-            "caspr_cli.tasks.c4_lm.sources:samples",
-        ),
-        "ogbg_molpcba": Entry(
-            "graph network on molecules, 128 yes-or-no labels (mean average precision)",
-            MolPCBAConf,
-            "caspr_cli.tasks.ogbg_molpcba.task:MolPCBA",
-            "caspr_cli.tasks.ogbg_molpcba.sources:samples",
-        ),
-        "resnet": Entry(
-            "residual convolutional network on images (accuracy)",
-            ResNetConf,
-            "caspr_cli.tasks.resnet.task:ResNetTask",
-            "caspr_cli.tasks.images.sources:samples",
-        ),
-        "ud_pos": Entry(
-            "part-of-speech tagger on a treebank (accuracy)",
-            TaggingConf,
-            "caspr_cli.tasks.ud_pos.task:Tagging",
-            "caspr_cli.tasks.ud_pos.sources:samples",
-        ),
-        "vit": Entry(
-            "vision transformer on images (accuracy)",
-            ViTConf,
-            "caspr_cli.tasks.vit.task:ViTTask",
-            "caspr_cli.tasks.images.sources:samples",
-        ),
-    },
-)
+def _entry(about: str, keys: type[TaskConf], task: str, data: str | None = None) -> Entry:
+    """Return a task of ``<name>.task:<class>``; its data are read by the folder ``data``, by default its own."""
+    return Entry(about, keys, f"caspr_cli.tasks.{task}", f"caspr_cli.tasks.{data or keys.name}.sources:samples")
+
+
+GRAPHS = "graph network on molecules, 128 yes-or-no labels (mean average precision)"
+OURS = {
+    "c4_lm": _entry("decoder language model on English text (log-perplexity)", C4LMConf, "c4_lm.task:C4LM"),
+    "ogbg_molpcba": _entry(GRAPHS, MolPCBAConf, "ogbg_molpcba.task:MolPCBA"),
+    "resnet": _entry(
+        "residual convolutional network on images (accuracy)", ResNetConf, "resnet.task:ResNetTask", "images"
+    ),
+    "ud_pos": _entry("part-of-speech tagger on a treebank (accuracy)", TaggingConf, "ud_pos.task:Tagging"),
+    "vit": _entry("vision transformer on images (accuracy)", ViTConf, "vit.task:ViTTask", "images"),
+}
+TASKS = plugins.joined(plugins.TASKS, OURS)
 CONFS: dict[str, type[TaskConf]] = {name: entry.keys for name, entry in TASKS.items()}
 for name, keys in CONFS.items():
     if not (issubclass(keys, TaskConf) and keys.name == name):

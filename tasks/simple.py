@@ -116,10 +116,8 @@ class _Given:
 def _bytes(sample: Any) -> bytes:
     """Return the content of a sample, whatever the layout of its tensors."""
     if isinstance(sample, Tensor):
-        return (
-            f"{sample.dtype}{list(sample.shape)}".encode()
-            + sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        content = sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return f"{sample.dtype}{list(sample.shape)}".encode() + content
     if isinstance(sample, (list, tuple)):
         return b"".join(map(_bytes, sample))
     if isinstance(sample, Mapping):

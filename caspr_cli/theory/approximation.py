@@ -104,7 +104,7 @@ def nearness(gradients: Tensor, eps: float) -> dict[str, dict[str, float]]:
 def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
     """Compare every preconditioner with the full-matrix one, on recorded gradients and on Kronecker-structured noise.
 
-    Raises ConfigError if there is no such task or parameter, or it is too large.
+    Raises as :func:`recordings`.
     """
     cases = DataFrame([*_recorded(choice, log), *_noise(choice, log)])
     by = wide(cases)

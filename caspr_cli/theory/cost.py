@@ -237,34 +237,22 @@ def _measured(runs: DataFrame, part: str, x: str, name: str) -> DataFrame:
 def _width_figure(runs: DataFrame) -> Figure:
     data = concat([_measured(runs, part, "width", part) for part in PARTS]).rename(columns={"x": "width"})
     title = "Milliseconds of a layer's step by width, by part, measured and predicted; one thread of this CPU."
-    finish = panels.logarithmic()
-    return panels.figure("width", title, data, MEASURED, ("part", "line", "width", "ms"), finish=finish)
+    columns = ("part", "line", "width", "ms")
+    return panels.figure("width", title, data, MEASURED, columns, finish=panels.logarithmic())
 
 
 def _options_figure(runs: dict[str, DataFrame]) -> Figure:
     swept = [_measured(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
-    title = (
-        f"Milliseconds of a step by block size and by interval, width {runs['interval']['width'][0]}, measured and "
-        "predicted."
-    )
-    return panels.figure(
-        "options",
-        title,
-        concat(swept).rename(columns={"x": ""}),
-        MEASURED,
-        ("part", "line", "", "ms"),
-        finish=lambda axes: axes.set(ylim=(0, None)),
-    )
+    data, width = concat(swept).rename(columns={"x": ""}), runs["interval"]["width"][0]
+    title = f"Milliseconds of a step by block size and by interval, width {width}, measured and predicted."
+    finish = panels.linear(ylim=(0, None))
+    return panels.figure("options", title, data, MEASURED, ("part", "line", "", "ms"), finish=finish)
 
 
 def _scale_figure(large: DataFrame) -> Figure:
-    ticks = [0.1, 0.3, 1, 3, 10, 30, 100]
-    return panels.figure(
-        "scale",
-        "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs.",
-        large.assign(percent=100 * large["share"]).rename(columns={"gpus": "GPUs"}),
-        {m: style.Style(hue, style.SOLID) for m, hue in zip(LARGE, ("green", "blue", "vermilion"), strict=False)},
-        ("mode", "model", "GPUs", "percent"),
-        unit="share, %",
-        finish=panels.logarithmic(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks], ylim=(0.2, 100)),
-    )
+    ticks, columns = [0.1, 0.3, 1, 3, 10, 30, 100], ("mode", "model", "GPUs", "percent")
+    data = large.assign(percent=100 * large["share"]).rename(columns={"gpus": "GPUs"})
+    styles = {m: style.Style(hue, style.SOLID) for m, hue in zip(LARGE, ("green", "blue", "vermilion"), strict=False)}
+    title = "Share of a training step that CASPR takes, on paper: decoders on H100s, by GPUs."
+    finish = panels.logarithmic(yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks], ylim=(0.2, 100))
+    return panels.figure("scale", title, data, styles, columns, unit="share, %", finish=finish)

@@ -89,12 +89,9 @@ class Model:
 
 
 def model_of(name: str, batch: int | None) -> Model:
-    """Return the cost of a task's model at its sample scale.
+    """Return the cost of a task's model at its sample scale, with the task's own batch where none is given.
 
     Raises ConfigError for an unknown task, or a batch of nothing.
-
-    Args:
-        batch: samples in a step; the task's own if there is none given.
     """
     if name not in CONFS:
         raise ConfigError(f"--model {name}: no such task.{nearest(name, CONFS)} (choices: {', '.join(CONFS)})")

@@ -110,17 +110,14 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
     """
     found = tuple(name for name in shapes if pattern in name)
     if not found:
-        raise ConfigError(
-            f"--parameter {pattern}: no preconditioned parameter has this in its name."
-            f"{nearest(pattern, shapes)} (there are: {', '.join(shapes)})"
-        )
+        known = f"{nearest(pattern, shapes)} (there are: {', '.join(shapes)})"
+        raise ConfigError(f"--parameter {pattern}: no preconditioned parameter has this in its name.{known}")
     for name in found:
         size = torch.Size(shapes[name]).numel()
         if size > LARGEST:
-            raise ConfigError(
-                f"--parameter {pattern}: {name} has {' x '.join(map(str, shapes[name]))} = {size:,} numbers, "
-                f"and a full matrix is computed for at most {LARGEST:,}"
-            )
+            numbers = f"{' x '.join(map(str, shapes[name]))} = {size:,} numbers"
+            limit = f"a full matrix is computed for at most {LARGEST:,}"
+            raise ConfigError(f"--parameter {pattern}: {name} has {numbers}, and {limit}")
     return found
 
 

@@ -31,10 +31,7 @@ DRAWN_VALUES = 64  # eigenvalues of a matrix that are drawn, at most
 
 
 def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
-    """Check the chain and its relatives on recorded gradients and on random ones.
-
-    Raises ConfigError if there is no such task or parameter, or it is too large.
-    """
+    """Check the chain and its relatives on recorded gradients and on random ones. Raises as :func:`recordings`."""
     found = recordings(choice, log)
     real = [
         row_of((REAL, r.task, r.parameter, r.size, r.rank, r.seed, step), check(G, ridge(r.gradients), r.rank))
@@ -212,32 +209,22 @@ DIFFERENCES = {
 }
 
 
+SPECTRUM = ("task", "difference", "share of all", "eigenvalue")
+
+
 def _trace_figure(cases: DataFrame) -> Figure:
     traces = cases[cases["source"] == REAL].rename(columns={f"trace {name}": name for name in STYLES})
-    return panels.figure(
-        "traces",
-        "Traces along the chain, in units of tr F~^½: mean over layers and seeds, band ± one standard deviation.",
-        traces.melt(["task", "step"], list(STYLES), "member", "trace"),
-        STYLES,
-        ("task", "member", "step", "trace"),
-        unit="tr X / tr F~^½",
-        legend_columns=4,
-    )
+    title = "Traces along the chain, in units of tr F~^½: mean over layers and seeds, band ± one standard deviation."
+    data, columns = traces.melt(["task", "step"], list(STYLES), "member", "trace"), ("task", "member", "step", "trace")
+    return panels.figure("traces", title, data, STYLES, columns, unit="tr X / tr F~^½", legend_columns=4)
 
 
 def _eigenvalue_figure(found: Sequence[Recording]) -> Figure:
     step = min(DRAWN_STEP, len(found[0].gradients))
     last = {one.task: one for one in found}  # the last layer of each task
-    return panels.figure(
-        "eigenvalues",
-        f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails.",
-        concat([_spectra(one, step) for one in last.values()]),
-        DIFFERENCES,
-        ("task", "difference", "share of all", "eigenvalue"),
-        log=False,
-        finish=_signed,
-        legend_columns=2,
-    )
+    title = f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails."
+    data, columns = concat([_spectra(one, step) for one in last.values()]), (*SPECTRUM,)
+    return panels.figure("eigenvalues", title, data, DIFFERENCES, columns, log=False, finish=_signed, legend_columns=2)
 
 
 def _signed(axes: Axes) -> None:
@@ -258,7 +245,7 @@ def _spectra(one: Recording, step: int) -> DataFrame:
     pairs = ((first, full), (second, first), (shampoo, second), (second, bare), (old, full))
     shares = ((drawn.round() + 0.5) / len(full)).tolist()
     return concat(
-        DataFrame({"task": one.task, "difference": name, "share of all": shares, "eigenvalue": values.tolist()})
+        DataFrame(dict(zip(SPECTRUM, (one.task, name, shares, values.tolist()), strict=True)))
         for name, (larger, smaller) in zip(DIFFERENCES, pairs, strict=True)
         for values in [torch.linalg.eigvalsh(larger - smaller)[drawn.round().long()] / top]
     )

@@ -40,8 +40,7 @@ def figure(
         columns: of ``data``: the panel, the line, x and y. Rows whose line has no style are left out.
         unit: the label of the y axes, by default the name of that column.
         form: of the numbers in the alternative text, which says where each line begins and ends.
-        log: whether x is logarithmic.
-        finish: what else is done to each axes, as :func:`logarithmic`.
+        log: whether x is logarithmic; ``finish`` is what else is done to each axes.
     """
     panel, line, x, y = columns
     data = data[data[line].isin(list(styles))]
@@ -82,6 +81,11 @@ def logarithmic(**properties: Any) -> Callable[[Axes], None]:
         axes.minorticks_off()
 
     return finish
+
+
+def linear(**properties: Any) -> Callable[[Axes], object]:
+    """Return what sets properties of the axes."""
+    return lambda axes: axes.set(**properties)
 
 
 def _draw(axes: Axes, title: str, means: DataFrame, sds: DataFrame, styles: Mapping[str, Style], *, log: bool) -> None:

@@ -57,13 +57,11 @@ class RoundedProducts(TorchFunctionMode):
 
     def _power(self, X: Tensor, p: int) -> Tensor:
         """Return X^p by squaring, as torch has it, of products that are rounded."""
-        result, square = None, X
-        while p:
+        result, square = X if p % 2 else None, X
+        while p := p // 2:
+            square = self._product(square, square)
             if p % 2:
                 result = square if result is None else self._product(result, square)
-            p //= 2
-            if p:
-                square = self._product(square, square)
         assert result is not None
         return result
 

@@ -77,11 +77,7 @@ def _known(Y: Tensor, x: Tensor) -> Tensor:
     return torch.where(torch.isnan(Y), 0, x)
 
 
-SQUARES = Loss(
-    "least squares",
-    value=lambda Z, Y: (Z - Y).square().sum((-2, -1)) / 2,
-    slope=lambda Z, Y: Z - Y,
-)
+SQUARES = Loss("least squares", lambda Z, Y: (Z - Y).square().sum((-2, -1)) / 2, lambda Z, Y: Z - Y)
 SOFTMAX = Loss(
     "logistic regression over classes",
     value=lambda Z, Y: (torch.logsumexp(Z, -2) - (Y * Z).sum(-2)).sum(-1),
@@ -92,11 +88,7 @@ SIGMOID = Loss(  # of m labels at once; a target that is NaN was not observed an
     value=lambda Z, Y: _known(Y, torch.nn.functional.softplus(Z) - Y * Z).sum((-2, -1)),
     slope=lambda Z, Y: _known(Y, torch.sigmoid(Z) - Y),
 )
-LINEAR = Loss(
-    "linear",
-    value=lambda Z, Y: (Y * Z).sum((-2, -1)),
-    slope=lambda Z, Y: Y.expand_as(Z),
-)
+LINEAR = Loss("linear", lambda Z, Y: (Y * Z).sum((-2, -1)), lambda Z, Y: Y.expand_as(Z))
 
 
 def best_in_hindsight(loss: Loss, X: Tensor, Y: Tensor) -> Tensor:
@@ -140,21 +132,13 @@ def _problem(name: str, about: str, loss: Loss, X: Tensor, Y: Tensor) -> Problem
 
 
 def least_squares(
-    name: str,
-    about: str,
-    samples: int,
-    spectra: tuple[float, float],
-    *,
-    rounds: int,
-    seeds: list[int],
+    name: str, about: str, samples: int, spectra: tuple[float, float], *, rounds: int, seeds: list[int],
     shape: tuple[int, int] = (6, 8),
-) -> Problem:
-    """Return the problem Y = W0 X + noise, W0 normal, m and n of W being ``shape``.
+) -> Problem:  # fmt: skip
+    """Return the problem Y = W0 X + noise, W0 normal, m and n of W being ``shape``, b ``samples`` a round.
 
-    Args:
-        samples: b, and with it the rank of gradients.
-        spectra: condition numbers of the covariance of inputs, in a random basis, and of that of the noise. The noise
-            is about as large as the signal.
+    ``spectra`` are the condition numbers of the covariance of inputs, in a random basis, and of that of the noise,
+    which is about as large as the signal.
     """
     m, n = shape
 
@@ -201,14 +185,12 @@ def words(*, samples: int, rounds: int, seeds: list[int]) -> Problem:
     ]
     tags = [tag for tag, _ in Counter(tag for _, tag in pairs).most_common(CLASSES - 1)]
     endings = [letter for letter, _ in Counter(word[-1].lower() for word, _ in pairs).most_common(ENDINGS)]
-    X = torch.tensor(
-        [
-            [1.0, len(word) / 10, float(word[0].isupper()), float(word[-1].lower() not in endings)]
-            + [float(word[-1].lower() == letter) for letter in endings]
-            for word, _ in pairs
-        ],
-        dtype=torch.float64,
-    )
+    features = [
+        [1.0, len(word) / 10, word[0].isupper(), word[-1].lower() not in endings]
+        + [word[-1].lower() == letter for letter in endings]
+        for word, _ in pairs
+    ]
+    X = torch.tensor(features, dtype=torch.float64)
     place = torch.tensor([tags.index(tag) if tag in tags else CLASSES - 1 for _, tag in pairs])
     Y = (1 - SMOOTHING) * torch.nn.functional.one_hot(place, CLASSES).double() + SMOOTHING / CLASSES
     about = f"tags of words from their endings, {CLASSES} classes, {X.shape[1]} features"
@@ -254,10 +236,11 @@ def forgetting(rounds: int) -> Problem:
     """
     slopes = [float(RARE) if t % PERIOD == 0 else -1.0 for t in range(rounds)]
     Y = torch.tensor(slopes, dtype=torch.float64).view(1, rounds, 1, 1)
-    best = torch.full((1, 1, 1), -1.0, dtype=torch.float64)
-    return Problem(
-        "forgetting", f"one number, {RARE} w in every {PERIOD}st round, else -w", LINEAR, torch.ones_like(Y), Y, best
+    best, about = (
+        torch.full((1, 1, 1), -1.0, dtype=torch.float64),
+        f"one number, {RARE} w in every {PERIOD}st round, else -w",
     )
+    return Problem("forgetting", about, LINEAR, torch.ones_like(Y), Y, best)
 
 
 def all_problems(*, rounds: int, seeds: list[int]) -> list[Problem]:
@@ -267,11 +250,6 @@ def all_problems(*, rounds: int, seeds: list[int]) -> list[Problem]:
         ("inputs", "inputs of condition 1e3, one sample a round", 1, (1e3, 1)),
         ("both", "inputs of condition 1e3, noise of condition 1e3, four samples a round", 4, (1e3, 1e3)),
     )
-    return [
-        *(
-            least_squares(f"squares, {name}", about, b, spectra, rounds=rounds, seeds=seeds)
-            for name, about, b, spectra in drawn
-        ),
-        words(samples=1, rounds=rounds, seeds=seeds),
-        molecules(samples=4, rounds=rounds, seeds=seeds),
-    ]
+    how: dict[str, Any] = {"rounds": rounds, "seeds": seeds}
+    squares = [least_squares(f"squares, {name}", about, b, spectra, **how) for name, about, b, spectra in drawn]
+    return [*squares, words(samples=1, **how), molecules(samples=4, **how)]

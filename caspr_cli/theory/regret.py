@@ -12,22 +12,10 @@ from torch import Tensor
 
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
-from caspr_cli.theory import panels
+from caspr_cli.theory import online, panels
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.online import (
-    DEPARTURES,
-    HALVINGS,
-    METHODS,
-    RUNGS,
-    Method,
-    Played,
-    Runs,
-    of_theorem,
-    play,
-    play_all,
-    traces,
-)
+from caspr_cli.theory.online import DEPARTURES, HALVINGS, METHODS, RUNGS, Method, Played, Runs, play, play_all
 from caspr_cli.theory.problems import all_problems, forgetting
 
 QUESTION = "Is CASPR's regret smaller than Shampoo's, as its smaller bound suggests?"
@@ -60,10 +48,10 @@ def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))
     played = [play_all(problem, method, log) for problem in problems for method in METHODS]
     departed = [play_all(problem, method, log) for problem in problems for method in DEPARTURES]
-    chains = {problem.name: traces(problem, ORDERS) for problem in problems}
+    chains = {problem.name: online.traces(problem, ORDERS) for problem in problems}
     log("a sequence on which moving averages fail")
     hard = forgetting(EXAMPLE_ROUNDS // 8 if choice.quick else EXAMPLE_ROUNDS)
-    example = [(method, play(hard, method, *of_theorem(hard, method))) for method in EXAMPLE]
+    example = [(method, play(hard, method, *online.of_theorem(hard, method))) for method in EXAMPLE]
     seen, others, claims = frame(played), frame(departed), claims_of(played, chains)
     return Answer(
         name="regret",
@@ -139,9 +127,8 @@ def _counterexamples(departed: Sequence[Played], example: Example) -> Iterator[s
     sums = torch.cat([p.ladder.sums for p in departed if p.method.interval > 1])
     runs = example[1][1]
     ratio = float(runs.regret[0, 0, -1] / runs.limits()[0, -1])
-    yield (
-        f"X_t ⪰ X_(t−1) for moving averages: false in {int((growth < -ROUNDING).sum()):,} of {growth.numel():,} rounds"
-    )
+    shrank = int((growth < -ROUNDING).sum())
+    yield f"X_t ⪰ X_(t−1) for moving averages: false in {shrank:,} of {growth.numel():,} rounds"
     yield (
         f"Σ⟨G, X⁻¹G⟩ ≤ 2r tr F~^½ with old roots: false in {int((sums > 1).sum())} of {len(sums)} runs (at most "
         f"{float(sums.max()):.3g} times the right side)"
@@ -215,9 +202,9 @@ def _comparison(seen: DataFrame, chains: Mapping[str, Tensor]) -> DataFrame:
     regret, theorem, kept = _by(seen, "regret"), _by(seen, "theorem"), torch.cat(list(chains.values()))
     pairs = seen.pivot(index=["problem", "seed"], columns="method", values="regret")
     smaller = int((pairs["CASPR"] < pairs["Shampoo"]).sum())
+    said = f"CASPR's regret over Shampoo's (smaller in {smaller} of {len(pairs)} pairs)"
     ratios = {
-        f"CASPR's regret over Shampoo's (smaller in {smaller} of {len(pairs)} pairs)": regret["CASPR"]
-        / regret["Shampoo"],
+        said: regret["CASPR"] / regret["Shampoo"],
         "regret of the worst method over the least": regret.max(axis=1) / regret.min(axis=1),
         "CASPR's regret at the best step over that at the theorem's": regret["CASPR"] / theorem["CASPR"],
         "tr X₂ over Shampoo's trace, of the same gradients": kept[:, 2] / kept[:, -1],
@@ -328,6 +315,8 @@ def _forgetting(example: Example) -> DataFrame:
 
 # ---- figures -----------------------------------------------------------------------------------------------------
 
+LINES = ("problem", "method", "round", "regret")  # panel, line, x and y
+
 
 def _curve(p: Played, line: str, values: Tensor, after: int = 0) -> DataFrame:
     """Return values ``[S, T]`` at some rounds, as rows."""
@@ -338,18 +327,13 @@ def _curve(p: Played, line: str, values: Tensor, after: int = 0) -> DataFrame:
 
 def _regret_figure(played: Sequence[Played]) -> Figure:
     regret = {(p.problem.name, p.method.label): p.grid.regret[:, p.chosen] for p in played}
-    return panels.figure(
-        "regret",
+    ratios = {key: own / regret[key[0], "CASPR"] for key, own in regret.items()}
+    data = concat(_curve(p, p.method.label, ratios[p.problem.name, p.method.label], CALM) for p in played)
+    title = (
         "Regret up to each round in units of CASPR's, each method at the best step of the grid: mean over seeds, band "
-        "± one standard deviation.",
-        concat(
-            _curve(p, p.method.label, regret[p.problem.name, p.method.label] / regret[p.problem.name, "CASPR"], CALM)
-            for p in played
-        ),
-        STYLES,
-        ("problem", "method", "round", "regret"),
-        unit="regret / CASPR's",
+        "± one standard deviation."
     )
+    return panels.figure("regret", title, data, STYLES, LINES, unit="regret / CASPR's")
 
 
 def _bound_figure(played: Sequence[Played]) -> Figure:
@@ -361,15 +345,9 @@ def _bound_figure(played: Sequence[Played]) -> Figure:
     lines = [_curve(p, p.method.label, p.theorem.regret[:, 0]) for p in shown]
     lines += [_curve(p, f"{p.method.label}, bound", p.theorem.limits()) for p in shown]
     least = min(float(p.theorem.regret[:, 0, -1].mean()) for p in shown)
-    return panels.figure(
-        "bound",
-        "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted).",
-        concat(lines),
-        styles,
-        ("problem", "method", "round", "regret"),
-        finish=panels.logarithmic(ylim=(least / 30, None)),
-        legend_columns=2,
-    )
+    title = "Regret with the theorem's step (lines) and the bound √(2r) D tr X_t beside it (dotted)."
+    finish = panels.logarithmic(ylim=(least / 30, None))
+    return panels.figure("bound", title, concat(lines), styles, LINES, finish=finish, legend_columns=2)
 
 
 def _ladder_figure(seen: DataFrame) -> Figure:
@@ -377,13 +355,7 @@ def _ladder_figure(seen: DataFrame) -> Figure:
     x, columns = "step of the proof", {f"rung {name}": place for place, name in enumerate(RUNGS)}
     heights = seen[list(columns)].div(seen["rung regret"], axis=0).rename(columns=columns)
     means = heights.groupby([seen["problem"], seen["method"]], sort=False).mean()  # a band would hide the others
-    return panels.figure(
-        "ladder",
-        "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds.",
-        means.reset_index().melt(["problem", "method"], var_name=x),
-        styles,
-        ("problem", "method", x, "value"),
-        unit="over the regret",
-        log=False,
-        finish=panels.logarithmic(xticks=range(len(RUNGS)), xticklabels=["–", "a", "b", "c", "d", "e", "f"]),
-    )
+    title = "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds."
+    data, columns = means.reset_index().melt(["problem", "method"], var_name=x), ("problem", "method", x, "value")
+    finish = panels.logarithmic(xticks=range(len(RUNGS)), xticklabels=["–", "a", "b", "c", "d", "e", "f"])
+    return panels.figure("ladder", title, data, styles, columns, unit="over the regret", log=False, finish=finish)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from pandas import DataFrame, concat
 
-from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
+from caspr_cli.report.style import DASHED, DOTTED, SOLID, Style
 from caspr_cli.theory import panels
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.gradients import Log
@@ -332,16 +332,12 @@ def _everything(found: DataFrame, constants: DataFrame) -> DataFrame:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 STYLES = {
-    STORED: style.Style("blue", style.SOLID),
-    "predicted for float32": style.Style("blue", style.DOTTED),
-    "stored in bfloat16": style.Style("purple", style.SOLID),
-    "predicted for bfloat16": style.Style("purple", style.DOTTED),
-    "eigh, float64": style.Style("ink", style.SOLID),
-    "newton, float64": style.Style("ink", style.DASHED),
-    EIGH: style.Style("vermilion", style.SOLID),
-    NEWTON: style.Style("vermilion", style.DASHED),
-    "newton, TF32 products": style.Style("amber", style.DASHED),
-}
+    STORED: Style("blue", SOLID), "predicted for float32": Style("blue", DOTTED),
+    "stored in bfloat16": Style("purple", SOLID), "predicted for bfloat16": Style("purple", DOTTED),
+    "eigh, float64": Style("ink", SOLID), "newton, float64": Style("ink", DASHED),
+    EIGH: Style("vermilion", SOLID), NEWTON: Style("vermilion", DASHED),
+    "newton, TF32 products": Style("amber", DASHED),
+}  # fmt: skip
 
 
 def _error_figure(name: str, title: str, cases: DataFrame, panel: str, x: str, powers: range) -> Figure:
@@ -356,16 +352,10 @@ def _error_figure(name: str, title: str, cases: DataFrame, panel: str, x: str, p
     if x == "condition":
         ticks |= {"ylim": (1e-16, 30), "yticks": [1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1]}
         ticks |= {"xlim": (None, cases["condition"].max())}
-    return panels.figure(
-        name,
-        title,
-        concat([drawn, predicted]),
-        {label: look for label, look in STYLES.items() if label in lines},
-        (panel, "solver", x, "error"),
-        unit="relative error",
-        form=".0e",
-        finish=panels.logarithmic(**ticks),
-    )
+    styles = {label: look for label, look in STYLES.items() if label in lines}
+    columns, finish = (panel, "solver", x, "error"), panels.logarithmic(**ticks)
+    data = concat([drawn, predicted])
+    return panels.figure(name, title, data, styles, columns, unit="relative error", form=".0e", finish=finish)
 
 
 def _figures(bare: DataFrame, damped: DataFrame) -> Iterator[Figure]:
@@ -379,16 +369,14 @@ def _figures(bare: DataFrame, damped: DataFrame) -> Iterator[Figure]:
 
 
 def _cost_figure(costs: DataFrame) -> Figure:
-    styles: dict[str, style.Style] = {}
+    styles: dict[str, Style] = {}
     lines = []
     for method, hue in {"eigh": "vermilion", "newton": "blue"}.items():
-        styles |= {method: style.Style(hue, style.SOLID), f"{method}, predicted": style.Style(hue, style.DOTTED)}
+        styles |= {method: Style(hue, SOLID), f"{method}, predicted": Style(hue, DOTTED)}
         own = costs[costs["solver"] == method].rename(columns={"d": "rows"})
         for unit, key in (("milliseconds", "ms"), ("megabytes", "mb")):
             lines += [own.assign(unit=unit, line=method, value=own[key])]
             lines += [own.assign(unit=unit, line=f"{method}, predicted", value=own[f"predicted_{key}"])]
     title = "Milliseconds and megabytes of a root by its rows, measured and predicted, one thread, float32."
-    finish = panels.logarithmic()
-    return panels.figure(
-        "costs", title, concat(lines), styles, ("unit", "line", "rows", "value"), form=".0e", finish=finish
-    )
+    columns, finish = ("unit", "line", "rows", "value"), panels.logarithmic()
+    return panels.figure("costs", title, concat(lines), styles, columns, form=".0e", finish=finish)

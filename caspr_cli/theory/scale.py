@@ -69,12 +69,7 @@ class ScaleRow:
 
 
 def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: Settings) -> Iterator[ScaleRow]:
-    """Yield two rows for each number of GPUs.
-
-    Args:
-        model: a name of ``MODELS``.
-        name: of an optimizer of the Kronecker family.
-    """
+    """Yield two rows for each number of GPUs, of a model in ``MODELS`` and an optimizer of the Kronecker family."""
     matrices, rest = MODELS[model]
     optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings, settings.interval)
     assert isinstance(optimizer, KroneckerOptimizer)

@@ -134,9 +134,7 @@ def threads(count: int) -> Iterator[None]:
 def least_seconds(run: Callable[[], object], now: Callable[[], float] = time.process_time) -> float:
     """Return the seconds of the shortest of a few runs, or of a single run that takes long.
 
-    Args:
-        now: the clock; the default counts the processors of this process, which on one thread is the time that it
-            takes where nothing else runs.
+    The default clock counts the processors of this process: on one thread, the time where nothing else runs.
     """
     taken: list[float] = []
     while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and sum(taken) < TIMED):

@@ -25,12 +25,7 @@ class Windows(MappedData[Tensor]):
 
     Item ``i`` holds the tokens ``[i T, i T + T]``, both ends included: a LongTensor ``[T + 1]`` whose first ``T``
     are inputs and whose last ``T`` are targets, so each token but the file's first is a target once. The
-    remainder that fills no window is dropped, in every split: at most ``T`` tokens go unused.
-
-    Args:
-        path: flat file of token ids, memory-mapped.
-        dtype: NumPy name of their type.
-        sequence: ``T``, in tokens.
+    remainder that fills no window is dropped, in every split: at most ``T`` tokens go unused. ``sequence`` is ``T``.
     """
 
     def __init__(self, path: Path, dtype: str, sequence: int) -> None:
@@ -91,18 +86,8 @@ class Corpus(Built):
 
     def describe(self) -> dict[str, Any]:
         """Return also the vocabulary; a split's sizes are documents, tokens and UTF-8 bytes."""
-        sizes = {
-            split: {key: self.meta["splits"][split][key] for key in ("documents", "tokens", "bytes")}
-            for split in SPLITS
-        }
-        described = {
-            "name": self.meta["data"],
-            "source": self._conf.data.value,
-            "hash": self.meta["hash"],
-            "vocab_size": self.meta["vocabulary"],
-            "tokenizers": self.meta["tokenizers"],
-            "splits": sizes,
-        }
-        if self._conf.data is Source.sample:
-            described["python"] = python_version()
-        return described
+        meta, keys = self.meta, ("documents", "tokens", "bytes")
+        sizes = {split: {key: meta["splits"][split][key] for key in keys} for split in SPLITS}
+        described = {"name": meta["data"], "source": self._conf.data.value, "hash": meta["hash"]}
+        described |= {"vocab_size": meta["vocabulary"], "tokenizers": meta["tokenizers"], "splits": sizes}
+        return described | ({"python": python_version()} if self._conf.data is Source.sample else {})

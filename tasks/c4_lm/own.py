@@ -79,18 +79,9 @@ class OwnText:
 
 
 def documents_of(file: Path) -> Iterator[str]:
-    """Yield the documents of a file; empty ones are left out.
-
-    Raises DataError, which names the file, the line or row, and what a record should look like.
-    """
-    kind = kind_of(file)
-    if kind == ".txt":
-        found = _paragraphs(file)
-    elif kind == ".parquet":
-        found = _rows(file)
-    else:
-        found = _records(file)
-    return filter(str.strip, found)
+    """Yield the documents of a file but empty ones. Raises DataError, which names file, line or row, and the form."""
+    read = {".txt": _paragraphs, ".parquet": _rows}.get(kind_of(file) or "", _records)
+    return filter(str.strip, read(file))
 
 
 def _paragraphs(file: Path) -> Iterator[str]:

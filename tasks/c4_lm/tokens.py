@@ -8,7 +8,6 @@ In the cache (see :mod:`caspr_cli.tasks.cache`) are
 ``<hash>`` covers the documents, the vocabulary size and the version of `tokenizers`. The identity is cheap (sizes
 and times of files, or what was asked of the hub), so a second start reads no document at all; where only times
 have changed, the documents are read again but nothing is trained.
-
 """
 
 from __future__ import annotations
@@ -114,13 +113,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    how = {"special_tokens": [END], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **how))
     return tokenizer
 
 

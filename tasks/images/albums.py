@@ -66,9 +66,8 @@ def decode(content: bytes, name: str) -> Image.Image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut the values off at 255
                 raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode})")
             if max(image.size) > LONGEST * min(image.size):
-                raise DataError(
-                    f"{name}: {image.width} x {image.height} pixels, a side more than {LONGEST} of the other"
-                )
+                size = f"{image.width} x {image.height} pixels"
+                raise DataError(f"{name}: {size}, a side more than {LONGEST} of the other")
             return image.convert("RGB")
 
 

@@ -97,11 +97,8 @@ class Gallery(Built):
     def build(self) -> Path:
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
-
-        return build_once(
-            cache_root("images") / digest([*source.identity(), *settings]),
-            lambda aside: {"data": source.name} | self._write(source.load(aside), aside),
-        )
+        built = cache_root("images") / digest([*source.identity(), *settings])
+        return build_once(built, lambda aside: {"data": source.name} | self._write(source.load(aside), aside))
 
     @property
     def classes(self) -> int:
@@ -121,10 +118,8 @@ class Gallery(Built):
             labels = found.albums[split].labels
             write_array(aside / f"{split}_labels.npy", labels)
             content.update(labels.astype("<i8").tobytes())
-        meta: dict[str, Any] = {
-            "classes": found.classes,
-            "splits": {split: {"images": count} for split, count in counts.items()},
-        }
+        sizes = {split: {"images": count} for split, count in counts.items()}
+        meta: dict[str, Any] = {"classes": found.classes, "splits": sizes}
         size = self._conf.size
         in_memory = all(isinstance(album, ArrayAlbum) for album in found.albums.values())
         fits = size <= SMALL or 3 * size**2 * sum(counts.values()) <= LARGEST_BYTES
@@ -175,13 +170,8 @@ class Gallery(Built):
 
     def describe(self) -> dict[str, Any]:
         """Return also the number of classes."""
-        return {
-            "name": self.meta["data"],
-            "source": self._conf.data.value,
-            "hash": self.meta["hash"],
-            "classes": self.classes,
-            "splits": self.meta["splits"],
-        }
+        found = {"name": self.meta["data"], "source": self._conf.data.value, "hash": self.meta["hash"]}
+        return found | {"classes": self.classes, "splits": self.meta["splits"]}
 
 
 def _decode(album: Album, size: int, path: Path) -> Array:

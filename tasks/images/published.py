@@ -74,9 +74,8 @@ class Published:
             found = [(root / self._class.base_folder / file, md5) for file, md5 in members]
         for path, _ in found:
             if not path.is_file():
-                raise DataError(
-                    f"task.root: no {path.relative_to(root)} in {root} (unpacked, as torchvision's {name} leaves it)"
-                )
+                where = f"{root} (unpacked, as torchvision's {name} leaves it)"
+                raise DataError(f"task.root: no {path.relative_to(root)} in {where}")
         return found
 
     def _read(self, root: Path) -> Found:
@@ -86,14 +85,8 @@ class Published:
         images, labels, classes = self._part(root, train=True)
         test_images, test_labels, _ = self._part(root, train=False)
         train, validation = hold_out(labels)
-        return Found(
-            classes,
-            {
-                "train": ArrayAlbum(images[train], labels[train]),
-                "validation": ArrayAlbum(images[validation], labels[validation]),
-                "test": ArrayAlbum(test_images, test_labels),
-            },
-        )
+        kept, held = (ArrayAlbum(images[chosen], labels[chosen]) for chosen in (train, validation))
+        return Found(classes, {"train": kept, "validation": held, "test": ArrayAlbum(test_images, test_labels)})
 
     def _part(self, root: Path, *, train: bool) -> tuple[Array, Array, list[str]]:
         """Return images, labels ``[N]`` and the names of the classes of a split."""

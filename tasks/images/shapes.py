@@ -48,9 +48,8 @@ def _star(u: Array, v: Array) -> Array:
 
 
 def _box(u: Array, v: Array, left: float, right: float, low: float, high: float) -> Array:
-    return np.maximum(
-        np.abs(u - (left + right) / 2) - (right - left) / 2, np.abs(v - (low + high) / 2) - (high - low) / 2
-    )
+    across, along = np.abs(u - (left + right) / 2) - (right - left) / 2, np.abs(v - (low + high) / 2) - (high - low) / 2
+    return np.maximum(across, along)
 
 
 # Signed distances (nearly): negative inside, in units of the shape's radius.

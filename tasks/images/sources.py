@@ -138,21 +138,14 @@ class Folder:
         files = files_of(self._root)
         found = sort_out(files.names(), self._root.name)
         labels = {name: label for label, name in enumerate(sorted(found["train"]))}
-        albums: dict[Split, FileAlbum] = {
-            split: FileAlbum(
-                files,
-                [name for group in sorted(groups) for name in groups[group]],
-                np.array([labels[group] for group in sorted(groups) for _ in groups[group]]),
-            )
-            for split, groups in found.items()
-        }
+        albums: dict[Split, FileAlbum] = {}
+        for split, groups in found.items():
+            named = [(name, labels[group]) for group in sorted(groups) for name in groups[group]]
+            albums[split] = FileAlbum(files, [name for name, _ in named], np.array([label for _, label in named]))
         if "validation" not in albums:
             train = albums["train"]
-            kept, held = (
-                FileAlbum(files, [train.names[i] for i in chosen], train.labels[chosen])
-                for chosen in hold_out(train.labels)
-            )
-            albums |= {"train": kept, "validation": held}
+            for part, chosen in zip(("train", "validation"), hold_out(train.labels), strict=True):
+                albums[part] = FileAlbum(files, [train.names[i] for i in chosen], train.labels[chosen])
         return Found(list(labels), dict(albums))
 
 
@@ -162,11 +155,8 @@ Groups = dict[str, list[str]]  # the names of the images of each class
 def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
     """Return the image files of each split and class, where "validation" may be missing.
 
-    Raises DataError, which names the file or folder, if they lie in no such layout.
-
-    Args:
-        entries: paths; a folder's ends in a slash.
-        where: name of what they lie in, for messages.
+    The paths ``entries``, of which those of folders end in a slash, lie in ``where``. Raises DataError, which names the
+    file or folder, if they have no such layout.
     """
     paths = [entry.split("/") for entry in entries]
     tops = {parts[0] for parts in paths if len(parts) > 1}
@@ -174,9 +164,8 @@ def sort_out(entries: list[str], where: str) -> dict[Split, Groups]:
     splits, others = _in_splits(paths, depth, where)
     for top, count in others.items():
         if count and resembles_split(top.rpartition("/")[2]):
-            raise DataError(
-                f"{where}: {top} is no name of a split (they are {', '.join(SPLIT_NAMES)}); rename or remove it"
-            )
+            known = ", ".join(SPLIT_NAMES)
+            raise DataError(f"{where}: {top} is no name of a split (they are {known}); rename or remove it")
         if count and splits:
             log.info("left out: %d images in %s, which is no split", count, f"the folder {top}" if top else where)
     if not splits:

@@ -12,18 +12,9 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
+from caspr_cli.tasks import cache
 from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.cache import (
-    META,
-    Built,
-    MappedData,
-    build_once,
-    cache_root,
-    digest,
-    read_array,
-    whole,
-    write_array,
-)
+from caspr_cli.tasks.cache import META, Built, MappedData, build_once, digest, read_array, whole
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from caspr_cli.tasks.ogbg_molpcba.sources import Molecules, molecules
@@ -46,12 +37,7 @@ class Graph(NamedTuple):
 
 
 class GraphSet(MappedData[Graph]):
-    """The graphs of a split.
-
-    Args:
-        directory: of the cache, with an array for each field of :class:`Graphs` and for each split.
-        split: which of them.
-    """
+    """The graphs of a split, from a directory of the cache with an array for each field of :class:`Graphs`."""
 
     def __init__(self, directory: Path, split: Split) -> None:
         super().__init__(directory, split)
@@ -104,7 +90,7 @@ class Library(Built):
     def build(self) -> Path:
         source = molecules(self._conf)
         name = digest([f"format {FORMAT}", self._conf.data.value, *source.identity()])
-        return build_once(cache_root(KIND) / name, lambda whole: _build(source, whole))
+        return build_once(cache.cache_root(KIND) / name, lambda whole: _build(source, whole))
 
     @property
     def tasks(self) -> int:
@@ -130,13 +116,8 @@ class Library(Built):
 
     def describe(self) -> dict[str, Any]:
         """Return also the number of labels of a graph."""
-        return {
-            "name": self.meta["name"],
-            "source": self._conf.data.value,
-            "hash": self.meta["hash"],
-            "labels": self.tasks,
-            "splits": self.meta["splits"],
-        }
+        found = {"name": self.meta["name"], "source": self._conf.data.value, "hash": self.meta["hash"]}
+        return found | {"labels": self.tasks, "splits": self.meta["splits"]}
 
 
 def _build(source: Molecules, whole: Path) -> dict[str, Any]:
@@ -146,7 +127,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
     arrays = {name: getattr(graphs, name) for name in ARRAYS} | splits
     content = hashlib.sha256()
     for name, array in arrays.items():
-        write_array(whole / f"{name}.npy", array)
+        cache.write_array(whole / f"{name}.npy", array)
         content.update(f"{name} {array.dtype} {array.shape}".encode())
         content.update(np.ascontiguousarray(array).data)
     return {

@@ -17,9 +17,6 @@ class MeanAveragePrecision(Means):
     ``compute()`` gives ``loss`` (nats an observed cell) and ``map``: average precision (the sum of precision times
     gain in recall, as scikit-learn and OGB have it) of each label's observed cells, averaged over the labels that
     have both classes. It is NaN if no label has; a data set with such a split is refused when it is prepared.
-
-    Args:
-        tasks: labels of a graph (``T``).
     """
 
     means = (("loss", "nats", "cells"),)

@@ -149,9 +149,8 @@ def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
     """Return a directory or a zip, and the path in it to the folder with raw/: empty, or with a slash at its end."""
     given = Path(conf.root or "").expanduser()
     if given.is_file() and given.suffix.lower() != ".zip":
-        raise DataError(
-            f"task.root: {conf.root} is neither a .csv of SMILES and labels, nor a directory or a .zip of OGB"
-        )
+        kinds = "neither a .csv of SMILES and labels, nor a directory or a .zip of OGB"
+        raise DataError(f"task.root: {conf.root} is {kinds}")
     disk = given if given.suffix.lower() == ".zip" and given.is_file() else root_of(conf, HOLDS)
     if disk.is_dir():
         tops = entries_below(disk, deep=False)
@@ -165,9 +164,8 @@ def _data_set(conf: MolPCBAConf) -> tuple[Archive, str]:
     if "" in folders:
         return files_of(disk), ""
     if not folders:
-        raise DataError(
-            f"task.root: no raw/ in {conf.root}, nor in a folder of it (it should hold {HOLDS}, {OR_TABLE})"
-        )
+        known = f"it should hold {HOLDS}, {OR_TABLE}"
+        raise DataError(f"task.root: no raw/ in {conf.root}, nor in a folder of it ({known})")
     if len(folders) > 1:
         raise DataError(f"task.root: {' and '.join(f[:-1] for f in folders)} are in {conf.root}; name one of them")
     return (Zip(disk), folders[0]) if disk.is_file() else (Folder(disk / folders[0]), "")
@@ -236,11 +234,7 @@ def _columns(where: str, names: list[str]) -> None:
 def graphs_of(table: Any, where: str, first: int) -> Graphs:
     """Return the graphs of an Arrow table of the hub: columns ``node_feat``, ``edge_index``, ``edge_attr`` and ``y``.
 
-    Raises DataError for a row that is no molecule, which it names.
-
-    Args:
-        where: the table's name, for messages.
-        first: number of its first row, counted from 0.
+    Raises DataError for a row that is no molecule, which names it by table and number (the first row's is ``first``).
     """
     rows = _Rows(table, where, first)
     node_counts, nodes = rows.matrices("node_feat", ATOM_SIZES)
@@ -286,11 +280,7 @@ class _Rows:
         return counts.astype(np.int64), lengths.astype(np.int64), inner.flatten().to_numpy(zero_copy_only=False)
 
     def matrices(self, column: str, sizes: Sequence[int], *, missing: bool = False) -> tuple[Array, Array]:
-        """Return how many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked.
-
-        Args:
-            sizes, missing: as of :func:`caspr_cli.tasks.ogbg_molpcba.tables.read_table`.
-        """
+        """Return how many lists a row has ``[rows]``, and the numbers of all lists ``[lists, len(sizes)]``, checked."""
         counts, lengths, values = self.lists(column)
         owners = np.repeat(np.arange(len(counts)), counts)  # the row of each list
         if (bad := np.flatnonzero(lengths != len(sizes))).size:

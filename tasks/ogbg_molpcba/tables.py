@@ -89,9 +89,7 @@ def _parse(block: bytes, sizes: Sequence[int], missing: bool, name: str, first: 
 def out_of_range(values: Array, sizes: Sequence[int], missing: str) -> tuple[int, int, str] | None:
     """Return row and column of the first of ``values`` ``[rows, len(sizes)]`` that is wrong, and what it must be.
 
-    Args:
-        sizes: as of :func:`read_table`.
-        missing: the word for NaN where it may be; empty where it may not.
+    ``missing`` is the word for NaN where it may be; empty where it may not.
     """
     wrong = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))
     if missing:

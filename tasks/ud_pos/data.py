@@ -35,11 +35,8 @@ class Lexicon:
 
     *Forms* are numbered so that the known words come first: ``form < known`` is the id of a known word, in the order
     of how common they are, and every other form has the word id UNKNOWN. The forms beyond are there for their
-    spellings alone.
-
-    Args:
-        sentences: of each split. Words, tags and characters are known from the training split alone.
-        vocab_size: words known, at most: the commonest, of equals those first in the alphabet.
+    spellings alone. Words, tags and characters are known from the training split alone, and at most ``vocab_size``
+    words: the commonest, of equals those first in the alphabet.
     """
 
     def __init__(self, sentences: dict[Split, list[Sentence]], vocab_size: int) -> None:
@@ -81,12 +78,10 @@ def _table(rows: list[list[int]]) -> Tensor:
 
 
 class Sentences(Dataset[Sample]):
-    """Sentences as forms and tag ids.
+    """Sentences as forms and tag ids, in samples of at most ``max_length`` words, of which each has a tag.
 
-    Args:
-        max_length: longest sample, in words.
-        whole: a longer sentence makes several samples, which hold each of its words once, and without the context of
-            their neighbours; else it is cut off. A sample without any tag is left out.
+    With ``whole`` a longer sentence makes several samples, which hold each of its words once, and without the context
+    of their neighbours; else it is cut off.
     """
 
     def __init__(self, sentences: Sequence[Sentence], lexicon: Lexicon, max_length: int, *, whole: bool) -> None:
@@ -173,16 +168,7 @@ class Corpus:
                 sums.update("\t".join([split, *words, *tags, "\n"]).encode())
             forms = [lexicon.forms[word] for sentence in self.sentences[split] for word in sentence.words]
             unknown = sum(form >= lexicon.known for form in forms)
-            splits[split] = {
-                "sentences": len(self.sentences[split]),
-                "words": len(forms),
-                "unknown": round(unknown / len(forms), 4),
-            }
-        return {
-            "name": self._source.name,
-            "source": self._conf.data.value,
-            "hash": sums.hexdigest()[:16],
-            "tags": len(lexicon.tags),
-            "vocab_size": lexicon.known,
-            "splits": splits,
-        }
+            shares = {"words": len(forms), "unknown": round(unknown / len(forms), 4)}
+            splits[split] = {"sentences": len(self.sentences[split]), **shares}
+        found = {"name": self._source.name, "source": self._conf.data.value, "hash": sums.hexdigest()[:16]}
+        return found | {"tags": len(lexicon.tags), "vocab_size": lexicon.known, "splits": splits}

@@ -18,10 +18,8 @@ class Accuracy(Means):
     """
 
     means = (
-        ("loss", "nats", "scored"),
-        ("accuracy", "right", "words"),
-        ("unknown_accuracy", "unknown_right", "unknown"),
-    )
+        ("loss", "nats", "scored"), ("accuracy", "right", "words"), ("unknown_accuracy", "unknown_right", "unknown"),
+    )  # fmt: skip
 
     def update(self, logits: Tensor, tags: Tensor, words: Tensor) -> None:
         """Add ``logits`` ``[B, T, tags]`` for ``tags`` and ``words`` ``[B, T]`` of a batch."""

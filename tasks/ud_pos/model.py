@@ -43,28 +43,14 @@ class Tagger(nn.Module):
 
     At 6 layers of 512 it has ``18,903,040 + 512 vocab_size + 513 tags`` parameters: the tagger of Flax's nlp_seq
     example. Initial weights as there: matrices Xavier-uniform, biases 0, embeddings normal with variance ``1 / width``.
-
-    Args:
-        vocab_size: word ids.
-        tags: classes.
-        max_length: longest input, in words.
-        alphabet: character ids, or None for no character channel.
-        layers, width, heads: of the encoder; width a multiple of heads, and even.
-        dropout: probability, on embeddings, attention weights and whatever is added to the residual stream.
+    ``alphabet`` is the number of character ids; None: words have no spelling. ``width`` is even, and a multiple of
+    ``heads``. ``dropout`` is of embeddings, attention weights and whatever is added to the residual stream.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        tags: int,
-        max_length: int,
-        *,
-        alphabet: int | None,
-        layers: int,
-        width: int,
-        heads: int,
+        self, vocab_size: int, tags: int, max_length: int, *, alphabet: int | None, layers: int, width: int, heads: int,
         dropout: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width, padding_idx=PADDING)
         self.spelling = None if alphabet is None else Spelling(alphabet, width)

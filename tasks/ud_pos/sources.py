@@ -54,9 +54,8 @@ def sentences(source: Treebank, tags: Tags) -> Generator[None, None, dict[Split,
         if not found[split]:
             raise DataError(f"{name}: no sentence in the {split} split")
         if all(tag == MISSING for sentence in found[split] for tag in sentence.tags):
-            raise DataError(
-                f"task.tags: {name} has no {tags.name} in its {split} split; try the other of upos and xpos"
-            )
+            other = "try the other of upos and xpos"
+            raise DataError(f"task.tags: {name} has no {tags.name} in its {split} split; {other}")
         if all(word == MISSING for sentence in found[split] for word in sentence.words):
             raise DataError(f"{name}: every word is '_': its text is withheld; ask its makers for it")
     seen = {tag for sentence in found["train"] for tag in sentence.tags} - {MISSING}
@@ -142,9 +141,8 @@ class Files:
             if f"{name}.gz" in names:
                 raise DataError(f"task.root: both {name} and {name}.gz in {conf.root}; remove one of them")
         if not codes:
-            raise DataError(
-                f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}; or task.root can be one .conllu file"
-            )
+            alone = "or task.root can be one .conllu file"
+            raise DataError(f"task.root: no *-ud-train.conllu (or .conllu.gz) in {conf.root}; {alone}")
         if len(codes) > 1:
             some = ", ".join(sorted(codes)[:4]) + (", ..." if len(codes) > 4 else "")
             raise DataError(f"task.root: {len(codes)} treebanks in {conf.root} ({some}); give each its own directory")
@@ -200,9 +198,8 @@ class Hub:
                 if "Couldn't find cache" in str(error):  # without a network, and with another treebank in the cache
                     raise ConnectionError(error) from None
                 if "BuilderConfig" in str(error):
-                    raise DataError(
-                        f"task.treebank: {self.repository} has no {self._code!r} (codes are like en_ewt, grc_proiel)"
-                    ) from None
+                    known = "codes are like en_ewt, grc_proiel"
+                    raise DataError(f"task.treebank: {self.repository} has no {self._code!r} ({known})") from None
                 raise
 
     def split(self, split: Split) -> Iterator[Sentence]:

@@ -42,16 +42,10 @@ class Tagging(Task):
 
     def model(self) -> Tagger:
         conf, lexicon = self.conf, self.data.lexicon
-        return Tagger(
-            lexicon.known,
-            len(lexicon.tags),
-            conf.max_length,
-            alphabet=lexicon.alphabet if conf.characters else None,
-            layers=conf.layers,
-            width=conf.width,
-            heads=conf.heads,
-            dropout=conf.dropout,
-        )
+        shape = {"layers": conf.layers, "width": conf.width, "heads": conf.heads}
+        alphabet = lexicon.alphabet if conf.characters else None
+        known = lexicon.known, len(lexicon.tags), conf.max_length
+        return Tagger(*known, alphabet=alphabet, **shape, dropout=conf.dropout)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross entropy, in nats a tagged word of this batch.

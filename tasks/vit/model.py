@@ -16,15 +16,8 @@ class VisionTransformer(nn.Module):
 
     It is ``torchvision.models.VisionTransformer`` but for queries, keys and values, which have a matrix each. Initial
     weights as there: patches normal by fan-in, Glorot's uniform in the blocks, positions normal of .02, head zero.
-
-    Args:
-        size: pixels a side.
-        patch: pixels a side of a patch; divides ``size``.
-        classes: of the output.
-        layers: blocks.
-        width: of the residual stream; a multiple of ``heads``. The MLPs are 4 times wider.
-        heads: of each attention.
-        dropout: probability, on embeddings, attention weights and whatever is added to the residual stream.
+    ``patch`` divides ``size``, both pixels a side; ``width`` is a multiple of ``heads``. ``dropout`` is of embeddings,
+    attention weights and whatever is added to the residual stream.
     """
 
     def __init__(
