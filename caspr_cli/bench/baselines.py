@@ -65,9 +65,6 @@ def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict
     """Return the options in ``--set KEY=VALUE``, checked against those of the chosen optimizers.
 
     Raises ConfigError for an unknown option, a value that cannot be read, or an option that has a flag of its own.
-
-    Args:
-        flag: the one to blame.
     """
     known = {key: default for name in names if is_kronecker(name) for key, default in defaults(name).items()}
     given = {}
@@ -102,13 +99,7 @@ def _value(key: str, text: str) -> int | float | bool | str:
 
 
 def make(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
-    """Return the optimizer ``name`` over ``groups``, which become its own, after ``WARM_UP`` steps.
-
-    Raises ConfigError if it refuses an option.
-
-    Args:
-        interval: steps between two refreshes.
-    """
+    """Return the optimizer ``name`` over ``groups``, its own from now on, after ``WARM_UP`` steps. Raises ConfigError."""
     optimizer = enter(name, groups, settings, interval)
     with _first_roots_at_once() if interval == NEVER else nullcontext():
         for _ in range(WARM_UP):

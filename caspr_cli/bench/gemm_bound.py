@@ -116,8 +116,7 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
 def gemm_bound(optimizer: Optimizer, device: torch.device, seconds: Callable[[Run], float]) -> Run | None:
     """Return a function that repeats the products of a step; None if there are none. It takes a step to record them.
 
-    Args:
-        seconds: times a function.
+    ``seconds``: times a function.
     """
     if isinstance(optimizer, KroneckerOptimizer):
         replays = [_fastest(product, device, seconds) for product in kronecker_products(optimizer)]

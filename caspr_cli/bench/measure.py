@@ -134,19 +134,12 @@ class Candidate:
 
 
 def measured(
-    what: ShapeSet | Recipe,
-    names: list[str],
-    settings: Settings,
-    machine: Machine,
-    *,
-    tokens: int,
-    rounds: int,
+    what: ShapeSet | Recipe, names: list[str], settings: Settings, machine: Machine, *, tokens: int, rounds: int,
     log: Log,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """Return a row for each of ``names``. Raises ConfigError.
 
-    Args:
-        tokens: in one training step of a set of shapes; a task has a batch of its own.
+    A set of shapes has so many ``tokens`` in a training step; a task has a batch of its own.
     """
     if machine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no such device here. Did you mean cpu?")
@@ -162,10 +155,8 @@ def measured(
 def measure(workload: Workload, names: list[str], settings: Settings, *, rounds: int, log: Log) -> list[Row]:
     """Return a row for each of ``names``.
 
-    Raises ConfigError if an optimizer refuses an option, or fails on this set or machine.
-
-    Args:
-        rounds: in each, every optimizer makes a step; one with an interval makes as many as two intervals need in all.
+    Raises ConfigError if an optimizer refuses an option, or fails on this set or machine. ``rounds``: in each, every
+    optimizer makes a step; one with an interval makes as many as two intervals need in all.
     """
     wait, candidates, wanted = waiting(log), [], dict.fromkeys([*names, REFERENCE])
     for number, name in enumerate(wanted):

@@ -63,19 +63,12 @@ class RanksRow:
 
 
 def measured_ranks(
-    what: ShapeSet | Recipe,
-    names: list[str],
-    counts: list[int],
-    settings: Settings,
-    machine: Machine,
-    *,
-    rounds: int,
+    what: ShapeSet | Recipe, names: list[str], counts: list[int], settings: Settings, machine: Machine, *, rounds: int,
     log: Log,
-) -> list[RanksRow]:
+) -> list[RanksRow]:  # fmt: skip
     """Return a row for each of ``names`` at each number of ranks. Raises ConfigError.
 
-    Args:
-        rounds: in each, every number of ranks makes as many steps as an interval has.
+    ``rounds``: in each, every number of ranks makes as many steps as an interval has.
     """
     if machine.device == "cuda" and torch.cuda.device_count() < max(counts):
         raise ConfigError(f"--ranks {max(counts)}: torch sees {torch.cuda.device_count()} CUDA devices here")
@@ -103,22 +96,12 @@ def _row(
 ) -> RanksRow:
     """Return the row of one number of ranks from ``steps`` ``[step][rank]``; a step takes as long as its slowest."""
     whole = [1000 * max(rank["step"] for rank in ranks) for ranks in steps]
-    parts: dict[str, Any] = {
-        f"{part}_ms": 1000
-        * max(float(np.mean([rank.get(part, 0.0) for rank in own])) for own in zip(*steps, strict=True))
-        for part in PARTS
-    }
-    mean = float(np.mean(whole))
-    return RanksRow(
-        optimizer=name,
-        ranks=len(facts),
-        median_ms=float(np.median(whole)),
-        mean_ms=mean,
-        speedup=(first_mean or mean) / mean,
-        steps=len(whole),
-        **parts,
-        **max(facts, key=lambda fact: fact["state_bytes"]),
-    )
+    by_rank, mean = list(zip(*steps, strict=True)), float(np.mean(whole))
+    means = {part: [float(np.mean([step.get(part, 0.0) for step in own])) for own in by_rank] for part in PARTS}
+    parts = {f"{part}_ms": 1000 * max(own) for part, own in means.items()}
+    row: dict[str, Any] = parts | max(facts, key=lambda fact: fact["state_bytes"])
+    row |= {"median_ms": float(np.median(whole)), "mean_ms": mean, "speedup": (first_mean or mean) / mean}
+    return RanksRow(optimizer=name, ranks=len(facts), steps=len(whole), **row)
 
 
 class Team:
@@ -197,14 +180,9 @@ def joined(kind: str, rank: int, count: int, store: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else every rank would take the first for what it sends
     if count > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=count,
-            timeout=datetime.timedelta(seconds=TIMEOUT),
-            device_id=device if device.type == "cuda" else None,
-        )
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        meet: dict[str, Any] = {"init_method": f"file://{store}", "rank": rank, "world_size": count}
+        dist.init_process_group(backend, **meet, timeout=datetime.timedelta(seconds=TIMEOUT), device_id=own)
     return device
 
 

@@ -57,9 +57,6 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
     """Return the weights of a set of shapes, or those of a task's model.
 
     Raises ConfigError if the model's shape depends on data of the task that are not there.
-
-    Args:
-        tokens: in a training step of a set of shapes; a task has a batch of its own.
     """
     if isinstance(what, ShapeSet):
         weights = [torch.randn(shape, generator=_generator(i)) * 0.02 for i, shape in enumerate(what.shapes)]

@@ -136,16 +136,10 @@ def answered(name: str, args: argparse.Namespace) -> Answer:
 def origin(seconds: float) -> dict[str, Any]:
     """Return versions and machine, without the machine's name and without paths."""
     found = provenance.collect([])
-    return {
-        "caspr-cli": found["caspr_cli"],
-        "commit": (found["code"] or {}).get("commit"),
-        "python": found["python"],
-        "torch": found["packages"]["torch"],
-        "numpy": found["packages"]["numpy"],
-        "processor": found["machine"]["processor"],
-        "cores": found["machine"]["cores"],
-        "took": duration(seconds),
-    }
+    own = {"caspr-cli": found["caspr_cli"], "commit": (found["code"] or {}).get("commit"), "python": found["python"]}
+    packages = {name: found["packages"][name] for name in ("torch", "numpy")}
+    machine = {key: found["machine"][key] for key in ("processor", "cores")}
+    return own | packages | machine | {"took": duration(seconds)}
 
 
 def judged(made: Sequence[Answer]) -> int:

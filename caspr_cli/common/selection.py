@@ -32,13 +32,11 @@ class Choice:
 def choose(trials: Sequence[Mapping[int, float | None]], *, higher_is_better: bool, rerank: int = 0) -> Choice:
     """Return the trial with the best mean over the seeds that all trials share.
 
-    If no seed is common to all, the one that most trials have (the lowest of several) decides among those that have
-    it. Of trials with the same mean, or of failed ones, the one with the most finite values is taken, then the first.
-    With ``rerank`` > 1 the seeds ``AGAIN`` are for so many of the best trials: among these the mean over the seeds
-    before and those of ``AGAIN`` that all of them have decides.
-
-    Args:
-        trials: for each, the metric at the end of its runs that have ended, by seed; None: failed, or not finite.
+    If no seed is common to all, the one that most trials have (the lowest of several) decides among those that have it.
+    Of trials with the same mean, or of failed ones, the one with the most finite values is taken, then the first. With
+    ``rerank`` > 1 the seeds ``AGAIN`` are for so many of the best trials: among these the mean over the seeds before
+    and those of ``AGAIN`` that all of them have decides. ``trials``: for each, the metric at the end of its runs that
+    have ended, by seed; None: failed, or not finite.
     """
     again = frozenset(AGAIN if rerank > 1 else ())
     before = [{seed: value for seed, value in finals.items() if seed not in again} for finals in trials]

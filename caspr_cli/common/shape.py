@@ -69,10 +69,8 @@ def parsed(content: bytes, *, finite: bool = True) -> Any:
 def part(name: str, content: Any) -> dict[str, Any]:
     """Return a part of a record with the types that its readers need; its texts can be printed.
 
-    Raises DamagedError if it has another shape.
-
-    Args:
-        name: ``config`` (dotted keys), ``status``, ``result`` or ``provenance``.
+    Raises DamagedError if it has another shape. ``name``: ``config`` (dotted keys), ``status``, ``result`` or
+    ``provenance``.
     """
     if not isinstance(content, dict):
         raise DamagedError(f"{name} is no mapping")

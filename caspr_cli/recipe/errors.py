@@ -14,26 +14,16 @@ from caspr_cli.recipe.configs import scales
 
 # What keys are called elsewhere.
 ELSEWHERE = {
-    "optim.lr": ("learning_rate", "rate"),
-    "optim.weight_decay": ("wd", "decay"),
-    "optim.betas": ("beta", "beta1", "beta2"),
-    "trainer.max_steps": ("epochs", "max_epochs", "steps", "num_steps", "iterations"),
-    "trainer.devices": ("gpus", "num_gpus", "n_gpus", "nproc_per_node", "num_devices"),
-    "trainer.accelerator": ("device", "gpu", "cpu"),
-    "trainer.workers": ("num_workers",),
-    "trainer.nodes": ("num_nodes",),
-    "trainer.clip_norm": ("grad_clip", "clip", "gradient_clip_val", "max_grad_norm"),
-    "trainer.accumulate": ("accumulate_grad_batches", "gradient_accumulation_steps"),
-    "task.batch_size": ("batch", "bs"),
-    "task.root": ("data_dir", "data_root", "path"),
-    "task.data": ("dataset",),
-    "optim": ("optimizer", "opt"),
-    "task": ("model",),
-    "schedule.warmup": ("warmup_steps", "num_warmup_steps"),
-    "schedule.name": ("scheduler", "lr_scheduler"),
-    "seed": ("seeds", "random_seed"),
-    "output_dir": ("output", "out", "log_dir", "logdir", "save_dir"),
-}
+    "optim.lr": "learning_rate rate", "optim.weight_decay": "wd decay", "optim.betas": "beta beta1 beta2",
+    "trainer.max_steps": "epochs max_epochs steps num_steps iterations",
+    "trainer.devices": "gpus num_gpus n_gpus nproc_per_node num_devices", "trainer.accelerator": "device gpu cpu",
+    "trainer.workers": "num_workers", "trainer.nodes": "num_nodes",
+    "trainer.clip_norm": "grad_clip clip gradient_clip_val max_grad_norm",
+    "trainer.accumulate": "accumulate_grad_batches gradient_accumulation_steps", "task.batch_size": "batch bs",
+    "task.root": "data_dir data_root path", "task.data": "dataset", "optim": "optimizer opt", "task": "model",
+    "schedule.warmup": "warmup_steps num_warmup_steps", "schedule.name": "scheduler lr_scheduler",
+    "seed": "seeds random_seed", "output_dir": "output out log_dir logdir save_dir",
+}  # fmt: skip
 
 
 class ConfigError(UserError):
@@ -87,7 +77,7 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
     meant = [f"{k!s}.{name}" for k, v in keys.items() if isinstance(v, DictConfig) and name in v]
     if not (meant or nearest(name, names)):
-        meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs and _has(keys, ours)]
+        meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split() and _has(keys, ours)]
     if meant:
         return f"{what} Did you mean {' or '.join(meant)}?"
     hint = f"caspr-train --cfg job{f' --package {path[0]}' if path else ''}"

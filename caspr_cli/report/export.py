@@ -12,8 +12,10 @@ from caspr_cli.report import format, render, tuning
 from caspr_cli.report.headline import costs, headline
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.render import markdown_text
+from caspr_cli.report.stats import Comparison
 
 OF_TABLE = ("task", "scale", "data", "data_hash", "steps", "metric", "higher_is_better", "target", "baseline")
+DIFFERENCE = {"": "value", "_low": "low", "_high": "high"}
 OF_DIFFERENCE = ("verdict", "p_value", "p_holm", "paired")
 
 
@@ -24,7 +26,6 @@ def entries(tables: Sequence[Table]) -> list[dict[str, Any]]:
 
 def _entry(table: Table, row: Row) -> dict[str, Any]:
     found, value, test = row.difference, row.validation, row.test
-    tested = found.test if found else None
     entry = {
         **{name: getattr(table, name) for name in OF_TABLE},
         "optim": row.optim,
@@ -39,14 +40,10 @@ def _entry(table: Table, row: Row) -> dict[str, Any]:
         "budget": row.budget,
         "best_of": list(row.best_of),
         "selected": row.selected.values if row.selected else None,
-        "difference": found and found.value,
-        "difference_low": found and found.low,
-        "difference_high": found and found.high,
+        **_difference("difference", found),
         "own_schedule_steps": row.own_schedule and row.own_schedule.steps,
         "own_schedule_seconds": row.own_schedule and row.own_schedule.seconds,
-        "test_difference": tested and tested.value,
-        "test_difference_low": tested and tested.low,
-        "test_difference_high": tested and tested.high,
+        **_difference("test_difference", found.test if found else None),
         "pairs_or_seeds": found and found.n,
         **{name: found and getattr(found, name) for name in OF_DIFFERENCE},
         "against": found and found.baseline,
@@ -55,6 +52,10 @@ def _entry(table: Table, row: Row) -> dict[str, Any]:
         "warnings": list(table.warnings),
     }
     return {key: finite(value) for key, value in entry.items()}  # JSON has no infinity, which optim.order may be
+
+
+def _difference(name: str, found: Comparison | None) -> dict[str, float | None]:
+    return {f"{name}{end}": found and getattr(found, key) for end, key in DIFFERENCE.items()}
 
 
 def as_json(tables: Sequence[Table]) -> str:

@@ -41,8 +41,7 @@ Ends = Sequence[tuple[str, float, float]]  # label, x and y
 def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> str:
     """Draw the mean of each row at each validation, with its 95 % interval (of two seeds: both lines), and the target.
 
-    Args:
-        over: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
+    ``over``: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
     """
     shown = _shown(table, over)
     if not _long_enough(shown):

@@ -40,8 +40,7 @@ MOST = 200_000_000  # bytes of all, uncompressed; fifty thousand records of usua
 def pack(runs: Iterable[Run], roots: Sequence[Path]) -> bytes:
     """Return the file's content.
 
-    Args:
-        roots: the paths that the records were found under; a record's path becomes relative to its own.
+    ``roots``: the paths that the records were found under; a record's path becomes relative to its own.
     """
     labels = _labels(roots)
     entries = sorted((_entry(run, labels) for run in runs), key=lambda entry: (entry["path"], _line(entry)))

@@ -144,8 +144,7 @@ def _rate(value: Any) -> float | None:
 def _axis(rows: Sequence[Row], key: str, kind: str | None) -> tuple[str, bool, Callable[[Any], Any]]:
     """Return the name of a key's axis, whether it is logarithmic, and where a value stands on it.
 
-    Args:
-        kind: how searches draw it. Without one, positive numbers over more than a decade are logarithmic.
+    ``kind``: how searches draw it. Without one, positive numbers over more than a decade are logarithmic.
     """
     name = short(key)
     values = [value for row in rows for trial in row.trials if (value := trial.values.get(key)) is not None]

@@ -192,10 +192,8 @@ def best_of(values: Sequence[float | None], *, higher_is_better: bool) -> tuple[
     """Return the expected best of k trials drawn without replacement, for k = 1, 2, ..., all; exact.
 
     The best is the i-th of N with probability C(N - i, k - 1) / C(N, k) (order statistics; J. Dodge et al., Show Your
-    Work, 2019, draw with replacement).
-
-    Args:
-        values: of the trials; None, one that failed, counts as the worst of the others. Empty if all failed.
+    Work, 2019, draw with replacement). ``values``: of the trials; None, one that failed, counts as the worst of the
+    others. Empty if all failed.
     """
     ranked = _ranked(values, higher_is_better=higher_is_better)
     return tuple(_expected_best(ranked, k) for k in range(1, len(ranked) + 1))
@@ -221,10 +219,8 @@ def range_of_best(values: Sequence[float | None], k: int, *, higher_is_better: b
     """Return between which values the best of k trials lies with 95 % probability, the lower first; exact.
 
     The trials are drawn with replacement from those that were run, as a bootstrap of the search draws them: the best is
-    none of the first i of N with probability (1 - i / N)^k.
-
-    Args:
-        values: of the trials, one of them finite; None counts as the worst of the others.
+    none of the first i of N with probability (1 - i / N)^k. ``values``: of the trials, one of them finite; None counts
+    as the worst of the others.
     """
     ranked = _ranked(values, higher_is_better=higher_is_better)
     n = len(ranked)

@@ -96,20 +96,11 @@ def listing(runs: Sequence[Run], width: int) -> Iterator[str]:
     heads = ["task", "optim", "settings that differ", "seed", "state", "step", "final", "time", "record"]
     runs = sorted(runs, key=lambda run: (str(run.status.get("updated", "")), run.path))
     different = _different_settings(runs)
-    rows = [
-        [
-            str(run.config["task.name"]),
-            str(run.config["optim.name"]),
-            different[run.path] or "-",
-            str(run.seed),
-            run.state,
-            str(run.result.get("steps", run.status.get("step", run.curve[-1].step if run.curve else "-"))),
-            number(run.final),
-            duration(_seconds(run)),
-            run.path,
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        what = [str(run.config["task.name"]), str(run.config["optim.name"]), different[run.path] or "-", str(run.seed)]
+        step = run.result.get("steps", run.status.get("step", run.curve[-1].step if run.curve else "-"))
+        rows.append([*what, run.state, str(step), number(run.final), duration(_seconds(run)), run.path])
     spare = [2, 3, 5, 1, 0, 0, 0, 4, 0]
     yield from render.lines(sheet(heads, rows, left=heads, spare=spare), width, more="a wider terminal or a pipe")
 

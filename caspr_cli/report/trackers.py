@@ -221,8 +221,7 @@ def _events(files: Sequence[Path], asked: Asked, into: Found) -> tuple[dict[str,
 def _records(file: Path, checked: bytes) -> Iterator[bytes]:
     """Yield the records of an event file, to its end or to where it was cut off. Raises ValueError if a sum is wrong.
 
-    Args:
-        checked: the sums of records that hold these bytes are checked, and that of the first.
+    ``checked``: the sums of records that hold these bytes are checked, and that of the first.
     """
     from tensorboard.summary.writer.record_writer import masked_crc32c
 

@@ -31,10 +31,8 @@ def shortened(config: DictConfig, steps: int) -> DictConfig:
 def next_length(runs: Sequence[Recipe]) -> int | None:
     """Return how many steps to try next; None if the shortest length is known, or the whole runs miss the target.
 
-    A length reaches the target if all its runs end with a finite value and their mean is at least as good.
-
-    Args:
-        runs: of one recipe, at the seeds that are reported.
+    A length reaches the target if all its runs end with a finite value and their mean is at least as good. ``runs``: of
+    one recipe, at the seeds that are reported.
     """
     if not runs or runs[0].task.target.value is None or not _reached(runs):
         return None

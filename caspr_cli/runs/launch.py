@@ -224,8 +224,7 @@ def worker_environment(recipe: Recipe, allocation: Allocation) -> dict[str, str]
 def _supervise(recipe: Recipe, record: Record, lock: int | None, allocation: Allocation) -> tuple[int, int | None]:
     """Start the worker and wait; return its exit status, and the signal that was passed on to it, if any.
 
-    Args:
-        lock: the record's; None where another machine holds it.
+    ``lock``: the record's; None where another machine holds it.
     """
     trainer = recipe.trainer
     silent = allocation.quiet or (allocation.brief and not sys.stdout.isatty())

@@ -122,10 +122,8 @@ def best(trial: Callable[[int], Recipe]) -> int:
     """Return the trial with the best validation at its end.
 
     :func:`caspr_cli.common.selection.choose` has the rule: what is run at other seeds is what a report selects. Raises
-    ConfigError if some have not ended, or all failed, and RecordDamagedError if a record cannot be read.
-
-    Args:
-        trial: the recipe of each, at ``TUNING_SEED``.
+    ConfigError if some have not ended, or all failed, and RecordDamagedError if a record cannot be read. ``trial``: the
+    recipe of each, at ``TUNING_SEED``.
     """
     choice, finals = chosen(trial)
     first = trial(0)

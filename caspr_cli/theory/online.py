@@ -231,8 +231,7 @@ def play(
 ) -> Runs:
     """Return all runs of a method with step sizes ``[S, E]``, in balls of that radius ``[S, E]`` if one is given.
 
-    Args:
-        watch: takes in each round the learner, whose X_t has G_t, and G_t, U_t and W_t - W*, all ``[S, E, m, n]``.
+    ``watch``: takes in each round the learner, whose X_t has G_t, and G_t, U_t and W_t - W*, all ``[S, E, m, n]``.
     """
     best = problem.best.unsqueeze(1).expand(-1, eta.shape[1], -1, -1)
     learner = Learner(method, best.shape, damping(problem).unsqueeze(1))

@@ -223,7 +223,7 @@ def _eigenvalue_figure(found: Sequence[Recording]) -> Figure:
     step = min(DRAWN_STEP, len(found[0].gradients))
     last = {one.task: one for one in found}  # the last layer of each task
     title = f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails."
-    data, columns = concat([_spectra(one, step) for one in last.values()]), (*SPECTRUM,)
+    data, columns = concat([_spectra(one, step) for one in last.values()]), SPECTRUM
     return panels.figure("eigenvalues", title, data, DIFFERENCES, columns, log=False, finish=_signed, legend_columns=2)
 
 

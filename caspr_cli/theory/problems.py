@@ -97,10 +97,7 @@ def best_in_hindsight(loss: Loss, X: Tensor, Y: Tensor) -> Tensor:
     Directions in which no loss changes (of a softmax, a number added to all rows) are left alone, so that W* is the
     minimiser of least length. Done where half the Newton decrement, which is what is left to gain where a loss is
     nearly a parabola, is below ``EXACT`` of the loss (Boyd and Vandenberghe, Convex Optimization, section 9.5). Raises
-    ValueError if there is no minimiser, or it is out of reach.
-
-    Args:
-        X: ``[T, n, b]``; Y ``[T, m, b]``.
+    ValueError if there is no minimiser, or it is out of reach. ``X``: ``[T, n, b]``; Y ``[T, m, b]``.
     """
     x, y = (part.movedim(1, -1).flatten(0, 1) for part in (X, Y))  # [N, n], [N, m]
     W = x.new_zeros(y.shape[1], x.shape[1])

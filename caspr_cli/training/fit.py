@@ -35,6 +35,12 @@ from caspr_cli.training.ranks import answering
 from caspr_cli.training.recorder import Recorder
 from caspr_cli.training.sharded import ShardedStrategy
 
+# What Lightning would do by itself, and this package does.
+OURS: dict[str, Any] = {
+    "max_epochs": -1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0, "use_distributed_sampler": False,
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
+
 
 def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any] | None:
     """Train, validate and test; continue from the record's last checkpoint if there is one.
@@ -137,19 +143,12 @@ def _trainer(recipe: Recipe, record: Record, callbacks: list[Any], world: int) -
             strategy=strategy,
             precision=conf.precision.name,  # type: ignore[arg-type]
             max_steps=conf.max_steps,
-            max_epochs=-1,
             accumulate_grad_batches=conf.accumulate,
             val_check_interval=conf.val_every * conf.accumulate,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
             callbacks=callbacks,
             plugins=WholeFile(),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=str(record.path),
+            **OURS,
         )
     except MisconfigurationException as error:
         raise ConfigError(f"trainer.accelerator={conf.accelerator.name}: {error}") from error

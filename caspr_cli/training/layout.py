@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 FIRST = "comparison"
+DIAGNOSTICS = ("condition", "damping_share", "residual", "graft_ratio", "adam_cosine")
 Layout = dict[str, dict[str, list[str | list[str]]]]  # category: title: [kind, tags], as torch's writer takes it
 
 
@@ -29,11 +30,7 @@ def layout(metric: str) -> Layout:
             "seconds of training": _lines("time/seconds"),
         },
         "optimizer": {
-            "condition (median)": _lines("optim/condition/p50"),
-            "damping share (median)": _lines("optim/damping_share/p50"),
-            "residual (median)": _lines("optim/residual/p50"),
-            "graft ratio (median)": _lines("optim/graft_ratio/p50"),
-            "adam cosine (median)": _lines("optim/adam_cosine/p50"),
+            **{f"{name.replace('_', ' ')} (median)": _lines(f"optim/{name}/p50") for name in DIAGNOSTICS},
             "adam cosine (largest)": _lines("optim/adam_cosine/max"),
             "norm of the update": _lines("norm/update"),
             "update over weights": _lines("norm/update_over_weights"),

@@ -131,20 +131,12 @@ def table(found: Plan) -> list[str]:
     """Return the lines to print."""
     total = found.model_flops + sum(row.count * row.flops for row in found.rows)
     heads = ["tensor", "count", "shape", "blocks", "treatment", "reason", "state", "FLOPs/step", "share"]
-    cells = [
-        [
-            row.tensor,
-            str(row.count),
-            _times(row.shape) or "scalar",
-            row.blocks,
-            row.treatment,
-            row.reason,
-            size(row.count * row.state),
-            size(row.count * row.flops, "").strip() if row.flops else "-",
-            f"{100 * row.count * row.flops / total:.1f} %" if row.flops else "-",
-        ]
-        for row in found.rows
-    ]
+    cells = []
+    for row in found.rows:
+        flops, state = row.count * row.flops, size(row.count * row.state)
+        work = [size(flops, "").strip(), f"{100 * flops / total:.1f} %"] if flops else ["-", "-"]
+        what = [row.tensor, str(row.count), _times(row.shape) or "scalar", row.blocks, row.treatment, row.reason]
+        cells.append([*what, state, *work])
     spent = total - found.model_flops
     return [
         *aligned([heads, *cells], right=[head in ("count", "state", "FLOPs/step", "share") for head in heads]),
