@@ -26,13 +26,9 @@ LONGEST_LINE = 1 << 28  # bytes: more is no text, but a file that inflates witho
 def reading(what: str | Callable[[], str], problem: str = "cannot be read") -> Iterator[None]:
     """Around whatever reads a user's data: any error comes out as one line, "``what`` ``problem`` (its reason)".
 
-    Args:
-        what: the file and perhaps the line, or else the key that names the data; or a function that gives it.
-
-    Raises:
-        DataError: for every error but the disk's, which it has as its cause: a mistake of this program's own is found
-            by it in the log.
-        OSError: the disk is full, or does not answer: the same command goes on when that is over.
+    ``what`` is the file and perhaps the line, or else the key that names the data; or a function that gives it. Raises
+    OSError if the disk is full, or does not answer: the same command goes on when that is over. Raises DataError for
+    every other error, which is its cause: in the log it shows a mistake of this program's own.
     """
     try:
         yield
@@ -70,15 +66,10 @@ def result(steps: Generator[None, None, T]) -> T:
 
 @contextmanager
 def reaching(what: str, instead: str) -> Iterator[None]:
-    """Around every use of the hub, also where rows are streamed from it.
+    """Around every use of the hub, also where rows are streamed from it. Raises DataError if it cannot be reached.
 
-    Args:
-        what: "the Hugging Face hub", or whose server it is.
-        instead: what a user without it can do, for the second line of the message.
-
-    Raises:
-        DataError: it cannot be reached.
-        OSError: the disk is full that it is fetched to.
+    ``what`` is "the Hugging Face hub", or whose server it is; the second line of the message says what a user can do
+    ``instead``. Raises OSError if the disk is full that it is fetched to.
     """
     try:
         yield

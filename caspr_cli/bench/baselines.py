@@ -99,7 +99,7 @@ def _value(key: str, text: str) -> int | float | bool | str:
 
 
 def make(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
-    """Return the optimizer ``name`` over ``groups``, its own from now on, after ``WARM_UP`` steps. Raises ConfigError."""
+    """Return the optimizer ``name`` over ``groups`` after ``WARM_UP`` steps. Raises ConfigError."""
     optimizer = enter(name, groups, settings, interval)
     with _first_roots_at_once() if interval == NEVER else nullcontext():
         for _ in range(WARM_UP):

@@ -35,11 +35,9 @@ def layer(width: int) -> tuple[Shape, ...]:
 
 
 def gated_layer(width: int, hidden: int, keys: int) -> tuple[Shape, ...]:
-    """Return the matrices of a layer of a Llama: query, key, value, output; gate, up, down.
+    """Return the matrices of a layer of a Llama: query, key, value, output; gate, up, down (of ``hidden`` width).
 
-    Args:
-        hidden: the width inside the MLP.
-        keys: columns of keys, and of values: ``width`` unless heads share them.
+    Keys and values have as many columns as ``keys``: ``width`` unless heads share them.
     """
     attention = (width, width), (keys, width), (keys, width), (width, width)
     return (*attention, (hidden, width), (hidden, width), (width, hidden))

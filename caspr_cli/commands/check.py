@@ -37,11 +37,9 @@ def draw(space: Mapping[str, Mapping[str, Any]], trial: int) -> dict[str, Any]:
 
 
 def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool:
-    """Print for each row whether it may stand on the leaderboard, or what is wrong. Return whether all may.
+    """Print for each row whether it may stand on the leaderboard (of these packs), or what is wrong. Return if all may.
 
-    Args:
-        board: a directory of packs, whose rows it has to fit.
-        rerun: where two reported seeds of each row are run again; None: they are not.
+    In the directory ``rerun`` two reported seeds of each row are run again; None: they are not.
     """
     own = {path.resolve() for path in paths}
     others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []

@@ -17,10 +17,8 @@ KEYS = {"like": str, "jobs": dict, "scale": dict, "baseline": str, "horizon": bo
 def written(name: str, asking: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return what the file of an experiment says: ``jobs``, ``scale``, ``baseline`` and ``horizon``.
 
-    What it does not say is that of the experiment that it is ``like``, but for the baseline. Raises ConfigError if
-    there is none of that name, or its file says something else.
-
-    ``asking`` are the experiments that are like this one, which it cannot be like.
+    What it does not say is that of the experiment that it is ``like`` (none of ``asking``, which are like it), but for
+    the baseline. Raises ConfigError if there is none of that name, or its file says something else.
     """
     known = files("experiment")
     if name not in known:

@@ -130,12 +130,7 @@ def _debug(runs: Sequence[Run]) -> str:
 def _table(
     subject: Table, runs: Sequence[Run], every: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None
 ) -> Table:
-    """Return one table.
-
-    Args:
-        subject: the table without rows; its target is the one that the user wants.
-        every: the runs of all lengths: of these ``runs`` have one.
-    """
+    """Return the table of ``subject``, whose target is the one that the user wants; ``every``: runs of any length."""
     higher = subject.higher_is_better
     target = common_target(runs, higher_is_better=higher) if subject.target is None else subject.target
     by_optimizer: dict[str, list[Run]] = defaultdict(list)

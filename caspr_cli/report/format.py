@@ -111,9 +111,7 @@ def _signed(value: float, width: float) -> str:
 def verdict(found: Comparison, p_holm: float | None, tests: int, unfair: str = "", *, higher_is_better: bool) -> str:
     """Return ``better``, ``worse``, or why neither can be said.
 
-    Args:
-        tests: of the table, for which ``p_holm`` is corrected.
-        unfair: what biases the seeds of one side, in words; then there is no test.
+    ``p_holm`` is corrected for so many ``tests``. ``unfair`` says what biases one side; then there is no test.
     """
     if found.value is None:
         return f"{NOT_TESTED}: no seed is done on one side"

@@ -116,11 +116,8 @@ def _cleaned(node: Any, host: str | None) -> Any:
 def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
     """Write the records of packs as directories again, so that ``caspr-train`` knows what is done.
 
-    Training curves, logs and checkpoints are not in a pack. A record that is there already stays. Raises UserError if
-    nothing can be written there, or a path leads out of it.
-
-    Returns:
-        How many were written, and how many were there.
+    Training curves, logs and checkpoints are not in a pack. A record that is there already stays. Return how many were
+    written, and how many were there. Raises UserError if nothing can be written there, or a path leads out of it.
     """
     written = there = 0
     for run in runs:

@@ -71,12 +71,7 @@ def compared(tables: Sequence[Table], command: str) -> str:
 
 
 def page(tables: Sequence[Table], found: Profile | None, title: str, command: str) -> str:
-    """Return the whole file.
-
-    Args:
-        found: the profile of these tables; left out if it is None or of fewer than two tasks.
-        command: what made the page, as one would type it.
-    """
+    """Return the whole file, made by ``command``; a profile of fewer than two tasks is left out."""
     if found and len(found.tasks) < 2:
         found = None  # of one task it says what the table says
     across = with_common_labels(tables)

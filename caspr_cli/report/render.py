@@ -63,11 +63,9 @@ def sheet(
     left: Sequence[str] = (),
     spare: Sequence[int] | None = None,
 ) -> Sheet:
-    """Return a sheet of rows.
+    """Return a sheet of rows; the columns with the heads ``left`` are aligned to the left, as the first is.
 
-    Args:
-        left: the heads of columns that are aligned to the left, as the first is.
-        spare: of each column; by default the last of more than two is left out first.
+    By default the last of more than two columns is left out first.
     """
     spare = spare or [max(k - 1, 0) for k in range(len(heads))]
     columns = zip(*rows, strict=True) if (rows := list(rows)) else [()] * len(heads)

@@ -111,9 +111,7 @@ def _range(rows: Sequence[Row], *, higher: bool) -> tuple[float, float]:
 def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bool, x_of: Callable[[Any], Any]) -> None:
     """Draw the trials of a row: those without a value, and those far off, at the edge where the worst would be.
 
-    Args:
-        place: of the row among the others, so that marks at the edge do not hide each other.
-        x_of: where a value of the key stands; None: nowhere.
+    By the ``place`` of the row marks at the edge do not hide each other; ``x_of`` says where a value stands, if at all.
     """
     (low, high), at_edge = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
     edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}

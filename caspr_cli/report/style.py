@@ -57,18 +57,10 @@ class Style:
         return PALETTE[self.hue][0]
 
 
-KNOWN = {
-    "caspr": Style("blue", SOLID),
-    "shampoo": Style("vermilion", SOLID),
-    "soap": Style("green", SOLID),
-    "muon": Style("purple", SOLID),
-    "adamw": Style("grey", SOLID),
-    "sgd": Style("ink", SOLID),
-    "full_adagrad": Style("amber", SOLID),
-    "caspr_paper": Style("blue", DASHED),
-    "caspr_sum": Style("blue", DOTTED),
-    "nadamw": Style("grey", DASHED),
-}
+SOLIDS = {"caspr": "blue", "shampoo": "vermilion", "soap": "green", "muon": "purple", "adamw": "grey", "sgd": "ink",
+          "full_adagrad": "amber"}  # fmt: skip
+KNOWN = {name: Style(hue, SOLID) for name, hue in SOLIDS.items()}
+KNOWN |= {"caspr_paper": Style("blue", DASHED), "caspr_sum": Style("blue", DOTTED), "nadamw": Style("grey", DASHED)}
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
@@ -87,35 +79,21 @@ def _others() -> Iterator[Style]:
 def drawing() -> Iterator[None]:
     """Set the sizes and colours with which figures are made and written; text between dollar signs stays text."""
     settings: Any = {
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "font.family": ["DejaVu Sans"],  # comes with matplotlib and is wide: what is measured with it has room
-        "font.size": 9,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": INK,
-        "axes.linewidth": 0.8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.unicode_minus": True,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-    }
+        # The font comes with matplotlib and is wide: what is measured with it has room.
+        "svg.fonttype": "none", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9,
+        "axes.linewidth": 0.8, "axes.unicode_minus": True, "grid.color": RULE, "grid.linewidth": 0.6,
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+        **dict.fromkeys(("axes.labelcolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    }  # fmt: skip
     with matplotlib.rc_context(settings):
         yield
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """Return the figure as SVG on no ground, with no identifier that nothing refers to.
+    """Return the figure as SVG on no ground; ``alt`` says what it shows, for readers who do not see it.
 
-    Args:
-        name: the prefix of its identifiers, so that several figures can stand in one page.
-        alt: what it shows, in words, for readers who do not see it.
+    Identifiers that something refers to begin with ``name``, so that several figures can stand in one page.
     """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()

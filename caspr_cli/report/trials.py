@@ -122,11 +122,9 @@ def width(row: Row) -> Width | None:
 
 
 def around(best_at: Mapping[float, float], sign: float = 1.0, *, joint: bool = False) -> Width:
-    """Return the range around the best of two or more rates.
+    """Return the range around the best of two or more rates; ``joint``: other keys vary as well.
 
-    Args:
-        best_at: the values, times ``sign`` so that lower is better, by rate.
-        joint: whether other keys vary as well.
+    ``best_at`` are the values by rate, times ``sign`` so that lower is better.
     """
     points = sorted(best_at.items())
     best = min(points, key=lambda point: point[1])

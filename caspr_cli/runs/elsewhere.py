@@ -39,11 +39,9 @@ class Composed:
 
 
 def launch(sweep: Sweep, jobs: Sequence[Sequence[str]], run: Callable[[DictConfig], None], *, verbose: bool) -> None:
-    """Start the jobs and wait for them; raises what the launcher raises.
+    """Start the jobs and wait for them; raises what the launcher raises. ``verbose``: it says what it does.
 
-    Args:
-        run: called for each job in its process. ``HydraConfig`` there has the job's number, from 0, and its words.
-        verbose: the launcher says what it does.
+    In the process of each job ``run`` is called; ``HydraConfig`` there has the job's number, from 0, and its words.
     """
     hydra = HydraConf(
         mode=RunMode.MULTIRUN,

@@ -333,11 +333,9 @@ def _overdue(record: Record, seconds: float) -> Callable[[], bool]:
 
 
 def _why(log: Path, written: int, returned: int, out_of_memory: bool) -> str:
-    """Return why a worker ended that died before it could report an error.
+    """Return why a worker ended that died before it could report an error; its log begins after ``written`` bytes.
 
-    Args:
-        written: the size of the log when it started.
-        out_of_memory: whether the system has ended some process since then because memory ran out.
+    ``out_of_memory``: the system has ended some process since it started because memory ran out.
     """
     how = signal.Signals(-returned).name if returned < 0 else f"exit status {returned}"
     if returned == -signal.SIGKILL and out_of_memory:

@@ -66,11 +66,7 @@ def find(record: Record, owner: Owner, steps: int) -> Start:
     """Return the last checkpoint that is whole and whose curves are there; the same on all ranks, as none writes yet.
 
     Raises RecordDamagedError if there are checkpoints, but none can be used, and AnotherRunError if one is of another
-    run. (One that was written before checkpoints said so is taken.)
-
-    Args:
-        owner: this run.
-        steps: of the whole run.
+    run, not ``owner``. (One that was written before checkpoints said so is taken.) The whole run has so many ``steps``.
     """
     files = [path for path in (record.last, record.previous) if path.exists()]
     whole, damaged = _whole_lines(record.metrics), record.last
