@@ -32,9 +32,9 @@ def guarded(folder: Path) -> Iterator[None]:
     """Run the guardian while a launcher has processes on this machine."""
     os.environ[SWEEP] = str(folder)
     module = [sys.executable, "-m", "caspr_cli.runs.guardian", str(folder)]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
     # In a session of its own: Ctrl-C in the terminal is not for it.
-    guardian = subprocess.Popen(module, stdin=subprocess.PIPE, start_new_session=True, **silent)
+    guardian = subprocess.Popen(module, stdin=pipe, stdout=null, stderr=null, start_new_session=True)
     assert guardian.stdin is not None
     try:
         yield

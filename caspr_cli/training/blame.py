@@ -19,9 +19,9 @@ from caspr_cli.tasks.errors import DataError
 def blaming(recipe: Recipe, group: str) -> Iterator[None]:
     """Around calls of a recipe's task or optimizer: name the package, function and line of an error of another's code.
 
-    ``group``, ``plugins.TASKS`` or ``plugins.OPTIMIZERS``, is what is called: an error that no package's function is part
-    of, as of wrong arguments, is that one's. Raises ConfigError for an error of another package, which is its cause; an
-    error of ours is raised as it is.
+    ``group``, ``plugins.TASKS`` or ``plugins.OPTIMIZERS``, is what is called: it gets the blame for an error outside
+    all packages' functions, as of wrong arguments. Raises ConfigError for an error of another package, which is its
+    cause; an error of ours is raised as it is.
     """
     try:
         yield

@@ -131,7 +131,7 @@ class Curves(Callback):
         self.losses, self.units, self.mark = [], 0, (step, seconds)
         _refuse_nan("training loss", loss, step)
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.pause()
 
     on_train_end = on_validation_start

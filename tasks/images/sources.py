@@ -144,8 +144,10 @@ class Folder:
             albums[split] = FileAlbum(files, [name for name, _ in named], np.array([label for _, label in named]))
         if "validation" not in albums:
             train = albums["train"]
-            for part, chosen in zip(("train", "validation"), hold_out(train.labels), strict=True):
-                albums[part] = FileAlbum(files, [train.names[i] for i in chosen], train.labels[chosen])
+            albums["train"], albums["validation"] = (
+                FileAlbum(files, [train.names[i] for i in chosen], train.labels[chosen])
+                for chosen in hold_out(train.labels)
+            )
         return Found(list(labels), dict(albums))
 
 
