@@ -8,7 +8,6 @@ with all processes stopped.
 """
 
 import argparse
-import fcntl
 import gzip
 import json
 import math
@@ -21,137 +20,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from running import Runner, losses
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util import tb_logging
+from running import Runner, can_mount, mounted
+from seen import MARK, SETTINGS, STEPS, Process, Watched, differences, inode, listening, processes, send, sockets
 
-STEPS, VALIDATE, TIMEOUT = 160, 20, 5
-SETTINGS = [f"trainer.max_steps={STEPS}", f"trainer.val_every={VALIDATE}", f"trainer.timeout={TIMEOUT}",
-            "optim.interval=5"]  # fmt: skip
 PHASES = ("train", "validate", "checkpoint", "test", "exit", "start")
 FAULTS_A_RUN = 5
-MARK = "CASPR_FAULTS"  # in the environment of all that a run starts
 DAY = 86400
-
-
-# ---- what can be seen of a run ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Process:
-    """One process of a run."""
-
-    pid: int
-    words: list[bytes]
-    rank: int | None
-
-    @property
-    def part(self) -> str:
-        if b"caspr_cli.commands.train" in self.words:
-            return "launcher"
-        if b"torch.distributed.run" in self.words:
-            return "agent"
-        return "rank" if b"caspr_cli.training.worker" in self.words else "other"
-
-
-def processes(mark: str) -> list[Process]:
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (directory / "environ").read_bytes().split(b"\0")
-            words = (directory / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if f"{MARK}={mark}".encode() in environment:
-            rank = next((int(w[5:]) for w in environment if w.startswith(b"RANK=")), None)
-            found.append(Process(int(directory.name), words, rank))
-    return found
-
-
-def send(number: signal.Signals, to: Iterable[Process]) -> None:
-    for process in to:
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, number)
-
-
-def listening() -> set[str]:
-    """Inodes of all sockets that listen on this machine."""
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[9] for row in rows if row[3] == "0A"}
-
-
-def sockets(of: Iterable[Process]) -> set[str]:
-    found = set()
-    for process in of:
-        with suppress(OSError):
-            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-                with suppress(OSError):
-                    found.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
-    return found & listening()
-
-
-class Watched:
-    """One run's record while others write to it."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self._record = home, None  # type: Path, Path | None
-        self.before = 0  # the file of the metrics that an earlier attempt wrote
-
-    @property
-    def record(self) -> Path | None:
-        self._record = self._record or next(self.home.glob("*/*/*/seed0"), None)
-        return self._record
-
-    def begin(self) -> None:
-        """An attempt is about to start."""
-        self.before = self.inode()
-
-    def inode(self) -> int:
-        return inode(self.record / "metrics.jsonl") if self.record else 0
-
-    @property
-    def status(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.record / "status.json").read_text()) if self.record else {}
-        except (OSError, ValueError):
-            return {}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """What this attempt has kept and written so far; nothing while it starts."""
-        if not self.record or self.inode() == self.before:
-            return []
-        try:
-            lines = (self.record / "metrics.jsonl").read_text().split("\n")[:-1]
-        except OSError:
-            return []
-        return [json.loads(line) for line in lines]
-
-    def phase(self, kept: int | None) -> tuple[str, int]:
-        """What it does now, and at which step."""
-        rows = self.rows()
-        if not rows and not kept:
-            return "start", 0
-        step = rows[-1]["step"] if rows else 0
-        if self.record and ((self.record / "result.json").exists() or self.status.get("state") == "done"):
-            return "exit", step
-        if self.record and (self.record / "checkpoints" / ".writing.ckpt").exists():
-            return "checkpoint", step
-        if rows and "test/loss" in rows[-1]:
-            return "exit", step
-        saved = self.status.get("step") or 0
-        if rows and "val/loss" in rows[-1]:
-            return ("checkpoint" if saved < step else "test" if step == STEPS else "train"), step
-        if step and (step % VALIDATE == 0 or step == STEPS):
-            return "validate", step
-        return ("start" if len(rows) == kept else "train"), step
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------
@@ -193,17 +75,9 @@ class Run:
 
     def start(self, *more: str, **environment: str) -> None:
         self.watched.begin()
-        own = [f"output_dir={self.name}", f"trainer.devices={self.ranks}", f"task.root={self.data}", *SETTINGS]
-        words = [*self.runner.command(*own), *more]
+        own = [f"output_dir={self.name}", f"trainer.devices={self.ranks}", f"task.root={self.data}", *SETTINGS, *more]
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            words,
-            cwd=self.runner.home,
-            env=self.runner.environment | {MARK: self.mark} | environment,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        self.process = self.runner.start(*own, env={MARK: self.mark} | environment, stdout=self.output)
 
     def wait_for(self, fault: Fault) -> bool:
         """Until the moment of a fault; False if the run was done before."""
@@ -309,48 +183,6 @@ class Run:
             fault.lost += lost
         self.say(f"{self.ranks} rank{'s' if self.ranks > 1 else ' '}  {self.name:<14} after {len(self.faults)} faults: "
                  + ("; ".join(lost) or "as if it had never been hit"))  # fmt: skip
-
-
-def differences(record: Path, whole: Path) -> list[str]:
-    """Between a run that was hit and one that was not."""
-    found = []
-    if losses(record) != losses(whole):
-        found.append("other losses")
-    one, two = (json.loads((path / "result.json").read_text()) for path in (record, whole))
-    for result in (one, two):
-        for key in ("seconds", "optimizer_seconds", "peak_memory_bytes"):
-            result.pop(key)
-        result["target"].pop("seconds")
-    if one != two:
-        found.append(f"another result: {[key for key in two if one.get(key) != two[key]]}")
-    status = json.loads((record / "status.json").read_text())
-    if (status["state"], status["error"], status["step"]) != ("done", None, STEPS):
-        found.append(f"status {status}")
-    known = {"config.yaml", "status.json", "result.json", "provenance.json", "metrics.jsonl", "log.txt", ".lock",
-             ".ranks.lock", "checkpoints", "data_files.json"}  # fmt: skip
-    found += [f"left: {p.name}" for p in record.iterdir() if p.name not in known and "tfevents" not in p.name]
-    left = {p.name for p in (record / "checkpoints").iterdir()} - {"last.ckpt", "previous.ckpt", "best.ckpt"}
-    found += [f"left: {name}" for name in left]
-    for name in (".lock", ".ranks.lock"):
-        with (record / name).open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found.append(f"{name} is held")
-    if events(record) != events(whole):
-        found.append("TensorBoard shows other losses")
-    return found
-
-
-def events(record: Path) -> dict[str, list[tuple[int, float]]]:
-    tb_logging.get_logger().setLevel("ERROR")  # it warns of each restart
-    accumulator = EventAccumulator(str(record), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
-        for tag in accumulator.Tags()["scalars"]
-        if tag.endswith("/loss")
-    }
 
 
 # ---- the kinds: each hits, and returns the exit codes that may follow (None: nothing to hit) ------------------------
@@ -584,41 +416,14 @@ def in_order(faults: list[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda f: f.at if f.phase == "train" else place.get(f.phase, draw.uniform(0, STEPS)))
 
 
-def inode(file: Path) -> int:
-    """Return the number of a file on its disk; 0 where there is none."""
-    try:
-        return file.stat().st_ino
-    except OSError:
-        return 0
-
-
-def can_mount() -> bool:
-    with tempfile.TemporaryDirectory() as directory:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "none", directory], capture_output=True, check=False)
-        if mounted.returncode == 0:
-            subprocess.run(["umount", directory], check=True)
-        return mounted.returncode == 0
-
-
-@contextmanager
-def small_disk(directory: Path, mounts: bool) -> Any:
-    directory.mkdir()
-    if mounts:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(directory)], check=True)
-    try:
-        yield
-    finally:
-        if mounts:
-            subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
 def suite(runner: Runner, faults: dict[int, list[Fault]], say: Callable[[str], None]) -> list[tuple[int, Fault]]:
     """Let all faults befall as many runs as it takes. Returns each that hit, with the ranks of its run."""
     mounts, number, counted = can_mount(), count(), []
     if not mounts:
         say(f"left out: {' and '.join(MOUNTED)}, as nothing can be mounted here")
     for ranks, wanted in faults.items():
-        whole = unhit(runner, ranks)
+        runner(f"output_dir=whole{ranks}", f"trainer.devices={ranks}", *SETTINGS)
+        whole = runner.record(f"whole{ranks}")  # nothing befell it
         pending = [f for f in wanted if mounts or f.kind not in MOUNTED]
         for attempt in range(6):
             with ThreadPoolExecutor(2 if ranks == 1 else 1) as pool:
@@ -635,7 +440,8 @@ def suite(runner: Runner, faults: dict[int, list[Fault]], say: Callable[[str], N
 
 def live(run: Run, faults: list[Fault], whole: Path, mounts: bool) -> list[Fault]:
     """One run from its first start to its comparison. Returns the faults that hit it."""
-    with small_disk(home := run.watched.home, mounts):
+    home = run.watched.home
+    with mounted(home, "size=8m") if mounts else nullcontext():
         for fault in in_order(faults):
             if run.watched.status.get("state") != "done":
                 run.suffer(fault)
@@ -656,12 +462,6 @@ def table(counted: list[tuple[int, Fault]]) -> list[str]:
         lost = sum(bool(f.lost) for f in of)
         lines.append(f"{kind:<15} {len(of):>6} {lost:>5}  " + " ".join(f"{cell:>10}" for cell in cells))
     return lines
-
-
-def unhit(runner: Runner, ranks: int) -> Path:
-    """A run of the same recipe that nothing befell."""
-    runner(f"output_dir=whole{ranks}", f"trainer.devices={ranks}", *SETTINGS)
-    return runner.record(f"whole{ranks}")
 
 
 def possible() -> list[str]:

@@ -4,17 +4,38 @@ import gzip
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TINY = [
     "task.data=files", "task.width=16", "task.layers=1", "task.heads=2", "task.sequence=16", "task.batch_size=8",
     "task.vocab_size=300", "trainer.log_every=1", "trainer.val_every=8", "trainer.max_steps=20",
     "trainer.accelerator=cpu", "optim.lr=0.01",
 ]  # fmt: skip
+
+
+class Process(subprocess.Popen[str]):
+    """A command that was started."""
+
+    def ended(self, expect: int) -> str:
+        """Return what it wrote; its exit code has to be the expected one."""
+        out, _ = self.communicate(timeout=300)
+        assert self.returncode == expect, out
+        return out
+
+    def told(self, number: signal.Signals, expect: int) -> str:
+        """Send it a signal, and return what it wrote."""
+        self.send_signal(number)
+        return self.ended(expect)
 
 
 class Runner:
@@ -29,25 +50,33 @@ class Runner:
         corpus = f"task.root={self.home / 'corpus'}"
         return [sys.executable, "-m", "caspr_cli.commands.train", *overrides[:1], *TINY, corpus, *overrides[1:]]
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*overrides),
-            cwd=self.home,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, *overrides: str, env: dict[str, str] | None = None, **how: Any) -> Process:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return Process(self.command(*overrides), cwd=self.home, env=self.environment | (env or {}), **streams | how)
 
     def __call__(self, *overrides: str, expect: int = 0) -> str:
-        process = self.start(*overrides)
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == expect, out
-        return out
+        return self.start(*overrides).ended(expect)
 
     def record(self, output_dir: str, seed: int = 0) -> Path:
         (found,) = (self.home / output_dir).glob(f"*/*/*/seed{seed}")
         return found
+
+
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as directory, suppress(subprocess.CalledProcessError), mounted(Path(directory)):
+        return True
+    return False
+
+
+@contextmanager
+def mounted(directory: Path, options: str = "size=1m") -> Iterator[Path]:
+    """A disk of its own while the context is open."""
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], capture_output=True, check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
 
 
 def losses(record: Path) -> dict[tuple[int, str], float]:
@@ -60,6 +89,11 @@ def losses(record: Path) -> dict[tuple[int, str], float]:
                 assert (row["step"], name) not in found
                 found[row["step"], name] = row[name]
     return found
+
+
+def near(losses: dict[tuple[int, str], float]) -> Any:
+    """Equal to these but for what another order of sums makes of float32."""
+    return pytest.approx(losses, rel=2e-4)
 
 
 def wait_for(runner: Runner, output_dir: str, lines: int, file: str = "metrics.jsonl") -> Path:

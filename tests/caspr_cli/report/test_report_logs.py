@@ -2,201 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import shlex
-import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from calling import Call
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from logged import (
+    BEST,
+    DAMAGED,
+    METRIC,
+    RUNS,
+    WRITERS,
+    by_add_hparams,
+    by_folder,
+    by_keras,
+    by_wandb_runs,
+    curve,
+    events,
+    last,
+    mlflow,
+    table,
+)
 from torch.utils.tensorboard import SummaryWriter
 
-from caspr_cli.commands import report
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import logs
 from caspr_cli.report.compare import tables
 from caspr_cli.report.trackers import Asked, Found
-
-METRIC = "val/loss"
-OBJECTS = "shape: !!python/tuple [1, 2]\nnet: !!python/object:a.B {c: 1}\n"  # in hparams.yaml
-BEST = {"caspr": 3.0, "adamw": 4.0}  # the last value of seed 0
-CURVE = ((10, 2.0), (20, 0.5), (30, 0.0))  # step, and what is above the last value
-RUNS = [(optimizer, seed) for optimizer in BEST for seed in range(3)]
-
-
-def last(optimizer: str, seed: int) -> float:
-    return BEST[optimizer] + seed * (0.25 if optimizer == "caspr" else 0.125)
-
-
-def curve(optimizer: str, seed: int) -> list[tuple[int, float]]:
-    return [(step, last(optimizer, seed) + above) for step, above in CURVE]
-
-
-def events(path: Path, points: Iterable[tuple[int, float]], tag: str = METRIC, **how: Any) -> None:
-    with SummaryWriter(str(path), **how) as writer:
-        for step, value in points:
-            writer.add_scalar(tag, value, step)
-
-
-def table(path: Path, heads: Sequence[str], lines: Iterable[Sequence[Any]], separator: str = ",") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf8") as file:
-        csv.writer(file, delimiter=separator).writerows([heads, *lines])
-
-
-def mlflow(path: Path, name: str, points: Iterable[tuple[int, float]], status: int = 3, **params: Any) -> None:
-    for part in ("metrics/val", "params", "tags", "artifacts"):
-        (path / part).mkdir(parents=True)
-    meta = {"run_id": path.name, "run_name": name, "status": status, "lifecycle_stage": "active", "end_time": None}
-    (path / "meta.yaml").write_text(yaml.dump(meta), encoding="utf8")
-    (path.parent / "meta.yaml").write_text(yaml.dump({"name": "cifar", "experiment_id": path.parent.name}))
-    (path / "metrics" / "val" / "loss").write_text("".join(f"1700000000000 {v!r} {step}\n" for step, v in points))
-    (path / "tags" / "mlflow.runName").write_text(name)
-    for key, value in params.items():
-        (path / "params" / key).write_text(str(value))
-
-
-# ---- one study, in each format ---------------------------------------------------------------------------------------
-
-
-def by_folder(root: Path) -> Asked:
-    for optimizer, seed in RUNS:
-        events(root / f"{optimizer}_seed{seed}", curve(optimizer, seed))
-    return Asked("tensorboard", METRIC)
-
-
-def by_add_hparams(root: Path) -> Asked:
-    for k, (optimizer, seed) in enumerate(RUNS):
-        with SummaryWriter(str(root / f"run{k}")) as writer:
-            for step, value in curve(optimizer, seed):
-                writer.add_scalar(METRIC, value, step)
-            writer.add_hparams({"optimizer": optimizer, "seed": seed, "lr": 0.1}, {METRIC: 99.0})
-    return Asked("tensorboard", METRIC, group=["optimizer"])
-
-
-def by_tensorflow(root: Path) -> Asked:
-    """Tensors in place of plain values, and validation in a folder of its own, as Keras writes them."""
-    for optimizer, seed in RUNS:
-        for part in ("train", "validation"):
-            writer = EventFileWriter(str(root / optimizer / f"seed_{seed}" / part))
-            for step, value in curve(optimizer, seed):
-                found = Summary.Value(tag="epoch_loss")
-                found.metadata.plugin_data.plugin_name = "scalars"
-                found.tensor.dtype = 1
-                found.tensor.tensor_shape.SetInParent()
-                found.tensor.float_val.append(value if part == "validation" else -1.0)
-                writer.add_event(Event(step=step, summary=Summary(value=[found])))
-            writer.close()
-    return Asked("tensorboard", "validation/epoch_loss")
-
-
-def by_lightning(root: Path) -> Asked:
-    for k, (optimizer, seed) in enumerate(RUNS):
-        lines = [(0, step, "", value) for step, value in curve(optimizer, seed)]
-        lines.insert(1, (0, 15, 9.0, ""))
-        table(root / f"version_{k}" / "metrics.csv", ["epoch", "step", "train/loss", METRIC], lines)
-        own = f"optim:\n  name: {optimizer}\nseed: {seed}\n{OBJECTS}"
-        (root / f"version_{k}" / "hparams.yaml").write_text(own)
-    return Asked("csv", METRIC, group=["optim.name"])
-
-
-def by_keras(root: Path) -> Asked:
-    for optimizer, seed in RUNS:
-        table(root / f"{optimizer}-s{seed}.csv", ["epoch", "loss", METRIC],
-              [(step, 9.0, value) for step, value in curve(optimizer, seed)], ";")  # fmt: skip
-    return Asked("csv", METRIC)
-
-
-def by_long_csv(root: Path) -> Asked:
-    lines = [(optimizer, seed, step, value) for optimizer, seed in RUNS for step, value in curve(optimizer, seed)]
-    table(root / "all.csv", ["optimizer", "seed", "step", METRIC], sorted(lines, key=lambda line: line[2]))
-    return Asked("csv", METRIC, group=["optimizer"])
-
-
-def by_wandb_chart(root: Path) -> Asked:
-    names = [f"{optimizer}-{seed}" for optimizer, seed in RUNS]
-    heads = [f"{name} - {key}{band}" for name in names for key in ("_step", METRIC) for band in ("", "__MIN", "__MAX")]
-    lines = [
-        [step, *(x for run in RUNS for x in ([step] * 3 + [dict(curve(*run))[step]] * 3))] for step, _ in CURVE
-    ]  # fmt: skip
-    table(root / "wandb_export.csv", ["Step", *heads], lines)
-    return Asked("wandb", METRIC, names="{optimizer}-{seed}")
-
-
-def by_wandb_runs(root: Path) -> Asked:
-    heads = ["Name", "State", "Created", "Runtime", "optimizer", "seed", METRIC]
-    lines = [
-        ("fine-tree", "finished", f"2026-01-01T00:00:0{k}.000Z", 60 + k, optimizer, seed, last(optimizer, seed))
-        for k, (optimizer, seed) in enumerate(RUNS)
-    ]
-    table(root / "runs.csv", heads, lines)
-    return Asked("wandb", METRIC, group=["optimizer"])
-
-
-def by_wandb_history(root: Path) -> Asked:
-    for optimizer, seed in RUNS:
-        lines = [(k, step, "", value, 1.7e9 + k) for k, (step, value) in enumerate(curve(optimizer, seed))]
-        table(root / f"{optimizer}_{seed}" / "history.csv", ["", "_step", "train/loss", METRIC, "_timestamp"], lines)
-    return Asked("wandb", METRIC, names="{optimizer}_{seed}")
-
-
-def by_mlflow(root: Path) -> Asked:
-    for k, (optimizer, seed) in enumerate(RUNS):
-        mlflow(
-            root / "mlruns" / "7" / f"{k:032x}", f"wise-owl-{k}", curve(optimizer, seed), optimizer=optimizer, seed=seed
-        )
-    model = root / "mlruns" / "7" / "models" / "m-1"  # MLflow 3 has models beside runs
-    (model / "metrics").mkdir(parents=True)
-    (model / "meta.yaml").write_text("model_id: m-1\nstatus: 2\n")
-    return Asked("mlflow", METRIC, group=["optimizer"])
-
-
-def by_mlflow_database(root: Path) -> Asked:
-    """The tables and columns of MLflow 3 that are read."""
-    root.mkdir()
-    with closing(sqlite3.connect(root / "mlflow.db")) as database:
-        database.executescript(
-            "CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT);"
-            "CREATE TABLE runs (run_uuid TEXT, name TEXT, status TEXT, start_time BIGINT, end_time BIGINT, "
-            "lifecycle_stage TEXT, experiment_id INTEGER);"
-            "CREATE TABLE metrics (key TEXT, value FLOAT, timestamp BIGINT, step BIGINT, is_nan BOOL, run_uuid TEXT);"
-            "CREATE TABLE params (key TEXT, value TEXT, run_uuid TEXT);"
-            "INSERT INTO experiments VALUES (7, 'cifar', 'active');"
-        )
-        for k, (optimizer, seed) in enumerate([*RUNS, ("adamw", 0)]):
-            name, stage = f"{k:032x}", "active" if k < len(RUNS) else "deleted"
-            database.execute("INSERT INTO runs VALUES (?, 'wise', 'FINISHED', ?, ?, ?, 7)", (name, k, k + 1, stage))
-            for key, value in {"optimizer": optimizer, "seed": str(seed)}.items():
-                database.execute("INSERT INTO params VALUES (?, ?, ?)", (key, value, name))
-            for when, (step, value) in enumerate(reversed([(10, 99.0), *curve(optimizer, seed)])):
-                row = (
-                    METRIC,
-                    0.0 if value == 99 else value,
-                    -when,
-                    step,
-                    value == 99,
-                    name,
-                )  # nan, and then logged again
-                database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
-        database.commit()
-    return Asked("mlflow", METRIC, group=["optimizer"])
-
-
-WRITERS: list[Callable[[Path], Asked]] = [
-    by_folder, by_add_hparams, by_tensorflow, by_lightning, by_keras, by_long_csv, by_wandb_chart, by_wandb_runs,
-    by_wandb_history, by_mlflow, by_mlflow_database,
-]  # fmt: skip
 
 
 def rows(found: Found, **how: Any) -> dict[str, list[tuple[int, float | None]]]:
@@ -413,96 +246,6 @@ def test_the_direction_is_guessed_and_said(
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-DAMAGED = "is no event file of TensorBoard, or is damaged: the rest of it is left out"
-OWN = ("--from", "csv", "runs", "--metric", METRIC)
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    monkeypatch.chdir(tmp_path)
-    return Call("caspr-report", report.main, monkeypatch, capsys)
-
-
-def test_the_examples_of_the_help_run(call: Call) -> None:
-    by_add_hparams(Path("runs"))
-    for k, (optimizer, seed) in enumerate(RUNS):
-        folder = Path("lightning_logs", f"version_{k}")
-        table(folder / "metrics.csv", ["step", "val_acc"], [(s, 1 / v) for s, v in curve(optimizer, seed)])
-        (folder / "hparams.yaml").write_text(f"optimizer: {optimizer}\nseed: {seed}\n")
-        mlflow(Path("mlruns/0", f"{k:032x}"), "wise", curve(optimizer, seed), optimizer=optimizer, seed=seed, lr=0.1)
-    by_wandb_chart(Path())
-    Path("wandb_export.csv").rename("export.csv")
-    assert call("compare", "--help") == 0
-    text = call.out
-    assert max(map(len, text.splitlines())) <= 80
-    lines = text.replace(" \\\n", " ").splitlines()  # as a shell reads a line that goes on
-    examples = [shlex.split(line) for line in lines if line.startswith("  caspr-report compare --from")]
-    assert [example[3] for example in examples] == list(report.SOURCES)
-    for example in examples:
-        assert call(*example[1:]) == 0
-        out = call.out
-        assert "\ncaspr " in out
-        assert "against adamw: better" in out
-    assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
-
-
-def test_other_commands_read_logs_too(call: Call) -> None:
-    by_keras(Path("runs"))
-    assert call("curves", *OWN, "--to", "curves.svg") == 0
-    assert "caspr" in Path("curves.svg").read_text()
-    assert call("list", *OWN) == 0
-    assert "runs/caspr-s2.csv" in call.out
-    assert call("compare", *OWN, "--json") == 0
-    assert [row["label"] for row in json.loads(call.out)] == ["caspr", "adamw"]
-    assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
-    assert call("profile", *OWN, "--target", "runs=3.6") == 0
-    assert "caspr" in call.out
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--from", "tensorboard"], "--from tensorboard: name the folder or the files of the logs"),
-        (["--metric", "x"], "--metric: only with --from (tensorboard, csv, wandb, mlflow)"),
-        (["--from", "tensorbord", "runs"], "--from tensorbord: no such choice. Did you mean tensorboard?"),
-        (["--from", "mlflow", "runs", "--step", "x"], "--step: mlflow has steps of its own"),
-        (["--from", "csv", "nowhere"], "nowhere: no such file or directory"),
-        (["--from", "tensorboard", "runs"], "runs: no event files of TensorBoard (events.out.tfevents.*) there"),
-        (["--from", "mlflow", "runs"], "runs: no runs of MLflow (mlflow.db or mlruns) there"),
-        (["--from", "mlflow", "text.txt"], "text.txt: is no database of MLflow"),
-        (["--from", "csv", "empty"], "empty: no CSV files there"),
-        (["--from", "csv", "text.txt"], "text.txt: is no CSV with a line of heads and as many values in each line"),
-        (["--from", "csv", "binary"], "binary: cannot be read as CSV"),
-        (["--from", "tensorboard", "text.txt"], f"text.txt: {DAMAGED}"),
-        (["--from", "csv", "runs"], "--from csv: name a metric with --metric (metrics: epoch, loss and val/loss)"),
-        (["--from", "csv", "runs", "--metric", "val_loss"], "--metric val_loss: no run has it. Did you mean val/loss?"),
-        ([*OWN, "--group", "optim"],
-         "--group optim: no run has this key. (keys: loss)"),
-        ([*OWN, "--names", "{a}+{b}"], "--names {a}+{b}: no run is called so (runs: "),
-        ([*OWN, "--names", "x"], "--names x: should have parts in braces, each once"),
-        ([*OWN, "--step", "it"], "no column is called it (columns: epoch, loss and val/loss)"),
-        ([*OWN, "--step", METRIC], "is no whole number; --step COLUMN names another"),
-        ([*OWN, "--at", "last"], "--at: should be end, best, or a step, but is last"),
-        (["--from", "csv", "words.csv", "--metric", METRIC],
-         "words.csv: step '1' and val/loss 'high' should be numbers"),
-        (["--from", "csv", "seeds.csv", "--metric", METRIC],
-         "the seed should be a whole number but is 0.5; --seed KEY"),
-    ],
-)  # fmt: skip
-def test_mistakes_get_a_line_and_exit_code_2(argv: list[str], message: str, call: Call) -> None:
-    by_keras(Path("runs"))
-    Path("empty").mkdir()
-    Path("text.txt").write_text("some words, and more\nof them\nand, so, on\nto the end\n")
-    Path("binary").write_bytes(b"\x80\xff\x00")
-    table(Path("words.csv"), ["step", METRIC], [(1, "high")])
-    table(Path("seeds.csv"), ["step", "seed", METRIC], [(1, 0.5, 1.0)])
-    assert call("compare", *argv) == 2
-    err = call.err
-    assert message in err
-    assert len(err.splitlines()) == 1
-    assert err.startswith("error: ")
-
-
 def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
     by_folder(tmp_path)
     (tmp_path / "adamw_seed9").mkdir()
@@ -522,30 +265,6 @@ def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
     assert states.pop(str(tmp_path / "caspr_seed1")) == "failed"
     assert states.pop(str(tmp_path / "caspr_seed0")) == "failed"
     assert set(states.values()) == {"done"}
-
-
-def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path: Path) -> None:
-    """Without TensorBoard itself, a line says what to install."""
-    by_folder(tmp_path)
-    program = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocker())
-from caspr_cli.commands.report import main
-sys.exit(main())
-"""
-    argv = ["compare", "--from", "tensorboard", str(tmp_path), "--metric", METRIC]
-    for blocked, code, said in (
-        (("torch", "tensorflow", "lightning", "hydra"), 0, "against adamw: better"),
-        (("tensorboard",), 2, "error: this needs tensorboard, which is not installed: pip install 'caspr-cli[run]'\n"),
-    ):
-        command = [sys.executable, "-c", program.format(blocked=blocked), *argv]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == code, done.stderr
-        assert said in (done.stderr if code else done.stdout)
 
 
 def test_without_hyperparameters_the_message_says_where_a_key_can_come_from(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import can_mount
-from running import Runner, losses, wait_for
+from running import Runner, can_mount, losses, mounted, wait_for  # noqa: F401 (can_mount is in a condition below)
 
 from caspr_cli.runs.processes import workers
 
@@ -137,8 +136,7 @@ def test_a_second_command_that_starts_with_the_first_names_it(runner: Runner) ->
     out = runner("output_dir=twice", "trainer.max_steps=4000", expect=2)
     assert f"is being written by process {first.pid} on " in out
     assert "?" not in out
-    first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=60) == 130
+    first.told(signal.SIGINT, expect=130)
     assert lock.exists()
 
 
@@ -182,8 +180,7 @@ def test_a_rank_that_hangs_is_named_and_ended(runner: Runner) -> None:
     (second,) = (pid for pid, rank in workers(record, process.pid).items() if rank == 1)
     began = time.monotonic()
     os.kill(second, signal.SIGSTOP)
-    out, _ = process.communicate(timeout=90)
-    assert process.returncode == 143, out
+    out = process.ended(143)
     assert 4 < time.monotonic() - began < 25
     assert "cut off  rank 1 did not answer for 4 s (trainer.timeout)" in out
     assert "the same command continues" in out
@@ -192,18 +189,10 @@ def test_a_rank_that_hangs_is_named_and_ended(runner: Runner) -> None:
     assert (status["state"], status["error"]) == ("preempted", "rank 1 did not answer for 4 s (trainer.timeout)")
 
 
-@contextmanager
-def mounted(directory: Path, options: str) -> Iterator[Path]:
-    if not can_mount():
-        pytest.skip("nothing can be mounted here")
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(directory)], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
+needs_mount = pytest.mark.skipif("not can_mount()", reason="nothing can be mounted here")
 
 
+@needs_mount
 def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> None:
     with mounted(runner.home / "read_only", "ro") as directory:
         (line,) = runner(f"output_dir={directory}", expect=2).splitlines()[-1:]
@@ -211,6 +200,7 @@ def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> 
     assert "Read-only file system" in line
 
 
+@needs_mount
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
 def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner: Runner, sweep: list[str]) -> None:
     with mounted(runner.home / f"no_room{len(sweep)}", "nr_inodes=2") as directory:

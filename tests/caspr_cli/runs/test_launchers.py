@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from running import Runner, losses
+from running import Process, Runner, losses
 
 pytestmark = pytest.mark.release
 
@@ -34,22 +34,13 @@ atexit.register(measure)
 """
 
 
-def start(runner: Runner, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def start(runner: Runner, *overrides: str, **environment: str) -> Process:
     """In a process group of its own, as a shell starts a command."""
-    return subprocess.Popen(
-        runner.command("-m", *overrides),
-        cwd=runner.home,
-        env=runner.environment | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
+    return runner.start("-m", *overrides, env=environment, process_group=0)
 
 
-def finish(process: subprocess.Popen[str], expect: int) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == expect, out
+def finish(process: Process, expect: int) -> str:
+    out = process.ended(expect)
     assert "Traceback" not in out, out
     return out
 

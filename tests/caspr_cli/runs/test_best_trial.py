@@ -1,0 +1,108 @@
+"""Which trial of a search is chosen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from caspr_cli.common.selection import AGAIN
+from caspr_cli.recipe.composer import Composer
+from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
+from caspr_cli.runs import trials
+from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.tasks.registry import C4LMConf
+
+# ---- the best trial ----------------------------------------------------------------------------------------------
+
+
+def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[int], Recipe]:
+    def trial(index: int) -> Recipe:
+        task = C4LMConf(target=Target("val/x", None, higher))
+        search = SearchConf("lr", count, space={"optim.lr": {"log": [1e-3, 1e-1]}})
+        recipe = Recipe(task=task, optim=CasprConf(lr=0.1 * (index + 1)), search=search, trial=index)
+        return replace(recipe, output_dir=str(folder))
+
+    return trial
+
+
+def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
+    record = Record.of(recipe)
+    record.path.mkdir(parents=True)
+    record.write("status.json", {"state": state})
+    if state == "done":
+        record.write("result.json", {"final": {"val/x": value}, "best": {"val/x": 100.0}, "seconds": 7.0})
+
+
+@pytest.mark.parametrize(
+    ("finals", "higher", "best"),
+    [
+        ((0.5, 0.3, 0.4), False, 1),
+        ((0.5, 0.3, 0.4), True, 0),
+        ((None, "failed", 8.0), False, 2),  # what is not finite, or failed, is not chosen
+    ],
+)
+def test_the_best_is_the_best_at_the_end(
+    tmp_path: Path, finals: tuple[float | str | None, ...], higher: bool, best: int
+) -> None:
+    trial = tuned(tmp_path, higher=higher)
+    for index, value in enumerate(finals):
+        failed = isinstance(value, str)
+        ended(trial(index), None if failed else value, "failed" if failed else "done")
+    ended(replace(trial(2), seed=1), 9.0 if higher else 0.0)  # a held-out seed chooses nothing
+    assert trials.best(trial) == best
+
+
+def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    for index in range(3):
+        ended(trial(index), 0.5)
+    (Record.of(trial(1)).path / "result.json").unlink()
+    with pytest.raises(RecordDamagedError, match=r"result\.json is missing or damaged"):
+        trials.best(trial)
+
+
+def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
+    trial = tuned(tmp_path)
+    ended(trial(0), 0.5)
+    ended(trial(1), 0.5, "running")
+    with pytest.raises(ConfigError, match=r"2 of 3 trials of optim=caspr have not ended .* run -m trial=1,2 seed=0"):
+        trials.best(trial)
+    for index in range(1, 3):
+        (Record.of(trial(index)).path / "status.json").unlink(missing_ok=True)
+    for index in range(3):
+        Record.of(trial(index)).path.mkdir(parents=True, exist_ok=True)
+        Record.of(trial(index)).write("status.json", {"state": "failed"})
+    with pytest.raises(ConfigError, match="all 3 trials of caspr failed"):
+        trials.best(trial)
+
+
+def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
+    given = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
+    composer = Composer(given)
+    for trial, message in ((2, r"2 of 2 trials of optim=adamw have not ended"), (4, r"has 2 trials, and 2 x 1 more")):
+        words = [*given, f"trial={trial}"]
+        with pytest.raises(ConfigError, match=message):
+            trials.resolve(composer.config(words), words, {})
+    words = [*given, "trial=1"]
+    assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
+
+
+def test_the_best_waits_until_the_best_three_were_run_again(tmp_path: Path) -> None:
+    trial = tuned(tmp_path, 4)
+
+    def again(index: int) -> Recipe:
+        return replace(trial(index), search=replace(trial(index).search, rerank=3))
+
+    for index, value in enumerate((0.4, 0.3, 0.2, 0.1)):
+        ended(again(index), value)
+    assert trials.best(trial) == 3
+    with pytest.raises(ConfigError, match=r"3 of the best 3 trials .* trial=top1,top2,top3 seed=1001,1002"):
+        trials.best(again)
+    assert [trials.top(again, place) for place in (1, 2, 3)] == [3, 2, 1]
+    for index, value in ((3, 0.9), (2, 0.2), (1, 0.0)):
+        for seed in AGAIN:
+            ended(replace(again(index), seed=seed), value)
+    assert trials.best(again) == 1
+    assert [trials.top(again, place) for place in (1, 2, 3)] == [3, 2, 1]  # as before they were run again
