@@ -1,7 +1,5 @@
 """The files of a data set, whether they lie in a directory or in a zip, by one kind of name: ``train/cat/1.png``."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

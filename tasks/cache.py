@@ -5,8 +5,6 @@ data. Several processes may build the same directory at once (the first to finis
 ``.building-*`` directory behind that nobody reads; the next one deletes it. Deleting any of it costs time alone.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

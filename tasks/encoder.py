@@ -1,7 +1,5 @@
 """The parts that the three transformers share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

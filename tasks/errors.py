@@ -1,7 +1,5 @@
 """The error of data that cannot be used. Imports no torch."""
 
-from __future__ import annotations
-
 
 class DataError(Exception):
     """An error that a user can correct: one to three lines that name the key, or the file and line."""

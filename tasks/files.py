@@ -1,7 +1,5 @@
 """Reading a user's files and the hub: which there are, and one clear line for whatever is wrong with them."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import stat

@@ -1,7 +1,5 @@
 """Means over validation and test batches, whatever batches and ranks the samples came in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -3,8 +3,6 @@
 Every reader uses this, whether its files lie in a directory or in an archive. Imports no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from difflib import get_close_matches

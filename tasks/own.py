@@ -1,7 +1,5 @@
 """A look into the user's own data before a run starts, when no torch is imported yet."""
 
-from __future__ import annotations
-
 import time
 from importlib import import_module
 

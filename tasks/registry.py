@@ -3,8 +3,6 @@
 Imports no torch. Other packages enter theirs as entry points (:mod:`caspr_cli.common.plugins`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import Enum
 

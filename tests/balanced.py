@@ -1,7 +1,5 @@
 """HTML as a reader of it sees it, for tests of pages."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -1,7 +1,5 @@
 """One study in the logs of other programs: each format as its own writer leaves it."""
 
-from __future__ import annotations
-
 import csv
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The optimizers that are compared, and their options."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterator

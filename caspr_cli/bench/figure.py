@@ -1,7 +1,5 @@
 """The bar chart of a run."""
 
-from __future__ import annotations
-
 import io
 
 from matplotlib.axes import Axes

@@ -4,8 +4,6 @@ For the Kronecker family the products are those of the mathematics, in full (not
 optimizers they are the products that a step really calls.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

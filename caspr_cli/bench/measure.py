@@ -1,7 +1,5 @@
 """Time steps of all optimizers in turns, so that other load on the machine affects all alike; and their statistics."""
 
-from __future__ import annotations
-
 import gc
 import math
 import platform

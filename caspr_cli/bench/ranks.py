@@ -4,8 +4,6 @@ Each number of ranks has its own processes. They take turns, a few steps each, s
 all alike.
 """
 
-from __future__ import annotations
-
 import datetime
 import multiprocessing
 import tempfile

@@ -1,7 +1,5 @@
 """Sets of parameter shapes: presets, what a user writes, and a transformer of a given size. No torch."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The weights and gradients that are measured, and the machine that they are on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """``caspr-report check`` and ``leaderboard``: what of them needs more than to read files."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

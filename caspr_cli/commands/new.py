@@ -1,7 +1,5 @@
 """``caspr-train new task NAME`` and ``new optimizer NAME``: write a package that adds one, to begin from."""
 
-from __future__ import annotations
-
 import sys
 import textwrap
 from collections.abc import Sequence

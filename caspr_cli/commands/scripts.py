@@ -1,7 +1,5 @@
 """The console scripts. Without the packages that a command needs, each says in one line what to install."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 

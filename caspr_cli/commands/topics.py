@@ -1,7 +1,5 @@
 """``caspr-train help TOPIC``: what is too long for the README, from the files in ``help/``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

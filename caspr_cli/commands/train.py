@@ -1,7 +1,5 @@
 """``caspr-train``: compose a recipe, run it, and report the result. Never imports torch."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

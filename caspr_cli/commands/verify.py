@@ -1,7 +1,5 @@
 """``caspr-verify``: check the paper's claims. Imports torch only when it computes."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

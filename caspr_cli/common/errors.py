@@ -1,7 +1,5 @@
 """Mistakes of the user, said in one line that offers the nearest valid choice. No Hydra, no torch."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Write files whole or not at all, and recognize errors of the disk. Standard library only."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Counts, lists, durations, sizes and tables as text."""
 
-from __future__ import annotations
-
 import io
 import math
 import shutil

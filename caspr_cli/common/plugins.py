@@ -11,8 +11,6 @@ Whoever installs such a package consents to running its code; a config only name
 wherever a recipe is read, so their modules should not import torch.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Which trial of a search is the best, and when a target is reached: one rule for what is run and what is reported."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The shape of each part of a record, checked by ``caspr-train``, ``caspr-report`` and packs. No torch, no Hydra."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """Standard input, output and error of a command, also where they are closed, full or gone."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checks that types cannot make: numbers out of their range, and keys that do not fit each other."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Make a :class:`Recipe` from Hydra's config, or from the file in a record. No torch."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Compose configs by Hydra: once for each set of choices; values are then changed in a copy."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The YAML files and their choices, and the keys of a config."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from caspr_cli.common import plugins

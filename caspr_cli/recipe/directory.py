@@ -1,7 +1,5 @@
 """Config files of other packages and of the user (``-cd DIR``): read as values, and refused with file and line."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import ClassVar, NoReturn, cast

@@ -1,7 +1,5 @@
 """Explain errors of Hydra and OmegaConf in one to three lines that name the key and the nearest valid choice."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

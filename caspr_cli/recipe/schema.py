@@ -4,8 +4,6 @@ Plain dataclasses; importing this module imports no torch. Hydra checks YAML and
 worker gets the frozen result as one :class:`Recipe`.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, make_dataclass
 from enum import Enum

@@ -4,8 +4,6 @@ A space maps keys of the recipe to a range: ``log: [low, high]`` (uniform in the
 ``one_minus_log: [low, high]`` (1 - x is log-uniform, as suits decay rates), or ``choice: [a, b, c]``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Hydra builds loggers, launchers, sweepers and callbacks from these keys, sets va
 in packages, so that a config could run any code. This is therefore a list of what is allowed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """The files of ``conf/experiment``, of which each describes a table: ours, and those of other packages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

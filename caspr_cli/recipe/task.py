@@ -1,7 +1,5 @@
 """The keys that every task has, in a module of their own, so that a package with a task can import them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from enum import Enum
 

@@ -1,7 +1,5 @@
 """Read the words of a command line, ``key=value`` in Hydra's grammar, and list the jobs of a sweep."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

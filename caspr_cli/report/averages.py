@@ -1,7 +1,5 @@
 """The mean of a row over its validations, which curves show."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from statistics import fmean, median
 

@@ -1,7 +1,5 @@
 """From records to tables: one for each task, scale and data set, with each row tuned, summarized and compared."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

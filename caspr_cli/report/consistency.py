@@ -1,7 +1,5 @@
 """Warnings: what a reader of a table should know before believing it, one line each."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial

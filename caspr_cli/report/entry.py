@@ -1,7 +1,5 @@
 """Whether a row was tuned and run as the leaderboard asks: one line for each thing that is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

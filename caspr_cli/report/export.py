@@ -1,7 +1,5 @@
 """Tables as files: JSON, CSV, Markdown and LaTeX."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -55,7 +53,7 @@ def _entry(table: Table, row: Row) -> dict[str, Any]:
 
 
 def _difference(name: str, found: Comparison | None) -> dict[str, float | None]:
-    return {f"{name}{end}": found and getattr(found, key) for end, key in DIFFERENCE.items()}
+    return {f"{name}{end}": getattr(found, key) if found else None for end, key in DIFFERENCE.items()}
 
 
 def as_json(tables: Sequence[Table]) -> str:

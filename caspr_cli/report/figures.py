@@ -1,7 +1,5 @@
 """The figures of a report, as SVG text; empty where there is nothing to draw."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence

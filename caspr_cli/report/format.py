@@ -1,7 +1,5 @@
 """Numbers, verdicts and tables as text: what every form of a report has in common."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 

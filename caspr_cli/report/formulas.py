@@ -1,7 +1,5 @@
 """Formulas of plain text, as people type them, set for a page."""
 
-from __future__ import annotations
-
 import re
 
 from markupsafe import Markup, escape

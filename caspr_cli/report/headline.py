@@ -3,8 +3,6 @@
 It says what the tables say, of the same means and verdicts, over all tasks.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median

@@ -4,8 +4,6 @@ A curve that is planned for more steps has a high learning rate where a shorter 
 reaches a target later, and not by the same factor for each optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any

@@ -1,7 +1,5 @@
 """The leaderboard: rows that were tuned alike, from packs, as a page that tells how to enter one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations

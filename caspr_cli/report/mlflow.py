@@ -1,7 +1,5 @@
 """Reads runs of MLflow, from its databases and its older file stores, as curves of one metric."""
 
-from __future__ import annotations
-
 import math
 import sqlite3
 from collections import defaultdict

@@ -5,8 +5,6 @@ provenance and validations (step, seconds, value). Host, process id, uncommitted
 paths are left out. The same records give the same bytes.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

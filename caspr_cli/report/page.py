@@ -1,7 +1,5 @@
 """Reports and answers as one HTML file each: no scripts, nothing from elsewhere, light and dark, on any width."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections import Counter

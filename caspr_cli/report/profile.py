@@ -7,8 +7,6 @@ performance profiles"): of the profile over linear tau from 1 to 4, divided by 3
 time is that of a clock, and of the trial that is the fastest to the target.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

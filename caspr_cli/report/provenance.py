@@ -1,7 +1,5 @@
 """Where a run came from, in words; empty where its record does not say."""
 
-from __future__ import annotations
-
 import hashlib
 
 from caspr_cli.common.format import count

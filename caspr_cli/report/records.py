@@ -1,7 +1,5 @@
 """Reads records, also while runs still write them. What cannot be read is left out, with a warning."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

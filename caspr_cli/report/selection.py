@@ -1,7 +1,5 @@
 """Which records belong to one row of a table, and which row or records a user means."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Figures of all trials: the value at the end against the learning rate, and against each other tuned key."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Values of recipes as text, and what differs among recipes."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

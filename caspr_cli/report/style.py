@@ -4,8 +4,6 @@ Figures are drawn with matplotlib's objects, without pyplot's state. Text stays 
 on a light ground; a page replaces each by its counterpart on a dark one.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Tables and records as lines of a terminal."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The outcome of each trial of a row, and how much its value depends on the learning rate."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

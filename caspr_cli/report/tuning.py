@@ -1,7 +1,5 @@
 """The results of tuning as sheets: ranges of good rates, budgets, all trials, final settings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from caspr_cli.report import stats

@@ -4,8 +4,6 @@ Hydra would compose each job again there, and obey its own keys (change the dire
 Instead it gets a loader that composes nothing, and settings without those keys.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast

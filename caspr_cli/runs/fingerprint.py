@@ -4,8 +4,6 @@
 the user's files: if these are the same, the content is not read again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

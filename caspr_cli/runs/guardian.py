@@ -5,8 +5,6 @@ by itself, the end of the stream alone that it was killed. Jobs that run save fi
 at once, and the sweep's folder is removed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Checks that this machine has what a run needs. They come before torch is imported, which takes seconds."""
 
-from __future__ import annotations
-
 from functools import cache
 
 from caspr_cli.common.errors import uninstalled

@@ -1,8 +1,6 @@
 """The shortest whole run that reaches the target: ``trainer.max_steps`` is shortened by bisection, each with a schedule
 of its own. One rule for all rows; what is next follows from the records alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean

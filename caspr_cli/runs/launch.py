@@ -4,8 +4,6 @@ Each run has a fresh process group, so that a sweep may change ``trainer.devices
 group or random state of an earlier job reaches the next one.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Several machines and one run: where they meet."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The processes of a run, seen from outside, and what is known of a machine whose memory ran out."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

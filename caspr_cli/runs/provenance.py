@@ -3,8 +3,6 @@
 The record's own entries are those of the first attempt; ``attempts`` has what differed in each later one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """One command line of ``caspr-train``: its jobs, and what is printed about them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

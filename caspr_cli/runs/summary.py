@@ -1,7 +1,5 @@
 """The last lines of a run and the table of a sweep, from records alone."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """The trials of a search, and the best of them: from the records, by the rule with which ``caspr-report`` selects."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``caspr-verify approximation``: how near each preconditioner is to the full-matrix one, over training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import pairwise

@@ -26,8 +26,6 @@ Similar statements that are false: 2 without the 1/r; with roots of an earlier s
 F~; 7 with moving averages.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

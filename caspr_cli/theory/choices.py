@@ -1,7 +1,5 @@
 """The flags of ``caspr-verify``, each written once: its type, default and help. No torch."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field

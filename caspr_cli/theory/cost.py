@@ -1,7 +1,5 @@
 """``caspr-verify cost``: what does a step cost, how does that grow, and what would it be for large models?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace

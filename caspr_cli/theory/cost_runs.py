@@ -1,7 +1,5 @@
 """Measured steps of the optimizer, and the blocks of each rank, beside what is predicted from shapes."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass

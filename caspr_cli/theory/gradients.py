@@ -4,8 +4,6 @@ Models are scaled down until the full-matrix statistic of a layer, ``[mn, mn]``,
 fraction of a second; data, losses and batches are those of the task.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache

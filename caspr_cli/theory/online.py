@@ -31,8 +31,6 @@ Source of the scheme: Gupta, Koren, Singer, "Shampoo", ICML 2018, section 3; of 
 Lemma 10.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """``caspr-verify order``: is CASPR between full-matrix Adagrad and Shampoo? On gradients of real training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small pictures side by side: one panel a title, lines with bands, one legend for all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Floating point formats, and products that are rounded as tensor cores do it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

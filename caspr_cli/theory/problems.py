@@ -6,8 +6,6 @@ the predictions Z = W X_t ``[m, b]`` for the b samples of a round, summed over t
 rank at most b. Everything is float64. Problems hold S seeds side by side, as other samples or another order of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``caspr-verify regret``: how much regret has CASPR on online convex problems, and how far is the bound from it?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -356,6 +354,6 @@ def _ladder_figure(seen: DataFrame) -> Figure:
     heights = seen[list(columns)].div(seen["rung regret"], axis=0).rename(columns=columns)
     means = heights.groupby([seen["problem"], seen["method"]], sort=False).mean()  # a band would hide the others
     title = "What each inequality of the proof multiplies, from regret (1) to bound, mean over seeds."
-    data, columns = means.reset_index().melt(["problem", "method"], var_name=x), ("problem", "method", x, "value")
+    data, shown = means.reset_index().melt(["problem", "method"], var_name=x), ("problem", "method", x, "value")
     finish = panels.logarithmic(xticks=range(len(RUNGS)), xticklabels=["–", "a", "b", "c", "d", "e", "f"])
-    return panels.figure("ladder", title, data, styles, columns, unit="over the regret", log=False, finish=finish)
+    return panels.figure("ladder", title, data, styles, shown, unit="over the regret", log=False, finish=finish)

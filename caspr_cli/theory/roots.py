@@ -3,8 +3,6 @@
 One table each for complexity, stability, the choice of damping, and low precision.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -21,8 +21,6 @@ only divides them: not with kappa^(1/p), the condition of the root.
 depends on neither the condition nor p. What is measured tells c: :func:`one_rounding`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product

@@ -1,7 +1,5 @@
 """A step on many GPUs, on paper: memory, traffic, balance and time, from shapes and data sheets."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

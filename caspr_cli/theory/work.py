@@ -17,8 +17,6 @@ training, is what is sent (:mod:`caspr_cli.theory.scale`). A step takes the sum 
 machine; nothing overlaps.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

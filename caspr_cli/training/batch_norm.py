@@ -4,8 +4,6 @@ Left alone, each rank would normalise by its own part of the batch and keep runn
 ranks would train another model than one, and each would validate with different statistics.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast

@@ -1,7 +1,5 @@
 """What a rank does before it imports Lightning, which takes longest: data and options are checked first."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

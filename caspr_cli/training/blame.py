@@ -1,7 +1,5 @@
 """Whose fault an error is that comes before training: ours, or that of the package that brings a task or optimizer."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Callbacks of Lightning: curves, checkpoints, and an orderly end after a signal."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

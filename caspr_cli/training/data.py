@@ -1,7 +1,5 @@
 """Batches as a pure function of (seed, step): the same whatever the number of ranks, and wherever a run resumes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from itertools import islice

@@ -4,8 +4,6 @@ The recipe comes on standard input. ``plan`` prints the table of ``debug=plan``,
 of the data.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

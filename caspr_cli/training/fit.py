@@ -1,7 +1,5 @@
 """One run from start to result, in this process (one rank)."""
 
-from __future__ import annotations
-
 import logging
 import resource
 import warnings

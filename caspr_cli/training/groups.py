@@ -1,7 +1,5 @@
 """What every optimizer is built from: groups of parameters, and options."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

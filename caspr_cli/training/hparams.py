@@ -4,8 +4,6 @@
 writer needs TensorFlow. The page reads three summaries, which are made here.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

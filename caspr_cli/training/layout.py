@@ -6,8 +6,6 @@ the pages of a directory together, and charts that are equal become one: a chart
 and all runs have the same categories.
 """
 
-from __future__ import annotations
-
 import re
 
 FIRST = "comparison"

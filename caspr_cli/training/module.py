@@ -1,7 +1,5 @@
 """The LightningModule: a task, its model and an optimizer, and nothing that knows where numbers are written."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal

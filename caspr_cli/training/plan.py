@@ -1,7 +1,5 @@
 """``debug=plan``: what an optimizer will do to each tensor, and at what cost; nothing is trained."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Errors that other ranks caused, as types of their own."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

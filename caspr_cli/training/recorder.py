@@ -1,7 +1,5 @@
 """Numbers to disk: ``metrics.jsonl`` and TensorBoard events. Only rank 0 has a recorder that writes."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Checkpoints are whole, and those of any other strategy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stopwatches: of a whole run, of a call, and of the phases of a step without stopping the device."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 The last two are set by their own variables, as ``WANDB_MODE=offline``, ``WANDB_PROJECT`` and ``MLFLOW_TRACKING_URI``.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

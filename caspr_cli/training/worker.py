@@ -1,7 +1,5 @@
 """One rank of a run, ``python -m caspr_cli.training.worker RECORD``: read the recipe, train, write the result."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """The token files as data sets of windows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from platform import python_version
 from typing import Any

@@ -1,7 +1,5 @@
 """What a language model is measured by."""
 
-from __future__ import annotations
-
 import math
 
 import torch.nn.functional as F

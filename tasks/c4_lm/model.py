@@ -1,7 +1,5 @@
 """A decoder-only transformer language model."""
 
-from __future__ import annotations
-
 import math
 
 import torch

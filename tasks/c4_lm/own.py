@@ -1,7 +1,5 @@
 """Text of the user: plain, JSON or Parquet files, in a directory or alone, with splits of their own or by content."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

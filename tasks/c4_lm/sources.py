@@ -4,8 +4,6 @@ A source gives the documents of each split in a fixed order, and an *identity*: 
 documents may have changed, so that a second start need not read any of them.
 """
 
-from __future__ import annotations
-
 import ast
 import logging
 import os

@@ -10,8 +10,6 @@ and times of files, or what was asked of the hub), so a second start reads no do
 have changed, the documents are read again but nothing is trained.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

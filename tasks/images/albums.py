@@ -1,7 +1,5 @@
 """The images of one split, one at a time: from arrays, or from files."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

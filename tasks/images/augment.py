@@ -1,7 +1,5 @@
 """Augmentation of training images. All of it draws from torch's global generator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@ and squares:
                     <split>.json                    names of the files
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """What image classification is measured by."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

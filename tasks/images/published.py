@@ -1,7 +1,5 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST, as torchvision has them on disk or fetches them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ ground are as often the brighter one, so no pixel tells anything by itself and a
 must find edges first, and then how they go on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

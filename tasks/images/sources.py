@@ -6,8 +6,6 @@ training split becomes one; where there is no test split (ImageNet publishes no 
 serves as test.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import Counter

@@ -1,7 +1,5 @@
 """The graphs as arrays in the cache, memory-mapped, and as data sets whose batches are those of torch_geometric."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from dataclasses import fields

@@ -4,8 +4,6 @@ The lists and their order are those of OGB 1.3.6 (ogb/utils/features.py, mol.py)
 its list, and what is not in the list has the last place.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -6,8 +6,6 @@ label at each of nine quantiles, "is the value beyond this one?", and two more f
 measured most often. The thresholds come from the training split alone.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib

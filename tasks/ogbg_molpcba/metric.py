@@ -1,7 +1,5 @@
 """What predictions of a molecule's labels are measured by."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision

@@ -1,7 +1,5 @@
 """The graph network of AlgoPerf's OGBG workload, which is that of init2winit."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Molecules of the user: a CSV file with a column of SMILES and columns of labels."""
 
-from __future__ import annotations
-
 import csv
 import logging
 from collections.abc import Generator, Iterator

@@ -4,8 +4,6 @@ A source gives all graphs and the places of each split in them, and an *identity
 graphs may have changed, so that a second start need not read them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Sequence

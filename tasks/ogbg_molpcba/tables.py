@@ -1,7 +1,5 @@
 """OGB's tables, ``*.csv.gz`` of whole numbers without a header: parsed by the block, with the line of what is wrong."""
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Iterator, Sequence
 from io import BytesIO

@@ -4,8 +4,6 @@ torchvision's own class has 64 channels in its first stage whatever it is told; 
 CPU needs 8. Weights of one load into the other.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Residual networks on images."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

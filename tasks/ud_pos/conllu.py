@@ -1,7 +1,5 @@
 """Reading CoNLL-U: words and one column of tags (https://universaldependencies.org/format.html)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From sentences to batches of word ids, tag ids and spellings."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Sequence

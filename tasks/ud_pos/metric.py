@@ -1,7 +1,5 @@
 """What tagging is measured by."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

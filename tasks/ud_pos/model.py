@@ -1,7 +1,5 @@
 """A transformer encoder that tags the words of a sentence."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

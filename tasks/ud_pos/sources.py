@@ -1,7 +1,5 @@
 """Where the sentences come from: a bundled Turkish treebank, any UD treebank on disk, or one from the hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import cached_property

@@ -1,7 +1,5 @@
 """A vision transformer with torchvision's arithmetic."""
 
-from __future__ import annotations
-
 import math
 
 import torch

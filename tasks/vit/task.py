@@ -1,7 +1,5 @@
 """Vision transformers on images."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from torch import nn

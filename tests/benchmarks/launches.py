@@ -5,8 +5,6 @@
 Takes a minute an optimizer. Times are not known without a GPU.
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import nullcontext
 from pathlib import Path

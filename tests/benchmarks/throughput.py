@@ -5,8 +5,6 @@
 The two take turns in one process; the ratio is the median over turns. Not a test: timings are no verdict.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import statistics

@@ -1,7 +1,5 @@
 """Errors, files, text, and the rule for the best trial, which all commands share."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

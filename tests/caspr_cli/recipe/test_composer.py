@@ -1,7 +1,5 @@
 """A command line composes the same config as by Hydra alone, and no values that are code."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

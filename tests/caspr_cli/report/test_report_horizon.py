@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 from recorded import run
 from tabled import row, seeds, table

@@ -1,7 +1,5 @@
 """The leaderboard and the check of an entry: each way in which a pack can be wrong is said in one line."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tables from the logs of other programs: each format as its own writer leaves it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path

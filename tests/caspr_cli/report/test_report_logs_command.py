@@ -1,7 +1,5 @@
 """``caspr-report`` on the logs of other programs: its examples, and a line for each mistake."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """What solvers make of matrices with known roots."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from references.inverse_root import spectrum, with_spectrum
