@@ -24,3 +24,10 @@ class Call:
         code = self.main()
         self.out, self.err = self.capsys.readouterr()
         return code
+
+    def refused(self, *argv: str) -> str:
+        """Call it with a mistake: exit code 2, and the one line that is returned."""
+        assert self(*argv) == 2
+        (line,) = self.err.removeprefix("importing torch\n").splitlines()  # before what only torch knows is refused
+        assert line.startswith("error: ")
+        return line

@@ -74,12 +74,8 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(call: Call, argv: list[str], message: str) -> None:
-    assert call(*argv) == 2
+    assert message in call.refused(*argv)
     assert call.out == ""
-    said = call.err.removeprefix("importing torch\n")  # before what only torch knows is refused
-    assert said.startswith("error: ")
-    assert message in said
-    assert said.count("\n") == 1
 
 
 def test_table_json_and_chart(call: Call) -> None:

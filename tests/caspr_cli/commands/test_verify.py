@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from calling import Call
@@ -123,22 +124,18 @@ def test_a_statement_that_failed_is_said_and_the_code_is_one(asked, monkeypatch,
     assert "failed   order: order holds" in call.err
 
 
-def test_a_mistake_that_only_theory_sees(asked, monkeypatch, call):
-    def answer(choice, log):
-        raise ConfigError("--task vot: no such task. Did you mean vit?")
-
-    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
-    assert call("order") == 2
-    assert call.err.splitlines()[-1] == "error: --task vot: no such task. Did you mean vit?"
+WRONG = "--task vot: no such task. Did you mean vit?"
 
 
-def test_interrupted(asked, monkeypatch, call):
-    def answer(choice, log):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(verify, "import_module", lambda name: SimpleNamespace(answer=answer))
-    assert call("order") == 130
-    assert "Traceback" not in call.err
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [(ConfigError(WRONG), 2, f"error: {WRONG}"), (KeyboardInterrupt(), 130, "importing torch")],
+)
+def test_errors_of_theory_and_interruptions(asked, monkeypatch, call, error, code, last):
+    module = SimpleNamespace(answer=Mock(side_effect=error))
+    monkeypatch.setattr(verify, "import_module", lambda name: module)
+    assert call("order") == code
+    assert call.err.splitlines()[-1] == last
 
 
 def test_every_question_is_a_module():

@@ -41,17 +41,14 @@ def recipe(data: Path) -> Recipe:
 
 def test_what_has_moved_is_seen_without_reading_it(record: Record, data: Path) -> None:
     assert fingerprint.moved(record, data) == []
-    (data / "train" / "b.txt").write_text("other...")
+    os.utime(data / "train" / "b.txt", (1, 1))  # a time alone counts
     assert fingerprint.moved(record, data) == ["train/b.txt"]
     (data / "test" / "new.txt").write_text("")
     assert fingerprint.moved(record, data) == ["test", "train/b.txt"]
     (data / "d.txt").unlink()
     assert fingerprint.moved(record, data) == [".", "d.txt", "test", "train/b.txt"]
-
-
-def test_a_time_alone_counts_as_moved(record: Record, data: Path) -> None:
-    os.utime(data / "d.txt", (1, 1))
-    assert fingerprint.moved(record, data) == ["d.txt"]
+    (data / "test" / "c.txt").write_text("of another size")
+    assert fingerprint.moved(record, data) == [".", "d.txt", "test", "test/c.txt", "train/b.txt"]
 
 
 def test_a_root_that_is_a_file(tmp_path: Path) -> None:
