@@ -7,7 +7,6 @@ import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_two_lines_work_alone() -> None:
+def test_the_two_lines_work_alone():
     train, test = blocks("bash")
     for line in (train, test):
         assert len(line.splitlines()) == 1
@@ -33,16 +32,16 @@ def test_the_two_lines_work_alone() -> None:
     assert "-m pytest" in test
 
 
-def test_the_loop_of_the_readme_runs_as_it_stands() -> None:
+def test_the_loop_of_the_readme_runs_as_it_stands():
     (code,) = blocks("python")
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("tokens", nn.Embedding(5, 8))
     model.add_module("body", nn.Linear(8, 8))
     model.add_module("head", nn.Linear(8, 5))
-    losses: list[float] = []
+    losses = []
 
-    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def loss(model, batch):
         value = nn.functional.cross_entropy(model(batch), (batch + 1) % 5)
         losses.append(float(value.detach()))
         return value
@@ -62,22 +61,22 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
 
-def without(names: Iterable[str], code: str) -> subprocess.CompletedProcess[str]:
+def without(names, code):
     """Run code where some modules cannot be found, as if they were not installed."""
     command = [sys.executable, "-c", WITHOUT.format(names=set(names)) + code]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_every_module_of_an_extra_is_known_by_it() -> None:
+def test_every_module_of_an_extra_is_known_by_it():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     modules = {"hydra-core": "hydra", "pytorch-optimizer": "pytorch_optimizer", "pyyaml": "yaml",
                "torch-geometric": "torch_geometric", "turkish-treebanks": "turkish_treebanks"}  # fmt: skip
     for extra, known in EXTRAS.items():
-        names = [re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("caspr")]  # type: ignore[index]
+        names = [re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("caspr")]
         assert {modules.get(name, name) for name in names} <= set(known)
 
 
-def test_the_optimizer_needs_torch_alone() -> None:
+def test_the_optimizer_needs_torch_alone():
     code = (
         "import torch; from caspr_cli import CASPR, Shampoo\n"
         "p = torch.nn.Parameter(torch.ones(3, 3)); o = CASPR([p], lr=0.1, interval=1); p.grad = torch.ones(3, 3)\n"
@@ -94,7 +93,7 @@ def test_the_optimizer_needs_torch_alone() -> None:
         ("bench --task ogbg_molpcba", ("torch_geometric",), "graphs"),
     ],
 )
-def test_a_command_says_which_extra_it_needs(command: str, missing: tuple[str, ...], extra: str) -> None:
+def test_a_command_says_which_extra_it_needs(command, missing, extra):
     name, *words = command.split()
     code = f"sys.argv[1:] = {words!r}\nfrom caspr_cli.commands import scripts\nsys.exit(scripts.{name}())"
     done = without(missing, code)
@@ -108,7 +107,7 @@ FOREIGN = ("tasks", "datasets", "utils", "token", "conf", "caspr_cli", "experime
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(tmp_path_factory):
     """The wheel that is built from the sdist, which is built from here."""
     wheels, sdists = (pytest.importorskip(f"hatchling.builders.{kind}") for kind in ("wheel", "sdist"))
     home = tmp_path_factory.mktemp("built")
@@ -119,7 +118,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
-def test_an_editable_install_makes_one_name_importable(tmp_path: Path) -> None:
+def test_an_editable_install_makes_one_name_importable(tmp_path):
     editables = pytest.importorskip("editables")
     builders = pytest.importorskip("hatchling.builders.wheel")
     (built,) = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"])
@@ -134,7 +133,7 @@ def test_an_editable_install_makes_one_name_importable(tmp_path: Path) -> None:
     assert done.stdout == f"{ROOT}/caspr_cli/recipe/words.py []\n"
 
 
-def test_the_wheel_has_all_files_under_one_name(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_all_files_under_one_name(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     here = {ROOT / "conf": "*.yaml", ROOT / "tasks": "*.py", ROOT / "caspr_cli": "*.*"}
     files = {file.relative_to(ROOT) for folder, kind in here.items() for file in folder.rglob(kind)}
@@ -146,7 +145,7 @@ def test_the_wheel_has_all_files_under_one_name(wheel: zipfile.ZipFile) -> None:
 @pytest.mark.parametrize(
     "words", ["trainer.devices=2", "-m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1", "debug=plan"]
 )
-def test_the_wheel_works_among_modules_of_the_same_names(words: str, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_the_wheel_works_among_modules_of_the_same_names(words, wheel, tmp_path):
     if "joblib" in words:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     wheel.extractall(tmp_path / "site")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"task": "own_rings", "optimizer": "own_signs"}
 
 
-def install(project: Path, site: Path) -> None:
+def install(project, site):
     """Do what ``pip install -e`` does: put the package on the path, and its entry points beside it."""
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     folder = site / f"{about['name']}-{about['version']}.dist-info"
@@ -36,10 +36,10 @@ def install(project: Path, site: Path) -> None:
 class Home:
     """A folder of a user, with packages of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder, self.site = folder, folder / "site"
 
-    def __call__(self, *words: str, module: str = "caspr_cli.commands.train", expect: int = 0) -> str:
+    def __call__(self, *words, module="caspr_cli.commands.train", expect=0):
         path = os.pathsep.join([str(ROOT), str(self.site)])
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         start = f"import sys; from caspr_cli.commands import scripts; sys.argv[1:] = {list(words)!r}; "
@@ -51,14 +51,14 @@ class Home:
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def record(self) -> dict[str, object]:
+    def record(self):
         (file,) = self.folder.glob("outputs/*/*/*/seed0/provenance.json")
-        found: dict[str, object] = json.loads(file.read_text())
+        found = json.loads(file.read_text())
         return found
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+def home(tmp_path, monkeypatch):
     made = Home(tmp_path)
     monkeypatch.chdir(tmp_path)
     for kind, name in NAMES.items():
@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     return made
 
 
-def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(home: Home) -> None:
+def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(home):
     lines = [line.split() for line in home("--help").splitlines()]
     assert lines[-5:] == [
         ["of", "own_rings", "0.1.0"],
@@ -100,7 +100,7 @@ def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(hom
         ("from own_signs import ENTRY", "should be a caspr_cli.tasks.Entry but is a caspr_cli.optim.family.Entry"),
     ],
 )
-def test_a_package_that_cannot_be_used_is_named_in_one_line(text: str, message: str, home: Home) -> None:
+def test_a_package_that_cannot_be_used_is_named_in_one_line(text, message, home):
     (home.folder / "own_rings" / "own_rings" / "__init__.py").write_text(text)
     said = home("task=c4_lm", expect=2)
     assert said == f"error: package own_rings 0.1.0: entry point own_rings of caspr.tasks: {message}\n"
@@ -129,9 +129,7 @@ FAULTS = [  # file, what stands in it, what is put there, and what is said of th
     ("file", "before", "after", "message"),
     [pytest.param(*fault, marks=pytest.mark.release if i > 1 else ()) for i, fault in enumerate(FAULTS)],
 )
-def test_an_error_of_a_package_names_package_and_function(
-    file: str, before: str, after: str, message: str, home: Home
-) -> None:
+def test_an_error_of_a_package_names_package_and_function(file, before, after, message, home):
     """In the process that will train, and in that of ``debug=plan``."""
     text = (home.folder / file).read_text()
     assert before in text
@@ -141,7 +139,7 @@ def test_an_error_of_a_package_names_package_and_function(
     assert re.search(rf"(error: |refused  )package {message}\n", said), said
 
 
-def test_a_record_names_the_package_that_is_not_installed_any_more(home: Home) -> None:
+def test_a_record_names_the_package_that_is_not_installed_any_more(home):
     record = home.folder / "outputs" / "own_rings" / "own_signs" / "0123abcd" / "seed0"
     record.mkdir(parents=True)
     packages = {"torch": "2.9", "own_rings": "0.1.0", "own_signs": "0.1.0"}
@@ -154,7 +152,7 @@ def test_a_record_names_the_package_that_is_not_installed_any_more(home: Home) -
     assert "task=own_ringz: no such choice." in home("task=own_ringz", expect=2)
 
 
-def test_a_name_that_is_taken_is_refused(home: Home) -> None:
+def test_a_name_that_is_taken_is_refused(home):
     points = home.site / "own_rings-0.1.0.dist-info" / "entry_points.txt"
     points.write_text(points.read_text().replace("own_rings = own_rings:", "vit = own_rings:"))
     said = home("task=vit", expect=2)
@@ -178,9 +176,7 @@ def test_a_name_that_is_taken_is_refused(home: Home) -> None:
         (["task", "there"], "there: is there already"),
     ],
 )
-def test_names_that_new_refuses(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_new_refuses(words, message, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -189,7 +185,7 @@ def test_names_that_new_refuses(
 
 
 @pytest.mark.release
-def test_own_task_and_optimizer_train_and_their_tests_pass(home: Home) -> None:
+def test_own_task_and_optimizer_train_and_their_tests_pass(home):
     home("task=own_rings", "optim=own_signs", "debug=fast", "trainer.devices=2")
     packages = home.record()["packages"]
     assert isinstance(packages, dict)
@@ -205,10 +201,10 @@ def test_own_task_and_optimizer_train_and_their_tests_pass(home: Home) -> None:
     )
 
 
-def test_the_task_that_new_writes_learns(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_that_new_writes_learns(home, monkeypatch):
     monkeypatch.syspath_prepend(str(home.site))
-    from own_rings import Conf  # type: ignore[import-not-found]
-    from own_rings.task import Rings  # type: ignore[import-not-found]
+    from own_rings import Conf
+    from own_rings.task import Rings
 
     task, again = Rings(Conf(), 0), Rings(Conf(), 1)
     task.prepare()

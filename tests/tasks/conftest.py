@@ -1,24 +1,21 @@
 """A cache of its own for each test, and real data if they are available."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from caspr_cli import tasks
-from caspr_cli.recipe.schema import TaskConf
-from caspr_cli.tasks.base import Task
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """Where this test's cache is."""
     monkeypatch.setenv("CASPR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def shared() -> Path:
+def shared():
     """Real data for development, beside the checkout."""
     folder = Path(__file__).resolve().parents[3] / "shared" / "data"
     if not folder.is_dir():
@@ -27,7 +24,7 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def task(conf: Callable[[], TaskConf]) -> Task:
+def task(conf):
     """The task of the small recipe ``conf``, its data prepared."""
     made = tasks.load(conf(), seed=0)
     made.prepare()

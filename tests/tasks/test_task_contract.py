@@ -4,9 +4,6 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -20,7 +17,7 @@ from written import SMALL, recipe
 from caspr_cli import tasks
 from caspr_cli.optim import CASPR
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks.base import SPLITS, DataError, Task
+from caspr_cli.tasks.base import SPLITS, DataError
 from caspr_cli.tasks.metrics import Means
 
 UNITS = {"c4_lm": "tokens", "ud_pos": "words", "ogbg_molpcba": "graphs", "resnet": "images", "vit": "images"}
@@ -49,55 +46,53 @@ IMPOSSIBLE = {
     "vit": [{"patch": 5}, {"heads": 3}],
 }
 
-Load = Callable[..., Task]
-
 
 @pytest.fixture(params=SMALL)
-def name(request: pytest.FixtureRequest) -> str:
+def name(request):
     return str(request.param)
 
 
 @pytest.fixture
-def load(name: str, tmp_path: Path) -> Load:
+def load(name, tmp_path):
     root = SMALL[name][0](tmp_path / "data")
 
-    def make(seed: int = 0, **changes: Any) -> Task:
+    def make(seed=0, **changes):
         return tasks.load(recipe(name, root, **changes), seed)
 
     return make
 
 
 @pytest.fixture
-def task(load: Load) -> Task:
+def task(load):
     found = load()
     found.prepare()
     torch.manual_seed(0)
     return found
 
 
-def samples(task: Task, split: Any = "train", count: int | None = None) -> list[Any]:
-    data: Any = task.dataset(split)
+def samples(task, split="train", count=None):
+    data = task.dataset(split)
     return [data[i] for i in range(len(data) if count is None else count)]
 
 
-def flat(value: Any) -> list[Any]:
+def flat(value):
     """The numbers of a sample or a batch."""
     if isinstance(value, (list, tuple)):
         return [flat(part) for part in value]
     if isinstance(value, dict) or hasattr(value, "to_dict"):
         parts = value if isinstance(value, dict) else value.to_dict()
         return [flat(parts[key]) for key in sorted(parts)]
-    found: list[Any] = torch.as_tensor(value).tolist()
+    found = torch.as_tensor(value).tolist()
     return found
 
 
-def scalars(metric: Any) -> dict[str, float]:
+def scalars(metric):
     return {key: value.item() for key, value in metric.compute().items()}
 
 
-def test_a_data_set_has_an_end_and_goes_to_other_processes(task: Task) -> None:
+def test_a_data_set_has_an_end_and_goes_to_other_processes(task):
     for split in SPLITS:
-        data: Any = task.dataset(split)
+        data = task.dataset(split)
         pickled = pickle.dumps(data)
         assert task.unit == "words" or len(pickled) < 1000  # sentences are not in the cache
         again = pickle.loads(pickled)
@@ -106,7 +101,7 @@ def test_a_data_set_has_an_end_and_goes_to_other_processes(task: Task) -> None:
             data[len(data)]
 
 
-def test_a_second_process_need_not_prepare_and_has_the_same_data(task: Task, load: Load) -> None:
+def test_a_second_process_need_not_prepare_and_has_the_same_data(task, load):
     other = load(seed=1)
     for split in SPLITS:
         assert flat(samples(other, split)) == flat(samples(task, split))
@@ -114,7 +109,7 @@ def test_a_second_process_need_not_prepare_and_has_the_same_data(task: Task, loa
     assert other.describe_data() == task.describe_data()
 
 
-def test_what_is_said_of_the_data(name: str, task: Task) -> None:
+def test_what_is_said_of_the_data(name, task):
     found = json.loads(json.dumps(task.describe_data()))
     assert found["source"] == "files"
     assert re.fullmatch("[0-9a-f]{16}", found["hash"])
@@ -126,7 +121,7 @@ def test_what_is_said_of_the_data(name: str, task: Task) -> None:
         assert 0 <= said - units <= (16 if name == "c4_lm" else 0)
 
 
-def test_initial_weights_depend_on_torchs_seed_alone(task: Task, load: Load) -> None:
+def test_initial_weights_depend_on_torchs_seed_alone(task, load):
     states = []
     for seed, torchs in ((0, 7), (1, 7), (0, 8)):
         torch.manual_seed(torchs)
@@ -137,7 +132,7 @@ def test_initial_weights_depend_on_torchs_seed_alone(task: Task, load: Load) -> 
     assert {key for key in states[0] if ".bn" not in key and "downsample.1" not in key and key[:2] != "bn"} <= learned
 
 
-def test_loss_falls_under_caspr(task: Task) -> None:
+def test_loss_falls_under_caspr(task):
     model, batch = task.model(), task.collate(samples(task, count=12))
     plain = task.plain(model)
     chosen = [p for key, p in model.named_parameters() if key not in plain]
@@ -153,13 +148,13 @@ def test_loss_falls_under_caspr(task: Task) -> None:
 
 
 @torch.no_grad()
-def test_metrics_are_the_same_whatever_the_batches_and_ranks(task: Task) -> None:
+def test_metrics_are_the_same_whatever_the_batches_and_ranks(task):
     model, data = task.model().double().eval(), samples(task, "validation")
     whole = task.collate(data)
     expected = None
     for size in (len(data), 1, 3):
-        ranks: Any = [task.metrics(), task.metrics()]
-        for i, batch in enumerate(DataLoader(data, size, collate_fn=task.collate)):  # type: ignore[arg-type]
+        ranks = [task.metrics(), task.metrics()]
+        for i, batch in enumerate(DataLoader(data, size, collate_fn=task.collate)):
             task.evaluate(model, batch, ranks[i % 2])
         if size < len(data):
             ranks[0].merge_state(ranks[1])
@@ -169,8 +164,8 @@ def test_metrics_are_the_same_whatever_the_batches_and_ranks(task: Task) -> None
         assert found["loss"] == pytest.approx(task.loss(model, whole).item(), rel=1e-6)
 
 
-def test_sums_of_metrics_are_double_and_in_no_checkpoint(task: Task) -> None:
-    metric: Any = task.metrics()
+def test_sums_of_metrics_are_double_and_in_no_checkpoint(task):
+    metric = task.metrics()
     assert isinstance(metric, Means)
     metric.half()  # a model's precision must not reach the sums
     sums = list(dict.fromkeys(state for _, *pair in metric.means for state in pair))
@@ -180,7 +175,7 @@ def test_sums_of_metrics_are_double_and_in_no_checkpoint(task: Task) -> None:
     assert list(metric._reductions)[: len(sums)] == sums
 
 
-def test_what_is_preconditioned(name: str, task: Task) -> None:
+def test_what_is_preconditioned(name, task):
     model = task.model()
     plain, parameters = task.plain(model), dict(model.named_parameters())
     pattern, count = CHOSEN[name]
@@ -190,7 +185,7 @@ def test_what_is_preconditioned(name: str, task: Task) -> None:
     assert all(plain[key] == "norm" for key in plain if "norm" in key)
 
 
-def test_train_flops_agree_with_torchs_counter(name: str, load: Load) -> None:
+def test_train_flops_agree_with_torchs_counter(name, load):
     size = {"ud_pos": 40, "ogbg_molpcba": 12}.get(name, 4)  # there the whole training split, whose mean counts
     for changes in ({}, {"characters": False}) if name == "ud_pos" else ({},):
         task = load(batch_size=size, **changes)
@@ -201,7 +196,7 @@ def test_train_flops_agree_with_torchs_counter(name: str, load: Load) -> None:
         assert task.train_flops(model) == pytest.approx(counter.get_total_flops() + INPUT.get(name, 0), rel=1e-9)
 
 
-def test_dropout_acts_in_training_alone(name: str, load: Load) -> None:
+def test_dropout_acts_in_training_alone(name, load):
     if name == "resnet":
         pytest.skip("has no dropout")
     task = load(dropout=0.5)
@@ -218,7 +213,7 @@ def test_dropout_acts_in_training_alone(name: str, load: Load) -> None:
     assert plain.loss(fresh.eval(), batch).item() == still
 
 
-def test_bfloat16_autocast_stays_close(task: Task) -> None:
+def test_bfloat16_autocast_stays_close(task):
     model, batch = task.model().eval(), task.collate(samples(task, count=8))
     with torch.autocast("cpu", torch.bfloat16):
         rough = task.loss(model, batch)
@@ -227,14 +222,14 @@ def test_bfloat16_autocast_stays_close(task: Task) -> None:
 
 
 @pytest.mark.parametrize(("of", "change"), [(of, change) for of, changes in IMPOSSIBLE.items() for change in changes])
-def test_impossible_keys_are_named(of: str, change: dict[str, Any]) -> None:
+def test_impossible_keys_are_named(of, change):
     with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
         tasks.load(recipe(of, None, **change), 0)
 
 
 @pytest.mark.parametrize("of", ["c4_lm", "ud_pos", "ogbg_molpcba"])
-def test_without_a_network_it_says_what_to_do_instead(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_: Any, **__: Any) -> None:
+def test_without_a_network_it_says_what_to_do_instead(of, monkeypatch):
+    def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach it on the Hub\nand a page of more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -253,19 +248,19 @@ def test_without_a_network_it_says_what_to_do_instead(of: str, monkeypatch: pyte
 CACHED = [name for name in SMALL if name != "ud_pos"]  # a treebank is read anew
 
 
-def directory_of(task: Any) -> Path:
-    found: Path = task.data.directory
+def directory_of(task):
+    found = task.data.directory
     return found
 
 
-def other_array() -> bytes:
+def other_array():
     """An array file of a shape that no data set has."""
     content = io.BytesIO()
     np.save(content, np.zeros((1, 2, 3, 4, 5), np.uint8))
     return content.getvalue()
 
 
-def read_all(task: Task) -> None:
+def read_all(task):
     task.prepare()
     for split in SPLITS:
         task.dataset(split)
@@ -273,7 +268,7 @@ def read_all(task: Task) -> None:
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_what_is_built_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_built_is_built_once(load, monkeypatch):
     load().prepare()
     monkeypatch.setattr("caspr_cli.tasks.cache.building", lambda _: pytest.fail("built again"))
     monkeypatch.setattr("caspr_cli.tasks.c4_lm.tokens.building", lambda _: pytest.fail("built again"))
@@ -281,7 +276,7 @@ def test_what_is_built_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_a_damaged_cache_says_what_to_delete(load: Load) -> None:
+def test_a_damaged_cache_says_what_to_delete(load):
     directory = directory_of(load())
     for path in sorted(directory.iterdir()):
         whole = path.read_bytes()

@@ -29,12 +29,12 @@ sys.exit(main())
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(monkeypatch, capsys):
     return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
 @pytest.fixture
-def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study(tmp_path, monkeypatch):
     """Two optimizers on two tasks, three seeds each, in ./outputs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -73,7 +73,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "outputs/vit/adamw/seed0/config.yaml"], "config.yaml: cannot be read as what caspr-report pack"),
     ],
 )
-def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], message: str, call: Call) -> None:
+def test_mistakes_get_a_line_and_exit_code_2(study, argv, message, call):
     Path("d.md").mkdir()
     Path("empty").mkdir()
     Path("events").mkdir()
@@ -81,7 +81,7 @@ def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], messa
     assert message in call.refused(*argv)
 
 
-def test_compare_prints_a_table_for_each_task(study: Path, call: Call) -> None:
+def test_compare_prints_a_table_for_each_task(study, call):
     assert call("compare") == 0
     out = call.out
     assert out.startswith(f"caspr-report {__version__}  12 records in outputs\n")
@@ -90,7 +90,7 @@ def test_compare_prints_a_table_for_each_task(study: Path, call: Call) -> None:
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_json_is_all_there_is_on_standard_output(study: Path, call: Call) -> None:
+def test_json_is_all_there_is_on_standard_output(study, call):
     assert call("compare", study / "vit", "--json", "--to", "x.csv", "--baseline", "caspr") == 0
     assert [(row["task"], row["label"], row["baseline"]) for row in json.loads(call.out)] == [
         ("vit", "caspr", "caspr"), ("vit", "adamw", "caspr"),
@@ -98,7 +98,7 @@ def test_json_is_all_there_is_on_standard_output(study: Path, call: Call) -> Non
     assert call.err == "wrote    x.csv\n"
 
 
-def test_every_format_is_written_whole(study: Path, call: Call) -> None:
+def test_every_format_is_written_whole(study, call):
     words = {"x.md": "| caspr | 3 |", "new/x.tex": r"\toprule", "x.csv": "task,scale", "x.json": '"label": "caspr"'}
     argv = [word for name in words for word in ("--to", name)]
     assert call("compare", *argv) == 0
@@ -109,7 +109,7 @@ def test_every_format_is_written_whole(study: Path, call: Call) -> None:
     assert not list(Path.cwd().glob(".*"))
 
 
-def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study: Path, call: Call) -> None:
+def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study, call):
     for k in range(20):
         Path("outputs/bad", str(k)).mkdir(parents=True)
         Path("outputs/bad", str(k), "status.json").write_text("{", encoding="utf8")
@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study: Path, 
     assert len(lines) == report.SHOWN + 1
 
 
-def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
+def test_a_pack_is_read_like_a_directory(study, call):
     assert call("pack", study, "--to", "p.jsonl.gz") == 0
     assert call.out.startswith("wrote    p.jsonl.gz: 12 records, ")
     rows = []
@@ -131,21 +131,21 @@ def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
     assert rows[0] == rows[1]
 
 
-def test_list_and_show(study: Path, call: Call) -> None:
+def test_list_and_show(study, call):
     assert call("list", study / "vit") == 0
     assert len(call.out.splitlines()) == 7
     assert call("show", study / "vit/caspr/seed1") == 0
     assert "task=vit optim=caspr scale=sample seed=1" in call.out
 
 
-def test_another_target_and_a_profile(study: Path, call: Call) -> None:
+def test_another_target_and_a_profile(study, call):
     assert call("profile", "--target", "vit=4.1", "--unit", "seconds") == 0
     out = call.out
     assert "seconds" in out
     assert "caspr" in out
 
 
-def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) -> None:
+def test_curves_of_all_tasks_together_have_a_dark_twin(study, call):
     assert call("curves", "--together", "--to", "c.svg") == 0
     assert call.out == "wrote    c.svg\nwrote    c-dark.svg\n"
     light, dark = (Path(name).read_text(encoding="utf8") for name in ("c.svg", "c-dark.svg"))
@@ -153,7 +153,7 @@ def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) 
     assert light != dark
 
 
-def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
+def test_all_trials_and_their_figures(study, call):
     for k in range(3):
         write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
     argv = ["trials", study / "c4_lm", "--to", "t.svg", "--to", "t.md", "--tuned", "optim.lr,optim.eps"]
@@ -167,7 +167,7 @@ def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
     assert call(*argv) == 2
 
 
-def test_output_that_is_not_utf_8_has_question_marks(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+def test_output_that_is_not_utf_8_has_question_marks(study, monkeypatch, call):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     assert call("compare", "--to", "x.md") == 0
@@ -176,7 +176,7 @@ def test_output_that_is_not_utf_8_has_question_marks(study: Path, monkeypatch: p
 
 
 @pytest.mark.release
-def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study: Path, call: Call) -> None:
+def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study, call):
     write(run(task__name="../evil/x"), Path("outputs/odd"))
     assert call("curves", "outputs/odd", "outputs/vit", "--to", "c.svg") == 0
     assert sorted(path.name for path in Path().glob("*.svg")) == [
@@ -185,7 +185,7 @@ def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study: Path, call
 
 
 @pytest.mark.release
-def test_figures_and_the_page(study: Path, call: Call) -> None:
+def test_figures_and_the_page(study, call):
     assert call("curves", "--over", "seconds", "--to", "c.svg") == 0
     assert call("profile", "--to", "p.svg") == 0
     assert call("compare", study / "vit", "--to", "x.html", "--to", "x.svg") == 0
@@ -196,7 +196,7 @@ def test_figures_and_the_page(study: Path, call: Call) -> None:
 
 
 @pytest.mark.release
-def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
+def test_a_figure_for_each_data_set(study, call):
     for seed in range(2):
         other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
         write(other, Path("outputs/c4_lm/caspr/other", f"seed{seed}"))
@@ -205,8 +205,8 @@ def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
     assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
 
 
-def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
-    def interrupted(paths: object) -> None:
+def test_ctrl_c_ends_it_quietly(study, monkeypatch, call):
+    def interrupted(paths):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(records, "find", interrupted)
@@ -215,13 +215,13 @@ def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 @pytest.mark.release
-def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
+def test_a_reader_that_leaves_ends_it_quietly(study):
     command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:
+def test_ctrl_c_is_heard_while_libraries_are_imported():
     """Nothing slow comes before main()."""
     program = (
         "import sys; from caspr_cli.commands import report; "
@@ -239,7 +239,7 @@ def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:
         ["pack", "outputs", "--to", "x.jsonl.gz"],
     ],
 )
-def test_it_works_where_there_is_no_torch_and_no_hydra(study: Path, argv: list[str]) -> None:
+def test_it_works_where_there_is_no_torch_and_no_hydra(study, argv):
     done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("wrote") == argv.count("--to")

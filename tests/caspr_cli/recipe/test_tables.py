@@ -1,7 +1,5 @@
 """The files of experiments, which other packages write, too."""
 
-from pathlib import Path
-
 import pytest
 
 from caspr_cli.recipe import tables
@@ -10,12 +8,12 @@ from caspr_cli.recipe.tables import in_words, written
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def files(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "files", lambda _: {file.stem: file for file in tmp_path.iterdir()})
     return tmp_path
 
 
-def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseline(files: Path) -> None:
+def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseline(files):
     (files / "first.yaml").write_text(
         "jobs: {task: vit, optim: caspr}\nscale: {sample: {search: lr}, paper: {}}\nbaseline: adamw\nhorizon: true\n"
     )
@@ -49,7 +47,7 @@ def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseli
         ("like: vitt", "experiment=vitt: no such choice. (choices: x)"),
     ],
 )
-def test_a_wrong_file_is_named_in_one_line(files: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_named_in_one_line(files, text, message):
     (files / "x.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
         written("x")
@@ -57,5 +55,5 @@ def test_a_wrong_file_is_named_in_one_line(files: Path, text: str, message: str)
     assert "\n" not in str(error.value)
 
 
-def test_a_value_is_written_as_hydra_reads_it() -> None:
+def test_a_value_is_written_as_hydra_reads_it():
     assert in_words([0.5, [0.9, 0.99], None, True]) == "0.5,[0.9,0.99],null,true"

@@ -16,12 +16,12 @@ OWN = ("--from", "csv", "runs", "--metric", METRIC)
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
-def test_the_examples_of_the_help_run(call: Call) -> None:
+def test_the_examples_of_the_help_run(call):
     by_add_hparams(Path("runs"))
     for k, (optimizer, seed) in enumerate(RUNS):
         folder = Path("lightning_logs", f"version_{k}")
@@ -44,7 +44,7 @@ def test_the_examples_of_the_help_run(call: Call) -> None:
     assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
 
 
-def test_other_commands_read_logs_too(call: Call) -> None:
+def test_other_commands_read_logs_too(call):
     by_keras(Path("runs"))
     assert call("curves", *OWN, "--to", "curves.svg") == 0
     assert "caspr" in Path("curves.svg").read_text()
@@ -87,7 +87,7 @@ def test_other_commands_read_logs_too(call: Call) -> None:
          "the seed should be a whole number but is 0.5; --seed KEY"),
     ],
 )  # fmt: skip
-def test_mistakes_get_a_line_and_exit_code_2(argv: list[str], message: str, call: Call) -> None:
+def test_mistakes_get_a_line_and_exit_code_2(argv, message, call):
     by_keras(Path("runs"))
     Path("empty").mkdir()
     Path("text.txt").write_text("some words, and more\nof them\nand, so, on\nto the end\n")
@@ -97,7 +97,7 @@ def test_mistakes_get_a_line_and_exit_code_2(argv: list[str], message: str, call
     assert message in call.refused("compare", *argv)
 
 
-def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path: Path) -> None:
+def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path):
     """Without TensorBoard itself, a line says what to install."""
     by_folder(tmp_path)
     program = """

@@ -3,5 +3,5 @@ from running import Runner
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def runner(tmp_path_factory):
     return Runner(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("cache"))

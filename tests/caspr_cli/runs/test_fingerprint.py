@@ -1,8 +1,6 @@
 import json
 import os
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,7 @@ from caspr_cli.tasks.registry import C4LMConf
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     for name in ("train/a.txt", "train/b.txt", "test/c.txt", "d.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(name)
@@ -22,7 +20,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def record(tmp_path: Path, data: Path) -> Record:
+def record(tmp_path, data):
     """The record of a run that is done."""
     made = Record(tmp_path / "record")
     made.path.mkdir()
@@ -31,15 +29,15 @@ def record(tmp_path: Path, data: Path) -> Record:
     return made
 
 
-def files(data: Path) -> list[Path]:
+def files(data):
     return sorted(path for path in data.rglob("*") if path.is_file())
 
 
-def recipe(data: Path) -> Recipe:
+def recipe(data):
     return Recipe(task=C4LMConf(data=Source.files, root=str(data)), optim=AdamWConf())
 
 
-def test_what_has_moved_is_seen_without_reading_it(record: Record, data: Path) -> None:
+def test_what_has_moved_is_seen_without_reading_it(record, data):
     assert fingerprint.moved(record, data) == []
     os.utime(data / "train" / "b.txt", (1, 1))  # a time alone counts
     assert fingerprint.moved(record, data) == ["train/b.txt"]
@@ -51,7 +49,7 @@ def test_what_has_moved_is_seen_without_reading_it(record: Record, data: Path) -
     assert fingerprint.moved(record, data) == [".", "d.txt", "test", "test/c.txt", "train/b.txt"]
 
 
-def test_a_root_that_is_a_file(tmp_path: Path) -> None:
+def test_a_root_that_is_a_file(tmp_path):
     file, made = tmp_path / "data.zip", Record(tmp_path)
     file.write_bytes(b"one")
     fingerprint.keep(made, fingerprint.take(file, [file]))
@@ -60,13 +58,13 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     assert fingerprint.moved(made, file) == ["."]
 
 
-def test_of_many_files_the_folders_are_looked_at(record: Record, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_files_the_folders_are_looked_at(record, data, monkeypatch):
     monkeypatch.setattr(fingerprint, "MOST", 3)
     assert list(fingerprint.take(data, files(data))) == [".", "test", "train"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"files": 1}', b'{"files": {"a": 1}}', b"[" * 200_000, None])
-def test_a_record_without_stamps_knows_of_nothing(record: Record, data: Path, content: bytes | None) -> None:
+def test_a_record_without_stamps_knows_of_nothing(record, data, content):
     """One of before, or a damaged file: no run is refused for it."""
     file = record.path / fingerprint.FILE
     file.unlink()
@@ -76,12 +74,12 @@ def test_a_record_without_stamps_knows_of_nothing(record: Record, data: Path, co
     fingerprint.check_done(recipe(data), record)
 
 
-def test_data_that_are_away_are_no_other_data(record: Record, data: Path) -> None:
+def test_data_that_are_away_are_no_other_data(record, data):
     data.rename(data.with_name("away"))
     fingerprint.check_done(recipe(data), record)
 
 
-def test_the_content_counts(record: Record, data: Path) -> None:
+def test_the_content_counts(record, data):
     made = recipe(data)
     for path in files(data):
         os.utime(path, (1, 1))
@@ -102,12 +100,10 @@ def test_the_content_counts(record: Record, data: Path) -> None:
 
 
 @pytest.mark.parametrize("hashed", ["f00d", "beef"])
-def test_content_is_read_only_where_files_have_moved(
-    record: Record, data: Path, hashed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_content_is_read_only_where_files_have_moved(record, data, hashed, monkeypatch):
     asked = []
 
-    def describe(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
+    def describe(command, **given):
         asked.append(command)
         said = json.dumps({"data": {"hash": hashed}, "files": fingerprint.take(data, files(data))})
         return subprocess.CompletedProcess(command, 0, f"a line\n{said}\n", "")

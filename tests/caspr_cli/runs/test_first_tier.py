@@ -5,18 +5,17 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
-from running import Runner, losses, near, wait_for
+from running import losses, near, wait_for
 
 from caspr_cli.runs.processes import workers
 
 
-def ranks(record: Path) -> int:
+def ranks(record):
     return int(json.loads((record / "provenance.json").read_text())["device"]["processes"])
 
 
-def test_a_sweep_over_ranks_is_cut_off_and_continues(runner: Runner) -> None:
+def test_a_sweep_over_ranks_is_cut_off_and_continues(runner):
     """The worker of the first job is killed after a checkpoint; both jobs come to the same losses."""
     words = ["-m", "output_dir=tier", "trainer.devices=1,2"]
     process = runner.start(*words)

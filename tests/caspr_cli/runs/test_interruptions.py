@@ -9,9 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +21,13 @@ pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")
-def whole(runner: Runner) -> Path:
+def whole(runner):
     """A run that nothing befell."""
     runner("output_dir=untouched")
     return runner.record("untouched")
 
 
-def cut_off(runner: Runner, whole: Path, output_dir: str) -> Path:
+def cut_off(runner, whole, output_dir):
     """The same run, as a kill after its last step leaves it."""
     shutil.copytree(runner.home / "untouched", runner.home / output_dir)
     record = runner.record(output_dir)
@@ -39,7 +37,7 @@ def cut_off(runner: Runner, whole: Path, output_dir: str) -> Path:
     return record
 
 
-def damage(file: Path) -> None:
+def damage(file):
     """One bit, in the middle of a weight."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -47,7 +45,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_where_nothing_is_whole_nothing_is_deleted(runner: Runner, whole: Path) -> None:
+def test_where_nothing_is_whole_nothing_is_deleted(runner, whole):
     record = cut_off(runner, whole, "hopeless")
     for name in ("last", "previous"):
         damage(record / "checkpoints" / f"{name}.ckpt")
@@ -62,7 +60,7 @@ def test_where_nothing_is_whole_nothing_is_deleted(runner: Runner, whole: Path) 
 
 
 @contextmanager
-def other_data(runner: Runner) -> Iterator[None]:
+def other_data(runner):
     """While a word of the corpus is another one, at the same length; what is put back has another time."""
     (file,) = (runner.home / "corpus").glob("c4-train*")
     whole = file.read_bytes()
@@ -74,12 +72,12 @@ def other_data(runner: Runner) -> Iterator[None]:
         file.write_bytes(whole)
 
 
-def content(record: Path) -> dict[str, bytes]:
+def content(record):
     names = ("metrics.jsonl", "result.json", "data_files.json", "checkpoints/last.ckpt")
     return {name: (record / name).read_bytes() for name in names if (record / name).exists()}
 
 
-def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: Runner, whole: Path) -> None:
+def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner, whole):
     """For a run that was cut off and for one that is done. Only content counts, not the times of files."""
     record = cut_off(runner, whole, "changed")
     before = content(record)
@@ -116,7 +114,7 @@ def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: R
     assert content(record)["data_files.json"] != before["data_files.json"]
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(runner: Runner, whole: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_named(runner, whole):
     """Whole, with the right checksums and steps, and tensors of another model."""
     record = cut_off(runner, whole, "misfit")
     for name in ("last", "previous"):
@@ -130,7 +128,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(runner: Runner, whole: Path) ->
     assert "Traceback" not in out
 
 
-def test_a_second_command_that_starts_with_the_first_names_it(runner: Runner) -> None:
+def test_a_second_command_that_starts_with_the_first_names_it(runner):
     first = runner.start("output_dir=twice", "trainer.max_steps=4000")
     lock = until_lock(runner.home / "twice")
     out = runner("output_dir=twice", "trainer.max_steps=4000", expect=2)
@@ -140,7 +138,7 @@ def test_a_second_command_that_starts_with_the_first_names_it(runner: Runner) ->
     assert lock.exists()
 
 
-def until_lock(directory: Path) -> Path:
+def until_lock(directory):
     for _ in range(3000):
         if found := list(directory.glob("*/*/*/seed0/.lock")):
             return found[0]
@@ -148,13 +146,13 @@ def until_lock(directory: Path) -> Path:
     raise AssertionError("the run does not begin")
 
 
-def shell(runner: Runner, line: str) -> subprocess.CompletedProcess[str]:
+def shell(runner, line):
     return subprocess.run(
         ["sh", "-c", line], cwd=runner.home, env=runner.environment, capture_output=True, text=True, check=False
     )
 
 
-def test_a_run_with_no_streams_at_all_is_done(runner: Runner, whole: Path) -> None:
+def test_a_run_with_no_streams_at_all_is_done(runner, whole):
     done = shell(runner, f"{shlex.join(runner.command('output_dir=closed'))} >&- 2>&- <&-")
     assert done.returncode == 0
     record = runner.record("closed")
@@ -163,7 +161,7 @@ def test_a_run_with_no_streams_at_all_is_done(runner: Runner, whole: Path) -> No
     assert len(json.loads((record / ".lock").read_text())) == 3  # and nothing that was printed
 
 
-def test_too_little_memory_is_named(runner: Runner) -> None:
+def test_too_little_memory_is_named(runner):
     limits = "ulimit -v 3000000"  # kB: enough to compose, not to train
     done = shell(runner, f"{limits}; exec {shlex.join(runner.command('output_dir=memory'))}")
     said = done.stdout + done.stderr
@@ -172,7 +170,7 @@ def test_too_little_memory_is_named(runner: Runner) -> None:
     assert "Traceback" not in said
 
 
-def test_a_rank_that_hangs_is_named_and_ended(runner: Runner) -> None:
+def test_a_rank_that_hangs_is_named_and_ended(runner):
     """The other one ends it: torch's launcher would ask it, which a stopped process does not hear, and wait."""
     settings = ["output_dir=hung", "trainer.devices=2", "trainer.timeout=4", "trainer.max_steps=3000"]
     process = runner.start(*settings)
@@ -193,7 +191,7 @@ needs_mount = pytest.mark.skipif("not can_mount()", reason="nothing can be mount
 
 
 @needs_mount
-def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> None:
+def test_a_directory_that_cannot_be_written_is_named_at_once(runner):
     with mounted(runner.home / "read_only", "ro") as directory:
         (line,) = runner(f"output_dir={directory}", expect=2).splitlines()[-1:]
     assert line.startswith(f"error: output_dir={directory}: cannot write there: ")
@@ -202,7 +200,7 @@ def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> 
 
 @needs_mount
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
-def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner: Runner, sweep: list[str]) -> None:
+def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner, sweep):
     with mounted(runner.home / f"no_room{len(sweep)}", "nr_inodes=2") as directory:
         out = runner(f"output_dir={directory}", *sweep, expect=143)
     assert "No space left on device" in out.splitlines()[-1]

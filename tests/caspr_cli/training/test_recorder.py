@@ -2,13 +2,11 @@ import csv
 import json
 import os
 import time
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator, HistogramEvent
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from caspr_cli.optim import CASPR
@@ -22,23 +20,23 @@ from caspr_cli.training.callbacks import Curves
 from caspr_cli.training.recorder import Recorder
 
 
-def recipe(seed: int = 0) -> Recipe:
+def recipe(seed=0):
     return Recipe(task=C4LMConf(), optim=AdamWConf(), seed=seed)
 
 
-def record(tmp_path: Path, seed: int = 0) -> Record:
+def record(tmp_path, seed=0):
     found = Record(tmp_path / "c4_lm" / "adamw" / "0123abcd" / f"seed{seed}")
     found.path.mkdir(parents=True)
     return found
 
 
-def events(record: Record, tag: str) -> list[tuple[int, float]]:
+def events(record, tag):
     accumulator = EventAccumulator(str(record.path))
     accumulator.Reload()
     return [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(tag)]
 
 
-def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
+def test_lines_and_events_hold_the_same(tmp_path):
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 2.5})
@@ -51,7 +49,7 @@ def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
     assert events(kept, "train/loss") == [(1, 2.5), (2, 1.5)]
 
 
-def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
+def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path):
     kept = record(tmp_path)
     first = Recorder(kept, recipe())
     for step in range(1, 6):
@@ -67,7 +65,7 @@ def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path:
     assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
-def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path: Path) -> None:
+def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path):
     kept, wanted = record(tmp_path), recipe(seed=3)
     wanted.logger = [Logger.csv]
     first = Recorder(kept, wanted)
@@ -89,7 +87,7 @@ def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path: Path) -> Non
     assert (run.seed, run.config["optim.name"], run.final) == (3, "adamw", 0.25)
 
 
-def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path, monkeypatch):
     kept, real = record(tmp_path), time.time
     for attempt, day in enumerate((0, -1, 1, -2)):
         monkeypatch.setattr(time, "time", lambda day=day: real() + 86400 * day)
@@ -102,7 +100,7 @@ def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkey
     assert [name.count("0000000000.") for name in names] == [1, 1, 1, 0]
 
 
-def test_what_was_flushed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_flushed_is_on_the_disk(tmp_path, monkeypatch):
     kept, synced = record(tmp_path), []
     recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 1.0})
@@ -113,7 +111,7 @@ def test_what_was_flushed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.Mon
     recorder.close()
 
 
-def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
+def test_seeds_share_a_group_on_the_hparams_page(tmp_path):
     groups, rates = set(), set()
     for seed in (0, 1):
         kept = record(tmp_path, seed)
@@ -130,13 +128,13 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     assert rates == {1e-3}
 
 
-def histograms(record: Record) -> dict[str, list[HistogramEvent]]:
+def histograms(record):
     accumulator = EventAccumulator(str(record.path), size_guidance={HISTOGRAMS: 0})  # 0: all
     accumulator.Reload()
     return {tag: accumulator.Histograms(tag) for tag in accumulator.Tags()["histograms"]}
 
 
-def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
+def test_a_histogram_counts_each_eigenvalue(tmp_path):
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
     values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0])
@@ -150,7 +148,7 @@ def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
     assert sum(eight.histogram_value.bucket) == 3
 
 
-def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Path) -> None:
+def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path):
     weights = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 3, requires_grad=True)]
     optimizer = CASPR(weights, block_size=3, start_step=1)
     for p in weights:
@@ -158,9 +156,7 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
     optimizer.step()
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
-    values = Curves(recipe(), recorder, None)._diagnostics(
-        cast(Any, SimpleNamespace(optimizers=[optimizer], global_step=1))
-    )
+    values = Curves(recipe(), recorder, None)._diagnostics(SimpleNamespace(optimizers=[optimizer], global_step=1))
     recorder.close()
     (event,) = histograms(kept).pop("optim/spectrum")
     assert event.histogram_value.num == len(diagnose(optimizer)["spectrum"])
@@ -170,7 +166,7 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
 
 
 @pytest.mark.parametrize("purged", [False, True])
-def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path: Path, purged: bool) -> None:
+def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path, purged):
     """For instance the test part of a run that is killed before it has written its result."""
     kept = record(tmp_path)
     first = Recorder(kept, recipe())

@@ -1,7 +1,6 @@
 """Small corpora."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 from written import prose, recipe, write_shards
@@ -10,18 +9,18 @@ from caspr_cli.tasks.c4_lm import sources
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
+def shards(tmp_path):
     return write_shards(tmp_path / "shards")
 
 
 @pytest.fixture
-def conf(shards: Path) -> partial[object]:
+def conf(shards):
     """Small recipes over ``shards``."""
     return partial(recipe, "c4_lm", shards)
 
 
 @pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def library(tmp_path, monkeypatch):
     """A standard library of 60 modules and 2 topics, in the place of Python's own."""
     root = tmp_path / "library"
     (root / "email").mkdir(parents=True)

@@ -1,8 +1,5 @@
 """A small folder of images."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from written import write_folder
 
@@ -11,16 +8,16 @@ from caspr_cli.tasks.registry import Images, ImagesConf
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return write_folder(tmp_path / "pets")
 
 
 @pytest.fixture
-def conf(folder: Path) -> Callable[..., ImagesConf]:
+def conf(folder):
     """Recipes over ``folder``."""
 
-    def make(**changes: object) -> ImagesConf:
+    def make(**changes):
         given = {"data": Source.files, "images": Images.folder, "root": str(folder), "size": 8, "batch_size": 4}
-        return ImagesConf(**{"name": "images", **given, **changes})  # type: ignore[arg-type]
+        return ImagesConf(**{"name": "images", **given, **changes})
 
     return make

@@ -1,27 +1,22 @@
 """Small molecule files in OGB's layout."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
-from written import Tables, molecule_tables, recipe, write_molecules
-
-from caspr_cli.recipe.schema import TaskConf
+from written import molecule_tables, recipe, write_molecules
 
 
 @pytest.fixture
-def tables() -> Tables:
+def tables():
     """Lines of each file, to be changed before they are written."""
     return molecule_tables()
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[Tables], Path]:
+def write(tmp_path):
     """Write tables as the data set ``tmp_path/pcba``."""
     return lambda tables: write_molecules(tmp_path / "pcba", tables)
 
 
 @pytest.fixture
-def conf(write: Callable[[Tables], Path], tables: Tables) -> Callable[..., TaskConf]:
+def conf(write, tables):
     """Recipes with a small model over files written from ``tables``."""
     return lambda **changes: recipe("ogbg_molpcba", write(tables), **changes)
