@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import without
 from torch import nn
 
 from caspr_cli.common.errors import EXTRAS
@@ -48,23 +49,6 @@ def test_the_loop_of_the_readme_runs_as_it_stands():
 
     exec(code, {"model": model, "loss": loss, "batches": [torch.arange(5)] * 200})
     assert losses[-1] < losses[0] / 2
-
-
-WITHOUT = """\
-import sys
-from importlib.machinery import PathFinder
-class Without(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {names!r} else PathFinder.find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Without
-"""
-
-
-def without(names, code):
-    """Run code where some modules cannot be found, as if they were not installed."""
-    command = [sys.executable, "-c", WITHOUT.format(names=set(names)) + code]
-    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def test_every_module_of_an_extra_is_known_by_it():

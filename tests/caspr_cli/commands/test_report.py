@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from calling import Call
+from calling import REPORT, Call, without
 from recorded import run, write
 
 from caspr_cli import __version__
@@ -13,19 +13,6 @@ from caspr_cli.commands import report
 from caspr_cli.report import records
 
 OPTIMIZERS = {"caspr": 4.0, "adamw": 4.5}
-# As on a machine that has neither: whoever imports them gets an error.
-BLOCKED = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "lightning", "hydra", "omegaconf"):
-            raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, Blocker())
-from caspr_cli.commands.report import main
-sys.exit(main())
-"""
 
 
 @pytest.fixture
@@ -240,6 +227,6 @@ def test_ctrl_c_is_heard_while_libraries_are_imported():
     ],
 )
 def test_it_works_where_there_is_no_torch_and_no_hydra(study, argv):
-    done = subprocess.run([sys.executable, "-c", BLOCKED, *argv], capture_output=True, text=True, check=False)
+    done = without(("torch", "lightning", "hydra", "omegaconf"), REPORT, *argv)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("wrote") == argv.count("--to")

@@ -2,12 +2,10 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from calling import Call
+from calling import REPORT, Call, without
 from logged import DAMAGED, METRIC, RUNS, by_add_hparams, by_folder, by_keras, by_wandb_chart, curve, mlflow, table
 
 from caspr_cli.commands import report
@@ -100,22 +98,11 @@ def test_mistakes_get_a_line_and_exit_code_2(argv, message, call):
 def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path):
     """Without TensorBoard itself, a line says what to install."""
     by_folder(tmp_path)
-    program = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocker())
-from caspr_cli.commands.report import main
-sys.exit(main())
-"""
     argv = ["compare", "--from", "tensorboard", str(tmp_path), "--metric", METRIC]
     for blocked, code, said in (
         (("torch", "tensorflow", "lightning", "hydra"), 0, "against adamw: better"),
         (("tensorboard",), 2, "error: this needs tensorboard, which is not installed: pip install 'caspr-cli[run]'\n"),
     ):
-        command = [sys.executable, "-c", program.format(blocked=blocked), *argv]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = without(blocked, REPORT, *argv)
         assert done.returncode == code, done.stderr
         assert said in (done.stderr if code else done.stdout)
