@@ -84,7 +84,9 @@ def profiled(found: Profile, width: int, *, bold: bool = False) -> Iterator[str]
     score = f"AlgoPerf's integral, the mean of ρ from 1 to {LONGEST:g}: 1 is the fastest everywhere; {NOT_ALGOPERF}"
     yield from wrapped(f"profile  {what}, as a multiple of the fastest of the task", width)
     yield from [*render.lines(as_sheet(found), width, bold=bold, more="a wider terminal"), ""]
-    yield from wrapped(f"ρ(t)     share of tasks reached within t times the {found.unit} of the fastest", width)
+    yield from wrapped(
+        f"ρ(t)     share of tasks that are reached within t times the {found.unit} of the fastest", width
+    )
     yield from wrapped(f"score    {score}", width)
     yield from notes
 
