@@ -30,11 +30,12 @@ class Clock:
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a call takes, its work on the device included."""
-    wait: Callable[..., object] = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
-    wait(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    wait(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -45,10 +46,9 @@ class PhaseTimer:
     """
 
     def __init__(
-        self, device: torch.device, seconds: dict[str, float] | None = None,
-        now: Callable[[], float] = time.perf_counter,
-    ) -> None:  # fmt: skip
-        self._cuda, self._now = device.type == "cuda", now
+        self, device: torch.device, seconds: dict[str, float] | None = None, now: Callable[[], float] | None = None
+    ) -> None:
+        self._cuda, self._now = device.type == "cuda", now or time.perf_counter
         self._seconds = defaultdict(float, seconds or {})
         self._open: dict[str, Any] = {}  # times, or events
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
