@@ -36,6 +36,15 @@ def test_five_steps_by_singular_values(K: int, m: int, n: int, power: int) -> No
         assert relative_error(found, newton_schulz(block)) < 1e-9
 
 
+@pytest.mark.parametrize("shape", [(16, 80), (80, 16), (16, 24)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-3), (torch.bfloat16, 0.4)])
+def test_small_singular_values_keep_their_direction(shape: tuple[int, int], dtype: torch.dtype, error: float) -> None:
+    """Also where the steps are those of the Gram matrix, in which their squares are lost."""
+    U, _, Vh = torch.linalg.svd(blocks(1, *shape), full_matrices=False)
+    G = (U * torch.logspace(0, -5, 16, dtype=torch.float64) @ Vh).to(dtype)
+    assert relative_error(polar_factor(G)[0].double(), newton_schulz(G[0].double())) < error
+
+
 def test_a_block_of_zeros_stays_zero() -> None:
     G = torch.stack([torch.zeros(3, 4), torch.ones(3, 4)])
     assert polar_factor(G)[0].eq(0).all()
