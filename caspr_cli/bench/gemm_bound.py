@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from caspr_cli.optim import polar
 from caspr_cli.optim.cost import blocks_of, passes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
-from caspr_cli.optim.polar import STEPS, matrix_shape
 
 TRIALS = 3  # of each way to replay a product, to find the faster
 
@@ -91,23 +91,21 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
 
     They are the statistics (d x r times r x d) and, in each pass, the application (d x d times d x r). For m x n blocks
     that is six products for CASPR (two passes), four for Shampoo (one) and eight with ``measured``, where the momentum
-    goes to the eigenbases and back and the gradient goes there. A polar factor has fifteen more.
+    goes to the eigenbases and back and the gradient goes there. A polar factor has more
+    (:func:`caspr_cli.optim.polar.products`).
     """
     blocks: Counter[Any] = Counter()
     for group, p, sizes, shape, count in blocks_of(optimizer):
         times = passes(group, len(sizes)) + (group["measured"] > 0)
-        blocks[sizes, shape, times, group["polar"], factor_dtype(p, group)] += count
+        blocks[sizes, shape, times, group["polar"] * group["polar_steps"], factor_dtype(p, group)] += count
     found = []
-    for (sizes, shape, times, polar, dtype), count in blocks.items():
+    for (sizes, shape, times, steps, dtype), count in blocks.items():
         for d in sizes:
             rest = math.prod(shape) // d
             found += [Product(count, d, rest, d, dtype, gram=True, count=1)]
             found += [Product(count, d, d, rest, dtype, gram=False, count=times)]
-        if polar:
-            m, n = sorted(matrix_shape(shape))
-            found += [Product(count, m, n, m, dtype, gram=True, count=STEPS)]
-            found += [Product(count, m, m, m, dtype, gram=True, count=STEPS)]
-            found += [Product(count, m, m, n, dtype, gram=False, count=STEPS)]
+        for (rows, inner, columns), gram, repeats in polar.products(shape, steps):
+            found.append(Product(count, rows, inner, columns, dtype, gram=gram, count=repeats))
     return found
 
 

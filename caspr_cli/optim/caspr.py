@@ -157,6 +157,7 @@ class FullAdagrad(KroneckerOptimizer):
             "axes": "all",
             "precondition_1d": True,
             "polar": False,
+            "polar_steps": 5,
             "measured": 0.0,
         }
     )

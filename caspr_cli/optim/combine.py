@@ -49,7 +49,7 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
         U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
     if group["polar"]:
-        U = polar_factor(U)
+        U = polar_factor(U, group["polar_steps"])
         if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed
             U = U * (RMS * max(matrix_shape(stack.shape)) ** 0.5)
     return U if low is X else X.copy_(U)

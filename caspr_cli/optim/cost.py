@@ -60,7 +60,7 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
             flops["statistics"] += size * sum(sizes)
             flops["roots"] += (size * sum(sizes) + 2.0 * count * sum(d**3 for d in sizes)) / group["interval"]
         if group["polar"]:
-            flops["apply"] += count * polar_flops(shape)
+            flops["apply"] += count * polar_flops(shape, group["polar_steps"])
         if sizes:
             roots = count * sum(d**3 for d in sizes) / group["interval"]
             flops["roots"] += root_flops(group, len(sizes), device or p.device) * roots

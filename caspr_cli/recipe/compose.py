@@ -36,7 +36,7 @@ UNTUNED = "default"  # value of ``trial`` for a run with the default settings in
 # are found again.
 CAME_LATER = {
     "optim.axes": "all", "optim.exponent": 0.5, "optim.nesterov": False, "optim.polar": False,
-    "optim.adamw_lr_scale": 1.0, "optim.measured": 0.0, "trainer.strategy": "ddp",
+    "optim.adamw_lr_scale": 1.0, "optim.measured": 0.0, "optim.polar_steps": 5, "trainer.strategy": "ddp",
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def _checked(file: Path) -> dict[str, Any]:
     for key, value in content.items():
         if key not in KEYS:
             raise ConfigError(f"{file}: {key} is not a key of an experiment.{nearest(str(key), KEYS)}")
-        if not isinstance(value, KEYS[key]):
+        if not isinstance(value, KEYS[key]) and (key, value) != ("baseline", None):  # null: compared with no row
             what = {str: "a word", dict: "a mapping", bool: "true or false"}[KEYS[key]]
             raise ConfigError(f"{file}: {key} should be {what} but is {value!r}")
     for scale, jobs in content.get("scale", {}).items():

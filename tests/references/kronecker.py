@@ -103,11 +103,11 @@ def polar_factor(matrix: Tensor) -> Tensor:
     return left @ right
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
-    """What five of Muon's Newton-Schulz steps make of G: Q f(s) K^T, with f five times a s + b s^3 + c s^5."""
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """What so many of Muon's Newton-Schulz steps make of G: Q f(s) K^T, with f as often a s + b s^3 + c s^5."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     values = values / values.norm() if values.any() else values
-    for _ in range(5):
+    for _ in range(steps):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return left @ torch.diag(values) @ right
 

@@ -69,7 +69,7 @@ def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping,
     )
 
 
-def _block(gradient, history, refreshed, *, polar, rms, measured, solver, **options):
+def _block(gradient, history, refreshed, *, polar, polar_steps, rms, measured, solver, **options):
     """U of a block, or its polar factor with a root mean square of 0.2 where all singular values are 1."""
     if measured and options["exponent"]:
         all_axes = list(range(gradient.ndim))
@@ -80,7 +80,7 @@ def _block(gradient, history, refreshed, *, polar, rms, measured, solver, **opti
     if not polar:
         return update
     sizes = [size for size in gradient.shape if size > 1] or [1]
-    factor = newton_schulz(update.reshape(sizes[0], -1)).reshape(gradient.shape)
+    factor = newton_schulz(update.reshape(sizes[0], -1), polar_steps).reshape(gradient.shape)
     return factor * (0.2 * math.sqrt(max(sizes[0], math.prod(sizes[1:]))) if rms else 1)
 
 
@@ -141,6 +141,7 @@ def reference_weights(
     precondition_1d: bool = False,
     graft: str = "adam",
     polar: bool = False,
+    polar_steps: int = 5,
     graft_eps: float = 1e-8,
     precondition: str = "momentum",
     nesterov: bool = False,
@@ -168,6 +169,7 @@ def reference_weights(
         "solver": solver,
         "axes": axes,
         "polar": polar,
+        "polar_steps": polar_steps,
         "rms": graft == "rms",
     }
     history: list[Tensor] = []  # every gradient so far, on the merged axes

@@ -45,6 +45,8 @@ def test_six_products_a_block_for_caspr_and_four_for_shampoo():
     assert total(CASPR(params(*shapes), order=3)) == 8 * 3
     assert total(CASPR(params(*shapes), measured=0.5)) == 8 * 3
     assert total(CASPR(params(*shapes), polar=True)) == (6 + 15) * 3
+    assert total(CASPR(params(*shapes), polar=True, polar_steps=3)) == (6 + 9) * 3
+    assert total(CASPR(params((5, 12)), polar=True)) == 6 + 2 + 5 + 3 * 4  # of the small Gram matrix
     assert total(CASPR(params(*shapes), block_size=10)) == 6 * (4 + 4 + 1)
     assert kronecker_products(CASPR(params((7,)))) == []  # vectors are no part of it
     assert total(CASPR([{"params": params((5, 5)), "precondition": False}, {"params": params((6, 5))}])) == 6
@@ -56,7 +58,8 @@ def test_products_of_a_block_are_the_cost_of_the_formula(dtype):
     assert flops(found) == 3 * 2 * 20 * 12 * (20 + 12)  # statistics, and two passes
     assert {product.dtype for product in found} == {dtype}
     a, b, c = 4, 5, 6
-    assert flops(kronecker_products(CASPR(params((20, 12)), exponent=0, polar=True))) == polar_flops((20, 12))
+    for shape in (20, 12), (30, 12):
+        assert flops(kronecker_products(CASPR(params(shape), exponent=0, polar=True))) == polar_flops(shape, 5)
     found = kronecker_products(CASPR(params((a, b, c), (a, b, c)), merge="none"))  # every axis counts
     assert sum(product.blocks * product.count for product in found) == 2 * 3 * (1 + 2)
     assert flops(found) == 2 * 3 * 2 * a * b * c * (a + b + c)

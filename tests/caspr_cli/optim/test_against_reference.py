@@ -29,6 +29,7 @@ GRID = {
     "precondition_1d": [False, True],
     "graft": ["adam", "rms", "rmsprop", "sgd", "none"],
     "polar": [False, True],
+    "polar_steps": [5, 3],
     "graft_eps": [1e-8, 1e-2],
     "precondition": ["momentum", "gradient"],
     "nesterov": [False, True],

@@ -37,6 +37,7 @@ GRID: dict[str, list[Any]] = {
     "precondition_1d": [False, True],
     "graft": ["adam", "rms", "rmsprop", "sgd", "none"],
     "polar": [False, True],
+    "polar_steps": [5, 1],
     "precondition": ["momentum", "gradient"],
     "nesterov": [False, True],
     "solver": ["auto", "newton"],

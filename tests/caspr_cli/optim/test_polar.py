@@ -1,5 +1,7 @@
 """The polar factor of U, and steps whose length is that of Muon's."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torch import nn
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.polar import flops, polar_factor
 
+SIZE = st.integers(1, 7)
 MUON = {
     "exponent": 0,
     "polar": True,
@@ -28,12 +31,21 @@ def blocks(K: int, m: int, n: int, seed: int = 0) -> torch.Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(K=st.integers(1, 3), m=st.integers(1, 7), n=st.integers(1, 7), power=st.integers(-150, 150))
-def test_five_steps_by_singular_values(K: int, m: int, n: int, power: int) -> None:
+@given(K=st.integers(1, 3), m=SIZE, n=SIZE, power=st.integers(-150, 150), steps=st.integers(1, 6))
+def test_steps_by_singular_values(K: int, m: int, n: int, power: int, steps: int) -> None:
     """Whatever the size of the gradient: its square need not be a number of its type."""
     G = blocks(K, m, n)
-    for found, block in zip(polar_factor(10.0**power * G), G, strict=True):
-        assert relative_error(found, newton_schulz(block)) < 1e-9
+    for found, block in zip(polar_factor(10.0**power * G, steps), G, strict=True):
+        assert relative_error(found, newton_schulz(block, steps)) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(16, 80), (80, 16), (16, 24)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-3), (torch.bfloat16, 0.4)])
+def test_small_singular_values_keep_their_direction(shape: tuple[int, int], dtype: torch.dtype, error: float) -> None:
+    """Also where the steps are those of the Gram matrix, in which their squares are lost."""
+    U, _, Vh = torch.linalg.svd(blocks(1, *shape), full_matrices=False)
+    G = (U * torch.logspace(0, -5, 16, dtype=torch.float64) @ Vh).to(dtype)
+    assert relative_error(polar_factor(G)[0].double(), newton_schulz(G[0].double())) < error
 
 
 def test_a_block_of_zeros_stays_zero() -> None:
@@ -84,8 +96,8 @@ def test_a_length_of_rms_needs_no_second_moment() -> None:
 def test_flops_are_those_of_the_products() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    for shape in ((12, 5), (5, 12), (4, 3, 2)):
+    for shape, steps in itertools.product(((12, 5), (5, 12), (4, 3, 2), (7, 5)), (1, 2, 5)):
         with FlopCounterMode(display=False) as counter:
-            polar_factor(torch.randn(3, *shape))
-        assert 3 * flops(shape) == counter.get_total_flops()
-    assert flops((5,)) == flops((5, 1)) < flops((5, 2))
+            polar_factor(torch.randn(3, *shape), steps)
+        assert 3 * flops(shape, steps) == counter.get_total_flops()
+    assert flops((5,), 5) == flops((5, 1), 5) < flops((5, 2), 5)

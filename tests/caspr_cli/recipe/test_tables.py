@@ -18,7 +18,7 @@ def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseli
         "jobs: {task: vit, optim: caspr}\nscale: {sample: {search: lr}, paper: {}}\nbaseline: adamw\nhorizon: true\n"
     )
     (files / "second.yaml").write_text("like: first\njobs: {optim: sgd}\nscale: {sample: {search.trials: 2}}\n")
-    (files / "alone.yaml").write_text("jobs: {task: vit}\n")
+    (files / "alone.yaml").write_text("jobs: {task: vit}\nbaseline: null\n")
     assert written("second") == {
         "jobs": {"task": "vit", "optim": "sgd"},
         "scale": {"sample": {"search": "lr", "search.trials": 2}, "paper": {}},
