@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.release
-def test_runs_that_are_hit_lose_nothing():
+def test_runs_that_are_hit_lose_nothing() -> None:
     import faults  # reads TensorBoard, which takes a second
 
     kinds = faults.possible()

@@ -16,14 +16,14 @@ PACKS = sorted((PUBLISHED / "records").glob("*.jsonl.gz"))
 TABLES = sorted(PUBLISHED.glob("tables/*.md"))
 
 
-def report(*words, where=PUBLISHED):
+def report(*words: str, where: Path = PUBLISHED) -> str:
     command = [sys.executable, "-m", "caspr_cli.commands.report", *words]
     return subprocess.run(command, cwd=where, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("pack", PACKS, ids=lambda pack: pack.name)
-def test_caspr_train_finds_the_records_again(pack, tmp_path):
+def test_caspr_train_finds_the_records_again(pack: Path, tmp_path: Path) -> None:
     """By their names, which come from their recipes: what is done is not run twice."""
     report("unpack", str(pack), "--to", str(tmp_path / "records"))
     configs = sorted((tmp_path / "records").rglob("config.yaml"))
@@ -34,7 +34,7 @@ def test_caspr_train_finds_the_records_again(pack, tmp_path):
 
 @pytest.mark.release
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_tables_are_those_of_the_records(table, tmp_path):
+def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
     """The command in the table's last line gives the table, but for the file it writes."""
     text = table.read_text(encoding="utf8")
     command = shlex.split(text.strip().splitlines()[-1])
@@ -46,7 +46,7 @@ def test_tables_are_those_of_the_records(table, tmp_path):
 
 
 @pytest.mark.release
-def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path):
+def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None:
     """The command in comparison.md gives both files."""
     text = (PUBLISHED / "comparison.md").read_text(encoding="utf8")
     (command,) = (line.split() for line in text.splitlines() if "--together" in line)
@@ -59,7 +59,7 @@ def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path):
 
 
 @pytest.mark.release
-def test_the_leaderboard_is_that_of_the_records(tmp_path):
+def test_the_leaderboard_is_that_of_the_records(tmp_path: Path) -> None:
     text = (PUBLISHED / "README.md").read_text(encoding="utf8")
     made = tmp_path / "made.md"
     report("leaderboard", "records", "--to", str(made))
@@ -68,11 +68,11 @@ def test_the_leaderboard_is_that_of_the_records(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [pack for pack in PACKS if pack.name.startswith("fair_")], ids=lambda pack: pack.name)
-def test_entries_of_the_leaderboard_are_whole(pack):
+def test_entries_of_the_leaderboard_are_whole(pack: Path) -> None:
     """Trials as drawn, fresh seeds, values not edited, one code: the check that everybody's entry has to pass."""
     assert "wrong" not in report("check", f"records/{pack.name}")
 
 
-def test_there_is_something():
+def test_there_is_something() -> None:
     assert PACKS
     assert TABLES

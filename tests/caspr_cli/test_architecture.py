@@ -1,5 +1,7 @@
 """Which package may import which: the arrows of the architecture, read from the source."""
 
+from __future__ import annotations
+
 import ast
 import sys
 from collections import Counter
@@ -71,7 +73,7 @@ NEVER = {
 
 
 @cache
-def imports(file):
+def imports(file: Path) -> frozenset[str]:
     """Return the modules that a file imports at run time, wherever in the file it does."""
     tree = ast.parse(file.read_text(encoding="utf8"))
     for_types = {
@@ -91,32 +93,32 @@ def imports(file):
     return frozenset(found)
 
 
-def short(module):
+def short(module: str) -> str:
     """Return a module's name without ``caspr_cli.``: ours are called by package."""
     return module.removeprefix("caspr_cli.")
 
 
-def package(file):
+def package(file: Path) -> str:
     parts = file.relative_to(ROOT).parts
     return parts[0] if parts[0] == "tasks" else parts[1]
 
 
-def is_in(module, allowed):
+def is_in(module: str, allowed: set[str]) -> bool:
     return any(short(module) == name or short(module).startswith(f"{name}.") for name in allowed)
 
 
-def files(name):
+def files(name: str) -> list[Path]:
     folder = ROOT / name if name == "tasks" else ROOT / "caspr_cli" / name
     return sorted(folder.rglob("*.py"))
 
 
-def test_the_top_level_is_the_design():
+def test_the_top_level_is_the_design() -> None:
     seen = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
     assert seen >= TOP | BESIDE
     assert seen - TOP - BESIDE <= {"build", "dist", "venv"}  # untracked leftovers
 
 
-def test_every_package_has_a_rule():
+def test_every_package_has_a_rule() -> None:
     ours = {p.name for p in (ROOT / "caspr_cli").iterdir() if (p / "__init__.py").exists()}
     assert ours == set(MAY_IMPORT)
     assert all((ROOT / file).exists() for file in NEVER)
@@ -124,7 +126,7 @@ def test_every_package_has_a_rule():
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_package_imports_what_its_rule_allows(name):
+def test_a_package_imports_what_its_rule_allows(name: str) -> None:
     for file in files(name):
         path = str(file.relative_to(ROOT))
         never = NEVER.get(path, set())
@@ -133,7 +135,7 @@ def test_a_package_imports_what_its_rule_allows(name):
         assert [i for i in others if not is_in(i, allowed)] == [], path
 
 
-def test_the_rule_finds_what_it_forbids(tmp_path):
+def test_the_rule_finds_what_it_forbids(tmp_path: Path) -> None:
     file = tmp_path / "wrong.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nfrom caspr_cli.optim import CASPR\nif TYPE_CHECKING:\n    import hydra\n"
@@ -146,7 +148,7 @@ def test_the_rule_finds_what_it_forbids(tmp_path):
     assert not is_in("caspr_cli.report.page", {"report.answer"})
 
 
-def test_files_of_tests_have_names_of_their_own():
+def test_files_of_tests_have_names_of_their_own() -> None:
     """Two of one name cannot be collected together, and ranks of a test import it by its name."""
     names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 
 
-def blocks(language):
+def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_two_lines_work_alone():
+def test_the_two_lines_work_alone() -> None:
     train, test = blocks("bash")
     for line in (train, test):
         assert len(line.splitlines()) == 1
@@ -33,16 +33,16 @@ def test_the_two_lines_work_alone():
     assert "-m pytest" in test
 
 
-def test_the_loop_of_the_readme_runs_as_it_stands():
+def test_the_loop_of_the_readme_runs_as_it_stands() -> None:
     (code,) = blocks("python")
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("tokens", nn.Embedding(5, 8))
     model.add_module("body", nn.Linear(8, 8))
     model.add_module("head", nn.Linear(8, 5))
-    losses = []
+    losses: list[float] = []
 
-    def loss(model, batch):
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         value = nn.functional.cross_entropy(model(batch), (batch + 1) % 5)
         losses.append(float(value.detach()))
         return value
@@ -51,16 +51,16 @@ def test_the_loop_of_the_readme_runs_as_it_stands():
     assert losses[-1] < losses[0] / 2
 
 
-def test_every_module_of_an_extra_is_known_by_it():
+def test_every_module_of_an_extra_is_known_by_it() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     modules = {"hydra-core": "hydra", "pytorch-optimizer": "pytorch_optimizer", "pyyaml": "yaml",
                "torch-geometric": "torch_geometric", "turkish-treebanks": "turkish_treebanks"}  # fmt: skip
     for extra, known in EXTRAS.items():
-        names = [re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("caspr")]
+        names = [re.match(r"[\w-]+", each)[0] for each in extras[extra] if not each.startswith("caspr")]  # type: ignore[index]
         assert {modules.get(name, name) for name in names} <= set(known)
 
 
-def test_the_optimizer_needs_torch_alone():
+def test_the_optimizer_needs_torch_alone() -> None:
     code = (
         "import torch; from caspr_cli import CASPR, Shampoo\n"
         "p = torch.nn.Parameter(torch.ones(3, 3)); o = CASPR([p], lr=0.1, interval=1); p.grad = torch.ones(3, 3)\n"
@@ -77,7 +77,7 @@ def test_the_optimizer_needs_torch_alone():
         ("bench --task ogbg_molpcba", ("torch_geometric",), "graphs"),
     ],
 )
-def test_a_command_says_which_extra_it_needs(command, missing, extra):
+def test_a_command_says_which_extra_it_needs(command: str, missing: tuple[str, ...], extra: str) -> None:
     name, *words = command.split()
     code = f"sys.argv[1:] = {words!r}\nfrom caspr_cli.commands import scripts\nsys.exit(scripts.{name}())"
     done = without(missing, code)
@@ -91,7 +91,7 @@ FOREIGN = ("tasks", "datasets", "utils", "token", "conf", "caspr_cli", "experime
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel that is built from the sdist, which is built from here."""
     wheels, sdists = (pytest.importorskip(f"hatchling.builders.{kind}") for kind in ("wheel", "sdist"))
     home = tmp_path_factory.mktemp("built")
@@ -102,7 +102,7 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(built)
 
 
-def test_an_editable_install_makes_one_name_importable(tmp_path):
+def test_an_editable_install_makes_one_name_importable(tmp_path: Path) -> None:
     editables = pytest.importorskip("editables")
     builders = pytest.importorskip("hatchling.builders.wheel")
     (built,) = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"])
@@ -117,7 +117,7 @@ def test_an_editable_install_makes_one_name_importable(tmp_path):
     assert done.stdout == f"{ROOT}/caspr_cli/recipe/words.py []\n"
 
 
-def test_the_wheel_has_all_files_under_one_name(wheel):
+def test_the_wheel_has_all_files_under_one_name(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     here = {ROOT / "conf": "*.yaml", ROOT / "tasks": "*.py", ROOT / "caspr_cli": "*.*"}
     files = {file.relative_to(ROOT) for folder, kind in here.items() for file in folder.rglob(kind)}
@@ -129,7 +129,7 @@ def test_the_wheel_has_all_files_under_one_name(wheel):
 @pytest.mark.parametrize(
     "words", ["trainer.devices=2", "-m hydra/launcher=joblib hydra.launcher.n_jobs=2 seed=0,1", "debug=plan"]
 )
-def test_the_wheel_works_among_modules_of_the_same_names(words, wheel, tmp_path):
+def test_the_wheel_works_among_modules_of_the_same_names(words: str, wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     if "joblib" in words:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     wheel.extractall(tmp_path / "site")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"task": "own_rings", "optimizer": "own_signs"}
 
 
-def install(project, site):
+def install(project: Path, site: Path) -> None:
     """Do what ``pip install -e`` does: put the package on the path, and its entry points beside it."""
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     folder = site / f"{about['name']}-{about['version']}.dist-info"
@@ -36,10 +36,10 @@ def install(project, site):
 class Home:
     """A folder of a user, with packages of their own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.folder, self.site = folder, folder / "site"
 
-    def __call__(self, *words, module="caspr_cli.commands.train", expect=0):
+    def __call__(self, *words: str, module: str = "caspr_cli.commands.train", expect: int = 0) -> str:
         path = os.pathsep.join([str(ROOT), str(self.site)])
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
         start = f"import sys; from caspr_cli.commands import scripts; sys.argv[1:] = {list(words)!r}; "
@@ -51,14 +51,14 @@ class Home:
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
 
-    def record(self):
+    def record(self) -> dict[str, object]:
         (file,) = self.folder.glob("outputs/*/*/*/seed0/provenance.json")
-        found = json.loads(file.read_text())
+        found: dict[str, object] = json.loads(file.read_text())
         return found
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     made = Home(tmp_path)
     monkeypatch.chdir(tmp_path)
     for kind, name in NAMES.items():
@@ -67,7 +67,7 @@ def home(tmp_path, monkeypatch):
     return made
 
 
-def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(home):
+def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(home: Home) -> None:
     lines = [line.split() for line in home("--help").splitlines()]
     assert lines[-5:] == [
         ["of", "own_rings", "0.1.0"],
@@ -100,7 +100,7 @@ def test_what_packages_bring_is_listed_under_them_and_composed_without_torch(hom
         ("from own_signs import ENTRY", "should be a caspr_cli.tasks.Entry but is a caspr_cli.optim.family.Entry"),
     ],
 )
-def test_a_package_that_cannot_be_used_is_named_in_one_line(text, message, home):
+def test_a_package_that_cannot_be_used_is_named_in_one_line(text: str, message: str, home: Home) -> None:
     (home.folder / "own_rings" / "own_rings" / "__init__.py").write_text(text)
     said = home("task=c4_lm", expect=2)
     assert said == f"error: package own_rings 0.1.0: entry point own_rings of caspr.tasks: {message}\n"
@@ -129,7 +129,9 @@ FAULTS = [  # file, what stands in it, what is put there, and what is said of th
     ("file", "before", "after", "message"),
     [pytest.param(*fault, marks=pytest.mark.release if i > 1 else ()) for i, fault in enumerate(FAULTS)],
 )
-def test_an_error_of_a_package_names_package_and_function(file, before, after, message, home):
+def test_an_error_of_a_package_names_package_and_function(
+    file: str, before: str, after: str, message: str, home: Home
+) -> None:
     """In the process that will train, and in that of ``debug=plan``."""
     text = (home.folder / file).read_text()
     assert before in text
@@ -139,7 +141,7 @@ def test_an_error_of_a_package_names_package_and_function(file, before, after, m
     assert re.search(rf"(error: |refused  )package {message}\n", said), said
 
 
-def test_a_record_names_the_package_that_is_not_installed_any_more(home):
+def test_a_record_names_the_package_that_is_not_installed_any_more(home: Home) -> None:
     record = home.folder / "outputs" / "own_rings" / "own_signs" / "0123abcd" / "seed0"
     record.mkdir(parents=True)
     packages = {"torch": "2.9", "own_rings": "0.1.0", "own_signs": "0.1.0"}
@@ -152,7 +154,7 @@ def test_a_record_names_the_package_that_is_not_installed_any_more(home):
     assert "task=own_ringz: no such choice." in home("task=own_ringz", expect=2)
 
 
-def test_a_name_that_is_taken_is_refused(home):
+def test_a_name_that_is_taken_is_refused(home: Home) -> None:
     points = home.site / "own_rings-0.1.0.dist-info" / "entry_points.txt"
     points.write_text(points.read_text().replace("own_rings = own_rings:", "vit = own_rings:"))
     said = home("task=vit", expect=2)
@@ -176,7 +178,9 @@ def test_a_name_that_is_taken_is_refused(home):
         (["task", "there"], "there: is there already"),
     ],
 )
-def test_names_that_new_refuses(words, message, tmp_path, monkeypatch):
+def test_names_that_new_refuses(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -185,7 +189,7 @@ def test_names_that_new_refuses(words, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.release
-def test_own_task_and_optimizer_train_and_their_tests_pass(home):
+def test_own_task_and_optimizer_train_and_their_tests_pass(home: Home) -> None:
     home("task=own_rings", "optim=own_signs", "debug=fast", "trainer.devices=2")
     packages = home.record()["packages"]
     assert isinstance(packages, dict)
@@ -201,10 +205,10 @@ def test_own_task_and_optimizer_train_and_their_tests_pass(home):
     )
 
 
-def test_the_task_that_new_writes_learns(home, monkeypatch):
+def test_the_task_that_new_writes_learns(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(home.site))
-    from own_rings import Conf
-    from own_rings.task import Rings
+    from own_rings import Conf  # type: ignore[import-not-found]
+    from own_rings.task import Rings  # type: ignore[import-not-found]
 
     task, again = Rings(Conf(), 0), Rings(Conf(), 1)
     task.prepare()

@@ -13,13 +13,13 @@ FULL = Path("/dev/full")
 SAID = "error: standard output: No space left on device\n"
 
 
-def run(line, home):
+def run(line: str, home: Path) -> subprocess.CompletedProcess[str]:
     words = line.replace("caspr-", f"{sys.executable} -m caspr_cli.commands.")
     return subprocess.run(["sh", "-c", words], cwd=home, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("command", ["train --help", "report --help", "bench --help", "verify --help"])
-def test_commands_start_without_streams_and_name_a_full_one(command, tmp_path):
+def test_commands_start_without_streams_and_name_a_full_one(command: str, tmp_path: Path) -> None:
     done = run(f"caspr-{command} >&- 2>&- <&-", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     if FULL.exists():
@@ -28,7 +28,7 @@ def test_commands_start_without_streams_and_name_a_full_one(command, tmp_path):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
-def test_no_file_gets_the_number_of_a_stream(closed, tmp_path):
+def test_no_file_gets_the_number_of_a_stream(closed: str, tmp_path: Path) -> None:
     code = (
         "import sys; from caspr_cli.common.streams import open_closed; open_closed(); file = open('file', 'w'); "
         "assert file.fileno() > 2; print('out', flush=True); print('err', file=sys.stderr); "
@@ -42,7 +42,7 @@ def test_no_file_gets_the_number_of_a_stream(closed, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["", "/nowhere:"])  # the last has an empty part
-def test_what_a_command_starts_imports_nothing_from_the_working_directory(given, tmp_path):
+def test_what_a_command_starts_imports_nothing_from_the_working_directory(given: str, tmp_path: Path) -> None:
     (tmp_path / "utils.py").write_text("print('taken')")
     code = (
         "import os, subprocess, sys; from caspr_cli.common.streams import console_script as script; "
@@ -53,7 +53,7 @@ def test_what_a_command_starts_imports_nothing_from_the_working_directory(given,
 
 
 @pytest.mark.parametrize("command", ["train task=c4_lm", "report list", "bench --help", "verify --help"])
-def test_a_working_directory_that_was_deleted_is_named(command, tmp_path):
+def test_a_working_directory_that_was_deleted_is_named(command: str, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     done = run(f"cd gone && rmdir ../gone && caspr-{command}", tmp_path)
     assert done.returncode == 2
@@ -62,7 +62,9 @@ def test_a_working_directory_that_was_deleted_is_named(command, tmp_path):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="of Linux")
-def test_a_rank_goes_on_where_what_it_says_cannot_be_written(monkeypatch, capsys):
+def test_a_rank_goes_on_where_what_it_says_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = os.fdopen(os.dup(os.open(FULL, os.O_WRONLY)), "w")
     monkeypatch.setattr(sys, "stdout", full)
     progress = Progress(10, "tokens")

@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import io
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.cache import META, array_file, build_once, building, read_array, read_meta, write_array
 
 
-def test_what_dead_builders_left_is_deleted_and_what_live_ones_build_is_not(tmp_path):
+def test_what_dead_builders_left_is_deleted_and_what_live_ones_build_is_not(tmp_path: Path) -> None:
     for name in (".building-dead", ".building-older", ".building-alive"):
         (tmp_path / name / "whole").mkdir(parents=True)
     (tmp_path / ".building-dead" / ".lock").touch()  # its holder is gone; the older one is of a time without locks
@@ -24,8 +26,8 @@ def test_what_dead_builders_left_is_deleted_and_what_live_ones_build_is_not(tmp_
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_without_locks_nothing_is_deleted(tmp_path, monkeypatch):
-    def refuse(*_):
+def test_without_locks_nothing_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     (tmp_path / ".building-left").mkdir()
@@ -43,10 +45,10 @@ def test_without_locks_nothing_is_deleted(tmp_path, monkeypatch):
         Exception("No space left on device (os error 28)"),  # of `tokenizers`
     ],
 )
-def test_a_full_disk_is_no_error_of_the_data(tmp_path, error):
+def test_a_full_disk_is_no_error_of_the_data(tmp_path: Path, error: Exception) -> None:
     """So a run is cut off by it, and the same command continues."""
 
-    def build(_):
+    def build(_: Path) -> dict[str, Any]:
         raise error
 
     with pytest.raises(OSError, match=r"space left|quota") as caught:
@@ -56,16 +58,16 @@ def test_a_full_disk_is_no_error_of_the_data(tmp_path, error):
     assert build_once(tmp_path / "kind" / "built", lambda _: {"a": 1}).is_dir()
 
 
-def test_a_cache_that_may_not_be_written_is_named(tmp_path):
-    def build(_):
+def test_a_cache_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    def build(_: Path) -> dict[str, Any]:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with pytest.raises(DataError, match=r"^CASPR_CACHE: cannot build in .*Permission denied"):
         build_once(tmp_path / "built", build)
 
 
-def test_other_errors_of_a_build_go_through(tmp_path):
-    def build(_):
+def test_other_errors_of_a_build_go_through(tmp_path: Path) -> None:
+    def build(_: Path) -> dict[str, Any]:
         raise DataError("x.gz:3: wrong")
 
     with pytest.raises(DataError, match=r"^x\.gz:3: wrong$"):
@@ -73,7 +75,7 @@ def test_other_errors_of_a_build_go_through(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", "{}", "[" * 100_000, "\ufeff{}", "\udcff"])
-def test_damaged_meta_says_what_to_delete(tmp_path, content):
+def test_damaged_meta_says_what_to_delete(tmp_path: Path, content: str) -> None:
     (tmp_path / META).write_bytes(content.encode("utf8", "surrogateescape"))
     with pytest.raises(DataError, match=rf"/{META}: damaged; delete {tmp_path} and start again$"):
         read_meta(tmp_path)
@@ -81,7 +83,7 @@ def test_damaged_meta_says_what_to_delete(tmp_path, content):
 
 @pytest.mark.parametrize("shape", [(3, 4), (0,), (2, 0, 3), ()])
 @pytest.mark.parametrize("dtype", ["<i8", "u1", "<f4"])
-def test_arrays_are_written_as_numpy_writes_them(tmp_path, shape, dtype):
+def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     theirs = io.BytesIO()
     np.save(theirs, array)
@@ -92,7 +94,7 @@ def test_arrays_are_written_as_numpy_writes_them(tmp_path, shape, dtype):
     assert (tmp_path / "b.npy").read_bytes() == theirs.getvalue()
 
 
-def test_an_array_in_another_order_is_written_in_this_one(tmp_path):
+def test_an_array_in_another_order_is_written_in_this_one(tmp_path: Path) -> None:
     array = np.arange(12).reshape(3, 4).T
     write_array(tmp_path / "a.npy", array)
     assert np.array_equal(read_array(tmp_path / "a.npy"), array)

@@ -5,9 +5,10 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from damaged import DAMAGED, READERS, conf_of, read, written
+from damaged import DAMAGED, READERS, Damage, conf_of, read, written
 
 from caspr_cli.tasks import files, own
 from caspr_cli.tasks.base import DataError
@@ -21,7 +22,7 @@ from caspr_cli.tasks.base import DataError
         for name, damage, words in cases
     ],
 )
-def test_damage_is_one_line_that_names_the_file(tmp_path, reader, damage, words):
+def test_damage_is_one_line_that_names_the_file(tmp_path: Path, reader: str, damage: Damage, words: str) -> None:
     root = written(reader, tmp_path)
     damage(root)
     with pytest.raises(DataError, match=words) as caught:
@@ -33,7 +34,9 @@ EARLY = ("c4", "ud", "images", "zip", "opened")  # whose samples are read before
 
 
 @pytest.mark.parametrize("reader", EARLY)
-def test_damage_is_found_before_a_run_starts(tmp_path, reader, cache, monkeypatch):
+def test_damage_is_found_before_a_run_starts(
+    tmp_path: Path, reader: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(own, "SECONDS", 600)
     for number, (name, damage, words) in enumerate(DAMAGED[reader]):
         (tmp_path / str(number)).mkdir()
@@ -46,7 +49,7 @@ def test_damage_is_found_before_a_run_starts(tmp_path, reader, cache, monkeypatc
     assert not list(cache.glob("*"))
 
 
-def test_a_look_at_large_data_ends_in_time(tmp_path, monkeypatch):
+def test_a_look_at_large_data_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = written("ud", tmp_path)
     (root / "xx_a-ud-dev.conllu").write_text("no tabs")  # behind the training split
     with pytest.raises(DataError, match="1 columns, not 10"):
@@ -56,7 +59,7 @@ def test_a_look_at_large_data_ends_in_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_root_that_is_none(tmp_path, reader):
+def test_a_root_that_is_none(tmp_path: Path, reader: str) -> None:
     (tmp_path / "empty").mkdir()
     for root, words in ((None, "task.data=files needs the directory of "), ("/nowhere", "no such directory: /nowhere"),
                         (tmp_path / "empty", "no ")):  # fmt: skip
@@ -65,7 +68,7 @@ def test_a_root_that_is_none(tmp_path, reader):
 
 
 @pytest.mark.parametrize("reader", DAMAGED)
-def test_mended_data_are_read(tmp_path, reader, cache):
+def test_mended_data_are_read(tmp_path: Path, reader: str, cache: Path) -> None:
     """Nothing is left of an attempt that was refused."""
     root = written(reader, tmp_path)
     _, damage, _ = DAMAGED[reader][0]
@@ -80,12 +83,12 @@ def test_mended_data_are_read(tmp_path, reader, cache):
     assert not list(cache.glob("*/.building-*"))
 
 
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated, as root may read everything."""
     root = written("ud", tmp_path)
     opened = Path.open
 
-    def refuse(self, *args, **how):
+    def refuse(self: Path, *args: Any, **how: Any) -> Any:
         if self.name == "xx_a-ud-dev.conllu":
             raise PermissionError(errno.EACCES, "Permission denied", str(self))
         return opened(self, *args, **how)
@@ -116,7 +119,7 @@ class PanicError(Exception):
         (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied"),
     ],
 )
-def test_every_error_of_a_reader_is_one_line_and_keeps_its_cause(error, words):
+def test_every_error_of_a_reader_is_one_line_and_keeps_its_cause(error: Exception, words: str) -> None:
     with pytest.raises(DataError, match=rf"^a\.gz:3: cannot be read \({words}") as caught, files.reading("a.gz:3:"):
         raise error
     assert caught.value.__cause__ is error
@@ -133,7 +136,7 @@ def test_every_error_of_a_reader_is_one_line_and_keeps_its_cause(error, words):
         OSError("Not enough disk space. Needed: 3 GB"),  # of `datasets`
     ],
 )
-def test_a_full_disk_is_no_fault_of_the_data(error):
+def test_a_full_disk_is_no_fault_of_the_data(error: Exception) -> None:
     with pytest.raises(OSError, match="a\\.gz") as caught, files.reading("a.gz"):
         raise error
     assert caught.value.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)

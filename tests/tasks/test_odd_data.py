@@ -4,6 +4,9 @@ import gzip
 import json
 import os
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from damaged import HELD_OUT, TRAIN, copy, members, pack, pack_ogb, read, rename, repacked, written
@@ -15,13 +18,13 @@ from caspr_cli.tasks.names import is_ignored, resembles_split, split_named
 # ---- what is used --------------------------------------------------------------------------------------------------
 
 
-def sizes(reader, root, **changes):
+def sizes(reader: str, root: Path, **changes: Any) -> dict[str, int]:
     return {split: len(samples) for split, samples in read(reader, root, **changes)[1].items()}
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Val", "DEV"])
 @pytest.mark.parametrize("reader", ["images", "zip"])
-def test_a_validation_split_by_any_of_its_names(tmp_path, reader, name):
+def test_a_validation_split_by_any_of_its_names(tmp_path: Path, reader: str, name: str) -> None:
     root = written(reader, tmp_path)
     assert sizes(reader, root) == {"train": 6, "validation": 2, "test": 4}
     if reader == "images":
@@ -31,7 +34,7 @@ def test_a_validation_split_by_any_of_its_names(tmp_path, reader, name):
     assert sizes(reader, root) == {"train": 8, "validation": 4, "test": 4}
 
 
-def test_names_of_splits_in_other_readers(tmp_path):
+def test_names_of_splits_in_other_readers(tmp_path: Path) -> None:
     for reader in ("ud", "ogb", "c4"):
         (tmp_path / reader).mkdir()
     ud, ogb, c4 = (written(reader, tmp_path / reader) for reader in ("ud", "ogb", "c4"))
@@ -46,7 +49,7 @@ def test_names_of_splits_in_other_readers(tmp_path):
     assert read("c4", c4)[0].describe_data() == before
 
 
-def test_links_to_splits_classes_and_files_are_followed(tmp_path):
+def test_links_to_splits_classes_and_files_are_followed(tmp_path: Path) -> None:
     root = written("images", tmp_path)
     expected = read("images", root)[0].describe_data()
     elsewhere = tmp_path / "elsewhere"
@@ -60,7 +63,7 @@ def test_links_to_splits_classes_and_files_are_followed(tmp_path):
     assert read("images", tmp_path / "link")[0].describe_data() == expected
 
 
-def test_imagenet_may_be_links(tmp_path):
+def test_imagenet_may_be_links(tmp_path: Path) -> None:
     root = written("imagenet", tmp_path)
     (root / "test").rename(tmp_path / "val")
     (root / "Val").symlink_to(tmp_path / "val")
@@ -72,7 +75,7 @@ IGNORED = (".DS_Store", "._0.png", "Thumbs.db", "desktop.ini", ".ipynb_checkpoin
 
 
 @pytest.mark.parametrize("reader", ["images", "zip", "opened", "ud", "c4", "ogb", "ogb_zip"])
-def test_ignored_files_are_passed_over(tmp_path, reader):
+def test_ignored_files_are_passed_over(tmp_path: Path, reader: str) -> None:
     root = written(reader, tmp_path)
     expected = read(reader, root)[0].describe_data()
     if reader == "zip":
@@ -91,7 +94,7 @@ def test_ignored_files_are_passed_over(tmp_path, reader):
     assert read(reader, root)[0].describe_data() == expected
 
 
-def test_folders_beside_the_splits_are_said_to_be_left_out(tmp_path, caplog):
+def test_folders_beside_the_splits_are_said_to_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = written("images", tmp_path)
     copy("test", "extra")(root)
     (root / "README.md").write_text("about it")
@@ -103,7 +106,7 @@ def test_folders_beside_the_splits_are_said_to_be_left_out(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("packer", ["windows", "dots", "mac", "unflagged", "top-folder"])
-def test_names_in_a_zip_whoever_packed_it(tmp_path, packer):
+def test_names_in_a_zip_whoever_packed_it(tmp_path: Path, packer: str) -> None:
     root = written("zip", tmp_path)
     content = {name.replace("dog", "hündin"): data for name, data in members(root.with_name("folder")).items()}
     pack(root, content)
@@ -113,7 +116,7 @@ def test_names_in_a_zip_whoever_packed_it(tmp_path, packer):
         root.write_bytes(root.read_bytes().replace(b"h__ndin", "hündin".encode()))
         assert not any(info.flag_bits & 0x800 for info in zipfile.ZipFile(root).infolist())
     else:
-        change_name = {
+        change_name: Callable[[str], str] = {
             "windows": lambda name: name.replace("/", "\\"),
             "dots": lambda name: f"./{name}",
             "mac": str,
@@ -126,7 +129,7 @@ def test_names_in_a_zip_whoever_packed_it(tmp_path, packer):
     assert read("zip", root)[0].describe_data() == expected
 
 
-def test_an_ogb_zip_with_backslashes(tmp_path):
+def test_an_ogb_zip_with_backslashes(tmp_path: Path) -> None:
     root = written("ogb_zip", tmp_path)
     expected = read("ogb_zip", root)[0].describe_data()
     pack_ogb(root, lambda name: name.replace("/", "\\"))
@@ -134,7 +137,7 @@ def test_an_ogb_zip_with_backslashes(tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["images", "opened"])
-def test_names_that_are_not_utf8(tmp_path, reader):
+def test_names_that_are_not_utf8(tmp_path: Path, reader: str) -> None:
     root = written(reader, tmp_path)
     folder = os.fsencode(root / "train" / "cat")
     os.rename(folder + b"/0.png", folder + b"/b\xe4r.png")
@@ -146,7 +149,7 @@ def test_names_that_are_not_utf8(tmp_path, reader):
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"])
-def test_byte_order_mark_and_line_ends(tmp_path, end):
+def test_byte_order_mark_and_line_ends(tmp_path: Path, end: bytes) -> None:
     root = written("c4", tmp_path)
     expected = read("c4", root)[0].describe_data()
     content = gzip.decompress((root / TRAIN).read_bytes())
@@ -157,13 +160,13 @@ def test_byte_order_mark_and_line_ends(tmp_path, end):
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_ignored():
+def test_what_is_ignored() -> None:
     assert all(is_ignored(name.partition("/")[0]) for name in IGNORED)
     assert not any(map(is_ignored, ("cat", "0.png", "a#b", "Icon", "MACOSX", "git", "thumbs")))
     assert not is_ignored("cat~", folder=True)
 
 
-def test_what_names_a_split():
+def test_what_names_a_split() -> None:
     assert [split_named(n) for n in ("Train", "VAL", "valid", "Validation", "dev", "test", "testing", "cat")] == [
         "train", "validation", "validation", "validation", "validation", "test", None, None,
     ]  # fmt: skip
@@ -173,7 +176,7 @@ def test_what_names_a_split():
         assert not resembles_split(name), name
 
 
-def test_data_files_are_those_of_a_reader(tmp_path):
+def test_data_files_are_those_of_a_reader(tmp_path: Path) -> None:
     root = written("images", tmp_path)
     (root / "train" / ".DS_Store").touch()
     (root / "more").symlink_to(root / "test")
@@ -185,7 +188,7 @@ def test_data_files_are_those_of_a_reader(tmp_path):
     assert len(files.data_files(tmp_path / "link")) == 16
 
 
-def test_a_zip_is_opened_once_and_has_a_pickle(tmp_path):
+def test_a_zip_is_opened_once_and_has_a_pickle(tmp_path: Path) -> None:
     import pickle
 
     root = written("zip", tmp_path)

@@ -4,6 +4,9 @@ import io
 import json
 import pickle
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -17,7 +20,7 @@ from written import SMALL, recipe
 from caspr_cli import tasks
 from caspr_cli.optim import CASPR
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks.base import SPLITS, DataError
+from caspr_cli.tasks.base import SPLITS, DataError, Task
 from caspr_cli.tasks.metrics import Means
 
 UNITS = {"c4_lm": "tokens", "ud_pos": "words", "ogbg_molpcba": "graphs", "resnet": "images", "vit": "images"}
@@ -46,53 +49,55 @@ IMPOSSIBLE = {
     "vit": [{"patch": 5}, {"heads": 3}],
 }
 
+Load = Callable[..., Task]
+
 
 @pytest.fixture(params=SMALL)
-def name(request):
+def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def load(name, tmp_path):
+def load(name: str, tmp_path: Path) -> Load:
     root = SMALL[name][0](tmp_path / "data")
 
-    def make(seed=0, **changes):
+    def make(seed: int = 0, **changes: Any) -> Task:
         return tasks.load(recipe(name, root, **changes), seed)
 
     return make
 
 
 @pytest.fixture
-def task(load):
+def task(load: Load) -> Task:
     found = load()
     found.prepare()
     torch.manual_seed(0)
     return found
 
 
-def samples(task, split="train", count=None):
-    data = task.dataset(split)
+def samples(task: Task, split: Any = "train", count: int | None = None) -> list[Any]:
+    data: Any = task.dataset(split)
     return [data[i] for i in range(len(data) if count is None else count)]
 
 
-def flat(value):
+def flat(value: Any) -> list[Any]:
     """The numbers of a sample or a batch."""
     if isinstance(value, (list, tuple)):
         return [flat(part) for part in value]
     if isinstance(value, dict) or hasattr(value, "to_dict"):
         parts = value if isinstance(value, dict) else value.to_dict()
         return [flat(parts[key]) for key in sorted(parts)]
-    found = torch.as_tensor(value).tolist()
+    found: list[Any] = torch.as_tensor(value).tolist()
     return found
 
 
-def scalars(metric):
+def scalars(metric: Any) -> dict[str, float]:
     return {key: value.item() for key, value in metric.compute().items()}
 
 
-def test_a_data_set_has_an_end_and_goes_to_other_processes(task):
+def test_a_data_set_has_an_end_and_goes_to_other_processes(task: Task) -> None:
     for split in SPLITS:
-        data = task.dataset(split)
+        data: Any = task.dataset(split)
         pickled = pickle.dumps(data)
         assert task.unit == "words" or len(pickled) < 1000  # sentences are not in the cache
         again = pickle.loads(pickled)
@@ -101,7 +106,7 @@ def test_a_data_set_has_an_end_and_goes_to_other_processes(task):
             data[len(data)]
 
 
-def test_a_second_process_need_not_prepare_and_has_the_same_data(task, load):
+def test_a_second_process_need_not_prepare_and_has_the_same_data(task: Task, load: Load) -> None:
     other = load(seed=1)
     for split in SPLITS:
         assert flat(samples(other, split)) == flat(samples(task, split))
@@ -109,7 +114,7 @@ def test_a_second_process_need_not_prepare_and_has_the_same_data(task, load):
     assert other.describe_data() == task.describe_data()
 
 
-def test_what_is_said_of_the_data(name, task):
+def test_what_is_said_of_the_data(name: str, task: Task) -> None:
     found = json.loads(json.dumps(task.describe_data()))
     assert found["source"] == "files"
     assert re.fullmatch("[0-9a-f]{16}", found["hash"])
@@ -121,7 +126,7 @@ def test_what_is_said_of_the_data(name, task):
         assert 0 <= said - units <= (16 if name == "c4_lm" else 0)
 
 
-def test_initial_weights_depend_on_torchs_seed_alone(task, load):
+def test_initial_weights_depend_on_torchs_seed_alone(task: Task, load: Load) -> None:
     states = []
     for seed, torchs in ((0, 7), (1, 7), (0, 8)):
         torch.manual_seed(torchs)
@@ -132,7 +137,7 @@ def test_initial_weights_depend_on_torchs_seed_alone(task, load):
     assert {key for key in states[0] if ".bn" not in key and "downsample.1" not in key and key[:2] != "bn"} <= learned
 
 
-def test_loss_falls_under_caspr(task):
+def test_loss_falls_under_caspr(task: Task) -> None:
     model, batch = task.model(), task.collate(samples(task, count=12))
     plain = task.plain(model)
     chosen = [p for key, p in model.named_parameters() if key not in plain]
@@ -148,13 +153,13 @@ def test_loss_falls_under_caspr(task):
 
 
 @torch.no_grad()
-def test_metrics_are_the_same_whatever_the_batches_and_ranks(task):
+def test_metrics_are_the_same_whatever_the_batches_and_ranks(task: Task) -> None:
     model, data = task.model().double().eval(), samples(task, "validation")
     whole = task.collate(data)
     expected = None
     for size in (len(data), 1, 3):
-        ranks = [task.metrics(), task.metrics()]
-        for i, batch in enumerate(DataLoader(data, size, collate_fn=task.collate)):
+        ranks: Any = [task.metrics(), task.metrics()]
+        for i, batch in enumerate(DataLoader(data, size, collate_fn=task.collate)):  # type: ignore[arg-type]
             task.evaluate(model, batch, ranks[i % 2])
         if size < len(data):
             ranks[0].merge_state(ranks[1])
@@ -164,8 +169,8 @@ def test_metrics_are_the_same_whatever_the_batches_and_ranks(task):
         assert found["loss"] == pytest.approx(task.loss(model, whole).item(), rel=1e-6)
 
 
-def test_sums_of_metrics_are_double_and_in_no_checkpoint(task):
-    metric = task.metrics()
+def test_sums_of_metrics_are_double_and_in_no_checkpoint(task: Task) -> None:
+    metric: Any = task.metrics()
     assert isinstance(metric, Means)
     metric.half()  # a model's precision must not reach the sums
     sums = list(dict.fromkeys(state for _, *pair in metric.means for state in pair))
@@ -175,7 +180,7 @@ def test_sums_of_metrics_are_double_and_in_no_checkpoint(task):
     assert list(metric._reductions)[: len(sums)] == sums
 
 
-def test_what_is_preconditioned(name, task):
+def test_what_is_preconditioned(name: str, task: Task) -> None:
     model = task.model()
     plain, parameters = task.plain(model), dict(model.named_parameters())
     pattern, count = CHOSEN[name]
@@ -185,7 +190,7 @@ def test_what_is_preconditioned(name, task):
     assert all(plain[key] == "norm" for key in plain if "norm" in key)
 
 
-def test_train_flops_agree_with_torchs_counter(name, load):
+def test_train_flops_agree_with_torchs_counter(name: str, load: Load) -> None:
     size = {"ud_pos": 40, "ogbg_molpcba": 12}.get(name, 4)  # there the whole training split, whose mean counts
     for changes in ({}, {"characters": False}) if name == "ud_pos" else ({},):
         task = load(batch_size=size, **changes)
@@ -196,7 +201,7 @@ def test_train_flops_agree_with_torchs_counter(name, load):
         assert task.train_flops(model) == pytest.approx(counter.get_total_flops() + INPUT.get(name, 0), rel=1e-9)
 
 
-def test_dropout_acts_in_training_alone(name, load):
+def test_dropout_acts_in_training_alone(name: str, load: Load) -> None:
     if name == "resnet":
         pytest.skip("has no dropout")
     task = load(dropout=0.5)
@@ -213,7 +218,7 @@ def test_dropout_acts_in_training_alone(name, load):
     assert plain.loss(fresh.eval(), batch).item() == still
 
 
-def test_bfloat16_autocast_stays_close(task):
+def test_bfloat16_autocast_stays_close(task: Task) -> None:
     model, batch = task.model().eval(), task.collate(samples(task, count=8))
     with torch.autocast("cpu", torch.bfloat16):
         rough = task.loss(model, batch)
@@ -222,14 +227,14 @@ def test_bfloat16_autocast_stays_close(task):
 
 
 @pytest.mark.parametrize(("of", "change"), [(of, change) for of, changes in IMPOSSIBLE.items() for change in changes])
-def test_impossible_keys_are_named(of, change):
+def test_impossible_keys_are_named(of: str, change: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=rf"^task\.{next(iter(change))}: "):
         tasks.load(recipe(of, None, **change), 0)
 
 
 @pytest.mark.parametrize("of", ["c4_lm", "ud_pos", "ogbg_molpcba"])
-def test_without_a_network_it_says_what_to_do_instead(of, monkeypatch):
-    def load_dataset(*_, **__):
+def test_without_a_network_it_says_what_to_do_instead(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach it on the Hub\nand a page of more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -248,19 +253,19 @@ def test_without_a_network_it_says_what_to_do_instead(of, monkeypatch):
 CACHED = [name for name in SMALL if name != "ud_pos"]  # a treebank is read anew
 
 
-def directory_of(task):
-    found = task.data.directory
+def directory_of(task: Any) -> Path:
+    found: Path = task.data.directory
     return found
 
 
-def other_array():
+def other_array() -> bytes:
     """An array file of a shape that no data set has."""
     content = io.BytesIO()
     np.save(content, np.zeros((1, 2, 3, 4, 5), np.uint8))
     return content.getvalue()
 
 
-def read_all(task):
+def read_all(task: Task) -> None:
     task.prepare()
     for split in SPLITS:
         task.dataset(split)
@@ -268,7 +273,7 @@ def read_all(task):
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_what_is_built_is_built_once(load, monkeypatch):
+def test_what_is_built_is_built_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     load().prepare()
     monkeypatch.setattr("caspr_cli.tasks.cache.building", lambda _: pytest.fail("built again"))
     monkeypatch.setattr("caspr_cli.tasks.c4_lm.tokens.building", lambda _: pytest.fail("built again"))
@@ -276,7 +281,7 @@ def test_what_is_built_is_built_once(load, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CACHED)
-def test_a_damaged_cache_says_what_to_delete(load):
+def test_a_damaged_cache_says_what_to_delete(load: Load) -> None:
     directory = directory_of(load())
     for path in sorted(directory.iterdir()):
         whole = path.read_bytes()

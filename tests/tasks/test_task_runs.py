@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from written import SMALL
@@ -25,7 +27,7 @@ STILL = {"ud_pos": ["task.word_dropout=0"], "resnet": ["task.augment=none"], "vi
 METRIC = {"c4_lm": "loss", "ogbg_molpcba": "map"}
 
 
-def command(name, home, *words):
+def command(name: str, home: Path, *words: str) -> list[str]:
     if not (home / "data").exists():
         SMALL[name][0](home / "data")
     return [sys.executable, "-m", "caspr_cli.commands.train", f"task={name}", "task.data=files",
@@ -33,14 +35,14 @@ def command(name, home, *words):
             "trainer.log_every=1", "trainer.accelerator=cpu", "optim.lr=0.003", *words]  # fmt: skip
 
 
-def train(name, home, to, *words):
+def train(name: str, home: Path, to: str, *words: str) -> dict[Any, Any]:
     """Run a few steps; returns the rows of ``metrics.jsonl`` by step, with the result under ``"result"``."""
     given = command(name, home, f"output_dir={home / to}", *words)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(given, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (home / to).glob("*/*/*/seed0")
-    rows = {"result": json.loads((record / "result.json").read_text())}
+    rows: dict[Any, Any] = {"result": json.loads((record / "result.json").read_text())}
     for line in (record / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         rows.setdefault(row["step"], {}).update(row)
@@ -48,7 +50,7 @@ def train(name, home, to, *words):
 
 
 @pytest.mark.parametrize("name", ["ud_pos", "ogbg_molpcba"])
-def test_two_processes_have_the_metrics_of_one(name, tmp_path):
+def test_two_processes_have_the_metrics_of_one(name: str, tmp_path: Path) -> None:
     """The loss is a mean over each process's own words or cells, so it is near that of one; the metric is whole."""
     one, two = (
         train(name, tmp_path, f"of{n}", "optim.lr=0", "task.dropout=0", *STILL.get(name, []), f"trainer.devices={n}")
@@ -60,7 +62,7 @@ def test_two_processes_have_the_metrics_of_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_two_processes_train_what_one_does(name, tmp_path):
+def test_two_processes_train_what_one_does(name: str, tmp_path: Path) -> None:
     """Batch norm too is over the whole batch, so that every loss agrees; in float64, where rounding shows nothing."""
     words = [*STILL[name], "optim=caspr", "optim.start_step=2", "trainer.precision=64-true"]
     one, two = (train(name, tmp_path, f"of{n}", *words, f"trainer.devices={n}") for n in (1, 2))
@@ -70,22 +72,22 @@ def test_two_processes_train_what_one_does(name, tmp_path):
                 assert two[step][key] == pytest.approx(one[step][key], rel=1e-6), (step, key)
 
 
-def test_cut_off_it_continues_with_the_same_augmentation(tmp_path):
+def test_cut_off_it_continues_with_the_same_augmentation(tmp_path: Path) -> None:
     """Random numbers of a sample, read in another process, and of a batch follow from seed and step alone."""
     options = ["task.size=72", "task.augment=rand_augment", "task.mixup=0.2", "task.patch=8", "task.dropout=0.1",
                "trainer.max_steps=40", "trainer.val_every=40"]  # fmt: skip
 
-    def start(to):
+    def start(to: str) -> subprocess.Popen[str]:
         workers = f"trainer.workers={int(to == 'cut')}"  # and the same as without one
         given = command("vit", tmp_path, *options, workers, f"output_dir={tmp_path / to}")
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    def metrics(to):
+    def metrics(to: str) -> list[str]:
         found = list((tmp_path / to).glob("*/*/*/seed0/metrics.jsonl"))
         return found[0].read_text().splitlines() if found else []
 
-    def losses(to):
+    def losses(to: str) -> list[str]:
         return [line.split('"lr"')[0] for line in metrics(to) if "train/loss" in line]
 
     whole, cut = start("whole"), start("cut")

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from caspr_cli.bench.figure import draw, png
 from caspr_cli.bench.measure import Row
@@ -16,22 +17,22 @@ BARE = replace(ROW, optimizer="adamw", median_ms=2.0, p99_ms=2.5, floor_ms=None,
                statistics_ms=None, roots_ms=None, apply_ms=None, rest_ms=None)  # fmt: skip
 
 
-def widths(figure):
+def widths(figure: Figure) -> list[float]:
     (axes,) = figure.axes
-    return [patch.get_width() for patch in axes.patches]
+    return [patch.get_width() for patch in axes.patches]  # type: ignore[attr-defined]
 
 
-def texts(figure):
+def texts(figure: Figure) -> str:
     (axes,) = figure.axes
     titles = [axes.get_title(loc="left"), *(label.get_text() for label in axes.get_yticklabels())]
     return "\n".join([*titles, *(text.get_text() for text in axes.texts)])
 
 
-def test_bars_are_the_parts_the_products_alone_and_the_whole_of_who_has_none():
+def test_bars_are_the_parts_the_products_alone_and_the_whole_of_who_has_none() -> None:
     assert widths(draw([ROW, BARE])) == [2.0, 3.0, 4.0, 1.0, 5.0, 2.0]
 
 
-def test_everything_has_its_label_inside_the_picture():
+def test_everything_has_its_label_inside_the_picture() -> None:
     figure = draw([replace(ROW, p99_ms=123_456.0, adamw_ratio=123.4), BARE])
     found = texts(figure)
     labels = (
@@ -54,5 +55,5 @@ def test_everything_has_its_label_inside_the_picture():
     ("value", "text"),
     [(12345.6, "12,346"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.0123, "0.012"), (None, "-")],
 )
-def test_three_digits(value, text):
+def test_three_digits(value: float | None, text: str) -> None:
     assert milliseconds(value) == text

@@ -1,5 +1,6 @@
 import gc
 import platform
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
@@ -13,7 +14,7 @@ from caspr_cli.bench import measure as module
 from caspr_cli.bench.baselines import NEVER, SCALABLE, Settings, bytes_of_state, enter, make, parse_given
 from caspr_cli.bench.measure import Timer, blamed, eigendecompositions, measure, order, split, take_turns, waiting
 from caspr_cli.bench.shapes import parse_shapes
-from caspr_cli.bench.workload import workload_of
+from caspr_cli.bench.workload import Workload, workload_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.training.timing import PhaseTimer
@@ -23,24 +24,24 @@ ALL = ["caspr", "shampoo", "adamw", "muon", "soap", SCALABLE]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_products():
+def small_products() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.RATE_SIZE, "cpu", 32)
         patch.setattr(module, "SETTLING", 2)
         yield
 
 
-def workload(text="2*12x8,6", tokens=10):
+def workload(text: str = "2*12x8,6", tokens: int = 10) -> Workload:
     return workload_of(parse_shapes(text), tokens, torch.float32, CPU)
 
 
-def silent(text): ...
+def silent(text: str) -> None: ...
 
 
 # ---- baselines
 
 
-def test_everyone_has_weights_of_its_own_and_the_same_gradients():
+def test_everyone_has_weights_of_its_own_and_the_same_gradients() -> None:
     work = workload()
     ours, theirs = work.copies(), work.copies()
     for a, b in zip(ours[0]["params"], theirs[0]["params"], strict=True):
@@ -52,7 +53,7 @@ def test_everyone_has_weights_of_its_own_and_the_same_gradients():
     assert work.train_flops == 6 * (2 * 12 * 8 + 6) * 10
 
 
-def test_no_step_changes_a_gradient():
+def test_no_step_changes_a_gradient() -> None:
     work = workload("2*40x40,6")
     before = [g.clone() for g in work.grads.values()]
     for name in ALL:
@@ -63,7 +64,9 @@ def test_no_step_changes_a_gradient():
 
 
 @pytest.mark.parametrize("name", ["caspr", "soap"])
-def test_held_still_nothing_is_refreshed_and_before_it_something_was(name, monkeypatch):
+def test_held_still_nothing_is_refreshed_and_before_it_something_was(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where first roots take so long that the optimizer spreads them over an interval."""
     monkeypatch.setattr("caspr_cli.optim.plan.AT_ONCE", 0)
     groups = workload("3*40x40,6").copies()
@@ -71,7 +74,7 @@ def test_held_still_nothing_is_refreshed_and_before_it_something_was(name, monke
     optimizer = make(name, groups, Settings(), NEVER)
     state = optimizer.state[p]
 
-    def bases():
+    def bases() -> list[torch.Tensor]:
         return list(state["Q"]) if name == "soap" else [v for k, v in state.items() if k.startswith("root_0")]
 
     before = [x.clone() for x in bases()]
@@ -83,14 +86,14 @@ def test_held_still_nothing_is_refreshed_and_before_it_something_was(name, monke
     assert not any(torch.equal(x.reshape(-1, 40, 40)[0], torch.eye(40)) for x in before)
 
 
-def test_state_inside_objects_is_counted():
+def test_state_inside_objects_is_counted() -> None:
     optimizer = enter(SCALABLE, workload("40x40").copies(), Settings(), 1)
     optimizer.step()
     # momentum, the graft's momentum, and statistics and roots of two axes
     assert bytes_of_state(optimizer) == 4 * (2 * 40 * 40 + 4 * 40 * 40)
 
 
-def test_options_are_read_and_reach_the_optimizer():
+def test_options_are_read_and_reach_the_optimizer() -> None:
     given = parse_given(["order=3", "eps=1e-4", "graft=sgd", "apply_dtype=bfloat16"], ["caspr"])
     assert given == {"order": 3, "eps": 1e-4, "graft": "sgd", "apply_dtype": "bfloat16"}
     settings = Settings(interval=7, block_size=9, given=given)
@@ -116,13 +119,13 @@ def test_options_are_read_and_reach_the_optimizer():
         ("order=3", ["adamw", "muon"], "it is for caspr and shampoo"),
     ],
 )
-def test_options_that_are_none(word, names, message):
+def test_options_that_are_none(word: str, names: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_given([word], names)
     assert message in str(caught.value)
 
 
-def test_a_refused_value_names_the_optimizer():
+def test_a_refused_value_names_the_optimizer() -> None:
     with pytest.raises(ConfigError, match="caspr: eps should be > 0 but is: -1"):
         enter("caspr", workload().copies(), Settings(given={"eps": -1}), 10)
 
@@ -130,7 +133,7 @@ def test_a_refused_value_names_the_optimizer():
 # ---- turns
 
 
-def test_every_round_has_everyone_and_everyone_follows_every_other_just_once():
+def test_every_round_has_everyone_and_everyone_follows_every_other_just_once() -> None:
     for count in (1, 2, 3, 8, 11):
         assert all(sorted(order(turn, count)) == list(range(count)) for turn in range(2 * count))
     rows = [order(turn, 8) for turn in range(8)]
@@ -139,14 +142,14 @@ def test_every_round_has_everyone_and_everyone_follows_every_other_just_once():
     assert {row[0] for row in rows} == set(range(8))
 
 
-def test_turns_and_garbage_collection():
-    seen = []
+def test_turns_and_garbage_collection() -> None:
+    seen: list[tuple[str, bool]] = []
 
-    def run(name):
+    def run(name: str) -> None:
         seen.append((name, gc.isenabled()))
 
     timers = [Timer(name, partial(run, name), turns) for name, turns in (("a", 1), ("b", 3))]
-    logged = []
+    logged: list[tuple[str, float]] = []
     take_turns(timers, 4, CPU, lambda *line: logged.append(line))
     assert [len(timer.seconds) for timer in timers] == [4, 12]
     assert not any(enabled for _, enabled in seen)
@@ -154,8 +157,8 @@ def test_turns_and_garbage_collection():
     assert logged == [("round 1/4", 0), ("round 2/4", 0.25), ("round 3/4", 0.5), ("round 4/4", 0.75)]
 
 
-def test_the_wait_is_predicted_from_the_share_that_is_done():
-    lines = []
+def test_the_wait_is_predicted_from_the_share_that_is_done() -> None:
+    lines: list[str] = []
     clock = iter([100.0, 100.0, 110.0, 190.0])
     wait = waiting(lines.append, lambda: next(clock))
     wait(0, "warm-up: caspr", 0.0)
@@ -168,7 +171,7 @@ def test_the_wait_is_predicted_from_the_share_that_is_done():
     ]
 
 
-def test_who_fails_is_named_in_one_line():
+def test_who_fails_is_named_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^soap fails here: IndexError: list$"), blamed("soap"):
         raise IndexError("list\nindex")
     with pytest.raises(ConfigError, match="not enough memory"), blamed("soap"):
@@ -179,7 +182,7 @@ def test_who_fails_is_named_in_one_line():
 # ---- split
 
 
-def test_parts_add_up_to_the_median_of_the_same_steps():
+def test_parts_add_up_to_the_median_of_the_same_steps() -> None:
     seconds = [5.0, 1.0, 3.0, 100.0, 2.0, 4.0, 3.0]
     parts = [{"statistics": 0.5 * s, "roots": 0.25 * s, "apply": 0.125 * s} for s in seconds]
     found = split(seconds, parts)
@@ -190,10 +193,10 @@ def test_parts_add_up_to_the_median_of_the_same_steps():
     assert split([1.0, 2.0], []) == {}
 
 
-def test_phases_are_those_of_one_turn():
+def test_phases_are_those_of_one_turn() -> None:
     phases = PhaseTimer(CPU)
 
-    def run():
+    def run() -> None:
         for _ in range(2):
             with phases("apply"):
                 pass
@@ -208,11 +211,11 @@ def test_phases_are_those_of_one_turn():
 
 
 @pytest.fixture(scope="module")
-def rows(small_products):
+def rows(small_products: None) -> list[module.Row]:
     return measure(workload("2*40x32,6"), ALL, Settings(interval=3), rounds=2, log=silent)
 
 
-def test_a_row_for_each_in_their_order(rows):
+def test_a_row_for_each_in_their_order(rows: list[module.Row]) -> None:
     assert [row.optimizer for row in rows] == ALL
     assert [row.steps for row in rows] == [6, 6, 2, 2, 6, 2]  # those with an interval make two of them
     assert [row.interval for row in rows] == [3, 3, None, None, 3, None]
@@ -222,7 +225,7 @@ def test_a_row_for_each_in_their_order(rows):
     assert [row.optimizer for row in rows if row.rest_ms is not None] == ["caspr", "shampoo"]
 
 
-def test_numbers_agree_with_each_other(rows):
+def test_numbers_agree_with_each_other(rows: list[module.Row]) -> None:
     caspr, adamw = rows[0], rows[2]
     for row in rows:
         assert 0 < row.median_ms <= row.p99_ms
@@ -242,11 +245,13 @@ def test_numbers_agree_with_each_other(rows):
     assert caspr.refresh_ratio == pytest.approx(caspr.refresh_ms / caspr.lapack_ms)
 
 
-def not_installed(name):
+def not_installed(name: str) -> None:
     raise PackageNotFoundError(name)
 
 
-def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products(monkeypatch):
+def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And nothing is looked up that need not be installed by its name."""
     monkeypatch.setattr("importlib.metadata.Distribution.from_name", not_installed)
     (row,) = measure(workload("6"), ["caspr"], Settings(interval=2), rounds=1, log=silent)
@@ -257,11 +262,11 @@ def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_pr
     assert (row.floor_ms, row.floor_ratio, row.refresh_ms) == (None, None, None)
 
 
-def test_lapack_gets_as_many_matrices_of_the_same_sizes(monkeypatch):
+def test_lapack_gets_as_many_matrices_of_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = enter("caspr", workload("2*12x8,8x8").copies(), Settings(), 10)
     assert isinstance(optimizer, KroneckerOptimizer)
     run = eigendecompositions(optimizer)
-    given = []
+    given: list[torch.Tensor] = []
     monkeypatch.setattr(torch.linalg, "eigh", given.append)
     run()
     assert sorted(tuple(S.shape) for S in given) == [(2, 12, 12), (4, 8, 8)]

@@ -19,18 +19,18 @@ PROMISED = [
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(measure.RATE_SIZE, "cpu", 32)
     monkeypatch.setattr(measure, "SETTLING", 2)
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     return Call("caspr-bench", bench.main, monkeypatch, capsys)
 
 
-def test_importing_the_command_imports_no_torch_and_help_is_quick():
+def test_importing_the_command_imports_no_torch_and_help_is_quick() -> None:
     code = "import sys; from caspr_cli.commands import bench; sys.argv[1:] = ['--help']; bench.main()"
     code += "; assert 'torch' not in sys.modules"
     before = os.times()
@@ -73,12 +73,12 @@ def test_importing_the_command_imports_no_torch_and_help_is_quick():
         (["--ranks", "2", "--optim", "adamw"], "--optim adamw: does not share its work among ranks; caspr"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(call, argv, message):
+def test_a_mistake_is_one_line_and_exit_2(call: Call, argv: list[str], message: str) -> None:
     assert message in call.refused(*argv)
     assert call.out == ""
 
 
-def test_table_json_and_chart(call):
+def test_table_json_and_chart(call: Call) -> None:
     assert call(*TINY, "--optim", "caspr,adamw", "--json", "rows.json") == 0
     out, err = call.out, call.err
     rows = json.loads(Path("rows.json").read_text(encoding="utf8"))
@@ -98,7 +98,7 @@ def test_table_json_and_chart(call):
     assert "\r" not in err
 
 
-def test_tables_and_legends_fit_the_terminal(monkeypatch):
+def test_tables_and_legends_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     cells = [["optimizer", *(f"column {k}" for k in range(13))], ["caspr", *["1.00"] * 13]]
     lines = list(bench.fitting(cells, [0, 0, 5, 2, 4, 6, 7, 0, 3, 3, 3, 3, 1, 1]))
@@ -111,7 +111,7 @@ def test_tables_and_legends_fit_the_terminal(monkeypatch):
     assert len(list(bench.fitting(cells, [0] + [1] * 13))) == 2  # a pipe has room for all
 
 
-def test_json_has_standard_output_for_itself(call):
+def test_json_has_standard_output_for_itself(call: Call) -> None:
     assert call(*TINY, "--optim", "adamw", "--json", "-", "--no-png") == 0
     out, err = call.out, call.err
     (row,) = json.loads(out)
@@ -120,7 +120,7 @@ def test_json_has_standard_output_for_itself(call):
     assert not Path("outputs").exists()
 
 
-def test_a_task_brings_its_own_rule(call):
+def test_a_task_brings_its_own_rule(call: Call) -> None:
     assert call("--task", "vit", "--optim", "caspr", "--rounds", "1", "--interval", "1", "--json", "-",
                 "--png", "here/chart.png") == 0  # fmt: skip
     out, err = call.out, call.err
@@ -130,8 +130,8 @@ def test_a_task_brings_its_own_rule(call):
     assert Path("here/chart.png").exists()
 
 
-def test_an_interruption_is_one_line_and_130(call, monkeypatch):
-    def interrupted(*args, **kwargs):
+def test_an_interruption_is_one_line_and_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "take_turns", interrupted)
@@ -140,7 +140,7 @@ def test_an_interruption_is_one_line_and_130(call, monkeypatch):
     assert not Path("rows.json").exists()
 
 
-def test_a_step_on_many_gpus_is_predicted(call):
+def test_a_step_on_many_gpus_is_predicted(call: Call) -> None:
     flags = ("--model", "gpt2-small", "--scale", "1024,8", "--gpu", "a100", "--json", "rows.json")
     assert call(*flags) == 0
     out = call.out
@@ -154,7 +154,7 @@ def test_a_step_on_many_gpus_is_predicted(call):
 
 
 @pytest.mark.release
-def test_ranks_share_a_step(call):
+def test_ranks_share_a_step(call: Call) -> None:
     flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
     assert call(*flags) == 0
     out = call.out

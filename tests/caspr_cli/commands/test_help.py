@@ -28,7 +28,9 @@ CASES = [(name, words) for name, (_, every) in COMMANDS.items() for words in eve
 
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize(("name", "words"), CASES, ids=[" ".join([name, *words]) for name, words in CASES])
-def test_help_fits_and_is_aligned(name, words, columns, monkeypatch, capsys):
+def test_help_fits_and_is_aligned(
+    name: str, words: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys, "argv", [name, *words, "--help"])
     assert COMMANDS[name][0].main() == 0
@@ -48,7 +50,7 @@ def test_help_fits_and_is_aligned(name, words, columns, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_version(name, monkeypatch, capsys):
+def test_version(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--version"])
     assert COMMANDS[name][0].main() == 0
     assert capsys.readouterr().out == f"{name} {__version__}\n"

@@ -16,12 +16,12 @@ OPTIMIZERS = {"caspr": 4.0, "adamw": 4.5}
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two optimizers on two tasks, three seeds each, in ./outputs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -60,7 +60,7 @@ def study(tmp_path, monkeypatch):
         (["compare", "outputs/vit/adamw/seed0/config.yaml"], "config.yaml: cannot be read as what caspr-report pack"),
     ],
 )
-def test_mistakes_get_a_line_and_exit_code_2(study, argv, message, call):
+def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], message: str, call: Call) -> None:
     Path("d.md").mkdir()
     Path("empty").mkdir()
     Path("events").mkdir()
@@ -68,7 +68,7 @@ def test_mistakes_get_a_line_and_exit_code_2(study, argv, message, call):
     assert message in call.refused(*argv)
 
 
-def test_compare_prints_a_table_for_each_task(study, call):
+def test_compare_prints_a_table_for_each_task(study: Path, call: Call) -> None:
     assert call("compare") == 0
     out = call.out
     assert out.startswith(f"caspr-report {__version__}  12 records in outputs\n")
@@ -77,7 +77,7 @@ def test_compare_prints_a_table_for_each_task(study, call):
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_json_is_all_there_is_on_standard_output(study, call):
+def test_json_is_all_there_is_on_standard_output(study: Path, call: Call) -> None:
     assert call("compare", study / "vit", "--json", "--to", "x.csv", "--baseline", "caspr") == 0
     assert [(row["task"], row["label"], row["baseline"]) for row in json.loads(call.out)] == [
         ("vit", "caspr", "caspr"), ("vit", "adamw", "caspr"),
@@ -85,7 +85,7 @@ def test_json_is_all_there_is_on_standard_output(study, call):
     assert call.err == "wrote    x.csv\n"
 
 
-def test_every_format_is_written_whole(study, call):
+def test_every_format_is_written_whole(study: Path, call: Call) -> None:
     words = {"x.md": "| caspr | 3 |", "new/x.tex": r"\toprule", "x.csv": "task,scale", "x.json": '"label": "caspr"'}
     argv = [word for name in words for word in ("--to", name)]
     assert call("compare", *argv) == 0
@@ -96,7 +96,7 @@ def test_every_format_is_written_whole(study, call):
     assert not list(Path.cwd().glob(".*"))
 
 
-def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study, call):
+def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study: Path, call: Call) -> None:
     for k in range(20):
         Path("outputs/bad", str(k)).mkdir(parents=True)
         Path("outputs/bad", str(k), "status.json").write_text("{", encoding="utf8")
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study, call):
     assert len(lines) == report.SHOWN + 1
 
 
-def test_a_pack_is_read_like_a_directory(study, call):
+def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
     assert call("pack", study, "--to", "p.jsonl.gz") == 0
     assert call.out.startswith("wrote    p.jsonl.gz: 12 records, ")
     rows = []
@@ -118,21 +118,21 @@ def test_a_pack_is_read_like_a_directory(study, call):
     assert rows[0] == rows[1]
 
 
-def test_list_and_show(study, call):
+def test_list_and_show(study: Path, call: Call) -> None:
     assert call("list", study / "vit") == 0
     assert len(call.out.splitlines()) == 7
     assert call("show", study / "vit/caspr/seed1") == 0
     assert "task=vit optim=caspr scale=sample seed=1" in call.out
 
 
-def test_another_target_and_a_profile(study, call):
+def test_another_target_and_a_profile(study: Path, call: Call) -> None:
     assert call("profile", "--target", "vit=4.1", "--unit", "seconds") == 0
     out = call.out
     assert "seconds" in out
     assert "caspr" in out
 
 
-def test_curves_of_all_tasks_together_have_a_dark_twin(study, call):
+def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) -> None:
     assert call("curves", "--together", "--to", "c.svg") == 0
     assert call.out == "wrote    c.svg\nwrote    c-dark.svg\n"
     light, dark = (Path(name).read_text(encoding="utf8") for name in ("c.svg", "c-dark.svg"))
@@ -140,7 +140,7 @@ def test_curves_of_all_tasks_together_have_a_dark_twin(study, call):
     assert light != dark
 
 
-def test_all_trials_and_their_figures(study, call):
+def test_all_trials_and_their_figures(study: Path, call: Call) -> None:
     for k in range(3):
         write(run("caspr", 0, 4.0 + k, optim__lr=0.1 * 2**k), Path("outputs/c4_lm/caspr/trials", str(k)))
     argv = ["trials", study / "c4_lm", "--to", "t.svg", "--to", "t.md", "--tuned", "optim.lr,optim.eps"]
@@ -154,7 +154,7 @@ def test_all_trials_and_their_figures(study, call):
     assert call(*argv) == 2
 
 
-def test_output_that_is_not_utf_8_has_question_marks(study, monkeypatch, call):
+def test_output_that_is_not_utf_8_has_question_marks(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     assert call("compare", "--to", "x.md") == 0
@@ -163,7 +163,7 @@ def test_output_that_is_not_utf_8_has_question_marks(study, monkeypatch, call):
 
 
 @pytest.mark.release
-def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study, call):
+def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study: Path, call: Call) -> None:
     write(run(task__name="../evil/x"), Path("outputs/odd"))
     assert call("curves", "outputs/odd", "outputs/vit", "--to", "c.svg") == 0
     assert sorted(path.name for path in Path().glob("*.svg")) == [
@@ -172,7 +172,7 @@ def test_a_task_that_is_no_name_of_a_file_gets_its_figure_here(study, call):
 
 
 @pytest.mark.release
-def test_figures_and_the_page(study, call):
+def test_figures_and_the_page(study: Path, call: Call) -> None:
     assert call("curves", "--over", "seconds", "--to", "c.svg") == 0
     assert call("profile", "--to", "p.svg") == 0
     assert call("compare", study / "vit", "--to", "x.html", "--to", "x.svg") == 0
@@ -183,7 +183,7 @@ def test_figures_and_the_page(study, call):
 
 
 @pytest.mark.release
-def test_a_figure_for_each_data_set(study, call):
+def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
     for seed in range(2):
         other = run("caspr", seed, 4.0 + seed, provenance={"data": {"hash": "ffff"}})
         write(other, Path("outputs/c4_lm/caspr/other", f"seed{seed}"))
@@ -192,8 +192,8 @@ def test_a_figure_for_each_data_set(study, call):
     assert sorted(path.name for path in Path.cwd().glob("*.svg")) == names
 
 
-def test_ctrl_c_ends_it_quietly(study, monkeypatch, call):
-    def interrupted(paths):
+def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def interrupted(paths: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(records, "find", interrupted)
@@ -202,13 +202,13 @@ def test_ctrl_c_ends_it_quietly(study, monkeypatch, call):
 
 
 @pytest.mark.release
-def test_a_reader_that_leaves_ends_it_quietly(study):
+def test_a_reader_that_leaves_ends_it_quietly(study: Path) -> None:
     command = f"{sys.executable} -m caspr_cli.commands.report compare | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_ctrl_c_is_heard_while_libraries_are_imported():
+def test_ctrl_c_is_heard_while_libraries_are_imported() -> None:
     """Nothing slow comes before main()."""
     program = (
         "import sys; from caspr_cli.commands import report; "
@@ -226,7 +226,7 @@ def test_ctrl_c_is_heard_while_libraries_are_imported():
         ["pack", "outputs", "--to", "x.jsonl.gz"],
     ],
 )
-def test_it_works_where_there_is_no_torch_and_no_hydra(study, argv):
+def test_it_works_where_there_is_no_torch_and_no_hydra(study: Path, argv: list[str]) -> None:
     done = without(("torch", "lightning", "hydra", "omegaconf"), REPORT, *argv)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("wrote") == argv.count("--to")

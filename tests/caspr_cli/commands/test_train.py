@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from calling import Call
@@ -13,10 +14,10 @@ from caspr_cli.runs.sweep import EXTRAS
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """No run is started: an attempt fails."""
 
-    def launched(*_):
+    def launched(*_: object) -> None:
         raise AssertionError("a run was started")
 
     monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
@@ -24,7 +25,7 @@ def call(monkeypatch, capsys):
     return Call("caspr-train", train.main, monkeypatch, capsys)
 
 
-def test_each_topic_is_listed_and_shown(call):
+def test_each_topic_is_listed_and_shown(call: Call) -> None:
     assert call("help") == 0
     listed = [line.split()[2] for line in call.out.splitlines()[1:]]
     assert listed == sorted(file.stem for file in topics.FOLDER.iterdir())
@@ -36,7 +37,7 @@ def test_each_topic_is_listed_and_shown(call):
     assert "Did you mean jobs?" in call.err
 
 
-def test_the_help_on_tuning_has_the_values_that_optimizers_come_with():
+def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
     assert topics.DEFAULTS in (topics.FOLDER / "tuning.md").read_text()
     rows = topics.defaults().splitlines()
     assert len(rows) == len(OPTIMIZERS) + 2
@@ -136,7 +137,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with():
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_mistakes(argv, message, call):
+def test_mistakes(argv: list[str], message: str, call: Call) -> None:
     assert call(*argv) == 2
     assert message in call.err
     assert call.err.startswith("error: ")
@@ -154,7 +155,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("task", OWN)
-def test_own_data_are_refused_before_torch_is_imported(task, tmp_path):
+def test_own_data_are_refused_before_torch_is_imported(task: str, tmp_path: Path) -> None:
     name, text, message = OWN[task]
     file = tmp_path / "data" / name
     file.parent.mkdir(parents=True)
@@ -171,7 +172,7 @@ def test_own_data_are_refused_before_torch_is_imported(task, tmp_path):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_launcher_that_is_not_installed(monkeypatch, call):
+def test_a_launcher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     Plugins.instance()  # which fills the store
     for name, extra in EXTRAS.items():
         monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{name}.yaml", raising=False)
@@ -180,14 +181,14 @@ def test_a_launcher_that_is_not_installed(monkeypatch, call):
         assert call.err == wanted
 
 
-def test_a_sweep_refused_as_a_whole_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_sweep_refused_as_a_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("-m", "optim=adamw", "optim.lr=1e-3,abc") == 2
     assert call.err == "error: optim.lr should be a number but is 'abc'\n"
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
 
-def test_a_sweep_whose_jobs_are_all_refused(tmp_path, monkeypatch, call):
+def test_a_sweep_whose_jobs_are_all_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("-m", "trainer.max_steps=0,-1") == 3
     assert call.err.count("error: trainer.max_steps should be at least 1") == 2
@@ -195,8 +196,10 @@ def test_a_sweep_whose_jobs_are_all_refused(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_ctrl_c_before_the_first_job(launcher, tmp_path, monkeypatch, call):
-    def interrupted(*_, **__):
+def test_ctrl_c_before_the_first_job(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     if launcher != "basic":
@@ -208,12 +211,12 @@ def test_ctrl_c_before_the_first_job(launcher, tmp_path, monkeypatch, call):
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
 
 
-def test_an_output_directory_that_cannot_be_written(call):
+def test_an_output_directory_that_cannot_be_written(call: Call) -> None:
     assert call("output_dir=/proc/nothing") == 2
     assert call.err.startswith("error: output_dir=/proc/nothing: cannot write there")
 
 
-def test_a_config_file_cannot_choose_code(tmp_path, call):
+def test_a_config_file_cannot_choose_code(tmp_path: Path, call: Call) -> None:
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "x.yaml").write_text(
         "# @package _global_\nhydra: {callbacks: {x: {_target_: builtins.print, values: ran}}}\n"
@@ -223,7 +226,7 @@ def test_a_config_file_cannot_choose_code(tmp_path, call):
     assert "ran" not in call.out
 
 
-def test_a_working_directory_that_is_gone(tmp_path, monkeypatch, call):
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -232,13 +235,13 @@ def test_a_working_directory_that_is_gone(tmp_path, monkeypatch, call):
         assert "error: the working directory cannot be used" in call.err
 
 
-def test_flags_may_come_last():
+def test_flags_may_come_last() -> None:
     flags = train.flags_of(["optim=sgd", "--cfg", "job", "-p", "optim", "seed=1"])
     assert (flags.words, flags.cfg, flags.package) == (["optim=sgd", "seed=1"], "job", "optim")
 
 
 @pytest.mark.parametrize("argv", [["--cfg", "job"], ["--help"], ["-sc", "query=bash"]])
-def test_answers_without_torch(argv):
+def test_answers_without_torch(argv: list[str]) -> None:
     """Composition, help and tab completion must not wait seconds for an import they do not need."""
     code = (
         "import sys, atexit\n"

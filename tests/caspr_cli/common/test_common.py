@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from caspr_cli.common.format import Progress, count, duration, finite, listed, s
 from caspr_cli.common.selection import AGAIN, choose, reaches
 
 
-def parser():
+def parser() -> Parser:
     made = Parser("tool")
     commands = made.add_subparsers(metavar="command", dest="what")
     one = commands.add_parser("build")
@@ -34,13 +35,13 @@ def parser():
         (["build", "--js"], "--js is no flag of build. Did you mean --json?"),
     ],
 )
-def test_a_mistake_is_one_line(argv, message):
+def test_a_mistake_is_one_line(argv: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parser().parse_args(argv)
     assert str(caught.value) == message
 
 
-def test_what_is_right_is_parsed():
+def test_what_is_right_is_parsed() -> None:
     expected = argparse.Namespace(what="build", speed=3, unit=None, json=True)
     assert parser().parse_args(["build", "--json", "--speed", "3"]) == expected
     assert nearest("xyz", ["abc"]) == ""
@@ -49,13 +50,13 @@ def test_what_is_right_is_parsed():
     assert nearest("ca", ["caspr_sum", "caspr_paper"]) == ""
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_output(tmp_path / "new/a.txt", "ä")
     write_output(tmp_path / "new/a.txt", b"b")
     assert (tmp_path / "new/a.txt").read_bytes() == b"b"
     assert (tmp_path / "new/a.txt").stat().st_mode & 0o777 == 0o644
 
-    def full(*_):
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -65,7 +66,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "new/a.txt").read_bytes() == b"b"
 
 
-def test_text():
+def test_text() -> None:
     assert [count(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
     assert [listed(list("abcd")[:n], 3) for n in range(5)] == ["none", "a", "a and b", "a, b and c", "a, b and 2 more"]
     assert [duration(s) for s in (None, 9.54, 59.6, 125, 3 * 3600 + 1199.8)] == [
@@ -78,16 +79,16 @@ def test_text():
     assert wrapped("note     aa bb-cc dd", 18) == ["note     aa bb-cc", "         dd"]
 
 
-def test_a_table_is_aligned_and_its_cells_are_text():
+def test_a_table_is_aligned_and_its_cells_are_text() -> None:
     rows = [["name", "n"], ["[red]x[/red] :smile:", "12,345"], ["ψ", ""]]
     assert table(rows) == ["name                       n", "[red]x[/red] :smile:  12,345", "ψ"]
     assert table(rows, right=[True, False])[0] == "                name  n"
     assert table([["a" * 300, "b"]]) == [f"{'a' * 300}  b"]
 
 
-def test_progress_is_one_line_for_a_terminal_alone():
+def test_progress_is_one_line_for_a_terminal_alone() -> None:
     class Terminal(io.StringIO):
-        def isatty(self):
+        def isatty(self) -> bool:
             return True
 
     for stream, shown in ((Terminal(), "\r\x1b[Kone\r\x1b[K"), (io.StringIO(), "")):
@@ -97,7 +98,7 @@ def test_progress_is_one_line_for_a_terminal_alone():
         assert stream.getvalue() == shown
 
 
-def test_progress_is_plain_lines_in_a_pipe_now_and_then(monkeypatch):
+def test_progress_is_plain_lines_in_a_pipe_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now, stream = [100.0], io.StringIO()
     monkeypatch.setattr("caspr_cli.common.format.time.monotonic", lambda: now[0])
     progress = Progress(stream, 10)
@@ -111,19 +112,19 @@ def test_progress_is_plain_lines_in_a_pipe_now_and_then(monkeypatch):
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 
-def test_the_mean_over_shared_seeds_decides():
+def test_the_mean_over_shared_seeds_decides() -> None:
     trials = [{0: 1.0, 1: 3.0}, {0: 2.0, 1: 1.0, 5: 9.0}, {}]
     low, high = (choose(trials, higher_is_better=higher) for higher in (False, True))
     assert (low.best, low.seeds, low.scores) == (1, {0, 1}, {0: 2.0, 1: 1.5})
     assert high.best == 0
 
 
-def test_where_no_seed_is_shared_the_commonest_decides():
+def test_where_no_seed_is_shared_the_commonest_decides() -> None:
     found = choose([{3: 5.0}, {1: 4.0, 2: 0.0}, {1: 3.0}, {2: 1.0}], higher_is_better=False)
     assert (found.best, found.seeds, found.scores) == (2, {1}, {1: 4.0, 2: 3.0})
 
 
-def test_failed_trials_and_equal_ones():
+def test_failed_trials_and_equal_ones() -> None:
     assert choose([], higher_is_better=True).best is choose([{}, {}], higher_is_better=True).best is None
     assert choose([{0: None}, {0: None}], higher_is_better=True).best is None
     assert choose([{0: None, 1: 1.0}, {0: 9.0}], higher_is_better=False).best == 1
@@ -132,7 +133,7 @@ def test_failed_trials_and_equal_ones():
     assert choose([{0: 1.0}, {0: 1.0, 1: 2.0}], higher_is_better=False).best == 1  # it has been run at other seeds
 
 
-def test_the_best_three_are_compared_by_the_mean_of_their_seeds():
+def test_the_best_three_are_compared_by_the_mean_of_their_seeds() -> None:
     """Only these three, and only by seeds that all of them have and that are for it."""
     trials = [{0: 1.0}, {0: 2.0}, {0: 3.0}, {0: 4.0}]
     assert choose(trials, higher_is_better=False, rerank=3).finalists == (0, 1, 2)
@@ -152,7 +153,7 @@ def test_the_best_three_are_compared_by_the_mean_of_their_seeds():
     assert choose([{0: 1.0, AGAIN[0]: 2.0}], higher_is_better=True, rerank=3).finalists == ()  # nothing to choose
 
 
-def test_a_target_is_reached_where_it_is_equalled():
+def test_a_target_is_reached_where_it_is_equalled() -> None:
     assert [reaches(v, 2.0, higher_is_better=True) for v in (1.9, 2.0, 2.1)] == [False, True, True]
     assert [reaches(v, 2.0, higher_is_better=False) for v in (1.9, 2.0, 2.1)] == [True, True, False]
     assert not reaches(float("nan"), 2.0, higher_is_better=True)

@@ -1,6 +1,7 @@
 import pickle
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from composing import composed
@@ -17,14 +18,14 @@ from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, TrainerConf
 from caspr_cli.tasks.registry import CONFS, TASKS
 
 
-def test_every_choice_has_a_schema_and_a_description():
+def test_every_choice_has_a_schema_and_a_description() -> None:
     assert all(entry.about for entry in (registry.OPTIMIZERS | TASKS).values())
     for name, conf in (OPTIMIZERS | CONFS).items():
         assert conf().name == name
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_keys_and_defaults_are_those_of_the_entry(name):
+def test_keys_and_defaults_are_those_of_the_entry(name: str) -> None:
     entry = registry.OPTIMIZERS[name]
     known = {each.name: each.default for each in options_of(entry.keys).values() if each.in_recipe} | entry.defaults
     assert compose.options(OPTIMIZERS[name]()) == known
@@ -32,7 +33,7 @@ def test_keys_and_defaults_are_those_of_the_entry(name):
 
 
 @pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
-def test_a_recipe_survives_its_file(optim, tmp_path):
+def test_a_recipe_survives_its_file(optim: str, tmp_path: Path) -> None:
     before = recipe(f"optim={optim}", "seed=3", "task.data=files", "task.root=/somewhere")
     file = tmp_path / "config.yaml"
     file.write_text(compose.save(before))
@@ -41,18 +42,18 @@ def test_a_recipe_survives_its_file(optim, tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["sample", "long", "paper", "paper_234m"])
-def test_every_scale_composes(scale):
+def test_every_scale_composes(scale: str) -> None:
     assert recipe(f"scale={scale}").scale == scale
 
 
-def test_debugging_is_short_and_has_a_name_of_its_own():
+def test_debugging_is_short_and_has_a_name_of_its_own() -> None:
     fast = recipe("debug=fast")
     assert (fast.debug, fast.trainer.max_steps) == ("fast", 20)
     assert recipe("debug=fast", "trainer.max_steps=5").trainer.max_steps == 5
     assert compose.identity(fast) != compose.identity(recipe())
 
 
-def test_the_name_forgets_seed_and_paths_and_nothing_else():
+def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
     name = compose.identity(recipe())
     others = ("seed=7", "output_dir=/elsewhere", "resume=never", "trainer.timeout=9", "logger=[csv]")
     assert compose.identity(recipe(*others)) == name
@@ -61,7 +62,7 @@ def test_the_name_forgets_seed_and_paths_and_nothing_else():
         assert compose.identity(recipe(change)) != name
 
 
-def test_keys_that_came_later_leave_the_names_of_earlier_records():
+def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
     """A record made before there were ``axes``, ``exponent`` and ``polar``: the published sum, then named ``caspr``."""
     older = ("optim.lr=6e-3", "optim.betas=[0.9,0.95]", "optim.polar=false", "optim.nesterov=false", "optim.graft=adam")
     assert compose.identity(recipe(*older)) == "4e9d1440"
@@ -75,7 +76,7 @@ def test_keys_that_came_later_leave_the_names_of_earlier_records():
     assert compose.identity(recipe("optim=adamw")) == compose.identity(recipe("optim=adamw", "seed=2"))
 
 
-def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_name_otherwise():
+def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_name_otherwise() -> None:
     now = recipe("task=ud_pos", "optim=caspr")
     older = compose.save(now).replace(
         "  solver: auto", "  solver: auto\n  statistics_interval: 1\n  refresh_above: 0.0"
@@ -87,7 +88,7 @@ def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_nam
             compose.parse(re.sub(rf"\b{key}: .*", text, older))
 
 
-def test_tuned_values_yield_to_the_command_line():
+def test_tuned_values_yield_to_the_command_line() -> None:
     tuned = OmegaConf.load(CONF / "tuned" / "c4_lm" / "sample_adamw.yaml").optim.lr
     assert tuned != AdamWConf().lr
     assert recipe("optim=adamw").optim.lr == tuned
@@ -146,12 +147,12 @@ def test_tuned_values_yield_to_the_command_line():
         ("task=ud_pos task.target.metric=val/loss", "task.target.metric=val/loss: less is better; add task.target"),
     ],
 )
-def test_values_that_types_cannot_refuse(override, message):
+def test_values_that_types_cannot_refuse(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         recipe(*override.split())
 
 
-def test_every_number_has_a_range():
+def test_every_number_has_a_range() -> None:
     """A key that comes later has one, too."""
     apart = {"trainer.clip_norm", "schedule.warmup", "schedule.decay", "task.target.value", "trial"}
     for entry in registry.OPTIMIZERS.values():
@@ -165,7 +166,7 @@ def test_every_number_has_a_range():
                     assert key in {*LIMITS, *SHARES, *apart}, key
 
 
-def test_text_that_no_file_can_hold_is_refused():
+def test_text_that_no_file_can_hold_is_refused() -> None:
     for text in ("a\0b", "a\udcffb"):
         config = composed().copy()
         config.output_dir = text
@@ -173,7 +174,7 @@ def test_text_that_no_file_can_hold_is_refused():
             compose.freeze(config)
 
 
-def test_own_data_have_neither_the_target_nor_the_rate_of_the_sample():
+def test_own_data_have_neither_the_target_nor_the_rate_of_the_sample() -> None:
     adamw, own = "optim=adamw", ("task.data=files", "task.root=/somewhere")
     usual, tuned = AdamWConf(), recipe(adamw)
     assert tuned.optim.lr != usual.lr

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 import hydra
 import pytest
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import UNTUNED, Composer
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
 
 # ---- composed once, changed by values ------------------------------------------------------------------------------
 
@@ -33,11 +35,11 @@ VALUES = st.lists(
 
 
 @pytest.fixture(scope="module")
-def composer():
+def composer() -> Composer:
     return Composer()
 
 
-def recipe_or_why(config):
+def recipe_or_why(config: DictConfig) -> Recipe | str:
     try:
         return compose.freeze(config)
     except ConfigError as error:
@@ -46,10 +48,10 @@ def recipe_or_why(config):
 
 @given(CHOICES, VALUES, st.randoms(use_true_random=False))
 @settings(max_examples=8, deadline=None)
-def test_as_hydra_composes_it(composer, choices, values, mixed):
+def test_as_hydra_composes_it(composer: Composer, choices: list[str], values: list[str], mixed: object) -> None:
     """Bit for bit: the config, the recipe, its name and its file; and where Hydra refuses, so do we."""
     given_words = [*choices, *values]
-    mixed.shuffle(given_words)
+    mixed.shuffle(given_words)  # type: ignore[attr-defined]
     try:
         own = "task.data=files" in given_words and hydra.compose("train", choices).task.data.name == "sample"
         whole = hydra.compose("train", [*([UNTUNED, "task.target.value=null"] if own else []), *given_words])
@@ -72,13 +74,13 @@ def test_as_hydra_composes_it(composer, choices, values, mixed):
     assert compose.to_plain(fast) == structured
 
 
-def test_a_sweep_over_seeds_is_composed_once(composer, monkeypatch):
+def test_a_sweep_over_seeds_is_composed_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     once = hydra.compose
 
-    def counted(*args, **more):
+    def counted(*args: object, **more: object) -> DictConfig:
         calls.append(args)
-        return once(*args, **more)
+        return once(*args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hydra, "compose", counted)
     sweep = Composer(["optim=caspr,adamw", "seed=range(12)", "optim.lr=0.5"], sweeps=True)
@@ -92,13 +94,13 @@ def test_a_sweep_over_seeds_is_composed_once(composer, monkeypatch):
     assert len({compose.identity(recipe) for recipe in recipes}) == 2
 
 
-def test_a_value_that_is_wrong_is_found_before_any_job(composer):
+def test_a_value_that_is_wrong_is_found_before_any_job(composer: Composer) -> None:
     sweep = Composer(["seed=1,2", "optim.lr=1,abc"], sweeps=True)
     with pytest.raises(Exception, match="abc"):
         sweep.check(sweep.jobs())
 
 
-def test_jobs_are_those_of_hydras_sweeper():
+def test_jobs_are_those_of_hydras_sweeper() -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -121,7 +123,7 @@ def test_jobs_are_those_of_hydras_sweeper():
         "hydra/callbacks=x", "hydra/env=default", "+optim@hydra.job=caspr", "hydra.help.template=x", "++hydra.x=1",
     ],
 )  # fmt: skip
-def test_what_is_said_to_hydra_is_on_a_list(word):
+def test_what_is_said_to_hydra_is_on_a_list(word: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot be set: of Hydra's own keys only hydra/launcher"):
         Composer([word])
 
@@ -141,7 +143,7 @@ def test_what_is_said_to_hydra_is_on_a_list(word):
         (["hydra.verbose=[x]"], "hydra.verbose should be true or false"),
     ],
 )  # fmt: skip
-def test_a_launcher_is_given_numbers_and_names(given_words, message):
+def test_a_launcher_is_given_numbers_and_names(given_words: list[str], message: str) -> None:
     pytest.importorskip("joblib")
     pytest.importorskip("submitit")
     with pytest.raises(ConfigError) as refused:
@@ -150,7 +152,7 @@ def test_a_launcher_is_given_numbers_and_names(given_words, message):
     assert "\n" not in str(refused.value)
 
 
-def test_a_launcher_of_ones_own_is_a_file(tmp_path):
+def test_a_launcher_of_ones_own_is_a_file(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     (tmp_path / "hydra" / "launcher").mkdir(parents=True)
     file = tmp_path / "hydra" / "launcher" / "ours.yaml"
@@ -203,7 +205,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_is_refused_with_its_line(name, tmp_path):
+def test_a_file_is_refused_with_its_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "my").mkdir()
     for other in {name, "loop", "other"}:
         text = BAD[other][0]
@@ -218,7 +220,7 @@ def test_a_file_is_refused_with_its_line(name, tmp_path):
     assert "this" not in sys.modules
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "my" / "folder.yaml").mkdir(parents=True)
     (tmp_path / "my" / "link.yaml").symlink_to("nowhere")
     os.mkfifo(tmp_path / "my" / "pipe.yaml")
@@ -227,7 +229,7 @@ def test_what_is_no_file_is_named(tmp_path):
             Composer([f"+my={name}"], place=str(tmp_path)).config([f"+my={name}"])
 
 
-def test_what_reaches_hydra_by_another_way_is_seen(tmp_path):
+def test_what_reaches_hydra_by_another_way_is_seen(tmp_path: Path) -> None:
     """Whatever the files say, Hydra's part of the result is compared with that of no files."""
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "way.yaml").write_text("chdir: true\n")
@@ -236,7 +238,7 @@ def test_what_reaches_hydra_by_another_way_is_seen(tmp_path):
         Composer(chosen, place=str(tmp_path)).config(chosen)
 
 
-def test_an_optimizer_of_ours_comes_before_a_file_of_its_name(tmp_path):
+def test_an_optimizer_of_ours_comes_before_a_file_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "optim").mkdir()
     (tmp_path / "optim" / "adamw.yaml").write_text("lr: 0.5\n")
     (tmp_path / "optim" / "mine.yaml").write_text("defaults: [caspr, _self_]\norder: 3\n")
@@ -246,7 +248,7 @@ def test_an_optimizer_of_ours_comes_before_a_file_of_its_name(tmp_path):
     assert (mine.name, vars(mine)["order"]) == ("caspr", 3)
 
 
-def test_a_good_file_changes_values(tmp_path):
+def test_a_good_file_changes_values(tmp_path: Path) -> None:
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "good.yaml").write_bytes(
         b"\xef\xbb\xbf" + (G + "optim: {lr: 0.5}\n").replace("\n", "\r\n").encode()

@@ -12,7 +12,7 @@ from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf
 
-SPACE = {
+SPACE: search.Space = {
     "a": {"log": [1e-4, 1e-1]},
     "b": {"linear": [-1, 3]},
     "c": {"one_minus_log": [1e-3, 0.1]},
@@ -20,7 +20,7 @@ SPACE = {
 }
 
 
-def test_a_trial_is_a_function_of_its_index():
+def test_a_trial_is_a_function_of_its_index() -> None:
     """Whatever was drawn before it; and the numbers themselves, since a record must mean the same on any machine."""
     forward = [search.draw(SPACE, k) for k in range(5)]
     assert [search.draw(SPACE, k) for k in (4, 2, 0)] == [forward[4], forward[2], forward[0]]
@@ -29,7 +29,7 @@ def test_a_trial_is_a_function_of_its_index():
 
 
 @given(st.integers(0, 2**20 - 1))
-def test_values_lie_in_their_ranges(trial):
+def test_values_lie_in_their_ranges(trial: int) -> None:
     values = search.draw(SPACE, trial)
     assert 1e-4 <= values["a"] <= 1e-1
     assert -1 <= values["b"] <= 3
@@ -38,14 +38,14 @@ def test_values_lie_in_their_ranges(trial):
 
 
 @given(st.integers(0, 4096))
-def test_what_is_near_one_keeps_the_digits_of_its_distance(trial):
-    space = {"beta": {"one_minus_log": [1e-7, 1e-2]}}
+def test_what_is_near_one_keeps_the_digits_of_its_distance(trial: int) -> None:
+    space: search.Space = {"beta": {"one_minus_log": [1e-7, 1e-2]}}
     beta = search.draw(space, trial)["beta"]
     assert 1e-7 <= 1 - beta * (1 - 1e-15) <= 1.00001e-2
     assert math.isclose(1 - beta, float(f"{1 - beta:.4g}"), rel_tol=1e-8)
 
 
-def test_six_trials_leave_no_large_gap():
+def test_six_trials_leave_no_large_gap() -> None:
     """No place of the range is further from a trial than twice what six trials must leave."""
     places = sorted(
         math.log(search.draw({"lr": {"log": [1e-3, 1e-1]}}, k)["lr"] / 1e-3) / math.log(100) for k in range(6)
@@ -55,7 +55,7 @@ def test_six_trials_leave_no_large_gap():
 
 
 @pytest.mark.parametrize("count", [4, 8, 64])
-def test_the_first_trials_cover_each_range_evenly(count):
+def test_the_first_trials_cover_each_range_evenly(count: int) -> None:
     """The net property of the sequence: one of 2^m points in each of 2^m equal parts, in the scale of the range."""
     drawn = [search.draw(SPACE, k) for k in range(count)]
     places = {
@@ -83,14 +83,14 @@ def test_the_first_trials_cover_each_range_evenly(count):
         ({"optim.lr": {"choice": []}}, "choice is empty"),
     ],
 )
-def test_malformed_spaces_are_refused_in_one_line(space, message):
+def test_malformed_spaces_are_refused_in_one_line(space: search.Space, message: str) -> None:
     with pytest.raises(ConfigError, match=r"search\.space") as refused:
         search.draw(space, 0)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_trial_is_put_into_the_recipe_and_the_record_says_from_where():
+def test_a_trial_is_put_into_the_recipe_and_the_record_says_from_where() -> None:
     recipe = frozen("optim=adamw", "search=algoperf", "trial=3")
     assert isinstance(recipe.optim, AdamWConf)
     plain = compose.to_plain(recipe)
@@ -102,7 +102,7 @@ def test_a_trial_is_put_into_the_recipe_and_the_record_says_from_where():
     assert compose.parse(compose.save(recipe)) == recipe
 
 
-def test_what_the_command_line_sets_stays_and_changes_no_other_value():
+def test_what_the_command_line_sets_stays_and_changes_no_other_value() -> None:
     whole = frozen("search=algoperf", "trial=5")
     given = frozen("search=algoperf", "trial=5", "optim.lr=0.5")
     assert given.optim.lr == 0.5
@@ -116,7 +116,7 @@ def test_what_the_command_line_sets_stays_and_changes_no_other_value():
     assert list(betas.optim.betas) == [0.5, 0.6]
 
 
-def test_trials_are_other_recipes_and_their_number_is_not_part_of_them():
+def test_trials_are_other_recipes_and_their_number_is_not_part_of_them() -> None:
     names = {compose.identity(frozen("search=lr", f"trial={k}")) for k in range(6)}
     assert len(names) == 6
     assert compose.identity(frozen("search=lr", "trial=2", "search.trials=50")) in names
@@ -133,13 +133,13 @@ def test_trials_are_other_recipes_and_their_number_is_not_part_of_them():
         if optim == "adamw" or optim in choices(f"search/{name}")
     ],
 )
-def test_every_space_fits_its_optimizers(name, optim):
+def test_every_space_fits_its_optimizers(name: str, optim: str) -> None:
     recipe = frozen(f"optim={optim}", f"search={name}", trial=1)
     low, high = recipe.search.space["optim.lr"]["log"]
     assert low <= recipe.optim.lr <= high
 
 
-def test_a_joint_space_has_what_an_optimizer_has():
+def test_a_joint_space_has_what_an_optimizer_has() -> None:
     rest = {"optim.lr", "optim.weight_decay", "schedule.warmup"}
     betas, scale, momentum = {"optim.betas.0", "optim.betas.1"}, {"optim.adamw_lr_scale"}, {"optim.momentum"}
     own = {"caspr": betas | scale, "soap": betas | scale, "muon": betas | scale | momentum, "adamw": betas | scale,
@@ -154,7 +154,7 @@ def test_a_joint_space_has_what_an_optimizer_has():
         assert values == search.draw(recipe.search.space, 5)
 
 
-def test_an_untuned_run_has_the_optimizers_own_values_and_those_of_the_command_line():
+def test_an_untuned_run_has_the_optimizers_own_values_and_those_of_the_command_line() -> None:
     own = OPTIMIZERS["caspr_sum"](eps=1e-3)
     recipe = frozen("optim=caspr_sum", "search=joint", "trial=default", "optim.eps=1e-3")
     assert compose.to_plain(recipe.optim) == compose.to_plain(own)
@@ -167,7 +167,7 @@ def test_an_untuned_run_has_the_optimizers_own_values_and_those_of_the_command_l
 
 
 @given(st.floats(0, 1), st.sampled_from("abc"))
-def test_a_range_grows_beyond_the_edge_near_which_a_value_lies(u, key):
+def test_a_range_grows_beyond_the_edge_near_which_a_value_lies(u: float, key: str) -> None:
     kind, (low, high) = next(iter(SPACE[key].items()))
     distance = low + u * (high - low) if kind == "linear" else low * (high / low) ** u
     value = 1 - distance if kind == "one_minus_log" else distance
@@ -181,16 +181,16 @@ def test_a_range_grows_beyond_the_edge_near_which_a_value_lies(u, key):
         assert part == ([edge - 1, edge + 1] if kind == "linear" else [edge / 4, min(4 * edge, most)])
 
 
-def test_a_decay_rate_grows_no_further_than_0():
+def test_a_decay_rate_grows_no_further_than_0() -> None:
     whole, part = search.grown({"one_minus_log": [0.01, 0.5]}, 1)
     assert (whole, part) == ({"one_minus_log": [0.01, 1.0]}, {"one_minus_log": [0.125, 1.0]})
 
 
-def test_a_choice_has_no_edge():
+def test_a_choice_has_no_edge() -> None:
     assert search.edges(SPACE, {"a": 1e-4, "b": 1.0, "c": 0.99, "d": 1}) == {"a": -1}
 
 
-def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range():
+def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> None:
     adamw, sgd = (frozen(f"optim={o}", "search=lr", "trial=4").optim.lr for o in ("adamw", "sgd"))
     assert math.isclose(sgd / adamw, 20, rel_tol=2e-3)
 
@@ -209,7 +209,7 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range():
          "search.space: schedule.warmups is not a key"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(overrides, message):
+def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         frozen(*overrides)
     assert message in str(refused.value)

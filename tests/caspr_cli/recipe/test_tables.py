@@ -1,5 +1,7 @@
 """The files of experiments, which other packages write, too."""
 
+from pathlib import Path
+
 import pytest
 
 from caspr_cli.recipe import tables
@@ -8,12 +10,12 @@ from caspr_cli.recipe.tables import in_words, written
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tables, "files", lambda _: {file.stem: file for file in tmp_path.iterdir()})
     return tmp_path
 
 
-def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseline(files):
+def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseline(files: Path) -> None:
     (files / "first.yaml").write_text(
         "jobs: {task: vit, optim: caspr}\nscale: {sample: {search: lr}, paper: {}}\nbaseline: adamw\nhorizon: true\n"
     )
@@ -47,7 +49,7 @@ def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseli
         ("like: vitt", "experiment=vitt: no such choice. (choices: x)"),
     ],
 )
-def test_a_wrong_file_is_named_in_one_line(files, text, message):
+def test_a_wrong_file_is_named_in_one_line(files: Path, text: str, message: str) -> None:
     (files / "x.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
         written("x")
@@ -55,5 +57,5 @@ def test_a_wrong_file_is_named_in_one_line(files, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_value_is_written_as_hydra_reads_it():
+def test_a_value_is_written_as_hydra_reads_it() -> None:
     assert in_words([0.5, [0.9, 0.99], None, True]) == "0.5,[0.9,0.99],null,true"

@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,10 @@ from tabled import row, searched, seeds, table, warned
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import format
 from caspr_cli.report.compare import tables
+from caspr_cli.report.model import Run
 
 
-def test_rows_are_compared_with_adamw_by_default_and_corrected():
+def test_rows_are_compared_with_adamw_by_default_and_corrected() -> None:
     runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98]) + seeds("shampoo", [4.49, 4.5, 4.51])
     made = table(runs)
     assert (made.baseline, row(made, "adamw").difference) == ("adamw", None)
@@ -37,7 +39,9 @@ OTHERS = [each for optim in ("muon", "sgd", "soap") for each in seeds(optim, [4.
 
 
 @pytest.mark.parametrize(("others", "detects", "needs"), [([], "0.56", 13), (OTHERS, "0.87", 19)])
-def test_what_is_not_significant_needs_as_many_seeds_as_the_correction(others, detects, needs):
+def test_what_is_not_significant_needs_as_many_seeds_as_the_correction(
+    others: list[Run], detects: str, needs: int
+) -> None:
     caspr = seeds("caspr", [v - 0.0153 for v in (4.002, 3.99, 4.01, 3.98, 4.015)])
     found = row(table(seeds("adamw", FIVE) + caspr + others), "caspr").difference
     assert found.tests == 1 + len(others) // 5
@@ -47,7 +51,7 @@ def test_what_is_not_significant_needs_as_many_seeds_as_the_correction(others, d
     )
 
 
-def test_what_only_the_correction_takes_away_says_what_would_do_too():
+def test_what_only_the_correction_takes_away_says_what_would_do_too() -> None:
     runs = seeds("adamw", FIVE)
     for k, optim in enumerate(("caspr", "muon", "soap")):
         runs += seeds(optim, [v - 0.0145 + 0.01 * ((s + k) % 3 - 1) for s, v in enumerate(FIVE)])
@@ -56,13 +60,13 @@ def test_what_only_the_correction_takes_away_says_what_would_do_too():
     assert re.search(r"; p = 0.0\d* alone, p \(Holm\) = 0.0.*; n = 5 detects .* seeds would find it$", found.verdict)
 
 
-def test_differences_from_a_baseline_near_zero_are_in_units_of_the_metric():
+def test_differences_from_a_baseline_near_zero_are_in_units_of_the_metric() -> None:
     found = row(table(seeds("adamw", [0.01, -0.02, 0.015]) + seeds("caspr", [0.02, 0.0, -0.04])), "caspr").difference
     assert "%" not in found.verdict
     assert found.verdict.startswith("no significant difference: -0.01 (-0.11 to +0.09); n = 3 detects 0.10; ")
 
 
-def test_seeds_without_a_counterpart_are_left_out_of_pairs_and_said():
+def test_seeds_without_a_counterpart_are_left_out_of_pairs_and_said() -> None:
     adamw = [4.0, 4.02, 3.98, 4.8, 4.8, 4.8]
     made = table(seeds("adamw", adamw) + seeds("caspr", [4.05, 4.08, 4.02]) + seeds("soap", [4.06, 4.08, 4.03]))
     difference = row(made, "caspr").difference
@@ -71,7 +75,7 @@ def test_seeds_without_a_counterpart_are_left_out_of_pairs_and_said():
     assert warned(made, "adamw: seeds 3, 4 and 5 left out of the comparison with caspr and soap, which have no value")
 
 
-def test_seeds_that_chose_the_trial_on_one_side_alone_decide_nothing():
+def test_seeds_that_chose_the_trial_on_one_side_alone_decide_nothing() -> None:
     """Of equal rows, one reported over the seeds that chose among six trials would be "better" in 9 % of tables."""
     fresh = searched("adamw", [4.4, 4.2, 4.3]) + seeds("adamw", [4.2, 4.22, 4.18, 4.21], 1, optim__lr=1e-3)
     lucky = [each for k in range(3) for each in seeds("caspr", [4.0, 4.02, 3.97], optim__lr=10.0 ** (k - 4))]
@@ -89,7 +93,7 @@ def test_seeds_that_chose_the_trial_on_one_side_alone_decide_nothing():
     assert "the seeds of adamw selected the trial" in row(one, "caspr").difference.verdict  # and not: n = 1
 
 
-def test_as_large_a_share_of_failed_seeds_on_both_sides_takes_no_verdict_away():
+def test_as_large_a_share_of_failed_seeds_on_both_sides_takes_no_verdict_away() -> None:
     adamw = seeds("adamw", [4.0, 4.02, 4.01, 3.99, None])
     ten = seeds("caspr", [None, 3.7, 3.71, 3.72, 3.69, 3.7, 3.71, 3.7, None, 3.7])
     assert row(table(adamw + ten), "caspr").difference.verdict == "better"
@@ -97,8 +101,8 @@ def test_as_large_a_share_of_failed_seeds_on_both_sides_takes_no_verdict_away():
     assert verdict.startswith("not tested: 2 of 9 seeds failed; the others: ")
 
 
-def test_the_test_metric_has_its_own_difference():
-    def with_tests(of):
+def test_the_test_metric_has_its_own_difference() -> None:
+    def with_tests(of: Callable[[float], float]) -> list[Run]:
         runs = seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.0, 4.03, 3.98])
         return [replace(one, result=one.result | {"test": {"test/loss": of(one.final or 0.0)}}) for one in runs]
 
@@ -116,7 +120,7 @@ def test_the_test_metric_has_its_own_difference():
 OWN = {"optim__statistics": "ema"}
 
 
-def test_settings_alone_mean_each_optimizers_own_row():
+def test_settings_alone_mean_each_optimizers_own_row() -> None:
     runs = []
     for optim, value in (("caspr", 4.0), ("shampoo", 5.0)):
         runs += seeds(optim, [value, value + 0.01, value - 0.01], **OWN)
@@ -139,7 +143,7 @@ def test_settings_alone_mean_each_optimizers_own_row():
     assert row(lonely, "shampoo statistics=accumulate").difference.verdict == "worse"
 
 
-def test_a_baseline_that_is_not_there():
+def test_a_baseline_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
         tables([run()], baseline="adamv")
     made = table([run("caspr"), run("soap")])
@@ -164,7 +168,7 @@ def test_a_baseline_that_is_not_there():
         ),
     ],
 )
-def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted, meant):
+def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted: str, meant: str | None) -> None:
     runs = [run("caspr", optim__eps=eps, optim__order=2.0) for eps in (1e-6, 1e-4)]
     runs += [run("caspr", optim__eps=1e-6, optim__order=float("inf")), run("adamw")]
     if "betas" in wanted:
@@ -172,7 +176,7 @@ def test_a_baseline_may_be_called_by_its_settings_in_any_notation(wanted, meant)
     assert table(runs, baseline=wanted).baseline == meant
 
 
-def test_keys_and_tasks_that_are_not_there():
+def test_keys_and_tasks_that_are_not_there() -> None:
     with pytest.raises(UserError, match=r"--tuned optim.rl: no record has this key. Did you mean optim.lr\?"):
         tables([run()], tuned=["optim.rl"])
     with pytest.raises(UserError, match=r"--target c4lm: no record is of this task. Did you mean c4_lm\?"):

@@ -1,23 +1,27 @@
+from typing import Any
+
 import pytest
 from recorded import run
 from tabled import searched, seeds, table, warned
 
+from caspr_cli.report.model import Run
 
-def test_a_clean_study_has_no_warnings():
+
+def test_a_clean_study_has_no_warnings() -> None:
     runs = []
     for optim in ("caspr", "adamw"):
         runs += searched(optim, [4.2, 4.0, 4.1]) + seeds(optim, [4.0, 4.1, 4.05], 1, optim__lr=1e-3)
     assert table(runs).warnings == ()
 
 
-def test_a_value_at_the_edge_of_what_was_tried():
+def test_a_value_at_the_edge_of_what_was_tried() -> None:
     made = table(searched("caspr", [4.2, 4.1, 4.0]))
     assert warned(made, "caspr: lr=0.01 is the largest of 3 tried (0.0001 to 0.01)")
     assert warned(table(searched("caspr", [4.0, 4.1, 4.2])), "lr=0.0001 is the smallest of 3 tried")
     assert not warned(table(searched("caspr", [4.2, 4.1])), "tried")
 
 
-def test_budgets_that_are_unequal_or_not_spent():
+def test_budgets_that_are_unequal_or_not_spent() -> None:
     made = table(searched("caspr", [4.2, 4.0, 4.1]) + searched("adamw", [4.0]))
     assert warned(made, "unequal tuning", "caspr 3", "adamw 1")
     thrice = [each for k in range(3) for each in seeds("adamw", [4.2, 4.1, 4.2], optim__lr=10.0 ** (k - 4))]
@@ -51,13 +55,13 @@ def test_budgets_that_are_unequal_or_not_spent():
         ({"task__batch_size": 64}, ["different task.batch_size: 32 (caspr, 3 runs); 64 (adamw"]),
     ],
 )
-def test_what_should_be_the_same_in_all_runs(other, said):
+def test_what_should_be_the_same_in_all_runs(other: dict[str, Any], said: list[str]) -> None:
     made = table(seeds("caspr", [4.0, 4.1, 4.2]) + seeds("adamw", [4.5, 4.6, 4.7], **other))
     assert len(made.warnings) == 1
     assert warned(made, *said)
 
 
-def test_settings_of_which_all_optimizers_have_the_same_are_variants_and_no_warning():
+def test_settings_of_which_all_optimizers_have_the_same_are_variants_and_no_warning() -> None:
     layers = [(optim, n) for optim in ("caspr", "adamw") for n in (4, 8)]
     runs = [each for optim, n in layers for each in seeds(optim, [4.0, 4.1, 4.2], task__layers=n)]
     assert table(runs, baseline="task.layers=4").warnings == ()
@@ -67,7 +71,7 @@ def test_settings_of_which_all_optimizers_have_the_same_are_variants_and_no_warn
     )
 
 
-def test_a_setting_that_is_tuned_or_that_older_records_lack_is_no_difference():
+def test_a_setting_that_is_tuned_or_that_older_records_lack_is_no_difference() -> None:
     space = {"search__name": "s", "search__trials": 2, "search__space__schedule__warmup__choice": [0.05, 0.1]}
     tuned = [each for w in (0.05, 0.1) for each in seeds("caspr", [4.0, 4.1, 4.2], schedule__warmup=w, **space)]
     assert not warned(table(tuned + seeds("adamw", [4.0, 4.1, 4.2], schedule__warmup=0.2)), "different")
@@ -75,8 +79,8 @@ def test_a_setting_that_is_tuned_or_that_older_records_lack_is_no_difference():
     assert not warned(table(old + seeds("caspr", [4.0, 4.1, 4.2])), "different")
 
 
-def test_ranges_of_a_search_that_are_not_the_same():
-    def ranged(optim, high):
+def test_ranges_of_a_search_that_are_not_the_same() -> None:
+    def ranged(optim: str, high: float) -> list[Run]:
         search = {"search__name": "lr", "search__trials": 3, "search__space__optim__lr__log": [1e-4, high]}
         return searched(optim, [4.2, 4.0, 4.1], **search)
 
@@ -85,7 +89,7 @@ def test_ranges_of_a_search_that_are_not_the_same():
     assert not warned(table(ranged("caspr", 1e-1) + ranged("adamw", 1e-1)), "search.space")
 
 
-def test_an_interval_beyond_what_a_metric_can_be():
+def test_an_interval_beyond_what_a_metric_can_be() -> None:
     accuracy = {"task__target__metric": "val/accuracy", "task__target__higher_is_better": True}
     near = table(seeds("caspr", [1.0, 0.999, 0.996], **accuracy) + seeds("adamw", [0.8, 0.81, 0.82], **accuracy))
     assert warned(near, "intervals beyond what the metric can be, ", "caspr (0.9932 to 1.0035)")
@@ -93,6 +97,6 @@ def test_an_interval_beyond_what_a_metric_can_be():
     assert not warned(table(seeds("caspr", [1.0, 0.999, 0.996])), "beyond")  # a loss
 
 
-def test_fewer_than_three_seeds():
+def test_fewer_than_three_seeds() -> None:
     made = table(seeds("caspr", [4.0, 4.1]) + seeds("adamw", [4.5, 4.6, 4.7], 5))
     assert made.warnings == ("fewer than 3 seeds: caspr (n = 2)",)

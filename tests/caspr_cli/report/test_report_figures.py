@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -11,13 +12,15 @@ import pytest
 import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from recorded import run
 from tabled import axes_drawn, searched, seeds, table
 
 from caspr_cli.report import averages, figures, style
+from caspr_cli.report.model import Table
 from caspr_cli.report.profile import profile
 
-FIGURES = {
+FIGURES: dict[str, Callable[[Table], str]] = {
     "steps": figures.curves,
     "seconds": lambda table: figures.curves(table, "seconds"),
     "intervals": figures.intervals,
@@ -26,20 +29,20 @@ FIGURES = {
 
 
 @cache
-def drawn(table, figure):
+def drawn(table: str, figure: str) -> str:
     return FIGURES[figure](getattr(synthetic, table)())
 
 
-def texts(svg):
+def texts(svg: str) -> list[str]:
     return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text")]
 
 
-def identifiers(svg):
+def identifiers(svg: str) -> list[str]:
     return [e.attrib["id"] for e in ElementTree.fromstring(svg).iter() if "id" in e.attrib]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_it_stands_alone(figure):
+def test_it_stands_alone(figure: str) -> None:
     """No reference to anything elsewhere, or to an identifier that is not there; no ground of its own, no colours
     but those that a page replaces; labels are text."""
     svg = drawn("language", figure)
@@ -53,20 +56,20 @@ def test_it_stands_alone(figure):
     assert "fill: #ffffff" not in svg
 
 
-def test_bytes_are_the_same_in_another_process():
+def test_bytes_are_the_same_in_another_process() -> None:
     code = "import synthetic; from caspr_cli.report.figures import curves; print(end=curves(synthetic.language()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf8"})  # fmt: skip
     assert found.stdout == drawn("language", "steps")
 
 
-def test_what_cannot_be_drawn_is_empty():
+def test_what_cannot_be_drawn_is_empty() -> None:
     empty = synthetic.tables([synthetic.ended("muon", 0, 4.0, "new")])[0]
     assert [draw(empty) for draw in FIGURES.values()] == ["", "", "", ""]
     assert drawn("bare", "trials") == figures.profile(profile([synthetic.bare()], "steps")) == ""
 
 
-def test_a_row_without_a_curve_or_times_is_named():
+def test_a_row_without_a_curve_or_times_is_named() -> None:
     assert "no curve: muon and sgd" in texts(drawn("bare", "steps"))
     assert "times unknown: nadamw, muon and sgd" in texts(figures.curves(timed_and_not(), "seconds"))
     assert any("nadamw, n = 1" in text for text in texts(drawn("bare", "steps")))
@@ -78,12 +81,12 @@ def test_a_row_without_a_curve_or_times_is_named():
     assert style.PALETTE["grey"][0] not in svg
 
 
-def timed_and_not():
+def timed_and_not() -> Table:
     bare = synthetic.bare()
     return replace(bare, rows=(*bare.rows, synthetic.language().rows[0]))
 
 
-def test_a_diverged_row_flattens_nothing_and_has_its_value():
+def test_a_diverged_row_flattens_nothing_and_has_its_value() -> None:
     """Of the rows of ``language``, sgd alone ends at 6.9; the others between 3.9 and 4.5."""
     for figure in ("steps", "trials"):
         ticks = [float(t) for t in texts(drawn("language", figure)) if re.fullmatch(r"\d\.\d+", t)]
@@ -92,20 +95,20 @@ def test_a_diverged_row_flattens_nothing_and_has_its_value():
     assert any(re.fullmatch(r"6\.\d+ →", text) for text in texts(drawn("language", "intervals")))
 
 
-def test_the_target_is_drawn_or_said():
+def test_the_target_is_drawn_or_said() -> None:
     assert "target 4.5" in texts(drawn("language", "steps"))
     far = replace(synthetic.bare(), target=1.5)
     assert "target 1.5: below this range" in texts(figures.curves(far))
 
 
 @pytest.fixture
-def axes(monkeypatch):
+def axes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Axes]:
     """Draws a figure, and returns its axes as matplotlib has them."""
     draw = axes_drawn(monkeypatch)
     return lambda *args: draw(*args)[0]
 
 
-def test_curves_of_all_tasks_in_one_figure_with_one_legend():
+def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
     tables = synthetic.study()
     svg = figures.together(tables)
     found = texts(svg)
@@ -117,7 +120,7 @@ def test_curves_of_all_tasks_in_one_figure_with_one_legend():
     assert texts(dark) == found
 
 
-def test_steps_are_marked_at_whole_numbers(axes):
+def test_steps_are_marked_at_whole_numbers(axes: Callable[..., Axes]) -> None:
     """Also where there are three: no mark at 1.5 steps."""
     found = axes(figures.curves, table([run(curve=[(k, 1.0, 4.0 - k / 9) for k in (1, 2, 3)])]))
     ticks = [label.get_text() for label in found.get_xticklabels()]
@@ -125,7 +128,7 @@ def test_steps_are_marked_at_whole_numbers(axes):
     assert all(re.fullmatch(r"[\d,]+", text) for text in ticks)
 
 
-def test_two_seeds_are_two_thin_lines_and_no_band(axes):
+def test_two_seeds_are_two_thin_lines_and_no_band(axes: Callable[..., Axes]) -> None:
     """Their interval would be nine standard deviations to each side, and cover the other rows."""
     two, three = (axes(figures.curves, table(seeds("caspr", [4.0, 4.02, 4.04][:n]))) for n in (2, 3))
     assert [len(each.collections) for each in (two, three)] == [0, 1]
@@ -135,7 +138,9 @@ def test_two_seeds_are_two_thin_lines_and_no_band(axes):
 @pytest.mark.parametrize(
     ("over", "unit", "seconds"), [("steps", "steps", 1.0), ("seconds", "minutes of training", 60.0)]
 )
-def test_lines_are_means_with_bands_and_names_at_their_ends(axes, over, unit, seconds):
+def test_lines_are_means_with_bands_and_names_at_their_ends(
+    axes: Callable[..., Axes], over: str, unit: str, seconds: float
+) -> None:
     table = synthetic.language()
     shown = axes(figures.curves, table, over)
     target, lines = [line for line in shown.lines if len(line.get_xdata()) == 2], shown.lines[:6]
@@ -163,7 +168,7 @@ def test_lines_are_means_with_bands_and_names_at_their_ends(axes, over, unit, se
     assert {text.get_color() for text in names} == {style.KNOWN[label].colour for label in places}
 
 
-def test_points_and_bars_of_intervals(axes):
+def test_points_and_bars_of_intervals(axes: Callable[..., Axes]) -> None:
     table = synthetic.language()
     shown = axes(figures.intervals, table)
     rows = [row for row in table.rows if row.label != "sgd"]  # diverged: a number at the edge
@@ -182,7 +187,7 @@ def test_points_and_bars_of_intervals(axes):
     ]
 
 
-def test_lines_of_trials_and_of_a_profile(axes):
+def test_lines_of_trials_and_of_a_profile(axes: Callable[..., Axes]) -> None:
     table = synthetic.language()
     shown = axes(figures.best_of, table)
     for line, row in zip(shown.lines, table.rows, strict=True):
@@ -201,7 +206,7 @@ def test_lines_of_trials_and_of_a_profile(axes):
     ("seconds", "unit", "scale"),
     [(179, "seconds", 1), (180, "minutes", 60), (3 * 3600 - 1, "minutes", 60), (3 * 3600, "hours", 3600)],
 )
-def test_units_of_time(axes, seconds, unit, scale):
+def test_units_of_time(axes: Callable[..., Axes], seconds: float, unit: str, scale: float) -> None:
     one = run(curve=[(k, seconds * k / 4, 4.0 - k / 9) for k in (1, 2, 3, 4)])
     shown = axes(figures.curves, table([one]), "seconds")
     assert shown.get_xlabel() == f"{unit} of training"
@@ -215,7 +220,7 @@ def test_units_of_time(axes, seconds, unit, scale):
         ("caspr task.dropout=0.1 trainer.precision=32-true trainer.max_steps=500 task.batch_size=32", "caspr"),
     ],
 )
-def test_labels_are_text_and_long_ones_leave_room_for_the_figure(label, shown):
+def test_labels_are_text_and_long_ones_leave_room_for_the_figure(label: str, shown: str) -> None:
     made = table(seeds(label, [4.0, 4.01, 4.02]))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="constrained_layout")  # where a figure has no room for its axes
@@ -223,10 +228,10 @@ def test_labels_are_text_and_long_ones_leave_room_for_the_figure(label, shown):
             assert shown in "\n".join(texts(draw(made)))
 
 
-def contrast(one, other):
+def contrast(one: str, other: str) -> float:
     """Of WCAG 2."""
 
-    def luminance(colour):
+    def luminance(colour: str) -> float:
         parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
         red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -236,13 +241,13 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("name", sorted(set(style.PALETTE) - {"rule"}))
-def test_colours_can_be_read_on_both_grounds(name):
+def test_colours_can_be_read_on_both_grounds(name: str) -> None:
     light, dark = style.PALETTE[name]
     assert contrast(light, "#ffffff") >= 4.5
     assert contrast(dark, "#14181d") >= 4.5
 
 
-def test_styles_stay_with_known_labels_and_differ_for_others():
+def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
     labels = [f"caspr eps=1e-{k}" for k in range(18)]
     found = style.styles(["adamw", *labels, "caspr"])
     assert found["caspr"] == style.KNOWN["caspr"]
@@ -251,22 +256,25 @@ def test_styles_stay_with_known_labels_and_differ_for_others():
     assert len(style.styles(map(str, range(100)))) == 100
 
 
-def curve_of(values):
+def curve_of(values: list[list[float | None]]) -> averages.Curve | None:
     runs = [run("caspr", k, curve=[(s, 2.0 * s, v) for s, v in enumerate(own, 1)]) for k, own in enumerate(values)]
     return averages.curve(table(runs).rows[0])
 
 
-def test_the_mean_and_its_interval_by_hand():
+def test_the_mean_and_its_interval_by_hand() -> None:
     """t for two degrees of freedom is 4.303; the standard error of 1, 2 and 3 is 0.577."""
     found = curve_of([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
+    assert found is not None
     assert (found.mean, found.steps, found.seconds) == ((2.0, 5.0), (1, 2), (2.0, 4.0))
     assert found.low == pytest.approx((2 - 2.484, 5.0), abs=1e-3)  # a band of no width where seeds are equal
     assert found.high == pytest.approx((2 + 2.484, 5.0), abs=1e-3)
     some = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
+    assert some is not None
     assert (some.steps, some.low) == ((1, 3), None)  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
     runs = [run("caspr", 0, 4.0), run("caspr", 1, 9.0, "failed")]
     both = averages.curve(table(runs).rows[0])
+    assert both is not None
     assert (both.n, both.mean[-1], both.finished) == (1, 4.0, True)
 
 
@@ -279,7 +287,9 @@ def test_the_mean_and_its_interval_by_hand():
         ([4.0], False, (3.9, 4.0), (4.0, 4.1)),
     ],
 )
-def test_a_window_shows_the_ends_and_not_the_diverged_one(ends, higher, low, high):
+def test_a_window_shows_the_ends_and_not_the_diverged_one(
+    ends: list[float], higher: bool, low: tuple[float, float], high: tuple[float, float]
+) -> None:
     found = figures.window(ends, higher=higher)
     assert low[0] < found[0] < low[1]
     assert high[0] < found[1] < high[1]
@@ -287,7 +297,7 @@ def test_a_window_shows_the_ends_and_not_the_diverged_one(ends, higher, low, hig
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.2))
 @settings(deadline=None, max_examples=60)
-def test_labels_are_apart_in_order_and_inside(positions, gap):
+def test_labels_are_apart_in_order_and_inside(positions: list[float], gap: float) -> None:
     moved = figures.apart(positions, gap, 0.0, 1.0)
     fits = min(gap, 1 / max(len(positions) - 1, 1))
     ranked = sorted(moved)

@@ -11,7 +11,7 @@ from tabled import seeds
 
 from caspr_cli.report import export, format, render, terminal
 from caspr_cli.report.compare import tables
-from caspr_cli.report.model import Point
+from caspr_cli.report.model import Point, Table
 from caspr_cli.report.stats import Comparison, Summary
 
 PROMISED = {
@@ -23,7 +23,7 @@ PROMISED = {
 
 
 @pytest.fixture
-def made():
+def made() -> list[Table]:
     runs = [run("adamw", seed, 4.5 + 0.02 * seed) for seed in range(3)]
     runs += [run("caspr", seed, 4.0 + 0.03 * seed, optim__lr=0.006) for seed in range(3)]
     runs += [run("shampoo", seed, None, "failed") for seed in range(3)]
@@ -31,11 +31,11 @@ def made():
     return tables(runs, tuned=["optim.lr", "optim.order"])
 
 
-def lines(table, width=120):
+def lines(table: Table, width: int = 120) -> list[str]:
     return list(terminal.table_lines(table, width))
 
 
-def test_json_has_a_row_for_each_and_no_nan(made):
+def test_json_has_a_row_for_each_and_no_nan(made: list[Table]) -> None:
     rows = json.loads(export.as_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [(row["task"], row["label"], row["n"]) for row in rows] == [
         ("c4_lm", "caspr", 3), ("c4_lm", "adamw", 3), ("c4_lm", "shampoo", 0), ("vit", "soap", 1),
@@ -50,14 +50,14 @@ def test_json_has_a_row_for_each_and_no_nan(made):
     assert (rows[2]["mean"], rows[2]["verdict"]) == (None, "not tested: no seed is done on one side")
 
 
-def test_csv_has_the_same_rows(made):
+def test_csv_has_the_same_rows(made: list[Table]) -> None:
     rows = list(csv.DictReader(io.StringIO(export.as_csv(made))))
     entries = export.entries(made)
     assert [float(row["mean"]) if row["mean"] else None for row in rows] == [entry["mean"] for entry in entries]
     assert json.loads(rows[0]["warnings"]) == list(made[0].warnings)
 
 
-def test_csv_has_no_cell_that_a_spreadsheet_computes():
+def test_csv_has_no_cell_that_a_spreadsheet_computes() -> None:
     runs = [run("adamw", s, -4.5 + 0.02 * s, task__data="=1+1") for s in range(3)]
     runs += [run("@caspr", s, -4.0 + 0.03 * s, task__data="=1+1") for s in range(3)]
     for one in runs:
@@ -72,7 +72,7 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes():
         assert cell == [f"'{formula}1".replace("\r", "\n")]
 
 
-def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made):
+def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made: list[Table]) -> None:
     text = lines(made[0])
     heading = " ".join(line.strip() for line in text[:2])
     assert heading.startswith(
@@ -88,7 +88,7 @@ def test_a_terminal_shows_numbers_with_n_and_verdicts_below(made):
 
 
 @pytest.mark.parametrize("width", [120, 100, 80, 60, 40])
-def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(made, width):
+def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(made: list[Table], width: int) -> None:
     text = lines(made[0], width)
     assert max(map(len, text)) <= width
     heads = next(line for line in text if line.startswith("optimizer"))
@@ -109,7 +109,7 @@ def test_narrow_terminals_lose_columns_and_say_which_but_never_n_or_the_mean(mad
         ("a|b", r"a\|b"),
     ],
 )
-def test_what_markdown_would_take_for_more_than_text(value, said):
+def test_what_markdown_would_take_for_more_than_text(value: str, said: str) -> None:
     text = export.as_markdown(tables([run(), run(optim__graft=value), run(optim__graft="none")]), "caspr-report")
     assert f"| adamw graft={said} | 1 |" in text
     assert f"adamw graft={said} (n = 1)" in text
@@ -121,7 +121,7 @@ def test_what_markdown_would_take_for_more_than_text(value, said):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
-def test_latex_escapes_and_balances(made):
+def test_latex_escapes_and_balances(made: list[Table]) -> None:
     text = export.as_latex(made, "caspr-report compare 100%")
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\bottomrule") == 2
@@ -138,7 +138,7 @@ def test_latex_escapes_and_balances(made):
     assert first.index(r"\end{tabular}") < first.index("Note: shampoo: no run is done with a finite value")
 
 
-def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_test_value():
+def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_test_value() -> None:
     runs = [run("adamw", s, 4.5 + s / 50) for s in range(3)] + [run("caspr", s, 4.0 + s * s / 90) for s in range(3)]
     assert not any("test disagrees" in line for line in lines(tables(runs)[0]))
     turned = [
@@ -180,7 +180,7 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
         (None, None, "-"),
     ],
 )
-def test_digits_are_those_of_the_spread(mean, sd, said):
+def test_digits_are_those_of_the_spread(mean: float | None, sd: float | None, said: str) -> None:
     assert format.mean_sd(Summary(2, mean, sd)) == said
 
 
@@ -195,7 +195,7 @@ def test_digits_are_those_of_the_spread(mean, sd, said):
         (0.213, "p = 0.21"),
     ],
 )
-def test_p_values_around_the_level_differ(value, said):
+def test_p_values_around_the_level_differ(value: float, said: str) -> None:
     assert format.p(value) == said
     assert format.p(value, corrected=True) == said.replace("p", "p (Holm)", 1)
 
@@ -212,11 +212,13 @@ def test_p_values_around_the_level_differ(value, said):
         (None, None, None, [], "-"),
     ],
 )
-def test_differences_have_signs_and_the_digits_of_their_interval(value, low, high, base, said):
+def test_differences_have_signs_and_the_digits_of_their_interval(
+    value: float | None, low: float | None, high: float | None, base: list[float], said: str
+) -> None:
     assert format.change(Comparison(value=value, low=low, high=high, base=tuple(base))) == said
 
 
-def test_who_did_not_reach_the_target_is_not_counted_as_who_did():
+def test_who_did_not_reach_the_target_is_not_counted_as_who_did() -> None:
     slow = [(300, 30.0, 4.6)]
     fast = [(300, 30.0, 4.4)]
     runs = [run("adamw", s, 4.4 if s < 2 else 4.6, curve=fast if s < 2 else slow) for s in range(5)]
@@ -229,7 +231,7 @@ def test_who_did_not_reach_the_target_is_not_counted_as_who_did():
 # ---- records -----------------------------------------------------------------------------------------------------
 
 
-def test_a_sparkline_is_low_to_high_and_marks_what_is_not_finite():
+def test_a_sparkline_is_low_to_high_and_marks_what_is_not_finite() -> None:
     curve = [Point(k, None, value) for k, value in enumerate([1.0, 2.0, None, 8.0])]
     assert terminal.sparkline(curve) == "▁▂×█"
     assert terminal.sparkline([Point(1, None, 3.0)] * 2) == "▁▁"
@@ -239,7 +241,7 @@ def test_a_sparkline_is_low_to_high_and_marks_what_is_not_finite():
     assert terminal.sparkline([Point(1, None, 0.0), Point(2, None, 5e-324)]) == "▁█"
 
 
-def test_a_record_in_words():
+def test_a_record_in_words() -> None:
     text = "\n".join(terminal.record_lines(run("caspr", 2, 3.9, trial=4, search__name="lr")))
     for said in (
         "run      task=c4_lm optim=caspr scale=sample seed=2 search=lr trial=4",
@@ -254,12 +256,12 @@ def test_a_record_in_words():
     assert "state    failed at step 100, 30.0 s of training: loss is nan" in failed
 
 
-def best(table):
+def best(table: Table) -> set[tuple[str, str]]:
     """The rows and heads of bold cells."""
     return {(table.rows[k].label, column.head) for column in format.sheet(table).columns for k in column.best}
 
 
-def test_the_best_of_each_column_is_bold(made):
+def test_the_best_of_each_column_is_bold(made: list[Table]) -> None:
     """Of means, tests and times, whether significant or not; not where there is one row, or all are equal."""
     first, second = made
     heads = ("mean ± sd", "test", "steps to 4.5", "time to it")
@@ -277,7 +279,7 @@ def test_the_best_of_each_column_is_bold(made):
     assert [re.sub("\x1b\\[[0-9]*m", "", line).rstrip() for line in shown] == lines(first)
 
 
-def test_the_list_has_the_newest_last_and_leaves_out_what_the_path_says_too():
+def test_the_list_has_the_newest_last_and_leaves_out_what_the_path_says_too() -> None:
     runs = [run("caspr", 5, optim__lr=0.01), run("caspr", 0), run("adamw", 2, final=None, state="running")]
     text = list(terminal.listing(runs, 200))
     assert [line.split()[:5] for line in text[1:]] == [

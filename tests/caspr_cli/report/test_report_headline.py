@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from recorded import run
 from tabled import searched, seeds
@@ -5,30 +7,31 @@ from tabled import searched, seeds
 from caspr_cli.report import export, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.headline import costs, headline
+from caspr_cli.report.model import Run
 
 GPU = {"device": {"type": "cuda", "name": "H100", "processes": 1, "threads": 4}}
 UP = {"task__name": "vit", "task__target__higher_is_better": True, "task__target__metric": "val/accuracy"}
 CLOCK = "By the clock of these runs a step took"
 
 
-def timed(runs, seconds):
+def timed(runs: list[Run], seconds: float | None) -> list[Run]:
     """The same with so many seconds in all, for 300 steps."""
     for one in runs:
         one.result["seconds"] = seconds
     return runs
 
 
-def ends(optim, mean, seconds=30.0, n=3, **keys):
+def ends(optim: str, mean: float, seconds: float | None = 30.0, n: int = 3, **keys: Any) -> list[Run]:
     """Seeds that differ by a hundredth, each row in another order, so that differences have a spread."""
     shift = {"adamw": (0.0, 0.01, 0.02), "caspr": (0.02, 0.0, 0.01)}.get(optim, (0.01, 0.02, 0.0))
     return timed(seeds(optim, [mean + d for d in shift[:n]], **keys), seconds)
 
 
-def decayed(optim, mean, other):
+def decayed(optim: str, mean: float, other: float) -> list[Run]:
     return ends(optim, mean) + seeds(optim, [other + 0.02, other + 0.01, other], optim__weight_decay=0.1)
 
 
-def test_who_wins_where_and_what_it_costs():
+def test_who_wins_where_and_what_it_costs() -> None:
     runs = ends("adamw", 4.5) + ends("caspr", 4.0, 39.0) + ends("muon", 3.9, 33.0)
     runs += ends("adamw", 0.50, **UP) + ends("caspr", 0.80, 45.0, **UP) + ends("muon", 0.51, 33.0, **UP)
     third = {"task__name": "resnet"}
@@ -83,18 +86,20 @@ def test_who_wins_where_and_what_it_costs():
          "Best mean: adamw untuned; no difference is tested."),
     ],
 )  # fmt: skip
-def test_one_sentence(runs, how, said):
+def test_one_sentence(runs: list[Run], how: dict[str, Any], said: str) -> None:
     assert headline(tables(runs, **how)) == said
 
 
 @pytest.mark.parametrize(("seconds", "provenance"), [(None, {}), (0.0, {}), (39.0, GPU)])
-def test_seconds_that_are_unknown_or_from_other_hardware_are_not_compared(seconds, provenance):
+def test_seconds_that_are_unknown_or_from_other_hardware_are_not_compared(
+    seconds: float | None, provenance: dict[str, Any]
+) -> None:
     runs = ends("adamw", 4.5) + ends("caspr", 4.0, seconds, provenance=provenance)
     assert costs(tables(runs)) == ""
     assert costs(tables(runs + ends("muon", 4.1, 3000.0))) == f"{CLOCK} 100 times as long with muon as with adamw."
 
 
-def test_trials_count_for_the_seconds_of_a_step():
+def test_trials_count_for_the_seconds_of_a_step() -> None:
     """Of five runs one was on a busy machine: it is the only one that is reported, and the median is of all."""
     adamw = timed(searched("adamw", [4.5, 4.6, 4.7]), 30.0)
     busy, *others = searched("caspr", [4.0, 4.1, 4.2, 4.3, 4.4])

@@ -4,10 +4,10 @@ from tabled import row, seeds, table
 
 from caspr_cli.report import export, format
 from caspr_cli.report.compare import tables
-from caspr_cli.report.model import OwnSchedule
+from caspr_cli.report.model import OwnSchedule, Run, Table
 
 
-def whole(optim, steps, values, **keys):
+def whole(optim: str, steps: int, values: list[float | None], **keys: object) -> list[Run]:
     """Runs of one length: 10 steps take a second, and a value of None failed."""
     made = []
     for k, value in enumerate(values, 1):
@@ -18,16 +18,16 @@ def whole(optim, steps, values, **keys):
     return made
 
 
-def of_length(steps, runs):
+def of_length(steps: int, runs: list[Run]) -> Table:
     (made,) = [each for each in tables(runs) if each.steps == steps]
     return made
 
 
-def own(made, label):
+def own(made: Table, label: str) -> OwnSchedule | None:
     return row(made, label).own_schedule
 
 
-def test_the_shortest_whole_run_whose_mean_reaches_the_target():
+def test_the_shortest_whole_run_whose_mean_reaches_the_target() -> None:
     """The target is 4.5; 200 steps reach it in the mean, though one seed does not, and 100 do not, though one does."""
     runs = whole("caspr", 300, [4.0, 4.1]) + whole("caspr", 200, [4.6, 4.3]) + whole("caspr", 100, [4.4, 4.9])
     assert own(of_length(300, runs), "caspr") == OwnSchedule(200, 20.0, (100, 200, 300))
@@ -54,7 +54,7 @@ def test_the_shortest_whole_run_whose_mean_reaches_the_target():
         (whole("adamw", 400, [4.4, 4.4]), None),  # longer
     ],
 )
-def test_only_the_same_recipe_and_seeds_count(shorter, found):
+def test_only_the_same_recipe_and_seeds_count(shorter: list[Run], found: OwnSchedule | None) -> None:
     made = of_length(300, whole("adamw", 300, [4.0, 4.1]) + shorter)
     (longest,) = [
         each
@@ -65,7 +65,7 @@ def test_only_the_same_recipe_and_seeds_count(shorter, found):
     assert longest.own_schedule == found
 
 
-def test_none_of_the_lengths_may_do_and_there_may_be_no_target():
+def test_none_of_the_lengths_may_do_and_there_may_be_no_target() -> None:
     runs = whole("adamw", 300, [5.0]) + whole("adamw", 100, [5.5])
     made = of_length(300, runs)
     assert own(made, "adamw") == OwnSchedule(None, None, (100, 300))
@@ -74,7 +74,7 @@ def test_none_of_the_lengths_may_do_and_there_may_be_no_target():
     assert own(of_length(300, none), "adamw") is None
 
 
-def test_the_heading_says_from_which_schedule_steps_are_read():
+def test_the_heading_says_from_which_schedule_steps_are_read() -> None:
     plain = table(seeds("adamw", [4.0, 4.1]))
     assert format.title(plain).endswith("; target 4.5, steps to it read off a schedule of 300 steps")
     assert "own schedule" not in format.sheet(plain).heads

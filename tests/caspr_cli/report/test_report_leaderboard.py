@@ -1,10 +1,12 @@
 """The leaderboard and the check of an entry: each way in which a pack can be wrong is said in one line."""
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,27 +14,29 @@ from caspr_cli.commands import report
 from caspr_cli.commands.check import draw
 from caspr_cli.report import entry, leaderboard, pack, records
 from caspr_cli.report.compare import tables
-from caspr_cli.report.model import Point
+from caspr_cli.report.model import Point, Row, Run
 
 PACK = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_molpcba_muon.jsonl.gz"
 
 
 @cache
-def fair():
+def fair() -> tuple[Run, ...]:
     """The records of AdamW and Muon in a pack that is right: eight trials, three seeds."""
     return tuple(run for run in records.find([PACK]).runs if run.config["optim.name"] in ("adamw", "muon"))
 
 
-def wrong(runs):
+def wrong(runs: Sequence[Run]) -> list[str]:
     return [
         line for table in tables(runs) for row in table.rows if not row.untuned for line in entry.problems(row, draw)
     ]
 
 
-def changed(change, *, trial=None, seed=None, optim="muon"):
+def changed(
+    change: Callable[[Run], Run | None], *, trial: int | None = None, seed: int | None = None, optim: str = "muon"
+) -> list[Run]:
     """The records with those changed, or left out, that are of this trial and seed."""
 
-    def meant(run):
+    def meant(run: Run) -> bool:
         own = run.config["optim.name"] == optim and run.config["trial"] != "default"
         return own and trial in (None, run.config["trial"]) and seed in (None, run.seed)
 
@@ -41,23 +45,23 @@ def changed(change, *, trial=None, seed=None, optim="muon"):
     return [run for run in found if run is not None]
 
 
-def config(**keys):
+def config(**keys: Any) -> Callable[[Run], Run]:
     return lambda run: replace(run, config=run.config | {key.replace("__", "."): value for key, value in keys.items()})
 
 
-def result(**keys):
+def result(**keys: Any) -> Callable[[Run], Run]:
     return lambda run: replace(run, result=run.result | keys)
 
 
-def origin(**keys):
+def origin(**keys: Any) -> Callable[[Run], Run]:
     return lambda run: replace(run, provenance=run.provenance | keys)
 
 
-def gone(run):
+def gone(run: Run) -> None:
     return None
 
 
-def test_a_pack_of_the_fair_protocol_is_right():
+def test_a_pack_of_the_fair_protocol_is_right() -> None:
     assert wrong(fair()) == []
 
 
@@ -91,18 +95,18 @@ CODE = {"commit": "1" * 40, "diff_sha256": "e3b0c44298fc1c14"}
         (changed(origin(python="3.12"), trial=2), "its records are of different versions: "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(runs, line):
+def test_what_is_wrong_is_said(runs: list[Run], line: str) -> None:
     found = wrong(runs)
     assert [each for each in found if each.startswith(line)], found
     assert len(found) <= 5
 
 
-def rows(runs, optim):
+def rows(runs: Sequence[Run], optim: str) -> tuple[Row, Any]:
     (table,) = tables(runs)
     return next(row for row in table.rows if row.label == optim), table
 
 
-def test_an_entry_has_to_fit_the_board():
+def test_an_entry_has_to_fit_the_board() -> None:
     board = tables([run for run in fair() if run.config["optim.name"] == "adamw"])
     for change, lines in (
         (lambda run: run, []),
@@ -116,7 +120,7 @@ def test_an_entry_has_to_fit_the_board():
         assert entry.against(row, table, board) == lines
 
 
-def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not():
+def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not() -> None:
     old = [config(search__name="lr")(run) for run in fair()]
     found = leaderboard.board({"a": old, "b": changed(gone, trial=2), "c": fair()}, draw)
     assert [(place.pack, place.row.label) for place in found.places] == [("b", "adamw"), ("c", "muon")]
@@ -129,7 +133,7 @@ def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not():
     assert {row.label for row in table.rows} == {"adamw", "muon", "adamw untuned", "muon untuned"}
 
 
-def test_rows_of_one_pack_have_to_fit_each_other():
+def test_rows_of_one_pack_have_to_fit_each_other() -> None:
     longer = [config(trainer__max_steps=1000)(run) if run.config["optim.name"] == "muon" else run for run in fair()]
     longer = [replace(run, result=run.result | {"steps": run.config["trainer.max_steps"]},
                       curve=(*run.curve, replace(run.curve[-1], step=run.config["trainer.max_steps"])))
@@ -140,7 +144,7 @@ def test_rows_of_one_pack_have_to_fit_each_other():
     assert found.refused == {"a": ["adamw on ogbg_molpcba: trainer.max_steps is 500, and 1000 on the board"]}
 
 
-def test_the_page_has_tables_commands_and_reasons():
+def test_the_page_has_tables_commands_and_reasons() -> None:
     text = leaderboard.page({"old": [config(search__name="lr")(run) for run in fair()], "new": fair()}, "made so", draw)
     assert "| 1 | muon | 3 | 0.8952 ± 0.0065 | 0.8789 to 0.9114 | 0.9062 ± 0.0024 | 0.8142 | 8 | better, +4.9 %" in text
     assert "| 2 | adamw | 3 | 0.8533 ± 0.0043 |" in text
@@ -151,10 +155,10 @@ def test_the_page_has_tables_commands_and_reasons():
     assert text.endswith("\n    made so\n")
 
 
-def test_against_the_first_all_pairs_are_corrected_for(monkeypatch):
+def test_against_the_first_all_pairs_are_corrected_for(monkeypatch: pytest.MonkeyPatch) -> None:
     (table,) = tables(records.find([PACK]).runs)
     three = [row for row in table.rows if not row.untuned]
-    seen = []
+    seen: list[int] = []
     monkeypatch.setattr(leaderboard.stats, "holm", lambda p: seen.append(len(p)) or [0.01] * len(p))
     said = leaderboard._against_first(table, three)
     assert seen == [3]
@@ -164,12 +168,14 @@ def test_against_the_first_all_pairs_are_corrected_for(monkeypatch):
     assert leaderboard._against_first(table, three[::-1])[2].startswith("better, +5.6 %")
 
 
-def call(monkeypatch, *words):
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["caspr-report", *words])
     return report.main()
 
 
-def test_check_says_right_or_wrong_and_exits_so(monkeypatch, capsys, tmp_path):
+def test_check_says_right_or_wrong_and_exits_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert call(monkeypatch, "check", str(PACK), "--board", str(PACK.parent)) == 0
     assert "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl.gz"
@@ -181,11 +187,13 @@ def test_check_says_right_or_wrong_and_exits_so(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("off", "code"), [(0.001, 0), (0.1, 1)])
-def test_check_runs_two_seeds_again(monkeypatch, capsys, tmp_path, off, code):
+def test_check_runs_two_seeds_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, off: float, code: int
+) -> None:
     """The run itself is replaced by one that ends a little or far off."""
     started = []
 
-    def run(recipe, command):
+    def run(recipe: Any, command: list[str]) -> Any:
         started.append((recipe.optim.name, recipe.optim.lr, recipe.seed, recipe.output_dir))
         (one,) = (r for r in fair() if (r.config["optim.lr"], r.seed) == (recipe.optim.lr, recipe.seed))
         end = one.result | {"final": {"step": 500, "val/map": (one.final or 0) + off}}
@@ -202,7 +210,7 @@ def test_check_runs_two_seeds_again(monkeypatch, capsys, tmp_path, off, code):
     assert ("seed 1: ended at 0." in out) == (code == 1)
 
 
-def test_a_run_that_failed_again_is_as_before():
+def test_a_run_that_failed_again_is_as_before() -> None:
     row, _ = rows(fair(), "muon")
     failed = replace(row.runs[0], status={"state": "failed"})
     assert entry.reproduced(row, failed, None) is None
@@ -210,12 +218,14 @@ def test_a_run_that_failed_again_is_as_before():
     assert entry.reproduced(row, row.runs[0], None) is not None
 
 
-def test_packs_are_named_where_there_are_none(monkeypatch, capsys, tmp_path):
+def test_packs_are_named_where_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert call(monkeypatch, "leaderboard", str(tmp_path), "--to", str(tmp_path / "x.md")) == 2
     assert f"no packs in {tmp_path}" in capsys.readouterr().err
 
 
-def test_a_point_of_the_curve_may_be_rounded():
+def test_a_point_of_the_curve_may_be_rounded() -> None:
     run = fair()[0]
     close = Point(500, 1.0, (run.final or 0) * (1 + 1e-12))
     assert list(entry._torn(replace(run, curve=(close,)))) == []

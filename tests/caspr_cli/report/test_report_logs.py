@@ -1,6 +1,9 @@
 """Tables from the logs of other programs: each format as its own writer leaves it."""
 
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 from logged import (
@@ -24,16 +27,16 @@ from torch.utils.tensorboard import SummaryWriter
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import logs
 from caspr_cli.report.compare import tables
-from caspr_cli.report.trackers import Asked
+from caspr_cli.report.trackers import Asked, Found
 
 
-def rows(found, **how):
+def rows(found: Found, **how: Any) -> dict[str, list[tuple[int, float | None]]]:
     made = tables(found.runs, tuned=[], **how)
     return {row.label: [(run.seed, run.final) for run in row.runs] for table in made for row in table.rows}
 
 
 @pytest.mark.parametrize("written", WRITERS, ids=lambda written: written.__name__)
-def test_the_same_study_in_each_format(tmp_path, written):
+def test_the_same_study_in_each_format(tmp_path: Path, written: Callable[[Path], Asked]) -> None:
     root = tmp_path / "runs"
     asked = written(root)
     found = logs.find([root], asked)
@@ -43,12 +46,13 @@ def test_the_same_study_in_each_format(tmp_path, written):
     assert made.task == ("cifar" if asked.kind == "mlflow" else "runs")
     caspr = made.rows[0]
     assert (made.baseline, caspr.label, caspr.mean) == ("adamw", "caspr", pytest.approx(3.25))
+    assert caspr.difference is not None
     assert (caspr.kind, caspr.difference.paired, caspr.difference.n) == ("better", True, 3)
     if written is not by_wandb_runs:
         assert [(p.step, p.value) for p in caspr.runs[1].curve] == [(s, pytest.approx(v)) for s, v in curve("caspr", 1)]
 
 
-def test_logs_of_caspr_train_give_what_its_records_give(tmp_path):
+def test_logs_of_caspr_train_give_what_its_records_give(tmp_path: Path) -> None:
     """TensorBoard's file and hyperparameters as ``caspr-train`` writes them; the values as its records have them."""
     from caspr_cli.recipe.schema import OPTIMIZERS, Recipe
     from caspr_cli.tasks.registry import C4LMConf
@@ -68,7 +72,7 @@ def test_logs_of_caspr_train_give_what_its_records_give(tmp_path):
 # ---- rows and seeds --------------------------------------------------------------------------------------------------
 
 
-def study(root, names):
+def study(root: Path, names: Mapping[str, float]) -> Path:
     for name, value in names.items():
         table(root / f"{name}.csv", ["step", METRIC], [(1, value + 1), (2, value)])
     return root
@@ -91,21 +95,24 @@ def study(root, names):
         (["resnet18 seed0", "resnet 34=x seed0"], {}, {"resnet18": [0], "resnet_34_x": [0]}),
     ],
 )
-def test_rows_and_seeds_from_names(tmp_path, names, how, expected):
+def test_rows_and_seeds_from_names(
+    tmp_path: Path, names: list[str], how: dict[str, Any], expected: dict[str, list[int]]
+) -> None:
     found = logs.find([study(tmp_path / "runs", dict.fromkeys(names, 1.0))], Asked("csv", METRIC, **how))
     assert {label: [seed for seed, _ in runs] for label, runs in rows(found).items()} == expected
 
 
-def test_without_seeds_nothing_is_paired(tmp_path):
+def test_without_seeds_nothing_is_paired(tmp_path: Path) -> None:
     values = {f"{name}_{'abc'[k]}": base + k * k / 10 for name, base in (("adamw", 1), ("sgd", 2)) for k in range(3)}
     found = logs.find([study(tmp_path, values)], Asked("csv", METRIC, names="{optimizer}_{_}", group=["optimizer"]))
     assert any("no seed known" in note and "no test is paired" in note for note in found.notes)
     (made,) = tables(found.runs, tuned=[])
+    assert made.rows[1].difference is not None
     assert not made.rows[1].difference.paired
     assert made.rows[1].kind == "worse"
 
 
-def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path):
+def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path: Path) -> None:
     lines = [
         (o, lr, seed, 1, 1 + abs(lr - 0.2) + seed / 10) for o in BEST for lr in (0.1, 0.2, 0.3) for seed in range(3)
     ]
@@ -115,6 +122,7 @@ def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path):
     found = logs.find([tmp_path], Asked("csv", METRIC, group=["optimizer"], tuned=["lr"]))
     (made,) = tables(found.runs, tuned=["optim.lr"])
     assert [(row.label, len(row.trials), row.n) for row in made.rows] == [("adamw", 3, 3), ("caspr", 3, 3)]
+    assert made.rows[0].selected is not None
     assert made.rows[0].selected.values == {"optim.lr": 0.2}
     by_add_hparams(tmp_path / "runs")
     with SummaryWriter(str(tmp_path / "runs" / "more")) as writer:
@@ -126,7 +134,7 @@ def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path):
         logs.find([tmp_path / "runs"], Asked("tensorboard", METRIC, group=["optimizer"]))
 
 
-def test_what_differs_within_a_row_is_said(tmp_path):
+def test_what_differs_within_a_row_is_said(tmp_path: Path) -> None:
     lines = [(f"r{k}", o, lr, k, k, 3.0 + k) for k, (o, lr) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 1)])]
     table(tmp_path / "all.csv", ["Name", "optimizer", "width", "seed", "Runtime", METRIC], lines)
     found = logs.find([tmp_path], Asked("wandb", METRIC, group=["optimizer"]))
@@ -136,7 +144,7 @@ def test_what_differs_within_a_row_is_said(tmp_path):
     assert len({run.path for run in found.runs}) == 4
 
 
-def test_a_path_that_is_named_twice_counts_once(tmp_path):
+def test_a_path_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     by_keras(tmp_path / "runs")
     assert len(logs.find([tmp_path / "runs", tmp_path], Asked("csv", METRIC)).runs) == len(RUNS)
 
@@ -144,7 +152,7 @@ def test_a_path_that_is_named_twice_counts_once(tmp_path):
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_has_its_last_values(tmp_path):
+def test_a_resumed_run_has_its_last_values(tmp_path: Path) -> None:
     """The later of two event files counts, and the steps that it purges are gone."""
     events(tmp_path / "adamw_seed0", [(10, 5.0), (20, 4.0), (30, 9.0), (40, 9.0)], filename_suffix=".a")
     for k, file in enumerate((tmp_path / "adamw_seed0").iterdir()):
@@ -158,7 +166,7 @@ def test_a_resumed_run_has_its_last_values(tmp_path):
     assert [note for note in found.notes if "the last counts" in note and "adamw_seed1" in note and "seed0" not in note]
 
 
-def lengths(root):
+def lengths(root: Path) -> Path:
     for name, points in {
         "adamw_seed0": [(10, 4.0), (20, 3.0), (30, 3.5)],
         "adamw_seed1": [(10, 4.0), (20, 3.2)],  # crashed
@@ -178,7 +186,9 @@ def lengths(root):
         (5, [None] * 3, ["failed"] * 3, ""),
     ],
 )
-def test_runs_of_different_lengths(tmp_path, at, finals, states, said):
+def test_runs_of_different_lengths(
+    tmp_path: Path, at: str | int, finals: list[float | None], states: list[str], said: str
+) -> None:
     found = logs.find([lengths(tmp_path)], Asked("csv", METRIC, at=at))
     assert [run.final for run in found.runs] == finals
     assert [run.state for run in found.runs] == states
@@ -191,7 +201,7 @@ def test_runs_of_different_lengths(tmp_path, at, finals, states, said):
     assert f": val/loss {words}, lower is better" in format.title(tables(found.runs, tuned=[])[0])
 
 
-def test_what_a_tracker_says_of_a_run_counts(tmp_path):
+def test_what_a_tracker_says_of_a_run_counts(tmp_path: Path) -> None:
     store = tmp_path / "mlruns" / "0"
     mlflow(store / "a", "adamw-s0", [(10, 3.0), (20, 2.0)])
     mlflow(store / "b", "adamw-s1", [(10, 3.0)])  # finished: it stopped early
@@ -221,7 +231,9 @@ def test_what_a_tracker_says_of_a_run_counts(tmp_path):
         ("val_acc", False, False, False),
     ],
 )  # fmt: skip
-def test_the_direction_is_guessed_and_said(metric, given, higher, said, tmp_path):
+def test_the_direction_is_guessed_and_said(
+    metric: str, given: bool | None, higher: bool, said: bool, tmp_path: Path
+) -> None:
     table(tmp_path / "adamw_seed0.csv", ["step", metric], [(1, 0.5)])
     found = logs.find([tmp_path], Asked("csv", metric, higher=given))
     (made,) = tables(found.runs, tuned=[])
@@ -232,7 +244,7 @@ def test_the_direction_is_guessed_and_said(metric, given, higher, said, tmp_path
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_file_among_others_is_named(tmp_path):
+def test_a_damaged_file_among_others_is_named(tmp_path: Path) -> None:
     by_folder(tmp_path)
     (tmp_path / "adamw_seed9").mkdir()
     (tmp_path / "adamw_seed9" / "events.out.tfevents.1.x").write_bytes(b"nonsense")
@@ -253,7 +265,7 @@ def test_a_damaged_file_among_others_is_named(tmp_path):
     assert set(states.values()) == {"done"}
 
 
-def test_without_hyperparameters_the_message_says_where_a_key_can_come_from(tmp_path):
+def test_without_hyperparameters_the_message_says_where_a_key_can_come_from(tmp_path: Path) -> None:
     (tmp_path / "adam_seed0").mkdir()
     (tmp_path / "adam_seed0" / "log.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
     with pytest.raises(UserError) as caught:

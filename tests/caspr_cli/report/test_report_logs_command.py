@@ -14,12 +14,12 @@ OWN = ("--from", "csv", "runs", "--metric", METRIC)
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     monkeypatch.chdir(tmp_path)
     return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
-def test_the_examples_of_the_help_run(call):
+def test_the_examples_of_the_help_run(call: Call) -> None:
     by_add_hparams(Path("runs"))
     for k, (optimizer, seed) in enumerate(RUNS):
         folder = Path("lightning_logs", f"version_{k}")
@@ -42,7 +42,7 @@ def test_the_examples_of_the_help_run(call):
     assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
 
 
-def test_other_commands_read_logs_too(call):
+def test_other_commands_read_logs_too(call: Call) -> None:
     by_keras(Path("runs"))
     assert call("curves", *OWN, "--to", "curves.svg") == 0
     assert "caspr" in Path("curves.svg").read_text()
@@ -85,7 +85,7 @@ def test_other_commands_read_logs_too(call):
          "the seed should be a whole number but is 0.5; --seed KEY"),
     ],
 )  # fmt: skip
-def test_mistakes_get_a_line_and_exit_code_2(argv, message, call):
+def test_mistakes_get_a_line_and_exit_code_2(argv: list[str], message: str, call: Call) -> None:
     by_keras(Path("runs"))
     Path("empty").mkdir()
     Path("text.txt").write_text("some words, and more\nof them\nand, so, on\nto the end\n")
@@ -95,7 +95,7 @@ def test_mistakes_get_a_line_and_exit_code_2(argv, message, call):
     assert message in call.refused("compare", *argv)
 
 
-def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path):
+def test_tensorboard_is_read_without_torch_and_tensorflow(tmp_path: Path) -> None:
     """Without TensorBoard itself, a line says what to install."""
     by_folder(tmp_path)
     argv = ["compare", "--from", "tensorboard", str(tmp_path), "--metric", METRIC]

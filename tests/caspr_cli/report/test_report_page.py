@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -20,18 +21,18 @@ COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
 
 
 @cache
-def study():
+def study() -> str:
     """Two of the five tasks, to save time."""
     tables = synthetic.study()
     return page([tables[0], tables[3]], profile(tables, "steps"), "Five tasks", COMMAND)
 
 
 @cache
-def bare():
+def bare() -> str:
     return page([synthetic.bare()], None, "Little is known", COMMAND)
 
 
-def results_of(html):
+def results_of(html: str) -> tuple[str, str]:
     """Return the first table, and the same for phones."""
     results = html[html.index('id="results"') : html.index("</section>")]
     wide, _, narrow = results.partition('class="numbers narrow"')
@@ -39,13 +40,13 @@ def results_of(html):
 
 
 @pytest.fixture
-def without_figures(monkeypatch):
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time of a page."""
     monkeypatch.setattr("caspr_cli.report.page._figures", lambda table, styles: [])
 
 
 @pytest.mark.parametrize("made", [study, bare])
-def test_it_is_html_with_every_tag_closed_that_needs_nothing_from_elsewhere(made):
+def test_it_is_html_with_every_tag_closed_that_needs_nothing_from_elsewhere(made: Callable[[], str]) -> None:
     html = made()
     assert html.startswith("<!doctype html>")
     assert re.findall(r"https?://|//\w|@import|src=", html) == []
@@ -76,7 +77,7 @@ def test_it_is_html_with_every_tag_closed_that_needs_nothing_from_elsewhere(made
     assert "@media screen and (max-width: 40rem)" in css
 
 
-def test_what_the_page_of_a_study_says():
+def test_what_the_page_of_a_study_says() -> None:
     html = study()
     found = parsed(html)
     cells, code = found.within("td", "th", "span", "div"), found.within("code")
@@ -106,7 +107,7 @@ def test_what_the_page_of_a_study_says():
     assert "soap was not run on resnet" in html
 
 
-def test_provenance_is_counted_or_left_out(without_figures):
+def test_provenance_is_counted_or_left_out(without_figures: None) -> None:
     gpu = {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 4}, "machine": {"processor": "Xeon"}}
     made = table([run("caspr", 0), run("caspr", 1, provenance=gpu)])
     several = page([made], profile([made], "steps"), "Two", COMMAND)
@@ -119,7 +120,7 @@ def test_provenance_is_counted_or_left_out(without_figures):
     assert parsed(none).within("td").count("CPU") == 0
 
 
-def test_labels_and_words_of_files_are_text():
+def test_labels_and_words_of_files_are_text() -> None:
     evil = "<script>alert(1)</script>&amp;\"'"
     one = run(evil, 1, task__name=evil, task__data=evil, provenance={"packages": {evil: evil}, "python": "\ud800"})
     one.provenance["command"] = [evil]
@@ -133,7 +134,7 @@ def test_labels_and_words_of_files_are_text():
         assert evil in found.within(*tags)
 
 
-def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures):
+def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures: None) -> None:
     made = table(seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.4, 4.51, 4.49]))
     html = page([made], None, "One", COMMAND)
     results, cards = results_of(html)
@@ -145,7 +146,7 @@ def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figure
     assert "▲" not in row
 
 
-def test_rows_with_baselines_of_their_own_name_them(without_figures):
+def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
     runs = [each for k in (0.0, 0.1) for o in ("adamw", "caspr") for each in
             seeds(o, [4.0 + k, 4.1 + k, 4.3], optim__weight_decay=k)]  # fmt: skip
     html = page([table(runs, baseline="weight_decay=0")], None, "Own", COMMAND)
@@ -155,14 +156,14 @@ def test_rows_with_baselines_of_their_own_name_them(without_figures):
     assert ", against adamw" in text
 
 
-def test_a_row_of_one_table_is_that_of_another_with_the_same_settings(without_figures):
+def test_a_row_of_one_table_is_that_of_another_with_the_same_settings(without_figures: None) -> None:
     runs = [run("caspr", 1, optim__eps=1e-6), run("caspr", 1, optim__eps=1e-4, task__name="vit")]
     both = tables([*runs, run("caspr", 1, optim__eps=1e-6, task__name="vit")])
     assert parsed(page(both, None, "Two", COMMAND)).within("td").split("\n").count("not run") == 1
     assert opening(both)[0] == "2 rows compared on 2 tasks (c4_lm and vit): caspr eps=1e-06 and caspr eps=0.0001."
 
 
-def test_it_opens_with_what_was_compared():
+def test_it_opens_with_what_was_compared() -> None:
     first, second, third = opening([synthetic.study()[0], synthetic.study()[3]])
     assert first == "6 rows compared on 2 tasks (c4_lm and resnet): shampoo, caspr, soap, adamw, sgd and muon."
     assert second.startswith("55 reported runs with seeds 1 to 5; 54 of them ended with a finite value.")
@@ -172,7 +173,7 @@ def test_it_opens_with_what_was_compared():
     assert opening([table([run(optim__note=k) for k in range(12, 24)])])[0].endswith("note=18 and 5 more.")
 
 
-def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial(without_figures):
+def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial(without_figures: None) -> None:
     going = [run("caspr", 3, None, "running", optim__lr=1e-3), run("caspr", 4, None, "preempted", optim__lr=1e-3)]
     caspr = searched("caspr", [4.2, 4.0, 4.1]) + seeds("caspr", [4.0, 4.1], 1, optim__lr=1e-3)
     made = tables(caspr + going + searched("adamw", [4.5, 4.4, 4.6]))
@@ -182,7 +183,7 @@ def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial
     assert found.count("its seeds selected the trial") == 2  # the second is for phones
 
 
-def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch):
+def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("curves", "intervals", "best_of"):  # to save time
         monkeypatch.setattr(figures, name, lambda *_: "")
     again = [run("caspr", seed, 4.0, optim__lr=1e-3, search__rerank=3) for seed in (1001, 1002)]
@@ -205,7 +206,7 @@ def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch):
     assert tuning.BY_BUDGET not in parsed(plain).within("span")
 
 
-def test_what_is_unknown_is_not_made_up():
+def test_what_is_unknown_is_not_made_up() -> None:
     text = parsed(bare()).within("p", "td", "span", "text", "th")
     for said in (
         "There is no baseline",

@@ -11,7 +11,7 @@ from caspr_cli.report import terminal
 from caspr_cli.report.profile import as_sheet, names, profile, rho, score
 
 
-def test_scores_by_hand():
+def test_scores_by_hand() -> None:
     """a: ratios 1 and 2, so rho is 1/2 on [1, 2) and 1 on [2, 4]; b: 1.5 and 1; c: 5, which is too late, and never."""
     found = profile(
         [reaching("one", {"a": 100, "b": 150, "c": 500}), reaching("two", {"a": 80, "b": 40, "c": None})], "steps"
@@ -26,17 +26,17 @@ def test_scores_by_hand():
     assert found.left_out == ()
 
 
-def test_the_score_is_the_integral_of_rho():
+def test_the_score_is_the_integral_of_rho() -> None:
     ratios = (1.0, 1.3, 2.9, 3.999, 4.0, 7.0, math.inf)
     taus = np.linspace(1, 4, 3_001)
     assert score(ratios) == pytest.approx(np.trapezoid([rho(ratios, tau) for tau in taus], taus) / 3, abs=1e-3)
     assert [score(()), score((math.inf,))] == [0.0, 0.0]
 
 
-def test_rows_are_matched_by_settings_where_one_table_has_variants():
+def test_rows_are_matched_by_settings_where_one_table_has_variants() -> None:
     """caspr in one table is caspr eps=1e-06 in the other, and not its caspr eps=0.0001, and its layers are its own."""
 
-    def reached(task, optim, step, eps, layers):
+    def reached(task: str, optim: str, step: int, eps: float, layers: int) -> object:
         keys = {"optim__eps": eps, "task__name": task, "task__layers": layers}
         return run(optim, 0, 4.0, curve=[(step, 1.0, 4.0)], **keys)
 
@@ -48,7 +48,7 @@ def test_rows_are_matched_by_settings_where_one_table_has_variants():
     }  # fmt: skip
 
 
-def test_what_is_left_out_is_said():
+def test_what_is_left_out_is_said() -> None:
     tables = [
         reaching("one", {"a": 100, "b": 150}),
         reaching("two", {"a": 100}),
@@ -70,7 +70,7 @@ def test_what_is_left_out_is_said():
 
 
 @pytest.mark.parametrize("width", [200, 60])
-def test_lines_are_aligned_and_fit(width):
+def test_lines_are_aligned_and_fit(width: int) -> None:
     lines = list(terminal.profiled(profile(synthetic.study(), "steps"), width))
     at = next(k for k, line in enumerate(lines) if line.startswith("optimizer  score"))
     rows = lines[at + 1 : at + 1 + len(synthetic.ENDS)]
@@ -83,7 +83,7 @@ def test_lines_are_aligned_and_fit(width):
     assert width == 60 or {"1.00x", "never"} <= set(text.split())
 
 
-def test_the_best_of_each_column_is_bold():
+def test_the_best_of_each_column_is_bold() -> None:
     """Scores and shares are equal, and none of these is bold."""
     found = profile([reaching("one", {"a": 100, "b": 150}), reaching("two", {"a": 60, "b": 40})], "steps")
     made = as_sheet(found)
@@ -94,7 +94,7 @@ def test_the_best_of_each_column_is_bold():
     assert not any("\x1b" in line for line in terminal.profiled(found, 120))
 
 
-def test_of_a_task_with_two_lengths_that_with_more_runs_counts():
+def test_of_a_task_with_two_lengths_that_with_more_runs_counts() -> None:
     few, many = reaching("one", {"a": 100}), reaching("one", {"a": 100, "b": 400})
     found = profile([replace(few, steps=1000), many], "steps")
     assert found.tasks == ("one 300 steps",)
@@ -103,7 +103,7 @@ def test_of_a_task_with_two_lengths_that_with_more_runs_counts():
     )
 
 
-def test_tables_of_one_task_have_different_names():
+def test_tables_of_one_task_have_different_names() -> None:
     one = replace(synthetic.bare(), steps=None)
     assert names([one]) == ["c4_lm"]
     assert names([one, replace(one, scale="paper")]) == ["c4_lm sample", "c4_lm paper"]

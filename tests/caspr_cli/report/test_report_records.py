@@ -21,7 +21,7 @@ from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 
 
-def test_a_record_is_read_whole(tmp_path):
+def test_a_record_is_read_whole(tmp_path: Path) -> None:
     made = run("caspr", 3, 3.9, optim__order=float("inf"))
     path = write(made, tmp_path / "c4_lm/caspr/ab/seed3")
     (read,) = records.find([tmp_path]).runs
@@ -33,7 +33,7 @@ def test_a_record_is_read_whole(tmp_path):
     assert (read.result, read.provenance) == (made.result, made.provenance)
 
 
-def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_path):
+def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_path: Path) -> None:
     path = write(run(), tmp_path / "a/seed0")
     write(run(), tmp_path / ".sweep/seed0")
     write(run(), path / "checkpoints/inner")
@@ -76,7 +76,9 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("name", "content", "said"), LEFT_OUT + COUNTED)
-def test_what_cannot_be_read_is_a_warning_that_names_the_file(tmp_path, monkeypatch, name, content, said):
+def test_what_cannot_be_read_is_a_warning_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | type[Path] | None, said: str
+) -> None:
     monkeypatch.setattr(records, "LONGEST_JSON", 1_000_000)
     write(run(seed=0), tmp_path / "good/seed0")
     file = write(run(seed=1), tmp_path / "bad/seed1") / name
@@ -93,7 +95,7 @@ def test_what_cannot_be_read_is_a_warning_that_names_the_file(tmp_path, monkeypa
         records.find([tmp_path / "nowhere"])
 
 
-def test_a_record_that_has_just_begun_is_new_and_a_line_half_written_is_no_matter(tmp_path):
+def test_a_record_that_has_just_begun_is_new_and_a_line_half_written_is_no_matter(tmp_path: Path) -> None:
     path = write(run(state="running"), tmp_path / "a/seed0")
     (path / "status.json").unlink()
     with (path / "metrics.jsonl").open("a", encoding="utf8") as file:
@@ -103,7 +105,7 @@ def test_a_record_that_has_just_begun_is_new_and_a_line_half_written_is_no_matte
     assert found.warnings == []
 
 
-def test_a_validation_written_twice_counts_once_and_what_is_not_finite_is_none(tmp_path):
+def test_a_validation_written_twice_counts_once_and_what_is_not_finite_is_none(tmp_path: Path) -> None:
     path = write(run(curve=[(200, 1.0, 5.0), (100, None, 6.0), (200, 9.0, 5.5)]), tmp_path / "a/seed0")
     with (path / "metrics.jsonl").open("a", encoding="utf8") as file:
         file.write('{"step": 300, "val/loss": NaN}\n{"step": 400, "val/loss": null}\n')
@@ -113,7 +115,7 @@ def test_a_validation_written_twice_counts_once_and_what_is_not_finite_is_none(t
     ]  # fmt: skip
 
 
-def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path):
+def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path: Path) -> None:
     """Its spread would be infinite, and the row's numbers no JSON; a run that ended so is one that diverged."""
     for seed, value in enumerate((4.0, 4.1, 1e308, -1e51, 1e49)):
         write(run(seed=seed, final=value), tmp_path / f"a/seed{seed}")
@@ -124,7 +126,7 @@ def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path):
     assert json.loads(as_json(tables(runs)))[0]["n"] == 3
 
 
-def test_texts_are_read_as_they_can_be_written(tmp_path):
+def test_texts_are_read_as_they_can_be_written(tmp_path: Path) -> None:
     """On one line, as LaTeX's comments and Markdown's tables need it, and of letters that UTF-8 has."""
     made = run(state="failed", optim__note="a\n  b\x1b[31m c", provenance={"python": "3\n11"})
     made.status["error"] = "first \ud800\n    second"
@@ -144,13 +146,13 @@ def test_texts_are_read_as_they_can_be_written(tmp_path):
 # ---- packed ------------------------------------------------------------------------------------------------------
 
 
-def study(root):
+def study(root: Path) -> list[Path]:
     made = [run(optim, seed, 4 + 0.1 * seed + (optim == "adamw")) for optim in ("caspr", "adamw") for seed in range(3)]
     made.append(run("caspr", 3, state="failed", optim__order=float("inf")))
     return [write(each, root / each.path) for each in made]
 
 
-def test_a_pack_says_what_the_directories_say(tmp_path, monkeypatch):
+def test_a_pack_says_what_the_directories_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study(tmp_path / "all")
     there = records.find([tmp_path / "all"]).runs
     (tmp_path / "p.jsonl.gz").write_bytes(packs.pack(there, [tmp_path / "all"]))
@@ -164,13 +166,13 @@ def test_a_pack_says_what_the_directories_say(tmp_path, monkeypatch):
     assert packs.pack(back[::-1], [tmp_path / "p.jsonl.gz"]) == (tmp_path / "p.jsonl.gz").read_bytes()
 
 
-def test_records_that_are_packed_one_by_one_keep_places_of_their_own(tmp_path):
+def test_records_that_are_packed_one_by_one_keep_places_of_their_own(tmp_path: Path) -> None:
     roots = study(tmp_path / "all")
     (tmp_path / "p.jsonl.gz").write_bytes(packs.pack(records.find(roots).runs, roots))
     assert packs.unpack(packs.read(tmp_path / "p.jsonl.gz"), tmp_path / "after") == (len(roots), 0)
 
 
-def test_a_pack_keeps_private_things_to_itself(tmp_path):
+def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
     cut = run("caspr", status_error=None)
     cut.status["error"] = "process 77 on somewhere (since 2026) is gone; see /home/someone/outputs/log.txt, val/loss"
     cut.provenance["note"] = "https://example.org/a/b"
@@ -187,7 +189,7 @@ def test_a_pack_keeps_private_things_to_itself(tmp_path):
     assert entry["curve"][0] == [100, 10.0, 5.0]
 
 
-def spoilt(part, key, value):
+def spoilt(part: str, key: str, value: object) -> bytes:
     """A pack of two records, one of them damaged in the file alone."""
     first, good, bad = gzip.decompress(packs.pack([run(seed=0), run(seed=1)], [])).decode().splitlines()
     entry = json.loads(bad)
@@ -227,7 +229,7 @@ def spoilt(part, key, value):
         ("path", "", 3, ""),
     ],
 )
-def test_a_pack_is_looked_at_like_directories(tmp_path, part, key, value, said):
+def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: str, value: object, said: str) -> None:
     pack = tmp_path / "x.jsonl.gz"
     pack.write_bytes(spoilt(part, key, value))
     with pytest.raises(UserError) as caught:
@@ -251,7 +253,7 @@ HEAD = b'{"caspr-report": "records", "version": 1}\n'
         pytest.param(gzip.compress(HEAD, mtime=0)[:-12], "cannot be read", id="cut off"),
     ],
 )
-def test_a_file_that_is_no_pack_is_named(tmp_path, content, said):
+def test_a_file_that_is_no_pack_is_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
         records.find([tmp_path / "x.jsonl.gz"])
@@ -262,7 +264,9 @@ def test_a_file_that_is_no_pack_is_named(tmp_path, content, said):
     ("line", "said"),
     [(b"[" * 1000, "a line of more than 1 MB"), (b"", "more than 2 MB")],
 )
-def test_a_pack_that_inflates_without_end_is_refused_in_a_line(tmp_path, monkeypatch, line, said):
+def test_a_pack_that_inflates_without_end_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, said: str
+) -> None:
     monkeypatch.setattr(packs, "LONGEST_LINE", 1_000_000)
     monkeypatch.setattr(packs, "MOST", 2_000_000)
     whole = gzip.decompress(packs.pack([run()], [])).splitlines()[1] + b"\n"
@@ -278,7 +282,7 @@ def test_a_pack_that_inflates_without_end_is_refused_in_a_line(tmp_path, monkeyp
 
 
 @pytest.mark.release
-def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path):
+def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path: Path) -> None:
     for k in range(250):
         optim, trial, seed = ("caspr", "shampoo", "adamw", "muon", "soap")[k % 5], k // 5 % 10, k // 50
         made = run(optim, seed, 4 + 0.001 * (k * 7919 % 101), optim__lr=1e-3 * (trial + 1))
@@ -292,7 +296,7 @@ def test_a_thousand_records_would_be_compared_in_five_seconds(tmp_path):
 # ---- unpacked ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path):
+def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path: Path) -> None:
     """Through the recipe's own reader: its name is that of its directory, so that the runner finds and skips it."""
     compose.register_schemas()
     search = SearchConf("lr", 6, {"optim.lr": {"log": [1e-3, 0.1]}})
@@ -317,7 +321,7 @@ def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path):
     assert plan(again, Record.of(again)) == "skip"
 
 
-def test_a_pack_cannot_write_elsewhere(tmp_path):
+def test_a_pack_cannot_write_elsewhere(tmp_path: Path) -> None:
     run = Run("x.jsonl.gz:../evil", {"task.target.metric": "val/loss"}, {}, {}, {})
     with pytest.raises(UserError, match="should be relative"):
         packs.unpack([run], tmp_path / "in")

@@ -1,4 +1,5 @@
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,14 @@ from tabled import row, searched, seeds, table, warned
 from caspr_cli.common.errors import UserError
 from caspr_cli.report import tuning
 from caspr_cli.report.compare import tables
+from caspr_cli.report.model import Run
 from caspr_cli.report.profile import names
 from caspr_cli.report.selection import where
 
 # ---- rows and labels ---------------------------------------------------------------------------------------------
 
 
-def test_one_table_for_each_task_scale_and_kind_of_data():
+def test_one_table_for_each_task_scale_and_kind_of_data() -> None:
     made = tables(
         [run(), run(scale="long"), run(task__data="files"), run(task__name="vit"), run(task__target__metric="val/map")]
     )
@@ -28,13 +30,13 @@ def test_one_table_for_each_task_scale_and_kind_of_data():
     ]
 
 
-def test_what_changes_no_number_makes_no_row():
+def test_what_changes_no_number_makes_no_row() -> None:
     ignored = {"resume": "never", "output_dir": "b", "trainer__devices": 2, "task__root": "/x"}
     made = table([run(seed=0), run(seed=1, **ignored), run(seed=2, task__target__value=4.4, search__trials=9)])
     assert [(each.label, each.n) for each in made.rows] == [("adamw", 3)]
 
 
-def test_labels_show_what_differs_within_an_optimizer_and_nothing_else():
+def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None:
     made = table(
         [
             run("caspr", optim__eps=1e-6, optim__order=2.0),
@@ -51,7 +53,7 @@ def test_labels_show_what_differs_within_an_optimizer_and_nothing_else():
     }
 
 
-def test_no_run_is_lost_where_values_are_written_alike():
+def test_no_run_is_lost_where_values_are_written_alike() -> None:
     number = seeds("adamw", [4.0, 4.1], optim__weight_decay=0.0) + seeds("adamw", [4.2], 2, optim__weight_decay=0)
     assert [(each.label, each.n) for each in table(number).rows] == [("adamw", 3)]
     words = seeds("adamw", [4.0, 4.1], optim__root_dtype=None) + seeds("adamw", [4.2], optim__root_dtype="null")
@@ -66,7 +68,7 @@ def test_no_run_is_lost_where_values_are_written_alike():
     assert table(words, baseline="adamw root_dtype=null (2)").baseline == "adamw root_dtype=null (2)"
 
 
-def test_runs_that_look_whether_all_works_are_left_out_and_said():
+def test_runs_that_look_whether_all_works_are_left_out_and_said() -> None:
     look = run(seed=0, final=7.0, debug="fast", trainer__max_steps=20)
     made = table([*seeds("adamw", [4.0, 4.1, 4.2]), *seeds("caspr", [4.0, 4.1, 4.2]), look])
     assert (made.baseline, len(made.rows)) == ("adamw", 2)
@@ -77,7 +79,7 @@ def test_runs_that_look_whether_all_works_are_left_out_and_said():
         tables([look])
 
 
-def test_a_table_is_on_one_data_set():
+def test_a_table_is_on_one_data_set() -> None:
     other = {"task__root": "/b", "provenance": {"data": {"hash": "ffff"}}}
     unknown = run("caspr", 3, None, "failed", provenance={"data": None})
     made = tables([*seeds("caspr", [4.0, 4.1, 4.2]), unknown, *seeds("caspr", [2.0, 2.1], **other)])
@@ -89,7 +91,7 @@ def test_a_table_is_on_one_data_set():
     assert warned(made[1], "these are on ffff, those on abcd")
 
 
-def test_a_key_that_older_records_lack_is_that_of_the_others_where_they_agree():
+def test_a_key_that_older_records_lack_is_that_of_the_others_where_they_agree() -> None:
     old = run("caspr", 0, without=["schedule.warmup", "trial", "search.name", "trainer.precision"])
     assert [each.n for each in table([old, run("caspr", 1)]).rows] == [2]
     null = [old, run("caspr", 1, optim__root_dtype=None), run("caspr", 2, optim__root_dtype="bfloat16")]
@@ -105,7 +107,7 @@ def test_a_key_that_older_records_lack_is_that_of_the_others_where_they_agree():
     }
 
 
-def test_tuned_keys_are_those_of_the_search_and_can_be_said():
+def test_tuned_keys_are_those_of_the_search_and_can_be_said() -> None:
     space = {
         "search__name": "s",
         "search__space__schedule__warmup__choice": [0.05, 0.1],
@@ -122,7 +124,7 @@ def test_tuned_keys_are_those_of_the_search_and_can_be_said():
     assert {each.label for each in said.rows} == {"caspr betas=0.8,0.95", "caspr betas=0.9,0.95"}
 
 
-def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them():
+def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them() -> None:
     code = {"code": {"commit": "9" * 40}}
     one, other = run(final=4.0), run(final=4.5, trainer__devices=2, trainer__accumulate=2, provenance=code)
     moved = replace(one, path=other.path), replace(other, path=one.path)
@@ -138,12 +140,12 @@ def test_duplicates_are_named_by_what_differs_and_chosen_by_what_is_in_them():
 # ---- selection ---------------------------------------------------------------------------------------------------
 
 
-def chosen(runs):
+def chosen(runs: Sequence[Run]) -> dict[str, float]:
     """The selected learning rate of each row."""
     return {each.label: each.selected.values["optim.lr"] for each in table(runs).rows if each.selected}
 
 
-def test_validation_selects_and_held_out_seeds_report():
+def test_validation_selects_and_held_out_seeds_report() -> None:
     runs = searched("caspr", [4.2, 3.9, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-3)
     found = table(runs).rows[0]
     assert ([each.seed for each in found.runs], found.held_out, found.n) == ([1, 2], True, 2)
@@ -174,11 +176,11 @@ def test_validation_selects_and_held_out_seeds_report():
         (searched("caspr", [4.2, 4.1]) + seeds("caspr", [1.0, 1.0], 5, optim__lr=1.0), {"caspr": 1e-3}),
     ],
 )  # fmt: skip
-def test_which_trial_is_selected(runs, expected):
+def test_which_trial_is_selected(runs: list[Run], expected: dict[str, float]) -> None:
     assert chosen(runs) == pytest.approx(expected)
 
 
-def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets():
+def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets() -> None:
     """They are drawn around the best of the others, so they are no draws of the search."""
     extended = {"search__extend": True, "search__trials": 3}
     runs = [
@@ -197,14 +199,14 @@ def test_trials_that_were_added_at_an_edge_say_nothing_of_smaller_budgets():
     assert not warned(table(only_added), "nothing selected")
 
 
-def test_budgets_count_trials_by_the_seeds_that_select():
+def test_budgets_count_trials_by_the_seeds_that_select() -> None:
     failed = table(searched("caspr", [None, 4.1]) + seeds("caspr", [4.0, 4.05], 1, optim__lr=1e-4)).rows[0]
     assert (failed.budget, failed.best_of) == ({"failed": 1, "done": 1}, pytest.approx((4.1, 4.1)))
     not_finite = table([*searched("caspr", [4.1]), run("caspr", 0, None, optim__lr=1.0)]).rows[0]
     assert not_finite.budget == {"done": 1, "failed": 1}
 
 
-def test_what_is_odd_about_a_selection_is_said():
+def test_what_is_odd_about_a_selection_is_said() -> None:
     one = table(searched("caspr", [4.2, 3.9]) + seeds("caspr", [4.0], 1, optim__lr=1e-3))  # too few to report alone
     assert ([each.seed for each in one.rows[0].runs], one.rows[0].held_out) == ([0, 1], False)
     assert warned(one, "the reported seeds selected the trial, too", "caspr")
@@ -225,7 +227,7 @@ def test_what_is_odd_about_a_selection_is_said():
 # ---- seeds that failed, or have not finished ---------------------------------------------------------------------
 
 
-def test_failed_seeds_are_counted_and_said():
+def test_failed_seeds_are_counted_and_said() -> None:
     runs = [*seeds("caspr", [4.0, 4.2, None, 4.1]), run("caspr", 4, None, "failed"), run("caspr", 5, None, "running")]
     made = table(runs)
     found = made.rows[0]
@@ -235,7 +237,7 @@ def test_failed_seeds_are_counted_and_said():
     assert warned(made, "caspr: not finished: seed 5 (running)")
 
 
-def test_those_that_are_left_of_a_row_do_not_win():
+def test_those_that_are_left_of_a_row_do_not_win() -> None:
     runs = seeds("adamw", [4.0, 4.02, 3.99, 4.01, 4.0]) + seeds("caspr", [3.7, 3.71, None, None, None])
     made = table(runs + seeds("soap", [4.6, 4.61, 4.62, 4.6, 4.6]))
     assert [each.label for each in made.rows] == ["adamw", "soap", "caspr"]
@@ -249,7 +251,7 @@ def test_those_that_are_left_of_a_row_do_not_win():
     assert row(table(both), "caspr").difference.verdict == "better"
 
 
-def test_a_row_of_which_nothing_is_done_is_there_without_numbers():
+def test_a_row_of_which_nothing_is_done_is_there_without_numbers() -> None:
     made = table([run("caspr", 0, None, "failed"), *seeds("adamw", [4.0, 4.1])])
     found = row(made, "caspr")
     assert (found.n, found.mean, found.selected, found.runs, found.best_of) == (0, None, None, (), ())
@@ -261,7 +263,7 @@ def test_a_row_of_which_nothing_is_done_is_there_without_numbers():
 # ---- targets -----------------------------------------------------------------------------------------------------
 
 
-def test_times_to_the_target_are_medians_in_which_a_miss_is_infinite():
+def test_times_to_the_target_are_medians_in_which_a_miss_is_infinite() -> None:
     slow = [(100, 10.0, 6.0), (200, 20.0, 5.0), (300, 30.0, 4.0)]
     never = [(300, 30.0, 6.0)]
     three = [run("caspr", 0, 4.0), run("caspr", 1, 4.0, curve=slow), run("caspr", 2, 6.0, curve=never)]
@@ -275,14 +277,14 @@ def test_times_to_the_target_are_medians_in_which_a_miss_is_infinite():
     assert (without.reached, without.steps_to_target, without.seconds_to_target) == (None, None, None)
 
 
-def test_another_target_is_read_from_the_curves():
+def test_another_target_is_read_from_the_curves() -> None:
     fast = [(100, None, 4.0), (200, 20.0, 3.9)]
     made = table([run("caspr", 0, 4.0), run("adamw", 0, 3.9, curve=fast)], wanted={"c4_lm": 4.3})
     assert made.target == 4.3
     assert [(each.steps_to_target, each.seconds_to_target) for each in made.rows] == [(100, None), (200, 20.0)]
 
 
-def test_where_targets_differ_the_commonest_holds_for_all_and_is_said():
+def test_where_targets_differ_the_commonest_holds_for_all_and_is_said() -> None:
     runs = [*seeds("caspr", [4.0, 4.0]), run("adamw", 0, 4.0, task__target__value=4.9), run("adamw", 1, 4.0)]
     made = table(runs)
     assert made.target == 4.5
@@ -293,7 +295,7 @@ def test_where_targets_differ_the_commonest_holds_for_all_and_is_said():
 # ---- like with like ----------------------------------------------------------------------------------------------
 
 
-def test_runs_of_another_length_have_a_table_of_their_own():
+def test_runs_of_another_length_have_a_table_of_their_own() -> None:
     short = seeds("caspr", [5.0, 5.1], trainer__max_steps=100) + seeds("adamw", [5.5, 5.6], trainer__max_steps=100)
     long, brief = tables(short + seeds("caspr", [4.0, 4.1]) + seeds("adamw", [4.5, 4.6]))
     assert [(each.steps, [row.label for row in each.rows]) for each in (long, brief)] == [
@@ -325,7 +327,7 @@ def test_runs_of_another_length_have_a_table_of_their_own():
         (["optim=caspr", "seed=2"], "--where seed=2: no record has it (seed is 0 and 1)"),
     ],
 )
-def test_where_keeps_the_runs_that_meet_every_condition(conditions, kept):
+def test_where_keeps_the_runs_that_meet_every_condition(conditions: list[str], kept: list[int] | str) -> None:
     runs = [run("caspr", 0, optim__lr=0.01), run("caspr", 1, state="failed"), run("adamw", 2, optim__lr=0.010)]
     runs += [run("muon", 3, optim__betas=[0.9, 0.99], task__name="vit")]
     if isinstance(kept, str):

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,14 +10,15 @@ from tabled import searched, seeds, table
 from caspr_cli.common.selection import AGAIN
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.report import render, terminal, tuning
+from caspr_cli.report.model import Run
 from caspr_cli.report.trials import around, edges, outcomes, width
 
 
-def trial(index, value, seed=0, state="done", **keys):
+def trial(index: int, value: float | None, seed: int = 0, state: str = "done", **keys: Any) -> Run:
     return run("caspr", seed, value, state, trial=index, search__name="joint", **keys)
 
 
-def joint():
+def joint() -> list[Run]:
     """Six trials in two keys, of which the second in place is the best when run again; one fails, one diverges."""
     space = {"search__rerank": 2, "search__space__optim.lr__log": [1e-4, 1e-1]}
     space["search__space__optim.weight_decay__log"] = [0.01, 1.0]
@@ -43,7 +45,7 @@ def joint():
 # ---- what came of trials -----------------------------------------------------------------------------------------
 
 
-def test_every_trial_is_there_by_value_with_what_came_of_it():
+def test_every_trial_is_there_by_value_with_what_came_of_it() -> None:
     (only,) = table(joint()).rows
     found = outcomes(only)
     assert [(one.trial.index, one.value, one.again) for one in found] == [
@@ -59,7 +61,7 @@ def test_every_trial_is_there_by_value_with_what_came_of_it():
     assert [one.value for one in outcomes(rising.rows[0])] == [0.6, 0.5]
 
 
-def test_a_trial_that_goes_on_or_diverged_or_has_another_seed_says_so():
+def test_a_trial_that_goes_on_or_diverged_or_has_another_seed_says_so() -> None:
     runs = searched("caspr", [4.0, 4.1, None])
     runs += [run("caspr", 0, None, "running", optim__lr=0.5), run("caspr", 7, 3.0, optim__lr=0.7)]
     states = {one.trial.values["optim.lr"]: one.state for one in outcomes(table(runs).rows[0])}
@@ -69,7 +71,7 @@ def test_a_trial_that_goes_on_or_diverged_or_has_another_seed_says_so():
     }  # fmt: skip
 
 
-def test_the_table_of_trials_marks_the_selected_one_and_its_edges():
+def test_the_table_of_trials_marks_the_selected_one_and_its_edges() -> None:
     made = table(joint())
     every = tuning.trials(made)
     assert every.heads == ["row", "trial", "val/loss", "again", "lr", "weight_decay", "state"]
@@ -83,7 +85,7 @@ def test_the_table_of_trials_marks_the_selected_one_and_its_edges():
 
 
 @pytest.mark.parametrize("width", [130, 80, 60])
-def test_a_terminal_keeps_the_state_of_a_trial(width):
+def test_a_terminal_keeps_the_state_of_a_trial(width: int) -> None:
     text = list(terminal.trials([table(joint())], width))
     assert max(map(len, text)) <= max(width, 95)
     assert any(line.startswith("caspr") and line.endswith("failed: RuntimeError: CUDA out of memory") for line in text)
@@ -105,7 +107,9 @@ def test_a_terminal_keeps_the_state_of_a_trial(width):
         ({1e-3: -0.6, 1e-2: -1.0, 1e-1: -0.92}, 1, 10**-2.025, 10**-1.875, (False, False), "×1.41"),  # below zero
     ],
 )
-def test_the_width_by_hand(rates, sign, low, high, open_, factor):
+def test_the_width_by_hand(
+    rates: dict[float, float], sign: int, low: float, high: float, open_: tuple[bool, bool], factor: str
+) -> None:
     wide = around(rates, sign)
     assert (wide.low, wide.high) == pytest.approx((low, high))
     best = min(rates, key=rates.__getitem__)
@@ -113,16 +117,17 @@ def test_the_width_by_hand(rates, sign, low, high, open_, factor):
     assert wide.line == tuple((x, sign * value) for x, value in rates.items())
 
 
-def test_the_width_of_a_row():
+def test_the_width_of_a_row() -> None:
     higher = {"task__target__higher_is_better": True}
     wide = width(table(searched("caspr", [0.6, 1.0, 0.92, None], **higher)).rows[0])
+    assert wide is not None
     assert (wide.best, wide.low) == ((pytest.approx(1e-3), 1.0), pytest.approx(10**-3.025))
     assert width(table(searched("caspr", [4.0, None])).rows[0]) is None  # one rate has no width
     assert width(table(searched("caspr", [None, None])).rows[0]) is None
 
 
 @given(st.dictionaries(st.floats(1e-6, 1e3), st.floats(0.1, 10), min_size=2, max_size=12))
-def test_what_every_width_has(rates):
+def test_what_every_width_has(rates: dict[float, float]) -> None:
     wide = around(rates)
     assert wide.best[1] == min(rates.values())
     assert min(rates) <= wide.low <= wide.best[0] <= wide.high <= max(rates)
@@ -133,20 +138,21 @@ def test_what_every_width_has(rates):
     assert math.isclose(scaled.high, wide.high, rel_tol=1e-6)
 
 
-def test_of_joint_trials_the_line_joins_those_that_none_farther_out_surpasses():
+def test_of_joint_trials_the_line_joins_those_that_none_farther_out_surpasses() -> None:
     ends = {1e-4: 4.5, 3e-4: 4.2, 1e-3: 4.9, 3e-3: 4.0, 1e-2: 4.6, 3e-2: 4.3, 1e-1: 4.4}
     runs = [
         run(optim__lr=lr, final=v, optim__weight_decay=0.1 * k, search__space={})
         for k, (lr, v) in enumerate(ends.items())
     ]
     found = width(table(runs, tuned=["optim.lr", "optim.weight_decay"]).rows[0])
+    assert found is not None
     assert [x for x, _ in found.line] == [1e-4, 3e-4, 3e-3, 3e-2, 1e-1]
 
 
 # ---- budgets -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_by_budget_from_the_untuned_one_on():
+def test_rows_by_budget_from_the_untuned_one_on() -> None:
     runs = searched("caspr", [4.0, 4.1, 4.2, 4.3, 4.4, 4.5]) + searched("adamw", [4.6, 4.7])
     runs += [run("caspr", k, 5.0 + 0.01 * k, trial="default", search__name=None, optim__lr=0.7) for k in (1, 2, 3)]
     made = tuning.by_budget(table(runs))
@@ -160,7 +166,7 @@ def test_rows_by_budget_from_the_untuned_one_on():
     assert not tuning.by_budget(table(searched("caspr", [None, None])))
 
 
-def test_the_untuned_row_is_that_of_the_same_variant():
+def test_the_untuned_row_is_that_of_the_same_variant() -> None:
     runs = []
     for eps, value in ((1e-6, 4.0), (1e-4, 4.5)):
         runs += searched("caspr", [value, value + 0.1], optim__eps=eps)
@@ -175,7 +181,7 @@ def test_the_untuned_row_is_that_of_the_same_variant():
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
-def test_what_each_row_ran_with():
+def test_what_each_row_ran_with() -> None:
     runs = searched("caspr", [4.0, 4.1], optim__nesterov=False, optim__exponent=0.5, trainer__clip_norm=None)
     runs += seeds("muon", [4.5, 4.6], optim__momentum=0.95, trainer__clip_norm=1.0)
     made = tuning.ran_with(table(runs))
@@ -187,7 +193,7 @@ def test_what_each_row_ran_with():
     ]
 
 
-def test_those_that_always_have_nesterov_have_no_key_for_it():
+def test_those_that_always_have_nesterov_have_no_key_for_it() -> None:
     assert set(tuning.ALWAYS_NESTEROV) <= set(OPTIMIZERS)
     with_key = {name for name, entry in OPTIMIZERS.items() if hasattr(entry.keys, "nesterov")}
     assert not with_key.intersection(tuning.ALWAYS_NESTEROV)
@@ -195,7 +201,7 @@ def test_those_that_always_have_nesterov_have_no_key_for_it():
     assert said - with_key <= set(tuning.ALWAYS_NESTEROV)
 
 
-def test_the_short_tables_beside_the_results():
+def test_the_short_tables_beside_the_results() -> None:
     made = tuning.beside(table(joint()))
     assert [sheet.caption for sheet in made] == [tuning.BY_BUDGET, tuning.WIDTHS, tuning.RAN_WITH]
     assert all(render.markdown(sheet).count("\n") == len(sheet) + 1 for sheet in made)

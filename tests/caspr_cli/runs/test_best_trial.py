@@ -1,6 +1,8 @@
 """Which trial of a search is chosen."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +17,8 @@ from caspr_cli.tasks.registry import C4LMConf
 # ---- the best trial ----------------------------------------------------------------------------------------------
 
 
-def tuned(folder, count=3, *, higher=False):
-    def trial(index):
+def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[int], Recipe]:
+    def trial(index: int) -> Recipe:
         task = C4LMConf(target=Target("val/x", None, higher))
         search = SearchConf("lr", count, space={"optim.lr": {"log": [1e-3, 1e-1]}})
         recipe = Recipe(task=task, optim=CasprConf(lr=0.1 * (index + 1)), search=search, trial=index)
@@ -25,7 +27,7 @@ def tuned(folder, count=3, *, higher=False):
     return trial
 
 
-def ended(recipe, value, state="done"):
+def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
     record = Record.of(recipe)
     record.path.mkdir(parents=True)
     record.write("status.json", {"state": state})
@@ -41,7 +43,9 @@ def ended(recipe, value, state="done"):
         ((None, "failed", 8.0), False, 2),  # what is not finite, or failed, is not chosen
     ],
 )
-def test_the_best_is_the_best_at_the_end(tmp_path, finals, higher, best):
+def test_the_best_is_the_best_at_the_end(
+    tmp_path: Path, finals: tuple[float | str | None, ...], higher: bool, best: int
+) -> None:
     trial = tuned(tmp_path, higher=higher)
     for index, value in enumerate(finals):
         failed = isinstance(value, str)
@@ -50,7 +54,7 @@ def test_the_best_is_the_best_at_the_end(tmp_path, finals, higher, best):
     assert trials.best(trial) == best
 
 
-def test_a_trial_without_its_result_is_named(tmp_path):
+def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
     trial = tuned(tmp_path)
     for index in range(3):
         ended(trial(index), 0.5)
@@ -59,7 +63,7 @@ def test_a_trial_without_its_result_is_named(tmp_path):
         trials.best(trial)
 
 
-def test_trials_that_have_not_ended_are_named(tmp_path):
+def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
     trial = tuned(tmp_path)
     ended(trial(0), 0.5)
     ended(trial(1), 0.5, "running")
@@ -74,7 +78,7 @@ def test_trials_that_have_not_ended_are_named(tmp_path):
         trials.best(trial)
 
 
-def test_further_trials_wait_for_those_before(tmp_path):
+def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
     given = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
     composer = Composer(given)
     for trial, message in ((2, r"2 of 2 trials of optim=adamw have not ended"), (4, r"has 2 trials, and 2 x 1 more")):
@@ -85,10 +89,10 @@ def test_further_trials_wait_for_those_before(tmp_path):
     assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
 
 
-def test_the_best_waits_until_the_best_three_were_run_again(tmp_path):
+def test_the_best_waits_until_the_best_three_were_run_again(tmp_path: Path) -> None:
     trial = tuned(tmp_path, 4)
 
-    def again(index):
+    def again(index: int) -> Recipe:
         return replace(trial(index), search=replace(trial(index).search, rerank=3))
 
     for index, value in enumerate((0.4, 0.3, 0.2, 0.1)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running import wait_for
+from running import Runner, wait_for
 
 from caspr_cli.commands import train
 from caspr_cli.common.exits import BAD_USAGE, SOME_FAILED
@@ -18,6 +18,7 @@ from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.schema import Recipe
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
@@ -30,7 +31,7 @@ compose.register_schemas()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def hydra():
+def hydra() -> None:
     """Hydra runs, whichever of these tests are chosen: it splits the words of a sweep into jobs."""
     Composer()
 
@@ -47,7 +48,7 @@ TUNED = [name for name in choices("experiment") if name != "polar"]  # which com
 @pytest.mark.parametrize(
     ("name", "scale"), [*((name, "sample") for name in TUNED), *((name, "paper") for name in PAPER)]
 )
-def test_every_experiment_composes_at_every_scale(name, scale, tmp_path):
+def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_path: Path) -> None:
     # Every optimizer is composed for c4_14m; two of them do for the same table of another task.
     fewer = ["optim=caspr,sgd"] if name in ("molpcba", "ud_pos", "c4_234m", "vision") else []
     told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2", *fewer])
@@ -62,7 +63,7 @@ def test_every_experiment_composes_at_every_scale(name, scale, tmp_path):
     assert choices("experiment")[name]
 
 
-def test_without_a_search_only_the_reported_seeds_run():
+def test_without_a_search_only_the_reported_seeds_run() -> None:
     untuned = Experiment.read("polar", ["task=vit,resnet", "seed=1,2"])
     table = experiment.rows(untuned)
     assert not untuned.searches
@@ -70,7 +71,7 @@ def test_without_a_search_only_the_reported_seeds_run():
     assert {(len(row.tuning), len(row.untuned), len(row.reported)) for row in table} == {(0, 0, 2)}
 
 
-def test_an_experiment_is_like_another_but_for_what_it_says():
+def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
     damping, base = Experiment.read("damping"), Experiment.read("c4_14m")
     assert damping.jobs["task"] == base.jobs["task"]
     assert damping.jobs["task.layers"] == base.jobs["task.layers"]
@@ -81,7 +82,7 @@ def test_an_experiment_is_like_another_but_for_what_it_says():
     assert Experiment.read("damping", ["scale=paper"]).output_dir == "outputs/experiments/damping_paper"
 
 
-def test_a_list_in_a_list_is_one_value():
+def test_a_list_in_a_list_is_one_value() -> None:
     told = Experiment.read("momentum", ["search.trials=1"])
     table = experiment.rows(told)
     assert [row.label for row in table] == [
@@ -94,7 +95,7 @@ def test_a_list_in_a_list_is_one_value():
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
-def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name):
+def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name: str) -> None:
     told = Experiment.read(name)
     assert told.baseline
     first, *settings = told.baseline.split()
@@ -111,19 +112,19 @@ def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name):
         assert float_or_word(value) in map(float_or_word, values)
 
 
-def halves(setting):
+def halves(setting: str) -> tuple[str, str]:
     key, _, value = setting.partition("=")
     return key, value
 
 
-def float_or_word(text):
+def float_or_word(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def test_the_command_line_comes_last():
+def test_the_command_line_comes_last() -> None:
     told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
     assert told.tuning(range(2))[-2:] == ["trial=range(0,2)", "seed=0"]
     assert told.again(2)[-2:] == ["trial=top1,top2", "seed=1001,1002"]
@@ -134,7 +135,7 @@ def test_the_command_line_comes_last():
     assert not [word for word in plain.seeds() if word.startswith("trial")]
 
 
-def test_a_plan_counts_what_is_left(tmp_path):
+def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     """Of each row: 2 trials, both again at 2 seeds, the best at 3 seeds, 3 untuned; and trials that may be added."""
     given = ["optim=adamw,sgd", "search=lr", "search.trials=2", "seed=1,2,3", f"output_dir={tmp_path}"]
     told = Experiment.read("molpcba", given)
@@ -163,7 +164,7 @@ def test_a_plan_counts_what_is_left(tmp_path):
     assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
 
 
-def write(recipe, value, **status):
+def write(recipe: Recipe, value: float | None, **status: str) -> None:
     """Write the record of a run that is done; without a value, of one that failed."""
     record = Record.of(recipe)
     record.path.mkdir(parents=True, exist_ok=True)
@@ -173,17 +174,19 @@ def write(recipe, value, **status):
         record.write("result.json", {"final": {recipe.task.target.metric: value}, "seconds": 30.0})
 
 
-def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(tmp_path, monkeypatch):
+def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each sweep is written as if it had run: the next one follows from the command and the records alone."""
     given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
 
-    def quality(recipe):  # adamw likes large steps, sgd those in the middle of its range
+    def quality(recipe: Recipe) -> float:  # adamw likes large steps, sgd those in the middle of its range
         return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
 
     told, seen = Experiment.read("molpcba", given), list[tuple[str, ...]]()
     composer = Composer(told.shared(), sweeps=True)
     monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
-    searches = {}
+    searches: dict[tuple[str, ...], trials.Tuning] = {}
     for _, sweep in experiment.sweeps(told, experiment.rows(told)):
         seen.append(tuple(sweep))
         for job in words.split(sweep):
@@ -219,14 +222,16 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(tmp_p
     assert not [line for line in table.warnings if "unequal" in line]
 
 
-def test_the_selected_trial_is_run_shorter_until_the_length_is_known(tmp_path, monkeypatch):
+def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each sweep is written as if it had run."""
     given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
     given += ["optim=adamw", "seed=1,2", f"output_dir={tmp_path}", "task.target.value=0.84", "horizon=true"]
     told, seen = Experiment.read("molpcba", given), list[str]()
     composer = Composer(told.shared(), sweeps=True)
     monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
-    searches = {}
+    searches: dict[tuple[str, ...], trials.Tuning] = {}
     for line, sweep in experiment.sweeps(told, experiment.rows(told)):
         seen.append(line)
         for job in words.split(sweep):
@@ -244,6 +249,7 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(tmp_path, m
     rows = {row.label: row for row in table.rows}
     assert set(rows) == {"adamw", "adamw untuned"}  # shorter runs are no rows
     found = rows["adamw"].own_schedule
+    assert found is not None
     assert (found.steps, found.tried) == (150, (100, 125, 150, 200, 400))
     assert {run.config["trainer.max_steps"] for run in rows["adamw"].runs} == {400}
     for seed in (1, 2):  # as if it had been stopped while this length was run
@@ -252,7 +258,7 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(tmp_path, m
     assert horizon.next_length(later[0].reported) == 150
 
 
-def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path):
+def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path: Path) -> None:
     given = ["optim=adamw", "search=none", "seed=1", f"output_dir={tmp_path}", "horizon=true"]
     told = Experiment.read("molpcba", given)
     (row,) = experiment.rows(told)
@@ -262,7 +268,7 @@ def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path
 
 
 @pytest.mark.parametrize("final", [None, 0.1])
-def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path, final):
+def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path: Path, final: float | None) -> None:
     told = Experiment.read("molpcba", ["optim=adamw", "search=none", "seed=1,2", f"output_dir={tmp_path}"])
     (row,) = experiment.rows(told)
     write(row.reported[0], 1.0)
@@ -279,7 +285,7 @@ def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path, 
     assert horizon.next_length([replace(recipe, task=no_target) for recipe in row.reported]) is None
 
 
-def test_what_horizon_may_be(tmp_path):
+def test_what_horizon_may_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="horizon should be true or false for a table but is '7'"):
         Experiment.read("molpcba", ["horizon=7"])
     assert not Experiment.read("molpcba").horizon
@@ -295,7 +301,7 @@ def test_what_horizon_may_be(tmp_path):
             trials.resolve(config, given, {})
 
 
-def test_a_range_that_cannot_grow_stays(tmp_path):
+def test_a_range_that_cannot_grow_stays(tmp_path: Path) -> None:
     """A warm-up of four times as long leaves no room for the decay."""
     given = ["optim=sgd", "search=joint", "search.trials=2", f"output_dir={tmp_path}", "optim.lr=0.1"]
     told = Experiment.read("molpcba", given)
@@ -315,7 +321,7 @@ def test_a_range_that_cannot_grow_stays(tmp_path):
 
 
 @pytest.mark.parametrize(("resume", "left"), [("auto", 6), ("retry", 7), ("never", 8)])
-def test_what_is_run_again_is_not_counted_as_done(tmp_path, resume, left):
+def test_what_is_run_again_is_not_counted_as_done(tmp_path: Path, resume: str, left: int) -> None:
     words = ["optim=adamw", "search=lr", "search.trials=2", "search.rerank=0", "seed=1,2,3", f"resume={resume}"]
     told = Experiment.read("molpcba", [*words, f"output_dir={tmp_path}"])
     (row,) = experiment.rows(told)
@@ -326,14 +332,14 @@ def test_what_is_run_again_is_not_counted_as_done(tmp_path, resume, left):
     assert experiment.rows(told)[0].left == left
 
 
-def test_a_quoted_output_dir_is_where_the_records_are(tmp_path):
+def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
     told = Experiment.read("molpcba", ["optim=adamw", "search.trials=1", f"output_dir='{tmp_path}/a, b=c'"])
     assert told.output_dir == f"{tmp_path}/a, b=c"
     assert experiment.rows(told)[0].tuning[0].output_dir == told.output_dir
 
 
 @pytest.mark.parametrize("planned", [True, False])
-def test_a_table_without_its_data_is_refused_before_any_job(planned, tmp_path, monkeypatch, capsys):
+def test_a_table_without_its_data_is_refused_before_any_job(planned: bool, tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["experiment=ud_pos", "optim=adamw,sgd", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"]
     monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: pytest.fail("a sweep was started"))
     monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={str(planned).lower()}"])
@@ -344,11 +350,11 @@ def test_a_table_without_its_data_is_refused_before_any_job(planned, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path, monkeypatch):
+def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Experiment.read("molpcba", ["optim=sgd", f"output_dir={tmp_path}"])
     (row,) = experiment.rows(told)
 
-    def refused(recipe, *_):
+    def refused(recipe: Recipe, *_: object) -> Outcome:
         record = Record.of(recipe)
         record.path.mkdir(parents=True)
         record.write("status.json", {"state": "failed", "error": "x.csv:3: not a number", "user_error": True})
@@ -359,7 +365,7 @@ def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path, monkeypa
         experiment.seconds(row, [])
 
 
-def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path, monkeypatch, capsys):
+def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkeypatch, capsys) -> None:
     given = ["optim=adamw,sgd", "search.trials=2", f"output_dir={tmp_path}"]
     first = experiment.rows(Experiment.read("molpcba", given))[0].tuning[0]
     Record.of(first).path.mkdir(parents=True)
@@ -380,7 +386,7 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path, monkeypatch,
     assert f"damaged {file}" in " ".join(capsys.readouterr().out.split())  # lines are wrapped
 
 
-def test_records_that_cannot_be_had_are_one_line(tmp_path, monkeypatch, capsys):
+def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     folder = tmp_path / "folder"
     folder.touch()
     monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", "optim=sgd", f"output_dir={folder}"])
@@ -394,7 +400,7 @@ def test_records_that_cannot_be_had_are_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.release
-def test_a_table_from_nothing_and_again(runner):
+def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     """All sweeps of an experiment, stopped once on the way."""
     given = ["experiment=c4_14m", "optim=adamw", "search.trials=2", "seed=1,2", "output_dir=a_table"]
     process = runner.start(*given)

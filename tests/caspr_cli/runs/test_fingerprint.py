@@ -1,6 +1,8 @@
 import json
 import os
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from caspr_cli.tasks.registry import C4LMConf
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path: Path) -> Path:
     for name in ("train/a.txt", "train/b.txt", "test/c.txt", "d.txt"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_text(name)
@@ -20,7 +22,7 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def record(tmp_path, data):
+def record(tmp_path: Path, data: Path) -> Record:
     """The record of a run that is done."""
     made = Record(tmp_path / "record")
     made.path.mkdir()
@@ -29,15 +31,15 @@ def record(tmp_path, data):
     return made
 
 
-def files(data):
+def files(data: Path) -> list[Path]:
     return sorted(path for path in data.rglob("*") if path.is_file())
 
 
-def recipe(data):
+def recipe(data: Path) -> Recipe:
     return Recipe(task=C4LMConf(data=Source.files, root=str(data)), optim=AdamWConf())
 
 
-def test_what_has_moved_is_seen_without_reading_it(record, data):
+def test_what_has_moved_is_seen_without_reading_it(record: Record, data: Path) -> None:
     assert fingerprint.moved(record, data) == []
     os.utime(data / "train" / "b.txt", (1, 1))  # a time alone counts
     assert fingerprint.moved(record, data) == ["train/b.txt"]
@@ -49,7 +51,7 @@ def test_what_has_moved_is_seen_without_reading_it(record, data):
     assert fingerprint.moved(record, data) == [".", "d.txt", "test", "test/c.txt", "train/b.txt"]
 
 
-def test_a_root_that_is_a_file(tmp_path):
+def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     file, made = tmp_path / "data.zip", Record(tmp_path)
     file.write_bytes(b"one")
     fingerprint.keep(made, fingerprint.take(file, [file]))
@@ -58,13 +60,13 @@ def test_a_root_that_is_a_file(tmp_path):
     assert fingerprint.moved(made, file) == ["."]
 
 
-def test_of_many_files_the_folders_are_looked_at(record, data, monkeypatch):
+def test_of_many_files_the_folders_are_looked_at(record: Record, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "MOST", 3)
     assert list(fingerprint.take(data, files(data))) == [".", "test", "train"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"files": 1}', b'{"files": {"a": 1}}', b"[" * 200_000, None])
-def test_a_record_without_stamps_knows_of_nothing(record, data, content):
+def test_a_record_without_stamps_knows_of_nothing(record: Record, data: Path, content: bytes | None) -> None:
     """One of before, or a damaged file: no run is refused for it."""
     file = record.path / fingerprint.FILE
     file.unlink()
@@ -74,12 +76,12 @@ def test_a_record_without_stamps_knows_of_nothing(record, data, content):
     fingerprint.check_done(recipe(data), record)
 
 
-def test_data_that_are_away_are_no_other_data(record, data):
+def test_data_that_are_away_are_no_other_data(record: Record, data: Path) -> None:
     data.rename(data.with_name("away"))
     fingerprint.check_done(recipe(data), record)
 
 
-def test_the_content_counts(record, data):
+def test_the_content_counts(record: Record, data: Path) -> None:
     made = recipe(data)
     for path in files(data):
         os.utime(path, (1, 1))
@@ -100,10 +102,12 @@ def test_the_content_counts(record, data):
 
 
 @pytest.mark.parametrize("hashed", ["f00d", "beef"])
-def test_content_is_read_only_where_files_have_moved(record, data, hashed, monkeypatch):
+def test_content_is_read_only_where_files_have_moved(
+    record: Record, data: Path, hashed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
-    def describe(command, **given):
+    def describe(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
         asked.append(command)
         said = json.dumps({"data": {"hash": hashed}, "files": fingerprint.take(data, files(data))})
         return subprocess.CompletedProcess(command, 0, f"a line\n{said}\n", "")

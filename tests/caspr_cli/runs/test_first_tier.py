@@ -5,17 +5,18 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
-from running import losses, near, wait_for
+from running import Runner, losses, near, wait_for
 
 from caspr_cli.runs.processes import workers
 
 
-def ranks(record):
+def ranks(record: Path) -> int:
     return int(json.loads((record / "provenance.json").read_text())["device"]["processes"])
 
 
-def test_a_sweep_over_ranks_is_cut_off_and_continues(runner):
+def test_a_sweep_over_ranks_is_cut_off_and_continues(runner: Runner) -> None:
     """The worker of the first job is killed after a checkpoint; both jobs come to the same losses."""
     words = ["-m", "output_dir=tier", "trainer.devices=1,2"]
     process = runner.start(*words)

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +23,13 @@ pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")
-def whole(runner):
+def whole(runner: Runner) -> Path:
     """A run that nothing befell."""
     runner("output_dir=untouched")
     return runner.record("untouched")
 
 
-def cut_off(runner, whole, output_dir):
+def cut_off(runner: Runner, whole: Path, output_dir: str) -> Path:
     """The same run, as a kill after its last step leaves it."""
     shutil.copytree(runner.home / "untouched", runner.home / output_dir)
     record = runner.record(output_dir)
@@ -37,7 +39,7 @@ def cut_off(runner, whole, output_dir):
     return record
 
 
-def damage(file):
+def damage(file: Path) -> None:
     """One bit, in the middle of a weight."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -45,7 +47,7 @@ def damage(file):
     file.write_bytes(content)
 
 
-def test_where_nothing_is_whole_nothing_is_deleted(runner, whole):
+def test_where_nothing_is_whole_nothing_is_deleted(runner: Runner, whole: Path) -> None:
     record = cut_off(runner, whole, "hopeless")
     for name in ("last", "previous"):
         damage(record / "checkpoints" / f"{name}.ckpt")
@@ -60,7 +62,7 @@ def test_where_nothing_is_whole_nothing_is_deleted(runner, whole):
 
 
 @contextmanager
-def other_data(runner):
+def other_data(runner: Runner) -> Iterator[None]:
     """While a word of the corpus is another one, at the same length; what is put back has another time."""
     (file,) = (runner.home / "corpus").glob("c4-train*")
     whole = file.read_bytes()
@@ -72,12 +74,12 @@ def other_data(runner):
         file.write_bytes(whole)
 
 
-def content(record):
+def content(record: Path) -> dict[str, bytes]:
     names = ("metrics.jsonl", "result.json", "data_files.json", "checkpoints/last.ckpt")
     return {name: (record / name).read_bytes() for name in names if (record / name).exists()}
 
 
-def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner, whole):
+def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: Runner, whole: Path) -> None:
     """For a run that was cut off and for one that is done. Only content counts, not the times of files."""
     record = cut_off(runner, whole, "changed")
     before = content(record)
@@ -114,7 +116,7 @@ def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner, w
     assert content(record)["data_files.json"] != before["data_files.json"]
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(runner, whole):
+def test_a_checkpoint_that_does_not_fit_is_named(runner: Runner, whole: Path) -> None:
     """Whole, with the right checksums and steps, and tensors of another model."""
     record = cut_off(runner, whole, "misfit")
     for name in ("last", "previous"):
@@ -128,7 +130,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(runner, whole):
     assert "Traceback" not in out
 
 
-def test_a_second_command_that_starts_with_the_first_names_it(runner):
+def test_a_second_command_that_starts_with_the_first_names_it(runner: Runner) -> None:
     first = runner.start("output_dir=twice", "trainer.max_steps=4000")
     lock = until_lock(runner.home / "twice")
     out = runner("output_dir=twice", "trainer.max_steps=4000", expect=2)
@@ -138,7 +140,7 @@ def test_a_second_command_that_starts_with_the_first_names_it(runner):
     assert lock.exists()
 
 
-def until_lock(directory):
+def until_lock(directory: Path) -> Path:
     for _ in range(3000):
         if found := list(directory.glob("*/*/*/seed0/.lock")):
             return found[0]
@@ -146,13 +148,13 @@ def until_lock(directory):
     raise AssertionError("the run does not begin")
 
 
-def shell(runner, line):
+def shell(runner: Runner, line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", "-c", line], cwd=runner.home, env=runner.environment, capture_output=True, text=True, check=False
     )
 
 
-def test_a_run_with_no_streams_at_all_is_done(runner, whole):
+def test_a_run_with_no_streams_at_all_is_done(runner: Runner, whole: Path) -> None:
     done = shell(runner, f"{shlex.join(runner.command('output_dir=closed'))} >&- 2>&- <&-")
     assert done.returncode == 0
     record = runner.record("closed")
@@ -161,7 +163,7 @@ def test_a_run_with_no_streams_at_all_is_done(runner, whole):
     assert len(json.loads((record / ".lock").read_text())) == 3  # and nothing that was printed
 
 
-def test_too_little_memory_is_named(runner):
+def test_too_little_memory_is_named(runner: Runner) -> None:
     limits = "ulimit -v 3000000"  # kB: enough to compose, not to train
     done = shell(runner, f"{limits}; exec {shlex.join(runner.command('output_dir=memory'))}")
     said = done.stdout + done.stderr
@@ -170,7 +172,7 @@ def test_too_little_memory_is_named(runner):
     assert "Traceback" not in said
 
 
-def test_a_rank_that_hangs_is_named_and_ended(runner):
+def test_a_rank_that_hangs_is_named_and_ended(runner: Runner) -> None:
     """The other one ends it: torch's launcher would ask it, which a stopped process does not hear, and wait."""
     settings = ["output_dir=hung", "trainer.devices=2", "trainer.timeout=4", "trainer.max_steps=3000"]
     process = runner.start(*settings)
@@ -191,7 +193,7 @@ needs_mount = pytest.mark.skipif("not can_mount()", reason="nothing can be mount
 
 
 @needs_mount
-def test_a_directory_that_cannot_be_written_is_named_at_once(runner):
+def test_a_directory_that_cannot_be_written_is_named_at_once(runner: Runner) -> None:
     with mounted(runner.home / "read_only", "ro") as directory:
         (line,) = runner(f"output_dir={directory}", expect=2).splitlines()[-1:]
     assert line.startswith(f"error: output_dir={directory}: cannot write there: ")
@@ -200,7 +202,7 @@ def test_a_directory_that_cannot_be_written_is_named_at_once(runner):
 
 @needs_mount
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
-def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner, sweep):
+def test_a_disk_that_is_full_at_the_start_is_a_cut_off(runner: Runner, sweep: list[str]) -> None:
     with mounted(runner.home / f"no_room{len(sweep)}", "nr_inodes=2") as directory:
         out = runner(f"output_dir={directory}", *sweep, expect=143)
     assert "No space left on device" in out.splitlines()[-1]

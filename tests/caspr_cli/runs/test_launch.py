@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +16,11 @@ from caspr_cli.runs.sweep import ENDED, Job
 from caspr_cli.tasks.registry import C4LMConf
 
 
-def recipe(resume=Resume.auto):
+def recipe(resume: Resume = Resume.auto) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), resume=resume)
 
 
-def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_path):
+def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.write("status.json", {"state": "preempted", "step": 5})
     outcome = launch.Outcome(record, 143, ran=True)
@@ -27,14 +28,14 @@ def test_a_run_that_was_to_begin_anew_does_not_continue_by_the_same_command(tmp_
     assert any("the same command, without resume=never, continues" in x for x in summary.footer(outcome, anew=True))
 
 
-def test_after_a_sweep_a_line_is_a_command_or_an_address():
+def test_after_a_sweep_a_line_is_a_command_or_an_address() -> None:
     compare, board, address = summary.after_sweep("my runs")
     assert shlex.split(compare) == ["next", "caspr-report", "compare", "my runs"]
     assert shlex.split(board) == ["tensorboard", "--logdir", "my runs"]
     assert address.split() == ["open", summary.COMPARISON]
 
 
-def test_what_comes_next_can_be_run():
+def test_what_comes_next_can_be_run() -> None:
     """The sweep has the usual optimizers that have the given keys, and the one that was run."""
     logs, sweep = summary.next_commands(
         Recipe(task=C4LMConf(), optim=CasprConf(), output_dir="my runs"),
@@ -75,7 +76,9 @@ def test_what_comes_next_can_be_run():
         (1, False, "before: MemoryError", "a worker ended with exit status 1; see "),
     ],
 )
-def test_why_a_worker_ended_that_could_not_say_it(tmp_path, returned, kills, log, expected):
+def test_why_a_worker_ended_that_could_not_say_it(
+    tmp_path: Path, returned: int, kills: bool, log: str, expected: str
+) -> None:
     file = tmp_path / "log.txt"
     file.write_text(log)
     since = len(log) if log.startswith("before") else 0
@@ -100,7 +103,9 @@ def test_why_a_worker_ended_that_could_not_say_it(tmp_path, returned, kills, log
         ({"state": "failed", "user_error": True}, Resume.auto, True, "continue"),
     ],
 )
-def test_what_the_same_command_does(tmp_path, status, resume, checkpoint, expected):
+def test_what_the_same_command_does(
+    tmp_path: Path, status: dict[str, object], resume: Resume, checkpoint: bool, expected: str
+) -> None:
     record = Record(tmp_path)
     if status:
         (tmp_path / "status.json").write_text(json.dumps(status))
@@ -115,7 +120,7 @@ def test_what_the_same_command_does(tmp_path, status, resume, checkpoint, expect
 @pytest.mark.parametrize(
     "status", [{"state": "done"}, {"state": "preempted", "step": 8}, {"state": "running", "step": 8}]
 )
-def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path, status):
+def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path: Path, status: dict[str, object]) -> None:
     """It has come further than nothing, and its checkpoints are away: a disk that is not mounted, say."""
     record = Record(tmp_path)
     record.write("status.json", status)
@@ -131,7 +136,7 @@ def test_what_is_left_of_a_run_is_not_deleted_unasked(tmp_path, status):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 900])
 @pytest.mark.parametrize("name", ["status.json", "result.json"])
-def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path, name, content):
+def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path: Path, name: str, content: bytes) -> None:
     record = Record(tmp_path)
     record.write("status.json", {"state": "done"})
     (tmp_path / name).write_bytes(content)
@@ -148,7 +153,7 @@ RESULT = {
 ODD = [None, 0, 1, -1.5, "text", True, [], [1], {}, {"step": None}, {"step": "x"}, {"val/loss": "x"}, 10**300]
 
 
-def shown(record):
+def shown(record: Record) -> str:
     """Why a record is refused; empty where all that the same command reads and prints of it can be had."""
     try:
         todo = launch.plan(recipe(), record)
@@ -164,7 +169,7 @@ def shown(record):
 
 
 @pytest.mark.parametrize("key", [*RESULT, "target.metric", "target.value", "target.step", "target.seconds"])
-def test_a_result_of_any_shape_is_shown_or_named(tmp_path, key):
+def test_a_result_of_any_shape_is_shown_or_named(tmp_path: Path, key: str) -> None:
     """Each field of it left out, null, 0, or of another type."""
     record = Record(tmp_path)
     record.write("status.json", {"state": "done"})
@@ -188,7 +193,7 @@ PROVENANCE = ("command", "code", "data", "packages", "machine", "device", "attem
 @pytest.mark.parametrize(
     ("name", "key"), [*(("status", key) for key in STATUS), *(("provenance", key) for key in PROVENANCE)]
 )
-def test_a_file_of_any_shape_is_read_or_named(tmp_path, name, key):
+def test_a_file_of_any_shape_is_read_or_named(tmp_path: Path, name: str, key: str) -> None:
     record = Record(tmp_path)
     if name == "status":
         record.checkpoints.mkdir()
@@ -201,14 +206,14 @@ def test_a_file_of_any_shape_is_read_or_named(tmp_path, name, key):
         assert damage == "" or f"({key} is " in damage or (name == "status" and value is None)
 
 
-def test_a_record_without_a_status_is_not_taken_for_an_empty_directory(tmp_path):
+def test_a_record_without_a_status_is_not_taken_for_an_empty_directory(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.checkpoints.mkdir()
     with pytest.raises(RecordDamagedError, match=r"status\.json"):
         launch.plan(recipe(), record)
 
 
-def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path):
+def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path: Path) -> None:
     made = recipe()
     assert launch.worker_command(made, Record(tmp_path))[1:3] == ["-m", "caspr_cli.training.worker"]
     made.trainer.devices = 3
@@ -216,7 +221,7 @@ def test_ranks_are_started_by_torch_on_a_port_of_their_own(tmp_path):
     assert command[2:5] == ["torch.distributed.run", "--nproc-per-node=3", "--standalone"]
 
 
-def report(*ends):
+def report(*ends: tuple[int, str]) -> bytes:
     """The part of what torch's launcher writes that is read."""
     rows = [f"  rank      : {r}\n  exitcode  : {end} (pid: 1{r}) {how}" for r, (end, how) in enumerate(ends)]
     return "\n".join(["Failures:", *rows]).encode()
@@ -233,7 +238,7 @@ def report(*ends):
         ([], 1),
     ],
 )
-def test_of_several_ranks_the_first_cause_counts(ends, expected):
+def test_of_several_ranks_the_first_cause_counts(ends: list[tuple[int, str]], expected: int) -> None:
     assert launch._first_cause(report(*ends), 1) == expected
 
 
@@ -245,5 +250,5 @@ def test_of_several_ranks_the_first_cause_counts(ends, expected):
         ("watchdog thread terminated with exception: CUDA error: device-side assert triggered", -6),
     ],
 )
-def test_a_rank_that_nccl_ended_was_cut_off_unless_it_was_at_fault(said, expected):
+def test_a_rank_that_nccl_ended_was_cut_off_unless_it_was_at_fault(said: str, expected: int) -> None:
     assert launch._first_cause(said.encode() + b"\n" + report((-6, "(SIGABRT)")), 1) == expected

@@ -6,10 +6,13 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from running import losses
+from running import Process, Runner, losses
 
 pytestmark = pytest.mark.release
 
@@ -31,32 +34,32 @@ atexit.register(measure)
 """
 
 
-def start(runner, *overrides, **environment):
+def start(runner: Runner, *overrides: str, **environment: str) -> Process:
     """In a process group of its own, as a shell starts a command."""
     return runner.start("-m", *overrides, env=environment, process_group=0)
 
 
-def finish(process, expect):
+def finish(process: Process, expect: int) -> str:
     out = process.ended(expect)
     assert "Traceback" not in out, out
     return out
 
 
-def rows(out):
+def rows(out: str) -> dict[int, str]:
     """The table's lines by job."""
     table = out[out.rindex("sweep  ") :].partition("\nnext  ")[0].splitlines()[2:]
     return {int(line.split()[0]): line for line in table}
 
 
-def records(runner, output_dir):
+def records(runner: Runner, output_dir: str) -> list[Path]:
     return sorted(p.parent for p in (runner.home / output_dir).glob("*/*/*/*/status.json"))
 
 
-def state(record):
+def state(record: Path) -> str:
     return str(json.loads((record / "status.json").read_text())["state"])
 
 
-def until(condition, what):
+def until(condition: Callable[[], Any], what: str) -> Any:
     for _ in range(3000):
         if found := condition():
             return found
@@ -64,23 +67,23 @@ def until(condition, what):
     raise AssertionError(f"never: {what}")
 
 
-def training(runner, output_dir, lines=3):
+def training(runner: Runner, output_dir: str, lines: int = 3) -> list[Path]:
     """Records that have got so far."""
     found = (runner.home / output_dir).glob("*/*/*/*/metrics.jsonl")
     return sorted(f.parent for f in found if len(f.read_text().splitlines()) >= lines)
 
 
-def processes(*words):
+def processes(*words: str) -> list[int]:
     """Return the processes whose command line has all of these words."""
     lines = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
     return [pid for pid, line in lines.items() if all(word in line for word in words)]
 
 
-def no_session_is_left(runner, output_dir):
+def no_session_is_left(runner: Runner, output_dir: str) -> bool:
     return not list((runner.home / output_dir / ".sweep").glob("[0-9]*"))
 
 
-def test_each_job_has_a_process_group_of_its_own(runner, tmp_path):
+def test_each_job_has_a_process_group_of_its_own(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(MEASURE)
     (tmp_path / "measured").mkdir()
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -104,7 +107,7 @@ if "caspr_cli.training.worker" in sys.orig_argv and sys.orig_argv[-1].endswith("
 """
 
 
-def test_a_job_that_fails_or_is_killed_harms_no_other(runner, tmp_path):
+def test_a_job_that_fails_or_is_killed_harms_no_other(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAIL)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     sweep = ["output_dir=harm", "trainer.max_steps=80", "seed=0,1,2", "optim.eps=1e-6,-1"]
@@ -125,7 +128,7 @@ def test_a_job_that_fails_or_is_killed_harms_no_other(runner, tmp_path):
     assert json.loads((record / "status.json").read_text())["attempts"] == 2
 
 
-def test_ctrl_c_saves_the_job_and_starts_no_other(runner):
+def test_ctrl_c_saves_the_job_and_starts_no_other(runner: Runner) -> None:
     process = start(runner, "output_dir=stopped", LONG, "seed=0,1,2")
     (record,) = until(lambda: training(runner, "stopped"), "a run that trains")
     os.killpg(process.pid, signal.SIGINT)
@@ -137,14 +140,14 @@ def test_ctrl_c_saves_the_job_and_starts_no_other(runner):
 
 
 @pytest.fixture(scope="module")
-def side_by_side(runner):
+def side_by_side(runner: Runner) -> str:
     """Return the output of a sweep with one recipe twice and half the jobs refused."""
     pytest.importorskip("joblib")
     process = start(runner, *JOBLIB, "output_dir=pair", "seed=0,0,1", "trainer.accumulate=1,3")
     return finish(process, expect=3)
 
 
-def test_jobs_run_side_by_side(runner, side_by_side):
+def test_jobs_run_side_by_side(runner: Runner, side_by_side: str) -> None:
     out = side_by_side
     assert "sweep    6 jobs: " in out
     assert "6 jobs, 2 at a time (hydra/launcher=joblib)" in out
@@ -158,7 +161,7 @@ def test_jobs_run_side_by_side(runner, side_by_side):
     assert no_session_is_left(runner, "pair")
 
 
-def test_jobs_of_one_machine_share_its_cores(runner):
+def test_jobs_of_one_machine_share_its_cores(runner: Runner) -> None:
     pytest.importorskip("joblib")
     environment = runner.environment.copy()
     del environment["OMP_NUM_THREADS"]
@@ -169,7 +172,7 @@ def test_jobs_of_one_machine_share_its_cores(runner):
         assert threads == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def test_ctrl_c_saves_the_jobs_side_by_side(runner, side_by_side):
+def test_ctrl_c_saves_the_jobs_side_by_side(runner: Runner, side_by_side: str) -> None:
     process = start(runner, *JOBLIB, "output_dir=both", "trainer.max_steps=20000,20", "seed=0,1")
     until(lambda: len(training(runner, "both")) == 2, "two runs that train")
     os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to all of the group
@@ -182,7 +185,7 @@ def test_ctrl_c_saves_the_jobs_side_by_side(runner, side_by_side):
     assert until(lambda: not processes("caspr_cli", str(runner.home / "both")), "all processes gone")
 
 
-def test_the_process_of_a_job_is_killed(runner, side_by_side):
+def test_the_process_of_a_job_is_killed(runner: Runner, side_by_side: str) -> None:
     """Not its worker, but that of the launcher: joblib gives up, and what was lost is said, and continued."""
     sweep = [*JOBLIB, "output_dir=lost", "trainer.max_steps=200", "seed=0,1"]
     process = start(runner, *sweep)
@@ -196,7 +199,7 @@ def test_the_process_of_a_job_is_killed(runner, side_by_side):
     assert set(rows(again)) == {1, 2}
 
 
-def test_preempted_it_is_requeued_and_ends_the_same(runner, side_by_side):
+def test_preempted_it_is_requeued_and_ends_the_same(runner: Runner, side_by_side: str) -> None:
     pytest.importorskip("submitit")
     sweep = ["hydra/launcher=submitit_local", "seed=0", "output_dir=preempted"]
     process = start(runner, *sweep)
@@ -219,7 +222,7 @@ printf 'JobID|State\n77_0|FAILED\n77_1|FAILED\n'
 """
 
 
-def test_a_cluster_is_asked_for_what_a_job_needs(runner, tmp_path):
+def test_a_cluster_is_asked_for_what_a_job_needs(runner: Runner, tmp_path: Path) -> None:
     """SLURM as far as it goes without one: what is submitted, and what is said of jobs that never come."""
     pytest.importorskip("submitit")
     for name, script in {"sbatch": FAKE_SBATCH, "srun": "#!/bin/sh\n", "sacct": FAKE_SACCT}.items():
@@ -236,7 +239,7 @@ def test_a_cluster_is_asked_for_what_a_job_needs(runner, tmp_path):
     assert any(line.startswith("#SBATCH --signal=USR2@") for line in asked)
 
 
-def test_ray_runs_jobs(runner, side_by_side):
+def test_ray_runs_jobs(runner: Runner, side_by_side: str) -> None:
     pytest.importorskip("ray")
     init = "hydra.launcher.ray.init"
     sweep = [f"+{init}.num_cpus=2", f"+{init}.include_dashboard=false", "seed=0", "trainer.accumulate=1,3"]

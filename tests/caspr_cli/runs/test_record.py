@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -28,18 +29,18 @@ from caspr_cli.runs.record import (
 from caspr_cli.tasks.registry import C4LMConf
 
 
-def recipe(resume=Resume.auto):
+def recipe(resume: Resume = Resume.auto) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), resume=resume)
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.write("result.json", {"final": {"val/loss": 0.5, "val/map": math.nan}, "list": [math.inf, 1]})
     assert "NaN" not in (tmp_path / "result.json").read_text()
     assert record.result == {"final": {"val/loss": 0.5, "val/map": None}, "list": [None, 1]}
 
 
-def test_the_path_says_what_it_is(tmp_path):
+def test_the_path_says_what_it_is(tmp_path: Path) -> None:
     made = recipe()
     made.output_dir = str(tmp_path)
     made.seed = 4
@@ -55,7 +56,7 @@ def test_the_path_says_what_it_is(tmp_path):
     assert Record.of(made).path == older / "seed4"
 
 
-def test_a_name_is_short_and_safe(tmp_path):
+def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
     made = Recipe(task=C4LMConf(), optim=CasprConf(), output_dir=str(tmp_path))
     made.optim.polar, made.optim.eps, made.optim.order = False, 1e-9, math.inf
     name = Record.of(made).path.parent.name
@@ -67,7 +68,7 @@ def test_a_name_is_short_and_safe(tmp_path):
     assert name.endswith(f"-more-{compose.identity(made)}")
 
 
-def test_one_writer(tmp_path):
+def test_one_writer(tmp_path: Path) -> None:
     record = Record(tmp_path / "r")
     with record.held():
         record.write("status.json", {"pid": 123, "host": "here", "started": "then"})
@@ -83,7 +84,7 @@ def test_one_writer(tmp_path):
 
 
 @pytest.mark.parametrize("before", [{}, {"state": "preempted"}, {"pid": "dead"}])
-def test_who_has_not_written_its_status_yet_is_named(tmp_path, before):
+def test_who_has_not_written_its_status_yet_is_named(tmp_path: Path, before: dict[str, object]) -> None:
     """And it is not waited for as for a dead process, which the old status may name."""
     record = Record(tmp_path)
     record.write("status.json", dead() if before.get("pid") else before)
@@ -94,14 +95,14 @@ def test_who_has_not_written_its_status_yet_is_named(tmp_path, before):
         assert time.monotonic() - began < 1
 
 
-def dead():
+def dead() -> dict[str, object]:
     """Return what a process that has ended wrote into ``status.json``."""
     process = subprocess.Popen(["true"])
     process.wait()
     return asdict(Holder.me()) | {"pid": process.pid, "born": None}
 
 
-def test_who_leads_holds_the_lock_and_says_so(tmp_path):
+def test_who_leads_holds_the_lock_and_says_so(tmp_path: Path) -> None:
     """Nobody joins a launcher that was cut off, although ``status.json`` still names it."""
     record = Record(tmp_path)
     assert record.leader is None
@@ -120,13 +121,13 @@ def test_who_leads_holds_the_lock_and_says_so(tmp_path):
     assert record.leader is None
 
 
-def test_a_process_is_its_number_and_its_birth():
+def test_a_process_is_its_number_and_its_birth() -> None:
     assert lives(os.getpid(), birth(os.getpid()))
     assert lives(os.getpid())
-    assert not lives(dead()["pid"])
+    assert not lives(cast(int, dead()["pid"]))
     assert not lives(2**40)
     if Path("/proc").exists():
-        assert not lives(os.getpid(), birth(os.getpid()) - 1)
+        assert not lives(os.getpid(), cast(int, birth(os.getpid())) - 1)
         process = subprocess.Popen(["true"])
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
         assert not lives(process.pid)
@@ -134,7 +135,7 @@ def test_a_process_is_its_number_and_its_birth():
 
 
 @pytest.mark.parametrize("lock", ["held", "joined"])
-def test_what_a_dead_launcher_left_is_waited_for(tmp_path, lock):
+def test_what_a_dead_launcher_left_is_waited_for(tmp_path: Path, lock: str) -> None:
     record, said = Record(tmp_path), []
     record.write("status.json", dead())
     with ExitStack() as left:
@@ -147,7 +148,7 @@ def test_what_a_dead_launcher_left_is_waited_for(tmp_path, lock):
     assert [line.startswith("wait     process ") for line in said] == [True]
 
 
-def test_it_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+def test_it_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "SECONDS_TO_WAIT", 0.2)
     record = Record(tmp_path)
     record.write("status.json", dead())
@@ -158,7 +159,7 @@ def test_it_is_not_waited_for_for_ever(tmp_path, monkeypatch):
             pass
 
 
-def test_half_written_files_are_cleared_away_and_no_others(tmp_path):
+def test_half_written_files_are_cleared_away_and_no_others(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.checkpoints.mkdir()
     half = [".status.json.k3_x9z0a", ".metrics.jsonl.abcdefgh", ".config.yaml.01234567", ".waited.1"]
@@ -172,8 +173,8 @@ def test_half_written_files_are_cleared_away_and_no_others(tmp_path):
     assert left == {*whole, ".lock", ".ranks.lock"}
 
 
-def test_an_error_of_the_disk_is_found_behind_others():
-    def error():
+def test_an_error_of_the_disk_is_found_behind_others() -> None:
+    def error() -> Exception:
         try:
             try:
                 raise OSError(errno.ENOSPC, "No space left on device", "file")
@@ -183,6 +184,7 @@ def test_an_error_of_the_disk_is_found_behind_others():
             return found
 
     found = disk_error(error(), PLACE)
+    assert found is not None
     assert found.filename == "file"
     assert disk_error(FileNotFoundError(errno.ENOENT, "No such file"), PLACE) is None
     assert disk_error(ValueError(), PLACE) is None
@@ -203,12 +205,12 @@ def test_an_error_of_the_disk_is_found_behind_others():
         (RuntimeError("size mismatch"), None),
     ],
 )
-def test_too_little_memory_is_known_by_many_names(error, expected):
+def test_too_little_memory_is_known_by_many_names(error: Exception, expected: str | None) -> None:
     found = memory_error(error)
     assert found is None if expected is None else found is not None and found.startswith(expected)
 
 
-def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp_path):
+def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp_path: Path) -> None:
     for name in ("mine", "left", "elsewhere", "nobodys", "damaged"):
         (tmp_path / name).mkdir()
     own(tmp_path / "mine")
@@ -220,7 +222,7 @@ def test_folders_of_commands_that_were_killed_are_cleared_away_and_no_others(tmp
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "elsewhere", "nobodys", "damaged"}
 
 
-def test_what_a_killed_sweep_left_ends(tmp_path):
+def test_what_a_killed_sweep_left_ends(tmp_path: Path) -> None:
     """Idle processes at once; one with a job and its worker when they have saved; Python's tracker by itself."""
     environment = os.environ | {guardian.SWEEP: str(tmp_path)}
     idle, busy = (subprocess.Popen(["sleep", "60"], env=environment) for _ in range(2))
@@ -245,7 +247,7 @@ def test_what_a_killed_sweep_left_ends(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_what_an_attempt_ran_with_is_kept_beside_the_first():
+def test_what_an_attempt_ran_with_is_kept_beside_the_first() -> None:
     one = {"command": ["a"], "code": {"commit": "1" * 40}, "packages": {"torch": "2.9.0"}, "python": "3.11"}
     two = one | {"command": ["b"], "packages": {"torch": "2.14.1", "tensorboard": "9"}}
     here = {"data": {"hash": "f00d"}, "device": {"name": "cpu"}}

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from running import Process, losses, near, wait_for
+from running import Process, Runner, losses, near, wait_for
 
 from caspr_cli.recipe import compose
 
@@ -19,14 +20,14 @@ pytestmark = pytest.mark.release
 
 
 @pytest.fixture(scope="module")
-def whole(runner):
+def whole(runner: Runner) -> Path:
     """A run that was never cut."""
     out = runner("output_dir=whole")
     assert "Traceback" not in out
     return runner.record("whole")
 
 
-def test_a_run_leaves_a_whole_record(runner, whole):
+def test_a_run_leaves_a_whole_record(runner: Runner, whole: Path) -> None:
     status = json.loads((whole / "status.json").read_text())
     assert (status["state"], status["attempts"], status["error"]) == ("done", 1, None)
     result = json.loads((whole / "result.json").read_text())
@@ -57,13 +58,13 @@ def test_a_run_leaves_a_whole_record(runner, whole):
     assert {p.name for p in (whole / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
 
 
-def test_what_is_done_is_skipped(runner, whole):
+def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
     before = (whole / "metrics.jsonl").stat().st_mtime_ns
     assert "skipped  this run is done already" in runner("output_dir=whole")
     assert (whole / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def only_evaluates(runner, done, name, *words):
+def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
     """Leave a record as a run does that is killed after its last step, before it has written its result."""
     shutil.copytree(done.parents[3], runner.home / name)
     record = runner.record(name)
@@ -78,23 +79,23 @@ def only_evaluates(runner, done, name, *words):
     assert losses(record) == losses(done)
 
 
-def test_cut_off_after_its_last_step_it_only_evaluates(runner, whole):
+def test_cut_off_after_its_last_step_it_only_evaluates(runner: Runner, whole: Path) -> None:
     only_evaluates(runner, whole, "evaluated")
 
 
-def workers_of(record):
+def workers_of(record: Path) -> list[int]:
     """The processes with the record as their last word: those that train, and torch's launcher before them."""
     wanted = {"caspr_cli.training.worker", str(record)}
     return sorted(p.pid for p in psutil.process_iter(["cmdline"]) if wanted <= set(p.info["cmdline"] or ()))
 
 
-def worker_of(record):
+def worker_of(record: Path) -> int:
     (worker,) = workers_of(record)
     return worker
 
 
 @pytest.mark.parametrize(("number", "code", "lines"), [(signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 10)])
-def test_signals_save_and_say_so(runner, whole, number, code, lines):
+def test_signals_save_and_say_so(runner: Runner, whole: Path, number: signal.Signals, code: int, lines: int) -> None:
     name = f"signal{code}"
     process = runner.start(f"output_dir={name}")
     record = wait_for(runner, name, lines)
@@ -114,23 +115,23 @@ def test_signals_save_and_say_so(runner, whole, number, code, lines):
 
 
 @pytest.fixture(scope="module")
-def ranks(runner):
+def ranks(runner: Runner) -> Path:
     """The same run on two ranks, never cut."""
     out = runner("output_dir=ranks", "trainer.devices=2")
     assert "2 cpu processes" in out
     return runner.record("ranks")
 
 
-def test_two_ranks_take_the_same_batches(whole, ranks):
+def test_two_ranks_take_the_same_batches(whole: Path, ranks: Path) -> None:
     assert losses(ranks) == near(losses(whole))
 
 
-def test_two_ranks_that_only_evaluate_report_the_same(runner, ranks):
+def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Path) -> None:
     """They load a whole optimizer, of which each would keep its part in the next step."""
     only_evaluates(runner, ranks, "report", "trainer.devices=2")
 
 
-def cut_and_resumed(runner, name, lines, *words):
+def cut_and_resumed(runner: Runner, name: str, lines: int, *words: str) -> Path:
     """A run that was told to end after so many lines of metrics, and whose command was given again."""
     process = runner.start(f"output_dir={name}", *words)
     record = wait_for(runner, name, lines)
@@ -142,7 +143,7 @@ def cut_and_resumed(runner, name, lines, *words):
 SHARDED = ("trainer.devices=2", "trainer.strategy=fsdp")
 
 
-def test_ranks_that_have_a_part_of_the_model_each(runner, ranks):
+def test_ranks_that_have_a_part_of_the_model_each(runner: Runner, ranks: Path) -> None:
     """The losses of DDP, of which another strategy may go on; and cut off and continued, bit for bit the same."""
     runner("output_dir=rows", *SHARDED)
     record = runner.record("rows")
@@ -155,15 +156,16 @@ def test_ranks_that_have_a_part_of_the_model_each(runner, ranks):
     }
 
 
-def test_a_reader_that_goes_away_does_not_end_a_run(runner):
+def test_a_reader_that_goes_away_does_not_end_a_run(runner: Runner) -> None:
     process = runner.start("output_dir=unread")
+    assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     assert json.loads((runner.record("unread") / "status.json").read_text())["state"] == "done"
 
 
-def test_low_precision_counts_right(runner, whole):
+def test_low_precision_counts_right(runner: Runner, whole: Path) -> None:
     """Log-perplexity of the same model and steps, to what bfloat16 weights can do; counted in float64 all the same."""
     runner("output_dir=bf16", "trainer.precision=bf16-true")
     seen = losses(runner.record("bf16"))
@@ -171,7 +173,7 @@ def test_low_precision_counts_right(runner, whole):
     assert seen[8, "val/loss"] != round(seen[8, "val/loss"], 2)  # 8 bits of mantissa would show
 
 
-def test_accumulation_is_the_same_step(runner, whole):
+def test_accumulation_is_the_same_step(runner: Runner, whole: Path) -> None:
     runner("output_dir=parts", "trainer.accumulate=4")
     assert losses(runner.record("parts")) == near(losses(whole))
 
@@ -183,12 +185,12 @@ def test_accumulation_is_the_same_step(runner, whole):
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed is not for this device; bf16-mixed is"),
     ],
 )
-def test_what_cannot_be_trained_so_is_refused(runner, words, message):
+def test_what_cannot_be_trained_so_is_refused(runner: Runner, words: list[str], message: str) -> None:
     """Options before data are read; a precision rather than another in its place."""
     assert f"refused  {message}" in runner("output_dir=cannot_be", *words, expect=2)
 
 
-def test_a_diverging_run_fails_in_one_line(runner):
+def test_a_diverging_run_fails_in_one_line(runner: Runner) -> None:
     diverging = ["output_dir=diverged", "optim=sgd", "optim.lr=1e30"]
     diverging += ["trainer.clip_norm=null", "trainer.log_every=1000"]
     out = runner(*diverging, expect=1)
@@ -199,7 +201,9 @@ def test_a_diverging_run_fails_in_one_line(runner):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_bit(runner, devices):
+def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_bit(
+    runner: Runner, devices: int
+) -> None:
     words = ["optim=schedule_free", f"trainer.devices={devices}"]
     runner(f"output_dir=free{devices}", *words)
     whole = runner.record(f"free{devices}")
@@ -218,7 +222,7 @@ def test_schedule_free_is_evaluated_and_saved_as_averaged_and_continues_bit_for_
     assert devices == 1 or losses(whole) == near(losses(runner.record("free1")))
 
 
-def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner):
+def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner: Runner) -> None:
     found = []
     for devices in (1, 2):
         runner(f"output_dir=kron{devices}", "optim=psgd_kron", f"trainer.devices={devices}")
@@ -229,17 +233,17 @@ def test_psgd_kron_draws_alike_on_all_ranks_and_where_a_run_goes_on(runner):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_schedule_free_has_statistics_of_batch_norms_of_its_averaged_weights(runner, devices):
+def test_schedule_free_has_statistics_of_batch_norms_of_its_averaged_weights(runner: Runner, devices: int) -> None:
     """They are in the checkpoint, beside those of training, and validations change nothing of the training."""
     words = [sys.executable, "-m", "caspr_cli.commands.train", "task=resnet", "optim=schedule_free", "task.size=16"]
     words += ["task.width=8", "task.stem=1", "task.batch_size=16", "trainer.max_steps=12", "trainer.log_every=1"]
     words += [f"trainer.devices={devices}", "trainer.accelerator=cpu"]
 
-    def start(name, *more):
+    def start(name: str, *more: str) -> Process:
         command, streams = [*words, f"output_dir={name}", *more], {"stdout": subprocess.PIPE, "text": True}
         return Process(command, cwd=runner.home, env=runner.environment, stderr=subprocess.STDOUT, **streams)
 
-    def run(name, *more):
+    def run(name: str, *more: str) -> dict[tuple[int, str], float]:
         start(name, *more).ended(0)
         return losses(runner.record(name))
 

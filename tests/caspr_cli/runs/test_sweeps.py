@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,20 +18,20 @@ from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, CasprConf, Recipe
 from caspr_cli.runs import summary, sweep
-from caspr_cli.runs.launch import Outcome
+from caspr_cli.runs.launch import Allocation, Outcome
 from caspr_cli.runs.record import Record
 from caspr_cli.runs.session import Session
 from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, STARTED, WAITING, Job, Sweep, share, visible_gpus
 from caspr_cli.tasks.registry import C4LMConf
 
 
-def recipe(devices=1, accelerator="auto"):
+def recipe(devices: int = 1, accelerator: str = "auto") -> Recipe:
     made = Recipe(task=C4LMConf(), optim=CasprConf())
     made.trainer.devices, made.trainer.accelerator = devices, Accelerator[accelerator]
     return made
 
 
-def made(folder, **changes):
+def made(folder: Path, **changes: Any) -> Sweep:
     return Sweep(folder, **({"launcher": "joblib", "here": False, "at_once": 2} | changes))
 
 
@@ -45,11 +46,11 @@ def made(folder, **changes):
         ({"CUDA_VISIBLE_DEVICES": "GPU-8f1a,MIG-77"}, 2, ("GPU-8f1a", "MIG-77")),
     ],
 )
-def test_gpus_are_those_that_cuda_would_see(environment, files, gpus):
+def test_gpus_are_those_that_cuda_would_see(environment: dict[str, str], files: int, gpus: tuple[str, ...]) -> None:
     assert visible_gpus(environment, [Path(f"/dev/nvidia{k}") for k in range(files)]) == gpus
 
 
-def test_jobs_take_disjoint_shares_of_the_machine():
+def test_jobs_take_disjoint_shares_of_the_machine() -> None:
     gpus = ("4", "5", "6", "7", "8")
     shares = [share(recipe(devices=2), slot, 2, cores=16, gpus=gpus) for slot in range(2)]
     assert [s["CUDA_VISIBLE_DEVICES"] for s in shares] == ["4,5", "6,7"]
@@ -58,7 +59,7 @@ def test_jobs_take_disjoint_shares_of_the_machine():
     assert "CUDA_VISIBLE_DEVICES" not in share(recipe(accelerator="cpu"), 0, 8, cores=4, gpus=("0",))
 
 
-def test_a_share_with_too_few_gpus_is_refused_in_one_line():
+def test_a_share_with_too_few_gpus_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^trainer.devices=2, but 3 jobs at a time share 4 GPUs, 1 each: lower"):
         share(recipe(devices=2), 0, 3, cores=4, gpus=("0", "1", "2", "3"))
     with pytest.raises(ConfigError, match="0 each"):  # it would train on the CPU instead
@@ -79,12 +80,12 @@ def test_a_share_with_too_few_gpus_is_refused_in_one_line():
         ("RayLauncher", None, None),
     ],
 )
-def test_how_many_jobs_share_this_machine(kind, n_jobs, at_once):
+def test_how_many_jobs_share_this_machine(kind: str, n_jobs: int | None, at_once: int | None) -> None:
     launcher = OmegaConf.create({"_target_": f"hydra_plugins.some.{kind}", "n_jobs": n_jobs})
     assert sweep.jobs_at_once(launcher, jobs=6, cores=4) == at_once
 
 
-def test_a_slot_is_free_again(tmp_path):
+def test_a_slot_is_free_again(tmp_path: Path) -> None:
     one = made(tmp_path)
     with one.allocation(recipe(accelerator="cpu")) as first, one.allocation(recipe(accelerator="cpu")) as second:
         assert first.environment["OMP_NUM_THREADS"] == second.environment["OMP_NUM_THREADS"]
@@ -93,7 +94,7 @@ def test_a_slot_is_free_again(tmp_path):
         pass
 
 
-def test_threads_are_the_users_where_they_were_given(tmp_path, monkeypatch):
+def test_threads_are_the_users_where_they_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     given = made(tmp_path)
@@ -104,7 +105,7 @@ def test_threads_are_the_users_where_they_were_given(tmp_path, monkeypatch):
         assert given_share.environment["MKL_NUM_THREADS"] is None
 
 
-def test_a_sweep_whose_folder_is_gone_is_over(tmp_path):
+def test_a_sweep_whose_folder_is_gone_is_over(tmp_path: Path) -> None:
     one = made(tmp_path / "id")
     one.folder.mkdir()
     assert one.stop_requests() == []
@@ -117,14 +118,14 @@ def test_a_sweep_whose_folder_is_gone_is_over(tmp_path):
     assert not one.folder.exists()
 
 
-def test_jobs_of_a_cluster_may_start_after_the_command_has_ended(tmp_path):
+def test_jobs_of_a_cluster_may_start_after_the_command_has_ended(tmp_path: Path) -> None:
     one = made(tmp_path, launcher="slurm", at_once=None)
     one.end(whole=False)
     assert one.folder.exists()
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_sweep_begins_with_a_file_for_each_job(launcher, tmp_path):
+def test_a_sweep_begins_with_a_file_for_each_job(launcher: str, tmp_path: Path) -> None:
     if launcher != "basic":
         pytest.importorskip(launcher)
     given = ["optim=caspr,adamw", "seed=range(2)", f"output_dir={tmp_path}", f"hydra/launcher={launcher}"]
@@ -142,7 +143,7 @@ def test_a_sweep_begins_with_a_file_for_each_job(launcher, tmp_path):
         assert pickle.loads(pickle.dumps(Session(["caspr-train"], begun))).sweep == begun
 
 
-def test_jobs_that_want_different_things_of_the_launcher(tmp_path):
+def test_jobs_that_want_different_things_of_the_launcher(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     given = ["hydra/launcher=slurm", "trainer.devices=1,2", f"output_dir={tmp_path}"]
     composer = Composer(given, sweeps=True)
@@ -151,7 +152,7 @@ def test_jobs_that_want_different_things_of_the_launcher(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_a_process_that_is_gone_is_lost(tmp_path):
+def test_only_a_process_that_is_gone_is_lost(tmp_path: Path) -> None:
     one = made(tmp_path)
     here = Job(1, [], STARTED, host=socket.gethostname(), process=os.getpid(), record="r")
     gone = Job(2, [], STARTED, host=socket.gethostname(), process=2**22 + 1, record="r")
@@ -162,7 +163,7 @@ def test_only_a_process_that_is_gone_is_lost(tmp_path):
     assert (one.twin(gone), one.twin(here)) == (True, False)
 
 
-def record(folder, state, error=None, **more):
+def record(folder: Path, state: str, error: str | None = None, **more: Any) -> str:
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": state, "error": error} | more))
     if state == "done":
@@ -172,7 +173,7 @@ def record(folder, state, error=None, **more):
     return str(folder)
 
 
-def test_thirty_jobs_can_be_read(tmp_path):
+def test_thirty_jobs_can_be_read(tmp_path: Path) -> None:
     grid = [(optim, seed) for optim in ("caspr", "full_adagrad", "sgd") for seed in range(10)]
     jobs = [
         Job(n, ["output_dir=out", f"optim={o}", f"seed={seed}"], ENDED, record(tmp_path / f"{n}", "done"), 0, n != 2)
@@ -203,7 +204,7 @@ def test_thirty_jobs_can_be_read(tmp_path):
     assert lines[8].endswith("not started")
 
 
-def test_two_hundred_jobs_can_be_read(tmp_path):
+def test_two_hundred_jobs_can_be_read(tmp_path: Path) -> None:
     grid = [(optim, seed) for optim in ("caspr", "adamw") for seed in range(100)]
     jobs = [
         Job(n, [f"optim={o}", f"seed={seed}"], ENDED, record(tmp_path / o / f"seed{seed}", "done"), 0)
@@ -225,18 +226,18 @@ def test_two_hundred_jobs_can_be_read(tmp_path):
     assert lines[-1].startswith("... and 60 more")
 
 
-def test_a_launcher_that_waits_for_ever_is_left(tmp_path, monkeypatch):
+def test_a_launcher_that_waits_for_ever_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs in a queue need not start any more once those that ran have ended."""
     monkeypatch.setattr(sweep, "PATIENCE", 0.1)
     monkeypatch.setattr(sweep, "LOOK", 0.02)
     one = made(tmp_path, launcher="slurm", at_once=None)
     one.note(Job(1, ["seed=0"]))
     one.note(Job(2, ["seed=1"], ENDED, "record", 0))
-    ended = []
+    ended: list[int] = []
     before = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     started = time.monotonic()
 
-    def launch():
+    def launch() -> None:
         with sweep.watching(one, print, lambda job: ended.append(job.number)):
             os.kill(os.getpid(), signal.SIGINT)
             while time.monotonic() - started < 30:
@@ -253,7 +254,7 @@ def test_a_launcher_that_waits_for_ever_is_left(tmp_path, monkeypatch):
 # ---- one line a job ----------------------------------------------------------------------------------------------
 
 
-def test_on_a_narrow_terminal_the_table_is_without_records(tmp_path):
+def test_on_a_narrow_terminal_the_table_is_without_records(tmp_path: Path) -> None:
     jobs = [
         Job(n, [f"optim={optim}"], ENDED, record(tmp_path / optim, "done"), 0)
         for n, optim in enumerate(("caspr", "adamw"), 1)
@@ -278,16 +279,18 @@ def test_on_a_narrow_terminal_the_table_is_without_records(tmp_path):
         (8, 0, 0, 100.0, ""),
     ],
 )
-def test_how_long_the_jobs_that_are_left_take(ran, before, waiting, seconds, said):
+def test_how_long_the_jobs_that_are_left_take(ran: int, before: int, waiting: int, seconds: float, said: str) -> None:
     states = [(ENDED, True)] * ran + [(ENDED, False)] * before + [(WAITING, True)] * waiting
     jobs = [Job(n, [], state, ran=did) for n, (state, did) in enumerate(states, 1)]
     assert summary.left(jobs, seconds) == said
 
 
-def test_in_an_experiment_a_job_has_one_line(tmp_path, monkeypatch, capsys):
+def test_in_an_experiment_a_job_has_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     labels = []
 
-    def ran(recipe, command, allocation):
+    def ran(recipe: Recipe, command: list[str], allocation: Allocation) -> Outcome:
         labels.append(allocation.brief)
         path = Record.of(recipe).path
         good = recipe.seed == 1

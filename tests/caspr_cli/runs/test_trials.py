@@ -25,10 +25,12 @@ TRIALS = st.lists(st.tuples(st.sampled_from([None, 0.25, 0.5]), FINALS), min_siz
 
 @settings(max_examples=12, deadline=None)
 @given(TRIALS, st.booleans())
-def test_what_is_run_at_other_seeds_is_what_a_report_selects(made, higher):
+def test_what_is_run_at_other_seeds_is_what_a_report_selects(
+    made: list[tuple[float | None, dict[int, float | None]]], higher: bool
+) -> None:
     """Whatever seeds there are beside seed 0, with ties and failures."""
 
-    def trial(index):
+    def trial(index: int) -> Recipe:
         task = C4LMConf(target=Target("val/x", None, higher))
         search = SearchConf("lr", len(made), space={"optim.lr": {"log": [1e-3, 1e-1]}})
         recipe = Recipe(task=task, optim=CasprConf(lr=0.1 / (index + 1)), search=search, trial=index)

@@ -1,27 +1,28 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from caspr_cli.training.batch_norm import BatchNormOverRanks, measured_anew, statistics, synchronize
 
 
-def network():
+def network() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 5), nn.BatchNorm1d(5)]
     return nn.Sequential(*layers).double()
 
 
-def batch():
+def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = 100 + torch.randn(8, 3, 5, 5, generator=generator, dtype=torch.float64)  # a mean far from zero
     return x, torch.randint(5, (8,), generator=generator)
 
 
-def train(model, parts, steps=3):
+def train(model: nn.Module, parts: list[slice], steps: int = 3) -> None:
     """Plain steps on one rank, or under DDP on this rank's part of the batch."""
     x, y = batch()
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -33,7 +34,7 @@ def train(model, parts, steps=3):
             p.data -= 0.1 * p.grad
 
 
-def _rank(rank, world, folder):
+def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
     model = synchronize(network(), torch.device("cpu"))
@@ -45,7 +46,7 @@ def _rank(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.release)])
-def test_ranks_train_the_model_that_one_process_trains(world, tmp_path):
+def test_ranks_train_the_model_that_one_process_trains(world: int, tmp_path: Path) -> None:
     mp.spawn(_rank, (world, str(tmp_path)), nprocs=world)
     alone = network()
     train(alone, [slice(0, 8)])
@@ -56,7 +57,7 @@ def test_ranks_train_the_model_that_one_process_trains(world, tmp_path):
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_without_ranks_and_in_evaluation_it_is_torchs_own():
+def test_without_ranks_and_in_evaluation_it_is_torchs_own() -> None:
     model = network()
     over_ranks = synchronize(copy.deepcopy(model), torch.device("cpu"))
     assert [type(m) for m in over_ranks.modules()].count(BatchNormOverRanks) == 2
@@ -65,7 +66,7 @@ def test_without_ranks_and_in_evaluation_it_is_torchs_own():
         assert torch.equal(over_ranks.train(training)(x), model.train(training)(x))
 
 
-def test_statistics_measured_anew_are_the_mean_of_those_of_batches():
+def test_statistics_measured_anew_are_the_mean_of_those_of_batches() -> None:
     model = network().eval()
     train(model, [slice(0, 8)])  # in evaluation mode: the weights alone
     x = batch()[0]

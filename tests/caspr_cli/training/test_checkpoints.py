@@ -4,6 +4,8 @@ import os
 import random
 import zipfile
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ STEPS = 20
 ME = Owner("0123abcd", 4, "f00d")
 
 
-def checkpoint(step, lines, owner=ME):
+def checkpoint(step: int, lines: int, owner: Owner | None = ME) -> dict[str, Any]:
     """With what is read here, and tensors enough to flip bits in."""
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(6)])
     curves = {"seconds": 1.5, "losses": torch.zeros(2), "units": 3, "mark": (8, 1.0), "best": {}, "target": {}}
@@ -36,7 +38,7 @@ def checkpoint(step, lines, owner=ME):
 
 
 @pytest.fixture
-def record(tmp_path):
+def record(tmp_path: Path) -> Record:
     """With two checkpoints, of step 8 after 9 lines and of step 16 after 18."""
     made = Record(tmp_path)
     made.checkpoints.mkdir()
@@ -47,7 +49,7 @@ def record(tmp_path):
     return made
 
 
-def same(one, two):
+def same(one: Any, two: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == two.dtype and torch.equal(one, two)
     if isinstance(one, dict):
@@ -57,18 +59,18 @@ def same(one, two):
     return bool(one == two)
 
 
-def test_the_last_one_is_used_and_the_one_before_is_kept(record):
+def test_the_last_one_is_used_and_the_one_before_is_kept(record: Record) -> None:
     assert find(record, ME, STEPS) == Start(record.last, 16, 18)
     assert torch.load(record.previous, weights_only=True)["global_step"] == 8
     assert record.best.samefile(record.previous)
     assert sorted(p.name for p in record.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
-def test_without_any_a_run_begins(tmp_path):
+def test_without_any_a_run_begins(tmp_path: Path) -> None:
     assert find(Record(tmp_path), ME, STEPS) == Start(None, 0, 0)
 
 
-def test_no_flipped_bit_reaches_the_training(tmp_path):
+def test_no_flipped_bit_reaches_the_training(tmp_path: Path) -> None:
     """Some go unnoticed: in padding, in dates, in what is stored twice. What is loaded then is what was saved."""
     file, flipped = tmp_path / "whole.ckpt", tmp_path / "flipped.ckpt"
     WholeFile().save_checkpoint(checkpoint(16, 18), file)
@@ -95,7 +97,7 @@ def test_no_flipped_bit_reaches_the_training(tmp_path):
     assert found > unnoticed > 0
 
 
-def test_a_cut_file_is_found_wherever_it_is_cut(tmp_path):
+def test_a_cut_file_is_found_wherever_it_is_cut(tmp_path: Path) -> None:
     file, cut = tmp_path / "whole.ckpt", tmp_path / "cut.ckpt"
     WholeFile().save_checkpoint(checkpoint(16, 18), file)
     content = file.read_bytes()
@@ -106,7 +108,9 @@ def test_a_cut_file_is_found_wherever_it_is_cut(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
-def test_where_the_last_one_is_damaged_the_previous_one_is_used(record, damage, caplog):
+def test_where_the_last_one_is_damaged_the_previous_one_is_used(
+    record: Record, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     content = bytearray(record.last.read_bytes())
     record.last.unlink()
     if damage == "truncated":
@@ -123,7 +127,7 @@ def test_where_the_last_one_is_damaged_the_previous_one_is_used(record, damage, 
     )
 
 
-def test_what_is_damaged_does_not_displace_what_was_used(record):
+def test_what_is_damaged_does_not_displace_what_was_used(record: Record) -> None:
     record.last.write_bytes(b"damaged")
     WholeFile().save_checkpoint(checkpoint(16, 18), record.checkpoints / ".writing.ckpt")
     put_in_place(record.checkpoints / ".writing.ckpt", record, best=False, keep=False)
@@ -131,7 +135,7 @@ def test_what_is_damaged_does_not_displace_what_was_used(record):
     assert torch.load(record.previous, weights_only=True)["global_step"] == 8
 
 
-def test_curves_that_are_damaged_may_do_for_the_previous_one(record):
+def test_curves_that_are_damaged_may_do_for_the_previous_one(record: Record) -> None:
     lines = record.metrics.read_bytes().splitlines(keepends=True)
     record.metrics.write_bytes(b"".join([*lines[:12], b"\xff" + lines[12], *lines[13:]]))
     assert find(record, ME, STEPS) == Start(record.previous, 8, 9)
@@ -143,15 +147,15 @@ def test_curves_that_are_damaged_may_do_for_the_previous_one(record):
         find(record, ME, STEPS)
 
 
-def test_two_damaged_ones_are_left_to_the_user(record):
+def test_two_damaged_ones_are_left_to_the_user(record: Record) -> None:
     record.last.write_bytes(b"")
     record.previous.write_bytes(b"")
     with pytest.raises(RecordDamagedError, match=r"last\.ckpt is missing or damaged; resume=never"):
         find(record, ME, STEPS)
 
 
-def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path, monkeypatch):
-    def full(descriptor):
+def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -160,7 +164,7 @@ def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def saved(record, content):
+def saved(record: Record, content: dict[str, Any]) -> None:
     """In place of the last checkpoint; the previous one is another file."""
     record.last.unlink()
     WholeFile().save_checkpoint(content, record.last)
@@ -177,18 +181,18 @@ def saved(record, content):
         ({"data": "beef"}, "seed 4 on data beef"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_by_name(record, changed, named):
+def test_a_checkpoint_of_another_run_is_refused_by_name(record: Record, changed: dict[str, Any], named: str) -> None:
     saved(record, checkpoint(16, 18, replace(ME, **changed)))
     with pytest.raises(AnotherRunError, match=rf"last\.ckpt is of another run \(.*{named}.*\): take it away"):
         find(record, ME, STEPS)
 
 
-def test_a_checkpoint_from_before_they_named_their_run_is_taken(record):
+def test_a_checkpoint_from_before_they_named_their_run_is_taken(record: Record) -> None:
     saved(record, checkpoint(16, 18, None))
     assert find(record, ME, STEPS) == Start(record.last, 16, 18)
 
 
-WRONG = [
+WRONG: list[tuple[tuple[str, ...], Any]] = [
     (("global_step",), "16"),
     (("global_step",), True),
     (("global_step",), 0),
@@ -209,7 +213,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("keys", "value"), WRONG, ids=str)
-def test_fields_of_another_type_or_step_are_said_and_the_previous_one_is_used(record, keys, value, caplog):
+def test_fields_of_another_type_or_step_are_said_and_the_previous_one_is_used(
+    record: Record, keys: tuple[str, ...], value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     content = checkpoint(16, 18)
     node = content
     for key in keys[:-1]:
@@ -223,7 +229,9 @@ def test_fields_of_another_type_or_step_are_said_and_the_previous_one_is_used(re
     assert keys[-1] in said or keys[0] in said
 
 
-def test_what_is_no_checkpoint_at_all_is_not_said_in_the_words_of_python(record, caplog):
+def test_what_is_no_checkpoint_at_all_is_not_said_in_the_words_of_python(
+    record: Record, caplog: pytest.LogCaptureFixture
+) -> None:
     for content in ([1, 2], None, torch.zeros(3)):
         record.last.unlink()
         torch.save(content, record.last)

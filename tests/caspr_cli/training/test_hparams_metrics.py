@@ -3,13 +3,13 @@ from caspr_cli.tasks.registry import CONFS, C4LMConf
 from caspr_cli.training.hparams import METRICS, hyperparameters, summaries
 
 
-def test_the_page_has_a_column_for_what_each_task_is_judged_by():
+def test_the_page_has_a_column_for_what_each_task_is_judged_by() -> None:
     for conf in CONFS.values():
         metric = conf().target.metric
         assert {metric, metric.replace("val/", "test/")} <= set(METRICS)
 
 
-def test_a_trial_is_a_column_and_the_space_it_is_from_is_not():
+def test_a_trial_is_a_column_and_the_space_it_is_from_is_not() -> None:
     search = SearchConf("lr", 6, {"optim.lr": {"log": [1e-3, 1e-1]}})
     values = hyperparameters(Recipe(C4LMConf(), AdamWConf(lr=4e-3), search=search, trial=3))
     assert {name: value for name, value in values.items() if "search" in name or name in ("trial", "optim.lr")} == {
@@ -19,7 +19,7 @@ def test_a_trial_is_a_column_and_the_space_it_is_from_is_not():
     }
 
 
-def test_runs_with_and_without_a_search_agree_on_the_columns():
+def test_runs_with_and_without_a_search_agree_on_the_columns() -> None:
     plain = Recipe(C4LMConf(), AdamWConf())
     assert not {"search.name", "trial"} & hyperparameters(plain).keys()
     tried = Recipe(C4LMConf(), AdamWConf(), search=SearchConf("lr", 6, {"optim.lr": {"log": [1e-3, 1e-1]}}), trial=3)

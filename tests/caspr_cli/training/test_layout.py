@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -13,7 +15,7 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.probe import diagnose
-from caspr_cli.recipe.schema import AdamWConf, Recipe
+from caspr_cli.recipe.schema import AdamWConf, Recipe, TaskConf
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf, ResNetConf, TaggingConf
 from caspr_cli.training.callbacks import QUANTILES
@@ -21,7 +23,7 @@ from caspr_cli.training.layout import layout
 from caspr_cli.training.recorder import Recorder
 
 
-def written(directory, task, *, seed=0, attempts=1):
+def written(directory: Path, task: TaskConf, *, seed: int = 0, attempts: int = 1) -> None:
     record = Record(directory / f"task{type(task).__name__}" / "adamw" / "0123abcd" / f"seed{seed}")
     record.path.mkdir(parents=True)
     for _ in range(attempts):
@@ -30,7 +32,7 @@ def written(directory, task, *, seed=0, attempts=1):
         recorder.close()
 
 
-def page(directory):
+def page(directory: Path) -> dict[str, list[dict[str, Any]]]:
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(directory))
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(directory))
@@ -39,11 +41,11 @@ def page(directory):
     return {category["title"]: category["chart"] for category in merged["category"]}
 
 
-def titles(charts):
+def titles(charts: list[dict[str, Any]]) -> list[str]:
     return [chart["title"] for chart in charts]
 
 
-def test_the_page_begins_with_what_the_task_is_judged_by(tmp_path):
+def test_the_page_begins_with_what_the_task_is_judged_by(tmp_path: Path) -> None:
     written(tmp_path, TaggingConf())
     found = page(tmp_path)
     assert list(found) == ["comparison", "cost", "optimizer"]
@@ -52,7 +54,7 @@ def test_the_page_begins_with_what_the_task_is_judged_by(tmp_path):
     assert found["optimizer"][0]["multiline"]["tag"] == [r"optim/condition/p50$"]
 
 
-def test_tasks_seeds_and_attempts_share_their_charts(tmp_path):
+def test_tasks_seeds_and_attempts_share_their_charts(tmp_path: Path) -> None:
     written(tmp_path / "one", C4LMConf())
     alone = page(tmp_path / "one")
     for seed in (0, 1):
@@ -65,13 +67,13 @@ def test_tasks_seeds_and_attempts_share_their_charts(tmp_path):
     assert (found["cost"], found["optimizer"]) == (alone["cost"], alone["optimizer"])
 
 
-def test_a_line_is_of_one_tag():
+def test_a_line_is_of_one_tag() -> None:
     """TensorBoard matches from the start of a tag: val/loss would also draw what begins so."""
     _, (expression,) = layout("val/loss")["comparison"]["val/loss"]
     assert [tag for tag in ("val/loss", "val/loss_ema", "test/val/loss") if re.match(expression, tag)] == ["val/loss"]
 
 
-def test_charts_of_the_optimizer_show_what_is_diagnosed():
+def test_charts_of_the_optimizer_show_what_is_diagnosed() -> None:
     p = torch.randn(3, 4, requires_grad=True)
     optimizer = CASPR([p], start_step=1)
     p.grad = torch.randn(3, 4)
@@ -82,7 +84,7 @@ def test_charts_of_the_optimizer_show_what_is_diagnosed():
     assert all(any(re.match(e, tag) for tag in tags) for e in expressions)
 
 
-def test_what_is_compared_comes_first_among_all_curves(tmp_path):
+def test_what_is_compared_comes_first_among_all_curves(tmp_path: Path) -> None:
     record = Record(tmp_path)
     recorder = Recorder(record, Recipe(task=TaggingConf(), optim=AdamWConf()))
     recorder.scalars(10, {"lr": 1e-3, "train/loss": 2.0, "val/loss": 1.5, "val/accuracy": 0.4})

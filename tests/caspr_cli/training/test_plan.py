@@ -1,3 +1,5 @@
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import nn
@@ -17,10 +19,10 @@ class Small(Task):
 
     heads = ("head",)
 
-    def __init__(self): ...
-    def prepare(self): ...
+    def __init__(self) -> None: ...
+    def prepare(self) -> None: ...
 
-    def model(self):
+    def model(self) -> nn.Module:
         parts = {
             "words": nn.Embedding(50, 8),
             "convs": nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3)),
@@ -30,23 +32,23 @@ class Small(Task):
         }
         return nn.ModuleDict(parts)
 
-    def train_flops(self, model):
+    def train_flops(self, model: nn.Module) -> float:
         return 1e6
 
-    dataset = loss = metrics = evaluate = units = describe_data = None
+    dataset = loss = metrics = evaluate = units = describe_data = cast(Any, None)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "load", lambda conf, seed: Small())
     monkeypatch.setattr(Small, "__abstractmethods__", frozenset())
 
 
-def recipe(name, **changes):
+def recipe(name: str, **changes: Any) -> Recipe:
     return Recipe(task=TaskConf(name="small"), optim=OPTIMIZERS[name](**changes))
 
 
-def test_each_tensor_has_its_treatment_and_reason():
+def test_each_tensor_has_its_treatment_and_reason() -> None:
     found = plan(recipe("caspr", block_size=10))
     rows = {row.tensor: (row.count, row.shape, row.blocks, row.treatment, row.reason) for row in found.rows}
     assert rows == {
@@ -76,7 +78,7 @@ def test_each_tensor_has_its_treatment_and_reason():
     assert "4 of 6 x 9" in lines[2]
 
 
-def test_what_is_thin_or_a_vector_is_said(monkeypatch):
+def test_what_is_thin_or_a_vector_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"down": nn.Linear(8, 600, bias=False), "one": nn.Linear(600, 1, bias=False)}
     monkeypatch.setattr(Small, "model", lambda self: nn.ModuleDict(parts))
     monkeypatch.setattr(Small, "heads", ())
@@ -89,7 +91,7 @@ def test_what_is_thin_or_a_vector_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name):
+def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name: str) -> None:
     changes = {"start_step": 1} if hasattr(OPTIMIZERS[name](), "start_step") else {}
     found = plan(recipe(name, **changes))
     model = Small().model()
@@ -102,25 +104,25 @@ def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name):
 
 
 @pytest.mark.parametrize(("name", "conv"), [("muon", "muon"), ("soap", "soap"), ("sgd", "sgd"), ("shampoo", "shampoo")])
-def test_what_takes_a_convolution(name, conv):
+def test_what_takes_a_convolution(name: str, conv: str) -> None:
     treatments = {row.tensor: row.treatment for row in plan(recipe(name)).rows}
     assert treatments["convs.*.weight"] == conv
     assert treatments["wide.weight"] == name
 
 
-def test_adamw_has_another_rate_for_what_matrix_methods_leave_to_it():
+def test_adamw_has_another_rate_for_what_matrix_methods_leave_to_it() -> None:
     treatments = {row.tensor: row.treatment for row in plan(recipe("adamw", adamw_lr_scale=0.5)).rows}
     left = {tensor for tensor, treatment in treatments.items() if treatment == "adamw, lr x 0.5"}
     assert left == {row.tensor for row in plan(recipe("caspr")).rows if row.treatment == "AdamW"}
     assert {treatments[tensor] for tensor in treatments.keys() - left} == {"adamw"}
 
 
-def test_products_are_counted():
+def test_products_are_counted() -> None:
     (wide,) = (row for row in plan(recipe("muon", ns_steps=3)).rows if row.tensor == "wide.weight")
     m, n = 8, 30  # Newton-Schulz works on the wide side: A = X X', B = b A + c A A, X = a X + B X
     assert wide.flops == 3 * 2 * (m * m * n + m * m * m + m * m * n)
 
 
-def test_a_bad_option_is_the_users_to_mend():
+def test_a_bad_option_is_the_users_to_mend() -> None:
     with pytest.raises(ConfigError, match=r"^optim\.eps should be > 0"):
         plan(recipe("caspr", eps=-1.0))

@@ -2,7 +2,9 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -28,11 +30,11 @@ GONE = [
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch):
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "SECONDS_TO_COMPARE", 0.0)
 
 
-def raising(record, message, world=2):
+def raising(record: Record, message: str, world: int = 2) -> None:
     with answering(record, 0, world, 5.0):
         raise RuntimeError(message)
 
@@ -55,7 +57,7 @@ LATE = ["NCCL operation timed out", "WorkNCCL(SeqNum=3) timed out in blocking wa
 
 
 @pytest.mark.parametrize("message", [WAITED, CLOSED, ABORTED, GAVE_UP, *LATE])
-def test_a_rank_that_does_not_answer_is_named(tmp_path, message):
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path, message: str) -> None:
     with pytest.raises(HungError, match=r"^rank 1 did not answer for 5 s \(trainer.timeout\)$"):
         raising(Record(tmp_path), message)
     (tmp_path / ".waited.2").touch()
@@ -67,7 +69,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path, message):
 
 
 @pytest.mark.parametrize("message", GONE)
-def test_a_rank_that_is_gone_is_no_failure_of_this_one(tmp_path, message):
+def test_a_rank_that_is_gone_is_no_failure_of_this_one(tmp_path: Path, message: str) -> None:
     with pytest.raises(LostError):
         raising(Record(tmp_path), message)
 
@@ -88,7 +90,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("message", "broken"), BROKEN.items(), ids=str)
-def test_a_broken_gpu_interrupts_a_run_and_a_faulty_program_fails(tmp_path, message, broken):
+def test_a_broken_gpu_interrupts_a_run_and_a_faulty_program_fails(tmp_path: Path, message: str, broken: bool) -> None:
     state, text = worker._cause(Record(tmp_path), RuntimeError(message))
     assert state == (PREEMPTED if broken else FAILED)
     assert text.startswith("a GPU is broken or gone: " if broken else f"RuntimeError: {message}")
@@ -98,14 +100,14 @@ def test_a_broken_gpu_interrupts_a_run_and_a_faulty_program_fails(tmp_path, mess
     assert worker._cause(Record(tmp_path), outer)[0] == (PREEMPTED if broken else FAILED)
 
 
-def test_what_is_this_ranks_own_stays(tmp_path):
+def test_what_is_this_ranks_own_stays(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         raising(Record(tmp_path), "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)")
     with pytest.raises(RuntimeError, match="Timed out waiting"):
         raising(Record(tmp_path), WAITED, world=1)
 
 
-def test_the_first_rank_is_waited_for_at_the_end(tmp_path):
+def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.write("status.json", {"state": "running"})
     before = signal.getsignal(signal.SIGTERM)
@@ -118,7 +120,7 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def leaves(rank, store, how):
+def leaves(rank: int, store: str, how: str) -> Barrier:
     """Rank 0 meets the other one, and is gone or hangs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     meeting = Barrier()
@@ -131,7 +133,7 @@ def leaves(rank, store, how):
 
 
 @contextmanager
-def left_alone(tmp_path, how):
+def left_alone(tmp_path: Path, how: str) -> Iterator[tuple[Record, Barrier]]:
     """Run as rank 1 of two. Only the connection shows that the other is gone: no launcher is its parent here."""
     record, store = Record(tmp_path), str(tmp_path / "store")
     record.write("status.json", {"state": "running"})
@@ -148,13 +150,13 @@ def left_alone(tmp_path, how):
 
 
 @pytest.mark.release
-def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path):
+def test_the_first_rank_dies_at_the_end_on_another_machine(tmp_path: Path) -> None:
     with left_alone(tmp_path, "gone") as (record, _), pytest.raises(LostError, match="rank 0 is gone"):
         wait_for_first(record, 1, 2, 60)
 
 
 @pytest.mark.release
 @pytest.mark.parametrize("how", ["gone", "hangs"])
-def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(tmp_path, how):
+def test_a_rank_that_is_lost_while_state_is_gathered_cuts_the_run_off(tmp_path: Path, how: str) -> None:
     with left_alone(tmp_path, how) as (record, meeting), pytest.raises(HungError), answering(record, 1, 2, 60):
         meeting.wait(1)

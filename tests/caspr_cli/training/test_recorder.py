@@ -2,11 +2,13 @@ import csv
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator, HistogramEvent
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from caspr_cli.optim import CASPR
@@ -20,23 +22,23 @@ from caspr_cli.training.callbacks import Curves
 from caspr_cli.training.recorder import Recorder
 
 
-def recipe(seed=0):
+def recipe(seed: int = 0) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), seed=seed)
 
 
-def record(tmp_path, seed=0):
+def record(tmp_path: Path, seed: int = 0) -> Record:
     found = Record(tmp_path / "c4_lm" / "adamw" / "0123abcd" / f"seed{seed}")
     found.path.mkdir(parents=True)
     return found
 
 
-def events(record, tag):
+def events(record: Record, tag: str) -> list[tuple[int, float]]:
     accumulator = EventAccumulator(str(record.path))
     accumulator.Reload()
     return [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(tag)]
 
 
-def test_lines_and_events_hold_the_same(tmp_path):
+def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 2.5})
@@ -49,7 +51,7 @@ def test_lines_and_events_hold_the_same(tmp_path):
     assert events(kept, "train/loss") == [(1, 2.5), (2, 1.5)]
 
 
-def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path):
+def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
     kept = record(tmp_path)
     first = Recorder(kept, recipe())
     for step in range(1, 6):
@@ -65,7 +67,7 @@ def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path)
     assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
-def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path):
+def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path: Path) -> None:
     kept, wanted = record(tmp_path), recipe(seed=3)
     wanted.logger = [Logger.csv]
     first = Recorder(kept, wanted)
@@ -87,7 +89,7 @@ def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path):
     assert (run.seed, run.config["optim.name"], run.final) == (3, "adamw", 0.25)
 
 
-def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path, monkeypatch):
+def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, real = record(tmp_path), time.time
     for attempt, day in enumerate((0, -1, 1, -2)):
         monkeypatch.setattr(time, "time", lambda day=day: real() + 86400 * day)
@@ -100,7 +102,7 @@ def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path, monkeypatch)
     assert [name.count("0000000000.") for name in names] == [1, 1, 1, 0]
 
 
-def test_what_was_flushed_is_on_the_disk(tmp_path, monkeypatch):
+def test_what_was_flushed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, synced = record(tmp_path), []
     recorder = Recorder(kept, recipe())
     recorder.scalars(1, {"train/loss": 1.0})
@@ -111,7 +113,7 @@ def test_what_was_flushed_is_on_the_disk(tmp_path, monkeypatch):
     recorder.close()
 
 
-def test_seeds_share_a_group_on_the_hparams_page(tmp_path):
+def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     groups, rates = set(), set()
     for seed in (0, 1):
         kept = record(tmp_path, seed)
@@ -128,13 +130,13 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path):
     assert rates == {1e-3}
 
 
-def histograms(record):
+def histograms(record: Record) -> dict[str, list[HistogramEvent]]:
     accumulator = EventAccumulator(str(record.path), size_guidance={HISTOGRAMS: 0})  # 0: all
     accumulator.Reload()
     return {tag: accumulator.Histograms(tag) for tag in accumulator.Tags()["histograms"]}
 
 
-def test_a_histogram_counts_each_eigenvalue(tmp_path):
+def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
     values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0])
@@ -148,7 +150,7 @@ def test_a_histogram_counts_each_eigenvalue(tmp_path):
     assert sum(eight.histogram_value.bucket) == 3
 
 
-def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path):
+def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Path) -> None:
     weights = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 3, requires_grad=True)]
     optimizer = CASPR(weights, block_size=3, start_step=1)
     for p in weights:
@@ -156,7 +158,9 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path):
     optimizer.step()
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
-    values = Curves(recipe(), recorder, None)._diagnostics(SimpleNamespace(optimizers=[optimizer], global_step=1))
+    values = Curves(recipe(), recorder, None)._diagnostics(
+        cast(Any, SimpleNamespace(optimizers=[optimizer], global_step=1))
+    )
     recorder.close()
     (event,) = histograms(kept).pop("optim/spectrum")
     assert event.histogram_value.num == len(diagnose(optimizer)["spectrum"])
@@ -166,7 +170,7 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path):
 
 
 @pytest.mark.parametrize("purged", [False, True])
-def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path, purged):
+def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path: Path, purged: bool) -> None:
     """For instance the test part of a run that is killed before it has written its result."""
     kept = record(tmp_path)
     first = Recorder(kept, recipe())

@@ -1,5 +1,6 @@
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ shapes = st.tuples(
 
 @settings(deadline=None, max_examples=60)
 @given(shapes)
-def test_a_step_has_the_same_batch_however_it_is_cut(shape):
+def test_a_step_has_the_same_batch_however_it_is_cut(shape: tuple[int, ...]) -> None:
     world, accumulate, part, steps, extra, seed = shape
     batch = world * accumulate * part
     size = batch * steps + extra % batch
@@ -39,7 +40,7 @@ def test_a_step_has_the_same_batch_however_it_is_cut(shape):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30), st.integers(0, 3))
-def test_it_resumes_at_any_step(batch, steps, extra, start, seed):
+def test_it_resumes_at_any_step(batch: int, steps: int, extra: int, start: int, seed: int) -> None:
     size = batch * steps + extra % batch
     whole = list(islice(StepSampler(size, batch, seed=seed), start + 5))
     assert list(islice(StepSampler(size, batch, seed=seed, start=start), 5)) == whole[start:]
@@ -47,7 +48,7 @@ def test_it_resumes_at_any_step(batch, steps, extra, start, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 9), st.integers(0, 3))
-def test_an_epoch_repeats_nothing_and_the_next_is_another(batch, steps, extra, seed):
+def test_an_epoch_repeats_nothing_and_the_next_is_another(batch: int, steps: int, extra: int, seed: int) -> None:
     size = batch * steps + extra % batch
     batches = list(islice(StepSampler(size, batch, seed=seed), 2 * steps))
     for epoch in (batches[:steps], batches[steps:]):
@@ -56,15 +57,15 @@ def test_an_epoch_repeats_nothing_and_the_next_is_another(batch, steps, extra, s
         assert set(seen) <= set(range(size))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     first, second = (list(islice(StepSampler(64, 8, seed=s), 16)) for s in (0, 1))
     assert first != second
     assert first[:8] != first[8:]
 
 
-def test_a_sample_draws_another_number_each_epoch_and_the_same_however_it_is_read():
+def test_a_sample_draws_another_number_each_epoch_and_the_same_however_it_is_read() -> None:
     class Noise(Dataset[float]):
-        def __getitem__(self, index):
+        def __getitem__(self, index: int) -> float:
             return index + torch.rand(()).item()
 
     batches = list(islice(StepSampler(4, 4, seed=0), 2))
@@ -79,28 +80,28 @@ def test_a_sample_draws_another_number_each_epoch_and_the_same_however_it_is_rea
     assert sorted(x for rank in ranks for x in Seeded(Noise()).__getitems__(rank)) == first
 
 
-def test_a_batch_larger_than_the_data_is_the_users_to_mend():
+def test_a_batch_larger_than_the_data_is_the_users_to_mend() -> None:
     with pytest.raises(DataError, match=r"task\.batch_size=9 is more than the 8 samples"):
         StepSampler(8, 9, seed=0)
 
 
-def test_mixed_seeds_do_not_collide():
+def test_mixed_seeds_do_not_collide() -> None:
     seeds = {mix(a, b, c) for a in range(12) for b in range(12) for c in range(12)}
     assert len(seeds) == 12**3
     assert all(0 <= s < 1 << 63 for s in seeds)
 
 
-def data_of(world, rank, batch=4, strategy=Strategy.ddp, **sizes):
+def data_of(world: int, rank: int, batch: int = 4, strategy: Strategy = Strategy.ddp, **sizes: int) -> TaskData:
     """The loaders of a task whose splits have these numbers of samples."""
     task = SimpleNamespace(dataset=lambda split: range(sizes[split]), collate=None)
     trainer = SimpleNamespace(accumulate=1, workers=0, strategy=strategy)
     recipe = SimpleNamespace(task=SimpleNamespace(batch_size=batch), seed=0, trainer=trainer)
-    return TaskData(task, recipe, start=0, rank=rank, world=world)
+    return TaskData(cast(Any, task), cast(Any, recipe), start=0, rank=rank, world=world)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize(("size", "world"), [(1, 2), (3, 4), (0, 1)])
-def test_a_split_that_leaves_a_rank_idle_is_refused_before_training(split, size, world):
+def test_a_split_that_leaves_a_rank_idle_is_refused_before_training(split: str, size: int, world: int) -> None:
     """By every rank alike, as none may wait for the others."""
     sizes = {"train": 8, "validation": 9, "test": 9, split: size}
     for rank in range(world):
@@ -108,21 +109,21 @@ def test_a_split_that_leaves_a_rank_idle_is_refused_before_training(split, size,
             data_of(world, rank, **sizes)
 
 
-def test_every_rank_has_a_sample_where_there_are_as_many_as_ranks():
+def test_every_rank_has_a_sample_where_there_are_as_many_as_ranks() -> None:
     for rank in range(4):
         data = data_of(4, rank, train=4, validation=4, test=4)
         assert [len(loader) for loader in (data.val_dataloader(), data.test_dataloader())] == [1, 1]
 
 
 @given(st.integers(1, 5), st.integers(2, 6), st.integers(0, 40))
-def test_ranks_that_have_parts_of_a_model_validate_in_step(world, batch, more):
+def test_ranks_that_have_parts_of_a_model_validate_in_step(world: int, batch: int, more: int) -> None:
     """Each sample once, in as many batches on all ranks, of which none is too large."""
     size, seen = world + more, []
     counts = set()
     for rank in range(world):
         data = data_of(world, rank, batch, Strategy.fsdp, train=batch * world, validation=size, test=world)
         loader = data.val_dataloader()
-        batches = list(loader.batch_sampler)
+        batches = list(cast(Any, loader.batch_sampler))
         assert all(0 < len(each) <= batch for each in batches)
         counts.add(len(batches))
         seen += [i for each in batches for i in each]

@@ -3,6 +3,8 @@
 import csv
 import json
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +21,11 @@ from caspr_cli.training import trackers
 from caspr_cli.training.recorder import Recorder
 
 
-def recipe(folder, kind):
+def recipe(folder: Path, kind: Logger) -> Recipe:
     return Recipe(task=C4LMConf(), optim=AdamWConf(), seed=3, logger=[kind], output_dir=str(folder))
 
 
-def cut_and_resumed(folder, kind):
+def cut_and_resumed(folder: Path, kind: Logger) -> Record:
     """Return the record of a run that was cut off after step 4, and went on from its checkpoint of step 3."""
     wanted = recipe(folder, kind)
     kept = Record.of(wanted)
@@ -39,7 +41,9 @@ def cut_and_resumed(folder, kind):
 
 
 @pytest.mark.parametrize("kind", [Logger.wandb, Logger.mlflow])
-def test_a_logger_that_is_not_installed_is_refused_before_data_are_read(kind, tmp_path, monkeypatch):
+def test_a_logger_that_is_not_installed_is_refused_before_data_are_read(
+    kind: Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = recipe(tmp_path, kind)
     wanted.task.data, wanted.task.root = Source.files, str(tmp_path / "missing")
     monkeypatch.setattr(errors, "find_spec", lambda name: None)
@@ -55,8 +59,8 @@ def test_a_logger_that_is_not_installed_is_refused_before_data_are_read(kind, tm
     assert errors.uninstalled(kind.name) == (why if spec.origin is None else None)
 
 
-def test_a_logger_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
-    def broken(*_):
+def test_a_logger_that_cannot_begin_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("the server is gone.\nmore of it")
 
     monkeypatch.setitem(trackers.MAKERS, Logger.mlflow, broken)
@@ -65,8 +69,8 @@ def test_a_logger_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
     assert str(caught.value) == "logger=[mlflow]: the server is gone"
 
 
-def test_a_run_tells_its_loggers_how_it_ended(tmp_path, monkeypatch):
-    told = []
+def test_a_run_tells_its_loggers_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str | None] = []
     monkeypatch.setattr(trackers, "end", lambda logger, how: told.append(how))
     kept, wanted = Record(tmp_path / "seed0"), recipe(tmp_path, Logger.csv)
     kept.path.mkdir()
@@ -79,7 +83,7 @@ def test_a_run_tells_its_loggers_how_it_ended(tmp_path, monkeypatch):
     assert told == [None, "success", "failed"]
 
 
-def written(log):
+def written(log: bytes) -> Iterator[bytes]:
     """Yield the records of wandb's file, a log of LevelDB: blocks of 32 KiB, after a head of 7 bytes in the first."""
     at, parts = 7, b""
     while at < len(log):
@@ -94,7 +98,7 @@ def written(log):
             parts = b""
 
 
-def test_wandb_has_one_run_offline_and_its_history_compares(tmp_path, monkeypatch):
+def test_wandb_has_one_run_offline_and_its_history_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="pip install 'caspr-cli[wandb]'")
     from wandb.proto.wandb_internal_pb2 import Record as Line
 
@@ -125,20 +129,22 @@ def test_wandb_has_one_run_offline_and_its_history_compares(tmp_path, monkeypatc
     assert (run.final, [point.step for point in run.curve]) == (0.25, [4])  # and not _step, which counts calls
 
 
-def test_wandb_online_is_asked_what_it_has_and_no_step_is_logged_twice(tmp_path, monkeypatch):
+def test_wandb_online_is_asked_what_it_has_and_no_step_is_logged_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server is imitated: wandb itself runs offline, and says that it has resumed the run."""
     wandb = pytest.importorskip("wandb", reason="pip install 'caspr-cli[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    server = []  # the history, as its API has it: each line with all tags
-    asked = []
+    server: list[dict[str, Any]] = []  # the history, as its API has it: each line with all tags
+    asked: list[str] = []
     log = wandb.sdk.wandb_run.Run.log
 
-    def logged(self, data, *rest, **more):
+    def logged(self: Any, data: dict[str, Any], *rest: Any, **more: Any) -> None:
         server.append({"train/loss": None, "val/loss": None, "_step": len(server)} | data)
         log(self, data, *rest, **more)
 
     class Api:
-        def run(self, path):
+        def run(self, path: str) -> Any:
             asked.append(path)
             return type("Known", (), {"scan_history": lambda _: list(server)})()
 
@@ -154,7 +160,7 @@ def test_wandb_online_is_asked_what_it_has_and_no_step_is_logged_twice(tmp_path,
     assert server[-1]["val/loss"] == 0.25  # of the step at which the first attempt was cut off
 
 
-def test_mlflow_has_one_run_in_one_database_and_it_compares(tmp_path, monkeypatch):
+def test_mlflow_has_one_run_in_one_database_and_it_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="pip install 'caspr-cli[mlflow]'")
     from mlflow import MlflowClient
 

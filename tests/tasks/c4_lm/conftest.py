@@ -1,6 +1,7 @@
 """Small corpora."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 from written import prose, recipe, write_shards
@@ -9,18 +10,18 @@ from caspr_cli.tasks.c4_lm import sources
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards")
 
 
 @pytest.fixture
-def conf(shards):
+def conf(shards: Path) -> partial[object]:
     """Small recipes over ``shards``."""
     return partial(recipe, "c4_lm", shards)
 
 
 @pytest.fixture
-def library(tmp_path, monkeypatch):
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library of 60 modules and 2 topics, in the place of Python's own."""
     root = tmp_path / "library"
     (root / "email").mkdir(parents=True)

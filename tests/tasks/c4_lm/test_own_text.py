@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from caspr_cli.tasks.registry import C4LMConf
 TEXTS = [f"document {i} " + "word " * 300 for i in range(200)]
 
 
-def write(file, texts):
+def write(file: Path, texts: list[str]) -> Path:
     import pandas
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def write(file, texts):
     if name.endswith(".parquet"):
         pandas.DataFrame({"id": range(len(texts)), "text": texts}).to_parquet(file)
         return file
-    records = [{"text": text, "url": "x"} for text in texts]
+    records: Any = [{"text": text, "url": "x"} for text in texts]
     content = {
         ".txt": "\n\n".join(texts),
         ".jsonl": "\n".join(map(json.dumps, records)),
@@ -35,13 +36,13 @@ def write(file, texts):
     return file
 
 
-def source(root, **keys):
+def source(root: Path, **keys: Any) -> Any:
     return documents(C4LMConf(data=Source.files, root=str(root), **keys))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet"])
 @pytest.mark.parametrize("alone", [True, False])
-def test_every_document_is_in_one_split_by_its_content(name, alone, tmp_path):
+def test_every_document_is_in_one_split_by_its_content(name: str, alone: bool, tmp_path: Path) -> None:
     file = write(tmp_path / "data" / name, TEXTS)
     (tmp_path / "data" / "README.pdf").write_bytes(b"\xff")
     found = source(file if alone else file.parent)
@@ -56,7 +57,7 @@ def test_every_document_is_in_one_split_by_its_content(name, alone, tmp_path):
     }
 
 
-def test_names_of_files_or_folders_say_the_split(tmp_path):
+def test_names_of_files_or_folders_say_the_split(tmp_path: Path) -> None:
     write(tmp_path / "wiki.train.txt", TEXTS[:5])
     write(tmp_path / "valid" / "part1.jsonl", TEXTS[5:15])
     found = source(tmp_path)
@@ -68,7 +69,7 @@ def test_names_of_files_or_folders_say_the_split(tmp_path):
         list(source(tmp_path).split("train"))
 
 
-def test_a_shard_of_c4_is_still_one(tmp_path):
+def test_a_shard_of_c4_is_still_one(tmp_path: Path) -> None:
     write(tmp_path / "c4-train.00000-of-00001.jsonl", TEXTS)
     with pytest.raises(DataError, match="is no name of a shard of C4"):
         source(tmp_path)
@@ -95,13 +96,13 @@ def test_a_shard_of_c4_is_still_one(tmp_path):
         ("a.pdf", "x", "no text in .*: it should hold .txt, .jsonl, .json, .parquet files"),
     ],
 )
-def test_what_cannot_be_read_is_named(name, content, message, tmp_path):
+def test_what_cannot_be_read_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
         list(source(tmp_path).split("train"))
 
 
-def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path):
+def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path) -> None:
     import pandas
 
     pandas.DataFrame({"content": ["x"]}).to_parquet(tmp_path / "a.parquet")
@@ -110,7 +111,7 @@ def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path):
 
 
 @given(st.lists(st.text(alphabet="ab \n", min_size=1), max_size=30))
-def test_a_plain_file_loses_no_word(parts):
+def test_a_plain_file_loses_no_word(parts: list[str]) -> None:
     import tempfile
 
     text = "\n".join(parts)

@@ -1,5 +1,8 @@
 """A small folder of images."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from written import write_folder
 
@@ -8,16 +11,16 @@ from caspr_cli.tasks.registry import Images, ImagesConf
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "pets")
 
 
 @pytest.fixture
-def conf(folder):
+def conf(folder: Path) -> Callable[..., ImagesConf]:
     """Recipes over ``folder``."""
 
-    def make(**changes):
+    def make(**changes: object) -> ImagesConf:
         given = {"data": Source.files, "images": Images.folder, "root": str(folder), "size": 8, "batch_size": 4}
-        return ImagesConf(**{"name": "images", **given, **changes})
+        return ImagesConf(**{"name": "images", **given, **changes})  # type: ignore[arg-type]
 
     return make

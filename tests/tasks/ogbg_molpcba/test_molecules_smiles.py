@@ -1,6 +1,7 @@
 """A CSV file of SMILES and labels."""
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ pytest.importorskip("rdkit")
 ROWS = [f"{'C' * (i % 30 + 1)}O,m{i},{i % 2},{'' if i % 3 else 1}" for i in range(90)]
 
 
-def read(file, text):
+def read(file: Path, text: str):
     (gzip.open if file.suffix == ".gz" else open)(file, "wb").write(text.encode())
     return molecules(MolPCBAConf(data=Source.files, root=str(file))).read()
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_molecules_are_dealt_out_by_structure(name, tmp_path):
+def test_molecules_are_dealt_out_by_structure(name: str, tmp_path: Path) -> None:
     graphs, splits = read(tmp_path / name, "\n".join(["SMILES,id,toxic,soluble", *ROWS, ""]))
     assert graphs.labels.shape == (90, 2)
     assert graphs.labels[:4].tolist() == [[0, 1], [1, -1], [0, -1], [1, 1]]
@@ -44,7 +45,7 @@ def test_molecules_are_dealt_out_by_structure(name, tmp_path):
         ("", r"a\.csv: is empty"),
     ],
 )
-def test_what_cannot_be_read_is_named(text, message, tmp_path):
+def test_what_cannot_be_read_is_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"^{message}"):
         read(tmp_path / "a.csv", text)
     with pytest.raises(DataError, match=f"^{message}"):

@@ -54,7 +54,7 @@ XPOS = [["v", "p", "s", "d", "_"], ["np", "v", "m"]]
 ROW = "1\tword\tword\tNOUN\tn\t_\t0\troot\t_\t_"
 
 
-def write(path, text):
+def write(path: Path, text: str) -> Path:
     path.write_bytes(text.encode())
     return path
 
