@@ -23,7 +23,7 @@ EXPERIMENTS = {
     "ogbg_molpcba": "experiment=molpcba",
     "ud_pos": "experiment=ud_pos",
     "resnet": "experiment=vision task=resnet",
-    "vit": "experiment=vision task=vit",
+    "vit": "experiment=vision task=vit trainer.max_steps=2000 trainer.val_every=200",
 }
 HEADS = ["", "optimizer", "n", "validation", "95 % interval", "test", "untuned", "trials", f"against {BASELINE}",
          "against the first", "records"]  # fmt: skip

@@ -1,5 +1,6 @@
 """The leaderboard and the check of an entry: each way in which a pack can be wrong is said in one line."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -176,7 +177,9 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_check_says_right_or_wrong_and_exits_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert call(monkeypatch, "check", str(PACK), "--board", str(PACK.parent)) == 0
+    (tmp_path / "board").mkdir()
+    shutil.copy(PACK, tmp_path / "board")
+    assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "board")) == 0
     assert "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl.gz"
     bad.write_bytes(pack.pack(changed(gone, trial=2), [PACK]))
