@@ -20,33 +20,44 @@ class Ranks:
     """
 
     def __init__(self, world: int) -> None:
-        self.world, self._pipes, self._processes = world, [], []
+        self.world = world
         self._folder, self._calls = tempfile.TemporaryDirectory(), itertools.count()
+        self._start()
+
+    def _start(self) -> None:
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
         context = mp.get_context("spawn")
-        for _ in range(world):
+        for _ in range(self.world):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, sys.path), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
 
-    def __call__(self, function: Any, *args: Any, timeout: float = 120) -> list[Any]:
+    def __call__(self, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
         # Never the same name twice: a store that is destroyed late makes its file once more.
         store = Path(self._folder.name) / str(next(self._calls))
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function.__module__, function.__qualname__, rank, self.world, str(store), args))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(timeout), f"rank {rank} does not answer"
+            if not pipe.poll(timeout):
+                self._stop()  # a late answer would be taken for that of the next call
+                self._start()
+                raise AssertionError(f"rank {rank} does not answer")
             results.append(pipe.recv())
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
         assert not failed, "\n".join(failed)
         return [value for _, value in results]
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         for process in self._processes:
             process.kill()
             process.join()
+
+    def close(self) -> None:
+        self._stop()
         self._folder.cleanup()
 
 

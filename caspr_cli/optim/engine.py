@@ -222,11 +222,11 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[index]
         for p in grads:
             states.begin(self.state[p], p, group)
-        masked = is_masked(group, list(grads))
+        masked = is_masked(list(grads))
         finite = Finite(grads, group, norms, self._workspace, ask=not masked)
         known = {p: self.state[p] for p in grads if p in plan.layouts}
         states.begin_counters(list(known.values()), group)
-        states.count_there([self.state[p] for p in grads], next(iter(grads)).device, masked=masked)
+        states.count_there([self.state[p] for p in grads], next(iter(grads)).device, group, masked=masked)
         count, seen = (states.next_counts(known, name, self._given) for name in ("step", "gradients"))
         stacks = self._stacks_of(index, group, plan, list(count))
         if count:

@@ -25,7 +25,7 @@ from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.scatter import ReceivedRows, chunks, copy
 from caspr_cli.optim.shard import Channel, Parcel, Slot, Team, summed
 from caspr_cli.optim.stacks import Stack
-from caspr_cli.optim.step import Active, Received, finish, momenta, preconditioned, update_moments
+from caspr_cli.optim.step import Active, Received, finish, inputs_of, preconditioned, update_moments
 
 Run = list[dict[Tensor, None]]  # by param group, parameters in order
 Rows = dict[Tensor, ReceivedRows]
@@ -180,7 +180,7 @@ class Exchange:
         """
         counted = {p for x in steps for p in x.layouts if p in self.division.transfers}
         updates, earlier, found = Updates(steps, dict(lengths), counted), None, self._buckets(steps)
-        inputs = self._inputs([bucket.first for bucket in found if bucket.rows], steps, _preconditioned_input)
+        inputs = self._inputs([bucket.first for bucket in found if bucket.rows], steps, _input_of)
         for bucket in found:
             rows = next(inputs) if bucket.rows else [{} for _ in steps]
             bucket.channel.open(bucket.parcel)
@@ -350,8 +350,8 @@ def _runs(key: Key, params: list[tuple[int, Tensor]], steps: list[Active]) -> It
         yield found
 
 
-def _preconditioned_input(p: Tensor, x: Active) -> Tensor:
-    return momenta([p], x)[0] if x.group["precondition"] == "momentum" else x.grads[p]
+def _input_of(p: Tensor, x: Active) -> Tensor:
+    return inputs_of([p], x)[0]
 
 
 def _whole(arrived: dict[Shape, list[Tensor]], dtype: torch.dtype) -> dict[Shape, Tensor]:

@@ -7,26 +7,23 @@ host counts gradients that were given, for the turns of roots; the device counts
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.fsdp import any_sharded
+from caspr_cli.optim.fsdp import local
 from caspr_cli.optim.graft import are_alike, direction, frobenius, look_ahead, needs_second_moment, rate
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.scatter import Workspace, add
 
 
-def is_masked(group: Group, params: list[Tensor]) -> bool:
-    """Whether a step of these parameters asks the device nothing.
-
-    Where rows are divided among ranks, and with the momentum of updates, the host waits for the answer once a step.
-    """
+def is_masked(params: list[Tensor]) -> bool:
+    """Whether a step of these parameters asks the device nothing: those of one GPU."""
     devices = {p.device for p in params}
-    one_gpu = len(devices) == 1 and next(iter(devices)).type == "cuda"
-    return one_gpu and group["precondition"] != "gradient" and not any_sharded(params)
+    return len(devices) == 1 and next(iter(devices)).type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,21 @@ class Mask:
         """Return 1 - beta^t ``[k]`` of these parameters, 1 where nothing has been counted yet."""
         return self.of_params(self.bias[beta], params)
 
+    def count_updates(
+        self, counters: list[Tensor], params: list[Tensor], beta: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Count the updates of these parameters, and return what multiplies their momentum, and its bias.
+
+        Until the first update it was the diagonal method's, and is zero from then on. That of a broken one stays, and
+        the infinite bias keeps the weights where they are.
+        """
+        finite = self.is_finite(params)
+        torch._foreach_add_(counters, [self.used[self.place[id(p)]] for p in params])
+        ages = torch.stack(counters).double()
+        kept = torch.where(finite, (ages != 1).double() * beta, 1)
+        bias = torch.where(finite, 1 - beta**ages, math.inf)
+        return list(kept.unbind()), list(bias.unbind())
+
     def decay(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         """Return what decay multiplies each of these parameters by."""
         return self._kept(1 - rate(group) * group["weight_decay"], params)
@@ -101,12 +113,13 @@ class Mask:
         exp_avg_sq: list[Tensor],
         betas: tuple[float, float],
     ) -> list[Tensor]:
-        """Update momenta, and second moments if there are any, and return the gradients with zeros for broken ones."""
+        """Update momenta and second moments, where there are any, and return the gradients, zeros for broken ones."""
         clean = self.clean(grads, params)
         for moments, beta in ((exp_avg, betas[0]), (exp_avg_sq, betas[1])):
             if moments:
                 torch._foreach_mul_(moments, self._kept(beta, params))
-        torch._foreach_add_(exp_avg, clean, alpha=1 - betas[0])
+        if exp_avg:
+            torch._foreach_add_(exp_avg, clean, alpha=1 - betas[0])
         if exp_avg_sq:
             torch._foreach_addcmul_(exp_avg_sq, clean, clean, value=1 - betas[1])
         return clean
@@ -124,7 +137,11 @@ class Mask:
         lr: float | Tensor,
         weight_decay: float,
     ) -> None:
-        """Take AdamW's step of these parameters on ``into``, one launch each, which leaves a broken one as it is."""
+        """Take AdamW's step of these parameters on ``into``, one launch each, which leaves a broken one as it is.
+
+        Args:
+            into: what is here of them, as of the others.
+        """
         for p, P, G, m, v in zip(params, into, grads, exp_avg, exp_avg_sq, strict=True):
             torch._fused_adamw_(
                 [P], [G], [m], [v], [], [state[p]["step"]],
@@ -137,26 +154,30 @@ class Mask:
     ) -> None:
         """Do as :func:`caspr_cli.optim.graft.diagonal_step`."""
         (beta1, beta2), lr = group["betas"], rate(group)
-        exp_avg = [state[p]["exp_avg"] for p in params]
-        exp_avg_sq = [state[p]["exp_avg_sq"] for p in params] if needs_second_moment(graft) else []
-        if graft == "adam" and not nesterov and are_alike(params, grads, exp_avg, exp_avg_sq):
+        exp_avg = [local(state[p]["exp_avg"]) for p in params]
+        exp_avg_sq = [local(state[p]["exp_avg_sq"]) for p in params] if needs_second_moment(graft) else []
+        here = [local(p) for p in params]
+        if graft == "adam" and not nesterov and are_alike(here, grads, exp_avg, exp_avg_sq):
             decay = group["weight_decay"]
-            self.fused_adamw(params, params, grads, exp_avg, exp_avg_sq, state, group, lr=lr, weight_decay=decay)
+            self.fused_adamw(params, here, grads, exp_avg, exp_avg_sq, state, group, lr=lr, weight_decay=decay)
             return
         clean = self.update_moments(params, grads, exp_avg, exp_avg_sq, (beta1, beta2))
         ahead = look_ahead(exp_avg, clean, beta1) if nesterov else exp_avg
-        D = self.direction(params, ahead, exp_avg_sq, group, graft)
+        D = self.direction(params, self.corrected(ahead, params, beta1), exp_avg_sq, group, graft)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, self.decay(group, params))
+            torch._foreach_mul_(here, self.decay(group, params))
         finite = self.is_finite(params).unbind()
-        add(params, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], -lr)
+        add(here, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], -lr)
+
+    def corrected(self, momenta: list[Tensor], params: list[Tensor], beta: float) -> list[Tensor]:
+        """Return the momenta of these parameters, their bias corrected."""
+        return [M / b.to(M.dtype) for M, b in zip(momenta, self.bias_of(beta, params).unbind(), strict=True)]
 
     def direction(
-        self, params: list[Tensor], momenta: list[Tensor], exp_avg_sq: list[Tensor], group: Group, graft: str
+        self, params: list[Tensor], ahead: list[Tensor], exp_avg_sq: list[Tensor], group: Group, graft: str
     ) -> list[Tensor]:
-        """Return the graft's step over the learning rate, of momenta whose bias is not corrected."""
-        beta1, beta2 = group["betas"]
-        ahead = [M / b.to(M.dtype) for M, b in zip(momenta, self.bias_of(beta1, params).unbind(), strict=True)]
+        """Return the graft's step over the learning rate, of momenta whose bias is corrected, or of gradients."""
+        beta2 = group["betas"][1]
         bias2 = self.bias_of(beta2, params).sqrt().unbind()
         if graft == "adam":  # whose moments' bias "rmsprop" leaves as it is
             exp_avg_sq = [v / b.to(v.dtype).square() for v, b in zip(exp_avg_sq, bias2, strict=True)]
@@ -176,7 +197,10 @@ def adam_lengths(
     state: Any,
     group: Group,
 ) -> Tensor:
-    """Update moments, and return how long Adam's steps are, over the rate ``[n]``: 0 where a gradient is broken."""
-    out = mask.workspace.like("graft", params)
+    """Update moments, and return how long Adam's steps are, over the rate ``[n]``: 0 where a gradient is broken.
+
+    Gradients and moments are what is here of them.
+    """
+    out = mask.workspace.like("graft", exp_avg)
     mask.fused_adamw(params, out, grads, exp_avg, exp_avg_sq, state, group, lr=1.0, weight_decay=0.0)
     return frobenius(out)

@@ -32,16 +32,18 @@ def counter(value: Tensor | float = 0) -> Tensor:
     return torch.as_tensor(value).to("cpu", torch.float32)
 
 
-def count_there(states: list[State], device: torch.device, *, masked: bool) -> None:
+def count_there(states: list[State], device: torch.device, group: Group, *, masked: bool) -> None:
     """Have the counters where the step changes them: on a GPU where it is not waited for (see `masked`)."""
     if device.type == "cpu" and not masked:
         return
-    where = device if masked else torch.device("cpu")
+    places = dict.fromkeys(COUNTERS, device if masked else torch.device("cpu"))
+    if group["precondition"] != "gradient":
+        places["updates"] = torch.device("cpu")  # where they are looked at, and none is added
     for state in states:
         if masked:
             state.setdefault("skipped", counter())
-        names = [name for name in COUNTERS if name != "updates" and name in state and state[name].device != where]
-        state |= {name: state[name].to(where) for name in names}
+        names = [name for name, where in places.items() if name in state and state[name].device != where]
+        state |= {name: state[name].to(places[name]) for name in names}
 
 
 def params_of(groups: list[Group]) -> Iterator[tuple[Tensor, Group]]:

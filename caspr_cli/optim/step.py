@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.combine import precondition
 from caspr_cli.optim.eigenbasis import measure
 from caspr_cli.optim.finite import Finite
@@ -36,6 +36,7 @@ from caspr_cli.optim.graft import (
     update_second_moment,
 )
 from caspr_cli.optim.masked import Mask, adam_lengths
+from caspr_cli.optim.momentum import Pieces, averaged, forget_updates
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
@@ -44,8 +45,6 @@ from caspr_cli.optim.scatter import ReceivedRows, Workspace, add, fill, fill_who
 from caspr_cli.optim.stacks import Stack, outgrown
 from caspr_cli.optim.state import counter
 from caspr_cli.optim.statistics import accumulate, per_block
-
-Pieces = dict[Tensor, dict[Shape, Tensor]]  # a parameter's U by block shape, [blocks, d_1, ..., d_k]
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,7 @@ def drop_broken(x: Inputs) -> Active:
     ready = [p for p in seen if x.seen[p] >= start + waits[p]]
     layouts = whole if len(ready) == len(whole) else {p: whole[p] for p in ready}
     rest = [p for p in grads if p not in layouts] if len(layouts) < len(grads) else []
-    for p in grads if group["precondition"] != "gradient" else rest:
-        if state[p].get("updates", 0) > 0:  # its momentum is of updates, which are 100 times as long as gradients
-            local(state[p]["exp_avg"]).zero_()
-            state[p]["updates"].zero_()
+    forget_updates([state[p] for p in (rest if group["precondition"] == "gradient" else grads)])
     return Active(**vars(x) | {"grads": grads}, layouts=layouts, rest=rest, broken=broken, mask=mask)
 
 
@@ -261,16 +257,18 @@ def _masked_lengths(
 ) -> Tensor | None:
     """Do as :func:`_lengths` where the device alone knows which gradients are finite."""
     assert x.mask is not None
-    mask, group, graft = x.mask, x.group, x.group["graft"]
-    if graft == "adam" and not group["nesterov"] and are_alike(params, grads, exp_avg, moments):
+    mask, group, graft, first = x.mask, x.group, x.group["graft"], x.group["precondition"] == "momentum"
+    here = locals_of(params, x.plan.sharded)
+    if graft == "adam" and first and not group["nesterov"] and are_alike(here, grads, exp_avg, moments):
         return adam_lengths(mask, params, grads, exp_avg, moments, x.state, group)
-    mask.update_moments(params, grads, exp_avg, moments, group["betas"])
+    clean = mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
     if graft == "none" or (graft == "rms" and group["polar"]):
         return None
     if graft == "rms":
-        lengths = _constants([RMS * math.sqrt(p.numel()) for p in params], params[0].device, x)
+        lengths = _constants([RMS * math.sqrt(p.numel()) for p in here], here[0].device, x)
     else:
-        lengths = frobenius(mask.direction(params, momenta(params, x), moments, group, graft))
+        ahead = mask.corrected(momenta(params, x), params, group["betas"][0]) if first else clean
+        lengths = frobenius(mask.direction(params, ahead, moments, group, graft))
     return mask.lengths(lengths, params)
 
 
@@ -281,6 +279,14 @@ def momenta(params: list[Tensor], x: Active) -> list[Tensor]:
         return exp_avg
     grads = [x.grads[p] for p in params]
     return look_ahead(exp_avg, x.mask.clean(grads, params) if x.mask else grads, x.group["betas"][0])
+
+
+def inputs_of(params: list[Tensor], x: Active) -> list[Tensor]:
+    """Return what is preconditioned, momenta without bias correction or gradients, as this rank has it."""
+    if x.group["precondition"] == "momentum":
+        return momenta(params, x)
+    grads = [x.grads[p] for p in params]
+    return x.mask.clean(grads, params) if x.mask else grads
 
 
 def preconditioned(
@@ -294,14 +300,11 @@ def preconditioned(
     group = x.group
     with x.phase("apply"):
         X, out = x.workspace.blocks(stack, rows)
-        if group["precondition"] == "momentum":
-            _fill(X, stack, members, x, momenta(members, x), received.momenta)
-            weights = [1 - group["betas"][0] ** x.steps[p] for p in members] if x.mask is None else []
-        else:
-            _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
-            weights = [1.0]
+        first = group["precondition"] == "momentum"
+        _fill(X, stack, members, x, inputs_of(members, x), received.momenta if first else received.gradients)
+        weights = [1 - group["betas"][0] ** x.steps[p] if first else 1.0 for p in members]
         factor = scale[rows].reciprocal()
-        if x.mask is not None:
+        if first and x.mask is not None:
             factor = factor / _by_block(x.mask.bias_of(group["betas"][0], members), members, stack).to(factor.dtype)
         elif len(set(weights)) == 1:
             factor = factor / weights[0]
@@ -360,7 +363,7 @@ def finish(
     if not pieces:
         return
     group, params = x.group, {p: local(p) for p in pieces}
-    beta1, lr = group["betas"][0], rate(group)
+    lr = rate(group)
     if wanted := [lengths[p] for p in pieces if p in lengths]:
         transfer_length([list(U.values()) for U in pieces.values()], wanted, known)
     elif x.mask is not None:
@@ -372,22 +375,7 @@ def finish(
     if group["precondition"] == "momentum":
         add(*placed(pieces, layouts, params), -lr)
         return
-    exp_avg = {p: local(x.state[p]["exp_avg"]) for p in params}
-    counters = [x.state[p]["updates"] for p in params]
-    torch._foreach_add_(counters, 1)
-    ages = [int(n.item()) for n in counters]
-    # Until the first update this buffer was the diagonal method's momentum, of raw gradients: begin anew.
-    if fresh := [m for m, age in zip(exp_avg.values(), ages, strict=True) if age == 1]:
-        torch._foreach_zero_(fresh)
-    targets, sources = placed(pieces, layouts, exp_avg)
-    torch._foreach_lerp_(targets, [u.to(m.dtype) for u, m in zip(sources, targets, strict=True)], 1 - beta1)
-    ahead = exp_avg
-    if group["nesterov"]:
-        ahead = {p: beta1 * m for p, m in exp_avg.items()}
-        targets, sources = placed(pieces, layouts, ahead)
-        torch._foreach_add_(targets, sources, alpha=1 - beta1)
-    updates = torch._foreach_div(list(ahead.values()), [1 - beta1**age for age in ages])
-    add(list(params.values()), list(updates), -lr)
+    add(list(params.values()), averaged(pieces, layouts, x.state, group, x.mask), -lr)
 
 
 def _by_block(values: Tensor, members: list[Tensor], stack: Stack) -> Tensor:

@@ -13,7 +13,7 @@ from pairs import pairs
 from ranks import Ranks, alone
 from torch import Tensor, nn
 
-from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine
 from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.fsdp import block_shards, shard_rows
 from caspr_cli.optim.probe import counters
@@ -179,6 +179,22 @@ def test_the_bits_are_the_same_whatever_the_size_of_a_bucket(ranks: Ranks, how: 
     for found, kept in ranks(in_buckets, how, case, True):
         assert all(map(torch.equal, found, expected))
         assert kept < most
+
+
+def weights_by_masks(rank: int, how: str, kwargs: dict[str, Any]) -> tuple[list[Tensor], dict[str, int]]:
+    """As on a GPU, where the device alone knows which gradients are finite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "is_masked", lambda params: True)
+        return weights_after(rank, how, torch.float64, SHAPES, kwargs)
+
+
+@pytest.mark.parametrize("case", ["defaults", "sgd", "rms", "muon", "never", "gradient first"])
+def test_masks_leave_out_what_the_host_leaves_out(two: Ranks, case: str) -> None:
+    kwargs = CASES[case] | {"broken": {0: {1}, 3: {0, 4, 8}, 5: {7}}}
+    expected, counted = alone(weights_after, "plain", torch.float64, SHAPES, kwargs)
+    for found, theirs in two(weights_by_masks, "some", kwargs):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        assert theirs["skipped_gradients"] == counted["skipped_gradients"] == 5
 
 
 def updates_in_bfloat16(rank: int) -> tuple[list[Tensor], int, int]:

@@ -24,10 +24,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "nesterov": {"nesterov": True, "weight_decay": 0.1, "block_size": 32},
     "polar": {"polar": True, "graft": "rms", "weight_decay": 0.1, **LOW},
+    "gradient": {"precondition": "gradient", "nesterov": True, "weight_decay": 0.1},
 }
 
 
-MOST = {"plain": 600, "nesterov": 715, "polar": 665}  # launches of a step, with two steps of each iteration
+MOST = {
+    "plain": 600,
+    "nesterov": 715,
+    "polar": 665,
+    "gradient": 715,
+}  # launches of a step, with two steps of each iteration
 
 
 @pytest.fixture
@@ -75,7 +81,9 @@ def captured(gpu: FakeGPU, optimizer: Any, count: int) -> list[list[Any]]:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("cls", "way"), [(Shampoo, "polar"), (CASPR, "plain"), (CASPR, "nesterov")])
+@pytest.mark.parametrize(
+    ("cls", "way"), [(Shampoo, "polar"), (CASPR, "plain"), (CASPR, "nesterov"), (CASPR, "gradient")]
+)
 def test_no_step_waits_for_the_device_and_a_graph_of_each_turn_can_be_repeated(cls: type, way: str) -> None:
     """Nor does one that computes roots wait; but for the first, and the first roots. And each step of an interval asks
     what that of the next interval does: the same operations, with the same numbers, on the same memory."""
@@ -109,6 +117,46 @@ def test_on_several_ranks_a_graph_of_each_turn_can_be_repeated(monkeypatch: pyte
         assert optimizer.ranks == 2
 
 
+def divided(shape: tuple[int, ...], mesh: Any) -> nn.Parameter:
+    """Return a parameter of which each of two ranks has half the rows, as `fully_shard` makes it."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), torch.float32)
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+
+    def rows() -> Tensor:  # not from_local(), which would move them to the mesh
+        here = torch.empty(shape[0] // 2, *shape[1:], device="cuda")
+        return cast(Any, DTensor)(here, spec, requires_grad=False)
+
+    p = nn.Parameter(rows())
+    p.grad = rows()
+    return p
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("way", ["plain", "gradient"])
+def test_no_step_waits_where_rows_are_divided(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `fully_shard`, on the first of two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with many(2):
+        mesh = init_device_mesh("cpu", (2,))
+        with fake_gpu() as gpu:
+            for name in ("all_reduce", "all_to_all_single"):
+                monkeypatch.setattr(
+                    torch.distributed, name, lambda *args, name=name, **_: gpu.note(name, *args) or Sent()
+                )
+            params = [divided(shape, mesh) for shape in [(64, 48)] * 3 + [(20, 2, 3)]]
+            rest = {"params": [divided((100, 48), mesh), divided((48,), mesh)], "precondition": False}
+            optimizer = CASPR(cast(Any, [{"params": params}, rest]), **OPTIONS | WAYS[way])
+            assert waits(gpu, optimizer, 4)[2:] == [{}] * 2
+            assert optimizer.ranks == 2
+            first, second = captured(gpu, optimizer, 2), captured(gpu, optimizer, 2)
+            assert first == second
+            assert {"all_reduce", "all_to_all_single"} < {name for name, _ in first[0]}
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_graph_that_would_keep_an_old_number_is_found() -> None:
     with fake_gpu() as gpu:
@@ -132,14 +180,6 @@ def test_a_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         found = waits(gpu, made(), 3)[-1]
     assert len(found) == 1
     assert next(iter(found)).startswith("_local_scalar_dense @ test_on_a_gpu.py:")
-
-
-@pytest.mark.usefixtures("quick")
-def test_with_the_momentum_of_updates_the_host_waits_once_a_group() -> None:
-    with fake_gpu() as gpu:
-        found = waits(gpu, made(precondition="gradient"), 4)[-1]
-    assert [name.partition(":")[0] for name in found] == ["event.synchronize @ device.py"]
-    assert list(found.values()) == [1]  # the other group never has it
 
 
 @pytest.mark.usefixtures("quick")
@@ -170,6 +210,7 @@ def test_few_launches_for_gpt2_small(who: str, most: int) -> None:
 
 GRID: dict[str, list[Any]] = {
     "graft": ["adam", "rmsprop", "sgd", "none", "rms"],
+    "precondition": ["momentum", "gradient"],
     "nesterov": [False, True],
     "block_size": [1024, 12],
     "weight_decay": [0.0, 0.1],
@@ -199,7 +240,7 @@ def trained(options: dict[str, Any]) -> tuple[list[nn.Parameter], Any, list[str]
 @pytest.mark.parametrize("options", pairs(GRID), ids=str)
 def test_masks_leave_out_what_the_host_leaves_out(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, first, told = trained(options)
-    monkeypatch.setattr(engine, "is_masked", lambda group, params: True)
+    monkeypatch.setattr(engine, "is_masked", lambda params: True)
     masked, second, told_later = trained(options)
     tolerance = 1e-9 if options["dtype"] == torch.float64 else 2e-5
     for p, q in zip(plain, masked, strict=True):
