@@ -47,8 +47,8 @@ def test_tables_are_those_of_the_records(table: Path, tmp_path: Path) -> None:
 
 @pytest.mark.release
 def test_the_figure_of_the_readme_is_that_of_the_records(tmp_path: Path) -> None:
-    """The command in comparison.md gives both files."""
-    text = (PUBLISHED / "comparison.md").read_text(encoding="utf8")
+    """The command in family.md gives both files."""
+    text = (PUBLISHED / "family.md").read_text(encoding="utf8")
     (command,) = (line.split() for line in text.splitlines() if "--together" in line)
     assert command[0] == "caspr-report"
     assert command[-2:] == ["--to", "curves.svg"]
