@@ -1,6 +1,6 @@
 """What an optimizer's step asks of a GPU, without one: launches, waits, FLOPs, bytes, for the shapes of GPT-2 small.
 
-    python tests/benchmarks/launches.py [adamw caspr shampoo nesterov eight]
+    python tests/benchmarks/launches.py [adamw caspr default shampoo nesterov eight]
 
 Takes a minute an optimizer. Times are not known without a GPU.
 """
@@ -25,6 +25,7 @@ INTERVAL = 10
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "caspr": (CASPR, {}),
+    "default": (CASPR, {"nesterov": True, "polar": True, "graft": "rms"}),  # optim=caspr
     "shampoo": (Shampoo, {}),
     "nesterov": (CASPR, {"nesterov": True, "weight_decay": 0.1}),
     "eight": (CASPR, {}),  # the first of eight ranks
