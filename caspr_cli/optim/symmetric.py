@@ -14,10 +14,6 @@ from torch import Tensor
 
 MOST_PANELS = 4
 LEAST_ROWS = 128  # thinner panels cost more in small products than they save
-# From how many rows on a quarter of each panel's square at the diagonal is copied, on a CPU: the products there take
-# 3 to 6 % less time (d = 768 and 1024). Of smaller matrices it spares less, and on a GPU it would be three launches
-# for one.
-QUARTERED = 768
 
 
 @lru_cache(maxsize=4096)
@@ -45,20 +41,11 @@ def panel_views(packed: Tensor, d: int) -> list[Tensor]:
 def add_gram(packed: Tensor, X: Tensor, weight: float) -> None:
     """Add in place: S <- S + weight X X^T for K packed S and X ``[K, d, r]``.
 
-    Cost: 2 r packed_length(d) FLOPs a matrix, and on a CPU a tenth less from ``QUARTERED`` rows on.
+    Cost: 2 r packed_length(d) FLOPs a matrix.
     """
     d = X.shape[1]
-    is_quartered = d >= QUARTERED and X.device.type == "cpu"
     for view, rows in zip(panel_views(packed, d), panels(d), strict=True):
-        if not is_quartered:
-            view.baddbmm_(X[:, rows], X[:, : rows.stop].mT, alpha=weight)
-            continue
-        half = (rows.stop - rows.start) // 2
-        middle = rows.start + half
-        lower = X[:, middle : rows.stop]
-        view[:, :, :middle].baddbmm_(X[:, rows], X[:, :middle].mT, alpha=weight)
-        view[:, half:, middle:].baddbmm_(lower, lower.mT, alpha=weight)
-        view[:, :half, middle:] = view[:, half:, rows.start : middle].mT
+        view.baddbmm_(X[:, rows], X[:, : rows.stop].mT, alpha=weight)
 
 
 def product(X: Tensor, Y: Tensor) -> Tensor:
