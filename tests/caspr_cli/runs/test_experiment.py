@@ -406,7 +406,7 @@ def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     process = runner.start(*given)
     wait_for(runner, "a_table", 8)
     stopped = process.told(signal.SIGTERM, expect=143)
-    assert f"next     caspr-train {' '.join(given)}" in stopped.splitlines()
+    assert f"next     caspr-train {' '.join(runner.command(*given)[3:])}" in stopped.splitlines()
     out = runner(*given)
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"
     assert f"1 row, {each}: 10 runs" in out
