@@ -156,7 +156,7 @@ def test_jobs_run_side_by_side(runner: Runner, side_by_side: str) -> None:
     assert [("done" in table[k]) for k in range(1, 7)] == [True, False] * 3
     assert [("done before" in table[k]) for k in (1, 3, 5)].count(True) == 1  # one run, whichever was first
     first = {line.split(" ")[0] for line in out.splitlines()}
-    assert first <= {"caspr-train", "start", "done", "refused", "sweep", "next", "", "1", "2", "3", "4", "5", "6"}
+    assert first <= {"caspr-train", "start", "done", "refused", "sweep", "open", "next", "", "1", "2", "3", "4", "5", "6"}
     assert [state(r) for r in records(runner, "pair")] == ["done", "done"]
     assert no_session_is_left(runner, "pair")
 
