@@ -20,7 +20,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; ``dropout`` is of attention weights, and ``bias`` of the four projections."""
+    """Multi-head self-attention.
+
+    Args:
+        width: ``w``, a multiple of ``heads``.
+        dropout: probability, on attention weights.
+        bias: whether the four projections have one.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, *, bias: bool) -> None:
         super().__init__()
@@ -36,8 +42,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: Tables | None = None) -> Tensor:
         """Return ``[B, T, w]`` for ``x`` of that shape.
 
-        ``mask`` ``[B, T]`` is True where there is something to attend to. With the rotary tables ``causal`` a position
-        attends to itself and those before it.
+        Args:
+            mask: ``[B, T]``, True where there is something to attend to.
+            causal: rotary tables; with them a position attends to itself and those before it.
         """
         B, T, W = x.shape
         q, k, v = (
@@ -48,9 +55,13 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, *causal).to(v.dtype), rotate(k, *causal).to(v.dtype)
         # fused kernels never hold the T x T scores, and skip the half above the diagonal
         y = F.scaled_dot_product_attention(
-            q, k, v, None if mask is None else mask[:, None, None, :], self.dropout if self.training else 0.0,
+            q,
+            k,
+            v,
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal is not None,
-        )  # fmt: skip
+        )
         out: Tensor = self.output(y.transpose(1, 2).reshape(B, T, W))
         return out
 
@@ -59,7 +70,13 @@ class EncoderBlock(nn.Module):
     """Attention, then an MLP, each normalised before and added after (pre-norm)."""
 
     def __init__(
-        self, width: int, heads: int, dropout: float, *, activation: Callable[[Tensor], Tensor], bias: bool = True
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        *,
+        activation: Callable[[Tensor], Tensor],
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)

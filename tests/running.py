@@ -32,7 +32,7 @@ class Process(subprocess.Popen[str]):
         assert self.returncode == expect, out
         return out
 
-    def told(self, number: signal.Signals, expect: int) -> str:
+    def stopped_by(self, number: signal.Signals, expect: int) -> str:
         """Send it a signal, and return what it wrote."""
         self.send_signal(number)
         return self.ended(expect)

@@ -132,9 +132,15 @@ class Candidate:
 
 
 def measured(
-    what: ShapeSet | Recipe, names: list[str], settings: Settings, machine: Machine, *, tokens: int, rounds: int,
+    what: ShapeSet | Recipe,
+    names: list[str],
+    settings: Settings,
+    machine: Machine,
+    *,
+    tokens: int,
+    rounds: int,
     log: Log,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Return a row for each of ``names``. Raises ConfigError.
 
     A set of shapes has so many ``tokens`` in a training step; a task has a batch of its own.

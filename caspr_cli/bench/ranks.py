@@ -61,9 +61,15 @@ class RanksRow:
 
 
 def measured_ranks(
-    what: ShapeSet | Recipe, names: list[str], counts: list[int], settings: Settings, machine: Machine, *, rounds: int,
+    what: ShapeSet | Recipe,
+    names: list[str],
+    counts: list[int],
+    settings: Settings,
+    machine: Machine,
+    *,
+    rounds: int,
     log: Log,
-) -> list[RanksRow]:  # fmt: skip
+) -> list[RanksRow]:
     """Return a row for each of ``names`` at each number of ranks. Raises ConfigError.
 
     ``rounds``: in each, every number of ranks makes as many steps as an interval has.

@@ -85,8 +85,8 @@ def parser() -> Parser:
     )
     made.add_argument("--version", action="version", version=f"caspr-bench {__version__}")
 
-    def flag(name: str, metavar: str, text: str, **more: Any) -> None:
-        more.pop("to", made).add_argument(f"--{name}", metavar=metavar, help=text, **more)
+    def flag(name: str, metavar: str, text: str, to: Any = made, **more: Any) -> None:
+        to.add_argument(f"--{name}", metavar=metavar, help=text, **more)
 
     what, png = made.add_mutually_exclusive_group(), made.add_mutually_exclusive_group()
     shapes = f"comma-separated COUNT*SIZExSIZE..., or a preset: {', '.join(PRESETS)}"

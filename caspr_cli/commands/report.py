@@ -141,8 +141,8 @@ def _add_logs(one: Parser) -> None:
     own.add_argument("--seed", metavar="KEY", help="the hyperparameter that is the seed (default: seed, or the name's)")
     own.add_argument("--names", metavar="PATTERN", help="how runs are called, as '{optimizer}/lr{lr}-{seed}'")
     own.add_argument("--step", metavar="COLUMN", help="of a CSV (default: step, or else epoch)")
-    own.add_argument("--at", metavar="WHICH", type=at, help="the value that counts: end, best, or a step (default: "
-                     "end)")  # fmt: skip
+    counts = "the value that counts: end, best, or a step (default: end)"
+    own.add_argument("--at", metavar="WHICH", type=at, help=counts)
     for word in ("higher", "lower"):
         own.add_argument(f"--{word}-is-better", dest="higher", action="store_const", const=word == "higher",
                          help="in place of a guess from the metric's name")  # fmt: skip
@@ -196,9 +196,11 @@ def target(text: str) -> tuple[str, float]:
 
 def _check_files(what: str, files: Sequence[Path]) -> None:
     _, allowed, needed, _ = OUTPUTS[what]
-    if what == "unpack" and (len(files) != 1 or files[0].is_file()):
-        raise UserError("unpack: name a directory with --to")
-    for file in files if what != "unpack" else ():
+    if what == "unpack":
+        if len(files) != 1 or files[0].is_file():
+            raise UserError("unpack: name a directory with --to")
+        return
+    for file in files:
         if not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
@@ -229,9 +231,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    from caspr_cli.commands.check import check
+    from caspr_cli.commands.check import check as all_right
 
-    return OK if check(args.paths, args.board, args.rerun) else RUN_FAILED
+    return OK if all_right(args.paths, args.board, args.rerun) else RUN_FAILED
 
 
 def leaderboard(args: argparse.Namespace) -> int:

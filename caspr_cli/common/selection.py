@@ -21,7 +21,7 @@ class Choice:
 
     best: int | None  # its index; None if no trial has a run with a finite value
     seeds: frozenset[int]  # those that decided
-    # of each trial that was compared, by index, its mean over the seeds of all; None if one is not finite
+    # the mean of each compared trial over the seeds that all of them have, by index; None if a value is not finite
     scores: dict[int, float | None]
     order: tuple[int, ...] = ()  # these trials by that mean, the best first
     finalists: tuple[int, ...] = ()  # those that are, or have to be, run again

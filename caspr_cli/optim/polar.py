@@ -18,7 +18,7 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return first, math.prod(rest)
 
 
-def polar_factor(X: Tensor, steps: int = 5) -> Tensor:
+def polar_factor(X: Tensor, steps: int) -> Tensor:
     """Return about the polar factor Q K^T of each block Q diag(s) K^T.
 
     Args:
@@ -53,23 +53,19 @@ def _by_gram(m: int, n: int, steps: int) -> bool:
 
 def _polynomial(S: Tensor, steps: int) -> Tensor:
     """Return the product Q of all steps' polynomials for S = Y Y^T ``[K, m, m]``: the steps of Y end at Q Y."""
-    Q = None
-    for left in reversed(range(steps)):
-        R = torch.baddbmm(S, S, S, beta=B, alpha=C)  # the step is P = A I + R
-        if Q is None:
-            Q = R.clone()
-            Q.diagonal(dim1=1, dim2=2).add_(A)
-        else:
-            Q = torch.baddbmm(Q, R, Q, beta=A)
-        if left:  # S <- P S P
-            T = torch.baddbmm(S, R, S, beta=A)
-            S = torch.baddbmm(T, T, R, beta=A)
-    assert Q is not None
+    R = torch.baddbmm(S, S, S, beta=B, alpha=C)  # a step is P = A I + R
+    Q = R.clone()
+    Q.diagonal(dim1=1, dim2=2).add_(A)
+    for _ in range(steps - 1):
+        T = torch.baddbmm(S, R, S, beta=A)
+        S = torch.baddbmm(T, T, R, beta=A)  # P S P
+        R = torch.baddbmm(S, S, S, beta=B, alpha=C)
+        Q = torch.baddbmm(Q, R, Q, beta=A)
     return Q
 
 
 def products(shape: tuple[int, ...], steps: int) -> list[tuple[tuple[int, int, int], bool, int]]:
-    """Return the products of the polar factor of a block of this shape.
+    """Return the products of the polar factor of a block of this shape, in float32 or wider; none for 0 ``steps``.
 
     Each is (rows, inner, columns), whether it is a matrix times its own transpose, and how often. For m x n blocks,
     m <= n, that is 2 m^2 n FLOPs twice a step and 2 m^3 once; where n >= 2 m it is 2 m^2 n twice in all and 2 m^3

@@ -38,7 +38,7 @@ def count_there(states: list[State], device: torch.device, group: Group, *, mask
         return
     places = dict.fromkeys(COUNTERS, device if masked else torch.device("cpu"))
     if group["precondition"] != "gradient":
-        places["updates"] = torch.device("cpu")  # where they are looked at, and none is added
+        places["updates"] = torch.device("cpu")  # no step adds to them, and here they are read without a wait
     for state in states:
         if masked:
             state.setdefault("skipped", counter())

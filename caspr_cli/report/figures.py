@@ -196,9 +196,12 @@ def _labelled(
 
 
 def legend(
-    figure: Figure, names: Mapping[str, str], styles: Styles, drawn: Callable[[Style], dict[str, Any]] = drawn,
+    figure: Figure,
+    names: Mapping[str, str],
+    styles: Styles,
+    drawn: Callable[[Style], dict[str, Any]] = drawn,
     columns: int = 3,
-) -> None:  # fmt: skip
+) -> None:
     """Write the names of lines under the axes, by label, and make room for them; in fewer columns if they are long."""
     longest = max(map(len, names.values()))
     columns = 1 if longest > 36 else 2 if longest > 14 else columns

@@ -170,9 +170,13 @@ def sheet(table: Table, comparison: Callable[[Row], str] | None = None) -> Sheet
     whole = [not row.failed for row in rows]  # beside these, rows with failed seeds do not win: theirs are the lucky
 
     def column(
-        head: str, cells: Iterable[str], spare: int = 0, values: Sequence[float | None] = (), higher: bool = False,
+        head: str,
+        cells: Iterable[str],
+        spare: int = 0,
+        values: Sequence[float | None] = (),
+        higher: bool = False,
         right: bool = True,
-    ) -> Column:  # fmt: skip
+    ) -> Column:
         kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=False)]
         return Column(head, tuple(cells), right, spare, best(kept, higher=higher))
 

@@ -153,16 +153,16 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
         if row.n:
             counts.setdefault(row.n, []).append(row.label)
     n = "; ".join(f"n = {n}{f': {listed(counts[n])}' * (len(counts) > 1)}" for n in sorted(counts, reverse=True))
-    drawn = {
-        f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}.":
-            figures.curves(table, "steps", styles),
-        "The same by time: seconds are medians over seeds.": figures.curves(table, "seconds", styles),
-        f"Means with their 95 % intervals; small dots are single seeds; {n}.": figures.intervals(table, styles),
-        BEST_OF: figures.best_of(table, styles),
-        sensitivity.about_rates(table): sensitivity.by_rate(table, styles),
-        sensitivity.BY_OTHERS: sensitivity.by_others(table, styles),
-    }  # fmt: skip
-    return [(svg, caption) for caption, svg in drawn.items() if svg]
+    mean = f"Mean over training, with its 95 % interval (of two seeds both lines instead); {n}."
+    drawn = [
+        (figures.curves(table, "steps", styles), mean),
+        (figures.curves(table, "seconds", styles), "The same by time: seconds are medians over seeds."),
+        (figures.intervals(table, styles), f"Means with their 95 % intervals; small dots are single seeds; {n}."),
+        (figures.best_of(table, styles), BEST_OF),
+        (sensitivity.by_rate(table, styles), sensitivity.about_rates(table)),
+        (sensitivity.by_others(table, styles), sensitivity.BY_OTHERS),
+    ]
+    return [(svg, caption) for svg, caption in drawn if svg]
 
 
 def _provenance(tables: Sequence[Table]) -> dict[str, Any]:

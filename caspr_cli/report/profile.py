@@ -74,9 +74,11 @@ def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[t
 
 
 def _never(
-    judged: Mapping[str, Mapping[str, Row]], columns: Mapping[str, Mapping[str, float]], labels: Sequence[str],
+    judged: Mapping[str, Mapping[str, Row]],
+    columns: Mapping[str, Mapping[str, float]],
+    labels: Sequence[str],
     unit: str,
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """Yield a note for each row that counts as not reached, if the table does not show why."""
     for name, column in columns.items():
         if not any(map(math.isfinite, column.values())):

@@ -77,7 +77,7 @@ def _others() -> Iterator[Style]:
 def drawing() -> Iterator[None]:
     """Set the sizes and colours with which figures are made and written; text between dollar signs stays text."""
     settings: Any = {
-        # The font comes with matplotlib and is wide: what is measured with it has room.
+        # The font comes with matplotlib. It is wide, so a text that fits in it also fits in the reader's font.
         "svg.fonttype": "none", "text.parse_math": False, "font.family": ["DejaVu Sans"], "font.size": 9,
         "axes.linewidth": 0.8, "axes.unicode_minus": True, "grid.color": RULE, "grid.linewidth": 0.6,
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),

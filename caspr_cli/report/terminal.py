@@ -148,7 +148,8 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     origin = {"command": " ".join(provenance.command(run)), "data": provenance.data(run)}
     origin |= {"machine": provenance.hardware(run), "code": provenance.code(run), "versions": provenance.versions(run)}
     for what, text in origin.items():
-        yield from wrapped(f"{what:<9}{text}", width) if text else ()
+        if text:
+            yield from wrapped(f"{what:<9}{text}", width)
     yield f"record   {run.path}"
 
 

@@ -77,7 +77,7 @@ def begun(found: Mapping[str, Any], collected: dict[str, Any], attempt: int, tim
 
 def completed(found: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content with data and device, which the worker adds; the record's own are the first attempt's."""
-    whole = {**found, **where, **found}  # in this order
+    whole = {**found, **{key: value for key, value in where.items() if key not in found}}
     if later := whole.get("attempts"):
         whole["attempts"] = [*later[:-1], later[-1] | _differing(whole, where)]
     return whole

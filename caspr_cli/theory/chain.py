@@ -32,8 +32,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from caspr_cli.theory import preconditioners as pre
-from caspr_cli.theory.preconditioners import Root, axis_statistics, combined, full_statistic, loewner_gap
+from caspr_cli.theory.preconditioners import Root, averaging, axis_statistics, combined, full_statistic, loewner_gap
 
 ORDERS = (1, 2, 3, math.inf)
 NAMES = ("full-matrix", "order 1", "caspr", "order 3", "shampoo")  # the chain
@@ -143,14 +142,14 @@ def _inverses(undone: list[Tensor], top: float) -> dict[str, float]:
 def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict[str, float]:
     """Return the margins for moving averages, for X against the X before, and for an old X against F~ of now."""
     steps, past = len(gradients), gradients[:-1]
-    averaged = chain(gradients, eps, rank, pre.averaging(steps, BETA))[:3]
+    averaged = chain(gradients, eps, rank, averaging(steps, BETA))[:3]
     found = {"averages": min(_gap(b, a) for a, b in pairwise(averaged))}
     if steps == 1:
         return found
     now, before = axis_statistics(gradients, eps), axis_statistics(past, eps)
     found["grows"] = min(_gap(combined(*now, order), combined(*before, order)) for order in (1, 2, math.inf))
-    old = combined(*axis_statistics(past, eps, pre.averaging(steps - 1, BETA)), 2)
-    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, pre.averaging(steps, BETA)), 2), old)
+    old = combined(*axis_statistics(past, eps, averaging(steps - 1, BETA)), 2)
+    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, averaging(steps, BETA)), 2), old)
     stale = combined(*axis_statistics(gradients[: max(steps - STALE, 1)], eps), 2)
     return found | {"stale": loewner_gap(stale.dense(), oracle, _largest(oracle))}
 

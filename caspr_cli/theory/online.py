@@ -57,8 +57,7 @@ class Method:
     name: str
     label: str
     order: float | None = None  # q of a member of CASPR's family, `math.inf` for Shampoo; None for the others
-    # of a moving average of statistics, bias-corrected and taken t times, so that for gradients that are all alike it
-    # is the sum; None is the sum
+    # of a moving average of statistics, times t after bias correction: equal gradients give their sum; None: a sum
     beta: float | None = None
     interval: int = 1  # rounds between two computations of roots; in between they are stale
     fresh: int = 0  # rounds, from the first, in which they are computed anew in any case

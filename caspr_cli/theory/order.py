@@ -207,9 +207,6 @@ DIFFERENCES = {
 }
 
 
-SPECTRUM = ("task", "difference", "share of all", "eigenvalue")
-
-
 def _trace_figure(cases: DataFrame) -> Figure:
     traces = cases[cases["source"] == REAL].rename(columns={f"trace {name}": name for name in STYLES})
     title = "Traces along the chain, in units of tr F~^½: mean over layers and seeds, band ± one standard deviation."
@@ -221,7 +218,8 @@ def _eigenvalue_figure(found: Sequence[Recording]) -> Figure:
     step = min(DRAWN_STEP, len(found[0].gradients))
     last = {one.task: one for one in found}  # the last layer of each task
     title = f"Eigenvalues of differences at step {step}, in order, over the largest of F~^½: below 0 the order fails."
-    data, columns = concat([_spectra(one, step) for one in last.values()]), SPECTRUM
+    data = concat([_spectra(one, step) for one in last.values()])
+    columns = ("task", "difference", "share of all", "eigenvalue")
     return panels.figure("eigenvalues", title, data, DIFFERENCES, columns, log=False, finish=_signed, legend_columns=2)
 
 
@@ -243,7 +241,7 @@ def _spectra(one: Recording, step: int) -> DataFrame:
     pairs = ((first, full), (second, first), (shampoo, second), (second, bare), (old, full))
     shares = ((drawn.round() + 0.5) / len(full)).tolist()
     return concat(
-        DataFrame(dict(zip(SPECTRUM, (one.task, name, shares, values.tolist()), strict=True)))
+        DataFrame({"task": one.task, "difference": name, "share of all": shares, "eigenvalue": values.tolist()})
         for name, (larger, smaller) in zip(DIFFERENCES, pairs, strict=True)
         for values in [torch.linalg.eigvalsh(larger - smaller)[drawn.round().long()] / top]
     )

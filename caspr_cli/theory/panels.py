@@ -18,10 +18,18 @@ COLUMNS = 2
 
 
 def figure(
-    name: str, title: str, data: DataFrame, styles: Mapping[str, Style], columns: tuple[str, str, str, str], *,
-    unit: str | None = None, form: str = ".3g", log: bool = True, finish: Callable[[Axes], object] = lambda axes: None,
+    name: str,
+    title: str,
+    data: DataFrame,
+    styles: Mapping[str, Style],
+    columns: tuple[str, str, str, str],
+    *,
+    unit: str | None = None,
+    form: str = ".3g",
+    log: bool = True,
+    finish: Callable[[Axes], object] = lambda axes: None,
     legend_columns: int = 3,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Return a figure with a panel for each value of the first column, in their order, and a line for each style.
 
     A line shows the mean over the rows with the same x, and a band of one standard deviation on both sides.

@@ -127,9 +127,15 @@ def _problem(name: str, about: str, loss: Loss, X: Tensor, Y: Tensor) -> Problem
 
 
 def least_squares(
-    name: str, about: str, samples: int, spectra: tuple[float, float], *, rounds: int, seeds: list[int],
+    name: str,
+    about: str,
+    samples: int,
+    spectra: tuple[float, float],
+    *,
+    rounds: int,
+    seeds: list[int],
     shape: tuple[int, int] = (6, 8),
-) -> Problem:  # fmt: skip
+) -> Problem:
     """Return the problem Y = W0 X + noise, W0 normal, m and n of W being ``shape``, b ``samples`` a round.
 
     ``spectra`` are the condition numbers of the covariance of inputs, in a random basis, and of that of the noise,
@@ -231,10 +237,8 @@ def forgetting(rounds: int) -> Problem:
     """
     slopes = [float(RARE) if t % PERIOD == 0 else -1.0 for t in range(rounds)]
     Y = torch.tensor(slopes, dtype=torch.float64).view(1, rounds, 1, 1)
-    best, about = (
-        torch.full((1, 1, 1), -1.0, dtype=torch.float64),
-        f"one number, {RARE} w in every {PERIOD}st round, else -w",
-    )
+    best = torch.full((1, 1, 1), -1.0, dtype=torch.float64)
+    about = f"one number, {RARE} w in every {PERIOD}st round, else -w"
     return Problem("forgetting", about, LINEAR, torch.ones_like(Y), Y, best)
 
 

@@ -132,7 +132,8 @@ class Curves(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.pause()
 
-    on_train_end = on_validation_start
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.pause()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         module = cast(TrainingModule, module)

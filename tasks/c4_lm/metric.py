@@ -12,8 +12,10 @@ class Perplexity(Means):
     """Cross entropy over all targets.
 
     ``compute()`` gives ``loss`` (log-perplexity, nats a token), ``perplexity`` (its exponential) and
-    ``bits_per_byte`` (total bits by the UTF-8 bytes of the targets, which does not depend on the tokenizer). For this
-    it is given the ``byte_lengths`` of token ids, LongTensor ``[V]``.
+    ``bits_per_byte`` (total bits by the UTF-8 bytes of the targets, which does not depend on the tokenizer).
+
+    Args:
+        byte_lengths: bytes of each token id, LongTensor ``[V]``.
     """
 
     means = (("loss", "nats", "tokens"), ("bits_per_byte", "nats", "bytes"))

@@ -39,8 +39,15 @@ class Decoder(nn.Module):
 
     It has ``V w + 12 w^2 layers + (2 layers + 1) w`` parameters. Initial weights as in GPT-2: normal of standard
     deviation .02, in what writes to the residual stream divided by ``sqrt(2 layers)``, so that the stream's
-    variance does not grow with depth. ``w`` is a multiple of ``2 heads``, as a head turns its columns in pairs.
-    ``dropout`` is of embeddings, attention weights and whatever is added to the residual stream.
+    variance does not grow with depth.
+
+    Args:
+        vocab_size: ``V``, types of token.
+        sequence: longest input, in tokens.
+        layers: blocks.
+        width: of the residual stream; a multiple of ``2 heads`` (a head turns its columns in pairs).
+        heads: of each attention.
+        dropout: probability, on embeddings, attention weights and whatever is added to the residual stream.
     """
 
     def __init__(

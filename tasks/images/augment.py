@@ -31,7 +31,10 @@ def image_augmentation(augment: Augment, size: int) -> Callable[[Image.Image], I
 def shift_and_mirror(images: Tensor) -> Tensor:
     """Return each image shifted by up to an eighth of its side both ways, and mirrored half of the time.
 
-    Images are ``[B, H, W, C]`` of any type. What a shift leaves empty is filled with the image's own reflection.
+    What a shift leaves empty is filled with the image's own reflection.
+
+    Args:
+        images: ``[B, H, W, C]`` of any type.
     """
     B, H, W, _ = images.shape
     device = images.device
@@ -53,7 +56,10 @@ def shift_and_mirror(images: Tensor) -> Tensor:
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Return images and targets mixed with their neighbours' in the batch, in one proportion from Beta(alpha, alpha).
 
-    Images are ``[B, ...]`` and floating point, targets probabilities ``[B, K]``.
+    Args:
+        images: ``[B, ...]``, floating point.
+        targets: probabilities ``[B, K]``.
+
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
     share = torch.distributions.Beta(alpha, alpha).sample().to(images)

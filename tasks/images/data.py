@@ -23,10 +23,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import Source
-from caspr_cli.tasks import cache
 from caspr_cli.tasks.archives import files_of
 from caspr_cli.tasks.base import SPLITS, Split
-from caspr_cli.tasks.cache import META, Built, MappedData, build_once, damaged, digest, read_array, whole
+from caspr_cli.tasks.cache import (
+    META,
+    Built,
+    MappedData,
+    array_file,
+    build_once,
+    cache_root,
+    damaged,
+    digest,
+    read_array,
+    whole,
+    write_array,
+)
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from caspr_cli.tasks.images.augment import image_augmentation
@@ -84,7 +95,7 @@ class Gallery(Built):
     def build(self) -> Path:
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
-        built = cache.cache_root("images") / digest([*source.identity(), *settings])
+        built = cache_root("images") / digest([*source.identity(), *settings])
         return build_once(built, lambda aside: {"data": source.name} | self._write(source.load(aside), aside))
 
     @property
@@ -103,7 +114,7 @@ class Gallery(Built):
         content = hashlib.sha256(json.dumps(found.classes).encode())
         for split in SPLITS:
             labels = found.albums[split].labels
-            cache.write_array(aside / f"{split}_labels.npy", labels)
+            write_array(aside / f"{split}_labels.npy", labels)
             content.update(labels.astype("<i8").tobytes())
         sizes = {split: {"images": count} for split, count in counts.items()}
         meta: dict[str, Any] = {"classes": found.classes, "splits": sizes}
@@ -163,7 +174,7 @@ class Gallery(Built):
 
 def _decode(album: Album, size: int, path: Path) -> Array:
     """Write all images of an album as one array ``[N, size, size, 3]``, and return it, memory-mapped."""
-    with cache.array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
+    with array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
         for i in range(len(album.labels)):
             file.write(np.asarray(centred(album.image(i), size)).tobytes())
     return read_array(path)

@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
-from caspr_cli.tasks import cache
 from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.cache import META, Built, MappedData, build_once, digest, read_array, whole
+from caspr_cli.tasks.cache import (
+    META,
+    Built,
+    MappedData,
+    build_once,
+    cache_root,
+    digest,
+    read_array,
+    whole,
+    write_array,
+)
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from caspr_cli.tasks.ogbg_molpcba.sources import Molecules, molecules
@@ -88,7 +97,7 @@ class Library(Built):
     def build(self) -> Path:
         source = molecules(self._conf)
         name = digest([f"format {FORMAT}", self._conf.data.value, *source.identity()])
-        return build_once(cache.cache_root(KIND) / name, lambda whole: _build(source, whole))
+        return build_once(cache_root(KIND) / name, lambda whole: _build(source, whole))
 
     @property
     def tasks(self) -> int:
@@ -125,7 +134,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
     arrays = {name: getattr(graphs, name) for name in ARRAYS} | splits
     content = hashlib.sha256()
     for name, array in arrays.items():
-        cache.write_array(whole / f"{name}.npy", array)
+        write_array(whole / f"{name}.npy", array)
         content.update(f"{name} {array.dtype} {array.shape}".encode())
         content.update(np.ascontiguousarray(array).data)
     return {

@@ -30,7 +30,11 @@ class MessagePassing(nn.Module):
     """One step: edges, then nodes, then globals, as in jraph's GraphNetwork.
 
     That is algorithm 1 of Battaglia et al. (arXiv:1806.01261) with sums, but that a node gets the sum of the edges
-    it sends beside the sum of those it receives. All that goes out has ``width``, as what comes in but the globals.
+    it sends beside the sum of those it receives.
+
+    Args:
+        width: of nodes and edges that come in (``w``), and of all that goes out.
+        globals_width: of the globals that come in (``u``).
     """
 
     def __init__(self, width: int, globals_width: int, dropout: float) -> None:
@@ -58,7 +62,12 @@ class GraphNetwork(nn.Module):
 
     Features go in as the numbers they are, as in the original: no table of embeddings. At width 256, 5 steps and 128
     tasks it has 3,554,176 parameters. Initial weights are Flax's: truncated normal of variance 1 / inputs, and no bias.
-    ``tasks`` is ``T``, the labels of a graph, and the width of the first globals, which are zero.
+
+    Args:
+        tasks: labels of a graph (``T``), and the width of the first globals, which are zero.
+        width: of nodes, edges and globals.
+        steps: of message passing, each with weights of its own.
+        dropout: probability, after each update.
     """
 
     def __init__(self, tasks: int, width: int, steps: int, dropout: float) -> None:

@@ -22,13 +22,14 @@ def read_table(
 ) -> Array:
     """Return all cells of the file ``name``, ``[rows, columns]``.
 
-    Raises DataError, which names file and line, if the file cannot be read to its end, or a line has other columns or a
-    cell another value than this.
-
     Args:
         sizes: for each column, how many values it can take, 0 the first; or one number for as many columns as the
             first line has.
         missing: cells may be empty, and are MISSING then.
+
+    Raises:
+        DataError: the file cannot be read to its end, or a line has other columns or a cell another value than
+            this; the message names file and line.
     """
     short = name.rpartition("/")[2]
     parts: list[Array] = []
@@ -87,7 +88,9 @@ def _parse(block: bytes, sizes: Sequence[int], missing: bool, name: str, first: 
 def out_of_range(values: Array, sizes: Sequence[int], missing: str) -> tuple[int, int, str] | None:
     """Return row and column of the first of ``values`` ``[rows, len(sizes)]`` that is wrong, and what it must be.
 
-    ``missing`` is the word for NaN where it may be; empty where it may not.
+    Args:
+        sizes: as of :func:`read_table`.
+        missing: the word for NaN where it may be; empty where it may not.
     """
     wrong = ~((values >= 0) & (values < np.array(sizes)) & (values == np.floor(values)))
     if missing:

@@ -84,9 +84,12 @@ class ResNet(nn.Module):
     Convolutions start from He's normal distribution by fan-out. The last scale of each block starts at zero, so that a
     fresh block hands its input on (Goyal et al., arXiv:1706.02677, section 5.1).
 
-    The first stage has ``width`` channels, each later one twice as many. ``stem`` is what the layers before it divide
-    the side by. 4: a 7 x 7 convolution with stride 2 and a pooling, as published for 224 pixels; 2 and 1: a 3 x 3
-    convolution with that stride, for some 32 pixels.
+    Args:
+        depth: a key of :data:`DEPTHS`.
+        classes: of the output.
+        width: channels of the first stage; each later one has twice as many.
+        stem: what the layers before the first stage divide the side by. 4: a 7 x 7 convolution with stride 2 and a
+            pooling, as published for 224 pixels; 2 and 1: a 3 x 3 convolution with that stride, for some 32 pixels.
     """
 
     def __init__(self, depth: int, classes: int, width: int = 64, *, stem: int = 4) -> None:

@@ -46,9 +46,17 @@ class Tagger(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, tags: int, max_length: int, *, alphabet: int | None, layers: int, width: int, heads: int,
+        self,
+        vocab_size: int,
+        tags: int,
+        max_length: int,
+        *,
+        alphabet: int | None,
+        layers: int,
+        width: int,
+        heads: int,
         dropout: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, width, padding_idx=PADDING)
         self.spelling = None if alphabet is None else Spelling(alphabet, width)

@@ -405,7 +405,7 @@ def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     given = ["experiment=c4_14m", "optim=adamw", "search.trials=2", "seed=1,2", "output_dir=a_table"]
     process = runner.start(*given)
     wait_for(runner, "a_table", 8)
-    stopped = process.told(signal.SIGTERM, expect=143)
+    stopped = process.stopped_by(signal.SIGTERM, expect=143)
     assert f"next     caspr-train {' '.join(runner.command(*given)[3:])}" in stopped.splitlines()
     out = runner(*given)
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"

@@ -136,7 +136,7 @@ def test_a_second_command_that_starts_with_the_first_names_it(runner: Runner) ->
     out = runner("output_dir=twice", "trainer.max_steps=4000", expect=2)
     assert f"is being written by process {first.pid} on " in out
     assert "?" not in out
-    first.told(signal.SIGINT, expect=130)
+    first.stopped_by(signal.SIGINT, expect=130)
     assert lock.exists()
 
 

@@ -1,4 +1,4 @@
-"""What the same command does with a record, and what is said of a run that ended."""
+"""The same command given again for a record, and the messages about a run that ended."""
 
 import json
 import shlex

@@ -46,7 +46,7 @@ def finish(process: Process, expect: int) -> str:
 
 
 def rows(out: str) -> dict[int, str]:
-    """The table's lines by job, without one of columns that had no room beside the path of the home."""
+    """Return the table's lines by job. A long home directory hides columns; the line that says so is left out."""
     table = out[out.rindex("sweep  ") :].partition("\nnext  ")[0].splitlines()[2:]
     return {int(line.split()[0]): line for line in table if not line.startswith("(no room")}
 

@@ -132,10 +132,10 @@ def test_two_ranks_that_only_evaluate_report_the_same(runner: Runner, ranks: Pat
 
 
 def cut_and_resumed(runner: Runner, name: str, lines: int, *words: str) -> Path:
-    """A run that was told to end after so many lines of metrics, and whose command was given again."""
+    """A run that a signal ended after so many lines of metrics, and that the same command continued."""
     process = runner.start(f"output_dir={name}", *words)
     record = wait_for(runner, name, lines)
-    process.told(signal.SIGTERM, expect=143)
+    process.stopped_by(signal.SIGTERM, expect=143)
     runner(f"output_dir={name}", *words)
     return record
 
@@ -256,5 +256,5 @@ def test_schedule_free_has_statistics_of_batch_norms_of_its_averaged_weights(run
     assert {key: value for key, value in whole.items() if key in once} == once
     cut = start(f"norm_cut{devices}", "trainer.val_every=4")
     wait_for(runner, f"norm_cut{devices}", 6)
-    cut.told(signal.SIGTERM, expect=143)
+    cut.stopped_by(signal.SIGTERM, expect=143)
     assert run(f"norm_cut{devices}", "trainer.val_every=4") == whole
