@@ -32,8 +32,9 @@ class Mask:
 
     place: dict[int, int]  # of a parameter, by its id
     finite: Tensor  # [n], bool
-    used: list[Tensor]  # n times 0-d: 1 where it is, else 0
-    broken: list[Tensor]  # and the other way round
+    broken: Tensor  # and the other way round
+    used: list[Tensor]  # n times 0-d: 1 where it is finite, else 0
+    skipped: list[Tensor]  # and the other way round
     bias: dict[float, Tensor]  # by beta, [n], float64: 1 - beta^t, where t counts gradients that were finite
     workspace: Workspace
 
@@ -53,16 +54,17 @@ class Mask:
             finite: ``[n]``, of the gradients of these parameters.
             counted: those that count gradients.
         """
-        used, broken = finite.float().unbind(), (~finite).float().unbind()
+        broken = ~finite
+        used, skipped = list(finite.float().unbind()), list(broken.float().unbind())
         place = dict(zip(map(id, params), itertools.count(), strict=False))
         steps = [state[p]["step"] for p in params]
         torch._foreach_add_(steps, used)
-        torch._foreach_add_([state[p]["skipped"] for p in params], broken)
+        torch._foreach_add_([state[p]["skipped"] for p in params], skipped)
         if counted:
             torch._foreach_add_([state[p]["gradients"] for p in counted], [used[place[id(p)]] for p in counted])
         t = torch.stack(steps).double()
         bias = {beta: (1 - beta**t).masked_fill_(t == 0, 1) for beta in betas}
-        return cls(place, finite, list(used), list(broken), bias, workspace)
+        return cls(place, finite, broken, used, skipped, bias, workspace)
 
     def of_params(self, values: Tensor, params: list[Tensor]) -> Tensor:
         """Return those of ``values`` ``[n]`` that are of these parameters."""
@@ -71,6 +73,10 @@ class Mask:
     def is_finite(self, params: list[Tensor]) -> Tensor:
         """Return ``[k]``, bool."""
         return self.of_params(self.finite, params)
+
+    def is_broken(self, params: list[Tensor]) -> Tensor:
+        """Return ``[k]``, bool."""
+        return self.of_params(self.broken, params)
 
     def bias_of(self, beta: float, params: list[Tensor]) -> Tensor:
         """Return 1 - beta^t ``[k]`` of these parameters, 1 where nothing has been counted yet."""
@@ -100,10 +106,9 @@ class Mask:
         finite = self.is_finite(params)
         return list(torch.where(finite, factor, torch.ones_like(finite, dtype=torch.float64)).unbind())
 
-    def clean(self, grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-        """Return these gradients, zeros for those that are not finite."""
-        finite = self.is_finite(params).unbind()
-        return [torch.where(yes, G, 0) for yes, G in zip(finite, grads, strict=True)]
+    def _zero(self, dtype: torch.dtype) -> Tensor:
+        """Return 0, 0-d and on the device: of a number where() makes a tensor there each time."""
+        return self.workspace.constant([0.0], dtype, self.finite.device)[0]
 
     def update_moments(
         self,
@@ -112,17 +117,17 @@ class Mask:
         exp_avg: list[Tensor],
         exp_avg_sq: list[Tensor],
         betas: tuple[float, float],
-    ) -> list[Tensor]:
-        """Update momenta and second moments, where there are any, and return the gradients, zeros for broken ones."""
-        clean = self.clean(grads, params)
-        for moments, beta in ((exp_avg, betas[0]), (exp_avg_sq, betas[1])):
-            if moments:
-                torch._foreach_mul_(moments, self._kept(beta, params))
-        if exp_avg:
-            torch._foreach_add_(exp_avg, clean, alpha=1 - betas[0])
+    ) -> None:
+        """Update momenta and second moments, where there are any."""
+        finite = self.is_finite(params).unbind()
+        if exp_avg:  # one that is averaged with itself stays as it is, to the last bit
+            new = [torch.where(yes, G, M) for yes, G, M in zip(finite, grads, exp_avg, strict=True)]
+            torch._foreach_lerp_(exp_avg, new, 1 - betas[0])
         if exp_avg_sq:
+            zero = self._zero(grads[0].dtype)
+            clean = [torch.where(yes, G, zero) for yes, G in zip(finite, grads, strict=True)]
+            torch._foreach_mul_(exp_avg_sq, self._kept(betas[1], params))
             torch._foreach_addcmul_(exp_avg_sq, clean, clean, value=1 - betas[1])
-        return clean
 
     def fused_adamw(
         self,
@@ -146,7 +151,7 @@ class Mask:
             torch._fused_adamw_(
                 [P], [G], [m], [v], [], [state[p]["step"]],
                 lr=lr, beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=weight_decay,
-                eps=group["graft_eps"], amsgrad=False, maximize=False, found_inf=self.broken[self.place[id(p)]],
+                eps=group["graft_eps"], amsgrad=False, maximize=False, found_inf=self.skipped[self.place[id(p)]],
             )  # fmt: skip
 
     def diagonal_step(
@@ -161,26 +166,25 @@ class Mask:
             decay = group["weight_decay"]
             self.fused_adamw(params, here, grads, exp_avg, exp_avg_sq, state, group, lr=lr, weight_decay=decay)
             return
-        clean = self.update_moments(params, grads, exp_avg, exp_avg_sq, (beta1, beta2))
-        ahead = look_ahead(exp_avg, clean, beta1) if nesterov else exp_avg
+        self.update_moments(params, grads, exp_avg, exp_avg_sq, (beta1, beta2))
+        ahead = look_ahead(exp_avg, grads, beta1) if nesterov else exp_avg
         D = self.direction(params, self.corrected(ahead, params, beta1), exp_avg_sq, group, graft)
         if group["weight_decay"]:
             torch._foreach_mul_(here, self.decay(group, params))
-        finite = self.is_finite(params).unbind()
-        add(here, [torch.where(yes, d, 0) for yes, d in zip(finite, D, strict=True)], -lr)
+        finite, zero = self.is_finite(params).unbind(), self._zero(D[0].dtype)
+        add(here, [torch.where(yes, d, zero) for yes, d in zip(finite, D, strict=True)], -lr)
 
-    def corrected(self, momenta: list[Tensor], params: list[Tensor], beta: float) -> list[Tensor]:
-        """Return the momenta of these parameters, their bias corrected."""
-        return [M / b.to(M.dtype) for M, b in zip(momenta, self.bias_of(beta, params).unbind(), strict=True)]
+    def corrected(self, moments: list[Tensor], params: list[Tensor], beta: float) -> list[Tensor]:
+        """Return the moments of these parameters, their bias corrected."""
+        return [M / b for M, b in zip(moments, self.bias_of(beta, params).unbind(), strict=True)]
 
     def direction(
         self, params: list[Tensor], ahead: list[Tensor], exp_avg_sq: list[Tensor], group: Group, graft: str
     ) -> list[Tensor]:
         """Return the graft's step over the learning rate, of momenta whose bias is corrected, or of gradients."""
         beta2 = group["betas"][1]
-        bias2 = self.bias_of(beta2, params).sqrt().unbind()
         if graft == "adam":  # whose moments' bias "rmsprop" leaves as it is
-            exp_avg_sq = [v / b.to(v.dtype).square() for v, b in zip(exp_avg_sq, bias2, strict=True)]
+            exp_avg_sq = self.corrected(exp_avg_sq, params, beta2)
         return direction("rmsprop" if graft == "adam" else graft, ahead, exp_avg_sq, [], beta2, group["graft_eps"])
 
     def lengths(self, lengths: Tensor, params: list[Tensor]) -> Tensor:

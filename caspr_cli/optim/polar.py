@@ -30,7 +30,7 @@ def polar_factor(X: Tensor, steps: int) -> Tensor:
     m, n = matrix_shape(tuple(X.shape[1:]))
     Y = X.reshape(-1, m, n)
     norm = torch.linalg.vector_norm(Y, dim=(1, 2), keepdim=True, dtype=torch.float64)  # float32 has no square of 1e-25
-    Y = Y * torch.where(norm > 0, norm.reciprocal(), 0).to(Y.dtype)
+    Y = Y * norm.clamp(min=torch.finfo(Y.dtype).tiny).reciprocal().to(Y.dtype)
     Y = Y if m <= n else Y.mT
     if _by_gram(min(m, n), max(m, n), steps) and Y.dtype.itemsize >= 4:
         Y = torch.bmm(_polynomial(torch.bmm(Y, Y.mT), steps), Y)

@@ -106,9 +106,9 @@ def add_statistics(x: Inputs, received: Received) -> None:
             for members, rows in stack.chunks(present):
                 X, out = x.workspace.blocks(stack, rows)
                 _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
-                numbers = [math.sqrt(p.numel()) for p in members]
-                size = (x.finite.norms(members) / _constants(numbers, X.device, x)).to(X.dtype)
-                size = _by_block(size, members, stack)
+                owners = _owners(members, stack)
+                numbers = [math.sqrt(p.numel()) for p in owners]
+                size = (x.finite.norms(owners) / _constants(numbers, X.device, x)).to(X.dtype)
                 S = [S_i[rows] for S_i in stack.S]
                 scale, total = stack.scale[rows], stack.total[rows]
                 keep = accumulate(S, stack.axes, scale, total, X, size, beta=beta, weight=weight)
@@ -243,7 +243,7 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
         update_second_moment(moments, grads, beta2)
     if first:
         torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-    if graft == "none" or (graft == "rms" and group["polar"]):
+    if not has_lengths(group):
         return None
     if graft == "rms":
         return x.workspace.constant([RMS * math.sqrt(p.numel()) for p in here], torch.float64, here[0].device)
@@ -261,38 +261,47 @@ def _masked_lengths(
     here = locals_of(params, x.plan.sharded)
     if graft == "adam" and first and not group["nesterov"] and are_alike(here, grads, exp_avg, moments):
         return adam_lengths(mask, params, grads, exp_avg, moments, x.state, group)
-    clean = mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
-    if graft == "none" or (graft == "rms" and group["polar"]):
+    mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
+    if not has_lengths(group):
         return None
     if graft == "rms":
         lengths = _constants([RMS * math.sqrt(p.numel()) for p in here], here[0].device, x)
     else:
-        ahead = mask.corrected(momenta(params, x), params, group["betas"][0]) if first else clean
+        ahead = mask.corrected(momenta(params, x), params, group["betas"][0]) if first else grads
         lengths = frobenius(mask.direction(params, ahead, moments, group, graft))
     return mask.lengths(lengths, params)
 
 
+def has_lengths(group: Group) -> bool:
+    """Whether U gets the length of a graft's step: not without a graft, nor where its polar factor has it already."""
+    return group["graft"] != "none" and not (group["graft"] == "rms" and group["polar"])
+
+
 def momenta(params: list[Tensor], x: Active) -> list[Tensor]:
-    """Return what is preconditioned in ``precondition="momentum"``, without bias correction, as this rank has it."""
+    """Return what is preconditioned in ``precondition="momentum"``, without bias correction, as this rank has it.
+
+    Where there is a mask, Nesterov's are not finite where the gradient is not.
+    """
     exp_avg = locals_of([x.state[p]["exp_avg"] for p in params], x.plan.sharded)
     if not x.group["nesterov"]:
         return exp_avg
-    grads = [x.grads[p] for p in params]
-    return look_ahead(exp_avg, x.mask.clean(grads, params) if x.mask else grads, x.group["betas"][0])
+    return look_ahead(exp_avg, [x.grads[p] for p in params], x.group["betas"][0])
 
 
 def inputs_of(params: list[Tensor], x: Active) -> list[Tensor]:
-    """Return what is preconditioned, momenta without bias correction or gradients, as this rank has it."""
-    if x.group["precondition"] == "momentum":
-        return momenta(params, x)
-    grads = [x.grads[p] for p in params]
-    return x.mask.clean(grads, params) if x.mask else grads
+    """Return what is preconditioned, momenta without bias correction or gradients, as this rank has it.
+
+    Where there is a mask, some may not be finite.
+    """
+    return momenta(params, x) if x.group["precondition"] == "momentum" else [x.grads[p] for p in params]
 
 
 def preconditioned(
     stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Received
 ) -> Tensor:
     """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient.
+
+    Where a gradient is not finite, U is zero, or its length will be.
 
     Args:
         scale: the stack's :meth:`Stack.input_scale`.
@@ -302,16 +311,15 @@ def preconditioned(
         X, out = x.workspace.blocks(stack, rows)
         first = group["precondition"] == "momentum"
         _fill(X, stack, members, x, inputs_of(members, x), received.momenta if first else received.gradients)
-        weights = [1 - group["betas"][0] ** x.steps[p] if first else 1.0 for p in members]
-        factor = scale[rows].reciprocal()
+        owners, factor = _owners(members, stack), scale[rows].reciprocal()
+        if x.mask is not None and not (first and not group["nesterov"] and has_lengths(group)):
+            # Nesterov's momentum has the gradient in it, and without lengths nothing else makes U zero.
+            X.masked_fill_(per_block(x.mask.is_broken(owners), X), 0)
         if first and x.mask is not None:
-            factor = factor / _by_block(x.mask.bias_of(group["betas"][0], members), members, stack).to(factor.dtype)
-        elif len(set(weights)) == 1:
-            factor = factor / weights[0]
-        else:
-            counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
-            repeated = [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
-            factor = factor / _constants(repeated, factor.device, x).to(factor.dtype)
+            factor = factor / x.mask.bias_of(group["betas"][0], owners).to(factor.dtype)
+        elif first:
+            bias = _constants([1 - group["betas"][0] ** x.steps[p] for p in owners], factor.device, x)
+            factor = factor / bias.to(factor.dtype)
         X.mul_(per_block(factor, X))
         return precondition(X, out, stack, rows, group)
 
@@ -337,8 +345,6 @@ def _finish_whole(members: list[Tensor], U: Tensor, lengths: Tensor | None, x: A
     if lengths is not None:
         have = frobenius(U.unbind())
         U.mul_(per_block(torch.where(have > 0, lengths / have, 0).to(U.dtype), U))
-    elif x.mask is not None:
-        U.mul_(per_block(x.mask.is_finite(members).to(U.dtype), U))
     if decay:
         torch._foreach_mul_(members, 1 - lr * decay if x.mask is None else x.mask.decay(group, members))
     updates = [u if u.shape == p.shape else u.view(p.shape) for p, u in zip(members, U.unbind(), strict=True)]
@@ -366,9 +372,6 @@ def finish(
     lr = rate(group)
     if wanted := [lengths[p] for p in pieces if p in lengths]:
         transfer_length([list(U.values()) for U in pieces.values()], wanted, known)
-    elif x.mask is not None:
-        for U, finite in zip(pieces.values(), x.mask.is_finite(list(pieces)).unbind(), strict=True):
-            torch._foreach_mul_(list(U.values()), finite.float())
     if group["weight_decay"]:
         kept = 1 - lr * group["weight_decay"] if x.mask is None else x.mask.decay(group, list(pieces))
         torch._foreach_mul_(list(params.values()), kept)
@@ -378,12 +381,9 @@ def finish(
     add(list(params.values()), averaged(pieces, layouts, x.state, group, x.mask), -lr)
 
 
-def _by_block(values: Tensor, members: list[Tensor], stack: Stack) -> Tensor:
-    """Return, for numbers ``[n]`` of these parameters, those of each of their blocks ``[k]``."""
-    counts = [stack.rows[p].stop - stack.rows[p].start for p in members]
-    if max(counts) == 1:
-        return values
-    return torch.cat([v.expand(n) for v, n in zip(values, counts, strict=True)])
+def _owners(members: list[Tensor], stack: Stack) -> list[Tensor]:
+    """Return the parameter of each block ``[k]`` that these have in a stack."""
+    return [p for p in members for _ in range(stack.rows[p].start, stack.rows[p].stop)]
 
 
 def _constants(values: list[float], device: torch.device, x: Inputs) -> Tensor:

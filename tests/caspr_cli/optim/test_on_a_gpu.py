@@ -196,14 +196,18 @@ def test_batches_do_not_follow_the_threads_of_the_cpu(monkeypatch: pytest.Monkey
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("who", "most"), [("caspr", 1500), ("eight", 1100)])
-def test_few_launches_for_gpt2_small(who: str, most: int) -> None:
-    """On one rank, and on the first of eight: an average over an interval, as published."""
+@pytest.mark.parametrize(
+    ("who", "first", "most", "gflop"),
+    [("caspr", 1500, 1350, 1700), ("default", 1650, 1350, 2800), ("eight", 1100, 1100, 250)],
+)
+def test_few_launches_for_gpt2_small(who: str, first: int, most: int, gflop: float) -> None:
+    """On one rank, and on the first of eight: averages over an interval, as published."""
     found = measured(who)
     assert found["launches"] <= most
-    assert found["most"] <= 1.1 * most
+    assert found["first interval"] <= first
+    assert found["most"] <= 1.1 * first
     assert found["waits"] == 0
-    assert found["GFLOP"] <= (1700 if who == "caspr" else 250)
+    assert found["GFLOP"] <= gflop
 
 
 # ---- what masks compute
