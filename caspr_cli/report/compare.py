@@ -11,7 +11,7 @@ from caspr_cli.report.format import verdict
 from caspr_cli.report.horizon import HORIZON, LENGTH, with_own_schedules
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.provenance import data_hash
-from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, rows_of, without_name
+from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, rows_of, set_by_hand, without_name
 from caspr_cli.report.settings import ranges
 from caspr_cli.report.stats import Comparison
 
@@ -134,13 +134,16 @@ def _table(
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
+    named = set_by_hand(runs)
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         searched = {key for run in own for key in ranges(run.config)}
         keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched, ALWAYS_TUNED}))
         others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
         parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
-        *reported, more = [rows_of(part, keys, higher_is_better=higher, target=target) for part in (*parts, others)]
+        *reported, more = [
+            rows_of(part, keys, named, higher_is_better=higher, target=target) for part in (*parts, others)
+        ]
         rows += [row for part in reported for row in part]
         shorter += more
     rows = sorted(with_own_schedules(rows, shorter), key=_place)

@@ -1,7 +1,7 @@
 """Which records belong to one row of a table, and which row or records a user means."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from caspr_cli.report.settings import differing, expanded, frozen, plain, settin
 
 ALWAYS_TUNED = "optim.lr"
 UNTUNED = ("trial", "default")  # runs of an optimizer's own values are a row of their own
+DRAWN = {"optim.lr", "optim.adamw_lr_scale", "optim.betas", "optim.momentum", "optim.weight_decay"}  # by searches
 ABSENT = "-"  # a key that an older version did not have, where the others differ in it
 # Keys that make no rows of their own: they change no number, or only the order of sums, or make tables of their own.
 IGNORED = {
@@ -25,8 +26,8 @@ GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be
 SHORT = {"task": "task.name", "optim": "optim.name"}
 
 
-def rows_of(runs: Sequence[Run], tuned: Sequence[str], **common: Any) -> list[Row]:
-    """Return the rows of one optimizer, tuned or untuned, with labels that distinguish them.
+def rows_of(runs: Sequence[Run], tuned: Sequence[str], named: Collection[str] = (), **common: Any) -> list[Row]:
+    """Return the rows of one optimizer, tuned or untuned, with labels that have what distinguishes them, and ``named``.
 
     A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
     ``common`` are more fields of all rows.
@@ -49,11 +50,22 @@ def rows_of(runs: Sequence[Run], tuned: Sequence[str], **common: Any) -> list[Ro
     rows = []
     for config, own in found.values():
         name = [config["optim.name"], *(["untuned"] if UNTUNED in config.items() else [])]
-        label = " ".join([*name, *sorted(setting(key, config.get(key)) for key in shown)])
+        keys = {*shown, *(key for key in named if key in config)}
+        label = " ".join([*name, *sorted(setting(key, config.get(key)) for key in keys)])
         labels[label] += 1
         number = f" ({labels[label]})" if labels[label] > 1 else ""  # null and the word null read the same
         rows.append(Row(f"{label}{number}", config, tuple(own), tuple(tuned), **common))
     return rows
+
+
+def set_by_hand(runs: Sequence[Run]) -> set[str]:
+    """Return the options that a command set and that not all optimizers of a table share, as ``exponent=1`` of Shampoo.
+
+    A label without them would promise the optimizer's own values. What searches draw is left to the settings.
+    """
+    words = {word for run in runs for word in run.provenance.get("command") or ()}
+    keys = {key for word in words if (key := word.lstrip("+").partition("=")[0]).startswith("optim.")} - DRAWN
+    return keys.intersection(differing({key: run.config[key] for key in keys & run.config.keys()} for run in runs))
 
 
 def with_common_labels(tables: Sequence[Table]) -> list[Table]:

@@ -36,6 +36,18 @@ def test_what_changes_no_number_makes_no_row() -> None:
     assert [(each.label, each.n) for each in made.rows] == [("adamw", 3)]
 
 
+def test_a_label_has_the_option_that_a_command_set_where_another_optimizer_has_another() -> None:
+    """What a search draws is no part of it, nor what all optimizers share."""
+    words = {"command": ["caspr-train", "optim.exponent=1", "+optim.eps=1e-4", "optim.weight_decay=0.1"]}
+    common = {"optim__eps": 1e-4}
+    made = table([
+        run("shampoo", provenance=words, optim__exponent=1.0, optim__weight_decay=0.1, **common),
+        run("caspr", optim__exponent=0.5, optim__weight_decay=0.0, **common),
+        run("adamw", optim__weight_decay=0.0),
+    ])  # fmt: skip
+    assert {each.label for each in made.rows} == {"shampoo exponent=1", "caspr exponent=0.5", "adamw"}
+
+
 def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None:
     made = table(
         [
