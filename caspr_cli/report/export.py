@@ -7,7 +7,7 @@ from typing import Any
 
 from caspr_cli.common.format import finite
 from caspr_cli.report import format, render, tuning
-from caspr_cli.report.headline import costs, headline
+from caspr_cli.report.headline import clock, headline
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.render import markdown_text
 from caspr_cli.report.stats import Comparison
@@ -79,7 +79,7 @@ def as_latex(tables: Sequence[Table], command: str) -> str:
 
 def as_markdown(tables: Sequence[Table], command: str) -> str:
     """Return all tables with their warnings, and how to read them."""
-    parts = [f"**{markdown_text(headline(tables))}**", markdown_text(costs(tables))]
+    parts = [f"**{markdown_text(headline(tables))}**", markdown_text(clock(tables))]
     parts += [part for table in tables for part in _table(table)]
     parts.append(f"{format.LEGEND} {format.BOLD} {format.sentence(format.LEGEND_OF_MARKS)}")
     return "\n\n".join(filter(None, [*parts, f"    {command}\n"]))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from caspr_cli.common.format import count, listed
+from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.shape import DONE
 from caspr_cli.report import format, provenance
 from caspr_cli.report.compare import compared
@@ -113,6 +113,19 @@ def _where(kinds: Mapping[str, Sequence[str]], kind: str) -> str:
 
 
 # ---- seconds -----------------------------------------------------------------------------------------------------
+
+
+def clock(tables: Sequence[Table]) -> str:
+    """Return what a step costs, see :func:`costs`, and how long all runs took. Empty where it is not known."""
+    seconds = [
+        float(taken)
+        for table in tables
+        for row in table.rows
+        for run in row.records
+        if (taken := run.result.get("seconds")) is not None
+    ]
+    trained = f"{count(len(seconds), 'run')} trained for {duration(sum(seconds))} in all." if seconds else ""
+    return " ".join(filter(None, [costs(tables), trained]))
 
 
 def costs(tables: Sequence[Table]) -> str:

@@ -15,7 +15,7 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.report import answer, figures, format, profile, provenance, sensitivity, style, tuning
 from caspr_cli.report.answer import Answer
 from caspr_cli.report.formulas import typeset, typeset_figure
-from caspr_cli.report.headline import costs, headline
+from caspr_cli.report.headline import clock, headline
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.profile import Profile, names
 from caspr_cli.report.render import Column
@@ -85,7 +85,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         title=title,
         command=command,
         headline=headline(tables),
-        opening=[*opening(tables), *filter(None, [costs(tables)])],
+        opening=[*opening(tables), *filter(None, [clock(tables)])],
         sections=sections,
         styles=styles,
         by_label=by_label,

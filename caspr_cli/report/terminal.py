@@ -9,7 +9,7 @@ from caspr_cli import __version__
 from caspr_cli.common.format import count, duration, listed, wrapped
 from caspr_cli.report import format, provenance, render, tuning
 from caspr_cli.report.format import number
-from caspr_cli.report.headline import costs, headline
+from caspr_cli.report.headline import clock, headline
 from caspr_cli.report.model import Point, Run, Table
 from caspr_cli.report.profile import LONGEST, NOT_ALGOPERF, Profile, as_sheet
 from caspr_cli.report.render import Sheet, sheet
@@ -28,7 +28,7 @@ def compared(
     where = listed([str(path) for path in paths], 3)
     yield from wrapped(f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}", width)
     yield from wrapped(f"in short {headline(made)}", width)
-    if took := costs(made):
+    if took := clock(made):
         yield from wrapped(f"clock    {took}", width)
     budgets = False
     for each in made:

@@ -43,7 +43,7 @@ def test_who_wins_where_and_what_it_costs() -> None:
     )
     assert costs(made) == f"{CLOCK} 1.1 times as long with muon as with adamw, 1.4 times with caspr."
     text = " ".join(" ".join(terminal.compared(made, [], [], 100)).split())
-    assert f"in short {headline(made)} clock {costs(made)}" in text
+    assert f"in short {headline(made)} clock {costs(made)} 27 runs trained for" in text
     assert export.as_markdown(made, "x").startswith(f"**{headline(made)}**")
 
 
