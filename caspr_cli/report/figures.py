@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from textwrap import fill
@@ -62,7 +63,8 @@ def together(tables: Sequence[Table], over: str = "steps") -> str:
               if _long_enough(c := _shown(table, over))]  # fmt: skip
     if not panels:
         return ""
-    styles = styles_for(dict.fromkeys(c.label for _, _, shown in panels for c in shown))
+    frequent = Counter(c.label for _, _, shown in panels for c in shown).most_common()
+    styles = styles_for(label for label, _ in frequent)
     columns = min(PANELS, len(panels))
     lines = -(-len(panels) // columns)
     with drawing():

@@ -59,18 +59,25 @@ SOLIDS = {"caspr": "blue", "shampoo": "vermilion", "soap": "green", "muon": "pur
           "full_adagrad": "amber"}  # fmt: skip
 KNOWN = {name: Style(hue, SOLID) for name, hue in SOLIDS.items()}
 KNOWN |= {"caspr_paper": Style("blue", DASHED), "caspr_sum": Style("blue", DOTTED), "nadamw": Style("grey", DASHED)}
+OTHERS = [Style(hue, dash) for dash, hue in product((DASHED, DASHDOT, DOTTED), HUES)]
+OTHERS = [style for style in OTHERS if style not in KNOWN.values()]
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """Return a style for each label: fixed for the optimizers of this package, the next free one for others."""
-    free = (style for style in _others() if style not in KNOWN.values())
-    return {label: KNOWN[label] if label in KNOWN else next(free) for label in dict.fromkeys(labels)}
+    """Return a style for each label: fixed for the optimizers of this package, the next free one for others.
 
-
-def _others() -> Iterator[Style]:
-    """Yield hues with three dashes, again and again."""
-    while True:
-        yield from (Style(hue, dash) for dash, hue in product((DASHED, DASHDOT, DOTTED), HUES))
+    The first variant of an optimizer, as ``caspr order=1``, has that of the optimizer, if no label is its name; an
+    untuned row only where no other has it.
+    """
+    labels = list(dict.fromkeys(labels))
+    found = {label: KNOWN[label] for label in labels if label in KNOWN}
+    for label in sorted(labels, key=lambda label: "untuned" in label.split()):
+        own = [KNOWN[name] for name in label.split()[:1] if name in KNOWN]
+        hues = {style.hue for style in found.values()}
+        others = sorted(OTHERS, key=lambda style: style.hue in hues)
+        free = [style for style in (*own, *others) if style not in found.values()]
+        found.setdefault(label, free[0] if free else OTHERS[len(found) % len(OTHERS)])
+    return {label: found[label] for label in labels}
 
 
 @contextmanager

@@ -256,6 +256,13 @@ def test_styles_stay_with_known_labels_and_differ_for_others() -> None:
     assert len(style.styles(map(str, range(100)))) == 100
 
 
+def test_the_first_variant_of_an_optimizer_looks_like_it_and_no_two_have_one_hue() -> None:
+    labels = ["caspr exponent=0.5", "muon", "shampoo exponent=1", "caspr exponent=0", "adamw"]
+    found = style.styles(["caspr untuned exponent=0.5", *labels])
+    assert [found[label] for label in labels[:3]] == [style.KNOWN[name] for name in ("caspr", "muon", "shampoo")]
+    assert len({one.hue for one in found.values()}) == len(found)
+
+
 def curve_of(values: list[list[float | None]]) -> averages.Curve | None:
     runs = [run("caspr", k, curve=[(s, 2.0 * s, v) for s, v in enumerate(own, 1)]) for k, own in enumerate(values)]
     return averages.curve(table(runs).rows[0])
