@@ -370,7 +370,7 @@ class KroneckerOptimizer(Optimizer):
             states.restore(self.state, given[-1], self.param_groups)
             for p, group in states.params_of(self.param_groups):
                 states.count_as_before(self.state.get(p, {}), group, False)
-            if self.sharded_state or states.has_parts(given[-1]):  # a rank that owns nothing has no part
+            if states.is_divided(given[-1], sharded=self.sharded_state):
                 self._division.owners = division.owners
             if self._division.owners or any(is_factor(name) for entries in self.state.values() for name in entries):
                 self._division.divide(self.param_groups, self._plan(), self.state, check=False)  # before it takes room

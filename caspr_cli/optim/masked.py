@@ -107,7 +107,7 @@ class Mask:
         return list(torch.where(finite, factor, torch.ones_like(finite, dtype=torch.float64)).unbind())
 
     def _zero(self, dtype: torch.dtype) -> Tensor:
-        """Return 0, 0-d and on the device: of a number where() makes a tensor there each time."""
+        """Return 0 as a 0-d tensor on the device. torch.where would make one of a number each time, a launch."""
         return self.workspace.constant([0.0], dtype, self.finite.device)[0]
 
     def update_moments(

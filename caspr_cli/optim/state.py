@@ -192,9 +192,10 @@ def without_factors(state: State) -> State:
     return {name: value for name, value in state.items() if not is_factor(name)}
 
 
-def has_parts(content: Content) -> bool:
-    """Whether a state_dict has parts of factors."""
-    return any(isinstance(value, Part) for state in content["state"].values() for value in state.values())
+def is_divided(content: Content, *, sharded: bool) -> bool:
+    """Whether a state_dict has what one rank owns of the factors. With ``sharded`` that of some ranks is nothing."""
+    factors = [v for state in content["state"].values() for name, v in state.items() if is_factor(name)]
+    return any(isinstance(value, Part) for value in factors) if factors else sharded
 
 
 def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> dict[int, dict[str, Tensor]]:

@@ -368,13 +368,13 @@ def test_what_ranks_tell_each_other_goes_by_the_device_of_their_parameters(monke
     assert calls == [torch.device("cuda", 3), "a", "b"]
 
 
-def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool, parts: bool) -> list[Tensor]:
+def with_torchs_checkpoints(rank: int, path: str, steps: int, load: bool, parts: bool, layers: int = 2) -> list[Tensor]:
     """torch.distributed.checkpoint, which writes and reads in parallel and by parameter name."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))[:layers]
     optimizer = CASPR(model.parameters(), **OPTIONS)
     optimizer.sharded_state = parts
     if load:
@@ -397,6 +397,36 @@ def test_torchs_distributed_checkpoints(ranks: Ranks, two: Ranks, parts: bool, t
         for found in again(with_torchs_checkpoints, str(tmp_path), 4, True, as_parts):
             assert all(map(torch.equal, found, expected))
     assert all(map(torch.equal, alone(with_torchs_checkpoints, str(tmp_path), 4, True, True), expected))
+
+
+def test_a_rank_that_owns_nothing_loads_its_part(two: Ranks, tmp_path: Path) -> None:
+    """One block for two ranks: both have to know who owns it, or their next steps do not fit each other."""
+    expected = two(with_torchs_checkpoints, str(tmp_path), 0, False, True, 1)[0]
+    for found in two(with_torchs_checkpoints, str(tmp_path), 4, True, True, 1):
+        assert all(map(torch.equal, found, expected))
+
+
+def other_blocks(rank: int) -> list[Tensor]:
+    """A whole state of smaller blocks is loaded where parts are saved, after some steps with larger ones."""
+    params = weights([(64, 64), (64, 32)], torch.float32)
+    smaller = train(params, range(4), block_size=32)
+    kept, start = copy.deepcopy(smaller.state_dict()), values(params)
+    train(params, range(4, 8), smaller)
+    expected = values(params)
+    again = weights([(64, 64), (64, 32)], torch.float32)
+    optimizer = train(again, range(4))
+    optimizer.sharded_state = True
+    optimizer.load_state_dict(kept)
+    with torch.no_grad():
+        torch._foreach_copy_(again, start)
+    train(again, range(4, 8), optimizer)
+    assert all(map(torch.equal, again, expected))
+    return expected
+
+
+def test_a_whole_state_of_other_blocks_loads_where_parts_are_saved(two: Ranks) -> None:
+    one, other = two(other_blocks)
+    assert all(map(torch.equal, one, other))
 
 
 def parts_of_a_rank(rank: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def test_what_changes_no_number_makes_no_row() -> None:
 
 
 def test_a_label_has_the_option_that_a_command_set_where_another_optimizer_has_another() -> None:
-    """What a search draws is no part of it, nor what all optimizers share."""
+    """The label has neither what a search draws, nor what all optimizers of the table share."""
     words = {"command": ["caspr-train", "optim.exponent=1", "+optim.eps=1e-4", "optim.weight_decay=0.1"]}
     common = {"optim__eps": 1e-4}
     made = table([
