@@ -51,6 +51,7 @@ def test_debugging_is_short_and_has_a_name_of_its_own() -> None:
     assert (fast.debug, fast.trainer.max_steps) == ("fast", 20)
     assert recipe("debug=fast", "trainer.max_steps=5").trainer.max_steps == 5
     assert compose.identity(fast) != compose.identity(recipe())
+    assert compose.identity(recipe("debug=plan")) == compose.identity(recipe())  # finds the trials that best is of
 
 
 def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
