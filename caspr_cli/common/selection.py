@@ -10,6 +10,11 @@ AGAIN = (1001, 1002)  # seeds with which the best trials are run again (search.r
 LARGEST = 1e50  # of a metric: far beyond float32, and the square of its square is finite
 
 
+def further(trials: int) -> int:
+    """Return the number of trials that every row is given in a further round (search.extend)."""
+    return (trials + 1) // 2
+
+
 def finite(value: float | None) -> float | None:
     """Return the value of a metric; None where it is not finite, or larger than any that a run survives."""
     return float(value) if value is not None and abs(value) <= LARGEST else None

@@ -22,6 +22,11 @@ ELSEWHERE = {
     "schedule.warmup": "warmup_steps num_warmup_steps", "schedule.name": "scheduler lr_scheduler",
     "seed": "seeds random_seed", "output_dir": "output out log_dir logdir save_dir",
 }  # fmt: skip
+# What keys may be whose values have several types.
+SEVERAL_TYPES = {
+    "trial": "an integer, best, top1, top2, ..., or default",
+    "search.extend": "true, false or a number of rounds",
+}
 
 
 class ConfigError(UserError):
@@ -104,8 +109,8 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'{as_range(key, match[1])}"
-    if key == "trial" and (match := re.search(r"Value '(.*)' of type '.*' is incompatible", message)):
-        return f"trial should be an integer, best, top1, top2, ..., or default, but is '{match[1]}'"
+    if key in SEVERAL_TYPES and (match := re.search(r"Value '(.*)' of type '.*' is incompatible", message)):
+        return f"{key} should be {SEVERAL_TYPES[key]}, but is '{match[1]}'"
     if match := re.search(r"Value '(.*)' is not a valid bool", message):
         return f"{key} should be true or false but is '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):

@@ -146,7 +146,9 @@ class SearchConf:
     trials: int = 20  # that every optimizer is given; trial=best chooses among them
     space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
     rerank: int = 0  # so many of the best trials are run at two more seeds before trial=best chooses; 0, 1: none
-    extend: bool = False  # trials after the first search.trials: from ranges that grow where the best lies at an edge
+    # true: rounds of further trials while a best value lies at the edge of its range, which grows there; 1, 2: so many
+    # rounds in any case, as other rows of a table had them
+    extend: bool | int = False
 
 
 @dataclass

@@ -77,11 +77,6 @@ def _value(kind: str, values: list[Any], u: float) -> Any:
     return x if kind == "log" else round(1 - x, 15)  # keeps the digits of x, the distance from 1
 
 
-def further(trials: int) -> int:
-    """Return the number of trials that every row is given each time that a range grows."""
-    return (trials + 1) // 2
-
-
 def edges(space: Space, values: Mapping[str, Any]) -> dict[str, int]:
     """Return the keys whose value lies in the outer part of its range: -1 at the low end, 1 at the high one."""
     found = {}

@@ -1,12 +1,13 @@
 """The leaderboard: rows that were tuned alike, from packs, as a page that tells how to enter one's own."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from caspr_cli.common.format import listed
-from caspr_cli.common.selection import TUNING_SEED
+from caspr_cli.common.selection import TUNING_SEED, further
 from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
@@ -117,9 +118,9 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     if notes := [*differ, *(line for row in rows for line in _edges(row))]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
-    runs = rows[0].records
-    extended = str(any(run.further for run in runs)).lower()
-    budget = f"search.trials={runs[0].config['search.trials']} search.extend={extended}"
+    planned = rows[0].records[0].config["search.trials"]
+    rounds = math.ceil((len(rows[0].trials) - planned) / further(planned))
+    budget = f"search.trials={planned} search.extend={rounds or 'false'}"
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 

@@ -23,12 +23,11 @@ from typing import Any
 from caspr_cli.common.errors import nearest
 from caspr_cli.common.exits import BAD_USAGE
 from caspr_cli.common.format import count, duration, listed
-from caspr_cli.common.selection import AGAIN, TUNING_SEED
+from caspr_cli.common.selection import AGAIN, TUNING_SEED, further
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Resume, Source
-from caspr_cli.recipe.search import ROUNDS, further
 from caspr_cli.recipe.tables import in_words, written
 from caspr_cli.runs.horizon import ROUNDS as HALVINGS
 from caspr_cli.runs.horizon import next_length
@@ -186,14 +185,15 @@ def rows(experiment: Experiment) -> list[Row]:
         found.append(replace(row, untuned=runs) if experiment.searches else replace(row, reported=runs))
     if not experiment.searches:
         return found
-    rounds = next((number for number in range(ROUNDS) if not growing(found, number)), ROUNDS)
+    most = max(row.search.rounds for row in found if row.search)
+    rounds = next((number for number in range(most) if not reason(found, number)), most)
     return [_completed(row, rounds, seeds) for row in found]
 
 
-def growing(table: Sequence[Row], number: int) -> list[str]:
-    """Return what grows after so many rounds, for each row the keys whose best value lies at an edge.
+def reason(table: Sequence[Row], number: int) -> str:
+    """Return why further trials follow after so many rounds: for each row the keys whose best value lies at an edge.
 
-    A row of which trials have not ended, or cannot be read, does not say yet.
+    A row of which trials have not ended, or cannot be read, does not say yet. Empty: none follow.
     """
     found = []
     for row in table:
@@ -204,7 +204,10 @@ def growing(table: Sequence[Row], number: int) -> list[str]:
             continue
         if grown:
             found.append(f"{', '.join(grown)} of {row.label}")
-    return found
+    if found:
+        return f"as best values lie at the edge: {listed(found, 4)}"
+    always = any(row.search is not None and number < row.search.always for row in table)
+    return "as search.extend is a number" if always else ""
 
 
 def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
@@ -240,10 +243,9 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
         yield f"trials   {count(number, 'trial')} of each row", experiment.tuning(range(number))
         more = further(search.trials)
         for past in range(search.rounds):
-            if not (grown := growing(table, past)):
+            if not (why := reason(table, past)):
                 break
-            line = f"further  {count(more, 'trial')} of each row, as best values lie at the edge: {listed(grown, 4)}"
-            yield line, experiment.tuning(range(number, number + more))
+            yield f"further  {count(more, 'trial')} of each row, {why}", experiment.tuning(range(number, number + more))
             number += more
         if (again := min(search.first.search.rerank, number)) > 1:
             yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
@@ -341,7 +343,8 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
         ]
         if (rounds := search.rounds - (len(table[0].tuning) - search.trials) // further(search.trials)) > 0:
             trials = count(further(search.trials), "trial")
-            more = [f"further  up to {rounds} x {trials} a row, while a best value lies at the edge of its range"]
+            when = ", while a best value lies at the edge of its range" if not search.always else ""
+            more = [f"further  {'' if search.always else 'up to '}{rounds} x {trials} a row{when}"]
     if experiment.horizon:
         more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"

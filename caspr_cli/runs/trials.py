@@ -7,12 +7,12 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from caspr_cli.common.selection import AGAIN, TUNING_SEED, Choice, choose, finite
+from caspr_cli.common.selection import AGAIN, TUNING_SEED, Choice, choose, finite, further
 from caspr_cli.common.shape import lost
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.recipe.search import ROUNDS, Space, further
+from caspr_cli.recipe.search import ROUNDS, Space
 from caspr_cli.runs import horizon
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
@@ -22,8 +22,8 @@ BEST, TOP = "best", re.compile(r"top([1-9]\d{0,6})")  # words for trials that th
 class Tuning:
     """The trials of one row, at ``TUNING_SEED``, by index.
 
-    With ``search.extend`` those after the first ``search.trials`` come in rounds. Before each, the best trial so far
-    decides: where its value lies at the edge of its range, the trials of the round are drawn from about that edge.
+    With ``search.extend`` those after the first ``search.trials`` come in rounds: so many, or with ``true`` while the
+    best value of a row lies at the edge of its range. A row of which it does draws the trials from about that edge.
     Raises ConfigError if its trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
     """
 
@@ -32,7 +32,9 @@ class Tuning:
         self._given = list(given)
         self.first = compose.freeze(self._config, self._given, 0)
         self.trials = self.first.search.trials
-        self.rounds = ROUNDS if self.first.search.extend else 0
+        extend = self.first.search.extend
+        self.rounds = rounds(extend)
+        self.always = 0 if extend is True else self.rounds  # wherever the best values lie
         self._recipes: dict[int, Recipe] = {0: self.first}
         self._spaces: list[tuple[Space, Space]] = [(self.first.search.space, self.first.search.space)]
 
@@ -52,7 +54,7 @@ class Tuning:
         if number > self.rounds:
             raise ConfigError(
                 f"trial={index}: search={self.first.search.name} has {self.trials} trials, and {self.rounds} x "
-                f"{further(self.trials)} more with search.extend=true"
+                f"{further(self.trials)} more with search.extend"
             )
         if not number:
             return self._config
@@ -151,6 +153,11 @@ def top(trial: Callable[[int], Recipe], place: int) -> int:
     return finite[min(place, len(finite)) - 1]
 
 
+def rounds(extend: bool | int) -> int:
+    """Return how many rounds of further trials ``search.extend`` allows."""
+    return ROUNDS if extend is True else int(extend)
+
+
 def tops(number: int) -> list[str]:
     """Return the words for the first places."""
     return [f"top{place}" for place in range(1, number + 1)]
@@ -164,7 +171,7 @@ def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, fl
     first = trial(0)
     own, count = first.search, first.search.trials
     finals = ended(trial, count)
-    for _ in range(ROUNDS if own.extend else 0):
+    for _ in range(rounds(own.extend)):
         more = range(count, count + further(own.trials))
         if not any(Record.of(trial(index)).path.exists() for index in more):
             break

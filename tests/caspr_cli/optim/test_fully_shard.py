@@ -1,9 +1,6 @@
-"""Parameters of `fully_shard`: the same weights as one process, a part of the state each, and torch's checkpoints."""
+"""Parameters of `fully_shard`: the same weights as one process."""
 
-import copy
-import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,77 +8,15 @@ import torch
 import torch.distributed as dist
 from pairs import pairs
 from ranks import Ranks, alone
+from rows import OPTIONS, SHAPES, Net, fit, full_state, sharded, train, weights, whole
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo, engine
 from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.fsdp import block_shards, shard_rows
 from caspr_cli.optim.probe import counters
-from caspr_cli.optim.stacks import is_factor
-from caspr_cli.optim.state import COUNTERS
 
-OPTIONS: dict[str, Any] = {"lr": 0.01, "interval": 3, "start_step": 2, "block_size": 32, "weight_decay": 0.1}
-# Matrices of several blocks that shards cut, uneven shards, and some without a row.
-SHAPES = [(70, 33), (24, 16), (33, 70), (1, 40, 30), (3, 5, 7), (6, 4, 9), (2, 40), (1, 9), (9,), (24, 16)]
 SQUARES = [(64, 64), (160, 160), (128, 128), (64, 64)]
-Without = dict[int, set[int]]
-
-
-def divided(tensor: Tensor, how: str, number: int) -> Tensor:
-    """``plain``; by ``rows`` over all ranks; ``replicas`` of two ranks each; ``some``: every third is not divided."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    if how == "plain" or (how == "some" and number % 3 == 0):
-        return tensor
-    placements = [Replicate(), Shard(0)] if how == "replicas" else [Shard(0)]
-    return distribute_tensor(tensor, mesh(how, dist.group.WORLD), placements)
-
-
-@functools.lru_cache(maxsize=1)
-def mesh(how: str, group: Any) -> Any:
-    """Of the ranks of this process group, which it is remembered for."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    ranks = group.size()
-    return init_device_mesh("cpu", (ranks // 2, 2) if how == "replicas" else (ranks,))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
-def weights(how: str, dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    return [nn.Parameter(divided(tensor, how, i)) for i, tensor in enumerate(tensors)]
-
-
-def gradients(params: list[nn.Parameter], step: int, how: str, signs: bool, without: Without, broken: Without) -> None:
-    """Signs have norms that are exact in any order; ``broken`` ones have a NaN in their last row."""
-    for i, p in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        G = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        if i in broken.get(step, ()):
-            G.view(-1)[-1] = torch.nan
-        p.grad = None if i in without.get(step, ()) else divided((G.sign() if signs else G).to(p.dtype), how, i)
-
-
-def train(
-    params: list[nn.Parameter],
-    steps: range,
-    how: str,
-    optimizer: Any = None,
-    cls: type = CASPR,
-    signs: bool = False,
-    without: Without | None = None,
-    broken: Without | None = None,
-    **options: Any,
-) -> Any:
-    optimizer = optimizer or cls(params, **OPTIONS | options)
-    for step in steps:
-        gradients(params, step, how, signs, without or {}, broken or {})
-        optimizer.step()
-    return optimizer
 
 
 def weights_after(
@@ -216,41 +151,6 @@ def test_updates_may_travel_in_bfloat16(two: Ranks) -> None:
         assert torch.dist(found[0], expected[0]) < torch.dist(start[0], expected[0])
 
 
-class Net(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float64, width: int = 33) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        sizes = ((24, 70), (70, width), (width, width), (width, 2))
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x).tanh() if i < 2 or x[0, 0] > -1 else x
-        return x
-
-
-def sharded(model: Net, **options: Any) -> Net:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
-def fit(model: nn.Module, optimizer: Any, steps: range, part: tuple[int, int] | None = None) -> list[Tensor]:
-    """Train; ``part``: which of how many parts of a batch this rank has, if not as many as there are ranks."""
-    there = dist.is_initialized()
-    rank, world = part or ((dist.get_rank(), dist.get_world_size()) if there else (0, 1))
-    dtype = next(model.parameters()).dtype
-    for step in steps:
-        x = torch.randn(8, 24, generator=torch.Generator().manual_seed(step), dtype=dtype)
-        model(x.chunk(world)[rank]).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [whole(p) for p in model.parameters()]
-
-
 def real(rank: int, shard: bool, options: dict[str, Any]) -> list[Tensor]:
     model = sharded(Net()) if shard else Net()
     head = {"params": model.layers[-1].parameters(), "precondition": False}
@@ -290,10 +190,10 @@ def in_one_process(rank: int, width: int) -> tuple[list[Tensor], Any]:
 @pytest.mark.parametrize("how", ["replicas", "stages"])
 def test_fully_shard_on_a_mesh_of_two_axes(ranks: Ranks, how: str) -> None:
     found = ranks(on_a_mesh, how, 40)
-    for rank, (weights, state) in enumerate(found):
+    for rank, (trained, state) in enumerate(found):
         width = 40 if how == "stages" and rank >= len(found) // 2 else 33
         expected, whole_state = alone(in_one_process, width)
-        torch.testing.assert_close(weights, expected, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(trained, expected, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(state["state"], whole_state["state"], rtol=1e-7, atol=1e-9)
 
 
@@ -334,170 +234,6 @@ def mixed_precision(rank: int) -> tuple[list[Tensor], list[Tensor]]:
 def test_mixed_precision(two: Ranks) -> None:
     for found, expected in two(mixed_precision):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-def state_bytes(rank: int, how: str, shapes: list[tuple[int, ...]]) -> tuple[int, int]:
-    """Of factors and of moments, on this rank."""
-    optimizer = train(weights(how, torch.float32, shapes), range(2), how)
-    sizes = {True: 0, False: 0}
-    for state in optimizer.state.values():
-        for name, x in state.items():
-            if name not in COUNTERS:
-                here = x.to_local() if hasattr(x, "to_local") else x
-                sizes[is_factor(name)] += here.numel() * here.element_size()
-    return sizes[True], sizes[False]
-
-
-def test_each_rank_keeps_its_part_of_the_state(ranks: Ranks) -> None:
-    shapes = [(64, 64)] * 4
-    factors, moments = alone(state_bytes, "plain", shapes)
-    assert ranks(state_bytes, "rows", shapes) == [(factors // ranks.world, moments // ranks.world)] * ranks.world
-
-
-def through_torch(rank: int, path: str, load: bool, kind: str, how: str) -> list[Tensor]:
-    """torch.distributed.checkpoint, of whole factors or, with ``parts``, of those of each rank; ``full``: one file with
-    everything in it, as `torch.save` writes it."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-
-    model: nn.Module = sharded(Net()) if how == "fsdp" else Net()
-    if how == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    optimizer = CASPR(model.parameters(), **OPTIONS)
-    optimizer.sharded_state, full = kind == "parts", kind == "full"
-    options = StateDictOptions(full_state_dict=full, cpu_offload=kind != "whole")
-
-    def save_or_load(model_state: Any, optimizer_state: Any) -> Any:
-        content = {"model": model_state, "optimizer": optimizer_state}
-        if full and load:
-            return torch.load(f"{path}/full.pt", weights_only=True)
-        if full and rank == 0:
-            torch.save(content, f"{path}/full.pt")
-        elif load:
-            dcp.load(content, checkpoint_id=path)
-        elif not full:
-            dcp.save(content, checkpoint_id=path)
-        return content
-
-    if load:
-        content = save_or_load(*get_state_dict(model, optimizer, options=options))
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=content["model"],
-            optim_state_dict=content["optimizer"],
-            options=options,
-        )
-    else:
-        fit(model, optimizer, range(4))
-        save_or_load(*get_state_dict(model, optimizer, options=options))
-    return fit(model, optimizer, range(4, 7))
-
-
-@pytest.mark.parametrize(
-    ("how", "kind"),
-    [
-        ("fsdp", "parts"),
-        ("ddp", "full"),
-        pytest.param("fsdp", "full", marks=pytest.mark.release),
-        pytest.param("fsdp", "whole", marks=pytest.mark.release),
-        pytest.param("ddp", "whole", marks=pytest.mark.release),
-        pytest.param("ddp", "parts", marks=pytest.mark.release),
-    ],
-)
-def test_torchs_checkpoints_load_at_another_number_of_ranks(
-    two: Ranks, ranks: Ranks, how: str, kind: str, tmp_path: Path
-) -> None:
-    expected = ranks(through_torch, str(tmp_path), False, kind, how)[0]
-    for again in {two, ranks}:
-        for other in ("fsdp", "ddp"):
-            for found in again(through_torch, str(tmp_path), True, kind, other):
-                torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(
-        alone(through_torch, str(tmp_path), True, kind, "plain"), expected, rtol=1e-8, atol=1e-10
-    )
-
-
-def bare(rank: int, how: str, path: str, load: bool) -> tuple[list[Tensor], bool]:
-    """The state_dict itself, with moments made whole by the user; what was loaded is saved again."""
-    params = weights(how, torch.float64, SHAPES)
-    optimizer = CASPR(params, **OPTIONS)
-    same = True
-    if load:
-        saved = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for i, (p, w) in enumerate(zip(params, saved["weights"], strict=True)):
-                p.copy_(divided(w, how, i))
-        optimizer.load_state_dict(saved["optimizer"])
-        again = full_state(optimizer)["state"]
-        same = all(torch.equal(x, again[i][k]) for i, s in saved["optimizer"]["state"].items() for k, x in s.items())
-    else:
-        train(params, range(4), how, optimizer)
-        content = {"optimizer": full_state(optimizer), "weights": [whole(p) for p in params]}
-        if rank == 0:
-            torch.save(content, path)
-    train(params, range(4, 7), how, optimizer)
-    return [whole(p) for p in params], same
-
-
-def full_state(optimizer: CASPR) -> dict[str, Any]:
-    content = optimizer.state_dict()
-    state = {i: {name: whole(x) for name, x in entries.items()} for i, entries in content["state"].items()}
-    return content | {"state": state}
-
-
-@pytest.mark.parametrize("source", ["ranks", "one"])
-def test_a_bare_state_dict_loads_anywhere(two: Ranks, ranks: Ranks, source: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "state.pt")
-    if source == "ranks":
-        expected = ranks(bare, "rows", path, False)[0][0]
-    else:
-        expected, _ = alone(bare, "plain", path, False)
-    for found, same in [
-        *two(bare, "rows", path, True),
-        *(ranks(bare, "replicas", path, True) if ranks.world == 4 else ()),
-        *two(bare, "plain", path, True),
-        alone(bare, "plain", path, True),
-    ]:
-        assert same
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
-def changed(rank: int, how: str) -> list[Tensor]:
-    """AdamW, then preconditioned, with other roots, with another momentum, and its state in another class."""
-    params = weights(how, torch.float64, SHAPES)
-    optimizer = train(params, range(4), how, precondition=False)
-    group = optimizer.param_groups[0]
-    changes: list[dict[str, Any]] = [
-        {"precondition": "gradient", "start_step": 3},
-        {"order": 1},
-        {"precondition": "momentum"},
-    ]
-    for number, change in enumerate(changes):
-        group.update(change)
-        train(params, range(5 * number + 4, 5 * number + 9), how, optimizer, broken={5: {0}})
-    shampoo = Shampoo(params)
-    shampoo.load_state_dict(optimizer.state_dict())
-    train(params, range(19, 22), how, shampoo)
-    warm = CASPR(params)  # without what it has learned of gradients
-    warm.load_state_dict(without_factors(shampoo.state_dict()))
-    warm.param_groups[0].update(start_step=2)
-    params, warm = copy.deepcopy([params, warm])
-    train(params, range(22, 26), how, warm)
-    return [whole(p) for p in params]
-
-
-def without_factors(content: dict[str, Any]) -> dict[str, Any]:
-    """A state like that of AdamW."""
-    moments = ("step", "exp_avg", "exp_avg_sq")
-    return content | {"state": {i: {k: s[k] for k in moments} for i, s in content["state"].items()}}
-
-
-@pytest.mark.parametrize("how", ["plain", "rows"])
-def test_changes_on_the_way_are_the_same_on_all_ranks(ranks: Ranks, how: str) -> None:
-    expected = alone(changed, "plain")
-    for found in ranks(changed, how):
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 def refused(rank: int, how: str) -> str:

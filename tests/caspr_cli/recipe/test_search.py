@@ -201,6 +201,7 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> No
         (["search=lr"], "add -m trial='range(6)'"),
         (["trial=1"], "trial=1 needs a search"),
         (["search=lr", "trial=-1"], "trial should be from 0 to"),
+        (["search.extend=3"], "search.extend should be at most 2 but is 3"),
         (["search=lr", "trial=few"], "trial should be an integer, best, top1, top2, ..., or default, but is 'few'"),
         (["search=lr", "trial=1", "search.trials=0"], "search.trials should be at least 1"),
         (["optim=sgd", "search=algoperf", "trial=1", "+search.space={optim.beta.0:{linear:[0,1]}}"],

@@ -156,6 +156,13 @@ def test_the_page_has_tables_commands_and_reasons() -> None:
     assert text.endswith("\n    made so\n")
 
 
+def test_the_command_for_others_gives_them_as_many_further_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "LEAST_TRIALS", 4)
+    extended = config(search__trials=4, search__extend=True)
+    text = leaderboard.page({"new": [extended(run) for run in fair()]}, "made so", draw)
+    assert "optim=my_opt search.trials=4 search.extend=2 seed=1,2,3" in text
+
+
 def test_against_the_first_all_pairs_are_corrected_for(monkeypatch: pytest.MonkeyPatch) -> None:
     (table,) = tables(records.find([PACK]).runs)
     three = [row for row in table.rows if not row.untuned]

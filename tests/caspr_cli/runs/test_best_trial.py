@@ -85,6 +85,9 @@ def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
         words = [*given, f"trial={trial}"]
         with pytest.raises(ConfigError, match=message):
             trials.resolve(composer.config(words), words, {})
+    words = [*given, "search.extend=1", "trial=3"]  # so many rounds, and no more
+    with pytest.raises(ConfigError, match=r"has 2 trials, and 1 x 1 more with search.extend"):
+        trials.resolve(composer.config(words), words, {})
     words = [*given, "trial=1"]
     assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
 

@@ -174,27 +174,56 @@ def write(recipe: Recipe, value: float | None, **status: str) -> None:
         record.write("result.json", {"final": {recipe.task.target.metric: value}, "seconds": 30.0})
 
 
-def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each sweep is written as if it had run: the next one follows from the command and the records alone."""
-    given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
+def played(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Return the line of each sweep, and its trials and seeds. Each is written as if it had run.
 
-    def quality(recipe: Recipe) -> float:  # adamw likes large steps, sgd those in the middle of its range
+    The next one follows from the command and the records alone. adamw likes large steps, sgd those in the middle of
+    its range.
+    """
+
+    def quality(recipe: Recipe) -> float:
         return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
 
-    told, seen = Experiment.read("molpcba", given), list[tuple[str, ...]]()
+    seen = []
     composer = Composer(told.shared(), sweeps=True)
     monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
     searches: dict[tuple[str, ...], trials.Tuning] = {}
-    for _, sweep in experiment.sweeps(told, experiment.rows(told)):
-        seen.append(tuple(sweep))
+    for line, sweep in experiment.sweeps(told, experiment.rows(told)):
+        seen.append((line, list(sweep)))
         for job in words.split(sweep):
             config = trials.resolve(composer.config(job), job, searches)
             write(recipe := compose.freeze(config, job), quality(recipe))
     # the same command later, which knows the records alone
-    assert [tuple(sweep) for _, sweep in experiment.sweeps(told, experiment.rows(told))] == seen
-    assert [[word for word in sweep if word.startswith(("trial=", "seed="))] for sweep in seen] == [
+    assert list(experiment.sweeps(told, experiment.rows(told))) == seen
+    return [(line, [word for word in sweep if word.startswith(("trial=", "seed="))]) for line, sweep in seen]
+
+
+def test_as_many_trials_as_the_rows_of_another_command(tmp_path: Path, monkeypatch) -> None:
+    """sgd's best lies inside of its range; with a number its row gets a round all the same."""
+    given = ["optim=sgd", "search=lr", "search.trials=4", "search.extend=1", "seed=1,2", f"output_dir={tmp_path}"]
+    told = Experiment.read("molpcba", given)
+    (row,) = experiment.rows(told)
+    assert row.whole == row.left == 6 + 3 * 2 + 2 + 2
+    assert experiment.plan(told, [row], [1.0])[1] == "further  1 x 2 trials a row"
+    sweeps = played(told, monkeypatch)
+    assert [sweep for _, sweep in sweeps[:3]] == [
+        ["trial=range(0,4)", "seed=0"],
+        ["trial=range(4,6)", "seed=0"],
+        ["trial=top1,top2,top3", "seed=1001,1002"],
+    ]
+    assert sweeps[1][0] == "further  2 trials of each row, as search.extend is a number"
+    (row,) = experiment.rows(told)
+    assert (row.whole, row.left) == (16, 0)
+    assert {tuple(recipe.search.space["optim.lr"]["log"]) for recipe in row.tuning} == {(2e-2, 2.0)}
+    assert "further" not in "".join(experiment.plan(told, [row], [1.0]))
+
+
+def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
+    told = Experiment.read("molpcba", given)
+    assert [sweep for _, sweep in played(told, monkeypatch)] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
         ["trial=range(6,8)", "seed=0"],  # twice, and no more
