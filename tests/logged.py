@@ -17,7 +17,7 @@ from caspr_cli.report.trackers import Asked
 
 METRIC = "val/loss"
 OBJECTS = "shape: !!python/tuple [1, 2]\nnet: !!python/object:a.B {c: 1}\n"  # in hparams.yaml
-DAMAGED = "is no event file of TensorBoard, or is damaged: the rest of it is left out"
+DAMAGED = "not an event file of TensorBoard, or damaged: the rest of it is left out"
 BEST = {"caspr": 3.0, "adamw": 4.0}  # the last value of seed 0
 CURVE = ((10, 2.0), (20, 0.5), (30, 0.0))  # step, and what is above the last value
 RUNS = [(optimizer, seed) for optimizer in BEST for seed in range(3)]

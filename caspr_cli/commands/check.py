@@ -39,11 +39,16 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
 
     In the directory ``rerun`` two reported seeds of each row are run again; None: they are not.
     """
+    if board and not board.is_dir():
+        raise UserError(f"--board {board}: no such directory")
     own = {path.resolve() for path in paths}
     others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []
     standing = leaderboard.board(packs(others)).tables if others else ()
-    right = True
-    for table in tables(records.find(paths).runs):
+    found = records.find(paths)
+    for line in found.warnings:
+        print(f"wrong    {line}")
+    right = not found.warnings
+    for table in tables(found.runs):
         for row in table.rows:
             if row.untuned:
                 continue

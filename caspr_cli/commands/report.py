@@ -76,7 +76,7 @@ A run is a folder of event files, a CSV (Lightning, Keras), a column or a line
 of an export of W&B, or a run of MLflow. Seeds are taken from hyperparameters
 and columns called seed, or from names, as adam_seed3; hyperparameters from
 TensorBoard's HPARAMS, hparams.yaml, params/, columns of W&B's table of runs,
-and names as lr=0.1. What is guessed is said. A run that ends before the others
+and names as lr=0.1. Every guess is printed. A run that ends before the others
 of its row counts as failed; of several values at one step the last counts.
 """
 LOGS = ("metric", "group", "seed", "names", "step", "at", "higher")  # flags of _add_logs
@@ -198,10 +198,10 @@ def _check_files(what: str, files: Sequence[Path]) -> None:
     _, allowed, needed, _ = OUTPUTS[what]
     if what == "unpack":
         if len(files) != 1 or files[0].is_file():
-            raise UserError("unpack: name a directory with --to")
+            raise UserError("unpack: name one directory with --to, and no file")
         return
     for file in files:
-        if not file.name.endswith(allowed):
+        if not file.suffix or not file.name.endswith(allowed):
             raise UserError(f"--to {file}: the name should end in {', '.join(allowed)}")
         if file.is_dir():
             raise UserError(f"--to {file}: it is a directory")
@@ -221,6 +221,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning  {line}", file=sys.stderr)
     if len(found.warnings) > SHOWN:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
+    if not found.runs and found.warnings:
+        raise UserError(f"all records in {listed([str(path) for path in args.paths])} were left out (see above)")
     if not found.runs:
         events = any(next(path.rglob("*tfevents*"), None) for path in args.paths)
         how = "it has logs of TensorBoard: add --from tensorboard --metric NAME" if events else records.HOW

@@ -150,12 +150,14 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
         key, _, value = word.partition("=")
         if word.startswith("-") or "=" not in word:
             raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone (it sweeps without -m)")
+        if key.startswith(("+", "~")):
+            raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone, without {key[0]}")
         if key == "trial":
             raise ConfigError(f"{word}: an experiment runs all of its trials; search.trials=N says how many")
         if key == "plan" and value not in ("true", "false"):
             raise ConfigError(f"plan should be true or false but is '{value}'")
         if key == "debug" and value == "plan":
-            raise ConfigError("debug=plan is of one run; what an experiment will do says plan=true")
+            raise ConfigError("debug=plan is for a single run; for an experiment use plan=true")
     return [name for word in named for name in word.partition("=")[2].split(",")], rest
 
 

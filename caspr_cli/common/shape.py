@@ -61,7 +61,7 @@ def parsed(content: bytes, *, finite: bool = True) -> Any:
     try:
         return json.loads(content, parse_constant=(lambda _: None) if finite else None)
     except (ValueError, RecursionError) as error:
-        raise DamagedError("is no JSON") from error
+        raise DamagedError("is not valid JSON") from error
 
 
 def part(name: str, content: Any) -> dict[str, Any]:
@@ -71,12 +71,13 @@ def part(name: str, content: Any) -> dict[str, Any]:
     ``provenance``.
     """
     if not isinstance(content, dict):
-        raise DamagedError(f"{name} is no mapping")
+        raise DamagedError(f"{name} is not a mapping")
     found: dict[str, Any] = tidy(content, name)
     for key, kind in SHAPE[name].items():
         value = found.get(key) if name == "config" else inner(found, *key.split("."))
         if value is not None and not KINDS[kind](value):
-            raise DamagedError(f"{key} is no {kind}")
+            kind = {"text": kind, "integer": f"an {kind}"}.get(kind, f"a {kind}")
+            raise DamagedError(f"{key} is not {kind}")
     if name == "config":
         if missing := [key for key in NEEDED if found.get(key) in (None, "")]:
             raise DamagedError(f"has no {missing[0]}")

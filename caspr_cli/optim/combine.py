@@ -49,7 +49,7 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
         U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
     if group["polar"]:
-        U = polar_factor(U, group["polar_steps"])
+        U = polar_factor(U, int(group["polar_steps"]))
         if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed
             U = U * (RMS * max(matrix_shape(stack.shape)) ** 0.5)
     return U if low is X else X.copy_(U)
@@ -86,7 +86,7 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
     Args:
         G: ``[K, d_1, ..., d_k]``, overwritten.
         A: for each of ``axes`` ``[K, d_i, d_i]``, symmetric, of the type of G.
-        axes: one of G's, or all of them.
+        axes: those of a block that have statistics, in ascending order.
         order: q, or ``math.inf`` for the product.
         out: memory of the size of G. For matrices the result is in G or here, and nothing is allocated.
 
@@ -95,22 +95,21 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
     k = len(A)
     if k == 0:
         return G
-    if k > 1 and axes[0] == 1:  # one member of a batch in each block
-        inner = tuple(axis - 1 for axis in axes)
-        return apply_roots(G.squeeze(1), A, inner, order, out.squeeze(1)).unsqueeze(1)
+    if axes == (1, 2) and G.ndim == 4 and G.shape[1] == 1:  # a matrix that is one member of a batch
+        return apply_roots(G.squeeze(1), A, (0, 1), order, out.squeeze(1)).unsqueeze(1)
     if k == 1:
         if G.ndim != 3:
             return on_axis(G, A[0], axes[0])
         return torch.bmm(A[0], G, out=out) if axes[0] == 0 else torch.bmm(G, A[0], out=out)
     if math.isinf(order):
-        if k == 2:
+        if G.ndim == 3:
             return torch.bmm(torch.bmm(A[0], G, out=out), A[1], out=G)
-        for axis, A_i in enumerate(A):
+        for axis, A_i in zip(axes, A, strict=True):
             G = on_axis(G, A_i, axis)
         return G
     for _ in range(int(order)):
-        if k == 2:  # (A G + G B)/2 with the addition inside the product
+        if G.ndim == 3:  # (A G + G B)/2 with the addition inside the product
             G, out = torch.bmm(A[0], G, out=out).baddbmm_(G, A[1], beta=0.5, alpha=0.5), G
         else:
-            G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in enumerate(A)]).mean(0)
+            G = torch.stack([on_axis(G, A_i, axis) for axis, A_i in zip(axes, A, strict=True)]).mean(0)
     return G

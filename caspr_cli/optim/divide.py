@@ -112,7 +112,8 @@ class Division:
                 collective operation.
 
         Raises:
-            ValueError: they are not, or ``group_size`` does not divide the number of ranks.
+            ValueError: they are not, or ``group_size`` does not divide the number of ranks, or a group whose work ranks
+                share has ``shard="none"`` now.
             RuntimeError: the state is divided among another number of ranks.
         """
         if self.ranks not in (0, world_size()):
@@ -120,8 +121,13 @@ class Division:
                 f"the state is divided among {self.ranks} ranks but there are {world_size()} now: load a state_dict"
             )
         shared = [group for group, plan in zip(groups, plans, strict=True) if self.is_shared(group, plan)]
+        for group, plan in zip(groups, plans, strict=True):
+            if not self.is_shared(group, plan) and (p := next(filter(self.shares.get, plan.layouts), None)) is not None:
+                of = f"a parameter of shape {tuple(p.shape)}"
+                raise ValueError(f'shard="none" of {of}, whose work ranks share since its first step')
         new = [(g, p) for g in shared for p in g["params"] if p not in self.shares and is_preconditioned(p, g)]
-        self._unchecked += [p for _, p in new if p not in self.owners]
+        fresh = [(g, p) for g, p in new if p not in self.owners]
+        self._unchecked += [p for _, p in fresh]
         if check and self._unchecked:
             self._agree()
         if not new:
@@ -133,12 +139,11 @@ class Division:
             self.shares[p] = layout_of(p, group).only(mine)
             if is_sharded(p):
                 self.transfers[p] = TransferPlan.of(p, layout_of(p, group), self.owners[p], rank)
-        if self.ranks:
-            return False
-        for group, p in new:
+        cut = fresh if self.ranks else new
+        for group, p in cut:
             self._keep_own(state.get(p, {}), p, layout_of(p, group))
         self.ranks = world_size()
-        return True
+        return bool(cut)
 
     def _agree(self) -> None:
         """Refuse parameters that are not the same on all ranks that have them."""

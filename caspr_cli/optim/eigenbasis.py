@@ -32,7 +32,7 @@ def on_axes(G: Tensor, B: list[Tensor], axes: tuple[int, ...], out: Tensor | Non
     Args:
         out: memory of the size of G. Where it is given the result of matrices is in G, and nothing is allocated.
     """
-    if len(axes) == 2 and G.ndim == 4 and G.shape[1] == 1:  # one member of a batch in each block
+    if axes == (1, 2) and G.ndim == 4 and G.shape[1] == 1:  # a matrix that is one member of a batch
         return on_axes(G.squeeze(1), B, (0, 1), None if out is None else out.squeeze(1)).unsqueeze(1)
     if len(axes) == 2 and G.ndim == 3:
         return torch.bmm(torch.bmm(B[0], G, out=out), B[1].mT, out=None if out is None else G)

@@ -29,7 +29,7 @@ from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
 from caspr_cli.optim.parts import check_torch
-from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key
+from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key, refuse_other_blocks
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import keep_roots_of
 from caspr_cli.optim.scatter import Workspace
@@ -200,7 +200,9 @@ class KroneckerOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             key = plan_key(group)
             if index not in self._plans or self._plans[index].key != key:
-                self._plans[index] = Plan.of(group, key)
+                plan = Plan.of(group, key)
+                refuse_other_blocks(self._plans.get(index), plan, self.state)
+                self._plans[index] = plan
         return [self._plans[index] for index in range(len(self.param_groups))]
 
     def _gradients(self, plans: list[Plan]) -> dict[int, dict[Tensor, Tensor]]:
@@ -230,24 +232,13 @@ class KroneckerOptimizer(Optimizer):
         count, seen = (states.next_counts(known, name, self._given) for name in ("step", "gradients"))
         stacks = self._stacks_of(index, group, plan, list(count))
         if count:
-            keep_roots_of(root_options(group), group, stacks)
+            keep_roots_of(root_options(group), group, stacks, self.state)
         shares = {p: self.share(p, group) for p in plan.layouts} if self._division.shares else plan.layouts
         shared = self._division.is_shared(group, plan)
         return steps.Inputs(
-            group,
-            plan,
-            self.state,
-            stacks,
-            shares,
-            shared,
-            grads,
-            count,
-            seen,
-            finite,
-            masked,
-            self._workspace,
+            group, plan, self.state, stacks, shares, shared, grads, count, seen, finite, masked, self._workspace,
             self.phase,
-        )
+        )  # fmt: skip
 
     def _stacks_of(self, index: int, group: Group, plan: Plan, params: list[Tensor]) -> list[Stack]:
         """Return the group's stacks, rebuilt if a parameter is new or gone, or the state was replaced."""
@@ -367,6 +358,7 @@ class KroneckerOptimizer(Optimizer):
             return given[-1] | {"state": {i: states.without_factors(s) for i, s in given[-1]["state"].items()}}
 
         def restore(_: Optimizer) -> None:
+            self._plans.clear()  # they may be of other options
             states.restore(self.state, given[-1], self.param_groups)
             for p, group in states.params_of(self.param_groups):
                 states.count_as_before(self.state.get(p, {}), group, False)
@@ -390,7 +382,8 @@ class KroneckerOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
-        return super().__getstate__() | {"_division": self._division.pickled}
+        own = {name: value for name, value in vars(self).items() if name in ("sharded_state", "timeout")}
+        return super().__getstate__() | own | {"_division": self._division.pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.

@@ -52,7 +52,7 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
     Args:
         saved: the group in the state.
         mine: the group that it is loaded into. It has the options that the state lacks, as a state of AdamW does, and
-            decides whether axes are combined by a sum or a product.
+            decides whether axes are combined by a sum or a product, and who shares the work.
         fixed: options that make the class what it is.
 
     Raises:
@@ -67,7 +67,7 @@ def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
     for name, kind in (("order", math.inf), ("merge", "flatten")):
         if (group[name] == kind) != (mine[name] == kind):
             group[name] = mine[name]
-    return group | fixed
+    return group | {"shard": mine["shard"]} | fixed
 
 
 def root_options(group: Group) -> tuple[Any, ...]:

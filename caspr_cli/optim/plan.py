@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,14 +24,14 @@ _layout = lru_cache(maxsize=4096)(Layout.of)
 def layout_of(p: Tensor, group: Group) -> Layout:
     """Return how p is merged and cut."""
     axes = group["axes"] if group["exponent"] else "none"
-    return _layout(tuple(p.shape), group["merge"], group["block_size"], axes, group["batch_axes"])
+    return _layout(tuple(p.shape), group["merge"], group["block_size"], axes, int(group["batch_axes"]))
 
 
 def is_preconditioned(p: Tensor, group: Group) -> bool:
     """Whether p is preconditioned from ``start_step`` on, or left to the graft method for good."""
     if group["precondition"] is False or p.numel() == 0:
         return False
-    vector = is_vector(p.shape[group["batch_axes"] :])
+    vector = is_vector(p.shape[int(group["batch_axes"]) :])
     return not vector or bool(group["precondition_1d"]) or group["merge"] == "flatten"
 
 
@@ -78,3 +79,14 @@ def plan_key(group: Group) -> tuple[Any, ...]:
         *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["exponent"] == 0),
         *((id(p), p.shape, p.dtype) for p in group["params"]),
     )
+
+
+def refuse_other_blocks(before: Plan | None, now: Plan, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Raise a :class:`ValueError` if parameters that have stepped have other blocks or axes in a new plan."""
+    layouts = before.layouts if before else {}
+    for p, layout in layouts.items():
+        if now.layouts.get(p, layout) != layout and "step" in state.get(p, {}):
+            raise ValueError(
+                "axes, merge, block_size, batch_axes or exponent (0 or not) of a parameter of shape "
+                f"{tuple(p.shape)} may not change after its first step"
+            )

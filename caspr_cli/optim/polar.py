@@ -10,6 +10,7 @@ from torch import Tensor
 # A Newton-Schulz step X <- a X + (b X X^T + c (X X^T)^2) X. Source of the coefficients: Jordan et al., "Muon: An
 # optimizer for hidden layers in neural networks", 2024; torch.optim.Muon has the same, and five steps.
 A, B, C = 3.4445, -4.7750, 2.0315
+MOST_BY_GRAM = 6  # steps; see _by_gram()
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -46,9 +47,10 @@ def _by_gram(m: int, n: int, steps: int) -> bool:
 
     All steps multiply Y from the left by polynomials of S, so their product can be found first. It is the same in exact
     arithmetic. In float32 the relative error was at most 1e-3 for singular values down to 1e-5 of the largest, whose
-    squares are lost in S (by steps of Y: 6e-6; in bfloat16, in which Muon has them: 3e-2 to 2e-1).
+    squares are lost in S (by steps of Y: 6e-6; in bfloat16, in which Muon has them: 3e-2 to 2e-1). Rounding also makes
+    eigenvalues of S negative where Y has a low rank, and a step makes them ``A**2`` times as large: nine steps diverge.
     """
-    return steps > 1 and n >= 2 * m
+    return 1 < steps <= MOST_BY_GRAM and n >= 2 * m
 
 
 def _polynomial(S: Tensor, steps: int) -> Tensor:
@@ -68,8 +70,8 @@ def products(shape: tuple[int, ...], steps: int) -> list[tuple[tuple[int, int, i
     """Return the products of the polar factor of a block of this shape, in float32 or wider; none for 0 ``steps``.
 
     Each is (rows, inner, columns), whether it is a matrix times its own transpose, and how often. For m x n blocks,
-    m <= n, that is 2 m^2 n FLOPs twice a step and 2 m^3 once; where n >= 2 m it is 2 m^2 n twice in all and 2 m^3
-    4 ``steps`` - 3 times.
+    m <= n, that is 2 m^2 n FLOPs twice a step and 2 m^3 once; for n >= 2 m and few steps it is 2 m^2 n twice in all and
+    2 m^3 4 ``steps`` - 3 times.
     """
     m, n = sorted(matrix_shape(shape))
     if _by_gram(m, n, steps):

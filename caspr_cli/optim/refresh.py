@@ -46,11 +46,18 @@ def refresh(due: Due, group: Group) -> None:
         _refresh(batch, group)
 
 
-def keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack]) -> None:
-    """Forget roots of other options; a group says which its roots are of."""
+def keep_roots_of(options: tuple[Any, ...], group: Group, stacks: list[Stack], state: Any) -> None:
+    """Forget roots of other options; a group says which its roots are of.
+
+    Those of parameters that are in no stack yet, as they have had no gradient since they were loaded, are in ``state``.
+    """
     if tuple(group["roots_of"]) != options:
         for stack in stacks:
             stack.forget_roots()
+        known = {p for stack in stacks for p in stack.members}
+        for entries in (state[p] for p in group["params"] if p not in known and p in state):
+            for name in [name for name in entries if name.startswith(("root_", "share_"))]:
+                del entries[name]
     group["roots_of"] = options
 
 

@@ -60,6 +60,8 @@ def begin(state: State, p: Tensor, group: Group) -> None:
         state["step"] = counter()
         state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in needed}
         state.pop("updates", None)
+    if "exp_avg_sq" not in needed:  # one that rests would be corrected for steps that it has not seen
+        state.pop("exp_avg_sq", None)
     for name in ("exp_avg", "exp_avg_sq"):
         if (moment := state.get(name)) is not None and moment.dtype != p.dtype:  # the model was cast
             state[name] = moment.to(p.dtype)
@@ -229,7 +231,9 @@ def whole_factors(
     for team, params in teams.items():
         if to is not None and to not in team.everyone:
             continue
-        theirs = sorted(numbers[p] for p in params)
+        theirs = sorted(numbers[p] for p in params if p in numbers)
+        if not theirs:  # all of them were taken out of the groups
+            continue
         mine = {i: {k: v for k, v in state.get(everyone[i][0], {}).items() if is_factor(k)} for i in theirs}
         for i, owner, named in collected(mine, {i: everyone[i][0].device for i in theirs}, team):
             if to not in (None, dist.get_rank()):

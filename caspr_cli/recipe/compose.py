@@ -99,7 +99,7 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
     space = {key: kinds for key, kinds in space.items() if not _lacks(plain, key)}
     values = search.draw(space, trial)  # from the whole space, so that a given key changes no other value
     if not (left := {key: space[key] for key in space.keys() - search.fixed(space, given)}):
-        raise ConfigError(f"search={name} draws nothing: {', '.join(sorted(space))} is given; add search=none")
+        raise ConfigError(f"search={name} has nothing to draw: you set {', '.join(sorted(space))}; or use search=none")
     return {"search.space": left} | {key: values[key] for key in left}
 
 

@@ -2,20 +2,22 @@
 
 import copy
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from caspr_cli.common import plugins
 from caspr_cli.recipe import directory, settings, words
 from caspr_cli.recipe.compose import register_schemas
 from caspr_cli.recipe.configs import CONF
-from caspr_cli.recipe.errors import ConfigError
+from caspr_cli.recipe.errors import ConfigError, explain
 from caspr_cli.recipe.schema import Source
 
 NAME = "caspr-train"
@@ -58,7 +60,7 @@ class Composer:
         for parsed in map(words.parse, self.settings):
             settings.refuse(parsed.package or parsed.key_or_group)
             if parsed.is_sweep_override():
-                raise ConfigError(f"{parsed.input_line}: all jobs of a sweep have one launcher")
+                raise ConfigError(f"{parsed.input_line}: jobs of one sweep cannot have different launchers")
         ours = place is None and not plugins.folders()
         self._name, self._checked = name, ours and not any("@" in word for word in given)
         self._composed: dict[tuple[str, ...], Composed] = {}
@@ -84,29 +86,39 @@ class Composer:
         more = [f"{key}={value}" for key, value in params.items()]
         for word in more:
             if words.is_hydras(words.parse(word)):
-                raise ConfigError(f"{word}: all jobs of a sweep have one launcher")
+                raise ConfigError(f"{word}: jobs of one sweep cannot have different launchers")
         return words.split([*more, *self.words])
 
     def config(self, given: Sequence[str]) -> DictConfig:
         """Return the config of one job, as Hydra composes it, without Hydra's own part."""
-        base, values = self._base(given)
-        config = copy.deepcopy(base.recipe)
-        for word in values:
-            OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+        with self._explained(given):
+            base, values = self._base(given)
+            config = copy.deepcopy(base.recipe)
+            for word in values:
+                OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
         return config
 
     def check(self, jobs: Sequence[Sequence[str]]) -> None:
         """Raise the error that :meth:`config` raises for any of the jobs. Each value is tried once."""
         tried: dict[int, tuple[DictConfig, set[str]]] = {}
         for given in jobs:
-            base, values = self._base(given)
-            if id(base) not in tried:
-                tried[id(base)] = (copy.deepcopy(base.recipe), set())
-            config, seen = tried[id(base)]
-            for word in values:
-                if word.input_line not in seen:
-                    seen.add(cast(str, word.input_line))
-                    OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+            with self._explained(given):
+                base, values = self._base(given)
+                if id(base) not in tried:
+                    tried[id(base)] = (copy.deepcopy(base.recipe), set())
+                config, seen = tried[id(base)]
+                for word in values:
+                    if word.input_line not in seen:
+                        seen.add(cast(str, word.input_line))
+                        OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+
+    @contextmanager
+    def _explained(self, given: Sequence[str]) -> Iterator[None]:
+        """Turn an error of OmegaConf into one that names the key and the choice of this job."""
+        try:
+            yield
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error, partial(self.keys, given), given)) from error
 
     def hydra(self, given: Sequence[str]) -> DictConfig:
         """Return Hydra's own part of a config."""
@@ -121,9 +133,9 @@ class Composer:
         settings.check_values(found)
         return found
 
-    def keys(self) -> DictConfig:
-        """Return the config of those choices that exist, to find the key that was meant."""
-        chosen = [word for word in self.words if self._chooses(words.parse(word))]
+    def keys(self, given: Sequence[str] | None = None) -> DictConfig:
+        """Return the config of those choices that exist, to find the key that was meant; ``given``: of one job."""
+        chosen = [word for word in (self.words if given is None else given) if self._chooses(words.parse(word))]
         for known in (chosen, []):
             with suppress(Exception):
                 return self._compose(known).recipe

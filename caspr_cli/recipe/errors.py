@@ -83,7 +83,8 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
         meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split() and _has(keys, ours)]
     if meant:
         return f"{what} Did you mean {' or '.join(meant)}?"
-    hint = f"caspr-train --cfg job{f' --package {path[0]}' if path else ''}"
+    of = f"{owner} " if "=" in owner else ""
+    hint = f"caspr-train {of}--cfg job{f' --package {path[0]}' if path else ''}"
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
 
 

@@ -50,7 +50,7 @@ def tables(
     if baseline is not None and not matching(rows, baseline):
         labels = list(dict.fromkeys(row.label for row in rows))
         known = f"{nearest(baseline, labels)} (rows: {listed(labels, 12)})"
-        raise UserError(f"--baseline {baseline}: no row is called so.{known}")
+        raise UserError(f"--baseline {baseline}: no row has this name.{known}")
     more = [(*table.warnings, *_others(table, made), *_debugged(table, made, left_out)) for table in made]
     return [replace(table, warnings=own) for table, own in zip(made, more, strict=True)]
 

@@ -56,9 +56,11 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
         there = f"metrics: {listed(sorted(found.metrics), 12)}"
         if asked.metric is None:
             raise UserError(f"--from {asked.kind}: name a metric with --metric ({there})")
+        if asked.metric in found.metrics:
+            raise UserError(f"--metric {asked.metric}: no run has a value of it")
         raise UserError(f"--metric {asked.metric}: no run has it.{nearest(asked.metric, found.metrics)} ({there})")
     if found.without:
-        found.notes.append(f"without {asked.metric}, left out: {listed(found.without, 4)}")
+        found.notes.append(f"left out, as they have no {asked.metric}: {listed(found.without, 4)}")
     logs = list({log.path: log for log in found.logs}.values())  # of a path that was named twice
     members = _members(_named(logs, asked, found.notes), asked, found.notes)
     _number(members, found.notes)
@@ -103,9 +105,9 @@ def _named(logs: list[Log], asked: Asked, notes: list[str]) -> list[Log]:
         log.keys |= {key: value_of(value) for key, value in match.groupdict().items()} if match else {}
         (found if match or not pattern else other).append(log)
     if not found:
-        raise UserError(f"--names {asked.names}: no run is called so (runs: {listed([o.name for o in other], 4)})")
+        raise UserError(f"--names {asked.names}: no run has such a name (runs: {listed([o.name for o in other], 4)})")
     if other:
-        notes.append(f"not called {asked.names}, left out: {listed([log.name for log in other], 4)}")
+        notes.append(f"left out, as their names do not match {asked.names}: {listed([log.name for log in other], 4)}")
     return found
 
 
@@ -149,7 +151,7 @@ def _members(logs: list[Log], asked: Asked, notes: list[str]) -> DataFrame:
         notes.append(f"a row for each value of {how} (--group KEY,... chooses others)")
     own = {*group, *tuned}
     if lacking := [log.name for log in logs if not own <= log.keys.keys()]:
-        notes.append(f"without {listed(sorted(own))}, left out: {listed(lacking, 4)}")
+        notes.append(f"left out, as they have no {listed(sorted(own))}: {listed(lacking, 4)}")
         logs = [log for log in logs if own <= log.keys.keys()]
     if not logs:
         raise UserError(f"no run has all of {listed(sorted(own))}")

@@ -186,4 +186,4 @@ def _run(file: Path, number: int, line: bytes) -> Run:
         return Run(f"{file}:{shape.printable(entry['path'])}", config, status, result, provenance, curve)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f": {error}" if isinstance(error, DamagedError) else ""
-        raise UserError(f"{file}: line {number} is no record{why}") from error
+        raise UserError(f"{file}: line {number} is not a record{why}") from error

@@ -1,6 +1,7 @@
 """Reads records, also while runs still write them. What cannot be read is left out, with a warning."""
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,9 @@ def find(paths: Sequence[Path]) -> Records:
     found, seen = Records(), set()
     for path in paths:
         if path.is_file():
-            found.runs += pack.read(path)
+            if (real := os.path.realpath(path)) not in seen:
+                found.runs += pack.read(path)
+            seen.add(real)
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such file or directory; {HOW}")
@@ -74,7 +77,7 @@ def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
 def read(path: Path, warnings: list[str]) -> Run:
     """Return one record. Raises DamagedError, which begins with the file, if it has to be left out."""
     config = _part(path / "config.yaml")
-    status = _part(path / "status.json")  # before the result, which is written first
+    status = _status(path)  # before the result, which is written first
     result = _part(path / "result.json")
     if shape.lost(status, result):
         raise DamagedError(f"{path / 'result.json'}: missing or damaged, though the run is done")
@@ -85,6 +88,26 @@ def read(path: Path, warnings: list[str]) -> Run:
         provenance = {}
     curve = tuple(_curve(path / "metrics.jsonl", config["task.target.metric"], warnings))
     return Run(shape.encodable(str(path)), config, status, result, provenance, curve)
+
+
+def _status(path: Path) -> dict[str, Any]:
+    """Return the status of a record; of a run whose process has gone from this machine the state is ``cut off``."""
+    status = _part(path / "status.json")
+    if status.get("state") == "running" and status.get("host") == socket.gethostname() and _is_gone(status.get("pid")):
+        status = _part(path / "status.json")  # it may just have ended
+        if status.get("state") == "running":
+            status["state"] = "cut off"
+    return status
+
+
+def _is_gone(process: int | None) -> bool:
+    try:
+        os.kill(process or 0, 0)  # 0: asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it may be another user's, or it is no number of a process
+        return False
+    return False
 
 
 def _part(file: Path) -> dict[str, Any]:
@@ -99,7 +122,7 @@ def _part(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if file.suffix == ".json":
             return {}
-        raise DamagedError(f"{file}: not there (yet)") from None
+        raise DamagedError(f"{file}: missing") from None
     except OSError as error:
         raise DamagedError(f"{file}: cannot be read ({error.strerror})") from error
     except DamagedError as error:
@@ -112,7 +135,7 @@ def _yaml(content: bytes) -> dict[str, Any]:
         return flat(plain) if isinstance(plain, dict) else {}
     except NO_YAML as error:
         where = getattr(error, "problem_mark", None)
-        raise DamagedError(f"{f'line {where.line + 1}: ' if where else ''}is no YAML") from error
+        raise DamagedError(f"{f'line {where.line + 1}: ' if where else ''}is not valid YAML") from error
 
 
 def flat(node: dict[Any, Any]) -> dict[str, Any]:

@@ -141,5 +141,9 @@ def where(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
         if not either.intersection(values):
             there = sorted({value.partition("=")[2] for value in values})
             raise UserError(f"--where {condition}: no record has it ({key} is {listed(there, 12)})")
+        lacking = [part for part in wanted.split(",") if _normal(f"x={part}") not in values]
+        if lacking and full != "state" and _normal(f"x={wanted}") not in values:
+            there = sorted({value.partition("=")[2] for value in values})
+            raise UserError(f"--where {condition}: no record has {key}={lacking[0]} ({key} is {listed(there, 12)})")
         found = [run for run, value in zip(found, values, strict=True) if value in either]
     return found

@@ -48,7 +48,7 @@ def trials(made: Sequence[Table], width: int) -> Iterator[str]:
     """Yield the range of good learning rates of each row, and all trials."""
     shown = [(each, every) for each in made if (every := tuning.trials(each))]
     if not shown:
-        yield "trials   no row has several"
+        yield "trials   no row has more than one trial"
         return
     for each, every in shown:
         yield from textwrap.wrap(format.title(each), width, subsequent_indent=INDENT)
@@ -99,7 +99,7 @@ def listing(runs: Sequence[Run], width: int) -> Iterator[str]:
     rows = []
     for run in runs:
         what = [str(run.config["task.name"]), str(run.config["optim.name"]), different[run.path] or "-", str(run.seed)]
-        step = run.result.get("steps", run.status.get("step", run.curve[-1].step if run.curve else "-"))
+        step = run.result.get("steps") or run.status.get("step") or (run.curve[-1].step if run.curve else "-")
         rows.append([*what, run.state, str(step), number(run.final), duration(_seconds(run)), run.path])
     spare = [2, 3, 5, 1, 0, 0, 0, 4, 0]
     yield from render.lines(sheet(heads, rows, left=heads, spare=spare), width, more="a wider terminal or a pipe")

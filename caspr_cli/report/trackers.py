@@ -214,7 +214,7 @@ def _events(files: Sequence[Path], asked: Asked, into: Found) -> tuple[dict[str,
         except OSError as error:
             into.warnings.append(f"{file}: cannot be read ({error.strerror})")
         except (DecodeError, ValueError):
-            into.warnings.append(f"{file}: is no event file of TensorBoard, or is damaged: the rest of it is left out")
+            into.warnings.append(f"{file}: not an event file of TensorBoard, or damaged: the rest of it is left out")
     return curves, keys
 
 

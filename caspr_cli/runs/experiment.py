@@ -73,7 +73,7 @@ class Experiment:
         for word in given:
             parsed = words.parse(word)
             if parsed.is_sweep_override() and parsed.key_or_group in ONE:
-                raise ConfigError(f"{word}: a table has one (quote a value that has commas)")
+                raise ConfigError(f"{word}: give one value, as all rows share it (quote a value that contains commas)")
         changes = dict(word.split("=", 1) for word in given)
         scales, scale = content["scale"], changes.pop("scale", DEFAULT_SCALE)
         if scale not in scales:

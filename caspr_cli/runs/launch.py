@@ -90,7 +90,7 @@ def plan(recipe: Recipe, record: Record) -> str:
         if record.checkpoints.exists() or record.result:
             raise RecordDamagedError(record.path / "status.json")
         return "new"
-    if state == DONE and not shape.lost(status, record.result):
+    if state == DONE and not _is_lost(record):
         return "skip"
     if state == FAILED and recipe.resume != Resume.retry and not status.get("user_error"):  # older records: refused
         return "failed"
@@ -99,6 +99,16 @@ def plan(recipe: Recipe, record: Record) -> str:
     if state == DONE or status.get("step"):  # it has come further than nothing: what is left may be all there is
         raise RecordDamagedError(record.last)
     return "new"
+
+
+def _is_lost(record: Record) -> bool:
+    """Whether the result of a run that is done is not there, and can be made again from a checkpoint if damaged."""
+    try:
+        return shape.lost(record.status, record.result)
+    except RecordDamagedError:
+        if record.last.exists() or record.previous.exists():
+            return True
+        raise
 
 
 def run(recipe: Recipe, command: list[str], allocation: Allocation = Allocation()) -> Outcome:
@@ -124,6 +134,8 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         if todo in ("skip", "failed"):
             if todo == "skip":
                 fingerprint.check_done(recipe, record)
+                if not record.config.exists():  # without it reports leave the record out
+                    write_whole(record.config, compose.save(recipe))
             return Outcome(record, OK if todo == "skip" else RUN_FAILED, ran=False)
         refuse_here(recipe)
         anew = recipe.resume == Resume.never

@@ -46,6 +46,7 @@ class RecordDamagedError(Exception):
     """A file of a record cannot be read."""
 
     def __init__(self, file: Path, why: str = "") -> None:
+        self.file = file
         reason = f" ({why})" if why else ""
         super().__init__(f"{file} is missing or damaged; resume=never starts this run anew{reason}")
 
@@ -123,7 +124,7 @@ class Record:
                     raise RecordBusyError(f"{self.path} is being written by {holder}")
                 if not deadline:
                     deadline = time.monotonic() + SECONDS_TO_WAIT
-                    say(f"wait     {holder} is gone; a worker that it left saves and ends")
+                    say(f"wait     {holder} has ended; waiting for its worker to save")
                 if time.monotonic() > deadline:
                     raise RecordBusyError(f"{self.path} is being written by a worker that {holder} left")
                 time.sleep(0.1)

@@ -130,13 +130,13 @@ def best(trial: Callable[[int], Recipe]) -> int:
     if left := [k for k in choice.finalists if not set(AGAIN) <= finals[k].keys()]:
         many = len(choice.finalists)
         raise ConfigError(
-            f"trial=best of search={first.search.name}: {len(left)} of the best {many} trials of "
+            f"search={first.search.name}: {len(left)} of the best {many} trials of "
             f"optim={first.optim.name} have not ended at other seeds (search.rerank): first run -m "
             f"trial={','.join(tops(many))} seed={','.join(map(str, AGAIN))}"
         )
     if choice.best is None or all(score is None for score in choice.scores.values()):
         every = f"all {len(finals)} trials of {first.optim.name}"
-        raise ConfigError(f"trial=best of search={first.search.name}: {every} failed")
+        raise ConfigError(f"search={first.search.name}: {every} failed")
     return choice.best
 
 
@@ -186,10 +186,16 @@ def ended(trial: Callable[[int], Recipe], count: int) -> list[Mapping[int, float
     Raises ConfigError if some have not ended at ``TUNING_SEED``, and RecordDamagedError if a record cannot be read.
     """
     first = trial(0)
-    finals = [_finals(Record.of(trial(index)).path.parent, first.task.target.metric) for index in range(count)]
+    finals = []
+    for index in range(count):
+        try:
+            finals.append(_finals(Record.of(trial(index)).path.parent, first.task.target.metric))
+        except RecordDamagedError as error:
+            again = f"run it anew with trial={index} seed={TUNING_SEED} resume=never"
+            raise ConfigError(f"{error.file} is missing or damaged, and decides: {again}") from error
     if missing := [index for index in range(count) if TUNING_SEED not in finals[index]]:
         raise ConfigError(
-            f"trial=best of search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "
+            f"search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "
             f"have not ended in {first.output_dir}: first run -m trial={','.join(map(str, missing))} seed={TUNING_SEED}"
         )
     return finals
@@ -206,6 +212,8 @@ def _finals(trial: Path, metric: str) -> Mapping[int, float | None]:
             status, result = record.status, record.result
             if lost(status, result):
                 raise RecordDamagedError(path / "result.json")
+            if not record.config.exists():  # a report leaves it out
+                raise RecordDamagedError(record.config)
         except RecordDamagedError:
             if int(seed) == TUNING_SEED:
                 raise

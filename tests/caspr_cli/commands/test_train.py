@@ -51,6 +51,15 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
         (["+optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
         (["optim=adamw", "optim.order=1"], "optim.order is not a key of optim=adamw."),
+        (["-m", "optim=caspr,adamw", "optim.order=1"], "optim.order is not a key of optim=adamw."),
+        (
+            ["experiment=damping", "optim=caspr,sgd", "optim.order=1", "plan=true"],
+            "optim.order is not a key of optim=sgd. (keys: caspr-train optim=sgd --cfg job --package optim)",
+        ),
+        (
+            ["experiment=damping", "++seed=0,1"],
+            "++seed=0,1: with experiment=NAME give keys as key=value alone, without +",
+        ),
         (["trainer.max_step=3"], "trainer.max_step is not a key of trainer. Did you mean trainer.max_steps?"),
         (["optmi=caspr"], "optmi is not a key. Did you mean optim?"),
         (["optim.lr=abc"], "optim.lr should be a number but is 'abc'"),

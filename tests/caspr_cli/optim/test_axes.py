@@ -7,16 +7,65 @@ import pytest
 import torch
 from references.drive import bare_updates
 from references.stream import random_stream
-from torch import nn
+from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.combine import apply_roots
 from caspr_cli.optim.cost import state_bytes, step_flops
 from caspr_cli.optim.probe import diagnose
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.theory.work import work_of
 
 ONE = ("first", "last", "row")
+
+
+# ---- tensors of which some axes have statistics -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, math.inf])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((9, 2, 3), (1, 2)), ((2, 9, 3), (0, 2)), ((2, 3, 9), (0, 1)), ((1, 4, 3), (1, 2)), ((2, 4, 3, 2), (1, 2, 3)),
+     ((1, 4, 3, 2), (1, 2, 3)), ((3, 9, 2, 2), (0, 2, 3)), ((5, 1, 4), (2,))],
+)  # fmt: skip
+def test_axes_are_combined_where_they_are(shape: tuple[int, ...], axes: tuple[int, ...], order: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    A = [torch.randn(2, shape[i], shape[i], generator=generator, dtype=torch.float64) for i in axes]
+    A = [a + a.mT for a in A]
+    letters = "abcd"[: len(shape)]
+
+    def on(x: Tensor, a: Tensor, axis: int) -> Tensor:
+        return torch.einsum(f"kx{letters[axis]},k{letters}->k{letters.replace(letters[axis], 'x')}", a, x)
+
+    expected = G
+    for _ in range(1 if math.isinf(order) or len(axes) == 1 else int(order)):
+        if math.isinf(order):
+            for a, axis in zip(A, axes, strict=True):
+                expected = on(expected, a, axis)
+        else:
+            parts = [on(expected, a, axis) for a, axis in zip(A, axes, strict=True)]
+            expected = sum(parts[1:], parts[0]) / len(parts)
+    torch.testing.assert_close(apply_roots(G.clone(), A, axes, order, torch.empty_like(G)), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"measured": 0.5}, {"polar": True}])
+@pytest.mark.parametrize("shape", [(600, 2, 3), (2, 600, 3), (1024, 1, 4), (1024, 1, 3, 3), (3, 1024, 3, 3)])
+def test_a_long_axis_among_unmerged_ones(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    """A step preconditions, as it does for the same numbers with the long axis behind the others."""
+    order = [i for i in range(len(shape)) if shape[i] < 500] + [i for i in range(len(shape)) if shape[i] >= 500]
+    G = [torch.randn(shape, generator=torch.Generator().manual_seed(step)) for step in range(4)]
+    p, q = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape).permute(order).contiguous())
+    optimizers = [CASPR([x], merge="none", start_step=2, graft="none", **options) for x in (p, q)]
+    for g in G:
+        p.grad, q.grad = g, g.permute(order).contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert optimizers[0].layout(p, optimizers[0].param_groups[0]).long
+    if "polar" not in options:  # of which the matrix is another one
+        torch.testing.assert_close(p.permute(order), q, rtol=1e-3, atol=1e-5)
+    assert bool(p.isfinite().all())
 
 
 # ---- a choice like any other -------------------------------------------------------------------------------------

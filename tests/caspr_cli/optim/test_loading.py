@@ -147,6 +147,21 @@ def test_a_tensor_without_a_gradient_has_them_made_at_its_next() -> None:
     assert not torch.allclose(fresh, stale, rtol=1e-3)
 
 
+@pytest.mark.parametrize("change", [{"order": 1}, {"measured": 0.5}])
+def test_one_that_has_not_stepped_since_loading_has_them_made_too(change: dict[str, Any]) -> None:
+    params, optimizer = trained(CASPR, 6, **OPTIONS)
+    stale = optimizer.state[params[1]]["root_0.0"].clone()
+    optimizer = loaded(CASPR(params), optimizer.state_dict())
+    optimizer.param_groups[0].update(change)
+    params[1].grad = None
+    optimizer.step()
+    advance(params, optimizer, [7, 8])
+    fresh = optimizer.state[params[1]]["root_0.0"]
+    assert bool(fresh.any())
+    assert not torch.allclose(fresh, stale, rtol=1e-3)
+    assert bool(params[1].isfinite().all())
+
+
 def test_options_that_change_while_a_group_is_off_are_seen_when_it_is_on() -> None:
     params, optimizer = trained(CASPR, 6, **OPTIONS)
     stale = optimizer.state[params[0]]["root_0.0"].clone()
@@ -262,6 +277,44 @@ def test_a_state_without_its_moments_begins_them_together(other: type) -> None:
     optimizer = loaded(CASPR(params, betas=(0.9, 0.999), start_step=3, interval=2), source.state_dict())
     lr = optimizer.param_groups[0]["lr"]
     assert max(advance(params, optimizer, range(20, 30))) < 2 * lr * params[0].numel() ** 0.5
+
+
+@pytest.mark.parametrize(("key", "other", "own"), [("precondition", False, "momentum"), ("graft", "adam", "rms")])
+def test_a_second_moment_that_has_rested_begins_anew(key: str, other: Any, own: Any) -> None:
+    """It knows few gradients, and its bias correction would count all steps: updates would be far too long."""
+    params = weights([(20, 20)])
+    optimizer = CASPR(params, lr=1e-3, graft="rms", start_step=2)
+    for value, steps in ((other, 5), (own, 100)):
+        optimizer.param_groups[0][key] = value
+        advance(params, optimizer, range(steps))
+        assert ("exp_avg_sq" in optimizer.state[params[0]]) == (value == other)
+    optimizer.param_groups[0][key] = other
+    lengths = [float(update(params, optimizer, step)[0].square().mean().sqrt()) / 1e-3 for step in range(5)]
+    assert max(lengths) < 1.01
+
+
+def test_a_state_does_not_say_who_shares_the_work() -> None:
+    """It may come from another number of ranks, or from ranks with models of their own."""
+    _, optimizer = trained(CASPR, 2, **OPTIONS)
+    assert loaded(CASPR(weights(SHAPES), shard="none"), optimizer.state_dict()).param_groups[0]["shard"] == "none"
+
+
+@pytest.mark.parametrize("exponents", [(0.5, 0), (0, 0.5)])
+def test_an_exponent_of_zero_is_for_good(exponents: tuple[float, float]) -> None:
+    """There are no statistics with it, and none of the steps before can be made up for. A state brings its own."""
+    params, optimizer = trained(CASPR, 4, **OPTIONS | {"exponent": exponents[0]})
+    others = copies(params)
+    other = loaded(CASPR(others, exponent=exponents[1]), optimizer.state_dict())
+    assert other.param_groups[0]["exponent"] == exponents[0]
+    advance(others, other, [4])
+    optimizer.param_groups[0]["exponent"] = exponents[1]
+    before = copies(params)
+    with pytest.raises(ValueError, match=r"axes, merge, block_size, batch_axes or exponent .* after its first step"):
+        advance(params, optimizer, [4])
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[0]["exponent"] = exponents[0]
+    advance(params, optimizer, [4])
+    assert all(map(torch.equal, params, others))
 
 
 def test_another_graft_begins_the_moments_together() -> None:

@@ -188,6 +188,18 @@ def test_groups_of_different_options_in_one_optimizer(shape, late):
         assert relative_error(parameters[i].detach(), expected) < 1e-9, group
 
 
+def test_counts_may_be_written_as_numbers_with_a_point():
+    """As a file of settings may have them."""
+    params, others = ([torch.nn.Parameter(torch.ones(2, 4, 3))] for _ in range(2))
+    whole = CASPR(params, start_step=1, interval=2, polar=True, polar_steps=3, batch_axes=1, order=2)
+    point = CASPR(others, start_step=1.0, interval=2.0, polar=True, polar_steps=3.0, batch_axes=1.0, order=2.0)
+    for group in (params, others):
+        group[0].grad = torch.arange(24.0).view(2, 4, 3).sin()
+    whole.step()
+    point.step()
+    assert torch.equal(params[0], others[0])
+
+
 def test_named_parameters_are_accepted():
     layer = torch.nn.Linear(3, 2)
     optimizer = CASPR(layer.named_parameters())

@@ -48,6 +48,18 @@ def test_small_singular_values_keep_their_direction(shape: tuple[int, int], dtyp
     assert relative_error(polar_factor(G, 5)[0].double(), newton_schulz(G[0].double())) < error
 
 
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("steps", [5, 6, 7, 9, 12])
+def test_any_number_of_steps_is_stable_for_gradients_of_low_rank(rank: int, steps: int) -> None:
+    """Rounding makes eigenvalues of Y Y^T negative, and each step on it alone makes them twelve times as large."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 256, generator=generator)
+    values = torch.linalg.svdvals(polar_factor(X.unsqueeze(0), steps)[0])
+    assert float(values[rank - 1]) > 0.6
+    assert float(values[0]) < 1.3
+    assert float(values[rank]) < 0.3  # what rounding left of the others
+
+
 def test_a_block_of_zeros_stays_zero() -> None:
     G = torch.stack([torch.zeros(3, 4), torch.ones(3, 4)])
     assert polar_factor(G, 5)[0].eq(0).all()

@@ -188,6 +188,14 @@ def test_check_says_right_or_wrong_and_exits_so(
     shutil.copy(PACK, tmp_path / "board")
     assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "board")) == 0
     assert "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n" in capsys.readouterr().out
+    assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "nosuch")) == 2
+    assert "no such directory" in capsys.readouterr().err
+    pack.unpack(fair(), tmp_path / "records")
+    assert call(monkeypatch, "check", str(tmp_path / "records")) == 0
+    damaged = next((tmp_path / "records").rglob("result.json"))
+    damaged.write_text('{"tr', encoding="utf8")
+    assert call(monkeypatch, "check", str(tmp_path / "records")) == 1
+    assert f"wrong    {damaged}: is not valid JSON" in capsys.readouterr().out
     bad = tmp_path / "bad.jsonl.gz"
     bad.write_bytes(pack.pack(changed(gone, trial=2), [PACK]))
     assert call(monkeypatch, "check", str(bad)) == 1

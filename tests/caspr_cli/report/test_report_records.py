@@ -2,7 +2,11 @@ import gzip
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from caspr_cli.common.errors import UserError
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf
 from caspr_cli.report import pack as packs
-from caspr_cli.report import records
+from caspr_cli.report import records, selection, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.export import as_json
 from caspr_cli.report.model import Run
@@ -40,26 +44,29 @@ def test_places_that_are_no_records_are_passed_over_and_none_counts_twice(tmp_pa
     found = records.find([tmp_path, path, tmp_path / "a"])
     assert [each.path for each in found.runs] == [str(path)]
     assert found.warnings == []
+    pack = tmp_path / "one.jsonl.gz"
+    pack.write_bytes(packs.pack(found.runs, [tmp_path]))
+    assert len(records.find([pack, pack]).runs) == 1
 
 
 LEFT_OUT = [  # what is in the file; what is said
-    ("config.yaml", None, "not there (yet)"),
-    ("config.yaml", "a: 1\nb: @x", "line 2: is no YAML"),
+    ("config.yaml", None, "missing"),
+    ("config.yaml", "a: 1\nb: @x", "line 2: is not valid YAML"),
     ("config.yaml", "- 1", "has no task.name"),
-    ("config.yaml", f"a: {'1' * 5000}", "is no YAML"),
-    ("config.yaml", "[" * 20_000, "is no YAML"),
-    ("config.yaml", "a: !!timestamp x", "is no YAML"),
+    ("config.yaml", f"a: {'1' * 5000}", "is not valid YAML"),
+    ("config.yaml", "[" * 20_000, "is not valid YAML"),
+    ("config.yaml", "a: !!timestamp x", "is not valid YAML"),
     ("config.yaml", "#" * 1_000_001, "has more than 1 MB"),
-    ("status.json", '{"sta', "is no JSON"),
-    ("status.json", "[]", "status is no mapping"),
+    ("status.json", '{"sta', "is not valid JSON"),
+    ("status.json", "[]", "status is not a mapping"),
     ("status.json", f'{{"a": {"[" * 400 + "]" * 400}}}', "a is nested too deeply"),
     ("status.json", Path, "cannot be read (Is a directory)"),
     ("result.json", None, "missing or damaged, though the run is done"),
     ("result.json", f"{{}}{' ' * 1_000_001}", "has more than 1 MB"),
 ]
 COUNTED = [
-    ("provenance.json", "{", "is no JSON: where the run came from is not known"),
-    ("provenance.json", '{"code": "abc"}', "code is no mapping: where the run came from is not known"),
+    ("provenance.json", "{", "is not valid JSON: where the run came from is not known"),
+    ("provenance.json", '{"code": "abc"}', "code is not a mapping: where the run came from is not known"),
     ("metrics.jsonl", Path, "cannot be read (Is a directory): the run has no curve"),
     *(
         ("metrics.jsonl", f'{line}\n{{"step": 1, "val/loss": 2.0}}\n', "line 1 cannot be read: left out of the curve")
@@ -113,6 +120,29 @@ def test_a_validation_written_twice_counts_once_and_what_is_not_finite_is_none(t
     assert [(p.step, p.seconds, p.value) for p in read.curve] == [
         (100, None, 6.0), (200, 9.0, 5.5), (300, None, None), (400, None, None),
     ]  # fmt: skip
+
+
+def test_a_run_whose_process_has_gone_is_cut_off_and_not_running(tmp_path: Path) -> None:
+    """As far as that can be known: of a process on this machine."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    states = []
+    for host, process in ((socket.gethostname(), gone.pid), (socket.gethostname(), os.getpid()), ("other", gone.pid)):
+        one = run("caspr", 0, None, state="running")
+        path = tmp_path / f"{host}{process}"
+        write(replace(one, status=one.status | {"host": host, "pid": process, "step": None}), path)
+        (found,) = records.find([path]).runs
+        states.append(found.state)
+        assert "None" not in "".join(terminal.listing([found], 200))
+    assert states == ["cut off", "running", "running"]
+
+
+def test_a_condition_with_a_value_that_no_record_has_is_refused() -> None:
+    runs = [run("caspr", 0, 1.0), run("adamw", 0, 1.0)]
+    assert len(selection.where(runs, ["optim=caspr,adamw"])) == 2
+    assert len(selection.where(runs, ["state=done,failed"])) == 2
+    with pytest.raises(UserError, match=r"no record has optim=adamv \(optim is adamw and caspr\)"):
+        selection.where(runs, ["optim=caspr,adamv"])
 
 
 def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path: Path) -> None:
@@ -201,28 +231,28 @@ def spoilt(part: str, key: str, value: object) -> bytes:
     ("part", "key", "value", "said"),
     [
         ("config", "optim.lr", 10**400, "optim.lr is neither text, list nor a number in range"),
-        ("config", "task.name", ["c4_lm"], "task.name is no text"),
+        ("config", "task.name", ["c4_lm"], "task.name is not text"),
         ("config", "task.name", "", "has no task.name"),
-        ("config", "task.target.value", math.inf, "task.target.value is no number"),
-        ("config", "seed", "x", "seed is no integer"),
+        ("config", "task.target.value", math.inf, "task.target.value is not a number"),
+        ("config", "seed", "x", "seed is not an integer"),
         ("config", "optim.lr.first", 1, "optim.lr is a value and a group"),
-        ("status", "host", 7, "host is no text"),
+        ("status", "host", 7, "host is not text"),
         ("result", "final", None, ", though the run is done"),
-        ("result", "final", [4.0], "final is no mapping of numbers"),
-        ("result", "final", {"val/loss": "low"}, "final is no mapping of numbers"),
-        ("result", "seconds", "long", "seconds is no number"),
-        ("result", "target", [4.5], "target is no mapping"),
-        ("result", "target", {"value": 4.5, "step": 9, "seconds": "x"}, "target.seconds is no number"),
-        ("provenance", "code", "abc", "code is no mapping"),
-        ("provenance", "command", "caspr-train", "command is no list"),
-        ("provenance", "attempts", ["x"], "attempts is no list of mappings"),
-        ("provenance", "data", {"hash": ["a"]}, "data.hash is no text"),
-        ("provenance", "device", {"threads": "two"}, "device.threads is no integer"),
+        ("result", "final", [4.0], "final is not a mapping of numbers"),
+        ("result", "final", {"val/loss": "low"}, "final is not a mapping of numbers"),
+        ("result", "seconds", "long", "seconds is not a number"),
+        ("result", "target", [4.5], "target is not a mapping"),
+        ("result", "target", {"value": 4.5, "step": 9, "seconds": "x"}, "target.seconds is not a number"),
+        ("provenance", "code", "abc", "code is not a mapping"),
+        ("provenance", "command", "caspr-train", "command is not a list"),
+        ("provenance", "attempts", ["x"], "attempts is not a list of mappings"),
+        ("provenance", "data", {"hash": ["a"]}, "data.hash is not text"),
+        ("provenance", "device", {"threads": "two"}, "device.threads is not an integer"),
         ("config", "", {}, "has no task.name"),
-        ("config", "", [], "config is no mapping"),
-        ("status", "", None, "status is no mapping"),
+        ("config", "", [], "config is not a mapping"),
+        ("status", "", None, "status is not a mapping"),
         ("result", "", {}, "has no result, though the run is done"),
-        ("result", "final", {"val/loss": math.nan}, "final is no mapping of numbers"),
+        ("result", "final", {"val/loss": math.nan}, "final is not a mapping of numbers"),
         ("curve", "", [[1, 2.0]], ""),
         ("curve", "", [["1", None, 2.0]], "a validation has other values than numbers"),
         ("curve", "", [[1, None, "x"]], "a validation has other values than numbers"),
@@ -234,7 +264,7 @@ def test_a_pack_is_looked_at_like_directories(tmp_path: Path, part: str, key: st
     pack.write_bytes(spoilt(part, key, value))
     with pytest.raises(UserError) as caught:
         records.find([pack])
-    assert str(caught.value).startswith(f"{pack}: line 3 is no record")
+    assert str(caught.value).startswith(f"{pack}: line 3 is not a record")
     assert str(caught.value).endswith(said)
 
 
@@ -245,11 +275,11 @@ HEAD = b'{"caspr-report": "records", "version": 1}\n'
     ("content", "said"),
     [  # mtime is fixed: each process of the tests must write the same bytes
         pytest.param(gzip.compress(b"[" * 100_000, mtime=0), "cannot be read", id="brackets first"),
-        pytest.param(gzip.compress(HEAD + b"[" * 100_000, mtime=0), "line 2 is no record", id="brackets second"),
+        pytest.param(gzip.compress(HEAD + b"[" * 100_000, mtime=0), "line 2 is not a record", id="brackets second"),
         pytest.param(b"hello", "cannot be read", id="text"),
         pytest.param(gzip.compress(b"", mtime=0), "line 1: is not what caspr-report pack of this version", id="empty"),
         pytest.param(gzip.compress(b'{"a": 1}\n', mtime=0), "line 1: is not what caspr-report pack", id="no head"),
-        pytest.param(gzip.compress(HEAD + b'{"path": "x"}\n', mtime=0), "line 2 is no record", id="no record"),
+        pytest.param(gzip.compress(HEAD + b'{"path": "x"}\n', mtime=0), "line 2 is not a record", id="no record"),
         pytest.param(gzip.compress(HEAD, mtime=0)[:-12], "cannot be read", id="cut off"),
     ],
 )

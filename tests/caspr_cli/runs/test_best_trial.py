@@ -1,5 +1,6 @@
 """Which trial of a search is chosen."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from caspr_cli.common.selection import AGAIN
+from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
 from caspr_cli.runs import trials
-from caspr_cli.runs.record import Record, RecordDamagedError
+from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 
 # ---- the best trial ----------------------------------------------------------------------------------------------
@@ -30,6 +32,7 @@ def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[in
 def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
     record = Record.of(recipe)
     record.path.mkdir(parents=True)
+    record.config.write_text(compose.save(recipe), encoding="utf8")
     record.write("status.json", {"state": state})
     if state == "done":
         record.write("result.json", {"final": {"val/x": value}, "best": {"val/x": 100.0}, "seconds": 7.0})
@@ -58,8 +61,14 @@ def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
     trial = tuned(tmp_path)
     for index in range(3):
         ended(trial(index), 0.5)
-    (Record.of(trial(1)).path / "result.json").unlink()
-    with pytest.raises(RecordDamagedError, match=r"result\.json is missing or damaged"):
+    record = Record.of(trial(1))
+    (record.path / "result.json").unlink()
+    anew = "is missing or damaged, and decides: run it anew with trial=1 seed=0 resume=never"
+    with pytest.raises(ConfigError, match=rf"result\.json {anew}"):
+        trials.best(trial)
+    record.write("result.json", {"final": {"val/x": 0.1}})
+    record.config.unlink()  # so that a report leaves the record out
+    with pytest.raises(ConfigError, match=rf"config\.yaml {anew}"):
         trials.best(trial)
 
 
@@ -69,11 +78,9 @@ def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
     ended(trial(1), 0.5, "running")
     with pytest.raises(ConfigError, match=r"2 of 3 trials of optim=caspr have not ended .* run -m trial=1,2 seed=0"):
         trials.best(trial)
-    for index in range(1, 3):
-        (Record.of(trial(index)).path / "status.json").unlink(missing_ok=True)
     for index in range(3):
-        Record.of(trial(index)).path.mkdir(parents=True, exist_ok=True)
-        Record.of(trial(index)).write("status.json", {"state": "failed"})
+        shutil.rmtree(Record.of(trial(index)).path, ignore_errors=True)
+        ended(trial(index), None, "failed")
     with pytest.raises(ConfigError, match="all 3 trials of caspr failed"):
         trials.best(trial)
 

@@ -402,7 +402,7 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     file.write_text("{")
     table = experiment.rows(Experiment.read("molpcba", given))
     assert experiment.damaged(table) == [
-        f"damaged  {file} is missing or damaged; resume=never starts this run anew (is no JSON)"
+        f"damaged  {file} is missing or damaged; resume=never starts this run anew (is not valid JSON)"
     ]
     assert [row.left for row in table] == [row.whole for row in table]
     monkeypatch.setattr(train, "seconds", lambda *_: 1.0)

@@ -93,6 +93,7 @@ def test_why_a_worker_ended_that_could_not_say_it(
         ({"state": "done"}, Resume.retry, True, "skip"),
         ({"state": "done"}, Resume.never, True, "new"),
         ({"state": "done", "result": "missing"}, Resume.auto, True, "continue"),  # it is evaluated again
+        ({"state": "done", "result": "damaged"}, Resume.auto, True, "continue"),
         ({"state": "running"}, Resume.auto, True, "continue"),
         ({"state": "running"}, Resume.auto, False, "new"),
         ({"state": "preempted"}, Resume.auto, True, "continue"),
@@ -111,6 +112,8 @@ def test_what_the_same_command_does(
         (tmp_path / "status.json").write_text(json.dumps(status))
     if status.get("state") == "done" and "result" not in status:
         (tmp_path / "result.json").write_text('{"final": {}}')
+    if status.get("result") == "damaged":
+        (tmp_path / "result.json").write_text('{"fi')
     if checkpoint:
         record.checkpoints.mkdir()
         record.last.touch()
