@@ -83,6 +83,8 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
         meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split() and _has(keys, ours)]
     if meant:
         return f"{what} Did you mean {' or '.join(meant)}?"
+    if key == "plan":
+        return f"{what} plan=true goes with experiment=NAME; debug=plan shows what one run does"
     of = f"{owner} " if "=" in owner else ""
     hint = f"caspr-train {of}--cfg job{f' --package {path[0]}' if path else ''}"
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"

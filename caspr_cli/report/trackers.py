@@ -346,10 +346,10 @@ def _points(frame: DataFrame, step: str | None, metric: str) -> Points:
     """
     found = []
     steps = frame[step].tolist() if step else range(1, len(frame) + 1)
-    for at, value in zip(steps, frame[metric].tolist(), strict=True):
+    for number, at, value in zip(frame.index, steps, frame[metric].tolist(), strict=True):  # 1 is the line below heads
         try:
             if value != "":
                 found.append((float(at), float(value)))
         except ValueError:
-            raise ValueError(f"step {at!r} and {metric} {value!r} should be numbers") from None
+            raise ValueError(f"line {number + 1}: step {at!r} and {metric} {value!r} should be numbers") from None
     return found

@@ -78,7 +78,7 @@ class Experiment:
         scales, scale = content["scale"], changes.pop("scale", DEFAULT_SCALE)
         if scale not in scales:
             raise ConfigError(f"scale={scale}: experiment={name} has {', '.join(scales)}.{nearest(scale, scales)}")
-        whether = changes.pop("horizon", str(content["horizon"]).lower())
+        whether = changes.pop("horizon", str(content["horizon"])).lower()
         if whether not in ("true", "false"):
             raise ConfigError(f"horizon should be true or false for a table but is '{whether}'")
         where = {"output_dir": f"outputs/experiments/{name}" + ("" if scale == DEFAULT_SCALE else f"_{scale}")}

@@ -44,7 +44,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["compare", "events"], "no records in events; it has logs of TensorBoard: add --from tensorboard --metric "),
-        (["compare", "--baseline", "adamv"], "--baseline adamv: no row is called so. Did you mean adamw? (rows: "),
+        (["compare", "--baseline", "adamv"], "--baseline adamv: no row has this name. Did you mean adamw? (rows: "),
         (["compare", "--target", "vit"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit"),
         (["compare", "--target", "vit=nan"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit=nan"),
         (["compare", "--target", "vt=1"], "--target vt: no record is of this task. Did you mean vit?"),
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_warned_of_and_the_rest_is_compared(study: Path, 
     assert call("compare") == 0
     assert "12 records" in call.out
     lines = call.err.splitlines()
-    assert lines[0] == "warning  outputs/bad/0/config.yaml: not there (yet): left out"
+    assert lines[0] == "warning  outputs/bad/0/config.yaml: missing: left out"
     assert lines[-1] == "warning  12 more files like these"
     assert len(lines) == report.SHOWN + 1
 

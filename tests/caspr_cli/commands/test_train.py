@@ -51,9 +51,10 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
         (["+optim.lrr=1"], "optim.lrr is not a key of optim=caspr. Did you mean optim.lr?"),
         (["optim=adamw", "optim.order=1"], "optim.order is not a key of optim=adamw."),
+        (["plan=true"], "plan is not a key. plan=true goes with experiment=NAME; debug=plan shows what one run does"),
         (["-m", "optim=caspr,adamw", "optim.order=1"], "optim.order is not a key of optim=adamw."),
         (
-            ["experiment=damping", "optim=caspr,sgd", "optim.order=1", "plan=true"],
+            ["experiment=ud_pos", "optim=caspr,sgd", "optim.order=1", "plan=true"],
             "optim.order is not a key of optim=sgd. (keys: caspr-train optim=sgd --cfg job --package optim)",
         ),
         (
@@ -116,7 +117,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["experiment=damping", "trial=3"], "an experiment runs all of its trials; search.trials=N says how many"),
         (["experiment=damping", "scale=papr"], "scale=papr: experiment=damping has sample, paper. Did you"),
         (["experiment=damping", "plan=maybe"], "plan should be true or false but is 'maybe'"),
-        (["experiment=damping", "debug=plan"], "debug=plan is of one run; what an experiment will do says plan=true"),
+        (["experiment=damping", "debug=plan"], "debug=plan is for a single run; for an experiment use plan=true"),
         (["experiment=damping", "hydra/launcher=jobli"], "hydra/launcher=jobli: no such choice. Did you mean"),
         (["experiment=damping", "search.trials=0"], "search.trials should be at least 1 but is 0"),
         (
@@ -124,10 +125,13 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
             "seed=1,2,3 or seed='range(1,6)', but is 'x'",
         ),
         (["experiment=damping", "seed=0,1"], "seed 0 chooses among the trials, and what chose is not to be reported"),
-        (["experiment=damping", "output_dir=a,b"], "output_dir=a,b: a table has one (quote a value that has commas)"),
+        (
+            ["experiment=damping", "output_dir=a,b"],
+            "output_dir=a,b: give one value, as all rows share it (quote",
+        ),
         (["experiment=damping,typo"], "experiment=typo: no such choice."),
-        (["experiment=damping", "optim.lr=0.1"], "search=lr draws nothing: optim.lr is given; add search=none"),
-        (["experiment=damping", "optim.lrr=3", "plan=true"], "optim.lrr is not a key of optim=caspr."),
+        (["experiment=damping", "optim.lr=0.1"], "search=lr has nothing to draw: you set optim.lr; or use search=none"),
+        (["experiment=damping", "optim.lrr=3", "plan=true"], "optim.lrr is not a key of optim=caspr_sum."),
         (
             ["+hydra.callbacks.x={_target_: torch.hub.load}"],
             "hydra.callbacks.x cannot be set: of Hydra's own keys",
@@ -141,7 +145,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["-m", "--cfg", "job"], "one of -m, -r, --cfg, --info and -sc at a time"),
         (["-cd", "/nowhere"], "-cd /nowhere: No such file or directory"),
         (["-cn", "../x"], "-cn ../x: should be the name of a file in the directory of -cd"),
-        (["experiment=damping", "search.trials=1,2"], "search.trials=1,2: a table has one"),
+        (["experiment=damping", "search.trials=1,2"], "search.trials=1,2: give one value"),
         (["experiment=damping", "optim=range(0)"], "experiment=damping: a key has no value"),
         (["experiment=damping", "seed=range(0)"], "seed=range(0): no seed, so that there is nothing to run"),
     ],

@@ -139,7 +139,7 @@ def test_what_is_said_to_hydra_is_on_a_list(word: str) -> None:
         (["hydra/launcher=slurm", "hydra.launcher.submitit_folder=x"], "hydra.launcher.submitit_folder cannot be set"),
         (["hydra/launcher=slurm", "+hydra.launcher.additional_parameters.export=X"], "parameters.export cannot be set"),
         (["hydra/launcher=slurm", "hydra.launcher.comment='a\nb'"], "should be one line of plain characters"),
-        (["hydra/launcher=joblib,basic"], "all jobs of a sweep have one launcher"),
+        (["hydra/launcher=joblib,basic"], "jobs of one sweep cannot have different launchers"),
         (["hydra.verbose=[x]"], "hydra.verbose should be true or false"),
     ],
 )  # fmt: skip

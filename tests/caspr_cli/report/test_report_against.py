@@ -144,7 +144,7 @@ def test_settings_alone_mean_each_optimizers_own_row() -> None:
 
 
 def test_a_baseline_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"--baseline adamv: no row is called so. Did you mean adamw\?"):
+    with pytest.raises(UserError, match=r"--baseline adamv: no row has this name. Did you mean adamw\?"):
         tables([run()], baseline="adamv")
     made = table([run("caspr"), run("soap")])
     assert made.baseline is None

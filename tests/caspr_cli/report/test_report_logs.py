@@ -219,7 +219,7 @@ def test_what_a_tracker_says_of_a_run_counts(tmp_path: Path) -> None:
         (0, "done", 2.0), (1, "done", 3.0), (2, "failed", None), (3, "failed", None), (4, "running", None),
         (5, "done", None),
     ]  # fmt: skip
-    assert any(note.startswith("without val/loss, left out:") and note.endswith("/g") for note in found.notes)
+    assert any(note.startswith("left out, as they have no val/loss:") and note.endswith("/g") for note in found.notes)
 
 
 @pytest.mark.parametrize(

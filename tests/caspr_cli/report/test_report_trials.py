@@ -81,7 +81,7 @@ def test_the_table_of_trials_marks_the_selected_one_and_its_edges() -> None:
     assert [key for key, _, _ in edges(made.rows[0])] == ["optim.weight_decay"]
     none = table(seeds("caspr", [4.0, 4.1]))
     assert not tuning.trials(none)
-    assert list(terminal.trials([none], 100)) == ["trials   no row has several"]
+    assert list(terminal.trials([none], 100)) == ["trials   no row has more than one trial"]
 
 
 @pytest.mark.parametrize("width", [130, 80, 60])
