@@ -14,7 +14,7 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.dealing import Block, Loads, deal, group_size
-from caspr_cli.optim.fsdp import TransferPlan, is_sharded, row_group
+from caspr_cli.optim.fsdp import TransferPlan, is_replica, is_sharded, row_group
 from caspr_cli.optim.options import Group, travel_dtype
 from caspr_cli.optim.parts import Part
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of
@@ -79,7 +79,8 @@ class Division:
     @property
     def repeats(self) -> bool:
         """Whether an earlier group of ranks does the same work as that of this rank."""
-        return None in self._teams and self._teams[None].everyone[0] != self._replicas().everyone[0]
+        later = None in self._teams and self._teams[None].everyone[0] != self._replicas().everyone[0]
+        return later or any(map(is_replica, self.transfers))
 
     def teams(self) -> dict[Team, list[Tensor]]:
         """Return the parameters that have owners, by who shares the work on them."""

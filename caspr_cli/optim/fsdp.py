@@ -72,6 +72,14 @@ def _row_axis(p: DTensor) -> int:
     return next(i for i, x in enumerate(p.placements) if not x.is_replicate())
 
 
+def is_replica(p: Tensor) -> bool:
+    """Whether rows of a DTensor are on a rank that has them as an earlier one does (HSDP)."""
+    if not is_sharded(p):
+        return False
+    place = p.device_mesh.get_coordinate() or ()
+    return any(i > 0 and x.is_replicate() for i, x in zip(place, p.placements, strict=True))
+
+
 def row_group(p: DTensor) -> Any:
     """Return the process group of the ranks among which the rows of p are divided: replicas have others."""
     return p.device_mesh.get_group(_row_axis(p))

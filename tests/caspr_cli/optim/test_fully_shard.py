@@ -178,6 +178,7 @@ def on_a_mesh(rank: int, how: str, width: int) -> tuple[list[Tensor], Any]:
         model, part = sharded(Net(width=33 if rank < half else width), mesh=mesh["inner"]), (rank % half, half)
     optimizer = CASPR(model.parameters(), **OPTIONS)
     fit(model, optimizer, range(4), part)
+    assert optimizer.repeats == (how == "replicas" and rank >= half)
     return fit(model, optimizer, range(4, 7), part), full_state(optimizer)
 
 
