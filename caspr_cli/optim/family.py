@@ -236,8 +236,8 @@ class FullAdagradOptions:
         """``"auto"``: with a default process group of several ranks, each rank owns some blocks, keeps the statistics
         and roots of those alone, computes their updates and gets the others' while it computes. ``"none"``:
         every rank does everything; use it where parameters differ between ranks, or where rank 0 alone saves.
-        Parameters of ``fully_shard`` are always divided: their rows go to the owner of a block and back; of replicas
-        each does so by itself.""",
+        Parameters of ``fully_shard`` are always divided, and with them the others of their group: their rows go to
+        the owner of a block and back; of replicas each does so by itself.""",
     )
     gather_dtype: TravelDtype | None = option(
         None,
