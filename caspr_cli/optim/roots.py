@@ -65,20 +65,24 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     negative eigenvalue but by rounding.
 
     MKL's divide-and-conquer (2024.2) does not converge where exact zeros alternate with a full block, and such is the
-    statistic of a 3 x 3 convolution on a single pixel, of which one tap in nine ever sees an input. It is then tried
-    with a multiple of the identity added, of the size of a decomposition's own error, which is taken off after.
+    statistic of a 3 x 3 convolution on a single pixel, of which one tap in nine ever sees an input. On one thread it
+    also returns NaN for some matrices of low rank with rows of zeros. Such a matrix is tried with a multiple of the
+    identity added, of the size of a decomposition's own error, which is taken off after.
     """
     try:
         values, Q = torch.linalg.eigh(S)
+        right = values.isfinite().all(-1)
+        if S.device.type != "cpu" or bool(right.all()):  # on a GPU the question would wait
+            return values, Q
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        shift = SHIFT * torch.finfo(S.dtype).eps * S.diagonal(dim1=-2, dim2=-1).amax(-1)  # [K]
-        shifted = S.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(1))
-        values, Q = torch.linalg.eigh(shifted)
-        values = values - shift.unsqueeze(1)
-    return values, Q
+        right = torch.zeros(S.shape[:-2], dtype=torch.bool, device=S.device)
+    shift = SHIFT * torch.finfo(S.dtype).eps * S.diagonal(dim1=-2, dim2=-1).amax(-1).masked_fill(right, 0)  # [K]
+    shifted = S.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
+    values, Q = torch.linalg.eigh(shifted)
+    return values - shift.unsqueeze(-1), Q
 
 
 def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:

@@ -57,7 +57,7 @@ class Recorder:
 
     def spectrum(self, step: int, logarithms: Tensor) -> None:
         """Write a histogram of eigenvalues (log10 of each over the largest of its block), in eighths of a decade."""
-        values = logarithms.double().cpu().numpy()
+        values = logarithms[logarithms.isfinite()].double().cpu().numpy()  # a diagnostic ends no run
         edges = np.arange(np.floor(BINS * values.min(initial=0)) - 1, 1) / BINS
         self._writer.add_histogram("optim/spectrum", values, step, bins=edges)
 

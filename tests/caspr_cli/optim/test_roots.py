@@ -1,5 +1,7 @@
 """Inverse roots of statistics that eigensolvers find hard."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +30,55 @@ def test_zeros_between_do_not_stop_the_solver(taps: int, channels: int, rank: in
     torch.testing.assert_close(Q[0] * values[0] @ Q[0].mT, S, rtol=0, atol=tolerance * float(S.max()))
     torch.testing.assert_close(values[0].double(), torch.linalg.eigvalsh(S.double()), rtol=0,
                                atol=tolerance * float(S.max()))  # fmt: skip
+
+
+def low_rank(seed: int) -> Tensor:
+    """The statistic of few gradients of which most rows are zero, for some seeds of which MKL returns NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(192, generator=generator)[:88]
+    rank = int(torch.randint(2, 12, (1,), generator=generator))
+    X, noise = torch.zeros(192, rank), torch.randn(88, rank, generator=generator)
+    X[rows] = noise * (torch.rand(88, rank, generator=generator) > 0.3) * torch.logspace(1.7, -4, rank)
+    return X @ X.T
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("seed", [9, 15, 42, 49, 58, 75, 107])
+def test_eigenvalues_that_the_solver_did_not_find_are_found(seed: int) -> None:
+    """There it fails, or returns NaN, for one such matrix in eight."""
+    S = low_rank(seed)
+    values, Q = eigendecomposition(S[None])
+    atol = 2e-5 * float(S.diagonal().max())
+    torch.testing.assert_close(values[0].double(), torch.linalg.eigvalsh(S.double()), rtol=0, atol=atol)
+    torch.testing.assert_close(Q[0] * values[0] @ Q[0].mT, S, rtol=0, atol=atol)
+
+
+def test_one_matrix_of_a_batch_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the library here does with it."""
+    S, calls = torch.stack([torch.eye(3), 2 * torch.eye(3)]), list[Tensor]()
+    decompose = torch.linalg.eigh
+
+    def broken(S: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(S)
+        values, Q = decompose(S)
+        if len(calls) == 1:
+            values[1, 0] = torch.nan
+        return values, Q
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    values, _ = eigendecomposition(S)
+    assert torch.equal(values[0], torch.ones(3))
+    torch.testing.assert_close(values[1], torch.full((3,), 2.0))
+    assert torch.equal(calls[1][0], S[0])
+    assert not torch.equal(calls[1][1], S[1])
 
 
 @pytest.mark.parametrize("p", [2, 4])

@@ -139,7 +139,7 @@ def histograms(record: Record) -> dict[str, list[HistogramEvent]]:
 def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
     kept = record(tmp_path)
     recorder = Recorder(kept, recipe())
-    values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0])
+    values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0, torch.nan])  # what no solver found is not counted
     recorder.spectrum(7, values)
     recorder.spectrum(8, torch.zeros(3))  # of matrices that are 1 x 1
     recorder.close()
