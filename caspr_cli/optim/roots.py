@@ -71,8 +71,7 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, Q = torch.linalg.eigh(S)
-        right = values.isfinite().all(-1)
-        if S.device.type != "cpu" or bool(right.all()):  # on a GPU the question would wait
+        if S.device.type != "cpu" or bool((right := values.isfinite().all(-1)).all()):  # a GPU would be waited for
             return values, Q
     except torch.OutOfMemoryError:
         raise
