@@ -436,9 +436,9 @@ def test_a_table_from_nothing_and_again(runner: Runner) -> None:
     wait_for(runner, "a_table", 8)
     stopped = process.stopped_by(signal.SIGTERM, expect=143)
     assert f"next     caspr-train {' '.join(runner.command(*given)[3:])}" in stopped.splitlines()
-    out = runner(*given)
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 2 seeds of the best and untuned"
-    assert f"1 row, {each}: 10 runs" in out
+    assert f"1 row, {each}: 10 runs, 0 done" in stopped
+    runner(*given)
     found = sorted((runner.home / "a_table").glob("c4_lm/*/*/seed*"))
     assert {json.loads((record / "status.json").read_text())["state"] for record in found} == {"done"}
     numbers = Counter(record.name for record in found)
