@@ -158,7 +158,9 @@ def test_ranks_share_a_step(call: Call) -> None:
     flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
     assert call(*flags) == 0
     out = call.out
-    assert out.splitlines()[1].split()[:3] == ["optimizer", "ranks", "median"]
+    heads = out.splitlines()[1].split()
+    assert heads[:2] == ["optimizer", "ranks"]
+    assert "mean" in heads  # the median may have no room
     one, two = json.loads(Path("rows.json").read_text())
     assert (one["ranks"], two["ranks"], one["speedup"]) == (1, 2, 1.0)
     assert two["speedup"] == pytest.approx(one["mean_ms"] / two["mean_ms"])

@@ -123,7 +123,7 @@ def test_the_first_rank_is_waited_for_at_the_end(tmp_path: Path) -> None:
 def leaves(rank: int, store: str, how: str) -> Barrier:
     """Rank 0 meets the other one, and is gone or hangs."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    meeting = Barrier()
+    meeting = Barrier((0, 1))
     dist.barrier()
     if rank == 0:
         if how == "hangs":
