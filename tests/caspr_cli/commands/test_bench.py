@@ -169,7 +169,7 @@ def test_ranks_share_a_step(call: Call) -> None:
     assert (one["bytes_received"], two["bytes_received"]) == (0, 4 * 4 * 16 * 16)
     assert two["factor_bytes"] == one["factor_bytes"] / 2
     moments = one["state_bytes"] - one["factor_bytes"]
-    # the moments, a counter each, and another of each matrix
-    assert moments == two["state_bytes"] - two["factor_bytes"] == 2 * weights + 9 * 4
+    # a moment of each tensor, another of the vector, a counter each, and another of each matrix
+    assert moments == two["state_bytes"] - two["factor_bytes"] == weights + 4 * 6 + 9 * 4
     assert one["communication_ms"] == 0 < two["communication_ms"]
     assert (one["steps"], one["threads"]) == (4, 1)
