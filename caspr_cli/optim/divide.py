@@ -121,10 +121,12 @@ class Division:
             raise RuntimeError(
                 f"the state is divided among {self.ranks} ranks but there are {world_size()} now: load a state_dict"
             )
-        shared = [group for group, plan in zip(groups, plans, strict=True) if self.is_shared(group, plan)]
+        shared = []
         for group, plan in zip(groups, plans, strict=True):
-            if not self.is_shared(group, plan) and (p := next(filter(self.shares.get, plan.layouts), None)) is not None:
-                of = f"a parameter of shape {tuple(p.shape)}"
+            if self.is_shared(group, plan):
+                shared.append(group)
+            elif known := [tuple(p.shape) for p in plan.layouts if p in self.shares]:
+                of = f"a parameter of shape {known[0]}"
                 raise ValueError(f'shard="none" of {of}, whose work ranks share since its first step')
         new = [(g, p) for g in shared for p in g["params"] if p not in self.shares and is_preconditioned(p, g)]
         fresh = [(g, p) for g, p in new if p not in self.owners]

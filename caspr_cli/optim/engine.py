@@ -358,14 +358,15 @@ class KroneckerOptimizer(Optimizer):
             return given[-1] | {"state": {i: states.without_factors(s) for i, s in given[-1]["state"].items()}}
 
         def restore(_: Optimizer) -> None:
-            self._plans.clear()  # they may be of other options
+            self._plans.clear()  # a state brings its own options; what is changed after it is refused
+            plans = self._plan()
             states.restore(self.state, given[-1], self.param_groups)
             for p, group in states.params_of(self.param_groups):
                 states.count_as_before(self.state.get(p, {}), group, False)
             if states.is_divided(given[-1], sharded=self.sharded_state):
                 self._division.owners = division.owners
             if self._division.owners or any(is_factor(name) for entries in self.state.values() for name in entries):
-                self._division.divide(self.param_groups, self._plan(), self.state, check=False)  # before it takes room
+                self._division.divide(self.param_groups, plans, self.state, check=False)  # before it takes room
             states.move(self.state)
 
         handles = [

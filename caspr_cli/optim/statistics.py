@@ -58,7 +58,7 @@ def accumulate(
     Returns:
         What the statistics were multiplied by for a new scale, ``[K]``, or None.
 
-    Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis: for m x n 5/8 to all of 2 m n (m + n).
+    Cost: 2 packed_length(d_i) numel(G) / (K d_i) FLOPs a block and axis. For m x n: 2 m n (m + n), less up to 3/8.
     """
     finite = size < math.inf
     # The scale decays as the root of the statistics does, so that S / scale^2 decays by itself: no pass over S. And

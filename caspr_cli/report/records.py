@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from caspr_cli.common import shape
+from caspr_cli.common.alive import lives
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.format import size
 from caspr_cli.common.shape import DamagedError
@@ -93,21 +94,12 @@ def read(path: Path, warnings: list[str]) -> Run:
 def _status(path: Path) -> dict[str, Any]:
     """Return the status of a record; of a run whose process has gone from this machine the state is ``cut off``."""
     status = _part(path / "status.json")
-    if status.get("state") == "running" and status.get("host") == socket.gethostname() and _is_gone(status.get("pid")):
+    if status.get("state") != "running" or status.get("host") != socket.gethostname() or "pid" not in status:
+        return status
+    if not lives(status["pid"], status.get("born")):
         status = _part(path / "status.json")  # it may just have ended
-        if status.get("state") == "running":
-            status["state"] = "cut off"
+        status["state"] = "cut off" if status.get("state") == "running" else status.get("state")
     return status
-
-
-def _is_gone(process: int | None) -> bool:
-    try:
-        os.kill(process or 0, 0)  # 0: asks, and sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # it may be another user's, or it is no number of a process
-        return False
-    return False
 
 
 def _part(file: Path) -> dict[str, Any]:

@@ -137,12 +137,10 @@ def where(runs: Sequence[Run], conditions: Iterable[str]) -> list[Run]:
         if full is None:
             raise UserError(f"--where {condition}: no record has this key.{nearest(key, keys)}")
         values = [_normal(f"x={run.state if full == 'state' else plain(run.config.get(full))}") for run in found]
-        either = {_normal(f"x={value}") for value in (wanted, *wanted.split(","))}
-        if not either.intersection(values):
-            there = sorted({value.partition("=")[2] for value in values})
-            raise UserError(f"--where {condition}: no record has it ({key} is {listed(there, 12)})")
-        lacking = [part for part in wanted.split(",") if _normal(f"x={part}") not in values]
-        if lacking and full != "state" and _normal(f"x={wanted}") not in values:
+        whole = _normal(f"x={wanted}")
+        either = {whole: wanted} if whole in values else {_normal(f"x={part}"): part for part in wanted.split(",")}
+        lacking = [part for value, part in either.items() if value not in values]
+        if len(lacking) == len(either) or (lacking and full != "state"):  # of states there may be some
             there = sorted({value.partition("=")[2] for value in values})
             raise UserError(f"--where {condition}: no record has {key}={lacking[0]} ({key} is {listed(there, 12)})")
         found = [run for run, value in zip(found, values, strict=True) if value in either]

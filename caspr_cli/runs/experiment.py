@@ -200,7 +200,7 @@ def reason(table: Sequence[Row], number: int) -> str:
         assert row.search is not None
         try:
             grown = row.search.growth(number) if number < row.search.rounds else {}
-        except (ConfigError, RecordDamagedError):
+        except ConfigError:
             continue
         if grown:
             found.append(f"{', '.join(grown)} of {row.label}")
@@ -217,7 +217,7 @@ def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
     for index in range(search.trials, search.count(rounds)):
         try:
             tuning += (search(index),)
-        except (ConfigError, RecordDamagedError):  # not yet
+        except ConfigError:  # not yet
             unknown += 1
     again = min(search.first.search.rerank, search.count(rounds))
     again = again if again > 1 else 0
@@ -230,7 +230,7 @@ def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
         runs = tuple(replace(search(index), seed=seed) for index in finalists for seed in AGAIN)
         selected = search(best(search))
         reported = tuple(replace(selected, seed=seed) for seed in seeds)
-    except (ConfigError, RecordDamagedError):  # not yet
+    except ConfigError:  # not yet
         unknown += again * len(AGAIN) - len(runs) + len(seeds)
         reported = ()
     return replace(row, tuning=tuning, again=runs, reported=reported, unknown=unknown)

@@ -12,7 +12,6 @@ import psutil
 
 # Environment variable of a worker: the process that launched it.
 LAUNCHER = "CASPR_LAUNCHER"
-NO_PROCESS = (psutil.Error, OverflowError, ValueError)  # the last two: it is no number that a process has
 
 
 def cores() -> int:
@@ -23,30 +22,6 @@ def cores() -> int:
 def has_gpu() -> bool:
     """Return whether this machine may have a GPU; on Linux, whether there is a device file of NVIDIA, AMD or WSL."""
     return sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
-
-
-def birth(process: int) -> int | None:
-    """Return when a process began, in clock ticks since the machine started; None if there is no such process.
-
-    It tells a process from an earlier one with the same number. Setting the machine's clock does not change it.
-    """
-    try:
-        boot = psutil.boot_time()  # first: older versions of psutil keep this value for create_time()
-        seconds: float = psutil.Process(process).create_time() - boot
-        return round(seconds * os.sysconf("SC_CLK_TCK"))
-    except NO_PROCESS:
-        return None
-
-
-def lives(process: int, born: int | None = None) -> bool:
-    """Return whether a process runs (a zombie does not), and, if ``born`` is given, began at that time."""
-    try:
-        running = psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.AccessDenied:  # another user's
-        return True
-    except NO_PROCESS:
-        return False
-    return running and born in (None, birth(process))
 
 
 def workers(record: Path, launcher: int) -> dict[int, int | None]:

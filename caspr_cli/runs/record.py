@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common import shape, streams
+from caspr_cli.common.alive import birth, lives
 from caspr_cli.common.files import DISK, write_whole
 from caspr_cli.common.format import finite
 from caspr_cli.recipe.compose import identity, readable
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.runs.processes import birth, lives
 
 RUNNING, DONE, FAILED, PREEMPTED = "running", shape.DONE, shape.FAILED, "preempted"
 REFUSED = "refused"  # because of its configuration or data, which the user may mend: it is tried again
@@ -170,7 +170,7 @@ class Holder:
 
     host: str | None
     pid: int | None
-    born: int | None  # see processes.birth()
+    born: int | None  # see alive.birth()
     started: str | None
 
     @classmethod

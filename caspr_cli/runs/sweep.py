@@ -29,12 +29,13 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from caspr_cli.common.alive import lives
 from caspr_cli.common.streams import say
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Accelerator, Recipe
 from caspr_cli.runs.launch import STOP, Allocation
-from caspr_cli.runs.processes import cores, lives
+from caspr_cli.runs.processes import cores
 from caspr_cli.runs.record import FULL, clear_left, own
 
 WAITING, STARTED, ENDED, REFUSED, LOST = "waiting", "started", "ended", "refused", "lost"

@@ -41,8 +41,7 @@ class Tuning:
     def __call__(self, index: int) -> Recipe:
         """Return a trial.
 
-        Raises ConfigError if the recipe has no search, or the trials it depends on have not ended, and
-        RecordDamagedError if a record that decides this cannot be read.
+        Raises ConfigError if the recipe has no search, or the trials it depends on have not ended or cannot be read.
         """
         if index not in self._recipes:
             self._recipes[index] = compose.freeze(self.config(index), self._given, index)
@@ -76,8 +75,8 @@ class Tuning:
     def growth(self, number: int) -> dict[str, tuple[search.Range, search.Range]]:
         """Return the ranges that grow after so many rounds, as :func:`search.grown` does.
 
-        A range that would not grow to valid values stays. Raises ConfigError if not all trials have ended, and
-        RecordDamagedError if a record cannot be read.
+        A range that would not grow to valid values stays. Raises ConfigError if not all trials have ended or can be
+        read.
         """
         whole = self.space(number)[0]
         ends = [{TUNING_SEED: finals[TUNING_SEED]} for finals in ended(self, self.count(number))]
@@ -99,8 +98,7 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
     """Return the config of a job with its trial as a number, where the records say which, with its space and length.
 
     ``given`` are the overrides of the command line, ``known`` the searches of other jobs by these, without trial and
-    seed. Raises ConfigError if there is no such trial, or the trials that decide have not ended, and RecordDamagedError
-    if a record that decides cannot be read.
+    seed. Raises ConfigError if there is no such trial, or the trials that decide have not ended or cannot be read.
     """
     if (steps := config.horizon) is not None:
         config = cast(DictConfig, OmegaConf.merge(config, {"horizon": None}))
@@ -122,7 +120,7 @@ def best(trial: Callable[[int], Recipe]) -> int:
     """Return the trial with the best validation at its end.
 
     :func:`caspr_cli.common.selection.choose` has the rule: what is run at other seeds is what a report selects. Raises
-    ConfigError if some have not ended, or all failed, and RecordDamagedError if a record cannot be read. ``trial``: the
+    ConfigError if some have not ended or cannot be read, or all failed. ``trial``: the
     recipe of each, at ``TUNING_SEED``.
     """
     choice, finals = chosen(trial)
@@ -144,7 +142,7 @@ def top(trial: Callable[[int], Recipe], place: int) -> int:
     """Return the trial at a place, from 1, in the order before any trial is run again.
 
     Where fewer have a finite value, it is the last of these. Raises ConfigError if some trials have not ended, or all
-    failed, and RecordDamagedError if a record cannot be read.
+    failed, or one cannot be read.
     """
     choice, _ = chosen(trial)
     finite = [k for k in choice.order if choice.scores[k] is not None]
@@ -183,7 +181,7 @@ def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, fl
 def ended(trial: Callable[[int], Recipe], count: int) -> list[Mapping[int, float | None]]:
     """Return the metric at the end of the first trials, by seed.
 
-    Raises ConfigError if some have not ended at ``TUNING_SEED``, and RecordDamagedError if a record cannot be read.
+    Raises ConfigError if some have not ended at ``TUNING_SEED``, or cannot be read.
     """
     first = trial(0)
     finals = []

@@ -13,13 +13,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from caspr_cli.common.alive import lives
 from caspr_cli.common.selection import reaches
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.device import Question, sent
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.probe import counters, diagnose
 from caspr_cli.recipe.schema import Recipe, Strategy
-from caspr_cli.runs.processes import LAUNCHER, lives
+from caspr_cli.runs.processes import LAUNCHER
 from caspr_cli.runs.record import Record
 from caspr_cli.training.checkpoints import OWNER, Owner, Start, link, put_in_place
 from caspr_cli.training.module import TrainingModule

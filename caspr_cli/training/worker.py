@@ -6,11 +6,12 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from caspr_cli.common.alive import lives
 from caspr_cli.common.errors import not_installed
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.runs.processes import LAUNCHER, device_error, lives, memory_error
+from caspr_cli.runs.processes import LAUNCHER, device_error, memory_error
 from caspr_cli.runs.record import (
     CUT_OFF,
     DONE,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from stepping import advance as drive
+from stepping import copies, resumed
 from torch import nn
 
 from caspr_cli.optim import CASPR
@@ -130,3 +131,39 @@ def test_a_gradient_that_outgrows_old_roots_beyond_float32(
         p.grad = torch.randn(6, 4, generator=generator) * (small if step < 4 else large)
         optimizer.step()
     assert bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize(("key", "other", "own"), [("precondition", False, "momentum"), ("graft", "adam", "rms")])
+def test_a_second_moment_that_has_rested_begins_anew(key: str, other: Any, own: Any) -> None:
+    """It knows few gradients, and its bias correction would count all steps: updates would be far too long."""
+    params = tensors([(20, 20)])
+    optimizer = CASPR(params, lr=1e-3, graft="rms", start_step=2)
+    for value, steps in ((other, 5), (own, 100)):
+        optimizer.param_groups[0][key] = value
+        drive(params, optimizer, range(steps))
+        assert ("exp_avg_sq" in optimizer.state[params[0]]) == (value == other)
+    optimizer.param_groups[0][key] = other
+    lengths = drive(params, optimizer, range(5))
+    assert max(lengths) < 1.01 * 1e-3 * 20  # each number moves by at most the rate
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("exponents", [(0.5, 0), (0, 0.5)])
+def test_an_exponent_of_zero_is_for_good(exponents: tuple[float, float], is_loaded: bool) -> None:
+    """There are no statistics with it, and none of the steps before can be made up for. A state brings its own."""
+    params = tensors()
+    optimizer = CASPR(params, **TURNING, exponent=exponents[0])
+    drive(params, optimizer, range(4))
+    others, other = resumed(params, optimizer, exponent=exponents[1])
+    assert other.param_groups[0]["exponent"] == exponents[0]
+    if is_loaded:
+        params, optimizer, others, other = others, other, params, optimizer
+    drive(others, other, [4])
+    optimizer.param_groups[0]["exponent"] = exponents[1]
+    before = copies(params)
+    with pytest.raises(ValueError, match=r"axes, merge, block_size, batch_axes or exponent .* after its first step"):
+        drive(params, optimizer, [4])
+    assert all(map(torch.equal, params, before))
+    optimizer.param_groups[0]["exponent"] = exponents[0]
+    drive(params, optimizer, [4])
+    assert all(map(torch.equal, params, others))

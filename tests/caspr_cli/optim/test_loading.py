@@ -279,42 +279,10 @@ def test_a_state_without_its_moments_begins_them_together(other: type) -> None:
     assert max(advance(params, optimizer, range(20, 30))) < 2 * lr * params[0].numel() ** 0.5
 
 
-@pytest.mark.parametrize(("key", "other", "own"), [("precondition", False, "momentum"), ("graft", "adam", "rms")])
-def test_a_second_moment_that_has_rested_begins_anew(key: str, other: Any, own: Any) -> None:
-    """It knows few gradients, and its bias correction would count all steps: updates would be far too long."""
-    params = weights([(20, 20)])
-    optimizer = CASPR(params, lr=1e-3, graft="rms", start_step=2)
-    for value, steps in ((other, 5), (own, 100)):
-        optimizer.param_groups[0][key] = value
-        advance(params, optimizer, range(steps))
-        assert ("exp_avg_sq" in optimizer.state[params[0]]) == (value == other)
-    optimizer.param_groups[0][key] = other
-    lengths = [float(update(params, optimizer, step)[0].square().mean().sqrt()) / 1e-3 for step in range(5)]
-    assert max(lengths) < 1.01
-
-
 def test_a_state_does_not_say_who_shares_the_work() -> None:
     """It may come from another number of ranks, or from ranks with models of their own."""
     _, optimizer = trained(CASPR, 2, **OPTIONS)
     assert loaded(CASPR(weights(SHAPES), shard="none"), optimizer.state_dict()).param_groups[0]["shard"] == "none"
-
-
-@pytest.mark.parametrize("exponents", [(0.5, 0), (0, 0.5)])
-def test_an_exponent_of_zero_is_for_good(exponents: tuple[float, float]) -> None:
-    """There are no statistics with it, and none of the steps before can be made up for. A state brings its own."""
-    params, optimizer = trained(CASPR, 4, **OPTIONS | {"exponent": exponents[0]})
-    others = copies(params)
-    other = loaded(CASPR(others, exponent=exponents[1]), optimizer.state_dict())
-    assert other.param_groups[0]["exponent"] == exponents[0]
-    advance(others, other, [4])
-    optimizer.param_groups[0]["exponent"] = exponents[1]
-    before = copies(params)
-    with pytest.raises(ValueError, match=r"axes, merge, block_size, batch_axes or exponent .* after its first step"):
-        advance(params, optimizer, [4])
-    assert all(map(torch.equal, params, before))
-    optimizer.param_groups[0]["exponent"] = exponents[0]
-    advance(params, optimizer, [4])
-    assert all(map(torch.equal, params, others))
 
 
 def test_another_graft_begins_the_moments_together() -> None:

@@ -167,7 +167,7 @@ def loaded_sizes(rank: int, path: str) -> tuple[int, int]:
 
 
 def test_a_loaded_state_is_cut_before_it_is_moved(ranks: Ranks, tmp_path: Path) -> None:
-    """To a GPU, which may have no room for the whole of it."""
+    """A GPU may have too little memory for the whole of it."""
     path = str(tmp_path / "one.pt")
     alone(save, 5, path)
     whole = sum(

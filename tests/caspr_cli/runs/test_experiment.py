@@ -174,7 +174,7 @@ def write(recipe: Recipe, value: float | None, **status: str) -> None:
         record.write("result.json", {"final": {recipe.task.target.metric: value}, "seconds": 30.0})
 
 
-def played(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Return the line of each sweep, and its trials and seeds. Each is written as if it had run.
 
     The next one follows from the command and the records alone. adamw likes large steps, sgd those in the middle of
@@ -205,7 +205,7 @@ def test_as_many_trials_as_the_rows_of_another_command(tmp_path: Path, monkeypat
     (row,) = experiment.rows(told)
     assert row.whole == row.left == 6 + 3 * 2 + 2 + 2
     assert experiment.plan(told, [row], [1.0])[1] == "further  1 x 2 trials a row"
-    sweeps = played(told, monkeypatch)
+    sweeps = sweeps_as_run(told, monkeypatch)
     assert [sweep for _, sweep in sweeps[:3]] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
@@ -223,7 +223,7 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
 ) -> None:
     given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
     told = Experiment.read("molpcba", given)
-    assert [sweep for _, sweep in played(told, monkeypatch)] == [
+    assert [sweep for _, sweep in sweeps_as_run(told, monkeypatch)] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
         ["trial=range(6,8)", "seed=0"],  # twice, and no more

@@ -12,12 +12,13 @@ from typing import cast
 
 import pytest
 
+from caspr_cli.common.alive import birth, lives
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume
 from caspr_cli.runs import guardian, provenance
 from caspr_cli.runs import record as record_module
-from caspr_cli.runs.processes import LAUNCHER, birth, lives, memory_error
+from caspr_cli.runs.processes import LAUNCHER, memory_error
 from caspr_cli.runs.record import (
     PLACE,
     Holder,
