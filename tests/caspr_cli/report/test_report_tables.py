@@ -335,8 +335,8 @@ def test_runs_of_another_length_have_a_table_of_their_own() -> None:
         (["task=vit"], [3]),
         (["max_steps=300", "task.name=c4_lm", "seed=1,2"], [1, 2]),
         (["optm=caspr"], "--where optm=caspr: no record has this key. Did you mean optim?"),
-        (["optim=soap"], "--where optim=soap: no record has it (optim is adamw, caspr and muon)"),
-        (["optim=caspr", "seed=2"], "--where seed=2: no record has it (seed is 0 and 1)"),
+        (["optim=soap"], "--where optim=soap: no record has optim=soap (optim is adamw, caspr and muon)"),
+        (["optim=caspr", "seed=2"], "--where seed=2: no record has seed=2 (seed is 0 and 1)"),
     ],
 )
 def test_where_keeps_the_runs_that_meet_every_condition(conditions: list[str], kept: list[int] | str) -> None:
