@@ -38,9 +38,11 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies faster in bfloat16 than in float32.
 
     GPUs do; CPUs with AMX (measured: 1/8 of the time) and AMD's with AVX-512 for bfloat16 (1/2). On an Intel CPU with
-    AVX-512 for it and no AMX products took 1.4 times as long, on CPUs without either 10 to 60 times. A GPU that is not
-    there, whose tensors have shapes alone, is one of today's.
+    AVX-512 for it and no AMX products took 1.4 times as long, on CPUs without either 10 to 60 times. Of tensors that
+    have shapes alone: a GPU that is not there is one of today's, and "meta" stands for the device of a run here.
     """
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():

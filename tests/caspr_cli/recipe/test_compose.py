@@ -65,7 +65,14 @@ def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
 
 def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
     """A record made before there were ``axes``, ``exponent`` and ``polar``: the published sum, then named ``caspr``."""
-    older = ("optim.lr=6e-3", "optim.betas=[0.9,0.95]", "optim.polar=false", "optim.nesterov=false", "optim.graft=adam")
+    older = (
+        "optim.lr=6e-3",
+        "optim.betas=[0.9,0.95]",
+        "optim.polar=false",
+        "optim.nesterov=false",
+        "optim.graft=adam",
+        "optim.apply_dtype=null",
+    )
     assert compose.identity(recipe(*older)) == "4e9d1440"
     for key, value in {"axes": "row", "exponent": 1, "nesterov": True, "adamw_lr_scale": 0.5}.items():
         assert compose.identity(recipe(*older, f"optim.{key}={value}")) != "4e9d1440"
