@@ -85,7 +85,7 @@ def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict
 
 def _value(key: str, text: str) -> int | float | bool | str | None:
     if key.endswith("dtype"):
-        names = {str(name or "null"): name for name in options_of(CASPROptions)[key].choices}
+        names: dict[str, str | None] = {str(name or "null"): name for name in options_of(CASPROptions)[key].choices}
         if text not in names:
             raise ConfigError(f"--set {key}={text}: should be one of {', '.join(names)}.{nearest(text, names)}")
         return names[text]  # as it stands in recipes
