@@ -17,8 +17,6 @@ STEP = 8  # widths that --params chooses are multiples of it
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """Shapes of all parameters, and what the set is called in titles and file names."""
-
     name: str
     shapes: tuple[Shape, ...]
 

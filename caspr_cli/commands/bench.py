@@ -76,7 +76,6 @@ def ranks(text: str) -> list[int]:
 
 
 def parser() -> Parser:
-    """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
         usage="caspr-bench [options]",
@@ -318,7 +317,6 @@ def ratio(value: float | None) -> str:
 
 
 def next_commands(args: argparse.Namespace) -> list[str]:
-    """Return what to try now."""
     if args.task:
         scale = f" scale={args.scale}" if args.scale else ""
         entry, *own = args.optim[0].split(":")
@@ -333,7 +331,6 @@ def next_commands(args: argparse.Namespace) -> list[str]:
 
 @console_script
 def main() -> int:
-    """Run the console script. Return the exit code."""
     try:
         run(parse(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -53,7 +53,6 @@ Example = Sequence[tuple[Method, Runs]]
 
 
 def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
-    """Return regret and bounds of all methods on all problems."""
     log("problems: the best W of each")
     problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))
     played = [play_all(problem, method, log) for problem in problems for method in METHODS]
@@ -161,7 +160,6 @@ def ratios(seen: DataFrame) -> Series:
 
 
 def finding(seen: DataFrame, held: bool) -> str:
-    """Return the answer in one sentence."""
     if not held:
         return "A bound or a step of its proof failed: see the statements."
     ratio, share = ratios(seen), seen.loc[seen["method"] == "CASPR", "share"]

@@ -104,7 +104,6 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each matrix, exponent, damping and solver."""
     plans = list(product(exponents, dampings, SOLVERS))
     for condition, seed in product(conditions, seeds):
         matrix = Matrix.drawn(d, condition, seed)

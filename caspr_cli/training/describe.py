@@ -39,7 +39,6 @@ def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dic
 
 
 def answer(question: str, recipe: Recipe) -> Iterator[str]:
-    """Yield the lines to print."""
     if question == "plan":
         from caspr_cli.training.plan import plan, table  # slow, and not needed for the data
 

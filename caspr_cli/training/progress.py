@@ -107,7 +107,6 @@ class Progress:
             self.say(line)
 
     def validation(self, step: int, scores: dict[str, float], note: str) -> None:
-        """Print a line for a validation."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self._last_line = time.monotonic()
         self.say(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {shown}{note}")

@@ -84,8 +84,6 @@ class Opened(Dataset[Sample]):
 
 
 class Gallery(Built):
-    """The images of one recipe."""
-
     def __init__(self, conf: ImagesConf) -> None:
         self._conf = conf
         # A random crop of an image wants all of it, unless the whole is hardly larger.

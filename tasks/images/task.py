@@ -64,7 +64,6 @@ class Classification(Task):
         metrics.update(model(self.inputs(model, images)), labels)
 
     def units(self, batch: Batch) -> int:
-        """Return the number of images in a batch."""
         return len(batch[1])
 
     def train_flops(self, model: nn.Module) -> float:

@@ -88,8 +88,6 @@ def batch_of(graphs: list[Graph]) -> Batch:
 
 
 class Library(Built):
-    """The graphs of one recipe."""
-
     def __init__(self, conf: MolPCBAConf) -> None:
         self._conf = conf
 
@@ -101,7 +99,6 @@ class Library(Built):
 
     @property
     def tasks(self) -> int:
-        """The number of labels of a graph."""
         return int(self.meta["tasks"])
 
     def check(self) -> None:

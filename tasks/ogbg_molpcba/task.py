@@ -56,7 +56,6 @@ class MolPCBA(Task):
         metrics.update(model(batch), batch.y)
 
     def units(self, batch: Batch) -> int:
-        """Return the number of graphs in a batch."""
         return int(batch.num_graphs)
 
     def train_flops(self, model: nn.Module) -> float:
