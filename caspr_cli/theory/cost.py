@@ -240,8 +240,8 @@ def _options_figure(runs: dict[str, DataFrame]) -> Figure:
     swept = [_measured(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
     data, width = concat(swept).rename(columns={"x": ""}), runs["interval"]["width"][0]
     title = f"Milliseconds of a step by block size and by interval, width {width}, measured and predicted."
-    finish = panels.linear(ylim=(0, None))
-    return panels.figure("options", title, data, MEASURED, ("part", "line", "", "ms"), finish=finish)
+    columns = ("part", "line", "", "ms")
+    return panels.figure("options", title, data, MEASURED, columns, finish=lambda axes: axes.set(ylim=(0, None)))
 
 
 def _scale_figure(large: DataFrame) -> Figure:
