@@ -14,6 +14,7 @@ from caspr_cli.common.errors import nearest
 from caspr_cli.optim import plan
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
 from caspr_cli.optim.cost import state_bytes
+from caspr_cli.optim.family import CASPROptions, options_of
 from caspr_cli.optim.mixed import MixedOptimizer
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.registry import build
@@ -81,12 +82,12 @@ def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict
     return given
 
 
-def _value(key: str, text: str) -> int | float | bool | str:
+def _value(key: str, text: str) -> int | float | bool | str | None:
     if key.endswith("dtype"):
-        names = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+        names = {str(name or "null"): name for name in options_of(CASPROptions)[key].choices}
         if text not in names:
-            raise ConfigError(f"--set {key}={text}: {text} is no type of torch.{nearest(text, names)}")
-        return text  # the registry takes names, as they stand in recipes
+            raise ConfigError(f"--set {key}={text}: should be one of {', '.join(names)}.{nearest(text, names)}")
+        return names[text]  # as it stands in recipes
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

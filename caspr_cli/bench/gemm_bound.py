@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from caspr_cli.optim import polar
 from caspr_cli.optim.cost import blocks_of, passes
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.options import factor_dtype
+from caspr_cli.optim.options import apply_dtype, factor_dtype
 
 TRIALS = 3  # of each way to replay a product, to find the faster
 
@@ -97,15 +97,18 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
     blocks: Counter[Any] = Counter()
     for group, p, sizes, shape, count in blocks_of(optimizer):
         times = passes(group, len(sizes)) + (group["measured"] > 0)
-        blocks[sizes, shape, times, group["polar"] * group["polar_steps"], factor_dtype(p, group)] += count
+        dtype = factor_dtype(p, group)
+        dtypes = dtype, apply_dtype(dtype, p.device, group)
+        blocks[sizes, shape, times, group["polar"] * group["polar_steps"], dtypes] += count
     found = []
-    for (sizes, shape, times, steps, dtype), count in blocks.items():
+    for (sizes, shape, times, steps, (dtype, low)), count in blocks.items():
         for d in sizes:
             rest = math.prod(shape) // d
             found += [Product(count, d, rest, d, dtype, gram=True, count=1)]
-            found += [Product(count, d, d, rest, dtype, gram=False, count=times)]
-        for (rows, inner, columns), gram, repeats in polar.products(shape, steps):
-            found.append(Product(count, rows, inner, columns, dtype, gram=gram, count=repeats))
+            found += [Product(count, d, d, rest, low, gram=False, count=times)]
+        for (rows, inner, columns), gram, repeats in polar.products(shape, steps, low):
+            found.append(Product(count, rows, inner, columns, low, gram=gram, count=repeats))
+
     return found
 
 

@@ -67,7 +67,8 @@ blocks    of the GPU that has most; balance: FLOPs of the busiest over the avera
 factors   statistics and roots of that GPU; state: with moments; buffers: for what travels
 received  bytes that a GPU gets in a step; x: as a multiple of the updates
 predicted compute and exchange, at {efficiency:.0%} of the data sheet and if nothing overlapped: {float32:g} TFLOP/s \
-in float32, {memory:g} TB/s of memory; {node:g} GB/s within a node of 8, {network:g} GB/s a link beyond
+in float32, {bfloat16:g} in bfloat16 (caspr: all but statistics and roots), {memory:g} TB/s of memory; {node:g} GB/s \
+within a node of 8, {network:g} GB/s a link beyond
 dealing   CPU time on this machine to choose owners, once a run: the one number that is measured"""
 
 
@@ -239,7 +240,7 @@ def _scale(args: argparse.Namespace) -> Made:
         for row in rows
     ]
     title = f"caspr-bench {__version__}  {args.model}, {', '.join(args.optim)}, predicted for {gpu.name}, not measured"
-    rates = {name: getattr(gpu.rates, name) for name in ("efficiency", "float32", "memory", "network")}
+    rates = {name: getattr(gpu.rates, name) for name in ("efficiency", "float32", "bfloat16", "memory", "network")}
     legend = hanging(SCALE_LEGEND.format(**rates, node=gpu.node / 1e9), 10)
     shown = fitting([heads, *cells], [0, 0, 0, 6, 3, 4, 1, 2, 5, 0, 0, 0, 7])
     return [asdict(row) for row in rows], [title, *shown, "", *legend], b""

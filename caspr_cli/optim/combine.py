@@ -25,7 +25,7 @@ from torch import Tensor
 
 from caspr_cli.optim.eigenbasis import along, on_axes, on_axis
 from caspr_cli.optim.graft import RMS
-from caspr_cli.optim.options import Group
+from caspr_cli.optim.options import Group, apply_dtype
 from caspr_cli.optim.polar import matrix_shape, polar_factor
 from caspr_cli.optim.stacks import Stack
 from caspr_cli.optim.statistics import per_block
@@ -39,7 +39,7 @@ def root_exponent(order: float, axes: int, exponent: float) -> int:
 
 def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
     """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
-    dtype = group["apply_dtype"] or X.dtype
+    dtype = apply_dtype(X.dtype, X.device, group)
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     low = X.to(dtype)
     out = out if low is X else torch.empty_like(low)

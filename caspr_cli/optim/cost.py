@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from caspr_cli.optim import polar
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.options import Group
-from caspr_cli.optim.polar import flops as polar_flops
+from caspr_cli.optim.options import Group, apply_dtype, factor_dtype
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 
@@ -29,6 +29,13 @@ def blocks_of(optimizer: KroneckerOptimizer) -> list[tuple[Group, Tensor, Shape,
         for layout in [optimizer.layout(p, group)]
         for shape, blocks in layout.blocks.items()
     ]
+
+
+def products_dtype(optimizer: Optimizer, device: torch.device) -> torch.dtype | None:
+    """Return the lowest type of the products with the roots and of polar factors on a device; None without any."""
+    found = blocks_of(optimizer) if isinstance(optimizer, KroneckerOptimizer) else []
+    types = (apply_dtype(factor_dtype(p, group), device, group) for group, p, *_ in found)
+    return min(types, key=lambda dtype: dtype.itemsize, default=None)
 
 
 def passes(group: Group, axes: int) -> int:
@@ -53,18 +60,29 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
     """
     flops = {"statistics": 0.0, "roots": 0.0, "apply": 0.0}
     for group, p, sizes, shape, count in blocks_of(optimizer):
+        place = device or p.device
         size = 2.0 * count * math.prod(shape)
         flops["statistics"] += size * sum(packed_length(d) / d for d in sizes)
         flops["apply"] += passes(group, len(sizes)) * size * sum(sizes)
         if group["measured"]:
             flops["statistics"] += size * sum(sizes)
             flops["roots"] += (size * sum(sizes) + 2.0 * count * sum(d**3 for d in sizes)) / group["interval"]
-        if group["polar"]:
-            flops["apply"] += count * polar_flops(shape, group["polar_steps"])
+        flops["apply"] += _of_polar(group, p, shape, count, place)
+
         if sizes:
             roots = count * sum(d**3 for d in sizes) / group["interval"]
-            flops["roots"] += root_flops(group, len(sizes), device or p.device) * roots
+            flops["roots"] += root_flops(group, len(sizes), place) * roots
     return flops
+
+
+def polar_flops(optimizer: KroneckerOptimizer, device: torch.device) -> float:
+    """Return the FLOPs of all polar factors of a step on a device, which :func:`step_flops` has in ``apply``."""
+    return sum(_of_polar(group, p, shape, count, device) for group, p, _, shape, count in blocks_of(optimizer))
+
+
+def _of_polar(group: Group, p: Tensor, shape: Shape, count: int, device: torch.device) -> float:
+    dtype = apply_dtype(factor_dtype(p, group), device, group)
+    return count * polar.flops(shape, group["polar_steps"], dtype) if group["polar"] else 0.0
 
 
 def called_flops(optimizer: Optimizer) -> float:

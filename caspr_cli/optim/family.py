@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
     FactorDtype = torch.dtype
     LowDtype = torch.dtype
+    ApplyDtype = torch.dtype | Literal["auto"]
     TravelDtype = torch.dtype
 else:  # their names, as a recipe has them
     ParamsT = Any
     FactorDtype = Literal["float32", "float64"]
     LowDtype = Literal["bfloat16"]
+    ApplyDtype = Literal["auto", "bfloat16"]
+
     TravelDtype = Literal["bfloat16", "float32"]
 
 T = TypeVar("T")
@@ -215,20 +218,22 @@ class FullAdagradOptions:
     )
     root_dtype: LowDtype | None = option(
         None,
-        """type of the stored roots, ``torch.bfloat16``, or None for that of the statistics. bfloat16 saves memory. It
-        changes U by about 3e-3 of its length where gradients are of full rank, and by much more where statistics are
-        ill-conditioned.""",
+        """type of the stored roots, ``torch.bfloat16``, or None for that of their products (``apply_dtype``), or of the
+        statistics. bfloat16 saves memory. Where products are not in bfloat16, too, it changes U by about 3e-3 of its
+        length where gradients are of full rank, and by much more where statistics are ill-conditioned.""",
     )
     pack_roots: bool = option(
         False,
         """store one triangle of the roots, which saves memory: with bfloat16 the state of a square block is 15.5 bytes
         a parameter instead of 21. Each step unpacks them.""",
     )
-    apply_dtype: LowDtype | None = option(
+    apply_dtype: ApplyDtype | None = option(
         None,
-        """type of the products with the roots, ``torch.bfloat16``, or None for that of the statistics. It is for
-        devices that multiply faster in bfloat16. It changes U by about 4e-3 of its length where gradients are of full
-        rank and well conditioned, but by .27 where both their sides have a condition of 1e4, by .25 at rank 8
+        """type of the products with the roots and of the polar factor: ``torch.bfloat16``, or None for that of the
+        statistics. ``"auto"``, the choice of ``optim=caspr``, is bfloat16 where a polar factor follows and the device
+        multiplies faster in it (GPUs, CPUs with AMX, AMD's with AVX-512 for bfloat16; others can take ten times as
+        long), else None. Without a polar factor bfloat16 changes U by about 4e-3 of its length where gradients are of
+        full rank and well conditioned, but by .27 where both their sides have a condition of 1e4, by .25 at rank 8
         of 64, and at rank 1 by more than its length (at eps=1e-3 by .02, .015 and .06).""",
     )
     shard: Literal["auto", "none"] = option(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed, wrong
+from caspr_cli.optim.precision import is_fast_in_bfloat16
 
 Group = dict[str, Any]
 
@@ -17,6 +18,7 @@ OPTIONS = tuple(o for o in options_of(CASPROptions) if o not in OF_OPTIMIZER)  #
 # Keys of a param group that are none: torch's, those of schedulers, and what programs keep there to find a group again.
 LABELS = ("params", "param_names", "roots_of", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr",
           "base_momentum", "max_momentum", "swa_lr", "lr_scale")  # fmt: skip
+AUTO = "auto"
 OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")  # those that the roots depend on
 
 
@@ -37,13 +39,18 @@ def validate(options: Group) -> None:
     """
     for name in OPTIONS:
         option = options_of(CASPROptions)[name]
-        choices = [getattr(torch, c) if c and name.endswith("_dtype") else c for c in option.choices]
+        choices = [as_dtype(c) if name.endswith("_dtype") else c for c in option.choices]
         value = options[name]
         known = any(value is c or (isinstance(c, str) and value == c) for c in choices)
         if choices and not known and (name, value) != ("merge", "flatten"):  # which FullAdagrad alone asks for
             raise ValueError(f"{name} should be one of {', '.join(map(str, choices))} but is: {value!r}")
     if found := wrong(CASPROptions, options):
         raise ValueError(f"{found.key} {found.should} but is: {found.value}")
+
+
+def as_dtype(name: Any) -> Any:
+    """Return the type of this name; None and ``"auto"`` stay."""
+    return name if name in (None, AUTO) else getattr(torch, name)
 
 
 def adopted(saved: Group, mine: Group, fixed: Group) -> Group:
@@ -86,6 +93,14 @@ def factor_dtype(p: Tensor, group: Group) -> torch.dtype:
         return cast(torch.dtype, group["factor_dtype"])
     small = group["damping"] == "relative" and group["eps"] < SMALLEST_EPS_FLOAT32
     return torch.float64 if p.dtype == torch.float64 or small else torch.float32
+
+
+def apply_dtype(statistics: torch.dtype, device: torch.device, group: Group) -> torch.dtype:
+    """Return the type of the products with the roots and of the polar factor, by the type of the statistics."""
+    if group["apply_dtype"] != AUTO:
+        return cast(torch.dtype, group["apply_dtype"] or statistics)
+    low = group["polar"] and not group["measured"] and statistics == torch.float32 and is_fast_in_bfloat16(device)
+    return torch.bfloat16 if low else statistics
 
 
 def travel_dtype(p: Tensor, group: Group) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32
 from caspr_cli.optim.fsdp import any_sharded
-from caspr_cli.optim.options import Group, factor_dtype
+from caspr_cli.optim.options import Group
 from caspr_cli.optim.schedule import AT_ONCE as AT_ONCE
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
 from caspr_cli.optim.stacks import Storage
@@ -55,7 +55,7 @@ class Plan:
     def of(cls, group: Group, key: tuple[Any, ...]) -> Plan:
         """Return the plan of a group; ``key`` is its :func:`plan_key`."""
         layouts = {p: layout_of(p, group) for p in group["params"] if is_preconditioned(p, group)}
-        storages = {p: Storage.of(factor_dtype(p, group), group) for p in layouts}
+        storages = {p: Storage.of(p, group) for p in layouts}
         blocks = [(p, s) for p, layout in layouts.items() for s, cuts in layout.blocks.items() for _ in cuts]
         costs = [float(sum(d**3 for d in layouts[p].sizes(shape))) for p, shape in blocks]
         offsets: dict[tuple[Tensor, Shape], list[int]] = defaultdict(list)
@@ -74,10 +74,10 @@ def plan_key(group: Group) -> tuple[Any, ...]:
     """Return all that a group's plan depends on."""
     return (
         *(group[name] for name in ("merge", "block_size", "axes", "batch_axes", "precondition_1d", "interval")),
-        *(group[name] for name in ("root_dtype", "factor_dtype", "pack_roots", "damping")),
+        *(group[name] for name in ("root_dtype", "factor_dtype", "apply_dtype", "polar", "pack_roots", "damping")),
         group["measured"] > 0,
         *(group["eps"] < SMALLEST_EPS_FLOAT32, group["precondition"] is False, group["exponent"] == 0),
-        *((id(p), p.shape, p.dtype) for p in group["params"]),
+        *((id(p), p.shape, p.dtype, p.device) for p in group["params"]),
     )
 
 

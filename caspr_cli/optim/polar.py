@@ -33,7 +33,7 @@ def polar_factor(X: Tensor, steps: int) -> Tensor:
     norm = torch.linalg.vector_norm(Y, dim=(1, 2), keepdim=True, dtype=torch.float64)  # float32 has no square of 1e-25
     Y = Y * norm.clamp(min=torch.finfo(Y.dtype).tiny).reciprocal().to(Y.dtype)
     Y = Y if m <= n else Y.mT
-    if _by_gram(min(m, n), max(m, n), steps) and Y.dtype.itemsize >= 4:
+    if _by_gram(min(m, n), max(m, n), steps, Y.dtype):
         Y = torch.bmm(_polynomial(torch.bmm(Y, Y.mT), steps), Y)
     else:
         for _ in range(steps):
@@ -42,7 +42,7 @@ def polar_factor(X: Tensor, steps: int) -> Tensor:
     return (Y if m <= n else Y.mT).reshape(X.shape)
 
 
-def _by_gram(m: int, n: int, steps: int) -> bool:
+def _by_gram(m: int, n: int, steps: int, dtype: torch.dtype) -> bool:
     """Whether it takes fewer products to iterate on the small S = Y Y^T than on Y itself, for m <= n.
 
     All steps multiply Y from the left by polynomials of S, so their product can be found first. It is the same in exact
@@ -50,7 +50,7 @@ def _by_gram(m: int, n: int, steps: int) -> bool:
     squares are lost in S (by steps of Y: 6e-6; in bfloat16, in which Muon has them: 3e-2 to 2e-1). Rounding also makes
     eigenvalues of S negative where Y has a low rank, and a step makes them ``A**2`` times as large: nine steps diverge.
     """
-    return 1 < steps <= MOST_BY_GRAM and n >= 2 * m
+    return 1 < steps <= MOST_BY_GRAM and n >= 2 * m and dtype.itemsize >= 4
 
 
 def _polynomial(S: Tensor, steps: int) -> Tensor:
@@ -66,20 +66,20 @@ def _polynomial(S: Tensor, steps: int) -> Tensor:
     return Q
 
 
-def products(shape: tuple[int, ...], steps: int) -> list[tuple[tuple[int, int, int], bool, int]]:
-    """Return the products of the polar factor of a block of this shape, in float32 or wider; none for 0 ``steps``.
+def products(shape: tuple[int, ...], steps: int, dtype: torch.dtype) -> list[tuple[tuple[int, int, int], bool, int]]:
+    """Return the products of the polar factor of a block of this shape and type; none for 0 ``steps``.
 
     Each is (rows, inner, columns), whether it is a matrix times its own transpose, and how often. For m x n blocks,
     m <= n, that is 2 m^2 n FLOPs twice a step and 2 m^3 once; for n >= 2 m and few steps it is 2 m^2 n twice in all and
-    2 m^3 4 ``steps`` - 3 times.
+    2 m^3 4 ``steps`` - 3 times, but in bfloat16.
     """
     m, n = sorted(matrix_shape(shape))
-    if _by_gram(m, n, steps):
+    if _by_gram(m, n, steps, dtype):
         small = [((m, m, m), True, steps), ((m, m, m), False, 3 * steps - 3)]
         return [((m, n, m), True, 1), *small, ((m, m, n), False, 1)]
     return [((m, n, m), True, steps), ((m, m, m), True, steps), ((m, m, n), False, steps)] if steps else []
 
 
-def flops(shape: tuple[int, ...], steps: int) -> float:
-    """Return the FLOPs of the polar factor of a block of this shape, 2 per multiply-add."""
-    return sum(2.0 * math.prod(sizes) * repeats for sizes, _, repeats in products(shape, steps))
+def flops(shape: tuple[int, ...], steps: int, dtype: torch.dtype) -> float:
+    """Return the FLOPs of the polar factor of a block of this shape and type, 2 per multiply-add."""
+    return sum(2.0 * math.prod(sizes) * repeats for sizes, _, repeats in products(shape, steps, dtype))

@@ -141,9 +141,8 @@ def _family(name: str) -> Builder:
     """Return the builder of a class of ours. It knows ``precondition=False`` itself; elsewhere the option decides."""
 
     def make(groups: list[Group], *, adamw_lr_scale: float = 1.0, **options: Any) -> Optimizer:
-        import torch
-
         from caspr_cli.optim import caspr
+        from caspr_cli.optim.options import as_dtype
         from caspr_cli.optim.plan import is_preconditioned
 
         if adamw_lr_scale != 1:
@@ -156,7 +155,7 @@ def _family(name: str) -> Builder:
         for group in groups:
             if group["precondition"]:
                 del group["precondition"]
-        dtypes = {k: getattr(torch, v) for k, v in options.items() if k.endswith("_dtype") and isinstance(v, str)}
+        dtypes = {key: as_dtype(value) for key, value in options.items() if key.endswith("_dtype")}
         made: Optimizer = getattr(caspr, name)(groups, **options | dtypes)
         return made
 
@@ -329,7 +328,7 @@ def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optim
 SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95), "start_step": 1}
 POLAR: dict[str, Any] = {"polar": True, "nesterov": True, "betas": (0.95, 0.95)}
 # Single runs, not tuned: behind the published sum at its best rate on none of five tasks (outputs/published/family.md).
-CHOSEN = POLAR | {"graft": "rms", "betas": (0.9, 0.99), "lr": 2e-2}
+CHOSEN = POLAR | {"graft": "rms", "betas": (0.9, 0.99), "lr": 2e-2, "apply_dtype": "auto"}
 
 OPTIMIZERS: dict[str, Entry] = plugins.joined(
     plugins.OPTIMIZERS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.device import Question, is_captured, sent
-from caspr_cli.optim.options import Group
+from caspr_cli.optim.options import Group, apply_dtype, factor_dtype
 from caspr_cli.optim.parts import length
 from caspr_cli.optim.roots import Root
 from caspr_cli.optim.symmetric import diagonal, pack, packed_length, trace, unpack
@@ -43,9 +43,11 @@ class Storage:
     measured: bool = False  # whether there are eigenvectors in their place, which cannot be packed
 
     @classmethod
-    def of(cls, dtype: torch.dtype, group: Group) -> Storage:
-        measured = group["measured"] > 0
-        return cls(dtype, group["root_dtype"] or dtype, bool(group["pack_roots"]) and not measured, measured)
+    def of(cls, p: Tensor, group: Group) -> Storage:
+        """Return those of a parameter. Roots have no more digits than their products would read of them."""
+        dtype, measured = factor_dtype(p, group), group["measured"] > 0
+        of_roots = group["root_dtype"] or (dtype if measured else apply_dtype(dtype, p.device, group))
+        return cls(dtype, of_roots, bool(group["pack_roots"]) and not measured, measured)
 
 
 class View(Tensor):

@@ -105,6 +105,7 @@ def _versions(found: Mapping[str, Any]) -> dict[str, Any]:
         "python": found.get("python"),
         "device": device.get("name"),
         "processor": machine.get("processor"),
+        "products": device.get("products"),
     } | {name: packages.get(name) for name in [*PACKAGES, *packages] if name not in NOT_ABOUT_NUMBERS}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from caspr_cli.bench.baselines import Settings, enter
 from caspr_cli.bench.shapes import MODELS
+from caspr_cli.optim.cost import polar_flops, products_dtype, step_flops
 from caspr_cli.optim.dealing import BUCKET, Block, Loads, deal, group_size, received
 from caspr_cli.optim.divide import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
@@ -17,6 +18,7 @@ from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.theory.choices import Assumed
 from caspr_cli.theory.work import FLOAT, stand_ins, work_of
 
+GPU = torch.device("cuda")
 NODE = 8  # GPUs that share what comes over their links, by far faster ones
 
 
@@ -34,6 +36,11 @@ class Gpu:
         return 1e12 * self.rates.efficiency * self.rates.float32
 
     @property
+    def low_products(self) -> float:
+        """FLOPs a second of products in bfloat16."""
+        return 1e12 * self.rates.efficiency * self.rates.bfloat16
+
+    @property
     def memory(self) -> float:
         """Bytes of memory a second that it reads and writes."""
         return 1e12 * self.rates.efficiency * self.rates.memory
@@ -49,7 +56,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """A step on so many GPUs, all in float32; of the GPU that has most."""
+    """A step on so many GPUs; of the GPU that has most. In float32, but for the products that an optimizer takes in
+    bfloat16, and their roots."""
 
     gpus: int
     mode: str  # "DDP", or "fully_shard" over all of them
@@ -74,7 +82,11 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
     (group,), work = optimizer.param_groups, work_of(optimizer)
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
-    root = root_flops(group, len(blocks[0][1]), torch.device("cuda"))
+    root = root_flops(group, len(blocks[0][1]), GPU)
+    polar, low = polar_flops(optimizer, GPU), products_dtype(optimizer, GPU) == torch.bfloat16
+    applied = step_flops(optimizer, GPU)["apply"] - polar
+    rate = sheet.low_products if low else sheet.products
+    more = polar / rate + applied / rate - applied / sheet.products  # seconds that the FLOPs of ``loads`` do not have
     for count in gpus:
         for sharded in (False, True):
             start = time.process_time()
@@ -84,7 +96,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
             dealing = time.process_time() - start
             turns = [[a + b for a, b in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
             busiest = sum(map(max, turns)) / len(turns)
-            factors, most = _kept(blocks, owners, n)
+            share = busiest * len(turns) / sum(map(sum, turns))
+            factors, most = _kept(blocks, owners, n, torch.bfloat16.itemsize if low else FLOAT)
             taken, buffers = _travels(sizes, owners, n, sharded=sharded)
             passes = (work.traffic / n + work.entries / parts) / sheet.memory
             yield ScaleRow(
@@ -92,23 +105,26 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
                 mode="fully_shard" if sharded else "DDP",
                 group=n,
                 blocks=most,
-                balance=busiest * n * len(turns) / sum(map(sum, turns)),
+                balance=share * n,
                 factor_bytes=factors,
-                state_bytes=factors + 2.0 * FLOAT * (rest + work.parameters) / parts,
+                state_bytes=factors + (2.0 * FLOAT * rest + work.moments) / parts,
                 buffer_bytes=buffers,
                 received_bytes=taken,
                 received_ratio=taken / sum(sizes),
-                compute_seconds=busiest / sheet.products + passes,
+                compute_seconds=busiest / sheet.products + share * more + passes,
                 exchange_seconds=_exchange(taken, n, sheet, sharded=sharded),
                 dealing_seconds=dealing,
             )
 
 
-def _kept(blocks: Sequence[Block], owners: Sequence[int], ranks: int) -> tuple[float, int]:
-    """Return the bytes of statistics and roots of the rank that has most of them, and the most blocks of a rank."""
+def _kept(blocks: Sequence[Block], owners: Sequence[int], ranks: int, of_root: int) -> tuple[float, int]:
+    """Return the bytes of statistics and roots of the rank that has most of them, and the most blocks of a rank.
+
+    ``of_root``: bytes of a number of a root.
+    """
     held, counts = [0.0] * ranks, [0] * ranks
     for (_, lengths, _), owner in zip(blocks, owners, strict=True):
-        held[owner] += FLOAT * sum(packed_length(d) + d * d + d for d in lengths)
+        held[owner] += sum(FLOAT * (packed_length(d) + d) + of_root * d * d for d in lengths)
         counts[owner] += 1
     return max(held), max(counts)
 

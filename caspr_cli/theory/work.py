@@ -8,8 +8,9 @@ d, at most d, for the panels of one triangle:
     roots        c (m^3 + n^3) / interval: c = 25 for an eigendecomposition on a CPU (in units of products)
     traffic      4 bytes times: 2 (m t_m + n t_n) for statistics and q (m^2 + n^2) for roots
     entries      4 bytes times PASSES m n, for all that is done entry by entry (moments, graft, scaling, weights)
-    state        4 bytes times: 2 m n for the moments, m t_m + n t_n for statistics, m^2 + n^2 for roots, and m + n
-                 for what is remembered of the statistics that roots were computed from
+    state        4 bytes times: 2 m n for the moments (m n where all updates have one length), m t_m + n t_n for
+                 statistics, m^2 + n^2 for roots, and m + n for what is remembered of the statistics that roots were
+                 computed from
 
 With blocks of b x b a step costs about 12 b FLOPs a parameter (q = 2) and its roots, whatever the size of the model,
 against 6 for each token of a batch in training. What grows with the model and the number of devices, relative to
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
+from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.symmetric import packed_length
 
 PASSES = 16  # of reading or writing a number for each weight, counted in the engine, without what stays in a cache
@@ -63,9 +65,11 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         packed, full = sum(map(packed_length, sizes)), sum(d * d for d in sizes)
         found["parameters"] += count * m_n
         found["traffic"] += FLOAT * count * (2 * packed + q * full)
+        second = needs_second_moment(graft_of(group, preconditioned=True)) + (group["measured"] > 0)
+        found["moments"] += FLOAT * count * m_n * (1 + second)
         found["factors"] += FLOAT * count * (packed + full + (0 if is_vector(shape) else sum(sizes)))
     found["entries"] = float(FLOAT) * PASSES * found["parameters"]
-    found["moments"] = 2.0 * FLOAT * found["parameters"]
+
     return Work(**found)
 
 

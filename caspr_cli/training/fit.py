@@ -12,10 +12,11 @@ import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
+from torch.optim.optimizer import Optimizer
 
 from caspr_cli.common import plugins
 from caspr_cli.common.errors import nearest
-from caspr_cli.optim.cost import blocks_of, step_flops
+from caspr_cli.optim.cost import blocks_of, products_dtype, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe, Strategy
@@ -64,7 +65,7 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            where = {"data": described, "device": _device(trainer, world)}
+            where = {"data": described, "device": _device(trainer, optimizer, world)}
             origin = provenance.completed(record.read(PROVENANCE), where)
             record.write(PROVENANCE, origin)
             if begun.files is not None:
@@ -168,7 +169,9 @@ def _header(module: TrainingModule, optimizer: Any, trainer: Trainer, world: int
         blocks = sum(count for *_, count in blocks_of(optimizer))
         parts = ", ".join(f"{part} {100 * of / whole:.0f}" for part, of in flops.items())
         share = f"{100 * sum(flops.values()) / whole:.0f} % of a step ({parts})"
-        lines.append(f"optim    {blocks} blocks; predicted from FLOPs: {share}")
+        products = str(products_dtype(optimizer, trainer.strategy.root_device)).removeprefix("torch.")
+        lines.append(f"optim    {blocks} blocks, products in {products}; predicted from FLOPs: {share}")
+
     return lines
 
 
@@ -179,10 +182,13 @@ def _sizes(module: TrainingModule) -> tuple[list[int], list[int]]:
     return [n for _, n in named], [n for name, n in named if name not in plain]
 
 
-def _device(trainer: Trainer, world: int) -> dict[str, Any]:
+def _device(trainer: Trainer, optimizer: Optimizer, world: int) -> dict[str, Any]:
+    """Return what numbers depend on: the device, and the type of products that the optimizer chose for it."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"type": device.type, "name": name, "processes": world, "threads": torch.get_num_threads()}
+    products = products_dtype(optimizer, device)
+    chosen = {"products": str(products).removeprefix("torch.")} if products else {}
+    return {"type": device.type, "name": name, "processes": world, "threads": torch.get_num_threads()} | chosen
 
 
 def _result(recipe: Recipe, module: TrainingModule, trainer: Trainer, curves: Curves) -> dict[str, Any]:

@@ -25,7 +25,7 @@ INTERVAL = 10
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "caspr": (CASPR, {}),
-    "default": (CASPR, {"nesterov": True, "polar": True, "graft": "rms"}),  # optim=caspr
+    "default": (CASPR, {"nesterov": True, "polar": True, "graft": "rms", "apply_dtype": "auto"}),  # optim=caspr
     "shampoo": (Shampoo, {}),
     "nesterov": (CASPR, {"nesterov": True, "weight_decay": 0.1}),
     "eight": (CASPR, {}),  # the first of eight ranks

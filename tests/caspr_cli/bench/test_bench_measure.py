@@ -94,6 +94,7 @@ def test_state_inside_objects_is_counted() -> None:
 
 
 def test_options_are_read_and_reach_the_optimizer() -> None:
+    assert parse_given(["apply_dtype=null"], ["caspr"]) == {"apply_dtype": None}
     given = parse_given(["order=3", "eps=1e-4", "graft=sgd", "apply_dtype=bfloat16"], ["caspr"])
     assert given == {"order": 3, "eps": 1e-4, "graft": "sgd", "apply_dtype": "bfloat16"}
     settings = Settings(interval=7, block_size=9, given=given)
@@ -115,7 +116,8 @@ def test_options_are_read_and_reach_the_optimizer() -> None:
         ("order", ["caspr"], "written KEY=VALUE"),
         ("interval=3", ["caspr"], "write --interval 3"),
         ("eps=abc", ["caspr"], "eps is 1e-06 unless it is set"),
-        ("apply_dtype=float3", ["caspr"], "Did you mean float32?"),
+        ("factor_dtype=float3", ["caspr"], "Did you mean float32?"),
+        ("apply_dtype=float32", ["caspr"], "should be one of null, auto, bfloat16."),
         ("order=3", ["adamw", "muon"], "it is for caspr and shampoo"),
     ],
 )

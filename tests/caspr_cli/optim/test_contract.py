@@ -16,6 +16,7 @@ from stepping import Pair, advance, assert_finite, assert_same, copies, distance
 from torch import nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
+from caspr_cli.optim.precision import is_fast_in_bfloat16
 
 GRID: dict[str, list[Any]] = {
     "cls": [CASPR, Shampoo, FullAdagrad],
@@ -44,7 +45,7 @@ GRID: dict[str, list[Any]] = {
     "factor_dtype": [None, torch.float64],
     "root_dtype": [None, torch.bfloat16],
     "pack_roots": [False, True],
-    "apply_dtype": [None, torch.bfloat16],
+    "apply_dtype": [None, torch.bfloat16, "auto"],
     "gather_dtype": [None, torch.bfloat16],
     "maximize": [False, True],
 }
@@ -61,6 +62,7 @@ ROWS = pairs(GRID)
 SHAPES: list[tuple[int, ...]] = [(6, 5), (6, 5), (4, 3, 3), (7,), (2, 3, 5), (), (5, 6)]
 LOW, PLAIN = 4, 6  # one parameter has another type, one is in a group that is not preconditioned
 STEPS = 13
+FAST = is_fast_in_bfloat16(torch.device("cpu"))
 CUTS = (0, 2, 3, 4, 5, 6, 7, 11)  # before the first roots, at them and after; at a turn and between two
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=itertools.count())
@@ -182,13 +184,17 @@ def test_the_state_dict_is_torchs(row: dict[str, Any]) -> None:
     assert [group["params"] for group in content["param_groups"]] == [[*range(PLAIN)], [*range(PLAIN, len(params))]]
     default = torch.float64 if row["dtype"] == torch.float64 else torch.float32
     factors = row["factor_dtype"] or default
+    group = optimizer.param_groups[0]
+    products = {"auto": torch.bfloat16 if group["polar"] and factors == torch.float32 and FAST else None}
+    of_products = None if group["measured"] else products.get(row["apply_dtype"], row["apply_dtype"])
+    roots = row["root_dtype"] or of_products or factors
     for i, p in enumerate(params):
         state = content["state"][i]
         assert float(state["step"]) == 5
         for name, value in state.items():
             assert torch.is_tensor(value)
             kind = name.partition("_")[0]
-            expected = {"statistics": factors, "root": row["root_dtype"] or factors, "exp": p.dtype}.get(kind)
+            expected = {"statistics": factors, "root": roots, "exp": p.dtype}.get(kind)
             if expected and not name.startswith("root_scale"):
                 assert value.dtype == expected, name
 

@@ -74,3 +74,12 @@ def test_predictions_of_all_models_are_whole() -> None:
             assert row.buffer_bytes <= 0.7 * GIB or row.mode == "fully_shard"
             assert min(row.compute_seconds, row.exchange_seconds, row.factor_bytes) > 0
             assert row.state_bytes > row.factor_bytes
+
+
+def test_predictions_know_the_polar_factor_the_type_of_products_and_the_moments() -> None:
+    names = ("caspr", "caspr_sum", "caspr:apply_dtype=null")
+    low, plain, full = (next(on_paper("gpt2-small", [8], GPUS["h100"], name, Settings())) for name in names)
+    assert low.compute_seconds < plain.compute_seconds < full.compute_seconds / 1.2
+    assert low.state_bytes < full.state_bytes < plain.state_bytes
+    assert low.factor_bytes < full.factor_bytes == plain.factor_bytes
+    assert low.received_bytes == full.received_bytes == plain.received_bytes

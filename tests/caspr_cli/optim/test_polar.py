@@ -1,6 +1,7 @@
 """The polar factor of U, and steps whose length is that of Muon's."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from caspr_cli.optim import CASPR
 from caspr_cli.optim.polar import flops, polar_factor
+from caspr_cli.optim.precision import is_fast_in_bfloat16
 
 SIZE = st.integers(1, 7)
 MUON = {
@@ -111,5 +113,46 @@ def test_flops_are_those_of_the_products() -> None:
     for shape, steps in itertools.product(((12, 5), (5, 12), (4, 3, 2), (7, 5)), (1, 2, 5)):
         with FlopCounterMode(display=False) as counter:
             polar_factor(torch.randn(3, *shape), steps)
-        assert 3 * flops(shape, steps) == counter.get_total_flops()
-    assert flops((5,), 5) == flops((5, 1), 5) < flops((5, 2), 5)
+        assert 3 * flops(shape, steps, torch.float32) == counter.get_total_flops()
+    five = [flops(shape, 5, torch.float32) for shape in ((5,), (5, 1), (5, 2))]
+    assert five[0] == five[1] < five[2]
+
+
+def trained(shape: tuple[int, int] = (24, 40), **options: Any) -> torch.Tensor:
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = CASPR([p], start_step=2, interval=2, **options)
+    for gradient in random_stream(*shape, steps=6, seed=5):
+        p.grad = gradient.float()
+        optimizer.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_products_before_a_polar_factor_are_in_bfloat16_where_the_device_is_fast_in_it(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caspr_cli.optim.options.is_fast_in_bfloat16", lambda device: fast)
+    full, low = (trained(polar=True, graft="rms", apply_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert trained(polar=True, graft="rms", apply_dtype="auto").equal(low if fast else full)
+    assert 1e-4 < relative_error(low, full) < 0.05
+    for other in ({}, {"polar": True, "eps": 1e-9, "factor_dtype": torch.float64}, {"polar": True, "measured": 0.5}):
+        assert trained(**other, apply_dtype="auto").equal(trained(**other))
+
+
+def test_which_devices_are_fast_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CPUs by what torch says of this one: Intel's AVX-512 is slower in bfloat16 than in float32."""
+    is_fast_in_bfloat16.cache_clear()
+    intel, amd = {"cpu_name": "Intel Xeon"}, {"cpu_name": "AMD EPYC"}
+    for found, fast in (
+        ({}, False),
+        (intel | {"avx512_bf16": True}, False),
+        (intel | {"avx512_bf16": True, "amx_bf16": True}, True),
+        (amd | {"avx512_bf16": True}, True),
+        (amd, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert is_fast_in_bfloat16(torch.device("cpu")) == fast
+        is_fast_in_bfloat16.cache_clear()
+    assert not is_fast_in_bfloat16(torch.device("meta"))
+    if not torch.cuda.is_available():
+        assert is_fast_in_bfloat16(torch.device("cuda"))
