@@ -18,8 +18,6 @@ __all__ = ["Entry", "Target", "TaskConf", "load"]
 
 
 class Entry(NamedTuple):
-    """One task that a recipe can name."""
-
     about: str
     keys: type[TaskConf]
     task: str  # "module:class", imported when a run starts; called as ``Task(conf, seed)``

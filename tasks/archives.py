@@ -33,7 +33,6 @@ class Folder:
         return regular(self.root / name).open("rb")
 
     def size(self, name: str) -> int:
-        """Return the number of bytes of a file."""
         return (self.root / name).stat().st_size
 
 

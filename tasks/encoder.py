@@ -53,15 +53,10 @@ class SelfAttention(nn.Module):
         )
         if causal is not None:
             q, k = rotate(q, *causal).to(v.dtype), rotate(k, *causal).to(v.dtype)
+        seen = None if mask is None else mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
         # fused kernels never hold the T x T scores, and skip the half above the diagonal
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal is not None,
-        )
+        y = F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=causal is not None)
         out: Tensor = self.output(y.transpose(1, 2).reshape(B, T, W))
         return out
 
@@ -70,13 +65,7 @@ class EncoderBlock(nn.Module):
     """Attention, then an MLP, each normalised before and added after (pre-norm)."""
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        dropout: float,
-        *,
-        activation: Callable[[Tensor], Tensor],
-        bias: bool = True,
+        self, width: int, heads: int, dropout: float, *, activation: Callable[[Tensor], Tensor], bias: bool = True
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)

@@ -29,7 +29,6 @@ class Means(Metric):
             setattr(self, name, getattr(self, name) + term)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
         return {name: getattr(self, above) / getattr(self, below) for name, above, below in self.means}
 
 

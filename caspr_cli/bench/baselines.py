@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,21 +98,15 @@ def _value(key: str, text: str) -> int | float | bool | str | None:
 
 def make(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
     """Return the optimizer ``name`` over ``groups`` after ``WARM_UP`` steps. Raises ConfigError."""
-    optimizer = enter(name, groups, settings, interval)
-    with _first_roots_at_once() if interval == NEVER else nullcontext():
+    optimizer, usual = enter(name, groups, settings, interval), plan.AT_ONCE
+    if interval == NEVER:  # all first roots in one step: else they would be spread over an interval that never ends
+        plan.AT_ONCE = math.inf
+    try:
         for _ in range(WARM_UP):
             optimizer.step()
-    return optimizer
-
-
-@contextmanager
-def _first_roots_at_once() -> Iterator[None]:
-    """Have all first roots in one step, where the optimizer would spread them over an interval that never ends."""
-    usual, plan.AT_ONCE = plan.AT_ONCE, math.inf
-    try:
-        yield
     finally:
         plan.AT_ONCE = usual
+    return optimizer
 
 
 def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:

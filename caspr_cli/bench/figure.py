@@ -43,7 +43,6 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """Return the figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

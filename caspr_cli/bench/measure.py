@@ -117,8 +117,6 @@ class Timer:
 
 @dataclass
 class Candidate:
-    """An optimizer and its timers."""
-
     name: str
     optimizer: Optimizer
     own: Timer  # of steps at its own interval

@@ -17,8 +17,6 @@ STEP = 8  # widths that --params chooses are multiples of it
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """Shapes of all parameters, and what the set is called in titles and file names."""
-
     name: str
     shapes: tuple[Shape, ...]
 
@@ -32,15 +30,6 @@ def layer(width: int) -> tuple[Shape, ...]:
     return (3 * width, width), (width, width), (4 * width, width), (width, 4 * width)
 
 
-def gated_layer(width: int, hidden: int, keys: int) -> tuple[Shape, ...]:
-    """Return the matrices of a layer of a Llama: query, key, value, output; gate, up, down (of ``hidden`` width).
-
-    Keys and values have as many columns as ``keys``: ``width`` unless heads share them.
-    """
-    attention = (width, width), (keys, width), (keys, width), (width, width)
-    return (*attention, (hidden, width), (hidden, width), (width, hidden))
-
-
 def transformer(width: int) -> tuple[Shape, ...]:
     """Return four layers (matrices, their biases and two norms each) and an output layer.
 
@@ -52,7 +41,13 @@ def transformer(width: int) -> tuple[Shape, ...]:
 
 
 def _llama(width: int, hidden: int, keys: int, layers: int) -> tuple[tuple[Shape, ...], int]:
-    return gated_layer(width, hidden, keys) * layers, (2 * 32000 + 2 * layers + 1) * width
+    """Return the matrices of all layers: query, key, value, output; gate, up, down; and how many numbers the rest has.
+
+    Keys and values have as many columns as ``keys``: ``width`` unless heads share them.
+    """
+    attention = (width, width), (keys, width), (keys, width), (width, width)
+    matrices = (*attention, (hidden, width), (hidden, width), (width, hidden)) * layers
+    return matrices, (2 * 32000 + 2 * layers + 1) * width
 
 
 # Models that --model names: the matrices that are preconditioned, and how many numbers the rest has. Llamas are those

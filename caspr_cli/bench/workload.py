@@ -24,8 +24,6 @@ class Machine:
 
 @dataclass(frozen=True)
 class Workload:
-    """Weights and their gradients, and the FLOPs of one training step."""
-
     name: str
     groups: list[Group]  # "params" and "precondition"
     grads: dict[Tensor, Tensor]

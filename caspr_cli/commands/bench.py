@@ -77,7 +77,6 @@ def ranks(text: str) -> list[int]:
 
 
 def parser() -> Parser:
-    """Return the parser of the command line."""
     made = Parser(
         "caspr-bench",
         usage="caspr-bench [options]",
@@ -319,7 +318,6 @@ def ratio(value: float | None) -> str:
 
 
 def next_commands(args: argparse.Namespace) -> list[str]:
-    """Return what to try now."""
     if args.task:
         scale = f" scale={args.scale}" if args.scale else ""
         entry, *own = args.optim[0].split(":")
@@ -334,7 +332,6 @@ def next_commands(args: argparse.Namespace) -> list[str]:
 
 @console_script
 def main() -> int:
-    """Run the console script. Return the exit code."""
     try:
         run(parse(sys.argv[1:]))
     except KeyboardInterrupt:

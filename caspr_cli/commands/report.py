@@ -84,7 +84,6 @@ SOURCES = ("tensorboard", "csv", "wandb", "mlflow")
 
 
 def parser() -> Parser:
-    """Return the parser of the command line, with a subparser for each command."""
     about = "Compare records, with error bars. It only reads files, also while runs go on."
     made = Parser("caspr-report", description=about, epilog=EXAMPLES)
     made.add_argument("--version", action="version", version=f"caspr-report {__version__}")
@@ -131,7 +130,6 @@ def parser() -> Parser:
 
 
 def _add_logs(one: Parser) -> None:
-    """Add the flags that say how logs of other programs are read."""
     own = one.add_argument_group("your own logs (caspr-report compare --help has examples)")
     own.add_argument("--from", dest="kind", metavar="KIND", choices=SOURCES, help="what PATHS hold, in place "
                      f"of records: {', '.join(SOURCES)}")  # fmt: skip
@@ -379,7 +377,6 @@ def _contents(args: argparse.Namespace, file: Path, made: Sequence[Table]) -> It
 
 @console_script
 def main() -> int:
-    """Run the console script. Return the exit code."""
     return run(parse(sys.argv[1:]))
 
 

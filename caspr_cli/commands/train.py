@@ -114,7 +114,6 @@ def hanging(text: str, indent: int) -> str:
 
 @console_script
 def main() -> int:
-    """Run the console script. Return the exit code."""
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(usage(), end="")
@@ -329,7 +328,6 @@ def show(composer: Composer, flags: argparse.Namespace) -> None:
 
 
 def reason(error: Exception, keys: Callable[[], DictConfig], argv: list[str]) -> str:
-    """Return the message for a mistake."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return not_installed(error, argv) or explain(error, keys, argv)
     return cause(error) if isinstance(error, OSError) else str(error).splitlines()[0]

@@ -41,13 +41,10 @@ exits    0 done   1 a statement that should hold did not   2 bad usage
 
 
 def flags(choice: type[Choice]) -> list[Field[Any]]:
-    """Return the fields that are flags."""
     return [each for each in fields(choice) if each.metadata]
 
 
 def parser() -> Parser:
-    """Return the parser of the command line, with a subparser for each question."""
-
     made = Parser(
         "caspr-verify",
         description="The paper's claims on real gradients, checked, with tables and figures.",
@@ -150,7 +147,6 @@ def judged(made: Sequence[Answer]) -> int:
 
 @console_script
 def main() -> int:
-    """Run the console script. Return the exit code."""
     return run(parse(sys.argv[1:]))
 
 

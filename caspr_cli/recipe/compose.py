@@ -89,7 +89,8 @@ def _drawn(plain: Mapping[str, Any], trial: Any, given: Iterable[str]) -> dict[s
     name, space = plain["search"]["name"], plain["search"]["space"]
     if name is None:
         if trial is not None:
-            raise ConfigError(f"trial={trial} needs a search: add search=NAME (choices: {', '.join(_searches())})")
+            known = ", ".join(word for word in choices("search") if word != "none")
+            raise ConfigError(f"trial={trial} needs a search: add search=NAME (choices: {known})")
         return {}
     if trial is None:
         raise ConfigError(f"search={name}: add -m trial='range({plain['search']['trials']})', or one trial")
@@ -129,10 +130,6 @@ def valid(recipe: Recipe, values: Mapping[str, Any]) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _searches() -> list[str]:
-    return [name for name in choices("search") if name != "none"]
 
 
 def _build(plain: dict[str, Any]) -> Recipe:

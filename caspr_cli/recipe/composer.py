@@ -25,8 +25,6 @@ UNTUNED = "~tuned@_global_"  # leaves out what was found by tuning on the data o
 
 
 class Composed(NamedTuple):
-    """A composed config."""
-
     recipe: DictConfig  # typed
     hydra: DictConfig
 
@@ -121,7 +119,6 @@ class Composer:
             raise ConfigError(explain(error, partial(self.keys, given), given)) from error
 
     def hydra(self, given: Sequence[str]) -> DictConfig:
-        """Return Hydra's own part of a config."""
         return self._base(given)[0].hydra
 
     def launcher(self, given: Sequence[str], folder: str) -> dict[str, Any]:

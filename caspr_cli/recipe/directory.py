@@ -42,8 +42,6 @@ def use(directory: str | None) -> None:
 
 
 class Lookup(SearchPathPlugin):
-    """Adds the directories to Hydra's search path."""
-
     directories: ClassVar[list[str]] = []
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -52,8 +50,6 @@ class Lookup(SearchPathPlugin):
 
 
 class Files(ConfigSource):
-    """Gives Hydra the files of a directory."""
-
     loaded: ClassVar[list[str]] = []
 
     @staticmethod
@@ -155,7 +151,6 @@ def _refuse(file: str, line: int, why: str) -> NoReturn:
 
 
 def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
-    """Yield the children of a node."""
     if isinstance(node, yaml.MappingNode):
         for pair in node.value:
             yield from pair

@@ -77,23 +77,9 @@ CasprConf, AdamWConf, SGDConf = (OPTIMIZERS[name] for name in ("caspr", "adamw",
 
 # Of the model; statistics and roots of the optimizer keep their own.
 Precision = Enum("Precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"])
-
-
-class Accelerator(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    gpu = "gpu"
-
-
-class Strategy(Enum):
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class Decay(Enum):
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
+Accelerator = Enum("Accelerator", {"auto": "auto", "cpu": "cpu", "gpu": "gpu"})
+Strategy = Enum("Strategy", {"ddp": "ddp", "fsdp": "fsdp"})
+Decay = Enum("Decay", {"constant": "constant", "linear": "linear", "cosine": "cosine"})
 
 
 class Resume(Enum):

@@ -128,7 +128,6 @@ def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def has(plain: Mapping[str, Any], key: str) -> bool:
-    """Return whether a config has a dotted key."""
     try:
         _at(plain, key)
     except (KeyError, IndexError, TypeError, ValueError):

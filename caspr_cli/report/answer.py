@@ -66,7 +66,6 @@ class Answer:
 
 
 def judged(found: Sequence[bool]) -> str:
-    """Return yes if all of these hold, no if none does, and else mixed."""
     return YES if all(found) else MIXED if any(found) else NO
 
 
@@ -131,7 +130,6 @@ def visible(answer: Answer) -> dict[str, DataFrame]:
 
 
 def lines(answer: Answer, width: int = WIDTH) -> Iterator[str]:
-    """Yield question, formula, answer, claims and tables."""
     yield from textwrap.wrap(answer.question, width)
     if answer.formula:
         yield from ["", f"  {answer.formula}"]
@@ -245,7 +243,6 @@ def origin(answer: Answer) -> str:
 
 
 def summary(answer: Answer) -> str:
-    """Return how many claims held, and how many counterexamples were checked."""
     held = sum(held for _, held in answer.claims)
     said = [f"{held} of {count(len(answer.claims), 'statement')} held"] if answer.claims else []
     if n := len(answer.counterexamples):

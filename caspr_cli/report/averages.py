@@ -11,8 +11,6 @@ BAND = 3  # seeds from which on a curve has a band: at two the interval is nine 
 
 @dataclass(frozen=True)
 class Curve:
-    """A row over its validations."""
-
     label: str
     n: int  # runs that are averaged: the finished ones, or those there are if none is
     finished: bool  # whether `n` counts finished runs

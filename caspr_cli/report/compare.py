@@ -8,7 +8,7 @@ from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.format import count, listed
 from caspr_cli.report import consistency, stats
 from caspr_cli.report.format import verdict
-from caspr_cli.report.horizon import HORIZON, LENGTH, with_own_schedules
+from caspr_cli.report.horizon import HORIZON, LENGTH, own_schedule
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.provenance import data_hash
 from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, rows_of, set_by_hand, without_name
@@ -146,7 +146,7 @@ def _table(
         ]
         rows += [row for part in reported for row in part]
         shorter += more
-    rows = sorted(with_own_schedules(rows, shorter), key=_place)
+    rows = sorted((row.but(own_schedule=own_schedule(row, [*rows, *shorter])) for row in rows), key=_place)
     rows, chosen, unmatched = compared(rows, baseline)
     differ = consistency.targets_differ(rows, target) if subject.target is None else []
     warnings = (*consistency.warnings(rows), *differ, *unmatched)

@@ -78,7 +78,6 @@ def as_latex(tables: Sequence[Table], command: str) -> str:
 
 
 def as_markdown(tables: Sequence[Table], command: str) -> str:
-    """Return all tables with their warnings, and how to read them."""
     parts = [f"**{markdown_text(headline(tables))}**", markdown_text(clock(tables))]
     parts += [part for table in tables for part in _table(table)]
     parts.append(f"{format.LEGEND} {format.BOLD} {format.sentence(format.LEGEND_OF_MARKS)}")
@@ -96,7 +95,6 @@ def _table(table: Table) -> Iterator[str]:
 
 
 def trials_as_markdown(tables: Sequence[Table], command: str) -> str:
-    """Return every trial of each table."""
     found = [(format.title(table), tuning.trials(table)) for table in tables]
     parts = [
         f"## {markdown_text(title)}\n\n{markdown_text(made.caption)}\n\n{render.markdown(made)}"

@@ -27,7 +27,6 @@ TESTS = "a paired t-test where all seeds of the row or of the baseline are commo
 
 
 def sentence(text: str) -> str:
-    """Return the text with a capital letter at its beginning."""
     return text[0].upper() + text[1:]
 
 
@@ -259,7 +258,6 @@ def _horizon(table: Table) -> str:
 
 
 def baseline(table: Table) -> str:
-    """Return what rows are compared with, in words."""
     return f"each optimizer's own row with {table.baseline}" if table.own_baselines else str(table.baseline)
 
 
@@ -269,7 +267,6 @@ def comparison(row: Row) -> str:
 
 
 def marked(row: Row) -> str:
-    """Return the comparison with the mark of its verdict."""
     return f"{MARKS[row.kind]} {comparison(row)}" if row.kind else ""
 
 

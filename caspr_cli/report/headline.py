@@ -163,7 +163,6 @@ def _ratio(row: Row, base: Row) -> float | None:
 
 
 def _step(runs: Sequence[Run]) -> float | None:
-    """Return the median seconds of a training step, of runs that are done."""
     found = [
         run.result["seconds"] / run.result["steps"]
         for run in runs

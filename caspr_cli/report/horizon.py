@@ -17,16 +17,11 @@ LENGTH = "trainer.max_steps"
 HORIZON = "horizon"  # a key of runs that are only there for the length of a schedule
 
 
-def with_own_schedules(rows: Sequence[Row], shorter: Sequence[Row]) -> list[Row]:
-    """Return the rows, each with the shortest whole run that reached the target, if there are shorter runs.
+def own_schedule(row: Row, rows: Sequence[Row]) -> OwnSchedule | None:
+    """Return the shortest length whose mean over the seeds of the row reaches the target; None if no run is shorter.
 
-    ``shorter`` are more rows, of runs with ``horizon``, which are in no table.
+    ``rows``: of the table, and of runs with ``horizon``, which are in no table.
     """
-    return [row.but(own_schedule=_own(row, [*rows, *shorter])) for row in rows]
-
-
-def _own(row: Row, rows: Sequence[Row]) -> OwnSchedule | None:
-    """Return the shortest length whose mean over the seeds of the row reaches the target; None if no run is shorter."""
     length, seeds = row.settings.get(LENGTH), {run.seed for run in row.runs}
     if row.target is None or row.selected is None or not isinstance(length, int):
         return None

@@ -45,8 +45,6 @@ class Place:
 
 @dataclass(frozen=True)
 class Board:
-    """What packs hold."""
-
     places: tuple[Place, ...]  # the rows that are ranked
     tables: tuple[Table, ...]  # of their records, those of one task together
     refused: dict[str, list[str]]  # by pack, why its rows, or some, are not ranked

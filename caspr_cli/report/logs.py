@@ -287,7 +287,6 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:
-    """Yield a note for runs that end too early, and for different ends."""
     if short := [run.path for run in runs if str(run.status.get("error") or "").startswith("ends at")]:
         s = "s" * (len(short) == 1)
         yield f"{listed(short, 4)}: end{s} too early and count{s} as failed (--at best or --at STEP, if that was meant)"

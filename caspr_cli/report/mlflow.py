@@ -41,7 +41,6 @@ def read_mlflow(root: Path, asked: Asked, into: Found) -> Iterator[str]:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """Return the contents of the files below a folder, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {file.relative_to(folder).as_posix(): file.read_text(encoding="utf8", errors="replace") for file in files}
 

@@ -38,8 +38,6 @@ def point(step: Any, seconds: Any, value: Any) -> Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One record."""
-
     path: str  # its directory; for a packed record, `<file>:<path it had>`
     config: dict[str, Any]  # dotted keys of the recipe, as `optim.lr`; a list is one value
     status: dict[str, Any]  # status, result, provenance: the JSON files; empty where there is none yet
@@ -194,7 +192,6 @@ class Row:
 
     @property
     def selected(self) -> Trial | None:
-        """The best trial; None if none is done."""
         return None if self.choice.best is None else self.trials[self.choice.best]
 
     @property

@@ -63,7 +63,6 @@ def answers(made: Sequence[Answer], title: str) -> str:
 
 
 def compared(tables: Sequence[Table], command: str) -> str:
-    """Return the page of some tables, with their performance profile."""
     tasks = listed(list(dict.fromkeys(table.task for table in tables)))
     return page(tables, profile.profile(tables, "steps"), f"Optimizers compared on {tasks}", command)
 
@@ -147,7 +146,6 @@ def _by_place(tables: Sequence[Mapping[str, Row]]) -> list[str]:
 
 
 def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
-    """Return each figure that there is, with its caption."""
     counts: dict[int, list[str]] = {}
     for row in table.rows:
         if row.n:

@@ -22,8 +22,6 @@ NOT_ALGOPERF = "AlgoPerf's is of wall-clock times, and of the fastest trial; her
 
 @dataclass(frozen=True)
 class Profile:
-    """Times to target over tasks."""
-
     unit: str  # of time: `steps` or `seconds`
     tasks: tuple[str, ...]  # those that have a target
     # by label, for each task the row's time over the task's best; infinite where it was not reached
@@ -32,7 +30,6 @@ class Profile:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Return the score of each label, the best first."""
         found = {label: score(ratios) for label, ratios in self.ratios.items()}
         return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 

@@ -22,7 +22,6 @@ def hardware(run: Run) -> str:
 
 
 def machine(run: Run) -> str:
-    """Return processor, cores and operating system."""
     found = run.provenance.get("machine") or {}
     cores = f"{found['cores']} cores" if found.get("cores") else ""
     return ", ".join(filter(None, [found.get("processor"), cores, found.get("system")]))

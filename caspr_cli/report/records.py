@@ -63,8 +63,6 @@ def find(paths: Sequence[Path]) -> Records:
 
 
 def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
-    """Yield the directories that are records."""
-
     def failed(error: OSError) -> None:
         warnings.append(f"{error.filename}: cannot be read ({error.strerror})")
 

@@ -26,8 +26,6 @@ MORE = "a wider terminal, --json or --to"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a sheet."""
-
     head: str
     cells: tuple[str, ...]
     right: bool = True
@@ -43,7 +41,6 @@ class Sheet:
     caption: str = ""
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.columns[0].cells)
 
     @property

@@ -82,7 +82,6 @@ class Summary:
 
 
 def summary(values: Iterable[float]) -> Summary:
-    """Return number, mean, standard deviation and interval of some values."""
     array = np.asarray([*values], dtype=float)
     n, mean = array.size, float(array.mean()) if array.size else None
     if mean is None or n < 2:

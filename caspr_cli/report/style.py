@@ -128,7 +128,6 @@ def recoloured(svg: str, colours: Mapping[str, str]) -> str:
 
 
 def dark(svg: str) -> str:
-    """Return a figure for a dark ground."""
     return recoloured(svg, dict(PALETTE.values()))
 
 

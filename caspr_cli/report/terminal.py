@@ -75,7 +75,6 @@ def table_lines(made: Table, width: int, *, bold: bool = False) -> Iterator[str]
 
 
 def profiled(found: Profile, width: int, *, bold: bool = False) -> Iterator[str]:
-    """Yield a performance profile, and how to read it."""
     notes = [line for text in found.left_out for line in wrapped(f"note     {text}", width)]
     if not found.tasks:
         yield from ["profile  no task has a target: there is nothing to compare", *notes]
@@ -122,7 +121,6 @@ def _different_settings(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def record_lines(run: Run, width: int = 110) -> Iterator[str]:
-    """Yield one record in words."""
     config, result, status = run.config, run.result, run.status
     words = {"search": config.get("search.name"), "trial": config.get("trial")}
     trial = "".join(f" {key}={value}" for key, value in words.items() if value is not None)

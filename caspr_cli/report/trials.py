@@ -29,8 +29,6 @@ def why(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial and its outcome."""
-
     trial: Trial
     value: float | None  # its mean over the seeds that all trials of the row share; None if it has none that is finite
     # the metric at the seeds with which the best trials were run again, as far as they have ended

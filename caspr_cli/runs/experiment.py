@@ -99,7 +99,6 @@ class Experiment:
         return self.jobs.get("search", "none") != "none"
 
     def shared(self) -> list[str]:
-        """Return the overrides of both sweeps."""
         return [f"{key}={value}" for key, value in self.jobs.items() if key != "seed"]
 
     def tuning(self, trials: range) -> list[str]:
@@ -137,7 +136,6 @@ class Row:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """All runs that are known."""
         return self.tuning + self.again + self.reported + self.untuned
 
     @property

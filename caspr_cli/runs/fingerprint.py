@@ -53,7 +53,6 @@ def take(root: Path, files: Iterable[Path]) -> Stamps:
 
 
 def keep(record: Record, taken: Stamps) -> None:
-    """Write the stamps into the record."""
     record.write(FILE, {"files": taken})
 
 

@@ -73,7 +73,6 @@ def _busy(folder: Path) -> set[int]:
 
 
 def main(folder: str) -> int:
-    """Return the exit code, 0."""
     if not os.read(0, 1):
         end(Path(folder), PATIENCE)
     return 0

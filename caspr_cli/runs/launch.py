@@ -62,8 +62,6 @@ TAIL = 1 << 16  # bytes of a log in which a message is looked for
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
-
     record: Record
     exit_code: int
     ran: bool  # False: it was done before, or had failed and was not to be retried

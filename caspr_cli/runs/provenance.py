@@ -32,18 +32,14 @@ def collect(command: list[str], recipe: Recipe | None = None) -> dict[str, Any]:
 
     The task or optimizer of ``recipe`` may be of another package, whose version is noted, too.
     """
+    machine = {"host": platform.node(), "system": platform.platform()}
     return {
         "command": command,
         "caspr_cli": __version__,
         "code": _git(PACKAGE.parent),
         "python": sys.version.split()[0],
         "packages": {name: installed(name) for name in PACKAGES} | brought(recipe),
-        "machine": {
-            "host": platform.node(),
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": cores(),
-        },
+        "machine": machine | {"processor": _processor(), "cores": cores()},
     }
 
 

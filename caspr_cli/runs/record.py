@@ -56,8 +56,6 @@ class RecordBusyError(Exception):
 
 
 class Record:
-    """Names and files of one record."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
@@ -103,7 +101,6 @@ class Record:
         write_whole(self.path / name, json.dumps(finite(content, infinities=False), indent=2, allow_nan=False) + "\n")
 
     def update_status(self, **changes: Any) -> None:
-        """Merge ``changes`` into ``status.json``."""
         self.write("status.json", self.status | changes | {"updated": now()})
 
     @contextmanager

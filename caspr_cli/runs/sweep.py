@@ -132,7 +132,6 @@ class Sweep:
             part.replace(file)
 
     def jobs(self) -> list[Job]:
-        """Return all jobs, by number."""
         found = [Job(**json.loads(file.read_text(encoding="utf8"))) for file in self.folder.glob("job*.json")]
         return sorted(found, key=lambda job: job.number)
 
@@ -210,7 +209,6 @@ def jobs_at_once(launcher: Mapping[str, Any], jobs: int, cores: int) -> int | No
 
 
 def gpu_files() -> list[Path]:
-    """Return the device files of this machine's GPUs."""
     return list(Path("/dev").glob("nvidia[0-9]*"))
 
 

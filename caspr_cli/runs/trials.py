@@ -157,7 +157,6 @@ def rounds(extend: bool | int) -> int:
 
 
 def tops(number: int) -> list[str]:
-    """Return the words for the first places."""
     return [f"top{place}" for place in range(1, number + 1)]
 
 

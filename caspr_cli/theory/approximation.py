@@ -164,7 +164,6 @@ def _cosines(cosines: DataFrame) -> str:
 
 
 def last(cases: DataFrame) -> DataFrame:
-    """Return the cases of each task's last step."""
     return cases[cases["step"] == cases.groupby("task")["step"].transform("max")]
 
 
@@ -181,7 +180,6 @@ def places(cases: DataFrame) -> Series:
 
 
 def finding(cases: DataFrame) -> str:
-    """Return the answer in one sentence."""
     real = cases[cases["task"] != NOISE]
     found, place = means(real, "root").drop(index=list(ORACLES)), places(cases)
     wins = found.idxmax().value_counts(sort=True)

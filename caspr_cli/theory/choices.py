@@ -13,7 +13,6 @@ OURS = [name for name in TASKS if plugins.package(plugins.TASKS, name) is None] 
 
 
 def natural(text: str) -> int:
-    """Return a seed."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"should be 0, 1, 2, ... but is {text}")
     return int(text)

@@ -95,7 +95,6 @@ def shares(model: Model, large: DataFrame) -> list[float]:
 
 
 def finding(model: Model, large: DataFrame) -> str:
-    """Return the answer in one sentence."""
     here, *paper = (100 * share for share in shares(model, large))
     return (
         f"A step of CASPR has {here:.1f} % of the FLOPs of training {model.task} "
@@ -133,7 +132,6 @@ def _table(name: str, runs: DataFrame) -> DataFrame:
 
 
 def _note(name: str, runs: DataFrame) -> str:
-    """Return a summary of the rows of a table."""
     if name == "width":
         a, b = (runs.iloc[-k] for k in (2, 1))
         power = {key: math.log(b[key] / a[key]) / math.log(b["width"] / a["width"]) for key in runs if "total" in key}
@@ -165,7 +163,6 @@ def _model(model: Model) -> DataFrame:
 
 
 def _divided() -> tuple[int, DataFrame]:
-    """Return the number of blocks, and how they are divided."""
     optimizer = CASPR(stand_ins(layer(RANKED) * LAYERS))
     return sum(one[-1] for one in blocks_of(optimizer)), DataFrame(cost_runs.divided(optimizer, n) for n in RANKS)
 
@@ -243,8 +240,8 @@ def _options_figure(runs: dict[str, DataFrame]) -> Figure:
     swept = [_measured(runs[name], "total", name, name.replace("_", " ")) for name in ("block_size", "interval")]
     data, width = concat(swept).rename(columns={"x": ""}), runs["interval"]["width"][0]
     title = f"Milliseconds of a step by block size and by interval, width {width}, measured and predicted."
-    finish = panels.linear(ylim=(0, None))
-    return panels.figure("options", title, data, MEASURED, ("part", "line", "", "ms"), finish=finish)
+    columns = ("part", "line", "", "ms")
+    return panels.figure("options", title, data, MEASURED, columns, finish=lambda axes: axes.set(ylim=(0, None)))
 
 
 def _scale_figure(large: DataFrame) -> Figure:

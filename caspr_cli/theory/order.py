@@ -106,7 +106,6 @@ def last_real(cases: DataFrame) -> DataFrame:
 
 
 def finding(cases: DataFrame) -> str:
-    """Return the answer in one sentence."""
     broken = [key for key in CLAIMS if failures(cases, key)]
     if broken:
         return f"{len(broken)} of {len(CLAIMS)} statements that should hold failed at least once."
@@ -141,7 +140,6 @@ def counterexamples(cases: DataFrame) -> DataFrame:
 
 
 def traces(cases: DataFrame) -> DataFrame:
-    """Return the traces of the chain at the last step."""
     last = last_real(cases)
     kept = last[[f"trace {name}" for name in NAMES]].set_axis(NAMES, axis=1)
     saved = 100 * (1 - kept.div(kept["shampoo"], axis=0))

@@ -81,11 +81,6 @@ def logarithmic(**properties: Any) -> Callable[[Axes], None]:
     return finish
 
 
-def linear(**properties: Any) -> Callable[[Axes], object]:
-    """Return what sets properties of the axes."""
-    return lambda axes: axes.set(**properties)
-
-
 def _draw(axes: Axes, title: str, means: DataFrame, sds: DataFrame, styles: Mapping[str, Style], *, log: bool) -> None:
     axes.set_title(title, loc="left", fontsize=9)
     axes.set_axisbelow(True)

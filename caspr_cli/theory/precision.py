@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Precision:
-    """A floating point format."""
-
     name: str
     bits: int  # of the significand, with the one that is not stored
 

@@ -10,22 +10,10 @@ from torch import Tensor
 
 from caspr_cli.report import style
 from caspr_cli.report.answer import Answer, Figure, judged, table
-from caspr_cli.theory import panels
+from caspr_cli.theory import online, panels
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.online import (
-    DEPARTURES,
-    HALVINGS,
-    METHODS,
-    RUNGS,
-    Method,
-    Played,
-    Runs,
-    of_theorem,
-    play,
-    play_all,
-    traces,
-)
+from caspr_cli.theory.online import DEPARTURES, HALVINGS, METHODS, RUNGS, Method, Played, Runs
 from caspr_cli.theory.problems import all_problems, forgetting
 
 QUESTION = "Is CASPR's regret smaller than Shampoo's, as its smaller bound suggests?"
@@ -53,15 +41,14 @@ Example = Sequence[tuple[Method, Runs]]
 
 
 def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
-    """Return regret and bounds of all methods on all problems."""
     log("problems: the best W of each")
     problems = all_problems(rounds=QUICK_ROUNDS if choice.quick else ROUNDS, seeds=list(choice.all_seeds))
-    played = [play_all(problem, method, log) for problem in problems for method in METHODS]
-    departed = [play_all(problem, method, log) for problem in problems for method in DEPARTURES]
-    chains = {problem.name: traces(problem, ORDERS) for problem in problems}
+    played = [online.play_all(problem, method, log) for problem in problems for method in METHODS]
+    departed = [online.play_all(problem, method, log) for problem in problems for method in DEPARTURES]
+    chains = {problem.name: online.traces(problem, ORDERS) for problem in problems}
     log("a sequence on which moving averages fail")
     hard = forgetting(EXAMPLE_ROUNDS // 8 if choice.quick else EXAMPLE_ROUNDS)
-    example = [(method, play(hard, method, *of_theorem(hard, method))) for method in EXAMPLE]
+    example = [(method, online.play(hard, method, *online.of_theorem(hard, method))) for method in EXAMPLE]
     seen, others, claims = frame(played), frame(departed), claims_of(played, chains)
     return Answer(
         name="regret",
@@ -161,7 +148,6 @@ def ratios(seen: DataFrame) -> Series:
 
 
 def finding(seen: DataFrame, held: bool) -> str:
-    """Return the answer in one sentence."""
     if not held:
         return "A bound or a step of its proof failed: see the statements."
     ratio, share = ratios(seen), seen.loc[seen["method"] == "CASPR", "share"]

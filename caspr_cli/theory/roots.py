@@ -115,7 +115,6 @@ def reach(cases: DataFrame) -> dict[str, float]:
 
 
 def finding(default: DataFrame) -> str:
-    """Return the answer in one sentence."""
     far = {name: f"{k:.0e}" if k == k else "no condition" for name, k in reach(default).items()}
     return (
         f"With the default damping of {DEFAULT:g}, float32 roots are within {GOOD:.0%} up to a condition of "

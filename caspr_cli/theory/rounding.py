@@ -34,19 +34,9 @@ from caspr_cli.optim.refresh import ACCEPTED
 from caspr_cli.optim.roots import Root, bound, newton_steps, residual
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.solve import newton_products
+from caspr_cli.theory import solvers
 from caspr_cli.theory.precision import Precision
-from caspr_cli.theory.solvers import (
-    MATRICES_HELD,
-    SOLVERS,
-    Matrix,
-    NewtonWatch,
-    P,
-    Solver,
-    distance,
-    least_seconds,
-    peak_bytes,
-    product_rate,
-)
+from caspr_cli.theory.solvers import SOLVERS, Matrix, P, Solver
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 SMALL = 0.02  # predicted errors up to here are in the reach of a first order
@@ -104,7 +94,6 @@ def worst_case(delta: float, condition: float, p: int) -> float:
 def cases(
     d: int, conditions: Iterable[float], dampings: Iterable[float], exponents: Iterable[int], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each matrix, exponent, damping and solver."""
     plans = list(product(exponents, dampings, SOLVERS))
     for condition, seed in product(conditions, seeds):
         matrix = Matrix.drawn(d, condition, seed)
@@ -127,10 +116,10 @@ def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]
         roundings: c, see :mod:`caspr_cli.theory.rounding`.
     """
     seen = solver.matrix(matrix.S)
-    with solver.products(), NewtonWatch() as watch:
+    with solver.products(), solvers.NewtonWatch() as watch:
         root = solver.run(seen, eps, p)
     shift = float(root.shift)
-    damped, error = matrix.values + shift, distance(root.A[0], matrix.root(shift, p))
+    damped, error = matrix.values + shift, solvers.distance(root.A[0], matrix.root(shift, p))
     finite, newton = math.isfinite(error), solver.method == "newton"
     left = float(residual(seen, root, p)) if finite else math.inf
     amplified = one_rounding(damped, solver.precision, p)
@@ -174,14 +163,14 @@ def cost_of(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any
     def run() -> Root:
         return solver.run(seen, eps, p)
 
-    with NewtonWatch() as watch:
+    with solvers.NewtonWatch() as watch:
         run()
     cubes = EIGH_FLOPS if solver.method == "eigh" else 2 * watch.steps * newton_products(p)
     flops = float(cubes * d**3)
-    row = {"d": d, "solver": solver.method, "mb": peak_bytes(run) / 1e6}
-    row |= {"ms": 1e3 * least_seconds(run), "predicted_ms": 1e3 * flops / product_rate(d)}
+    row = {"d": d, "solver": solver.method, "mb": solvers.peak_bytes(run) / 1e6}
+    row |= {"ms": 1e3 * solvers.least_seconds(run), "predicted_ms": 1e3 * flops / solvers.product_rate(d)}
     row |= {"flops": flops, "steps": watch.steps or math.nan}
-    return row | {"predicted_mb": MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
+    return row | {"predicted_mb": solvers.MATRICES_HELD[solver.method] * d * d * seen.element_size() / 1e6}
 
 
 def constants_of(bare: DataFrame) -> DataFrame:

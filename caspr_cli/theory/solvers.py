@@ -53,8 +53,6 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Solver:
-    """One way to find a root."""
-
     name: str
     precision: Precision  # whose roundings its error is made of
     stored: Precision  # the type in which S is given to it
@@ -122,7 +120,6 @@ def distance(A: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use this many threads inside the context."""
     own = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

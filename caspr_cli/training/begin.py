@@ -44,7 +44,9 @@ def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
     progress = Progress(recipe.trainer.max_steps, task.unit) if rank == 0 else None
     if progress:
         _show_log(progress)
-    _refuse_options(recipe)  # now: data may take hours
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
+    with naming_the_key(recipe):  # refuse now the options that no model could be trained with: data may take hours
+        build(recipe.optim.name, [group], build_options(recipe.optim))
     files, described = prepared(recipe, task)  # safe on all ranks at once
     fingerprint.refuse_changed(recipe, record, described)
     if progress:
@@ -64,13 +66,6 @@ def naming_the_key(recipe: Recipe) -> Iterator[None]:
             if plugins.package(plugins.OPTIMIZERS, recipe.optim.name):
                 raise
             raise ConfigError(f"optim.{error}") from error
-
-
-def _refuse_options(recipe: Recipe) -> None:
-    """Refuse options that no model could be trained with."""
-    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
-    with naming_the_key(recipe):
-        build(recipe.optim.name, [group], build_options(recipe.optim))
 
 
 def _show_log(progress: Progress) -> None:

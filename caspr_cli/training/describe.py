@@ -7,7 +7,6 @@ of the data.
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -38,27 +37,21 @@ def prepared(recipe: Recipe, task: Task) -> tuple[fingerprint.Stamps | None, dic
         return taken, task.describe_data()
 
 
-def answer(question: str, recipe: Recipe) -> Iterator[str]:
-    """Yield the lines to print."""
-    if question == "plan":
-        from caspr_cli.training.plan import plan, table  # slow, and not needed for the data
-
-        with blaming(recipe, plugins.TASKS):
-            found = plan(recipe)
-        yield from table(found)
-    else:
-        taken, data = prepared(recipe, tasks.load(recipe.task, recipe.seed))
-        yield json.dumps({"files": taken or {}, "data": data})
-
-
 def main(question: str) -> int:
     """Return the exit code: 0, or 2 after one line that says what is wrong."""
     recipe = compose.parse(sys.stdin.read())
     logging.basicConfig(format="%(message)s")
     logging.getLogger("caspr").setLevel(logging.INFO)
     try:
-        for line in answer(question, recipe):
-            print(line)
+        if question == "plan":
+            from caspr_cli.training.plan import plan, table  # slow, and not needed for the data
+
+            with blaming(recipe, plugins.TASKS):
+                found = plan(recipe)
+            print("\n".join(table(found)))
+        else:
+            taken, data = prepared(recipe, tasks.load(recipe.task, recipe.seed))
+            print(json.dumps({"files": taken or {}, "data": data}))
     except (ConfigError, DataError, OSError) as error:  # OSError: the disk of the cache is full
         complain(str(error).splitlines()[0])
         return 2

@@ -53,7 +53,8 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
     torch.manual_seed(recipe.seed)
     with blaming(recipe, plugins.TASKS):
         module = TrainingModule(task, task.model(), recipe)
-        optimizer = _optimizer(module)
+        with naming_the_key(recipe):  # a throwaway one: options that do not fit are refused before anything is written
+            optimizer = module.configure_optimizers()["optimizer"]
         _check_target(recipe, task)
         data = TaskData(task, recipe, start=start.step, rank=rank, world=world)
     writing = Recorder(record, recipe, start.step, start.lines) if rank == 0 else nullcontext()
@@ -64,7 +65,11 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            origin = _keep_origin(record, described, begun.files, _device(trainer, optimizer, world))
+            where = {"data": described, "device": _device(trainer, optimizer, world)}
+            origin = provenance.completed(record.read(PROVENANCE), where)
+            record.write(PROVENANCE, origin)
+            if begun.files is not None:
+                fingerprint.keep(record, begun.files)
             recorder.pages()
             with blaming(recipe, plugins.TASKS):
                 header = _header(module, optimizer, trainer, world)
@@ -87,15 +92,6 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
         return _result(recipe, module, trainer, curves)
 
 
-def _keep_origin(record: Record, described: object, files: fingerprint.Stamps | None, device: object) -> dict[str, Any]:
-    """Write what this attempt runs with into the record, and return what all attempts ran with."""
-    origin = provenance.completed(record.read(PROVENANCE), {"data": described, "device": device})
-    record.write(PROVENANCE, origin)
-    if files is not None:
-        fingerprint.keep(record, files)
-    return origin
-
-
 @contextmanager
 def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
     """Name a checkpoint whose checksums are right and whose content does not fit the run."""
@@ -106,12 +102,6 @@ def _naming_the_checkpoint(start: Start, data: TaskData) -> Iterator[None]:
         if start.checkpoint is None or data.begun or not of_shape:
             raise
         raise RecordDamagedError(start.checkpoint, "it does not fit this run's model or optimizer") from error
-
-
-def _optimizer(module: TrainingModule) -> Any:
-    """Return a throwaway optimizer; refuses options that do not fit this model before anything is written."""
-    with naming_the_key(module.recipe):
-        return module.configure_optimizers()["optimizer"]
 
 
 def _check_target(recipe: Recipe, task: Task) -> None:

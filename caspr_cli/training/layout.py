@@ -19,7 +19,6 @@ def compared(metric: str) -> tuple[str, str]:
 
 
 def layout(metric: str) -> Layout:
-    """Return the page of a run."""
     return {
         FIRST: {tag: _lines(tag) for tag in compared(metric)},
         "cost": {

@@ -126,7 +126,6 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def table(found: Plan) -> list[str]:
-    """Return the lines to print."""
     total = found.model_flops + sum(row.count * row.flops for row in found.rows)
     heads = ["tensor", "count", "shape", "blocks", "treatment", "reason", "state", "FLOPs/step", "share"]
     cells = []

@@ -87,14 +87,8 @@ class Progress:
     def train(self, step: int, loss: float, lr: float, seconds_a_step: float, units_a_second: float) -> None:
         """Update the live line; in a pipe, print a line every ten seconds."""
         left = duration(seconds_a_step * (self._max_steps - step))
-        parts = [
-            f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}",
-            f"loss {loss:.4f}",
-            f"lr {lr:.2e}",
-            f"{seconds_a_step * 1000:.0f} ms",
-            f"{units_a_second:,.0f} {self._unit}/s",
-            f"{left} left",
-        ]
+        parts = [self._step(step), f"loss {loss:.4f}", f"lr {lr:.2e}", f"{seconds_a_step * 1000:.0f} ms"]
+        parts += [f"{units_a_second:,.0f} {self._unit}/s", f"{left} left"]
         line = "  ".join(parts)
         if self._live:
             done = BAR * step // self._max_steps
@@ -107,7 +101,9 @@ class Progress:
             self.say(line)
 
     def validation(self, step: int, scores: dict[str, float], note: str) -> None:
-        """Print a line for a validation."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self._last_line = time.monotonic()
-        self.say(f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {shown}{note}")
+        self.say(f"{self._step(step)}  {shown}{note}")
+
+    def _step(self, step: int) -> str:
+        return f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}"

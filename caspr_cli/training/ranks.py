@@ -84,7 +84,6 @@ def _silent(record: Record, rank: int, world: int) -> list[int]:
 
 
 def _end(record: Record, ranks: list[int]) -> None:
-    """Kill these ranks."""
     for process, rank in workers(record.path, int(os.environ.get(LAUNCHER, "0"))).items():
         if rank in ranks:
             with suppress(ProcessLookupError):

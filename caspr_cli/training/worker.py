@@ -9,21 +9,11 @@ from pathlib import Path
 from caspr_cli.common.alive import lives
 from caspr_cli.common.errors import not_installed
 from caspr_cli.common.files import disk_error
+from caspr_cli.common.shape import DONE, FAILED
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.runs.processes import LAUNCHER, device_error, memory_error
-from caspr_cli.runs.record import (
-    CUT_OFF,
-    DONE,
-    FAILED,
-    FULL,
-    PLACE,
-    PREEMPTED,
-    REFUSED,
-    RUNNING,
-    Record,
-    RecordDamagedError,
-)  # fmt: skip
+from caspr_cli.runs.record import CUT_OFF, FULL, PLACE, PREEMPTED, REFUSED, RUNNING, Record, RecordDamagedError
 
 NAMES_RANKS = ("rank ", "no rank ")  # the start of a message that names its rank
 

@@ -33,6 +33,5 @@ class Perplexity(Means):
         self.add(nats=losses.double().sum(), tokens=targets.numel(), bytes=self.byte_lengths[targets].sum())
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
         found = super().compute()
         return found | {"perplexity": found["loss"].exp(), "bits_per_byte": self.nats / math.log(2) / self.bytes}

@@ -119,7 +119,6 @@ class StandardLibrary:
 
 
 def stdlib_root() -> Path:
-    """Return the directory of the standard library's sources."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

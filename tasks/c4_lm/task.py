@@ -16,8 +16,6 @@ from caspr_cli.tasks.registry import C4LMConf
 if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
     from torchmetrics import Metric
 
-    from caspr_cli.tasks.c4_lm.metric import Perplexity
-
 
 class C4LM(Task):
     """A decoder language model on the standard library's English, on C4's shards, or on C4 from the hub.
@@ -49,7 +47,7 @@ class C4LM(Task):
         logits = model(batch[:, :-1])  # [B, T, V]
         return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
-    def metrics(self) -> Perplexity:
+    def metrics(self) -> Metric:
         from caspr_cli.tasks.c4_lm.metric import Perplexity
 
         return Perplexity(self.data.byte_lengths())

@@ -23,21 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from caspr_cli.recipe.schema import Source
+from caspr_cli.tasks import cache
 from caspr_cli.tasks.archives import files_of
 from caspr_cli.tasks.base import SPLITS, Split
-from caspr_cli.tasks.cache import (
-    META,
-    Built,
-    MappedData,
-    array_file,
-    build_once,
-    cache_root,
-    damaged,
-    digest,
-    read_array,
-    whole,
-    write_array,
-)
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.images.albums import SMALL, Album, Array, ArrayAlbum, FileAlbum, centred
 from caspr_cli.tasks.images.augment import image_augmentation
@@ -54,12 +42,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # to
 Sample = tuple[Tensor, int]
 
 
-class Decoded(MappedData[Sample]):
+class Decoded(cache.MappedData[Sample]):
     """Images that were decoded ahead: uint8 tensors ``[size, size, 3]``, each with its label."""
 
     def __init__(self, pixels: Path, labels: Path) -> None:
         super().__init__(pixels, labels)
-        self._pixels, self._labels = read_array(pixels), read_array(labels)
+        self._pixels, self._labels = cache.read_array(pixels), cache.read_array(labels)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -83,9 +71,7 @@ class Opened(Dataset[Sample]):
         return torch.from_numpy(np.array(image)), int(self._album.labels[index])
 
 
-class Gallery(Built):
-    """The images of one recipe."""
-
+class Gallery(cache.Built):
     def __init__(self, conf: ImagesConf) -> None:
         self._conf = conf
         # A random crop of an image wants all of it, unless the whole is hardly larger.
@@ -95,8 +81,8 @@ class Gallery(Built):
     def build(self) -> Path:
         source = pictures(self._conf)
         settings = [f"format {FORMAT}", f"size {self._conf.size}", f"whole {self._whole}"]
-        built = cache_root("images") / digest([*source.identity(), *settings])
-        return build_once(built, lambda aside: {"data": source.name} | self._write(source.load(aside), aside))
+        built = cache.cache_root("images") / cache.digest([*source.identity(), *settings])
+        return cache.build_once(built, lambda aside: {"data": source.name} | self._write(source.load(aside), aside))
 
     @property
     def classes(self) -> int:
@@ -114,7 +100,7 @@ class Gallery(Built):
         content = hashlib.sha256(json.dumps(found.classes).encode())
         for split in SPLITS:
             labels = found.albums[split].labels
-            write_array(aside / f"{split}_labels.npy", labels)
+            cache.write_array(aside / f"{split}_labels.npy", labels)
             content.update(labels.astype("<i8").tobytes())
         sizes = {split: {"images": count} for split, count in counts.items()}
         meta: dict[str, Any] = {"classes": found.classes, "splits": sizes}
@@ -140,7 +126,7 @@ class Gallery(Built):
 
     def check(self) -> None:
         """Raise :class:`DataError` unless all files are there, with the sizes they were written with."""
-        with whole(self.directory / META):
+        with cache.whole(self.directory / cache.META):
             counts = {split: self.meta["splits"][split]["images"] for split in SPLITS}
         for split, count in counts.items():
             self.array(f"{split}_labels", (count,))
@@ -159,10 +145,10 @@ class Gallery(Built):
             if change is None:
                 return Decoded(self.directory / f"{split}.npy", self.directory / f"{split}_labels.npy")
             return Opened(ArrayAlbum(self.array(split), labels), change)
-        with whole(self._names(split)):
+        with cache.whole(self._names(split)):
             names = json.loads(self._names(split).read_text(encoding="utf8"))
             if len(names) != len(labels):
-                raise damaged(self._names(split))
+                raise cache.damaged(self._names(split))
         album = FileAlbum(files_of(Path(str(self._conf.root)).expanduser()), names, labels)
         return Opened(album, change or partial(centred, size=self._conf.size))
 
@@ -174,10 +160,10 @@ class Gallery(Built):
 
 def _decode(album: Album, size: int, path: Path) -> Array:
     """Write all images of an album as one array ``[N, size, size, 3]``, and return it, memory-mapped."""
-    with array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
+    with cache.array_file(path, np.dtype(np.uint8), (len(album.labels), size, size, 3)) as file:
         for i in range(len(album.labels)):
             file.write(np.asarray(centred(album.image(i), size)).tobytes())
-    return read_array(path)
+    return cache.read_array(path)
 
 
 def _moments(pixels: Array) -> tuple[list[float], list[float]]:

@@ -19,8 +19,6 @@ from caspr_cli.tasks.registry import Augment, ImagesConf
 if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
     from torchmetrics import Metric
 
-    from caspr_cli.tasks.images.metric import Accuracy
-
 Batch = tuple[Tensor, Tensor]  # uint8 [B, size, size, 3] and long [B]
 
 
@@ -53,7 +51,7 @@ class Classification(Task):
             x, targets = mixup(x, F.one_hot(labels, self.data.classes).float(), self.conf.mixup)
         return F.cross_entropy(model(x).float(), targets, label_smoothing=self.conf.label_smoothing)
 
-    def metrics(self) -> Accuracy:
+    def metrics(self) -> Metric:
         from caspr_cli.tasks.images.metric import Accuracy
 
         return Accuracy()
@@ -64,7 +62,6 @@ class Classification(Task):
         metrics.update(model(self.inputs(model, images)), labels)
 
     def units(self, batch: Batch) -> int:
-        """Return the number of images in a batch."""
         return len(batch[1])
 
     def train_flops(self, model: nn.Module) -> float:

@@ -10,18 +10,8 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
+from caspr_cli.tasks import cache
 from caspr_cli.tasks.base import SPLITS, DataError, Split
-from caspr_cli.tasks.cache import (
-    META,
-    Built,
-    MappedData,
-    build_once,
-    cache_root,
-    digest,
-    read_array,
-    whole,
-    write_array,
-)
 from caspr_cli.tasks.files import reading
 from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING, Array, Graphs
 from caspr_cli.tasks.ogbg_molpcba.sources import Molecules, molecules
@@ -43,14 +33,14 @@ class Graph(NamedTuple):
     labels: Array  # [T]
 
 
-class GraphSet(MappedData[Graph]):
+class GraphSet(cache.MappedData[Graph]):
     """The graphs of a split, from a directory of the cache with an array for each field of :class:`Graphs`."""
 
     def __init__(self, directory: Path, split: Split) -> None:
         super().__init__(directory, split)
         # as plain arrays, which are still the mapped files: NumPy takes its time over each slice of a memmap
-        self._graphs = Graphs(**{name: np.asarray(read_array(directory / f"{name}.npy")) for name in ARRAYS})
-        self._places = read_array(directory / f"{split}.npy")
+        self._graphs = Graphs(**{name: np.asarray(cache.read_array(directory / f"{name}.npy")) for name in ARRAYS})
+        self._places = cache.read_array(directory / f"{split}.npy")
         # where each graph begins, and the last ends: [G + 1]
         self._nodes = np.concatenate(([0], np.cumsum(self._graphs.node_counts)))
         self._edges = np.concatenate(([0], np.cumsum(self._graphs.edge_counts)))
@@ -87,26 +77,23 @@ def batch_of(graphs: list[Graph]) -> Batch:
     )
 
 
-class Library(Built):
-    """The graphs of one recipe."""
-
+class Library(cache.Built):
     def __init__(self, conf: MolPCBAConf) -> None:
         self._conf = conf
 
     @reading("task.data: the graphs")
     def build(self) -> Path:
         source = molecules(self._conf)
-        name = digest([f"format {FORMAT}", self._conf.data.value, *source.identity()])
-        return build_once(cache_root(KIND) / name, lambda whole: _build(source, whole))
+        name = cache.digest([f"format {FORMAT}", self._conf.data.value, *source.identity()])
+        return cache.build_once(cache.cache_root(KIND) / name, lambda whole: _build(source, whole))
 
     @property
     def tasks(self) -> int:
-        """The number of labels of a graph."""
         return int(self.meta["tasks"])
 
     def check(self) -> None:
         """Raise :class:`DataError` unless the files have the sizes that they were written with."""
-        with whole(self.directory / META):
+        with cache.whole(self.directory / cache.META):
             shapes = {name: self.meta["shapes"][name] for name in (*ARRAYS, *SPLITS)}
         for name, shape in shapes.items():
             self.array(name, shape)
@@ -134,7 +121,7 @@ def _build(source: Molecules, whole: Path) -> dict[str, Any]:
     arrays = {name: getattr(graphs, name) for name in ARRAYS} | splits
     content = hashlib.sha256()
     for name, array in arrays.items():
-        write_array(whole / f"{name}.npy", array)
+        cache.write_array(whole / f"{name}.npy", array)
         content.update(f"{name} {array.dtype} {array.shape}".encode())
         content.update(np.ascontiguousarray(array).data)
     return {

@@ -31,7 +31,6 @@ def _place(number: int, first: int, size: int) -> int:
 
 
 def atom_features(atom: Any) -> list[int]:
-    """Return the nine features of an RDKit atom."""
     elements, chiralities, degrees, charges, hydrogens, radicals, hybrids, *_ = ATOM_SIZES
     return [
         _place(atom.GetAtomicNum(), _FIRST_ELEMENT, elements),

@@ -23,27 +23,16 @@ log = logging.getLogger("caspr")
 
 PACKAGE = "chemicals"
 IDENTIFIERS = tuple(f"Identifiers/chemical identifiers pubchem {size}.tsv" for size in ("large", "small"))
-ORGANIC, CRITICAL, GAS = (
-    "Misc/Physical Constants of Organic Compounds.csv",
-    "Critical Properties/Yaws Collection.tsv",
-    "Reactions/Yaws Hf S0 (g).tsv",
-)
-PROPERTIES = (  # table and column
-    ("Phase Change/OpenNotebook Melting Points.tsv", "Tm"),
-    ("Phase Change/Yaws Boiling Points.tsv", "Tb"),
-    (ORGANIC, "Tm"),
-    (ORGANIC, "Tb"),
-    (ORGANIC, "rho"),
-    (ORGANIC, "RI"),
-    (CRITICAL, "Tc"),
-    (CRITICAL, "Pc"),
-    (CRITICAL, "Vc"),
-    (CRITICAL, "omega"),
-    ("Environment/Syrres logP data.csv.gz", "logP"),
-    (GAS, "Hfg"),
-    (GAS, "S0g"),
-    ("Phase Change/Ghazerati Appendix Vaporization Enthalpy.tsv", "Hvap298"),
-)
+COLUMNS = {  # that are read of each table
+    "Phase Change/OpenNotebook Melting Points.tsv": ("Tm",),
+    "Phase Change/Yaws Boiling Points.tsv": ("Tb",),
+    "Misc/Physical Constants of Organic Compounds.csv": ("Tm", "Tb", "rho", "RI"),
+    "Critical Properties/Yaws Collection.tsv": ("Tc", "Pc", "Vc", "omega"),
+    "Environment/Syrres logP data.csv.gz": ("logP",),
+    "Reactions/Yaws Hf S0 (g).tsv": ("Hfg", "S0g"),
+    "Phase Change/Ghazerati Appendix Vaporization Enthalpy.tsv": ("Hvap298",),
+}
+PROPERTIES = tuple((table, column) for table, columns in COLUMNS.items() for column in columns)
 QUANTILES = (0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 # which property and quantile each label is at: 14 x 9, and two more of the first property
 LABELS = (*((p, q) for p in range(len(PROPERTIES)) for q in QUANTILES), (0, 0.275), (0, 0.725))

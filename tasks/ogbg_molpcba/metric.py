@@ -35,7 +35,6 @@ class MeanAveragePrecision(Means):
         self.labels.append(labels)  # type: ignore[union-attr]
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scalars by name."""
         loss = super().compute()["loss"]
         logits, labels = self._whole(self.logits), self._whole(self.labels)
         scores = [average_precision(logits[:, t], labels[:, t]) for t in range(self._tasks)]

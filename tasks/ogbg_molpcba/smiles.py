@@ -20,7 +20,6 @@ HOLDS = 'a first line of names, one of them "smiles"; labels are 0, 1 or empty'
 
 
 def is_table(file: Path) -> bool:
-    """Return whether a file has the name of a CSV file."""
     return file.is_file() and file.name.lower().removesuffix(".gz").endswith(".csv")
 
 

@@ -246,14 +246,8 @@ def graphs_of(table: Any, where: str, first: int) -> Graphs:
         edge, end, count = lone
         row = np.repeat(np.arange(len(edge_counts)), edge_counts)[edge]
         raise rows.error(row, "edge_index", f"holds node {end} in a graph of {count} (they are numbered from 0)")
-    return Graphs(
-        node_counts,
-        edge_counts,
-        nodes.astype(np.uint8),
-        edges.astype(np.uint16),
-        bonds.astype(np.uint8),
-        np.where(np.isnan(labels), MISSING, labels).astype(np.int8),
-    )
+    features = nodes.astype(np.uint8), edges.astype(np.uint16), bonds.astype(np.uint8)
+    return Graphs(node_counts, edge_counts, *features, np.where(np.isnan(labels), MISSING, labels).astype(np.int8))
 
 
 class _Rows:

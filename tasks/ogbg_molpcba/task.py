@@ -15,8 +15,6 @@ from caspr_cli.tasks.registry import MolPCBAConf
 if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
     from torchmetrics import Metric
 
-    from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
-
 
 class MolPCBA(Task):
     """A graph network on molecules: a sample of measured properties, an OGB data set on disk, or ogbg-molpcba.
@@ -47,7 +45,7 @@ class MolPCBA(Task):
         nats, cells = cross_entropy(model(batch), batch.y)
         return nats / cells.clamp(min=1)
 
-    def metrics(self) -> MeanAveragePrecision:
+    def metrics(self) -> Metric:
         from caspr_cli.tasks.ogbg_molpcba.metric import MeanAveragePrecision
 
         return MeanAveragePrecision(self.data.tasks)
@@ -56,7 +54,6 @@ class MolPCBA(Task):
         metrics.update(model(batch), batch.y)
 
     def units(self, batch: Batch) -> int:
-        """Return the number of graphs in a batch."""
         return int(batch.num_graphs)
 
     def train_flops(self, model: nn.Module) -> float:

@@ -16,8 +16,6 @@ from caspr_cli.tasks.ud_pos.model import CHARACTER, REACH, Tagger
 if TYPE_CHECKING:  # imported when a metric is made: torchmetrics takes seconds, and is not needed to check data
     from torchmetrics import Metric
 
-    from caspr_cli.tasks.ud_pos.metric import Accuracy
-
 
 class Tagging(Task):
     """Part-of-speech tags of a treebank, by a transformer encoder over word embeddings and spellings.
@@ -70,7 +68,7 @@ class Tagging(Task):
         logits: Tensor = model(words, batch.get("spellings"), batch.get("spelled"))
         return logits
 
-    def metrics(self) -> Accuracy:
+    def metrics(self) -> Metric:
         from caspr_cli.tasks.ud_pos.metric import Accuracy
 
         return Accuracy()
