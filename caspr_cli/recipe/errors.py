@@ -130,4 +130,5 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
     if "is not a subclass of" in message:
         hint = f" Did you mean {key}.name={typed.partition('=')[2]}?" if _has(keys(), f"{key}.name") else ""
         return f"{typed}: {key} has keys of its own.{hint} (keys: caspr-train --cfg job --package {key})"
+    message = re.sub(r'^\w+ raised while resolving interpolation: "?(.*?)"?$', r"\1", message)
     return f"{typed}: {message[0].lower()}{message[1:]}"
