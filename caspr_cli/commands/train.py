@@ -153,7 +153,7 @@ def experiments(argv: list[str]) -> tuple[list[str], list[str]]:
             raise ConfigError(f"{word}: with experiment=NAME give keys as key=value alone, without {key[0]}")
         if key == "trial":
             raise ConfigError(f"{word}: an experiment runs all of its trials; search.trials=N says how many")
-        if key == "plan" and value not in ("true", "false"):
+        if key == "plan" and value.lower() not in ("true", "false"):
             raise ConfigError(f"plan should be true or false but is '{value}'")
         if key == "debug" and value == "plan":
             raise ConfigError("debug=plan is for a single run; for an experiment use plan=true")
@@ -166,7 +166,7 @@ def tables(experiment: Experiment, argv: list[str]) -> int:
     folder = Path(experiment.output_dir)  # refuses several directories before anything is printed
     command = ["caspr-train", f"experiment={experiment.name}", *(word for word in argv if word not in plans)]
     say(f"caspr-train {__version__}  experiment={experiment.name}: {choices('experiment')[experiment.name]}")
-    planned_only = plans[-1:] == ["plan=true"]
+    planned_only = plans != [] and plans[-1].lower() == "plan=true"
     table, took = rows(experiment), list[float | str]()
     if not planned_only:
         new_folder(folder, experiment.output_dir).rmdir()  # refused now and not after the timing

@@ -131,11 +131,18 @@ class Composer:
         return found
 
     def keys(self, given: Sequence[str] | None = None) -> DictConfig:
-        """Return the config of those choices that exist, to find the key that was meant; ``given``: of one job."""
+        """Return the config of those choices that exist, to find the key that was meant; ``given``: of one job.
+
+        Of Hydra's own part it has the launcher.
+        """
         chosen = [word for word in (self.words if given is None else given) if self._chooses(words.parse(word))]
+        launcher = [word for word in self.settings if self._chooses(words.parse(word))]
         for known in (chosen, []):
             with suppress(Exception):
-                return self._compose(known).recipe
+                recipe, own = copy.deepcopy(self._compose(known, launcher))
+                with open_dict(recipe):
+                    recipe.hydra = {"launcher": own.launcher}
+                return recipe
         return OmegaConf.create()
 
     def _base(self, given: Sequence[str]) -> tuple[Composed, list[Override]]:
@@ -167,20 +174,20 @@ class Composer:
         plain = word.type == OverrideType.CHANGE and word.package is None and isinstance(word.value(), str)
         return plain and (word.key_or_group in self._groups or "/" in word.key_or_group)
 
-    def _compose(self, given: Sequence[str]) -> Composed:
+    def _compose(self, given: Sequence[str], settings_given: Sequence[str] | None = None) -> Composed:
+        given = [*(self.settings if settings_given is None else settings_given), *given]
         if (key := tuple(given)) not in self._composed:
             directory.Files.loaded.clear()
             if GlobalHydra.instance().hydra is not self._hydra:  # another composer was used in between
                 GlobalHydra.instance().clear()
                 GlobalHydra.instance().initialize(cast(Any, self._hydra))
             try:
-                config = hydra.compose(self._name, [*self.settings, *given], return_hydra_config=True)
+                config = hydra.compose(self._name, given, return_hydra_config=True)
             except RecursionError as error:
                 names = ", ".join(dict.fromkeys(directory.Files.loaded))
                 raise ConfigError(f"{names}: these files include each other in their defaults, without end") from error
             except (AttributeError, TypeError, KeyError, AssertionError) as error:  # Hydra cannot merge them
-                said = " ".join([*self.settings, *given])
-                raise ConfigError(f"{said}: cannot be composed ({str(error).splitlines()[0]})") from error
+                raise ConfigError(f"{' '.join(given)}: cannot be composed ({str(error).splitlines()[0]})") from error
             plain = None if self._checked else hydra.compose(None, return_hydra_config=True).hydra
             settings.check(config.hydra, plain)
             own = config.hydra

@@ -46,7 +46,7 @@ def explain(error: BaseException, keys: Callable[[], DictConfig], argv: Sequence
         if isinstance(e, MissingConfigException) and e.options is not None:
             return _unknown_choice(e)
     if match := re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text):
-        return _unknown_key(match[1].split("@")[0], keys())
+        return _unknown_key(match[1].split("@")[0], keys(), argv)
     file = re.search(r"In '(.*)': \w+ raised while composing config:\n(.*)", text)
     where = f"in {file[1]}.yaml: " if file else ""
     for e in chain:
@@ -68,7 +68,7 @@ def _unknown_choice(e: MissingConfigException) -> str:
     return f"{group}={name}: no such choice.{hint} (choices: {listed})"
 
 
-def _unknown_key(key: str, keys: DictConfig) -> str:
+def _unknown_key(key: str, keys: DictConfig, argv: Sequence[str]) -> str:
     *path, name = key.split(".")
     node: object = keys
     for part in path:
@@ -78,7 +78,8 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
     prefix = f"{where}." if where else ""
     owner = f"{where}={node.get('name')}" if where in ("optim", "task") and isinstance(node, DictConfig) else where
     what = f"{key} is not a key" + (f" of {owner}" if owner else "") + "."
-    meant = [f"{k!s}.{name}" for k, v in keys.items() if isinstance(v, DictConfig) and name in v]
+    groups = {str(k): v for k, v in keys.items() if isinstance(v, DictConfig) and k != "hydra"}
+    meant = [f"{k}.{name}" for k, v in groups.items() if name in v]
     if not (meant or nearest(name, names)):
         meant = [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split() and _has(keys, ours)]
     if meant:
@@ -87,6 +88,9 @@ def _unknown_key(key: str, keys: DictConfig) -> str:
         return f"{what} plan=true goes with experiment=NAME; debug=plan shows what one run does"
     of = f"{owner} " if "=" in owner else ""
     hint = f"caspr-train {of}--cfg job{f' --package {path[0]}' if path else ''}"
+    if path[:1] == ["hydra"]:
+        of = "".join(f"{word} " for word in argv if word.startswith("hydra/launcher="))
+        hint = f"caspr-train {of}--cfg hydra --package hydra.launcher"
     return f"{what}{nearest(name, names, prefix)} (keys: {hint})"
 
 
@@ -108,7 +112,7 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
     key, message = str(e.full_key), str(e.msg or e).splitlines()[0]
     if re.search(r"Key '.*' (is )?not in", message):
         added = (a[1:].split("=")[0] for a in argv if a.startswith("+"))
-        return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys())
+        return _unknown_key(next((a for a in added if a.split(".")[-1] == key), key), keys(), argv)
     if match := re.search(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kind = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}.get(match[2], match[2])
         return f"{key} should be {kind} but is '{match[1]}'{as_range(key, match[1])}"
@@ -126,4 +130,5 @@ def _bad_value(e: OmegaConfBaseException, keys: Callable[[], DictConfig], argv: 
     if "is not a subclass of" in message:
         hint = f" Did you mean {key}.name={typed.partition('=')[2]}?" if _has(keys(), f"{key}.name") else ""
         return f"{typed}: {key} has keys of its own.{hint} (keys: caspr-train --cfg job --package {key})"
+    message = re.sub(r'^\w+ raised while resolving interpolation: "?(.*?)"?$', r"\1", message)
     return f"{typed}: {message[0].lower()}{message[1:]}"

@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {"trainer.keep_checkpoints": False, "search.rerank": 
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of a timing run: beyond the first refresh of the roots
 PATIENCE = 120.0  # seconds that a timing run may take
+OUT_OF_TIME = signal.SIGALRM  # by which a timing run asks itself to stop, and nobody else does
 TIMING = "caspr-timing-"  # begins the name of the folder with its record
 
 
@@ -289,15 +290,15 @@ def seconds(row: Row, command: list[str]) -> float | str:
         began = time.monotonic()
 
         def stop_requests() -> list[int]:
-            return [signal.SIGTERM] if time.monotonic() - began > PATIENCE else []
+            return [OUT_OF_TIME] if time.monotonic() - began > PATIENCE else []
 
         outcome = run(short, command, Allocation(quiet=True, stop_requests=stop_requests))
         result, whole = outcome.record.result, time.monotonic() - began
         error = str(outcome.record.status.get("error") or "").partition("; see ")[0]
+    if outcome.signal == OUT_OF_TIME:
+        return f"a run of {count(steps, 'step')} takes more than {duration(PATIENCE)}"
     if outcome.signal:
-        if whole < PATIENCE:
-            raise StoppedError(outcome.signal)
-        return f"{steps} steps take more than {duration(PATIENCE)}"
+        raise StoppedError(outcome.signal)
     if outcome.exit_code == BAD_USAGE:
         raise ConfigError(error)
     if outcome.exit_code or not result:

@@ -19,7 +19,8 @@ from caspr_cli.runs.sweep import ENDED, LOST, REFUSED, WAITING, Job
 
 # TensorBoard's page on which all seeds of a recipe have one colour.
 COMPARISON = "http://localhost:6006/?runColorGroup=regex:(.*)/&smoothing=0"
-NOT_REPEATED = ("optim", "optim.lr", "seed", "resume", "debug", "search", "trial")  # keys of one run's own
+# Keys of one run's own, and the flags that say that it is one run.
+NOT_REPEATED = ("optim", "optim.lr", "seed", "resume", "debug", "search", "trial", "-r", "--run")
 SEARCH = ["search=lr", "trial=range(6)"]
 COMPARED = ("caspr", "shampoo", "adamw")  # where a run's own keys allow it
 

@@ -73,6 +73,12 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["task.lr=1"], "task.lr is not a key of task=c4_lm. Did you mean optim.lr?"),
         (["epochs=3"], "epochs is not a key. Did you mean trainer.max_steps?"),
         (["optim=sgd", "beta1=0.9"], "beta1 is not a key. (keys: caspr-train --cfg job)"),
+        (
+            ["-m", "task=c4_lm", "hydra/launcher=joblib", "hydra.launcher.n_job=2"],
+            "hydra.launcher.n_job is not a key of hydra.launcher. Did you mean hydra.launcher.n_jobs? "
+            "(keys: caspr-train hydra/launcher=joblib --cfg hydra --package hydra.launcher)",
+        ),
+        (["output_dir=${oc.env:NOPE}"], "output_dir=${oc.env:NOPE}: environment variable 'NOPE' not found"),
         (["seed=0-4"], "seed should be an integer but is '0-4': for 0 to 4 write -m seed='range(0,5)'"),
         (["-m", "search=lr", "trial=0:5"], "but is '0:5': for 0 to 5 write -m trial='range(0,6)'"),
         (["optim=lion"], "optim=lion: no such choice. (A package may bring it: caspr-train new optimizer NAME)"),

@@ -24,7 +24,7 @@ from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
 from caspr_cli.runs import experiment, horizon, trials
 from caspr_cli.runs.experiment import Experiment
-from caspr_cli.runs.launch import Outcome
+from caspr_cli.runs.launch import Allocation, Outcome
 from caspr_cli.runs.record import Record
 
 compose.register_schemas()
@@ -367,14 +367,14 @@ def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
     assert experiment.rows(told)[0].tuning[0].output_dir == told.output_dir
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_a_table_without_its_data_is_refused_before_any_job(planned: bool, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("planned", ["true", "True", "false"])
+def test_a_table_without_its_data_is_refused_before_any_job(planned: str, tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["experiment=ud_pos", "optim=adamw,sgd", "task.data=files", "task.root=/nowhere", f"output_dir={tmp_path}"]
     monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: pytest.fail("a sweep was started"))
-    monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={str(planned).lower()}"])
-    assert train.main() == (0 if planned else BAD_USAGE)
+    monkeypatch.setattr(sys, "argv", ["caspr-train", *words, f"plan={planned}"])
+    assert train.main() == (BAD_USAGE if planned == "false" else 0)
     shown = capsys.readouterr()
-    text = " ".join((shown.out if planned else shown.err).split())  # lines are wrapped
+    text = " ".join((shown.err if planned == "false" else shown.out).split())  # lines are wrapped
     assert "task.root: no such directory: /nowhere" in text
     assert list(tmp_path.iterdir()) == []
 
@@ -392,6 +392,25 @@ def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path: Path, mo
     monkeypatch.setattr(experiment, "run", refused)
     with pytest.raises(ConfigError, match=r"^x\.csv:3: not a number$"):
         experiment.seconds(row, [])
+
+
+@pytest.mark.parametrize("late", [signal.SIGINT, signal.SIGTERM, None])
+def test_a_signal_of_the_user_stops_the_table_however_late_a_timing_ends(
+    late: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,) = experiment.rows(Experiment.read("molpcba", ["optim=sgd", f"output_dir={tmp_path}"]))
+
+    def stopped(recipe: Recipe, _: object, allocation: Allocation) -> Outcome:
+        return Outcome(Record.of(recipe), 143, ran=True, signal=late or allocation.stop_requests()[0])
+
+    monkeypatch.setattr(experiment, "run", stopped)
+    monkeypatch.setattr(experiment, "PATIENCE", 0.0)
+    if late is None:
+        assert experiment.seconds(row, []) == "a run of 30 steps takes more than 0.0 s"
+        return
+    with pytest.raises(experiment.StoppedError) as raised:
+        experiment.seconds(row, [])
+    assert raised.value.number == late
 
 
 def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -56,7 +56,10 @@ def test_what_comes_next_can_be_run() -> None:
     own = Recipe(task=C4LMConf(data=Source.files, root="mine"), optim=SGDConf())
     made = summary.next_commands(own, ["caspr-train", "task.data=files", "task.root=mine"])
     assert shlex.split(made[1])[-2:] == ["search=lr", "trial=range(6)"]
-    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), ["caspr-train", "optim=sgd"])
+    given = ["caspr-train", "-r", "--run", "optim=sgd"]  # a flag beside -m is refused
+    made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), given)
+    assert shlex.split(made[1])[:2] == ["caspr-train", "-m"]
+    assert not {"-r", "--run"} & set(shlex.split(made[1]))
     assert " optim=sgd,caspr,shampoo,adamw " in made[1]
 
 
