@@ -43,7 +43,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         raise UserError(f"--board {board}: no such directory")
     own = {path.resolve() for path in paths}
     others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []
-    standing = leaderboard.board(packs(others)).tables if others else ()
+    standing = leaderboard.board(packs(others) if others else {})
     found = records.find(paths)
     for line in found.warnings:
         print(f"wrong    {line}")
@@ -52,7 +52,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         for row in table.rows:
             if row.untuned:
                 continue
-            wrong = [*entry.problems(row, draw), *entry.against(row, table, standing)]
+            wrong = [*entry.problems(row, draw), *standing.against(row, table)]
             wrong += [] if wrong or rerun is None else _again(row, rerun)
             name = f"{row.label} on {table.task}"
             for line in wrong:
