@@ -286,7 +286,7 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
     if outside := [path for path in args.paths if not path.is_file()]:
         raise UserError(f"unpack {outside[0]}: is not a pack")
-    written, there = unpack(runs, args.to[0])
+    written, there = unpack(runs, args.to[0], args.paths)
     print(f"wrote    {args.to[0]}: {count(written, 'record')}" + (f"; {there} were there already" if there else ""))
 
 

@@ -119,17 +119,17 @@ def _cleaned(node: Any, host: str | None) -> Any:
     return re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text) if host else text
 
 
-def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
+def unpack(runs: Iterable[Run], folder: Path, packs: Sequence[Path] = ()) -> tuple[int, int]:
     """Write the records of packs as directories again, so that ``caspr-train`` knows what is done.
 
     Training curves, logs and checkpoints are not in a pack. A record that is there already stays. Return how many were
-    written, and how many were there.
+    written, and how many were there. ``packs``: the files, which may be called otherwise than ``.jsonl.gz``.
 
     Raises UserError if nothing can be written there, a path leads out of it, or different records have the same one.
     """
     found: dict[Path, Run] = {}
     for run in runs:
-        inner = Path(run.path.rpartition(f"{SUFFIX}:")[2])
+        inner = Path(_inner(run.path, packs))
         if inner.is_absolute() or ".." in inner.parts:
             raise UserError(f"{run.path}: the path of a record should be relative, and below its directory")
         other = found.setdefault(inner, run)
@@ -149,6 +149,12 @@ def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
             write_output(record / f"{name}.json", json.dumps(getattr(run, name), indent=2) + "\n")
         written += 1
     return written, there
+
+
+def _inner(path: str, packs: Sequence[Path]) -> str:
+    """Return the path that a record has in its pack."""
+    own = next((f"{pack}:" for pack in packs if path.startswith(f"{pack}:")), "")
+    return path.removeprefix(own) if own else path.rpartition(f"{SUFFIX}:")[2]
 
 
 def _nested(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,6 +116,9 @@ def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
         assert call("compare", path, "--json") == 0
         rows.append(json.loads(call.out))
     assert rows[0] == rows[1]
+    Path("p.jsonl.gz").rename("study.gz")
+    assert call("unpack", "study.gz", "--to", "un") == 0
+    assert Path("un/vit/caspr/seed1/status.json").exists()
 
 
 def test_list_and_show(study: Path, call: Call) -> None:
