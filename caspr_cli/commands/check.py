@@ -1,5 +1,6 @@
 """``caspr-report check`` and ``leaderboard``: what of them needs more than to read files."""
 
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from caspr_cli.common.format import count
 from caspr_cli.report import entry, leaderboard, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run
+from caspr_cli.report.settings import frozen
 
 AGAIN = 2  # reported seeds of a row that are run again
 
@@ -72,7 +74,8 @@ def _again(row: Row, folder: Path) -> Iterator[str]:
 
     compose.register_schemas()
     for run in row.runs[:AGAIN]:
-        inner = run.path.rpartition(":")[2]
+        name = hashlib.sha256(frozen(run.config).encode()).hexdigest()[:8]
+        inner = f"{run.config['task.name']}/{row.optim}/{name}/seed{run.seed}"  # wherever the record itself lies
         unpack([replace(run, path=inner)], folder / "entry")
         recipe = replace(compose.load(folder / "entry" / inner / "config.yaml"), output_dir=str(folder))
         outcome = launched(recipe, ["caspr-train", *sys.argv[1:]])

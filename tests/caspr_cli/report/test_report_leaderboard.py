@@ -234,11 +234,16 @@ def test_check_says_right_or_wrong_and_exits_so(
     assert "right    adamw on ogbg_molpcba: 8 trials, 3 fresh seeds" in out
 
 
-@pytest.mark.parametrize(("off", "code"), [(0.001, 0), (0.1, 1)])
+@pytest.mark.parametrize(("off", "code", "as_pack"), [(0.001, 0, True), (0.1, 1, True), (0.001, 0, False)])
 def test_check_runs_two_seeds_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, off: float, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    off: float,
+    code: int,
+    as_pack: bool,
 ) -> None:
-    """The run itself is replaced by one that ends a little or far off."""
+    """The run itself is replaced by one that ends a little or far off. The records are in a pack, or directories."""
     started = []
 
     def run(recipe: Any, command: list[str]) -> Any:
@@ -250,6 +255,9 @@ def test_check_runs_two_seeds_again(
 
     monkeypatch.setattr("caspr_cli.runs.launch.run", run)
     own = packed("muon", tmp_path / "own.jsonl.gz")
+    if not as_pack:
+        pack.unpack(pack.read(own), tmp_path / "records")
+        own = tmp_path / "records"
     assert call(monkeypatch, "check", str(own), "--rerun", str(tmp_path / "again")) == code
     assert started == [("muon", 0.05581, seed, str(tmp_path / "again")) for seed in (1, 2)]
     out = capsys.readouterr().out
