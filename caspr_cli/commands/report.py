@@ -252,8 +252,9 @@ def _logs(args: argparse.Namespace) -> Found:
 
     tuned = getattr(args, "tuned", None) or []
     given = {flag: value for flag in LOGS if (value := getattr(args, flag)) is not None}
-    found = logs.find(args.paths, Asked(args.kind, given.pop("metric", None), tuned=tuned, **given))
-    args.tuned = list(map(logs.key, tuned))
+    asked = Asked(args.kind, given.pop("metric", None), tuned=tuned, where=args.where, **given)
+    found = logs.find(args.paths, asked)
+    args.tuned, args.where = list(map(logs.key, tuned)), found.where
     for line in found.notes:
         print(f"note     {line}", file=sys.stderr)
     return found
