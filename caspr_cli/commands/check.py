@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common.errors import UserError
-from caspr_cli.common.format import count
+from caspr_cli.common.format import count, listed
 from caspr_cli.report import entry, leaderboard, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run
@@ -47,6 +47,8 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
     others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []
     standing = leaderboard.board(packs(others) if others else {})
     found = records.find(paths)
+    if not found.runs and not found.warnings:
+        raise UserError(f"no records in {listed([str(path) for path in paths])}; {records.HOW}")
     for line in found.warnings:
         print(f"wrong    {line}")
     right = not found.warnings

@@ -305,7 +305,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
         for path, content in _contents(args, file, made):
             if content:
                 write_output(path, content)
-            wrote.append(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw")
+            nothing = f"nothing to {'draw' if path.suffix == '.svg' else 'show'}"
+            wrote.append(f"wrote    {path}" if content else f"skipped  {path}: {nothing}")
     for line in [*([] if quiet else _lines(args, runs, made)), *wrote]:
         print(line, file=out)
     if quiet:

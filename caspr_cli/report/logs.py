@@ -294,7 +294,8 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
         state, error = FAILED, f"ends at step {one.last} of {one.longest}"
     if isinstance(at, int) and one.curve and one.curve[0].step > at:
         state, error = FAILED, f"begins at step {one.curve[0].step}"
-    status = {"state": state, "error": error, "step": one.last, "updated": one.log.updated}
+    said = AT.get(str(at), f"at step {at}")
+    status = {"state": state, "error": error, "step": one.last, "updated": one.log.updated, "at": said}
     if state != DONE:
         return status, {}
     chosen = one.curve[-1]
@@ -304,7 +305,7 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
         sign = -1 if higher else 1
         chosen = min(one.curve, key=lambda point: (point.value is None, sign * (point.value or 0.0)))
     final = {"step": chosen.step, asked.metric: chosen.value}
-    return status, {"steps": one.last, "final": final, "at": AT.get(str(at), f"at step {at}")}
+    return status, {"steps": one.last, "final": final}
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:

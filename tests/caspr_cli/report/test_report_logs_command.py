@@ -53,6 +53,9 @@ def test_other_commands_read_logs_too(call: Call) -> None:
     assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
     assert call("profile", *OWN, "--target", "runs=3.6") == 0
     assert "caspr" in call.out
+    assert call("trials", *OWN, "--to", "t.md") == 0
+    assert call.out.endswith("trials   no row has more than one trial\nskipped  t.md: nothing to show\n")
+    assert not Path("t.md").exists()
 
 
 def test_where_knows_hyperparameters_that_make_no_row(call: Call) -> None:
