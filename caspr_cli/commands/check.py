@@ -1,5 +1,6 @@
 """``caspr-report check`` and ``leaderboard``: what of them needs more than to read files."""
 
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -7,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from caspr_cli.common.errors import UserError
-from caspr_cli.common.format import count
+from caspr_cli.common.format import count, listed
 from caspr_cli.report import entry, leaderboard, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run
+from caspr_cli.report.settings import frozen
 
 AGAIN = 2  # reported seeds of a row that are run again
 
@@ -43,8 +45,10 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         raise UserError(f"--board {board}: no such directory")
     own = {path.resolve() for path in paths}
     others = [file for file in sorted(board.glob("*.jsonl.gz")) if file.resolve() not in own] if board else []
-    standing = leaderboard.board(packs(others)).tables if others else ()
+    standing = leaderboard.board(packs(others) if others else {})
     found = records.find(paths)
+    if not found.runs and not found.warnings:
+        raise UserError(f"no records in {listed([str(path) for path in paths])}; {records.HOW}")
     for line in found.warnings:
         print(f"wrong    {line}")
     right = not found.warnings
@@ -52,7 +56,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         for row in table.rows:
             if row.untuned:
                 continue
-            wrong = [*entry.problems(row, draw), *entry.against(row, table, standing)]
+            wrong = [*entry.problems(row, draw), *standing.against(row, table)]
             wrong += [] if wrong or rerun is None else _again(row, rerun)
             name = f"{row.label} on {table.task}"
             for line in wrong:
@@ -72,7 +76,8 @@ def _again(row: Row, folder: Path) -> Iterator[str]:
 
     compose.register_schemas()
     for run in row.runs[:AGAIN]:
-        inner = run.path.rpartition(":")[2]
+        name = hashlib.sha256(frozen(run.config).encode()).hexdigest()[:8]
+        inner = f"{run.config['task.name']}/{row.optim}/{name}/seed{run.seed}"  # wherever the record itself lies
         unpack([replace(run, path=inner)], folder / "entry")
         recipe = replace(compose.load(folder / "entry" / inner / "config.yaml"), output_dir=str(folder))
         outcome = launched(recipe, ["caspr-train", *sys.argv[1:]])

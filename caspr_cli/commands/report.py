@@ -252,8 +252,9 @@ def _logs(args: argparse.Namespace) -> Found:
 
     tuned = getattr(args, "tuned", None) or []
     given = {flag: value for flag in LOGS if (value := getattr(args, flag)) is not None}
-    found = logs.find(args.paths, Asked(args.kind, given.pop("metric", None), tuned=tuned, **given))
-    args.tuned = list(map(logs.key, tuned))
+    asked = Asked(args.kind, given.pop("metric", None), tuned=tuned, where=args.where, **given)
+    found = logs.find(args.paths, asked)
+    args.tuned, args.where = list(map(logs.key, tuned)), found.where
     for line in found.notes:
         print(f"note     {line}", file=sys.stderr)
     return found
@@ -286,7 +287,7 @@ def unpack(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
     if outside := [path for path in args.paths if not path.is_file()]:
         raise UserError(f"unpack {outside[0]}: is not a pack")
-    written, there = unpack(runs, args.to[0])
+    written, there = unpack(runs, args.to[0], args.paths)
     print(f"wrote    {args.to[0]}: {count(written, 'record')}" + (f"; {there} were there already" if there else ""))
 
 
@@ -304,7 +305,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
         for path, content in _contents(args, file, made):
             if content:
                 write_output(path, content)
-            wrote.append(f"wrote    {path}" if content else f"skipped  {path}: nothing to draw")
+            nothing = f"nothing to {'draw' if path.suffix == '.svg' else 'show'}"
+            wrote.append(f"wrote    {path}" if content else f"skipped  {path}: {nothing}")
     for line in [*([] if quiet else _lines(args, runs, made)), *wrote]:
         print(line, file=out)
     if quiet:

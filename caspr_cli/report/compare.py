@@ -45,7 +45,8 @@ def tables(
         for steps, own in (by_steps(every) if budgets else {None: every}).items()
     ]
     if not made:
-        raise UserError(f"nothing to compare: {count(len(runs), 'record')} with {_debug(left_out)}, which is left out")
+        what = f"{count(len(runs), 'record')} with {_debug(left_out)}, which is left out" if left_out else "no records"
+        raise UserError(f"nothing to compare: {what}")
     rows = [row for table in made for row in table.rows]
     if baseline is not None and not matching(rows, baseline):
         labels = list(dict.fromkeys(row.label for row in rows))

@@ -59,6 +59,12 @@ def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:
     return found
 
 
+def same_optimizer(row: Row, other: Row) -> bool:
+    """Return whether rows are of one optimizer with the same options, but for the tuned ones and those one lacks."""
+    shared = [key for key in row.settings.keys() & other.settings.keys() if key.startswith("optim.")]
+    return all(frozen(row.settings[key]) == frozen(other.settings[key]) for key in shared)
+
+
 def reproduced(row: Row, run: Run, value: float | None) -> str | None:
     """Return a line if a reported run ended elsewhere when it was run again; None if it is near enough."""
     if run.final is None or value is None:

@@ -245,7 +245,7 @@ def title(table: Table) -> str:
     target = "" if table.target is None else f"; target {table.target:g}{_horizon(table)}"
     data = f"{table.data} data{f' {table.data_hash[:8]}' if table.data_hash else ''}"
     named = f"{table.task}, {table.scale} scale, {data}" if (table.scale, table.data) != ("-", "-") else table.task
-    at = {str(run.result.get("at", "at the end")) for row in table.rows for run in row.runs if run.result}
+    at = {str(run.status.get("at", "at the end")) for row in table.rows for run in row.records}
     return f"{named}: {table.metric} {listed(sorted(at)) if at else 'at the end'}, {better} is better{target}"
 
 

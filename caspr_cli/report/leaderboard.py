@@ -38,16 +38,21 @@ class Place:
     row: Row
     table: Table
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.table.task, self.table.scale, self.row.label
-
 
 @dataclass(frozen=True)
 class Board:
     places: tuple[Place, ...]  # the rows that are ranked
     tables: tuple[Table, ...]  # of their records, those of one task together
     refused: dict[str, list[str]]  # by pack, why its rows, or some, are not ranked
+
+    def against(self, row: Row, table: Table) -> list[str]:
+        """Return why a row may not stand beside those that are ranked."""
+        return entry.against(row, table, self.tables) + [
+            f"{place.pack} has it already"
+            for place in self.places
+            if (place.table.task, place.table.scale, place.table.data) == (table.task, table.scale, table.data)
+            and entry.same_optimizer(place.row, row)
+        ]
 
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
@@ -60,9 +65,7 @@ def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) ->
             refused[pack] = [other]
             continue
         for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
-            wrong = entry.problems(row, draw) + entry.against(row, table, found)
-            own = (table.task, table.scale, row.label)
-            wrong += [f"{other.pack} has it already" for other in places if other.key == own]
+            wrong = entry.problems(row, draw) + Board(tuple(places), found, refused).against(row, table)
             if wrong:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
@@ -101,7 +104,7 @@ def page(packs: Mapping[str, Sequence[Run]], command: str, draw: entry.Draw | No
 
 def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     rows = [row for row in table.rows if not row.untuned]
-    packs = {place.row.label: place.pack for place in places if place.table.task == table.task}
+    packs = {run.path: place.pack for place in places for run in place.row.records}
     yield f"## {markdown_text(format.title(table))}"
     lines = []
     for number, (row, first) in enumerate(zip(rows, _against_first(table, rows), strict=True), 1):
@@ -109,7 +112,7 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
         lines.append([
             str(number), row.label, str(row.n), format.mean_sd(row.validation), format.interval(row.validation),
             format.mean_sd(row.test), format.number(untuned.mean, untuned.validation.sd) if untuned else "-",
-            str(len(row.trials)), _against_baseline(row), first, packs.get(row.label, "-"),
+            str(len(row.trials)), _against_baseline(row), first, packs[row.records[0].path],
         ])  # fmt: skip
     yield markdown(sheet(HEADS, lines))
     differ = [line for line in table.warnings if line.startswith("different ")]  # code and hardware of several packs

@@ -17,6 +17,7 @@ from caspr_cli.common.shape import DONE, FAILED, printable
 from caspr_cli.report import trackers
 from caspr_cli.report.mlflow import read_mlflow
 from caspr_cli.report.model import Point, Run
+from caspr_cli.report.selection import where
 from caspr_cli.report.settings import frozen, joined, short
 from caspr_cli.report.trackers import Asked, Found, Log, value_of
 
@@ -62,7 +63,8 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
     if found.without:
         found.notes.append(f"left out, as they have no {asked.metric}: {listed(found.without, 4)}")
     logs = list({log.path: log for log in found.logs}.values())  # of a path that was named twice
-    members = _members(_named(logs, asked, found.notes), asked, found.notes)
+    named = _where(_named(logs, asked, found.notes), asked, found.where)
+    members = _members(named, asked, found.notes)
     _number(members, found.notes)
     found.notes += _mixed(members, asked)
     higher = _higher(str(asked.metric), asked.higher, found.notes)
@@ -109,6 +111,25 @@ def _named(logs: list[Log], asked: Asked, notes: list[str]) -> list[Log]:
     if other:
         notes.append(f"left out, as their names do not match {asked.names}: {listed([log.name for log in other], 4)}")
     return found
+
+
+def _where(logs: list[Log], asked: Asked, others: list[str]) -> list[Log]:
+    """Return the logs that meet the conditions on hyperparameters, also on those that make no row.
+
+    ``others`` gets the other conditions, as on states and on names of rows.
+    """
+    known = sorted({key for log in logs for key in log.keys})
+    own, keys = list[str](), dict[str, str]()
+    for condition in asked.where:
+        name = condition.partition("=")[0]
+        fitting = [name] if name in known else [key for key in known if trackers.same(name, key)]
+        if len(fitting) == 1 and name != "state":
+            keys[name] = fitting[0]
+        (own if name in keys else others).append(condition)
+    configs = [{name: _word(log.keys[key]) for name, key in keys.items() if key in log.keys} for log in logs]
+    runs = [Run(log.path, config, {}, {}, {}) for log, config in zip(logs, configs, strict=True)]
+    kept = {run.path for run in where(runs, own)}
+    return [log for log in logs if log.path in kept]
 
 
 def _pattern(names: str) -> re.Pattern[str]:
@@ -273,7 +294,8 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
         state, error = FAILED, f"ends at step {one.last} of {one.longest}"
     if isinstance(at, int) and one.curve and one.curve[0].step > at:
         state, error = FAILED, f"begins at step {one.curve[0].step}"
-    status = {"state": state, "error": error, "step": one.last, "updated": one.log.updated}
+    said = AT.get(str(at), f"at step {at}")
+    status = {"state": state, "error": error, "step": one.last, "updated": one.log.updated, "at": said}
     if state != DONE:
         return status, {}
     chosen = one.curve[-1]
@@ -283,7 +305,7 @@ def _end(one: Any, higher: bool, asked: Asked) -> tuple[dict[str, Any], dict[str
         sign = -1 if higher else 1
         chosen = min(one.curve, key=lambda point: (point.value is None, sign * (point.value or 0.0)))
     final = {"step": chosen.step, asked.metric: chosen.value}
-    return status, {"steps": one.last, "final": final, "at": AT.get(str(at), f"at step {at}")}
+    return status, {"steps": one.last, "final": final}
 
 
 def _about_ends(runs: Sequence[Run], asked: Asked) -> Iterator[str]:

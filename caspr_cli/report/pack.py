@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
 ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
 HIDDEN = "<path>"
+SUFFIX = ".jsonl.gz"
 PARTS = ("config", "status", "result", "provenance")  # of a record, that a pack has
 LONGEST_LINE = 16_000_000  # bytes of one record; one with a hundred thousand validations has four
 MOST = 200_000_000  # bytes of all, uncompressed; fifty thousand records of usual size
@@ -79,9 +80,12 @@ def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(path: str, roots: Mapping[Path, str]) -> str:
     """Return a path relative to the root that it is under, with the root's own name before it if there are several."""
-    for root, name in ((shape.encodable(str(root)), name) for root, name in roots.items()):
+    own = {shape.encodable(str(root)): name for root, name in roots.items()}
+    for root, name in own.items():
         if path.startswith(f"{root}:"):  # of a pack
-            return path.removeprefix(f"{root}:")
+            inner = path.removeprefix(f"{root}:")
+            return f"{name}/{inner}" if len(roots) > 1 else inner
+    for root, name in own.items():
         relative = os.path.relpath(path, root)
         if not relative.startswith(".."):
             return name if relative == "." else f"{name}/{relative}" if len(roots) > 1 else relative
@@ -89,14 +93,18 @@ def _kept(path: str, roots: Mapping[Path, str]) -> str:
 
 
 def _labels(roots: Sequence[Path]) -> dict[Path, str]:
-    """Return a name for each root: the end of its path, as short as distinguishes all of them."""
+    """Return a name for each root: the end of its path, as short as distinguishes all of them.
+
+    That of a pack has no ``.jsonl.gz``, unless a directory beside it has the same name.
+    """
     parts = {root: root.resolve().parts for root in roots}
     longest = max(map(len, parts.values()), default=1)
     for count in range(1, longest + 1):
         names = {root: "/".join(one[-count:]) for root, one in parts.items()}
         if len(set(names.values())) == len(set(parts.values())):
             break
-    return names
+    bare = {root: name.removesuffix(SUFFIX) for root, name in names.items()}
+    return bare if len(set(bare.values())) == len(set(names.values())) else names
 
 
 def _cleaned(node: Any, host: str | None) -> Any:
@@ -111,17 +119,25 @@ def _cleaned(node: Any, host: str | None) -> Any:
     return re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text) if host else text
 
 
-def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
+def unpack(runs: Iterable[Run], folder: Path, packs: Sequence[Path] = ()) -> tuple[int, int]:
     """Write the records of packs as directories again, so that ``caspr-train`` knows what is done.
 
     Training curves, logs and checkpoints are not in a pack. A record that is there already stays. Return how many were
-    written, and how many were there. Raises UserError if nothing can be written there, or a path leads out of it.
+    written, and how many were there. ``packs``: the files, which may be called otherwise than ``.jsonl.gz``.
+
+    Raises UserError if nothing can be written there, a path leads out of it, or different records have the same one.
     """
-    written = there = 0
+    found: dict[Path, Run] = {}
     for run in runs:
-        inner = Path(run.path.rpartition(".jsonl.gz:")[2])
+        inner = Path(_inner(run.path, packs))
         if inner.is_absolute() or ".." in inner.parts:
             raise UserError(f"{run.path}: the path of a record should be relative, and below its directory")
+        other = found.setdefault(inner, run)
+        if replace(other, path=run.path) != run:
+            same = f"a different record has the same path ({other.path})"
+            raise UserError(f"{run.path}: {same}: unpack each into a directory of its own")
+    written = there = 0
+    for inner, run in found.items():
         record = folder / inner
         if (record / "status.json").exists():
             there += 1
@@ -133,6 +149,12 @@ def unpack(runs: Iterable[Run], folder: Path) -> tuple[int, int]:
             write_output(record / f"{name}.json", json.dumps(getattr(run, name), indent=2) + "\n")
         written += 1
     return written, there
+
+
+def _inner(path: str, packs: Sequence[Path]) -> str:
+    """Return the path that a record has in its pack."""
+    own = next((f"{pack}:" for pack in packs if path.startswith(f"{pack}:")), "")
+    return path.removeprefix(own) if own else path.rpartition(f"{SUFFIX}:")[2]
 
 
 def _nested(config: Mapping[str, Any]) -> dict[str, Any]:

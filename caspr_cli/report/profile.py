@@ -77,8 +77,8 @@ def _never(
     unit: str,
 ) -> Iterator[str]:
     """Yield a note for each row that counts as not reached, if the table does not show why."""
-    for name, column in columns.items():
-        if not any(map(math.isfinite, column.values())):
+    for name, rows in judged.items():
+        if all(row.steps_to_target is None for row in rows.values()):
             yield f"{name}: no row reached the target"
     for name, rows in judged.items():
         for label, row in rows.items():

@@ -61,11 +61,14 @@ def rows_of(runs: Sequence[Run], tuned: Sequence[str], named: Collection[str] = 
 def set_by_hand(runs: Sequence[Run]) -> set[str]:
     """Return the options that a command set and that not all optimizers of a table share, as ``exponent=1`` of Shampoo.
 
-    A label without them would promise the optimizer's own values. What searches draw is left to the settings.
+    A label without them would promise the optimizer's own values. So all count where there is only one optimizer, and
+    an option that another one lacks counts, too. What searches draw is left to the settings.
     """
     words = {word for run in runs for word in run.provenance.get("command") or ()}
     keys = {key for word in words if (key := word.lstrip("+").partition("=")[0]).startswith("optim.")} - DRAWN
-    return keys.intersection(differing({key: run.config[key] for key in keys & run.config.keys()} for run in runs))
+    if len({run.config["optim.name"] for run in runs}) == 1:
+        return keys
+    return keys.intersection(differing({key: run.config.get(key, ABSENT) for key in keys} for run in runs))
 
 
 def with_common_labels(tables: Sequence[Table]) -> list[Table]:

@@ -52,6 +52,7 @@ class Asked:
     tuned: Sequence[str] = ()  # hyperparameters among whose values the best is chosen
     higher: bool | None = None  # whether a higher value is better; None: by the name of the metric
     at: str | int = "end"  # `end`, `best`, or the last value at or before this step
+    where: Sequence[str] = ()  # conditions; see `selection.where`
 
     def is_seed(self, key: str) -> bool:
         return same(self.seed, key) if self.seed else re.split(r"[./]", key)[-1].casefold() in SEEDS
@@ -80,6 +81,7 @@ class Found:
     without: list[str] = field(default_factory=list)  # files and folders without the metric
     warnings: list[str] = field(default_factory=list)  # of files that cannot be read
     notes: list[str] = field(default_factory=list)  # what was guessed or left out
+    where: list[str] = field(default_factory=list)  # conditions that are of no hyperparameter, and not met yet
 
     def add(self, log: Log) -> None:
         if log.points or log.state == FAILED:

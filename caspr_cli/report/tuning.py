@@ -108,9 +108,13 @@ def _state(row: Row, one: Outcome) -> str:
 
 
 def ran_with(table: Table) -> Sheet:
-    """Return the shared settings with which each row was run, after tuning; keys that no row has are left out."""
+    """Return the shared settings with which each row was run, after tuning; keys that no row has are left out.
+
+    Logs of other programs may have none of them: there is nothing to show then.
+    """
     fixed = {name: {"optim.nesterov": True} for name in ALWAYS_NESTEROV}
     configs = {row.label: fixed.get(row.optim, {}) | row.runs[0].config for row in table.rows if row.runs}
     keys = [key for key in SHARED if any(key in config for config in configs.values())]
-    rows = [[label, *(plain(own[key]) if key in own else "-" for key in keys)] for label, own in configs.items()]
+    shown = configs if keys else {}
+    rows = [[label, *(plain(own[key]) if key in own else "-" for key in keys)] for label, own in shown.items()]
     return sheet(["row", *(key.rpartition(".")[2] for key in keys)], rows, RAN_WITH)

@@ -43,6 +43,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "--json=1"], "--json takes no value"),
         (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
+        (["check", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["compare", "events"], "no records in events; it has logs of TensorBoard: add --from tensorboard --metric "),
         (["compare", "--baseline", "adamv"], "--baseline adamv: no row has this name. Did you mean adamw? (rows: "),
         (["compare", "--target", "vit"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit"),
@@ -116,6 +117,9 @@ def test_a_pack_is_read_like_a_directory(study: Path, call: Call) -> None:
         assert call("compare", path, "--json") == 0
         rows.append(json.loads(call.out))
     assert rows[0] == rows[1]
+    Path("p.jsonl.gz").rename("study.gz")
+    assert call("unpack", "study.gz", "--to", "un") == 0
+    assert Path("un/vit/caspr/seed1/status.json").exists()
 
 
 def test_list_and_show(study: Path, call: Call) -> None:

@@ -1,5 +1,6 @@
 """The leaderboard and the check of an entry: each way in which a pack can be wrong is said in one line."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -134,6 +135,26 @@ def test_the_board_ranks_what_is_right_and_says_why_the_rest_is_not() -> None:
     assert {row.label for row in table.rows} == {"adamw", "muon", "adamw untuned", "muon untuned"}
 
 
+def variant(pack: str, exponent: float, optim: str = "muon") -> list[Run]:
+    """The records of an optimizer as those of Muon with an option, in a pack of this name."""
+    return [
+        replace(run, path=f"{pack}:{run.path}", config=run.config | {"optim.name": "muon", "optim.exponent": exponent},
+                result=run.result | {"optim": "muon"})
+        for run in fair() if run.config["optim.name"] == optim
+    ]  # fmt: skip
+
+
+def test_a_row_is_an_optimizer_with_its_options_whatever_its_label() -> None:
+    """Each pack calls its row muon; in the table of both packs each label has the option."""
+    packs = {"a": variant("a", 1.0), "b": variant("b", 0.5, "adamw"), "c": variant("c", 1.0)}
+    found = leaderboard.board(packs)
+    assert [(place.pack, place.row.label) for place in found.places] == [("a", "muon"), ("b", "muon")]
+    assert found.refused == {"c": ["muon on ogbg_molpcba: a has it already"]}
+    lines = [line for line in leaderboard.page(packs, "made so").splitlines() if re.match(r"\| \d", line)]
+    assert [re.sub(r" \| .* \|", " |", line[:-2]) for line in lines] == ["| 1 | a", "| 2 | b"]
+    assert ["exponent=1 " in line for line in lines] == [True, False]
+
+
 def test_rows_of_one_pack_have_to_fit_each_other() -> None:
     longer = [config(trainer__max_steps=1000)(run) if run.config["optim.name"] == "muon" else run for run in fair()]
     longer = [replace(run, result=run.result | {"steps": run.config["trainer.max_steps"]},
@@ -176,6 +197,12 @@ def test_against_the_first_all_pairs_are_corrected_for(monkeypatch: pytest.Monke
     assert leaderboard._against_first(table, three[::-1])[2].startswith("better, +5.6 %")
 
 
+def packed(optim: str, file: Path) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(pack.pack([run for run in fair() if run.config["optim.name"] == optim], [PACK]))
+    return file
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["caspr-report", *words])
     return report.main()
@@ -184,10 +211,13 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_check_says_right_or_wrong_and_exits_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "board").mkdir()
-    shutil.copy(PACK, tmp_path / "board")
-    assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "board")) == 0
-    assert "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n" in capsys.readouterr().out
+    own, board = packed("muon", tmp_path / "own.jsonl.gz"), tmp_path / "board"
+    packed("adamw", board / "a.jsonl.gz")
+    assert call(monkeypatch, "check", str(own), "--board", str(board)) == 0
+    assert capsys.readouterr().out == "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n"
+    shutil.copy(own, board / "b.jsonl.gz")
+    assert call(monkeypatch, "check", str(own), "--board", str(board)) == 1
+    assert capsys.readouterr().out == "wrong    muon on ogbg_molpcba: b.jsonl.gz has it already\n"
     assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "nosuch")) == 2
     assert "no such directory" in capsys.readouterr().err
     pack.unpack(fair(), tmp_path / "records")
@@ -204,11 +234,16 @@ def test_check_says_right_or_wrong_and_exits_so(
     assert "right    adamw on ogbg_molpcba: 8 trials, 3 fresh seeds" in out
 
 
-@pytest.mark.parametrize(("off", "code"), [(0.001, 0), (0.1, 1)])
+@pytest.mark.parametrize(("off", "code", "as_pack"), [(0.001, 0, True), (0.1, 1, True), (0.001, 0, False)])
 def test_check_runs_two_seeds_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, off: float, code: int
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    off: float,
+    code: int,
+    as_pack: bool,
 ) -> None:
-    """The run itself is replaced by one that ends a little or far off."""
+    """The run itself is replaced by one that ends a little or far off. The records are in a pack, or directories."""
     started = []
 
     def run(recipe: Any, command: list[str]) -> Any:
@@ -219,8 +254,10 @@ def test_check_runs_two_seeds_again(
         return SimpleNamespace(record=SimpleNamespace(path=tmp_path / str(len(started)) / "run"))
 
     monkeypatch.setattr("caspr_cli.runs.launch.run", run)
-    own = tmp_path / "own.jsonl.gz"
-    own.write_bytes(pack.pack([run for run in fair() if run.config["optim.name"] == "muon"], [PACK]))
+    own = packed("muon", tmp_path / "own.jsonl.gz")
+    if not as_pack:
+        pack.unpack(pack.read(own), tmp_path / "records")
+        own = tmp_path / "records"
     assert call(monkeypatch, "check", str(own), "--rerun", str(tmp_path / "again")) == code
     assert started == [("muon", 0.05581, seed, str(tmp_path / "again")) for seed in (1, 2)]
     out = capsys.readouterr().out

@@ -53,6 +53,24 @@ def test_other_commands_read_logs_too(call: Call) -> None:
     assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
     assert call("profile", *OWN, "--target", "runs=3.6") == 0
     assert "caspr" in call.out
+    assert call("trials", *OWN, "--to", "t.md") == 0
+    assert call.out.endswith("trials   no row has more than one trial\nskipped  t.md: nothing to show\n")
+    assert not Path("t.md").exists()
+
+
+def test_where_knows_hyperparameters_that_make_no_row(call: Call) -> None:
+    lines = [(f"{optim}{seed}{lr}", optim, seed, lr, seed + lr) for optim, seed in RUNS for lr in (0.1, 0.2)]
+    table(Path("runs.csv"), ["Name", "optimizer", "seed", "model.lr", METRIC], lines)
+    own = ("compare", "--from", "wandb", "runs.csv", "--metric", METRIC, "--group", "optimizer", "--json")
+    assert "with seed 0 differ in model.lr" in call.refused(*own)
+    for words, rows in (
+        (["--where", "lr=0.1"], {"caspr": 1.1, "adamw": 1.1}),
+        (["--where", "optimizer=adamw", "--where", "model.lr=2e-1"], {"adamw": 1.2}),
+        (["--where", "lr=0.1", "--where", "optim=caspr"], {"caspr": 1.1}),
+    ):
+        assert call(*own, *words) == 0
+        assert {row["label"]: row["mean"] for row in json.loads(call.out)} == pytest.approx(rows)
+    assert "--where lr=3: no record has lr=3 (lr is 0.1 and 0.2)" in call.refused(*own, "--where", "lr=3")
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def test_what_is_left_out_is_said() -> None:
         "a reached the target of c4_lm, but has no times: counts as not reached",
     )
     assert profile([timeless], "steps").left_out == ()
+    no_clock = table([run("a", curve=[(1, None, 4.0)])])
+    assert profile([no_clock], "seconds").left_out == profile([timeless], "seconds").left_out
 
 
 @pytest.mark.parametrize("width", [200, 60])

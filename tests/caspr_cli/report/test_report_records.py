@@ -2,6 +2,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -349,6 +350,21 @@ def test_what_is_unpacked_says_the_same_and_is_done_for_the_runner(tmp_path: Pat
     again.output_dir = str(tmp_path / "after")
     assert compose.identity(again) == compose.identity(recipe)
     assert plan(again, Record.of(again)) == "skip"
+
+
+def test_records_of_one_path_in_several_packs_are_kept_apart_or_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "before.jsonl.gz", tmp_path / "after.jsonl.gz"]
+    for file, final in zip(files, (4.0, 5.0), strict=True):
+        file.write_bytes(packs.pack([run(final=final)], [Path("outputs")]))
+    both = tmp_path / "both.jsonl.gz"
+    both.write_bytes(packs.pack(records.find(files).runs, files))
+    assert packs.unpack(packs.read(both), tmp_path / "un") == (2, 0)
+    assert [each.final for each in records.find([tmp_path / "un" / "after"]).runs] == [5.0]
+    with pytest.raises(UserError, match=r"before.jsonl.gz:.*: a different record has the same path"):
+        packs.unpack(records.find(files).runs, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    again = shutil.copy(files[0], tmp_path / "again.jsonl.gz")  # the same record in two packs is written once
+    assert packs.unpack(records.find([files[0], again]).runs, tmp_path / "once") == (1, 0)
 
 
 def test_a_pack_cannot_write_elsewhere(tmp_path: Path) -> None:

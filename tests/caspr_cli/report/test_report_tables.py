@@ -43,9 +43,15 @@ def test_a_label_has_the_option_that_a_command_set_where_another_optimizer_has_a
     made = table([
         run("shampoo", provenance=words, optim__exponent=1.0, optim__weight_decay=0.1, **common),
         run("caspr", optim__exponent=0.5, optim__weight_decay=0.0, **common),
-        run("adamw", optim__weight_decay=0.0),
+        run("adamw", optim__weight_decay=0.0, **common),
     ])  # fmt: skip
     assert {each.label for each in made.rows} == {"shampoo exponent=1", "caspr exponent=0.5", "adamw"}
+
+
+def test_a_label_has_the_option_that_a_command_set_where_no_other_optimizer_has_it() -> None:
+    shampoo = run("shampoo", provenance={"command": ["caspr-train", "optim.exponent=1"]}, optim__exponent=1.0)
+    assert {each.label for each in table([shampoo, run("adamw")]).rows} == {"shampoo exponent=1", "adamw"}
+    assert [each.label for each in table([shampoo]).rows] == ["shampoo exponent=1"]
 
 
 def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,3 +207,6 @@ def test_the_short_tables_beside_the_results() -> None:
     assert [sheet.caption for sheet in made] == [tuning.BY_BUDGET, tuning.WIDTHS, tuning.RAN_WITH]
     assert all(render.markdown(sheet).count("\n") == len(sheet) + 1 for sheet in made)
     assert [sheet.heads[:2] for sheet in tuning.beside(table(seeds("caspr", [4.0])))] == [["row", "lr"]]
+    logs = [replace(each, config={k: v for k, v in each.config.items() if k not in tuning.SHARED})
+            for each in seeds("caspr", [4.0])]  # fmt: skip
+    assert tuning.beside(table(logs)) == []
