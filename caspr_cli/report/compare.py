@@ -1,7 +1,7 @@
 """From records to tables: one for each task, scale and data set, with each row tuned, summarized and compared."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from caspr_cli.common.errors import UserError, nearest
@@ -11,7 +11,7 @@ from caspr_cli.report.format import verdict
 from caspr_cli.report.horizon import HORIZON, LENGTH, own_schedule
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.provenance import data_hash
-from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, rows_of, set_by_hand, without_name
+from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, own_values, rows_of, set_by_hand, without_name
 from caspr_cli.report.settings import ranges
 from caspr_cli.report.stats import Comparison
 
@@ -38,9 +38,9 @@ def tables(
     _check(runs, tuned, wanted)
     left_out = [run for run in runs if run.config.get(DEBUG) not in (None, "none")]
     found = subjects([run for run in runs if run.config.get(DEBUG) in (None, "none")])
-    budgets = LENGTH not in (tuned or ())
+    budgets, own_of = LENGTH not in (tuned or ()), own_values(runs)
     made = [
-        _table(replace(subject, steps=steps, target=wanted.get(subject.task)), own, every, baseline, tuned)
+        _table(replace(subject, steps=steps, target=wanted.get(subject.task)), own, every, own_of, baseline, tuned)
         for subject, every in found.items()
         for steps, own in (by_steps(every) if budgets else {None: every}).items()
     ]
@@ -127,15 +127,25 @@ def _debug(runs: Sequence[Run]) -> str:
 
 
 def _table(
-    subject: Table, runs: Sequence[Run], every: Sequence[Run], baseline: str | None, tuned: Sequence[str] | None
+    subject: Table,
+    runs: Sequence[Run],
+    every: Sequence[Run],
+    known: Collection[tuple[str, str, str]],
+    baseline: str | None,
+    tuned: Sequence[str] | None,
 ) -> Table:
-    """Return the table of ``subject``, whose target is the one that the user wants; ``every``: runs of any length."""
+    """Return the table of ``subject``, whose target is the one that the user wants.
+
+    Args:
+        every: runs of any length.
+        known: the values that optimizers have by themselves (:func:`own_values`).
+    """
     higher = subject.higher_is_better
     target = common_target(runs, higher_is_better=higher) if subject.target is None else subject.target
     by_optimizer: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_optimizer[str(run.config["optim.name"])].append(run)
-    named = set_by_hand(runs)
+    named = set_by_hand(runs, known)
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         searched = {key for run in own for key in ranges(run.config)}

@@ -58,14 +58,34 @@ def rows_of(runs: Sequence[Run], tuned: Sequence[str], named: Collection[str] = 
     return rows
 
 
-def set_by_hand(runs: Sequence[Run]) -> set[str]:
+def own_values(runs: Iterable[Run]) -> set[tuple[str, str, str]]:
+    """Return (optimizer, option, value) of all options that the command of a run did not set."""
+    found = set[tuple[str, str, str]]()
+    for run in runs:
+        given, name = _given(run), str(run.config["optim.name"])
+        found |= {(name, key, frozen(value)) for key, value in run.config.items() if key not in given}
+    return found
+
+
+def _given(run: Run) -> set[str]:
+    """Return the options of the optimizer that the command of a run set."""
+    keys = (str(word).lstrip("+").partition("=")[0] for word in run.provenance.get("command") or ())
+    return {key for key in keys if key.startswith("optim.")}
+
+
+def set_by_hand(runs: Sequence[Run], own: Collection[tuple[str, str, str]]) -> set[str]:
     """Return the options that a command set and that not all optimizers of a table share, as ``exponent=1`` of Shampoo.
 
     A label without them would promise the optimizer's own values. So all count where there is only one optimizer, and
-    an option that another one lacks counts, too. What searches draw is left to the settings.
+    an option that another one lacks counts, too. What searches draw is left to the settings, and so is a value that
+    the optimizer is known to have anyway: ``own``, see :func:`own_values`.
     """
-    words = {word for run in runs for word in run.provenance.get("command") or ()}
-    keys = {key for word in words if (key := word.lstrip("+").partition("=")[0]).startswith("optim.")} - DRAWN
+    keys = {
+        key
+        for run in runs
+        for key in _given(run) - DRAWN
+        if (str(run.config["optim.name"]), key, frozen(run.config.get(key))) not in own
+    }
     if len({run.config["optim.name"] for run in runs}) == 1:
         return keys
     return keys.intersection(differing({key: run.config.get(key, ABSENT) for key in keys} for run in runs))

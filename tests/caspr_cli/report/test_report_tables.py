@@ -54,6 +54,15 @@ def test_a_label_has_the_option_that_a_command_set_where_no_other_optimizer_has_
     assert [each.label for each in table([shampoo]).rows] == ["shampoo exponent=1"]
 
 
+def test_a_label_has_no_option_that_was_set_to_what_the_optimizer_has_anyway() -> None:
+    """As another run says, of any table, whose command did not set it."""
+    command = {"command": ["caspr-train", "optim.graft=rms", "optim.exponent=0"]}
+    by_hand = run("caspr", provenance=command, optim__graft="rms", optim__exponent=0.0)
+    usual = run("caspr", task="vit", optim__graft="rms", optim__exponent=0.5)
+    found = tables([by_hand, run("adamw"), usual])
+    assert {row.label for each in found for row in each.rows} == {"caspr exponent=0", "adamw", "caspr exponent=0.5"}
+
+
 def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None:
     made = table(
         [
