@@ -17,7 +17,9 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.caspr import takes
 from caspr_cli.optim.family import AuthorOptions, wrong
 from caspr_cli.optim.options import Group
+from caspr_cli.optim.state import params_of
 
+MATRICES = ("L", "R", "L_root", "R_root")  # of the state: at least float32, for which there are eigendecompositions
 SMALLEST_DAMPING = 1e-16
 LARGEST_ERROR = 1e-2  # of an entry of a statistic that is rebuilt from its eigenvalues
 
@@ -69,6 +71,27 @@ class AuthorCASPR(Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but statistics and roots keep the type they were saved with: torch takes the parameter's."""
+        given = list[dict[str, Any]]()
+
+        def restore(_: Optimizer) -> None:
+            saved = params_of(given[-1]["param_groups"])
+            for (i, _theirs), (p, _ours) in zip(saved, params_of(self.param_groups), strict=True):
+                for name in MATRICES:
+                    if (value := given[-1]["state"].get(i, {}).get(name)) is not None:
+                        self.state[p][name] = value.to(p.device)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Return the step of a tensor over its learning rate, and move its state on."""
@@ -76,14 +99,18 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
+    dtype = torch.promote_types(G.dtype, torch.float32)
     if matrix and "L" not in state:
-        state |= _first_statistics(blocks_of(G, group["block_size"]), group["matrix_eps"])
+        state |= _first_statistics(blocks_of(G, group["block_size"]).to(dtype), group["matrix_eps"])
+    elif matrix and state["L"].dtype != dtype:  # the model was cast, or an older version saved it
+        state |= {name: state[name].to(dtype) for name in MATRICES}
     state["step"] += 1
     t = int(state["step"].item())
     state["exp_avg"].lerp_(G, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(G, G, value=1 - beta2)
-    M = (beta1 * state["exp_avg"] + (1 - beta1) * G) / (1 - beta1**t)
-    V = state["exp_avg_sq"] / (1 - beta2**t)
+    G = G.to(dtype)
+    M = (beta1 * state["exp_avg"].to(dtype) + (1 - beta1) * G) / (1 - beta1**t)
+    V = state["exp_avg_sq"].to(dtype) / (1 - beta2**t)
     nadam: Tensor = M / (V.sqrt() + group["eps"])
     if not matrix:
         return nadam

@@ -1,5 +1,6 @@
 """``AuthorCASPR`` against an independent transcription of the authors' code."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,30 @@ def test_a_group_without_preconditioning_is_that_of_vectors() -> None:
         both.step()
     assert torch.equal(p.detach().reshape(24), q.detach())
     assert "L" not in both.state[p]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_and_roots_of_short_types_are_float32_and_stay_so_in_a_checkpoint(dtype: torch.dtype) -> None:
+    """A loaded optimizer goes on bit for bit; and the step is that of float32 to the digits of the type."""
+    options: dict[str, Any] = {"interval": 2, "start_step": 2, "lr": 0.01}
+    p, q, exact = (torch.nn.Parameter(torch.zeros(6, 4, dtype=t)) for t in (dtype, dtype, torch.float32))
+    one, other, wanted = AuthorCASPR([p], **options), AuthorCASPR([q], **options), AuthorCASPR([exact], **options)
+    gradients = [G.to(dtype) for G in drawn((6, 4), 8, 50.0)]  # whose squares are no zeros in float16
+    for step, G in enumerate(gradients):
+        p.grad, exact.grad = G.clone(), G.float()
+        one.step()
+        wanted.step()
+        if step > 3:
+            q.grad = G.clone()
+            other.step()
+            assert torch.equal(p, q)
+        elif step == 3:
+            q.data.copy_(p.data)
+            other.load_state_dict(copy.deepcopy(one.state_dict()))
+            for name in ("L", "R", "L_root", "R_root"):
+                assert other.state[q][name].dtype == torch.float32
+                assert torch.equal(other.state[q][name], one.state[p][name])
+    torch.testing.assert_close(p.detach().float(), exact.detach(), rtol=0, atol=0.003)
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"interval": 0}, {"block_size": 0}, {"eps": -1e-8}])
