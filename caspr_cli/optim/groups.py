@@ -11,7 +11,7 @@ from torch import nn
 
 from caspr_cli.optim.options import Group
 
-Heads = Iterable["str | nn.Module"]
+Heads = str | nn.Module | Iterable[str | nn.Module]
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (
@@ -34,7 +34,8 @@ def param_groups(
     >>> optimizer = CASPR(param_groups(model), lr=1e-3)  # doctest: +SKIP
 
     Args:
-        heads: the output layers, as modules or by name; none: ``()``. If not given, the model's last ``nn.Linear``.
+        heads: the output layers, as modules or by name, one or several; none: ``()``. If not given, the model's last
+            ``nn.Linear``.
         explain: return also a table of what goes where and why.
 
     Raises:
@@ -57,7 +58,8 @@ def left_to_adamw(model: nn.Module, heads: Heads = ()) -> dict[str, str]:
         ValueError: the model has no module of that name.
     """
     modules = dict(model.named_modules())
-    output = {id(inner) for head in heads for inner in _module(head, modules).modules()}
+    each: Iterable[str | nn.Module] = [heads] if isinstance(heads, (str, nn.Module)) else heads
+    output = {id(inner) for head in each for inner in _module(head, modules).modules()}
     reasons: dict[int, str] = {}
     for module in modules.values():
         for name, p in module.named_parameters(recurse=False):

@@ -40,10 +40,12 @@ def test_each_parameter_is_in_the_group_of_its_kind() -> None:
     CASPR(param_groups(made), weight_decay=0.1)
 
 
-@pytest.mark.parametrize("heads", [["body"], ["body.0", "body.2"], "module"])
+@pytest.mark.parametrize("heads", ["body", ["body"], ["body.0", "body.2"], "module", ["module"]])
 def test_heads_are_modules_or_names(heads: list[str] | str) -> None:
+    """One alone needs no brackets."""
     made = model()
-    found = left_to_adamw(made, [made.get_submodule("body")] if heads == "module" else heads)
+    body = made.get_submodule("body")
+    found = left_to_adamw(made, {"module": body, "['module']": [body]}.get(str(heads), heads))
     assert [name for name, reason in found.items() if reason == "head"] == ["body.0.weight", "body.2.weight"]
     assert "head.weight" not in found
     assert "head.weight" not in left_to_adamw(made, ())
