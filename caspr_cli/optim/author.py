@@ -95,7 +95,7 @@ class AuthorCASPR(Optimizer):
 
 def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Return the step of a tensor over its learning rate, and move its state on."""
-    (beta1, beta2), matrix = group["betas"], group["precondition"] and G.ndim >= 2
+    (beta1, beta2), matrix = group["betas"], group["precondition"] and G.ndim >= 2 and G.numel() > 0
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)

@@ -198,7 +198,7 @@ def _torch(name: str, **fixed: Any) -> Builder:
 
 # Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
 TAKES: dict[str, Callable[[Tensor], bool]] = dict.fromkeys(
-    ("muon", "normuon", "soap", "psgd_kron", "caspr_author"), lambda p: p.ndim >= 2
+    ("muon", "normuon", "soap", "psgd_kron", "caspr_author"), lambda p: p.ndim >= 2 and p.numel() > 0
 )
 
 

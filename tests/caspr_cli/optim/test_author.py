@@ -102,6 +102,11 @@ def test_statistics_and_roots_of_short_types_are_float32_and_stay_so_in_a_checkp
     torch.testing.assert_close(p.detach().float(), exact.detach(), rtol=0, atol=0.003)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_empty_matrix_is_left_alone(shape: tuple[int, ...]) -> None:
+    assert weights_of(shape, [torch.zeros(shape, dtype=torch.float64)] * 3, interval=1, start_step=1)[-1].shape == shape
+
+
 @pytest.mark.parametrize("bad", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"interval": 0}, {"block_size": 0}, {"eps": -1e-8}])
 def test_options_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -189,3 +189,13 @@ def test_psgd_kron_corrects_the_bias_of_a_tensor_by_its_own_gradients(older: boo
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     torch.testing.assert_close(seen[-1], q.grad * (0.19 / (1 - 0.9**7) if older else 1))
+
+
+@pytest.mark.parametrize("name", ["psgd_kron", "caspr_author"])
+def test_an_empty_matrix_is_among_the_rest(name: str) -> None:
+    p = nn.Parameter(torch.zeros(0, 3))
+    options = KRON if name == "psgd_kron" else {"lr": 0.1, "adamw_lr_scale": 0.5}
+    optimizer = build(name, [{"params": [p], "precondition": True}], options)
+    assert optimizer.param_groups[0]["lr"] == options["lr"] * options.get("adamw_lr_scale", 1)
+    p.grad = torch.zeros(0, 3)
+    optimizer.step()
