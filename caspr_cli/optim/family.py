@@ -240,7 +240,8 @@ class FullAdagradOptions:
         "auto",
         """``"auto"``: with a default process group of several ranks, each rank owns some blocks, keeps the statistics
         and roots of those alone, computes their updates and gets the others' while it computes. ``"none"``:
-        every rank does everything; use it where parameters differ between ranks, or where rank 0 alone saves.
+        every rank does everything; use it where parameters differ between ranks, where rank 0 alone saves, or under
+        torch's ``Join``, where a rank that has run out of data no longer steps and the others would wait for it.
         Parameters of ``fully_shard`` are always divided, and with them the others of their group: their rows go to
         the owner of a block and back; of replicas each does so by itself.""",
     )
