@@ -77,7 +77,7 @@ class AuthorCASPR(Optimizer):
 
         def restore(_: Optimizer) -> None:
             saved = params_of(given[-1]["param_groups"])
-            for (i, _group), (p, _) in zip(saved, params_of(self.param_groups), strict=True):
+            for (i, _theirs), (p, _ours) in zip(saved, params_of(self.param_groups), strict=True):
                 for name in MATRICES:
                     if (value := given[-1]["state"].get(i, {}).get(name)) is not None:
                         self.state[p][name] = value.to(p.device)
