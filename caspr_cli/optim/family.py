@@ -26,7 +26,7 @@ else:  # their names, as a recipe has them
     ParamsT = Any
     FactorDtype = Literal["float32", "float64"]
     LowDtype = Literal["bfloat16"]
-    ApplyDtype = Literal["auto", "bfloat16"]
+    ApplyDtype = Literal["auto", "bfloat16", "float32"]
 
     TravelDtype = Literal["bfloat16", "float32"]
 
@@ -229,12 +229,13 @@ class FullAdagradOptions:
     )
     apply_dtype: ApplyDtype | None = option(
         None,
-        """type of the products with the roots and of the polar factor: ``torch.bfloat16``, or None for that of the
-        statistics. ``"auto"``, the choice of ``optim=caspr``, is bfloat16 where a polar factor follows and the device
-        multiplies faster in it (GPUs, CPUs with AMX, AMD's with AVX-512 for bfloat16; others can take ten times as
-        long), else None. Without a polar factor bfloat16 changes U by about 4e-3 of its length where gradients are of
-        full rank and well conditioned, but by .27 where both their sides have a condition of 1e4, by .25 at rank 8
-        of 64, and at rank 1 by more than its length (at eps=1e-3 by .02, .015 and .06).""",
+        """type of the products with the roots and of the polar factor: ``torch.bfloat16``, ``torch.float32``, or None for
+        that of the statistics (float32, or float64 for such parameters and a small eps). ``"auto"``, the choice of
+        ``optim=caspr``, is bfloat16 where a polar factor follows and the device multiplies faster in it (GPUs, CPUs
+        with AMX, AMD's with AVX-512 for bfloat16; others can take ten times as long), else None. Without a polar factor
+        bfloat16 changes U by about 4e-3 of its length where gradients are of full rank and well conditioned, but by .27
+        where both their sides have a condition of 1e4, by .25 at rank 8 of 64, and at rank 1 by more than its length
+        (at eps=1e-3 by .02, .015 and .06).""",
     )
     shard: Literal["auto", "none"] = option(
         "auto",

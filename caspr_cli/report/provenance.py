@@ -21,6 +21,12 @@ def hardware(run: Run) -> str:
     return f"{name}, {count(processes, 'process', 'es')}, {count(threads, 'thread')}" if device else ""
 
 
+def products(run: Run) -> str:
+    """Return the type of the optimizer's products after ``hardware``, as ", products in bfloat16"."""
+    found = (run.provenance.get("device") or {}).get("products")
+    return f", products in {found}" if found else ""
+
+
 def machine(run: Run) -> str:
     found = run.provenance.get("machine") or {}
     cores = f"{found['cores']} cores" if found.get("cores") else ""

@@ -144,7 +144,8 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
         validations = count(len(run.curve), "validation")
         yield f"curve    {bars}  {number(values[0])} to {number(values[-1])} in {validations}"
     origin = {"command": " ".join(provenance.command(run)), "data": provenance.data(run)}
-    origin |= {"machine": provenance.hardware(run), "code": provenance.code(run), "versions": provenance.versions(run)}
+    where = f"{provenance.hardware(run)}{provenance.products(run)}"
+    origin |= {"machine": where, "code": provenance.code(run), "versions": provenance.versions(run)}
     for what, text in origin.items():
         if text:
             yield from wrapped(f"{what:<9}{text}", width)

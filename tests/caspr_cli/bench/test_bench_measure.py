@@ -117,7 +117,7 @@ def test_options_are_read_and_reach_the_optimizer() -> None:
         ("interval=3", ["caspr"], "write --interval 3"),
         ("eps=abc", ["caspr"], "eps is 1e-06 unless it is set"),
         ("factor_dtype=float3", ["caspr"], "Did you mean float32?"),
-        ("apply_dtype=float32", ["caspr"], "should be one of null, auto, bfloat16."),
+        ("apply_dtype=float64", ["caspr"], "should be one of null, auto, bfloat16, float32."),
         ("order=3", ["adamw", "muon"], "it is for caspr and shampoo"),
     ],
 )

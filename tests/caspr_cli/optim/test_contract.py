@@ -45,7 +45,7 @@ GRID: dict[str, list[Any]] = {
     "factor_dtype": [None, torch.float64],
     "root_dtype": [None, torch.bfloat16],
     "pack_roots": [False, True],
-    "apply_dtype": [None, torch.bfloat16, "auto"],
+    "apply_dtype": [None, torch.bfloat16, "auto", torch.float32],
     "gather_dtype": [None, torch.bfloat16],
     "maximize": [False, True],
 }

@@ -41,7 +41,10 @@ REFUSED = [
     ({"block_size": 0}, "block_size should be a positive integer but is: 0"),
     ({"solver": "qr"}, "solver should be one of auto, eigh, newton but is: 'qr'"),
     ({"root_dtype": torch.float16}, "root_dtype should be one of None, torch.bfloat16 but is: torch.float16"),
-    ({"apply_dtype": torch.float16}, "apply_dtype should be one of None, auto, torch.bfloat16 but is: torch.float16"),
+    (
+        {"apply_dtype": torch.float16},
+        "apply_dtype should be one of None, auto, torch.bfloat16, torch.float32 but is: torch.float16",
+    ),
     ({"pack_roots": "yes"}, "pack_roots should be one of True, False but is: 'yes'"),
 ]
 
