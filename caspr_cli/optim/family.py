@@ -229,8 +229,8 @@ class FullAdagradOptions:
     )
     apply_dtype: ApplyDtype | None = option(
         None,
-        """type of the products with the roots and of the polar factor: ``torch.bfloat16``, ``torch.float32``, or None for
-        that of the statistics (float32, or float64 for such parameters and a small eps). ``"auto"``, the choice of
+        """type of the products with the roots and of the polar factor: ``torch.bfloat16``, ``torch.float32``, or None
+        for that of the statistics (float32, or float64 for such parameters and a small eps). ``"auto"``, the choice of
         ``optim=caspr``, is bfloat16 where a polar factor follows and the device multiplies faster in it (GPUs, CPUs
         with AMX, AMD's with AVX-512 for bfloat16; others can take ten times as long), else None. Without a polar factor
         bfloat16 changes U by about 4e-3 of its length where gradients are of full rank and well conditioned, but by .27
