@@ -14,6 +14,7 @@ import pytest
 import torch
 from running import Process, Runner, losses, near, wait_for
 
+from caspr_cli.optim.precision import is_fast_in_bfloat16
 from caspr_cli.recipe import compose
 
 pytestmark = pytest.mark.release
@@ -49,7 +50,8 @@ def test_a_run_leaves_a_whole_record(runner: Runner, whole: Path) -> None:
     # a moment everywhere, another beside the blocks; in these statistics and roots of both axes, and two scales
     squares = 4 * 2 * (16**2 + 16**2) + 2 * 2 * (16**2 + 64**2)
     moments = 2 * result["parameters"] - result["preconditioned_parameters"]
-    assert result["optimizer_state_bytes"] == pytest.approx(4 * (moments + squares), rel=0.01)
+    of_root = 2 if is_fast_in_bfloat16(torch.device("cpu")) else 4  # bytes of a number; half of the squares are roots
+    assert result["optimizer_state_bytes"] == pytest.approx(4 * moments + (4 + of_root) * squares / 2, rel=0.02)
     provenance = json.loads((whole / "provenance.json").read_text())
     assert provenance["data"]["source"] == "files"
     assert provenance["packages"]["torch"]
