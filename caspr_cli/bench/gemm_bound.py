@@ -108,7 +108,6 @@ def kronecker_products(optimizer: KroneckerOptimizer) -> list[Product]:
             found += [Product(count, d, d, rest, low, gram=False, count=times)]
         for (rows, inner, columns), gram, repeats in polar.products(shape, steps, low):
             found.append(Product(count, rows, inner, columns, low, gram=gram, count=repeats))
-
     return found
 
 

@@ -73,24 +73,11 @@ class AuthorCASPR(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with: torch takes the parameter's."""
-        given = list[dict[str, Any]]()
-
-        def restore(_: Optimizer) -> None:
-            saved = params_of(given[-1]["param_groups"])
-            for (i, _theirs), (p, _ours) in zip(saved, params_of(self.param_groups), strict=True):
-                for name in MATRICES:
-                    if (value := given[-1]["state"].get(i, {}).get(name)) is not None:
-                        self.state[p][name] = value.to(p.device)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(lambda _, content: given.append(content)),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        super().load_state_dict(state_dict)
+        saved = params_of(state_dict["param_groups"])
+        for (i, _theirs), (p, _ours) in zip(saved, params_of(self.param_groups), strict=True):
+            own = state_dict["state"].get(i, {})
+            self.state[p] |= {name: own[name].to(p.device, copy=True) for name in MATRICES if name in own}
 
 
 def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

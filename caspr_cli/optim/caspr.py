@@ -57,11 +57,11 @@ _NOTES = """
     On a GPU ``lr`` may be a tensor there. A step then waits for nothing once there are roots, and can be captured in
     CUDA graphs, one for each step of an ``interval``, which are replayed in their order.
 
-    No gradient stops the training. A tensor whose gradient is not finite (or whose square is not, where a second moment
-    is kept) is left out of the step as if it had none, with one warning, and ``state["skipped"]`` counts it. A new root
-    is used if it is finite and its residual, recomputed, is small; otherwise the old one stays, ``state["rejected.0"]``
-    counts it, and eps is ten times as large at the block's next turn. :func:`caspr_cli.optim.probe.counters` adds both
-    up.
+    No gradient stops the training. A tensor whose gradient is not finite (or whose square is not, but with the grafts
+    "sgd" and "none") is left out of the step as if it had none, with one warning, and ``state["skipped"]`` counts it. A
+    new root is used if it is finite and its residual, recomputed, is small; otherwise the old one stays,
+    ``state["rejected.0"]`` counts it, and eps is ten times as large at the block's next turn.
+    :func:`caspr_cli.optim.probe.counters` adds both up.
     """
 
 

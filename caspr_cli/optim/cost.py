@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from caspr_cli.optim import polar
 from caspr_cli.optim.blocks import Shape
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import Group, apply_dtype, factor_dtype
+from caspr_cli.optim.polar import flops as polar_flops
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 
@@ -67,22 +67,14 @@ def step_flops(optimizer: KroneckerOptimizer, device: torch.device | None = None
         if group["measured"]:
             flops["statistics"] += size * sum(sizes)
             flops["roots"] += (size * sum(sizes) + 2.0 * count * sum(d**3 for d in sizes)) / group["interval"]
-        flops["apply"] += _of_polar(group, p, shape, count, place)
+        if group["polar"]:
+            dtype = apply_dtype(factor_dtype(p, group), place, group)
+            flops["apply"] += count * polar_flops(shape, group["polar_steps"], dtype)
 
         if sizes:
             roots = count * sum(d**3 for d in sizes) / group["interval"]
             flops["roots"] += root_flops(group, len(sizes), place) * roots
     return flops
-
-
-def polar_flops(optimizer: KroneckerOptimizer, device: torch.device) -> float:
-    """Return the FLOPs of all polar factors of a step on a device, which :func:`step_flops` has in ``apply``."""
-    return sum(_of_polar(group, p, shape, count, device) for group, p, _, shape, count in blocks_of(optimizer))
-
-
-def _of_polar(group: Group, p: Tensor, shape: Shape, count: int, device: torch.device) -> float:
-    dtype = apply_dtype(factor_dtype(p, group), device, group)
-    return count * polar.flops(shape, group["polar_steps"], dtype) if group["polar"] else 0.0
 
 
 def called_flops(optimizer: Optimizer) -> float:

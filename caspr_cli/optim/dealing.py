@@ -90,8 +90,11 @@ class _Queue:
                 return rank
 
 
+APPLIED = 2 / 3  # what part of the next is application
+
+
 def _step_flops(shape: Shape, sizes: Shape) -> float:
-    """Return the FLOPs of statistics and application, without roots."""
+    """Return the FLOPs of statistics and of the application of two passes, without roots."""
     return 6.0 * math.prod(shape) * sum(sizes)
 
 

@@ -225,7 +225,7 @@ class KroneckerOptimizer(Optimizer):
         for p in grads:
             states.begin(self.state[p], p, group)
         masked = is_masked(list(grads))
-        finite = Finite(grads, group, plan.layouts, norms, self._workspace, ask=not masked)
+        finite = Finite(grads, group, norms, self._workspace, ask=not masked)
         known = {p: self.state[p] for p in grads if p in plan.layouts}
         states.begin_counters(list(known.values()), group)
         states.count_there([self.state[p] for p in grads], next(iter(grads)).device, group, masked=masked)

@@ -27,7 +27,6 @@ else:  # their names, as a recipe has them
     FactorDtype = Literal["float32", "float64"]
     LowDtype = Literal["bfloat16"]
     ApplyDtype = Literal["auto", "bfloat16", "float32"]
-
     TravelDtype = Literal["bfloat16", "float32"]
 
 T = TypeVar("T")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -35,23 +34,16 @@ class Finite:
     Reading waits for what was queued before the question, and not for what came after it.
 
     A gradient counts with those that are not if it is infinite in the type of the statistics, or its square in that of
-    the tensor's second moment, where it has one, which would be so for ever after. (But in float16, of which the latter
-    is true of any gradient above 256.)
+    a second moment, which would be so for ever after. That holds for a whole group, also for a tensor without one
+    (``graft="rms"``), as its momentum would remember such a gradient for hundreds of steps. (But in float16, of which
+    the latter is true of any gradient above 256.)
     """
 
     def __init__(
-        self,
-        grads: dict[Tensor, Tensor],
-        group: Group,
-        chosen: Container[Tensor],
-        known: dict[Tensor, Tensor],
-        workspace: Workspace,
-        *,
-        ask: bool,
+        self, grads: dict[Tensor, Tensor], group: Group, known: dict[Tensor, Tensor], workspace: Workspace, *, ask: bool
     ) -> None:
         """
         Args:
-            chosen: the parameters that are preconditioned some day.
             known: the norms of gradients of which only some rows are on this rank.
             ask: whether :meth:`others` will be called.
         """
@@ -62,24 +54,17 @@ class Finite:
         kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
         for p in grads:
             kinds[p.device, p.dtype, bool(known) and p in known].append(p)
-        for (device, _, is_known), params in kinds.items():
+        for (device, dtype, is_known), params in kinds.items():
             norms = torch.stack([known[p] for p in params]) if is_known else frobenius([grads[p] for p in params])
-            norms = norms.masked_fill(norms > self._limit(params, group, chosen), torch.inf)
+            limit = torch.finfo(factor_dtype(params[0], group)).max
+            if needs_second_moment(graft_of(group, preconditioned=False)) and dtype != torch.float16:
+                limit = min(limit, math.sqrt(torch.finfo(dtype).max))
+            norms = norms.masked_fill(norms > limit, torch.inf)
             earlier = self._norms.setdefault(device, [])
             self._place |= zip(map(id, params), itertools.count(sum(map(len, earlier))), strict=False)
             earlier.append(norms)
             if ask and device.type != "meta":  # which has shapes and no numbers
                 self._answers.append((params, Question(~torch.isfinite(norms))))
-
-    def _limit(self, params: list[Tensor], group: Group, chosen: Container[Tensor]) -> float | Tensor:
-        """Return the largest norm that counts as finite: one number where it is the same for all, else ``[n]``."""
-        dtype, most = params[0].dtype, torch.finfo(factor_dtype(params[0], group)).max
-        squared = most if dtype == torch.float16 else min(most, math.sqrt(torch.finfo(dtype).max))
-        has_moment = {yes: needs_second_moment(graft_of(group, preconditioned=yes)) for yes in (True, False)}
-        limits = [squared if has_moment[p in chosen] else most for p in params]
-        if len(set(limits)) == 1:
-            return limits[0]
-        return self._workspace.constant(limits, torch.float64, params[0].device)
 
     def norms(self, params: list[Tensor]) -> Tensor:
         """Return the norms ``[n]`` of the gradients of these parameters, which are on one device."""

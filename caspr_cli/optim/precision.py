@@ -38,7 +38,7 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies faster in bfloat16 than in float32.
 
     GPUs do; CPUs with AMX (measured: 1/8 of the time) and AMD's with AVX-512 for bfloat16 (1/2). On an Intel CPU with
-    AVX-512 for it and no AMX products took 1.4 times as long, on CPUs without either 10 to 60 times. Of tensors that
+    AVX-512 for it and no AMX products took 1.4 times as long, on CPUs without either 6 to 60 times. Of tensors that
     have shapes alone: a GPU that is not there is one of today's, and "meta" stands for the device of a run here.
     """
     if device.type == "meta":

@@ -63,7 +63,8 @@ def own_values(runs: Iterable[Run]) -> set[tuple[str, str, str]]:
     found = set[tuple[str, str, str]]()
     for run in runs:
         given, name = _given(run), str(run.config["optim.name"])
-        found |= {(name, key, frozen(value)) for key, value in run.config.items() if key not in given}
+        options = {key: value for key, value in run.config.items() if key.startswith("optim.") and key not in given}
+        found |= {(name, key, frozen(value)) for key, value in options.items()}
     return found
 
 

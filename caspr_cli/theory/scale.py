@@ -8,8 +8,8 @@ import torch
 
 from caspr_cli.bench.baselines import Settings, enter
 from caspr_cli.bench.shapes import MODELS
-from caspr_cli.optim.cost import polar_flops, products_dtype, step_flops
-from caspr_cli.optim.dealing import BUCKET, Block, Loads, deal, group_size, received
+from caspr_cli.optim.cost import products_dtype, step_flops
+from caspr_cli.optim.dealing import APPLIED, BUCKET, Block, Loads, deal, group_size, received
 from caspr_cli.optim.divide import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.plan import Plan, plan_key
@@ -83,10 +83,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
     root = root_flops(group, len(blocks[0][1]), GPU)
-    polar, low = polar_flops(optimizer, GPU), products_dtype(optimizer, GPU) == torch.bfloat16
-    applied = step_flops(optimizer, GPU)["apply"] - polar
-    rate = sheet.low_products if low else sheet.products
-    more = polar / rate + applied / rate - applied / sheet.products  # seconds that the FLOPs of ``loads`` do not have
+    low = products_dtype(optimizer, GPU) == torch.bfloat16
+    applied = step_flops(optimizer, GPU)["apply"] / (sheet.low_products if low else sheet.products)
     for count in gpus:
         for sharded in (False, True):
             start = time.process_time()
@@ -99,6 +97,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
             share = busiest * len(turns) / sum(map(sum, turns))
             factors, most = _kept(blocks, owners, n, torch.bfloat16.itemsize if low else FLOAT)
             taken, buffers = _travels(sizes, owners, n, sharded=sharded)
+            # the part of ``loads`` that is application, with two passes in float32, is replaced by what it is
+            more = applied - sum(loads.always) * APPLIED / sheet.products
             passes = (work.traffic / n + work.entries / parts) / sheet.memory
             yield ScaleRow(
                 gpus=count,

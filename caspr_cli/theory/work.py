@@ -69,7 +69,6 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
         found["moments"] += FLOAT * count * m_n * (1 + second)
         found["factors"] += FLOAT * count * (packed + full + (0 if is_vector(shape) else sum(sizes)))
     found["entries"] = float(FLOAT) * PASSES * found["parameters"]
-
     return Work(**found)
 
 

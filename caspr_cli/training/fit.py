@@ -65,14 +65,14 @@ def fit(begun: Begun, record: Record, *, rank: int, world: int) -> dict[str, Any
         if world > 1:
             module.model = synchronize(module.model, trainer.strategy.root_device)
         if recorder and progress:
-            where = {"data": described, "device": _device(trainer, optimizer, world)}
-            origin = provenance.completed(record.read(PROVENANCE), where)
+            device = _device(trainer, optimizer, world)
+            origin = provenance.completed(record.read(PROVENANCE), {"data": described, "device": device})
             record.write(PROVENANCE, origin)
             if begun.files is not None:
                 fingerprint.keep(record, begun.files)
             recorder.pages()
             with blaming(recipe, plugins.TASKS):
-                header = _header(module, optimizer, trainer, world)
+                header = _header(module, optimizer, trainer, world, device.get("products"))
             for line in header:
                 progress.say(line)
             if changed := provenance.changes(origin):
@@ -154,7 +154,7 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", message=r".*(isinstance\(treespec, LeafSpec\)|srun).*")
 
 
-def _header(module: TrainingModule, optimizer: Any, trainer: Trainer, world: int) -> list[str]:
+def _header(module: TrainingModule, optimizer: Any, trainer: Trainer, world: int, products: str | None) -> list[str]:
     recipe, (parameters, chosen) = module.recipe, _sizes(module)
     device = trainer.strategy.root_device.type
     threads = f", {torch.get_num_threads()} threads each" if device == "cpu" else ""
@@ -169,9 +169,8 @@ def _header(module: TrainingModule, optimizer: Any, trainer: Trainer, world: int
         blocks = sum(count for *_, count in blocks_of(optimizer))
         parts = ", ".join(f"{part} {100 * of / whole:.0f}" for part, of in flops.items())
         share = f"{100 * sum(flops.values()) / whole:.0f} % of a step ({parts})"
-        products = str(products_dtype(optimizer, trainer.strategy.root_device)).removeprefix("torch.")
-        lines.append(f"optim    {blocks} blocks, products in {products}; predicted from FLOPs: {share}")
-
+        low = f", products in {products}" if products else ""
+        lines.append(f"optim    {blocks} blocks{low}; predicted from FLOPs: {share}")
     return lines
 
 

@@ -252,6 +252,9 @@ def test_a_record_in_words() -> None:
         "data     words (sample), hash abcd",
     ):
         assert said in text
+    where = {"device": {"type": "cpu", "processes": 1, "threads": 2, "products": "bfloat16"}}
+    shown = "\n".join(terminal.record_lines(run(provenance=where)))
+    assert "1 process, 2 threads, products in bfloat16" in " ".join(shown.split())
     failed = "\n".join(terminal.record_lines(run(state="failed")))
     assert "state    failed at step 100, 30.0 s of training: loss is nan" in failed
 
