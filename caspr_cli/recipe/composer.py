@@ -93,7 +93,7 @@ class Composer:
             base, values = self._base(given)
             config = copy.deepcopy(base.recipe)
             for word in values:
-                OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+                _set(config, word)
         return config
 
     def check(self, jobs: Sequence[Sequence[str]]) -> None:
@@ -108,7 +108,7 @@ class Composer:
                 for word in values:
                     if word.input_line not in seen:
                         seen.add(cast(str, word.input_line))
-                        OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+                        _set(config, word)
 
     @contextmanager
     def _explained(self, given: Sequence[str]) -> Iterator[None]:
@@ -195,3 +195,12 @@ class Composer:
                 del config["hydra"]
             self._composed[key] = Composed(config, own)
         return self._composed[key]
+
+
+def _set(config: DictConfig, word: Override) -> None:
+    """Set a key as a word says. A range of ``search.space`` is new, or takes the place of the one of its key."""
+    key, value = word.key_or_group, word.value()
+    if key == "search.space" and isinstance(value, dict):
+        OmegaConf.update(config, key, {**config.search.space, **value}, merge=False)
+    else:
+        OmegaConf.update(config, key, value, merge=True)

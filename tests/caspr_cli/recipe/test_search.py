@@ -116,6 +116,15 @@ def test_what_the_command_line_sets_stays_and_changes_no_other_value() -> None:
     assert list(betas.optim.betas) == [0.5, 0.6]
 
 
+def test_the_command_line_gives_a_range_in_place_of_that_of_its_key() -> None:
+    given = frozen("search=lr", "search.space={optim.lr:{choice:[0.5,0.25]},optim.eps:{log:[1e-9,1e-7]}}", "trial=1")
+    assert given.search.space["optim.lr"] == {"choice": [0.5, 0.25]}
+    assert given.optim.lr in (0.5, 0.25)
+    assert 1e-9 <= given.optim.eps <= 1e-7
+    own = frozen("search.name=own", "search.trials=2", "search.space={optim.lr:{log:[1,2]}}", "trial=0")
+    assert 1 <= own.optim.lr <= 2
+
+
 def test_trials_are_other_recipes_and_their_number_is_not_part_of_them() -> None:
     names = {compose.identity(frozen("search=lr", f"trial={k}")) for k in range(6)}
     assert len(names) == 6
@@ -204,9 +213,9 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> No
         (["search.extend=3"], "search.extend should be at most 2 but is 3"),
         (["search=lr", "trial=few"], "trial should be an integer, best, top1, top2, ..., or default, but is 'few'"),
         (["search=lr", "trial=1", "search.trials=0"], "search.trials should be at least 1"),
-        (["optim=sgd", "search=algoperf", "trial=1", "+search.space={optim.beta.0:{linear:[0,1]}}"],
+        (["optim=sgd", "search=algoperf", "trial=1", "search.space={optim.beta.0:{linear:[0,1]}}"],
          "search.space: optim.beta.0 is a key of no optimizer. Did you mean betas?"),
-        (["search=algoperf", "trial=1", "+search.space={schedule.warmups:{linear:[0,1]}}"],
+        (["search=algoperf", "trial=1", "search.space={schedule.warmups:{linear:[0,1]}}"],
          "search.space: schedule.warmups is not a key"),
     ],
 )  # fmt: skip
