@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from caspr_cli.common import shape
 from caspr_cli.common.alive import lives
 from caspr_cli.common.errors import UserError
@@ -20,10 +18,6 @@ from caspr_cli.report.model import Point, Run, point
 MARKS = ("config.yaml", "status.json")  # either makes a directory a record
 SKIPPED = {".sweep", "checkpoints"}
 HOW = "caspr-train makes records, as: caspr-train -m optim=caspr,adamw seed=0,1,2"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is installed
-FAST = 16_000  # bytes; in longer ones libyaml's recursion, a level a byte at most, could end the process
-# PyYAML raises these, too.
-NO_YAML = (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 LONGEST = {"config.yaml": 1_000_000}  # bytes; a recipe has a thousand
 LONGEST_JSON = 64_000_000  # bytes; with an uncommitted diff a provenance may have some
 
@@ -108,7 +102,7 @@ def _part(file: Path) -> dict[str, Any]:
             content = stream.read(most + 1)
         if len(content) > most:
             raise DamagedError(f"has more than {size(most)}")
-        return shape.part(file.stem, _yaml(content) if file.suffix == ".yaml" else shape.parsed(content))
+        return shape.config(content) if file.suffix == ".yaml" else shape.part(file.stem, shape.parsed(content))
     except FileNotFoundError:
         if file.suffix == ".json":
             return {}
@@ -117,20 +111,6 @@ def _part(file: Path) -> dict[str, Any]:
         raise DamagedError(f"{file}: cannot be read ({error.strerror})") from error
     except DamagedError as error:
         raise DamagedError(f"{file}: {error}") from error
-
-
-def _yaml(content: bytes) -> dict[str, Any]:
-    try:
-        plain = yaml.load(content, Loader=LOADER if len(content) <= FAST else yaml.SafeLoader)
-        return flat(plain) if isinstance(plain, dict) else {}
-    except NO_YAML as error:
-        where = getattr(error, "problem_mark", None)
-        raise DamagedError(f"{f'line {where.line + 1}: ' if where else ''}is not valid YAML") from error
-
-
-def flat(node: dict[Any, Any]) -> dict[str, Any]:
-    """Return nested keys as dotted ones; a list is one value, an empty group none."""
-    return {key: value for key, value in shape.leaves(node) if value != {}}
 
 
 def _curve(file: Path, metric: str, warnings: list[str]) -> list[Point]:

@@ -18,9 +18,8 @@ import yaml
 
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.format import listed
-from caspr_cli.common.shape import DONE, FAILED
+from caspr_cli.common.shape import DONE, FAILED, LOADER, NO_YAML, flat
 from caspr_cli.report.model import Run
-from caspr_cli.report.records import LOADER, NO_YAML, flat
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -61,7 +61,7 @@ def _reached(runs: Sequence[Recipe]) -> bool | None:
             state, final = record.status.get("state"), (record.result or {}).get("final") or {}
         except RecordDamagedError:
             return None
-        if state not in (DONE, FAILED):
+        if state not in (DONE, FAILED) or record.config_is_lost:
             return None
         finals.append(finite(final.get(target.metric)) if state == DONE else None)
     known = [final for final in finals if final is not None]

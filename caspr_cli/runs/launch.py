@@ -132,7 +132,7 @@ def _lead(recipe: Recipe, record: Record, command: list[str], allocation: Alloca
         if todo in ("skip", "failed"):
             if todo == "skip":
                 fingerprint.check_done(recipe, record)
-                if not record.config.exists():  # without it reports leave the record out
+                if record.config_is_lost:  # without it reports leave the record out
                     write_whole(record.config, compose.save(recipe))
             return Outcome(record, OK if todo == "skip" else RUN_FAILED, ran=False)
         refuse_here(recipe)

@@ -77,6 +77,15 @@ class Record:
         return cls((older if os.path.exists(older) else where / readable(recipe)) / f"seed{recipe.seed}")
 
     @property
+    def config_is_lost(self) -> bool:
+        """Whether ``config.yaml`` is missing or damaged, so that a report leaves the record out."""
+        try:
+            shape.config(self.config.read_bytes())
+        except (OSError, shape.DamagedError):
+            return True
+        return False
+
+    @property
     def status(self) -> dict[str, Any]:
         """The content of ``status.json``; empty for a record that was never started."""
         return self.read("status.json")

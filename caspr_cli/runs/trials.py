@@ -209,7 +209,7 @@ def _finals(trial: Path, metric: str) -> Mapping[int, float | None]:
             status, result = record.status, record.result
             if lost(status, result):
                 raise RecordDamagedError(path / "result.json")
-            if not record.config.exists():  # a report leaves it out
+            if record.config_is_lost:  # a report leaves it out
                 raise RecordDamagedError(record.config)
         except RecordDamagedError:
             if int(seed) == TUNING_SEED:

@@ -18,7 +18,7 @@ TASKS = ("c4_lm", "images", "ogbg_molpcba", "resnet", "ud_pos", "vit")
 
 # What each package may import, beside itself and the standard library. A name with a dot allows that module alone.
 MAY_IMPORT = {
-    "common": {"psutil", "rich"},
+    "common": {"psutil", "rich", "yaml"},
     "commands": {"hydra", "omegaconf", "rich", "common", "optim.family", "optim.registry", "recipe", "runs",
                  "report", "bench", "theory", "tasks.registry"},
     "recipe": {"hydra", "omegaconf", "scipy", "yaml", "common", "optim.family", "optim.registry",

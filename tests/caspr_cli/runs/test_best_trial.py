@@ -67,7 +67,11 @@ def test_a_trial_without_its_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"result\.json {anew}"):
         trials.best(trial)
     record.write("result.json", {"final": {"val/x": 0.1}})
+    whole = record.config.read_text(encoding="utf8")
     record.config.unlink()  # so that a report leaves the record out
+    with pytest.raises(ConfigError, match=rf"config\.yaml {anew}"):
+        trials.best(trial)
+    record.config.write_text(whole[: len(whole) // 2], encoding="utf8")  # it does so here, too
     with pytest.raises(ConfigError, match=rf"config\.yaml {anew}"):
         trials.best(trial)
 

@@ -2,11 +2,14 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf, Source
+from caspr_cli.report import records
 from caspr_cli.runs import launch, provenance, summary
 from caspr_cli.runs.record import (
     Record,
@@ -149,6 +152,26 @@ def test_a_damaged_file_is_named_and_nothing_is_deleted(tmp_path: Path, name: st
     with pytest.raises(RecordDamagedError, match=f"{name} is missing or damaged; resume=never starts this run anew"):
         launch.plan(recipe(), record)
     assert launch.plan(recipe(Resume.never), record) == "new"
+
+
+@pytest.mark.parametrize("cut", [0, 40, 400])
+def test_a_config_that_was_cut_short_is_written_again(tmp_path: Path, cut: int) -> None:
+    """A report leaves the record out without it, and the run is done."""
+    given = replace(recipe(), output_dir=str(tmp_path))
+    record = Record.of(given)
+    record.path.mkdir(parents=True)
+    whole = compose.save(given)
+    record.config.write_text(whole[:cut], encoding="utf8")
+    record.write("status.json", {"state": "done"})
+    record.write("result.json", {"final": {"val/loss": 4.0}})
+    assert "config.yaml: " in records.find([tmp_path]).warnings[0]
+    assert launch.run(given, ["caspr-train"]).exit_code == 0
+    assert record.config.read_text(encoding="utf8") == whole
+    assert records.find([tmp_path]).warnings == []
+    later = whole.replace("resume: auto", "resume: retry")
+    record.config.write_text(later, encoding="utf8")  # of another command: it stays
+    assert launch.run(given, ["caspr-train"]).exit_code == 0
+    assert record.config.read_text(encoding="utf8") == later
 
 
 RESULT = {
