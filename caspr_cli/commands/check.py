@@ -12,17 +12,21 @@ from caspr_cli.common.format import count, listed
 from caspr_cli.report import entry, leaderboard, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run
+from caspr_cli.report.pack import endings
 from caspr_cli.report.settings import frozen
 
 AGAIN = 2  # reported seeds of a row that are run again
 
 
 def packs(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Return the records of packs by their names; a directory stands for its packs. Raises UserError without any."""
+    """Return the records of packs by their names, with folders where two have one name.
+
+    A directory stands for its packs. Raises UserError without any.
+    """
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"no packs in {paths[0]}; caspr-report pack makes them")
-    return {file.name: records.find([file]).runs for file in files}
+    return {name: records.find([file]).runs for file, name in endings(files).items()}
 
 
 def draw(space: Mapping[str, Mapping[str, Any]], trial: int) -> dict[str, Any]:

@@ -93,18 +93,21 @@ def _kept(path: str, roots: Mapping[Path, str]) -> str:
 
 
 def _labels(roots: Sequence[Path]) -> dict[Path, str]:
-    """Return a name for each root: the end of its path, as short as distinguishes all of them.
+    """Return a name for each root: that of a pack has no ``.jsonl.gz``, unless a directory beside it is called so."""
+    names = endings(roots)
+    bare = {root: name.removesuffix(SUFFIX) for root, name in names.items()}
+    return bare if len(set(bare.values())) == len(set(names.values())) else names
 
-    That of a pack has no ``.jsonl.gz``, unless a directory beside it has the same name.
-    """
+
+def endings(roots: Sequence[Path]) -> dict[Path, str]:
+    """Return for each path its end, as short as distinguishes all of them."""
     parts = {root: root.resolve().parts for root in roots}
     longest = max(map(len, parts.values()), default=1)
     for count in range(1, longest + 1):
         names = {root: "/".join(one[-count:]) for root, one in parts.items()}
         if len(set(names.values())) == len(set(parts.values())):
             break
-    bare = {root: name.removesuffix(SUFFIX) for root, name in names.items()}
-    return bare if len(set(bare.values())) == len(set(names.values())) else names
+    return names
 
 
 def _cleaned(node: Any, host: str | None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from caspr_cli.commands import report
-from caspr_cli.commands.check import draw
+from caspr_cli.commands.check import draw, packs
 from caspr_cli.report import entry, leaderboard, pack, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Row, Run
@@ -232,6 +232,19 @@ def test_check_says_right_or_wrong_and_exits_so(
     out = capsys.readouterr().out.splitlines()
     assert "wrong    muon on ogbg_molpcba: of 8 trials 2 is missing at seed 0" in out
     assert "right    adamw on ogbg_molpcba: 8 trials, 3 fresh seeds" in out
+
+
+def test_packs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    files = [packed("muon", tmp_path / "a" / "own.jsonl.gz"), packed("adamw", tmp_path / "b" / "own.jsonl.gz")]
+    other = packed("muon", tmp_path / "b" / "other.jsonl.gz")
+    found = packs([*files, files[0], other])
+    assert {name: runs[0].config["optim.name"] for name, runs in found.items()} == {
+        "a/own.jsonl.gz": "muon", "b/own.jsonl.gz": "adamw", "b/other.jsonl.gz": "muon",
+    }  # fmt: skip
+    board = leaderboard.board(found)
+    assert {place.row.label for place in board.places} == {"muon", "adamw"}
+    assert board.refused == {"b/other.jsonl.gz": ["muon on ogbg_molpcba: a/own.jsonl.gz has it already"]}
+    assert list(packs([tmp_path / "b"])) == ["other.jsonl.gz", "own.jsonl.gz"]
 
 
 @pytest.mark.parametrize(("off", "code", "as_pack"), [(0.001, 0, True), (0.1, 1, True), (0.001, 0, False)])
