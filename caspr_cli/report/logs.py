@@ -5,6 +5,7 @@ Every guess is said, in a note; a key of the command line replaces it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def find(paths: Sequence[Path], asked: Asked) -> Found:
         raise UserError(f"--metric {asked.metric}: no run has it.{nearest(asked.metric, found.metrics)} ({there})")
     if found.without:
         found.notes.append(f"left out, as they have no {asked.metric}: {listed(found.without, 4)}")
-    logs = list({log.path: log for log in found.logs}.values())  # of a path that was named twice
+    logs = list({os.path.realpath(log.path): log for log in found.logs}.values())  # of a path that was named twice
     named = _where(_named(logs, asked, found.notes), asked, found.where)
     members = _members(named, asked, found.notes)
     _number(members, found.notes)

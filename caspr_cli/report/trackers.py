@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -266,7 +266,6 @@ def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
             continue
         yield str(file)
         frame = frame[1:][~short[1:]].set_axis(heads, axis=1)  # the last line may be cut
-        frame = frame.loc[:, ~frame.columns.duplicated(keep="last")]
         name = file.with_suffix("") if file.stem.casefold() not in UNNAMED else file.parent
         into.metrics |= {head.rpartition(" - ")[2] for head in heads if not head.endswith(BANDS)}
         log = Log(str(file), _name(root, name) if root.is_dir() else name.resolve().name, [], {}, updated=updated(file))
@@ -282,6 +281,10 @@ def _table(frame: DataFrame, file: Log, asked: Asked, into: Found) -> None:
     Raises ValueError if a step or a value is no number, or there is no such column of steps.
     """
     heads: list[str] = list(frame.columns)
+    wide = [k for k, head in enumerate(heads) if head.endswith(f" - {asked.metric}")]  # each is a run
+    if twice := [head for head in dict.fromkeys(heads) if heads.count(head) > 1 and not (wide and " - " in head)]:
+        into.notes.append(f"{file.path}: several columns are called {listed(twice, 4)}: the last counts")
+    columns, frame = frame, frame.loc[:, ~frame.columns.duplicated(keep="last")]
     lower = {head.casefold(): head for head in reversed(heads)}
     step = asked.step or next((lower[name] for name in STEPS if name in lower), None)
     if step is not None and step not in heads:
@@ -289,10 +292,11 @@ def _table(frame: DataFrame, file: Log, asked: Asked, into: Found) -> None:
     if asked.metric in heads:
         _runs(frame, file, str(asked.metric), step, asked, into)
         return
-    wide = [head for head in heads if head.endswith(f" - {asked.metric}")]
-    for head in wide:
-        called = head.removesuffix(f" - {asked.metric}")
-        into.add(Log(f"{file.path}:{called}", called, _points(frame, step, head), {}, updated=file.updated))
+    for k in wide:
+        head, called = heads[k], heads[k].removesuffix(f" - {asked.metric}")
+        path = f"{file.path}:{called}" + (f":{k + 1}" if heads.count(head) > 1 else "")
+        own = frame[[step] if step else []].assign(**{head: columns.iloc[:, k]})
+        into.add(Log(path, called, _points(own, step, head), {}, updated=file.updated))
     if not wide:
         into.without.append(file.path)
 
@@ -302,16 +306,26 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
     heads: list[str] = list(frame.columns)
     named = [head for head in heads if head.casefold() in RUNS]
     keys = (*(asked.group or ()), *asked.tuned)
-    owners = [
-        *(named or [head for head in heads if _is_text(frame[head].tolist())]),
-        *(head for head in heads if asked.is_seed(head) or any(same(key, head) for key in keys)),
-    ]
+    naming = named or [head for head in heads if _is_text(frame[head].tolist())]
+    telling = [head for head in heads if asked.is_seed(head) or any(same(key, head) for key in keys)]
+    owners = list(dict.fromkeys([*naming, *telling]))
     state = next((head for head in heads if head.casefold() in STATES), None)
     several = any(frame[head].nunique() > 1 for head in owners)
     beside = keys_of(Path(file.path).parent / "hparams.yaml", into)
-    by = range(len(frame)) if several and not step else [tuple(line) for line in frame[owners].values]
+    by: list[Any] = [tuple(line) for line in frame[owners].values]
+    single = several and not step  # each line is the whole run that it names
+    names = Counter(owner for owner, value in zip(by, frame[metric], strict=True) if value != "")
+    again = [owner for owner, lines in names.items() if lines > 1] if single else []
+    if again and any(map(asked.is_seed, owners)):
+        raise ValueError(
+            f"{file.name} has several lines of {', '.join(again[0])}, and no column of steps: --step names one, or "
+            f"--group, --seed and --tuned the columns that tell runs apart"
+        )
+    if again:
+        into.notes.append(f"{file.path}: no column of steps: each line counts as a run (--step COLUMN)")
+    by = list(range(len(frame))) if single else by
     groups: dict[Any, list[int]] = defaultdict(list)
-    for line, owner in enumerate(by):  # without steps, each line is the whole run that it names
+    for line, owner in enumerate(by):
         groups[owner].append(line)
     for lines in groups.values():
         own = frame.iloc[lines]
@@ -326,7 +340,8 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
                 f"{called} has several values of {metric} at its first step, so it is more than one run: "
                 f"--group, --seed and --tuned name the columns that tell them apart"
             )
-        path = ":".join([file.path, *(first[head] for head in owners if several)])
+        place = [str(own.index[0] + 1)] if again else []
+        path = ":".join([file.path, *(first[head] for head in owners if several), *place])
         own_keys = beside | {head: value for head, value in own_keys.items() if value != ""}
         if points or ended == FAILED:
             into.logs.append(Log(path, called, points, own_keys, None, ended, file.updated))

@@ -144,9 +144,44 @@ def test_what_differs_within_a_row_is_said(tmp_path: Path) -> None:
     assert len({run.path for run in found.runs}) == 4
 
 
-def test_a_path_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+def test_a_path_that_is_named_twice_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_keras(tmp_path / "runs")
-    assert len(logs.find([tmp_path / "runs", tmp_path], Asked("csv", METRIC)).runs) == len(RUNS)
+    monkeypatch.chdir(tmp_path)
+    for again in (tmp_path, Path("runs"), Path("runs/../runs")):
+        assert len(logs.find([tmp_path / "runs", again], Asked("csv", METRIC)).runs) == len(RUNS)
+
+
+def test_lines_of_one_name_without_steps_are_runs(tmp_path: Path) -> None:
+    """None is left out, though nothing but its place in the file tells one from another."""
+    table(tmp_path / "all.csv", ["optimizer", METRIC], [(o, 1 + k + (o == "sgd")) for o in BEST for k in range(3)])
+    found = logs.find([tmp_path], Asked("csv", METRIC, group=["optimizer"]))
+    assert rows(found) == {"caspr": [(0, 1.0), (1, 2.0), (2, 3.0)], "adamw": [(3, 1.0), (4, 2.0), (5, 3.0)]}
+    assert f"{tmp_path / 'all.csv'}: no column of steps: each line counts as a run (--step COLUMN)" in found.notes
+    assert any("no test is paired" in note for note in found.notes)
+
+
+def test_lines_of_one_seed_without_steps_are_refused(tmp_path: Path) -> None:
+    """They may be a curve, or a run and its repetition."""
+    lines = [("adamw", seed, "", value) for seed in (0, 1) for value in (3.0, 2.0)]
+    table(tmp_path / "all.csv", ["optimizer", "seed", "note", METRIC], [*lines, ("adamw", 2, "", 1.0)])
+    with pytest.raises(UserError, match=r"all has several lines of adamw, 0, and no column of steps: --step names one"):
+        logs.find([tmp_path], Asked("csv", METRIC, group=["optimizer"]))
+    lines = [("adamw", 0, 1.0), ("adamw", 0, ""), ("adamw", 1, 2.0)]  # a line without the metric is no second one
+    table(tmp_path / "all.csv", ["optimizer", "seed", METRIC], lines)
+    assert rows(logs.find([tmp_path], Asked("csv", METRIC, group=["optimizer"]))) == {"adamw": [(0, 1.0), (1, 2.0)]}
+
+
+def test_runs_of_one_name_in_a_chart_are_all_read(tmp_path: Path) -> None:
+    """W&B lets several runs have one name; other columns that have one name are no runs."""
+    heads = ["Step", *(f"{name} - {METRIC}{band}" for name in ("adamw", "adamw", "sgd") for band in ("", "__MIN"))]
+    table(tmp_path / "chart.csv", heads, [(1, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0), (2, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0)])
+    found = logs.find([tmp_path], Asked("wandb", METRIC))
+    assert rows(found) == {"adamw": [(0, 1.0), (1, 2.0)], "sgd": [(2, 3.0)]}
+    assert not any("columns" in note for note in found.notes)
+    table(tmp_path / "adamw_seed0.csv", ["step", METRIC, METRIC], [(1, 3.0, 4.0)])
+    found = logs.find([tmp_path / "adamw_seed0.csv"], Asked("csv", METRIC))
+    assert rows(found) == {"adamw": [(0, 4.0)]}
+    assert f"{tmp_path / 'adamw_seed0.csv'}: several columns are called {METRIC}: the last counts" in found.notes
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
