@@ -33,7 +33,8 @@ class Records:
 def find(paths: Sequence[Path]) -> Records:
     """Return all records below these directories, and in packs; each once, sorted by path.
 
-    Raises UserError if a path is not there, or a file is no pack.
+    Those of a pack may be named as messages name them: ``x.jsonl.gz:adamw/1044dee0/seed0``. Raises UserError if a path
+    is not there, or a file is no pack.
     """
     found, seen = Records(), set()
     for path in paths:
@@ -41,6 +42,9 @@ def find(paths: Sequence[Path]) -> Records:
             if (real := os.path.realpath(path)) not in seen:
                 found.runs += pack.read(path)
             seen.add(real)
+            continue
+        if packed := _packed(path):
+            found.runs += [run for run in packed if run.path not in {other.path for other in found.runs}]
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such file or directory; {HOW}")
@@ -54,6 +58,14 @@ def find(paths: Sequence[Path]) -> Records:
                 found.warnings.append(f"{reason}: left out")
     found.runs.sort(key=lambda run: run.path)
     return found
+
+
+def _packed(path: Path) -> list[Run]:
+    """Return the records of a pack at a path in it, or below; none if the path is not one in a pack."""
+    file = Path(str(path).rpartition(":")[0])
+    if path.exists() or not file.is_file():
+        return []
+    return [run for run in pack.read(file) if f"{run.path}/".startswith(f"{path}/")]
 
 
 def _directories(root: Path, warnings: list[str]) -> Iterator[str]:

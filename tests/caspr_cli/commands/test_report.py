@@ -129,6 +129,16 @@ def test_list_and_show(study: Path, call: Call) -> None:
     assert "task=vit optim=caspr scale=sample seed=1" in call.out
 
 
+def test_a_record_of_a_pack_is_shown_by_the_name_that_it_has_in_lists(study: Path, call: Call) -> None:
+    assert call("pack", study, "--to", "p.jsonl.gz") == 0
+    assert "name one, as p.jsonl.gz:c4_lm/adamw/seed0" in call.refused("show", "p.jsonl.gz")
+    assert call("show", "p.jsonl.gz:c4_lm/adamw/seed0") == 0
+    assert "task=c4_lm optim=adamw scale=sample seed=0" in call.out
+    assert call("list", "p.jsonl.gz:vit/adamw", "p.jsonl.gz:vit", "p.jsonl.gz:vit/adamw/seed1") == 0
+    assert len(call.out.splitlines()) == 7
+    assert "p.jsonl.gz:vit/ad: no such file or directory" in call.refused("show", "p.jsonl.gz:vit/ad")
+
+
 def test_another_target_and_a_profile(study: Path, call: Call) -> None:
     assert call("profile", "--target", "vit=4.1", "--unit", "seconds") == 0
     out = call.out
