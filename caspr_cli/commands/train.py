@@ -344,7 +344,7 @@ def not_installed(error: BaseException, argv: list[str]) -> str | None:
     group, _, name = (file or "").rpartition("/")
     if group == "hydra/launcher" and name in EXTRAS:
         return f"hydra/launcher={name} is not installed: pip install 'caspr-cli[{EXTRAS[name]}]'"
-    if group not in ("task", "optim"):
+    if group not in ("task", "optim") or not name:
         return None
     given = [word.partition("=")[2] for word in argv if word.startswith("output_dir=")]
     return provenance.missing(Path(given[-1] if given else Recipe.output_dir), group, name)

@@ -83,6 +83,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["-m", "search=lr", "trial=0:5"], "but is '0:5': for 0 to 5 write -m trial='range(0,6)'"),
         (["optim=lion"], "optim=lion: no such choice. (A package may bring it: caspr-train new optimizer NAME)"),
         (["optim=SGD"], "optim=SGD: no such choice. Did you mean optim=sgd?"),
+        (["task="], "task=: no such choice. (A package may bring it: caspr-train new task NAME)"),
         (["task=imagenet"], "task=imagenet: no such choice. (A package may bring it: caspr-train new task NAME)"),
         (["task.data=files"], "task.root: task.data=files needs the directory of your data: add task.root=DIR"),
         (["task.data=files", "task.root=/nowhere"], "task.root: no such directory: /nowhere"),
