@@ -72,7 +72,7 @@ class Session:
             else:
                 say(f"\njob {number} of {len(jobs)}{left}: {' '.join(words)}")
             self.note(job := self.run(composer.config(words), Job(number, words)))
-            if self.brief:
+            if self.brief and self.sweep.folder.exists():
                 self.ended(job, names[number - 1])
 
     @property
@@ -226,6 +226,10 @@ class Session:
             if problem:
                 return BAD_USAGE
             return OK if self.only is None or self.only.exit_code is None else self.only.exit_code
+        if not self.sweep.folder.exists():  # and with it how the jobs ended
+            if not problem:
+                complain(f"{self.sweep.output_dir} was removed while jobs ran; the same command begins anew")
+            return TERMINATED
         requests, left_alone = self.sweep.stop_requests(), self.sweep.at_once is None and problem is not None
         jobs = [
             replace(job, state=LOST) if job.state == STARTED and (not left_alone or self.sweep.lost(job)) else job

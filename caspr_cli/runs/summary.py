@@ -29,6 +29,8 @@ def footer(outcome: Outcome, *, anew: bool = False) -> list[str]:
     """Return the lines that say how a run ended and where its record is; ``anew``: the command has resume=never."""
     record, status = outcome.record, outcome.record.status
     state = status.get("state")
+    if state is None:
+        return [f"cut off  {record.path} was removed while the run wrote to it; the same command begins anew"]
     if state == DONE:
         return [*_results(record.result, ran=outcome.ran), f"record   {record.path}"]
     if state == FAILED:

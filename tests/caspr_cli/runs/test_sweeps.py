@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import time
@@ -304,6 +305,34 @@ def test_in_an_experiment_a_job_has_one_line(
     lines = capsys.readouterr().out.splitlines()
     assert labels == [f"job {n} of 4" for n in (1, 2, 3, 4)]
     assert len(lines) == 4
-    assert re.fullmatch(r"job 1 of 4, \d+ s left  trainer.max_steps=5 seed=1  val/loss 4.0364  2 min 46 s", lines[0])
+    assert re.fullmatch(
+        r"job 1 of 4, \d+ (s|min) left  trainer.max_steps=5 seed=1  val/loss 4.0364  2 min 46 s", lines[0]
+    )
     assert "  failed  ValueError: no  " in lines[1]
     assert lines[3].startswith("job 4 of 4  ")
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_an_output_directory_that_is_removed_is_named(
+    brief: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other job starts, and the same command can be given again."""
+    output_dir = tmp_path / "runs"
+
+    def ran(recipe: Recipe, *_: object) -> Outcome:
+        shutil.rmtree(output_dir)
+        return Outcome(Record.of(recipe), 143, ran=True)
+
+    monkeypatch.setattr("caspr_cli.runs.session.run", ran)
+    monkeypatch.chdir(tmp_path)
+    session = Session(["caspr-train"], brief=brief)
+    session.all(Composer(["optim=adamw", "seed=1,2", "output_dir=runs"], sweeps=True))
+    assert session.end() == 143
+    out, err = capsys.readouterr()
+    assert err == "error: runs was removed while jobs ran; the same command begins anew\n"
+    if brief:
+        assert out == ""
+        return
+    where = Path("runs/c4_lm/adamw")
+    assert re.search(rf"\ncut off  {where}/\S+/seed1 was removed while the run wrote to it; the same command", out)
+    assert "job 2 of 2" not in out
