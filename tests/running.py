@@ -45,6 +45,8 @@ class Runner:
         self.home = home
         write_corpus(home / "corpus")
         self.environment = os.environ | {"CASPR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        self.environment.pop("COLUMNS", None)  # a terminal's, which would wrap the lines that tests look for
+        self.started: list[Process] = []
 
     def command(self, *overrides: str) -> list[str]:
         corpus = f"task.root={self.home / 'corpus'}"
@@ -52,7 +54,16 @@ class Runner:
 
     def start(self, *overrides: str, env: dict[str, str] | None = None, **how: Any) -> Process:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return Process(self.command(*overrides), cwd=self.home, env=self.environment | (env or {}), **streams | how)
+        how = {"cwd": self.home, "env": self.environment | (env or {}), **streams, **how}
+        self.started.append(Process(self.command(*overrides), **how))
+        return self.started[-1]
+
+    def end(self) -> None:
+        """End the commands that a test has left when it failed."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+                process.communicate(timeout=300)
 
     def __call__(self, *overrides: str, expect: int = 0) -> str:
         return self.start(*overrides).ended(expect)
