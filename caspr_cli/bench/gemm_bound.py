@@ -155,14 +155,7 @@ def replay_calls(calls: list[Call], device: torch.device) -> list[Run]:
 
 def _fastest(product: Product, device: torch.device, seconds: Callable[[Run], float]) -> Run:
     """Return one batched product over all blocks, or a loop over them, whichever takes less time here."""
-    ways = _ways(product, device)
-    for way in ways:
-        way()
-    times = [[seconds(way) for way in ways] for _ in range(TRIALS)]
-    return ways[int(np.min(times, axis=0).argmin())]
 
-
-def _ways(product: Product, device: torch.device) -> tuple[Run, Run]:
     def random(*size: int) -> Tensor:
         return torch.randn(product.blocks, *size, dtype=product.dtype, device=device)
 
@@ -180,4 +173,8 @@ def _ways(product: Product, device: torch.device) -> tuple[Run, Run]:
             for a, b, c in single:
                 torch.mm(a, b, out=c)
 
-    return batched, looped
+    ways = batched, looped
+    for way in ways:
+        way()
+    times = [[seconds(way) for way in ways] for _ in range(TRIALS)]
+    return ways[int(np.min(times, axis=0).argmin())]

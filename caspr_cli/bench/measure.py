@@ -22,7 +22,7 @@ from caspr_cli.bench.gemm_bound import gemm_bound
 from caspr_cli.bench.shapes import ShapeSet
 from caspr_cli.bench.workload import Machine, Workload, workload_of
 from caspr_cli.common.format import duration
-from caspr_cli.common.packages import installed
+from caspr_cli.common.plugins import installed
 from caspr_cli.optim.cost import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
@@ -322,16 +322,13 @@ def eigendecompositions(optimizer: KroneckerOptimizer) -> Callable[[], None]:
     for group, p, sizes, _, count in blocks_of(optimizer):
         for d in sizes:
             counts[d, factor_dtype(p, group), p.device] += count
-    stacks = [_positive_definite(count, *key) for key, count in counts.items()]
+    stacks = []
+    for (d, dtype, device), count in counts.items():  # of random gradients
+        X = torch.randn(count, d, 2 * d, dtype=dtype, device=device)
+        stacks.append(torch.bmm(X, X.mT) / (2 * d))
 
     def run() -> None:
         for stack in stacks:
             torch.linalg.eigh(stack)
 
     return run
-
-
-def _positive_definite(count: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return statistics of random gradients, ``[count, d, d]``."""
-    X = torch.randn(count, d, 2 * d, dtype=dtype, device=device)
-    return torch.bmm(X, X.mT) / (2 * d)

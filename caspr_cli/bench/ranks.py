@@ -82,15 +82,15 @@ def measured_ranks(
             teams = {n: stack.enter_context(_team(n, (what, name, settings, machine))) for n in counts}
             for n, team in teams.items():
                 log(f"{name}: warm-up of {n} processes")
-                team.ask("warm")
+                _asked(team, "warm")
             steps: dict[int, list[list[dict[str, float]]]] = {n: [] for n in counts}  # [step][rank]
             for i in range(rounds):
                 log(f"{name}: round {i + 1}/{rounds}")
                 for n, team in teams.items():
-                    steps[n] += [list(ranks) for ranks in zip(*team.ask("steps"), strict=True)]
+                    steps[n] += [list(ranks) for ranks in zip(*_asked(team, "steps"), strict=True)]
             first_mean: float | None = None
             for n, team in teams.items():
-                rows.append(_row(name, steps[n], team.ask("facts"), first_mean))
+                rows.append(_row(name, steps[n], _asked(team, "facts"), first_mean))
                 first_mean = first_mean or rows[-1].mean_ms
     return rows
 
@@ -108,30 +108,25 @@ def _row(
     return RanksRow(optimizer=name, ranks=len(facts), steps=len(whole), **row)
 
 
-class Team:
-    """Processes that answer a request together."""
-
-    def __init__(self, pipes: list[Connection]) -> None:
-        self._pipes = pipes
-
-    def ask(self, request: str) -> list[Any]:
-        """Return the answer of each rank. Raises ConfigError if a rank failed, or does not answer."""
-        for pipe in self._pipes:
-            with suppress(BrokenPipeError):  # the process has ended, as will be seen below
-                pipe.send(request)
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                answers.append(pipe.recv() if pipe.poll(TIMEOUT) else "does not answer")
-            except (EOFError, ConnectionError):
-                answers.append("has ended")
-            if isinstance(answers[-1], str):
-                raise ConfigError(f"--ranks {len(self._pipes)}: rank {rank} {answers[-1]}")
-        return answers
+def _asked(pipes: list[Connection], request: str) -> list[Any]:
+    """Return the answer of each rank. Raises ConfigError if a rank failed, or does not answer."""
+    for pipe in pipes:
+        with suppress(BrokenPipeError):  # the process has ended, as will be seen below
+            pipe.send(request)
+    answers = []
+    for rank, pipe in enumerate(pipes):
+        try:
+            answers.append(pipe.recv() if pipe.poll(TIMEOUT) else "does not answer")
+        except (EOFError, ConnectionError):
+            answers.append("has ended")
+        if isinstance(answers[-1], str):
+            raise ConfigError(f"--ranks {len(pipes)}: rank {rank} {answers[-1]}")
+    return answers
 
 
 @contextmanager
-def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> Iterator[Team]:
+def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> Iterator[list[Connection]]:
+    """Start the processes of the ranks, which answer requests until the end, and yield a pipe to each."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         pipes = []
@@ -144,7 +139,7 @@ def _team(count: int, job: tuple[ShapeSet | Recipe, str, Settings, Machine]) -> 
             stack.callback(process.kill)  # before it is joined
             there.close()
             pipes.append(here)
-        yield Team(pipes)
+        yield pipes
 
 
 def _rank(

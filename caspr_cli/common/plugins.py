@@ -12,7 +12,7 @@ wherever a recipe is read, so their modules should not import torch.
 """
 
 from functools import cache
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,14 @@ E = TypeVar("E")
 @cache
 def _installed() -> EntryPoints:
     return EntryPoints(each for group in GROUPS for each in entry_points(group=group))  # reads a file of every package
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed by this name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def joined(group: str, ours: dict[str, E]) -> dict[str, E]:

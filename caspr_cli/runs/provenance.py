@@ -14,7 +14,7 @@ from typing import Any
 
 from caspr_cli import __version__
 from caspr_cli.common import plugins
-from caspr_cli.common.packages import installed
+from caspr_cli.common.plugins import installed
 from caspr_cli.recipe.configs import PACKAGE
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs.processes import cores

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
@@ -85,7 +85,7 @@ class Sweep:
     at_once: int | None  # how many jobs share this machine; None: a scheduler gives each what it needs
     settings: Mapping[str, Any] = field(default_factory=dict)  # the launcher's
     directory: str = field(default_factory=os.getcwd)
-    gpus: tuple[str, ...] = field(default_factory=lambda: visible_gpus(os.environ, gpu_files()))
+    gpus: tuple[str, ...] = field(default_factory=lambda: visible_gpus(os.environ, Path("/dev").glob("nvidia[0-9]*")))
     threads: Mapping[str, str] = field(default_factory=lambda: {k: os.environ[k] for k in THREADS if k in os.environ})
 
     @classmethod
@@ -208,15 +208,11 @@ def jobs_at_once(launcher: Mapping[str, Any], jobs: int, cores: int) -> int | No
     return None
 
 
-def gpu_files() -> list[Path]:
-    return list(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def visible_gpus(environment: Mapping[str, str], present: list[Path]) -> tuple[str, ...]:
+def visible_gpus(environment: Mapping[str, str], present: Iterable[Path]) -> tuple[str, ...]:
     """Return the names in ``CUDA_VISIBLE_DEVICES``, up to the first that is none; if it is not set, all GPUs."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     if given is None:
-        return tuple(str(k) for k in range(len(present)))
+        return tuple(str(k) for k, _ in enumerate(present))
     return tuple(takewhile(lambda name: name and not name.startswith("-"), map(str.strip, given.split(","))))
 
 
