@@ -19,6 +19,7 @@ from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.exits import OK, RUN_FAILED
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size, terminal_width
+from caspr_cli.common.shape import printable
 from caspr_cli.common.streams import console_script
 
 if TYPE_CHECKING:
@@ -220,11 +221,11 @@ def run(args: argparse.Namespace) -> int:
     if len(found.warnings) > SHOWN:
         print(f"warning  {len(found.warnings) - SHOWN} more files like these", file=sys.stderr)
     if not found.runs and found.warnings:
-        raise UserError(f"all records in {listed([str(path) for path in args.paths])} were left out (see above)")
+        raise UserError(f"all records in {listed(args.paths)} were left out (see above)")
     if not found.runs:
         events = any(next(path.rglob("*tfevents*"), None) for path in args.paths)
         how = "it has logs of TensorBoard: add --from tensorboard --metric NAME" if events else records.HOW
-        raise UserError(f"no records in {listed([str(path) for path in args.paths])}; {how}")
+        raise UserError(f"no records in {listed(args.paths)}; {how}")
     runs = where(found.runs, getattr(args, "where", ()))
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, runs)
     return OK
@@ -328,8 +329,6 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
 
 
 def _command() -> str:
-    from caspr_cli.common.shape import printable
-
     return printable(shlex.join(["caspr-report", *sys.argv[1:]]))
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TextIO
 
 SECONDS_BETWEEN_LINES = 10  # of progress, where no terminal shows it
@@ -17,8 +17,9 @@ def count(number: int, noun: str, ending: str = "s") -> str:
     return f"{number:,} {noun}{ending * (number != 1)}"
 
 
-def listed(words: Sequence[str], most: int = 8) -> str:
+def listed(values: Iterable[object], most: int = 8) -> str:
     """Return ``a, b and c``; the end of a list longer than ``most`` as a number."""
+    words = list(map(str, values))
     if len(words) > most:
         return f"{', '.join(words[: most - 1])} and {len(words) - most + 1} more"
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "none"

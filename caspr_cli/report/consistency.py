@@ -1,7 +1,7 @@
 """Warnings: what a reader of a table should know before believing it, one line each."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,10 +47,6 @@ def _list(what: str, names: Sequence[str], most: int = 5) -> Iterator[str]:
         yield f"{what}: {listed(names, most)}"
 
 
-def _numbers(seeds: Iterable[int]) -> str:
-    return listed([str(seed) for seed in sorted(seeds)])
-
-
 def _unfinished(row: Row) -> Iterator[str]:
     """Yield a warning for reported seeds that have no value, and for seeds that have not finished."""
     if row.selected is None:
@@ -72,7 +68,7 @@ def _selected_oddly(row: Row) -> Iterator[str]:
     def held_out(trial: Trial) -> int:
         return len(trial.ended.keys() - row.selecting)
 
-    chosen, seeds = joined(row.selected.values), _numbers(row.selecting)
+    chosen, seeds = joined(row.selected.values), listed(sorted(row.selecting))
     if all(score is None for score in row.scores.values()):
         yield f"{row.label}: every trial failed with seed {seeds}, which selects: nothing selected {chosen}"
     if not row.held_out:
@@ -106,7 +102,7 @@ def _budget(row: Row) -> Iterator[str]:
         rest = [f", {n} {state}" for state, n in row.budget.items() if state not in (DONE, FAILED)]
         yield f"{row.label}: {ended} of {total} trials ended{''.join(rest)}"
     if n := row.unscored:
-        yield f"{row.label}: {count(n, 'trial')} without seed {_numbers(row.selecting)}, which selects, left out"
+        yield f"{row.label}: {count(n, 'trial')} without seed {listed(sorted(row.selecting))}, which selects, left out"
 
 
 def _duplicates(row: Row) -> Iterator[str]:

@@ -104,12 +104,12 @@ def _trials(row: Row) -> Iterator[str]:
     """Yield a line for trials that are missing, too few, or not of the search."""
     said = sorted({int(run.config.get("search.trials") or 0) for run in row.records})
     if len(said) > 1:
-        yield f"its records say different budgets: search.trials is {listed(list(map(str, said)))}"
+        yield f"its records say different budgets: search.trials is {listed(said)}"
     if said[-1] < LEAST_TRIALS:
         yield f"search.trials is {said[-1]}, and should be {LEAST_TRIALS} or more"
     there = {trial.index for trial in row.trials if TUNING_SEED in trial.ended}
     if missing := sorted(set(range(said[-1])) - there):
-        yield f"of {said[-1]} trials {_numbers(missing)} {_are(missing)} missing at seed {TUNING_SEED}"
+        yield f"of {said[-1]} trials {listed(missing, 6)} {_are(missing)} missing at seed {TUNING_SEED}"
     if by_hand := sum(trial.index is None for trial in row.trials):
         yield f"{count(by_hand, 'trial')} without an index: not of the search"
 
@@ -120,8 +120,8 @@ def _finalists(row: Row) -> Iterator[str]:
     first = [{seed: value for seed, value in found.items() if seed == TUNING_SEED} for found in ends]
     finalists = choose(first, higher_is_better=row.higher_is_better, rerank=RERANK).finalists
     if missing := [row.trials[k].index for k in finalists if not ends[k].keys() >= set(AGAIN)]:
-        which = f"trial{'s' * (len(missing) > 1)} {_numbers(missing)}, of the best {RERANK}"
-        yield f"{which}, {_are(missing)} missing at seeds {_numbers(AGAIN)}"
+        which = f"trial{'s' * (len(missing) > 1)} {listed(missing, 6)}, of the best {RERANK}"
+        yield f"{which}, {_are(missing)} missing at seeds {listed(AGAIN, 6)}"
 
 
 def _seeds(row: Row) -> Iterator[str]:
@@ -129,11 +129,11 @@ def _seeds(row: Row) -> Iterator[str]:
     fresh = {k: [r.seed for r in trial.runs if r.seed not in CHOOSING] for k, trial in enumerate(row.trials)}
     for k, seeds in fresh.items():
         if seeds and row.trials[k] is not row.selected:
-            which = f"seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"
+            which = f"seed{'s' * (len(seeds) > 1)} {listed(seeds, 6)}"
             yield f"trial {row.trials[k].index} was not selected, but run at {which}, too, which may have chosen"
     reported = row.selected.ended.keys() - CHOOSING if row.selected else set()
     if len(reported) < LEAST_SEEDS:
-        chose = f"seeds {_numbers(sorted(CHOOSING))} choose the trial"
+        chose = f"seeds {listed(sorted(CHOOSING), 6)} choose the trial"
         yield f"{count(len(reported), 'fresh seed')}, and should have {LEAST_SEEDS} or more ({chose})"
 
 
@@ -158,10 +158,6 @@ def _undrawn(trial: Trial, draw: Draw) -> Iterator[str]:
     for key, value in draw(space, trial.index).items():
         if frozen(trial.values.get(key)) != frozen(value):
             yield f"trial {trial.index}: {key} is {plain(trial.values.get(key))}, and its search draws {plain(value)}"
-
-
-def _numbers(values: Sequence[Any]) -> str:
-    return listed(list(map(str, values)), 6)
 
 
 def _are(values: Sequence[Any]) -> str:

@@ -25,7 +25,7 @@ def compared(
     made: Sequence[Table], runs: Sequence[Run], paths: Sequence[Path], width: int, *, bold: bool = False
 ) -> Iterator[str]:
     """Yield all tables, and how to read them; with ``bold`` the best of each column has the codes of a terminal."""
-    where = listed([str(path) for path in paths], 3)
+    where = listed(paths, 3)
     yield from wrapped(f"caspr-report {__version__}  {count(len(runs), 'record')} in {where}", width)
     yield from wrapped(f"in short {headline(made)}", width)
     if took := clock(made):

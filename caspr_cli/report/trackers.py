@@ -82,11 +82,11 @@ class Found:
     notes: list[str] = field(default_factory=list)  # what was guessed or left out
     where: list[str] = field(default_factory=list)  # conditions that are of no hyperparameter, and not met yet
 
-    def add(self, log: Log) -> None:
+    def add(self, log: Log, name: str | None = None) -> None:
         if log.points or log.state == FAILED:
             self.logs.append(log)
         else:
-            self.without.append(log.path)
+            self.without.append(name or log.path)
 
 
 def value_of(text: Any) -> Any:
@@ -343,10 +343,7 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
         place = [str(own.index[0] + 1)] if again else []
         path = ":".join([file.path, *(first[head] for head in owners if several), *place])
         own_keys = beside | {head: value for head, value in own_keys.items() if value != ""}
-        if points or ended == FAILED:
-            into.logs.append(Log(path, called, points, own_keys, None, ended, file.updated))
-        else:
-            into.without.append(f"{called} in {file.path}")
+        into.add(Log(path, called, points, own_keys, None, ended, file.updated), f"{called} in {file.path}")
 
 
 def _is_text(values: Sequence[str]) -> bool:

@@ -81,9 +81,9 @@ def test_text() -> None:
 
 def test_a_table_is_aligned_and_its_cells_are_text() -> None:
     rows = [["name", "n"], ["[red]x[/red] :smile:", "12,345"], ["ψ", ""]]
-    assert table(rows) == ["name                       n", "[red]x[/red] :smile:  12,345", "ψ"]
-    assert table(rows, right=[True, False])[0] == "                name  n"
-    assert table([["a" * 300, "b"]]) == [f"{'a' * 300}  b"]
+    assert table(rows, [False, True]) == ["name                       n", "[red]x[/red] :smile:  12,345", "ψ"]
+    assert table(rows, [True, False])[0] == "                name  n"
+    assert table([["a" * 300, "b"]], [False, True]) == [f"{'a' * 300}  b"]
 
 
 def test_progress_is_one_line_for_a_terminal_alone() -> None:
