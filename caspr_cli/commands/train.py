@@ -24,7 +24,7 @@ from caspr_cli.common import plugins
 from caspr_cli.common.errors import WIDEST, Parser, UserError, nearest
 from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, SOME_FAILED, TERMINATED
 from caspr_cli.common.format import terminal_width, wrapped
-from caspr_cli.common.streams import cause, complain, console_script, say
+from caspr_cli.common.streams import TerminatedError, cause, complain, console_script, say, terminable
 from caspr_cli.optim.registry import OPTIMIZERS
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.configs import choices, described
@@ -113,6 +113,7 @@ def hanging(text: str, indent: int) -> str:
 
 
 @console_script
+@terminable()
 def main() -> int:
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
@@ -288,10 +289,11 @@ def compose_and_run(argv: list[str], *, brief: bool = False) -> int:
     except (*MISTAKES, ValueError) as error:
         code = session.end(reason(error, composer.keys if composer else lambda: Composer().keys(), argv))
         return TERMINATED if full(error) else code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        by_user = not isinstance(stop, TerminatedError)
         if session.sweep is None:
-            return INTERRUPTED
-        session.sweep.request_stop(signal.SIGINT)
+            return INTERRUPTED if by_user else TERMINATED
+        session.sweep.request_stop(signal.SIGINT if by_user else signal.SIGTERM)
     except Exception as error:
         if session.here:
             raise

@@ -1,14 +1,46 @@
 """Standard input, output and error of a command, also where they are closed, full or gone."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from types import FrameType
 
 from caspr_cli.common.errors import UserError, not_installed
-from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED
+from caspr_cli.common.exits import BAD_USAGE, INTERRUPTED, OK, RUN_FAILED, TERMINATED
 
 STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+class TerminatedError(KeyboardInterrupt):
+    """The user or the system ended the command by SIGTERM or SIGHUP."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise TerminatedError, so that a command can say how it goes on, as after Ctrl-C.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
+
+    def terminated(_: int, __: FrameType | None) -> None:
+        raise TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    ours = [each for each, handler in before.items() if handler != signal.SIG_IGN]
+    for each in ours:
+        signal.signal(each, terminated)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, before[each])
 
 
 def console_script(main: Callable[[], int]) -> Callable[[], int]:
@@ -54,8 +86,8 @@ def _exit_code(main: Callable[[], int]) -> int:
             raise
         complain(message)
         return BAD_USAGE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return TERMINATED if isinstance(stop, TerminatedError) else INTERRUPTED
 
 
 def keep_imports_out_of_the_working_directory() -> None:

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +12,8 @@ from hydra.core.plugins import Plugins
 
 from caspr_cli.commands import topics, train
 from caspr_cli.recipe.schema import OPTIMIZERS
-from caspr_cli.runs.sweep import EXTRAS
+from caspr_cli.runs.session import Session
+from caspr_cli.runs.sweep import EXTRAS, Job
 
 
 @pytest.fixture
@@ -214,6 +217,24 @@ def test_a_sweep_whose_jobs_are_all_refused(tmp_path: Path, monkeypatch: pytest.
     assert call("-m", "trainer.max_steps=0,-1") == 3
     assert call.err.count("error: trainer.max_steps should be at least 1") == 2
     assert "sweep    2 jobs: 2 refused" in call.out
+
+
+def test_sigterm_between_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    """It came while no run was there to receive it, and ended the command without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def first(_: Session, __: object, job: Job) -> Job:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job
+
+    monkeypatch.setattr(Session, "run", first)
+    monkeypatch.setenv("CASPR_CACHE", str(tmp_path))
+    monkeypatch.setattr("caspr_cli.commands.train.seconds", lambda *_: 1.0)
+    words = ["experiment=c4_14m", "optim=adamw", f"output_dir={tmp_path}"]
+    assert call(*words) == 143
+    goes_on = f"next     caspr-train {' '.join(words)}"
+    assert call.out.splitlines()[-2:] == ["stopped  the same command goes on:", goes_on]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
