@@ -393,8 +393,9 @@ class KroneckerOptimizer(Optimizer):
         owners, ranks, everyone, size = state.get("_division", older)
         super().__setstate__({k: v for k, v in state.items() if k not in ("_division", "_owners", "_divided")})
         self._reset(Division(owners, ranks, everyone, size, own.group))
-        # A pickle of an older version has not all options.
-        self.defaults = {o: options_of(CASPROptions)[o].default for o in OPTIONS} | without_removed(self.defaults)
+        # A pickle of an older version has not all options, and torch has just added one that no group may have.
+        defaults = without_removed(self.defaults)
+        self.defaults = {o: defaults.get(o, options_of(CASPROptions)[o].default) for o in OPTIONS}
         self.param_groups = [without_removed(group) for group in self.param_groups]
         for group in self.param_groups:
             for name in OPTIONS:

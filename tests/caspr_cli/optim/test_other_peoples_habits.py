@@ -121,6 +121,23 @@ def test_a_group_that_cannot_be_is_not_added() -> None:
         assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("way", ["load", "copy"])
+def test_a_group_may_be_added_after_loading_or_copying(way: str) -> None:
+    """In both torch gives the defaults an option of its own, ``differentiable``."""
+    params = weights([(4, 4)])
+    optimizer = CASPR(params, interval=3)
+    advance(params, optimizer, range(2))
+    if way == "load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        params, optimizer = copy.deepcopy((params, optimizer))
+    params += weights([(2, 2)])
+    optimizer.add_param_group({"params": params[1:], "lr": 0.1})
+    advance(params, optimizer, range(2, 4))
+    assert optimizer.state[params[1]]["step"] == 2
+    assert optimizer.param_groups[1]["interval"] == 3
+
+
 def test_options_that_a_state_does_not_have_are_those_of_its_group() -> None:
     params = weights([(4, 4), (4, 4)])
     groups = [{"params": [p]} for p in params]
