@@ -176,15 +176,23 @@ def diagonal_step(
 ) -> None:
     """Take a step of a graft method alone. With ``"adam"`` and no ``nesterov`` this is torch's own AdamW.
 
+    But of float16, in which its eps is 0 on a CPU: a zero gradient would be 0/0.
+
     Args:
         grads: what is here of them.
     """
+    low = [p.dtype == torch.float16 for p in params]
+    if any(low) and not all(low):
+        for is_low in (True, False):
+            some = [(p, G) for p, G, yes in zip(params, grads, low, strict=True) if yes is is_low]
+            diagonal_step([p for p, _ in some], [G for _, G in some], state, group, graft, nesterov=nesterov)
+        return
     (beta1, beta2), lr = group["betas"], float(group["lr"])
     exp_avg = [local(state[p]["exp_avg"]) for p in params]
     exp_avg_sq = [local(state[p]["exp_avg_sq"]) for p in params] if needs_second_moment(graft) else []
     counters = [state[p]["step"] for p in params]
     params = [local(p) for p in params]
-    if graft == "adam" and not nesterov:
+    if graft == "adam" and not nesterov and not any(low):
         adamw(
             params,
             grads,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import advance, weights
+from stepping import advance, assert_finite, noise, weights
 
 from caspr_cli.optim import CASPR
 
@@ -58,14 +58,22 @@ def test_late_statistics_are_divided_by_their_own_weight() -> None:
     )
 
 
-def test_a_zero_in_a_float16_gradient_is_not_a_nan() -> None:
-    (p,) = params = weights([(8, 8)], dtype=torch.float16)
-    optimizer = CASPR(params, start_step=1)
-    for _ in range(3):
-        p.grad = torch.randn(8, 8).half()
-        p.grad[2, 3] = 0
+@pytest.mark.parametrize("options", [{"start_step": 1}, {"start_step": 3}, {"precondition": False}, {"graft": "rms"}])
+def test_a_zero_in_a_float16_gradient_is_not_a_nan(options: dict[str, Any]) -> None:
+    """Of matrices and vectors, before they are preconditioned and without. What is beside them is AdamW's."""
+    halves, others, plain = (weights([(8, 8), (8,)], dtype=t) for t in (torch.float16, torch.float32, torch.float32))
+    optimizer = CASPR([*halves, *others], **options)
+    adamw = torch.optim.AdamW(plain, weight_decay=0)
+    for step in range(3):
+        for i, p in enumerate([*halves, *others]):
+            p.grad = noise(step, i, p)
+            p.grad[..., 3] = 0
+        for p, q in zip(others, plain, strict=True):
+            q.grad = p.grad
         optimizer.step()
-        assert bool(torch.isfinite(p).all())
+        adamw.step()
+        assert_finite(halves, optimizer)
+    assert torch.equal(others[1], plain[1])
 
 
 def test_a_removed_parameter_is_let_go() -> None:
