@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+
+
+class _Backends:
+    """The precision of float32 products in each backend, which all threads share.
+
+    The first thread that wants them in full finds the user's settings, and the last one puts them back: one that came
+    later would find those of the first.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[tuple[Any, str]] = []
+
+    def enter(self, *, tf32: bool) -> None:
+        """Set them to full precision, or with ``tf32`` those of a GPU to TF32 where no other thread is inside."""
+        cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            if not self._inside:
+                self._before = [(backend, backend.fp32_precision) for backend in (cuda, mkldnn)]
+            cuda.fp32_precision = "tf32" if tf32 and not self._inside else "ieee"
+            mkldnn.fp32_precision = "ieee"
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Put them back as they were, unless another thread is inside."""
+        with self._lock:
+            self._inside -= 1
+            for backend, setting in () if self._inside else self._before:
+                backend.fp32_precision = setting
+
+
+_backends = _Backends()
 
 
 @contextmanager
@@ -19,18 +52,14 @@ def full_precision(device_type: str, *, tf32: bool = False) -> Iterator[None]:
     The settings of each backend are put back as they were. (``torch.get_float32_matmul_precision`` raises where
     the user has set a backend's own.)
     """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    _backends.enter(tf32=tf32)
     try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if tf32 and backend is torch.backends.cuda.matmul else "ieee"
         # Some devices ("meta") have none to switch off.
         has_autocast = torch.amp.is_autocast_available(device_type)
         with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
             yield
     finally:
-        for backend, setting in zip(backends, before, strict=True):
-            backend.fp32_precision = setting
+        _backends.leave()
 
 
 @cache

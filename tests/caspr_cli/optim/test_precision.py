@@ -1,6 +1,7 @@
 """float32, bfloat16 and float16 parameters against the float64 formula."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from references.stream import random_stream, statistics
 
 from caspr_cli.optim import CASPR, Shampoo, step
 from caspr_cli.optim import statistics as statistics_module
+from caspr_cli.optim.precision import full_precision
 
 BETA = 0.9
 
@@ -87,6 +89,32 @@ def test_the_callers_matmul_precision_is_kept_and_not_used():
         torch.set_float32_matmul_precision(before)
     for u, u_expected in zip(updates, expected, strict=True):
         assert relative_error(u, u_expected) < 1e-6
+
+
+def test_two_threads_at_once_put_the_callers_precision_back():
+    """One that is inside meanwhile keeps full precision, and the last one out finds what the caller had chosen."""
+    backend = torch.backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "bf16"
+    first, second = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with full_precision("cpu"):
+            first.set()
+            second.wait(60)
+            seen.append(backend.fp32_precision)
+
+    try:
+        thread = threading.Thread(target=other)
+        with full_precision("cpu"):
+            thread.start()
+            assert first.wait(60)
+        second.set()
+        thread.join()
+        assert seen == ["ieee"]
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
 
 
 def rounded(X: torch.Tensor, bits: int) -> torch.Tensor:
