@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Literal, overload
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from caspr_cli.optim.options import Group
 
@@ -60,6 +61,8 @@ def left_to_adamw(model: nn.Module, heads: Heads = ()) -> dict[str, str]:
     modules = dict(model.named_modules())
     each: Iterable[str | nn.Module] = [heads] if isinstance(heads, (str, nn.Module)) else heads
     output = {id(inner) for head in each for inner in _module(head, modules).modules()}
+    tables = [module for module in modules.values() if isinstance(module, EMBEDDINGS)]
+    embedded = {id(module) for table in tables for module in [table, *_parametrizations(table)]}
     reasons: dict[int, str] = {}
     for module in modules.values():
         for name, p in module.named_parameters(recurse=False):
@@ -67,7 +70,7 @@ def left_to_adamw(model: nn.Module, heads: Heads = ()) -> dict[str, str]:
                 reasons[id(p)] = "norm"
             elif p.ndim < 2:
                 reasons.setdefault(id(p), "bias" if name.endswith("bias") else "vector")
-            elif isinstance(module, EMBEDDINGS):
+            elif id(module) in embedded:
                 reasons[id(p)] = "embedding"  # a batch sees few of its rows
             elif id(module) in output:
                 reasons.setdefault(id(p), "head")
@@ -92,6 +95,11 @@ def _module(head: str | nn.Module, modules: Mapping[str, nn.Module]) -> nn.Modul
         near = get_close_matches(head, modules, n=1, cutoff=0.5)
         raise ValueError(f"heads: the model has no module {head!r}{f', but {near[0]!r}' if near else ''}")
     return modules[head]
+
+
+def _parametrizations(module: nn.Module) -> Iterable[nn.Module]:
+    """Return the modules that keep the tensors of a module, where it has parametrizations such as ``weight_norm``."""
+    return module.parametrizations.modules() if is_parametrized(module) else ()  # type: ignore[operator, union-attr]
 
 
 def _table(model: nn.Module, left: Mapping[str, str]) -> str:

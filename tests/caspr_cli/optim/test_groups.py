@@ -57,6 +57,15 @@ def test_a_tied_output_layer_is_an_embedding_in_either_order() -> None:
         assert left_to_adamw(nn.Sequential(first, second))["0.weight"] == "embedding"
 
 
+def test_what_a_parametrization_keeps_is_of_its_module() -> None:
+    """``weight_norm`` and the like move a weight into a module of their own."""
+    kinds = {"tokens": nn.Embedding(5, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 5)}
+    made = nn.ModuleDict({name: nn.utils.parametrizations.weight_norm(module) for name, module in kinds.items()})
+    found = left_to_adamw(made, made["head"])
+    reasons = {name: found.get(f"{name}.parametrizations.weight.original1") for name in kinds}
+    assert reasons == {"tokens": "embedding", "body": None, "head": "head"}
+
+
 def test_a_head_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="heads: the model has no module 'haed', but 'head'"):
         param_groups(model(), heads=["haed"])
