@@ -48,6 +48,11 @@ def validate(options: Group) -> None:
         raise ValueError(f"{found.key} {found.should} but is: {found.value}")
 
 
+def validate_again(options: Group) -> None:
+    """Check the options of a group that has stepped, but lr: a schedule that ends at zero may be a rounding below."""
+    validate(options | {"lr": 0.0})
+
+
 def as_dtype(name: Any) -> Any:
     """Return the type of this name; None and ``"auto"`` stay."""
     return name if name in (None, AUTO) else getattr(torch, name)

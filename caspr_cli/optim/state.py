@@ -13,7 +13,7 @@ from torch import Tensor
 from caspr_cli.optim.blocks import Layout, Shape
 from caspr_cli.optim.fsdp import distribute, is_sharded
 from caspr_cli.optim.graft import graft_of, needs_second_moment
-from caspr_cli.optim.options import Group, adopted, validate
+from caspr_cli.optim.options import Group, adopted, validate_again
 from caspr_cli.optim.parts import Part
 from caspr_cli.optim.plan import is_preconditioned, layout_of
 from caspr_cli.optim.shard import Team, collected
@@ -130,7 +130,7 @@ def _check(content: Content, groups: list[Group], shares: dict[Tensor, Layout]) 
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         return  # which torch refuses
     for group in saved:
-        validate(group)
+        validate_again(group)
     for number, ((p, _), (i, group)) in enumerate(zip(params_of(groups), params_of(saved), strict=True)):
         state = content["state"].get(i, {})
         for shape in {tuple(state[name].shape) for name in ("exp_avg", "exp_avg_sq") if name in state}:

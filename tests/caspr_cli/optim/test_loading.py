@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import advance, copies, loaded, noise, through_disk, weights
+from stepping import advance, assert_alike, copies, loaded, noise, resumed, through_disk, weights
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
@@ -96,6 +96,21 @@ def test_options_that_cannot_be_are_refused_before_anything_has_changed() -> Non
     with pytest.raises(ValueError, match="interval should be a positive integer but is: 0"):
         optimizer.load_state_dict(content)
     assert optimizer.param_groups[0]["interval"] == 10
+
+
+def test_a_rate_that_a_schedule_has_left_a_rounding_below_zero_loads() -> None:
+    params = weights(SHAPES)
+    optimizer = CASPR(params, lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.3, end_factor=0, total_iters=3)
+    for step in range(3):
+        advance(params, optimizer, [step])
+        schedule.step()
+    assert -1e-15 < optimizer.param_groups[0]["lr"] < 0
+    optimizer.param_groups[0]["interval"] = 5
+    advance(params, optimizer, [3])
+    others, other = resumed(params, optimizer)
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert_alike((params, optimizer), (others, other), range(4, 6))
 
 
 # Roots that do not belong.
