@@ -25,6 +25,8 @@ OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")  # those that t
 def refuse_unknown(group: Group, of: str) -> None:
     """Raise a :class:`ValueError` for a key that would change nothing, with the nearest option of the class ``of``."""
     for key in group:
+        if key in OF_OPTIMIZER:
+            raise ValueError(f"{key} is an option of the optimizer, not of a param group")
         if key not in OPTIONS and key not in LABELS:
             near = get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ' (a label of your own goes under "name")'

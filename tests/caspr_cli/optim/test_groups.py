@@ -91,4 +91,6 @@ def test_an_unknown_key_of_a_group_is_refused(cls: type[CASPR]) -> None:
     optimizer = cls([{"params": [p], "name": "body", "lr_scale": 0.5}])
     with pytest.raises(ValueError, match="wheight_decay is not an option"):
         optimizer.add_param_group({"params": [q], "wheight_decay": 0.1})
+    with pytest.raises(ValueError, match="group_size is an option of the optimizer, not of a param group"):
+        optimizer.add_param_group({"params": [q], "group_size": 1})
     assert len(optimizer.param_groups) == 1
