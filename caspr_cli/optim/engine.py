@@ -27,7 +27,16 @@ from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROpti
 from caspr_cli.optim.finite import Finite, norms_of_rows, refuse_sparse
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
-from caspr_cli.optim.options import OPTIONS, Group, is_float64_for_eps, refuse_unknown, root_options, validate
+from caspr_cli.optim.options import (
+    OPTIONS,
+    UNSCHEDULED,
+    Group,
+    is_float64_for_eps,
+    refuse_unknown,
+    root_options,
+    validate,
+    validate_again,
+)
 from caspr_cli.optim.parts import check_torch
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key, refuse_other_blocks
 from caspr_cli.optim.precision import full_precision
@@ -66,6 +75,7 @@ class KroneckerOptimizer(Optimizer):
         """Reset what is derived from the state and never saved."""
         self._stacks: dict[int, list[Stack]] = {}  # group index -> stacks
         self._plans: dict[int, Plan] = {}  # group index -> plan
+        self._options: dict[int, list[Any]] = {}  # group index -> the options that were last checked
         self._workspace = Workspace()
         self._given: dict[tuple[Tensor, str], int] = {}  # counters of a GPU, as the host knows them
         self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
@@ -82,9 +92,7 @@ class KroneckerOptimizer(Optimizer):
             without_removed(group)
             refuse_unknown(group, type(self).__name__)
             validate(group)
-            for name, value in self.fixed.items():
-                if group[name] != value:
-                    raise ValueError(f"{name} of {type(self).__name__} is {value} but is: {group[name]}")
+            self._refuse_other_kind(group)
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters but got {p.dtype}")
@@ -94,6 +102,12 @@ class KroneckerOptimizer(Optimizer):
             raise
         group.setdefault("roots_of", root_options(group))
         self._warn_of_eps(group, stacklevel=6)  # who called the class
+
+    def _refuse_other_kind(self, group: Group) -> None:
+        """Raise a :class:`ValueError` for an option that makes this class what it is, with another value."""
+        for name, value in self.fixed.items():
+            if group[name] != value:
+                raise ValueError(f"{name} of {type(self).__name__} is {value} but is: {group[name]}")
 
     def _warn_of_eps(self, group: Group, stacklevel: int) -> None:
         """Warn once where eps is so small that it changes the type of statistics: it may be meant for AdamW's."""
@@ -198,6 +212,11 @@ class KroneckerOptimizer(Optimizer):
             del self._plans[index]
             self._stacks.pop(index, None)
         for index, group in enumerate(self.param_groups):
+            options = [group[name] for name in UNSCHEDULED]
+            if self._options.get(index) != options:  # the user may have set one since
+                validate_again(group)
+                self._refuse_other_kind(group)
+                self._options[index] = options
             key = plan_key(group)
             if index not in self._plans or self._plans[index].key != key:
                 plan = Plan.of(group, key)

@@ -19,6 +19,7 @@ OPTIONS = tuple(o for o in options_of(CASPROptions) if o not in OF_OPTIMIZER)  #
 LABELS = ("params", "param_names", "roots_of", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr",
           "base_momentum", "max_momentum", "swa_lr", "lr_scale")  # fmt: skip
 AUTO = "auto"
+UNSCHEDULED = tuple(o for o in OPTIONS if o not in ("lr", "betas", "weight_decay"))  # those that no schedule writes
 OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")  # those that the roots depend on
 
 

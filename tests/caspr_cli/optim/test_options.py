@@ -47,6 +47,7 @@ REFUSED = [
     ),
     ({"pack_roots": "yes"}, "pack_roots should be one of True, False but is: 'yes'"),
 ]
+SCHEDULED = {"lr", "betas", "weight_decay"}
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
@@ -61,6 +62,31 @@ def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [parameter(2, 3)], **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("options", "message"), [x for x in REFUSED if not x[0].keys() & SCHEDULED])
+def test_values_out_of_range_are_named_where_they_are_set_by_hand(options, message):
+    """By the next step, which changes nothing; not so lr and betas alone, which schedules write in each step."""
+    weight = parameter(2, 3)
+    optimizer = CASPR([weight])
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    before, good = weight.detach().clone(), dict(optimizer.param_groups[0])
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    optimizer.param_groups[0].update(good)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+
+
+def test_what_makes_a_class_is_not_set_by_hand():
+    weight = parameter(2, 3)
+    optimizer = Shampoo([weight])
+    optimizer.param_groups[0]["order"] = 2
+    with pytest.raises(ValueError, match="order of Shampoo is inf but is: 2"):
+        optimizer.step()
 
 
 OF_SOME = [  # that not all three classes have
