@@ -99,7 +99,7 @@ def _module(head: str | nn.Module, modules: Mapping[str, nn.Module]) -> nn.Modul
 
 def _parametrizations(module: nn.Module) -> Iterable[nn.Module]:
     """Return the modules that keep the tensors of a module, where it has parametrizations such as ``weight_norm``."""
-    return module.parametrizations.modules() if is_parametrized(module) else ()  # type: ignore[operator, union-attr]
+    return module.parametrizations.modules() if is_parametrized(module) else ()  # type: ignore[union-attr]
 
 
 def _table(model: nn.Module, left: Mapping[str, str]) -> str:

@@ -24,7 +24,8 @@ class _Backends:
 
     def enter(self, *, tf32: bool) -> None:
         """Set them to full precision, or with ``tf32`` those of a GPU to TF32 where no other thread is inside."""
-        cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        cuda: Any = torch.backends.cuda.matmul
+        mkldnn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             if not self._inside:
                 self._before = [(backend, backend.fp32_precision) for backend in (cuda, mkldnn)]
@@ -36,8 +37,9 @@ class _Backends:
         """Put them back as they were, unless another thread is inside."""
         with self._lock:
             self._inside -= 1
-            for backend, setting in () if self._inside else self._before:
-                backend.fp32_precision = setting
+            if not self._inside:
+                for backend, setting in self._before:
+                    backend.fp32_precision = setting
 
 
 _backends = _Backends()
