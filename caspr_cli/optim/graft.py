@@ -176,7 +176,7 @@ def diagonal_step(
 ) -> None:
     """Take a step of a graft method alone. With ``"adam"`` and no ``nesterov`` this is torch's own AdamW.
 
-    But of float16, in which its eps is 0 on a CPU: a zero gradient would be 0/0.
+    Parameters in float16 do not take torch's: its eps is 0 there on a CPU, and a zero gradient would give 0/0.
 
     Args:
         grads: what is here of them.
