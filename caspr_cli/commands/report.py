@@ -19,7 +19,6 @@ from caspr_cli.common.errors import WIDEST, Parser, UserError
 from caspr_cli.common.exits import OK, RUN_FAILED
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import count, listed, size, terminal_width
-from caspr_cli.common.shape import printable
 from caspr_cli.common.streams import console_script
 
 if TYPE_CHECKING:
@@ -329,6 +328,8 @@ def _lines(args: argparse.Namespace, runs: Sequence[Run], made: Sequence[Table])
 
 
 def _command() -> str:
+    from caspr_cli.common.shape import printable  # imports yaml
+
     return printable(shlex.join(["caspr-report", *sys.argv[1:]]))
 
 
