@@ -11,12 +11,7 @@ from torch import nn
 
 from caspr_cli.optim import kron
 from caspr_cli.optim.registry import build
-from tests.references.baselines import (
-    ademamix_weights,
-    normuon_weights,
-    psgd_kron_weights,
-    schedule_free_weights,
-)
+from tests.references.baselines import ademamix_weights, normuon_weights, psgd_kron_weights, schedule_free_weights
 
 STEPS = 6
 KRON: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "betas": (0.9, 0.9), "eps": 1e-8}

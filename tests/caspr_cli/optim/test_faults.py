@@ -16,14 +16,7 @@ from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
 NAN, INF = math.nan, math.inf
 
 # One of each kind; "twin" lies in one stack with "matrix", "plain" is in a group that is not preconditioned.
-SHAPES = {
-    "matrix": (6, 5),
-    "twin": (6, 5),
-    "convolution": (4, 3, 3, 3),
-    "vector": (7,),
-    "low": (6, 5),
-    "plain": (5, 4),
-}
+SHAPES = {"matrix": (6, 5), "twin": (6, 5), "convolution": (4, 3, 3, 3), "vector": (7,), "low": (6, 5), "plain": (5, 4)}
 KINDS = ["matrix", "convolution", "vector", "low", "plain"]
 START = 4
 OPTIONS: dict[str, Any] = {

@@ -61,11 +61,7 @@ def through_torch(rank: int, path: str, load: bool, kind: str, how: str) -> list
     if load:
         content = save_or_load(*get_state_dict(model, optimizer, options=options))
         set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=content["model"],
-            optim_state_dict=content["optimizer"],
-            options=options,
+            model, optimizer, model_state_dict=content["model"], optim_state_dict=content["optimizer"], options=options
         )
     else:
         fit(model, optimizer, range(4))

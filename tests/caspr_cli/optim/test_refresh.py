@@ -66,11 +66,7 @@ def test_the_price_of_low_precision(options: dict[str, Any], least: float, most:
 
 @pytest.mark.parametrize(
     ("options", "most"),
-    [
-        ({}, 24),
-        ({"pack_roots": True, "root_dtype": torch.bfloat16}, 16),
-        ({"pack_roots": True}, 19),
-    ],
+    [({}, 24), ({"pack_roots": True, "root_dtype": torch.bfloat16}, 16), ({"pack_roots": True}, 19)],
 )
 def test_bytes_of_state_a_parameter(options: dict[str, Any], most: float) -> None:
     """Of a square block: statistics packed, roots, two moments of Adam."""

@@ -28,10 +28,7 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "newton": (torch.float32, {"solver": "newton", "merge": "none"}),
     "one side": (torch.float32, {"axes": "last"}),
     "each row": (torch.float32, {"axes": "row", "block_size": 32}),
-    "bfloat16": (
-        torch.bfloat16,
-        {"root_dtype": torch.bfloat16, "pack_roots": True, "gather_dtype": torch.float32},
-    ),
+    "bfloat16": (torch.bfloat16, {"root_dtype": torch.bfloat16, "pack_roots": True, "gather_dtype": torch.float32}),
     "bare": (torch.float32, {"graft": "none", "betas": (0.0, 0.9), "interval": 1, "start_step": 1}),
     "unused": (torch.float32, {"without": {1: {0, 3}, 2: {0}, 4: {2}, 5: {0, 1, 2, 3, 4, 7}, 6: set(range(8))}}),
 }

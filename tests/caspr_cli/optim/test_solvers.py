@@ -11,27 +11,10 @@ import pytest
 import torch
 from pairs import pairs
 from references.drive import relative_error
-from references.inverse_root import (
-    SPECTRA,
-    dense_residual,
-    inverse_root,
-    moved,
-    shift_of,
-    spectrum,
-    with_spectrum,
-)
+from references.inverse_root import SPECTRA, dense_residual, inverse_root, moved, shift_of, spectrum, with_spectrum
 from torch import Tensor
 
-from caspr_cli.optim.roots import (
-    PROBES,
-    Root,
-    bound,
-    damping_shift,
-    eigh_root,
-    newton_root,
-    probe_vectors,
-    residual,
-)
+from caspr_cli.optim.roots import PROBES, Root, bound, damping_shift, eigh_root, newton_root, probe_vectors, residual
 from caspr_cli.optim.solve import Problem, solve, solve_all
 
 CONDITIONS = [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]
@@ -255,10 +238,7 @@ def test_zeros_in_a_batch_disturb_nobody(solver: Solver) -> None:
 @pytest.mark.parametrize("p", POWERS)
 def test_absolute_damping_of_zeros_is_a_multiple_of_the_identity(p: int) -> None:
     S, eye = torch.zeros(1, 6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
-    for root in (
-        eigh_root(S, rule(1e-4, "absolute"), p),
-        newton_root(S, rule(1e-4, "absolute"), p),
-    ):
+    for root in (eigh_root(S, rule(1e-4, "absolute"), p), newton_root(S, rule(1e-4, "absolute"), p)):
         torch.testing.assert_close(root.A[0], 1e-4 ** (-1 / p) * eye, rtol=1e-13, atol=1e-13)
         assert float(root.largest) == float(root.shift) == pytest.approx(1e-4)
         assert float(residual(S, root, p)) < 1e-13

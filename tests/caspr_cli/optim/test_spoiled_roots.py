@@ -20,13 +20,7 @@ NAN, INF = math.nan, math.inf
 # Statistics that are corrupted in place. They are then left alone: they are gathered at the first step only.
 
 D, N = 8, 6
-ONCE: dict[str, Any] = {
-    "lr": 0.01,
-    "betas": (0.0, 0.9),
-    "start_step": 1,
-    "interval": 1,
-    "graft": "none",
-}
+ONCE: dict[str, Any] = {"lr": 0.01, "betas": (0.0, 0.9), "start_step": 1, "interval": 1, "graft": "none"}
 
 
 class Once(CASPR):

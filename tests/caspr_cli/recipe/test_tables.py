@@ -27,12 +27,7 @@ def test_what_a_file_leaves_out_is_that_of_the_one_it_is_like_but_for_the_baseli
         "baseline": None,
         "horizon": True,
     }
-    assert written("alone") == {
-        "jobs": {"task": "vit"},
-        "scale": {"sample": {}},
-        "baseline": None,
-        "horizon": False,
-    }
+    assert written("alone") == {"jobs": {"task": "vit"}, "scale": {"sample": {}}, "baseline": None, "horizon": False}
 
 
 @pytest.mark.parametrize(

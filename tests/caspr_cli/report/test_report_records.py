@@ -291,10 +291,7 @@ def test_a_file_that_is_no_pack_is_named(tmp_path: Path, content: bytes, said: s
     assert str(caught.value).startswith(str(tmp_path / "x.jsonl.gz"))
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [(b"[" * 1000, "a line of more than 1 MB"), (b"", "more than 2 MB")],
-)
+@pytest.mark.parametrize(("line", "said"), [(b"[" * 1000, "a line of more than 1 MB"), (b"", "more than 2 MB")])
 def test_a_pack_that_inflates_without_end_is_refused_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, said: str
 ) -> None:

@@ -11,10 +11,7 @@ from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume, SGDConf, Source
 from caspr_cli.report import records
 from caspr_cli.runs import launch, provenance, summary
-from caspr_cli.runs.record import (
-    Record,
-    RecordDamagedError,
-)
+from caspr_cli.runs.record import Record, RecordDamagedError
 from caspr_cli.runs.sweep import ENDED, Job
 from caspr_cli.tasks.registry import C4LMConf
 

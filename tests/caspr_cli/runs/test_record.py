@@ -19,14 +19,7 @@ from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume
 from caspr_cli.runs import guardian, provenance
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, memory_error
-from caspr_cli.runs.record import (
-    PLACE,
-    Holder,
-    Record,
-    RecordBusyError,
-    clear_left,
-    own,
-)
+from caspr_cli.runs.record import PLACE, Holder, Record, RecordBusyError, clear_left, own
 from caspr_cli.tasks.registry import C4LMConf
 
 

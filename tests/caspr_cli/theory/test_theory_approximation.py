@@ -8,16 +8,7 @@ import torch
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import approximation
-from caspr_cli.theory.approximation import (
-    FAMILY,
-    NEAREST,
-    NOISE,
-    STYLES,
-    VALUES,
-    approximations,
-    nearness,
-    rows_of,
-)
+from caspr_cli.theory.approximation import FAMILY, NEAREST, NOISE, STYLES, VALUES, approximations, nearness, rows_of
 from caspr_cli.theory.chain import ridge
 from caspr_cli.theory.choices import Layers
 from caspr_cli.theory.gradients import kronecker_stream

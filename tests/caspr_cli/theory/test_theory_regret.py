@@ -11,17 +11,7 @@ from references.stream import full_matrix, low_rank_stream, random_stream, stati
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import problems, regret
 from caspr_cli.theory.choices import Seeds
-from caspr_cli.theory.online import (
-    DEPARTURES,
-    METHODS,
-    RUNGS,
-    Learner,
-    Method,
-    damping,
-    ladder,
-    of_theorem,
-    play,
-)
+from caspr_cli.theory.online import DEPARTURES, METHODS, RUNGS, Learner, Method, damping, ladder, of_theorem, play
 from caspr_cli.theory.problems import (
     LINEAR,
     SIGMOID,

@@ -89,10 +89,7 @@ def changed(column, row, value):
         (changed("edge_index", 0, [[0, -1], [1, 0]]), "row 0: edge_index holds a negative number"),
         (changed("y", 4, [[1.0] * 127]), "row 4: y has 127 numbers in a list, not 128"),
         (changed("y", 4, [[1.0] * 128] * 2), "row 4: y must be one list"),
-        (
-            changed("y", 4, [[0.5] * 128]),
-            "row 4: y holds 0.5, it must be a whole number from 0 to 1, or missing",
-        ),
+        (changed("y", 4, [[0.5] * 128]), "row 4: y holds 0.5, it must be a whole number from 0 to 1, or missing"),
         (lambda rows: rows.pop("y"), "no column y (there are edge_attr, edge_index, node_feat, num_nodes)"),
     ],
 )

@@ -82,11 +82,7 @@ def test_paper_scale_has_the_number_of_parameters_of_flax(pytestconfig):
     V, tags = 1234, 321
     with torch.device("meta"):
         model = Tagger(
-            V,
-            tags,
-            256,
-            alphabet=None,
-            **{key: task[key] for key in ("layers", "width", "heads", "dropout")},
+            V, tags, 256, alphabet=None, **{key: task[key] for key in ("layers", "width", "heads", "dropout")}
         )
     assert sum(p.numel() for p in model.parameters()) == 18_903_040 + 512 * V + 513 * tags
     attention = {name for name, _ in model.named_parameters() if ".attention." in name}
