@@ -36,13 +36,8 @@ def test_everything_has_its_label_inside_the_picture() -> None:
     figure = draw([replace(ROW, p99_ms=123_456.0, adamw_ratio=123.4), BARE])
     found = texts(figure)
     labels = (
-        "caspr",
-        "adamw",
-        "statistics\n2.00",
-        "10.0 ms  (p99 123,456),  123 x AdamW",
-        "1.5M parameters",
-        "1 thread",
-    )
+        "caspr", "adamw", "statistics\n2.00", "10.0 ms  (p99 123,456),  123 x AdamW", "1.5M parameters", "1 thread",
+    )  # fmt: skip
     for text in (*labels, "every 10 steps"):
         assert text in found
     figure.draw_without_rendering()

@@ -49,15 +49,8 @@ GRID: dict[str, list[Any]] = {
     "gather_dtype": [None, torch.bfloat16],
     "maximize": [False, True],
 }
-WITHOUT_A_ROW = {
-    "process_group",
-    "group_size",
-    "params",
-    "lr",
-    "graft_eps",
-    "shard",
-    "statistics_tf32",
-}  # each has its own tests
+# Each of these has its own tests.
+WITHOUT_A_ROW = {"process_group", "group_size", "params", "lr", "graft_eps", "shard", "statistics_tf32"}
 ROWS = pairs(GRID)
 SHAPES: list[tuple[int, ...]] = [(6, 5), (6, 5), (4, 3, 3), (7,), (2, 3, 5), (), (5, 6)]
 LOW, PLAIN = 4, 6  # one parameter has another type, one is in a group that is not preconditioned
@@ -94,13 +87,9 @@ def exact(row: dict[str, Any]) -> dict[str, Any]:
     """
     solver = "eigh" if row["measured"] else row["solver"]
     return row | {
-        "solver": solver,
-        "dtype": torch.float64,
-        "root_dtype": None,
-        "apply_dtype": None,
-        "gather_dtype": None,
+        "solver": solver, "dtype": torch.float64, "root_dtype": None, "apply_dtype": None, "gather_dtype": None,
         "eps": 1e-2,
-    }
+    }  # fmt: skip
 
 
 def apart(*three: list[nn.Parameter]) -> float:

@@ -115,17 +115,10 @@ def test_transformers_trainer_gives_the_bare_loop(tmp_path):
     model = Network()
     optimizer = CASPR(model.parameters(), **OPTIONS)
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=8,
-        max_grad_norm=1.0,
-        lr_scheduler_type="linear",
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
+        output_dir=str(tmp_path), num_train_epochs=EPOCHS, per_device_train_batch_size=8, max_grad_norm=1.0,
+        lr_scheduler_type="linear", report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False,
-    )
+    )  # fmt: skip
 
     class InOrder(transformers.Trainer):
         def get_train_dataloader(self):

@@ -20,13 +20,8 @@ SHAPES = {"matrix": (6, 5), "twin": (6, 5), "convolution": (4, 3, 3, 3), "vector
 KINDS = ["matrix", "convolution", "vector", "low", "plain"]
 START = 4
 OPTIONS: dict[str, Any] = {
-    "lr": 0.1,
-    "betas": (0.9, 0.95),
-    "start_step": START,
-    "interval": 2,
-    "weight_decay": 0.1,
-    "eps": 1e-4,
-}
+    "lr": 0.1, "betas": (0.9, 0.95), "start_step": START, "interval": 2, "weight_decay": 0.1, "eps": 1e-4,
+}  # fmt: skip
 Fault = Callable[[int, str], Tensor | None]  # the gradient of a parameter at a step
 
 

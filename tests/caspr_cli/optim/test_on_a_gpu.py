@@ -26,14 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "polar": {"polar": True, "graft": "rms", "weight_decay": 0.1, **LOW},
     "gradient": {"precondition": "gradient", "nesterov": True, "weight_decay": 0.1},
 }
-
-
-MOST = {
-    "plain": 600,
-    "nesterov": 715,
-    "polar": 665,
-    "gradient": 715,
-}  # launches of a step, with two steps of each iteration
+# Launches of a step, with two steps of each iteration.
+MOST = {"plain": 600, "nesterov": 715, "polar": 665, "gradient": 715}
 
 
 @pytest.fixture

@@ -18,14 +18,8 @@ from caspr_cli.optim.precision import is_fast_in_bfloat16
 
 SIZE = st.integers(1, 7)
 MUON = {
-    "exponent": 0,
-    "polar": True,
-    "graft": "rms",
-    "nesterov": True,
-    "start_step": 1,
-    "weight_decay": 0.1,
-    "lr": 0.02,
-}
+    "exponent": 0, "polar": True, "graft": "rms", "nesterov": True, "start_step": 1, "weight_decay": 0.1, "lr": 0.02,
+}  # fmt: skip
 
 
 def blocks(K: int, m: int, n: int, seed: int = 0) -> torch.Tensor:

@@ -209,12 +209,8 @@ def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch: pytest.MonkeyP
 def test_what_is_unknown_is_not_made_up() -> None:
     text = parsed(bare()).within("p", "td", "span", "text", "th")
     for said in (
-        "There is no baseline",
-        "1 reported run with seed 0;",
-        "no finite run",
-        "no run is done",
-        "4.4000 (n = 1)",
-    ):
+        "There is no baseline", "1 reported run with seed 0;", "no finite run", "no run is done", "4.4000 (n = 1)",
+    ):  # fmt: skip
         assert said in text
     assert "▲" not in text
     assert "target" not in text

@@ -24,13 +24,9 @@ def joint() -> list[Run]:
     space = {"search__rerank": 2, "search__space__optim.lr__log": [1e-4, 1e-1]}
     space["search__space__optim.weight_decay__log"] = [0.01, 1.0]
     ends = [
-        (0.001, 0.1, 4.3),
-        (0.003, 0.9, 4.0),
-        (0.01, 0.02, 4.01),
-        (0.03, 0.3, 4.6),
-        (0.05, 0.5, None),
+        (0.001, 0.1, 4.3), (0.003, 0.9, 4.0), (0.01, 0.02, 4.01), (0.03, 0.3, 4.6), (0.05, 0.5, None),
         (0.1, 0.7, None),
-    ]
+    ]  # fmt: skip
     runs = []
     for k, (lr, decay, value) in enumerate(ends):
         keys = {"optim__lr": lr, "optim__weight_decay": decay} | space

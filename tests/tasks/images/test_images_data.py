@@ -68,9 +68,6 @@ def test_sample_has_three_disjoint_splits_whatever_torchs_state(monkeypatch):
     assert len({image.numpy().tobytes() for split in SPLITS for image, _ in found[split]}) == 70
 
 
-# ---- folders and zips --------------------------------------------------------------------------------------------
-
-
 def test_a_linear_model_learns_little_of_the_shapes():
     (train, labels), (test, expected) = shapes.draw(1500, seed=0), shapes.draw(500, seed=1)
     x, y = (torch.from_numpy(part).float().flatten(1) / 255 - 0.5 for part in (train, test))
@@ -78,6 +75,9 @@ def test_a_linear_model_learns_little_of_the_shapes():
     # ridge regression in its dual form, which is smaller here
     weights = torch.linalg.solve(x @ x.mT + 1000 * torch.eye(len(x)), targets)
     assert ((y @ x.mT @ weights).argmax(1) == torch.from_numpy(expected)).float().mean() < 0.2
+
+
+# ---- folders and zips --------------------------------------------------------------------------------------------
 
 
 def test_folder_holds_out_a_tenth_of_each_class(conf):
