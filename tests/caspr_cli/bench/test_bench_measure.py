@@ -112,7 +112,6 @@ def test_options_are_read_and_reach_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("word", "names", "message"),
     [
-        ("ordr=3", ["caspr", "adamw"], "ordr is no option. Did you mean order?"),
         ("order", ["caspr"], "written KEY=VALUE"),
         ("interval=3", ["caspr"], "write --interval 3"),
         ("eps=abc", ["caspr"], "eps is 1e-06 unless it is set"),
@@ -125,11 +124,6 @@ def test_options_that_are_none(word: str, names: list[str], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         parse_given([word], names)
     assert message in str(caught.value)
-
-
-def test_a_refused_value_names_the_optimizer() -> None:
-    with pytest.raises(ConfigError, match="caspr: eps should be > 0 but is: -1"):
-        enter("caspr", workload().copies(), Settings(given={"eps": -1}), 10)
 
 
 # ---- turns

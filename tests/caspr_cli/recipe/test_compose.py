@@ -66,13 +66,9 @@ def test_the_name_forgets_seed_and_paths_and_nothing_else() -> None:
 def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
     """A record made before there were ``axes``, ``exponent`` and ``polar``: the published sum, then named ``caspr``."""
     older = (
-        "optim.lr=6e-3",
-        "optim.betas=[0.9,0.95]",
-        "optim.polar=false",
-        "optim.nesterov=false",
-        "optim.graft=adam",
+        "optim.lr=6e-3", "optim.betas=[0.9,0.95]", "optim.polar=false", "optim.nesterov=false", "optim.graft=adam",
         "optim.apply_dtype=null",
-    )
+    )  # fmt: skip
     assert compose.identity(recipe(*older)) == "4e9d1440"
     for key, value in {"axes": "row", "exponent": 1, "nesterov": True, "adamw_lr_scale": 0.5}.items():
         assert compose.identity(recipe(*older, f"optim.{key}={value}")) != "4e9d1440"
@@ -123,17 +119,13 @@ def test_tuned_values_yield_to_the_command_line() -> None:
             "optim=muon needs whole matrices, of which trainer.strategy=fsdp has rows",
         ),
         ("optim.lr=-1", "optim.lr should be >= 0 but is -1"),
-        ("optim.weight_decay=-1", "optim.weight_decay should be >= 0 but is -1"),
         ("optim.eps=-1", "optim.eps should be > 0 but is -1.0"),
         ("optim.eps=nan", "optim.eps should be > 0 but is nan"),
-        ("optim.order=0", "optim.order should be a positive integer or inf but is 0.0"),
         ("optim.order=1.5", "optim.order should be a positive integer or inf but is 1.5"),
         ("optim.order=1e9", "optim.order should be at most 100 but is 1000000000.0"),
         ("optim=shampoo optim.exponent=2", "optim.exponent should be one of 0, 0.25, 0.5, 1 but is 2.0"),
         ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
         ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
-        ("optim.graft_eps=-1", "optim.graft_eps should be >= 0 but is -1.0"),
-        ("optim.start_step=0", "optim.start_step should be a positive integer but is 0"),
         ("optim.factor_dtype=float32 optim.eps=1e-9", "optim.eps should be >= 1e-06 for float32 factors"),
         ("trainer.rendezvous=host:99999", "trainer.rendezvous=host:99999: a port is a number from 1 to 65535"),
         ("trainer.rendezvous=host:0", "trainer.rendezvous=host:0: a port is a number from 1 to 65535"),
