@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from caspr_cli.tasks.ogbg_molpcba.features import atom_features, bond_features, 
 from caspr_cli.tasks.ogbg_molpcba.graphs import ATOM_SIZES, BOND_SIZES
 from caspr_cli.tasks.ogbg_molpcba.sources import molecules
 from caspr_cli.tasks.registry import MolPCBAConf
-
-REAL = Path(__file__).resolve().parents[4] / "shared/data/molecules"
 
 
 def test_the_examples_in_ogbs_source():
@@ -78,11 +75,10 @@ def test_canonical_smiles():
 
 
 @pytest.mark.release
-@pytest.mark.skipif(not REAL.is_dir(), reason="the ToxCast files are not beside this repository")
-def test_toxcasts_graphs_are_those_of_ogb():
-    conf = MolPCBAConf(data=Source.files, root=str(REAL / "ogb_layout/toxcast128"))
+def test_toxcasts_graphs_are_those_of_ogb(shared):
+    conf = MolPCBAConf(data=Source.files, root=str(shared / "molecules/ogb_layout/toxcast128"))
     graphs, _ = molecules(conf).read()
-    with gzip.open(REAL / "toxcast128.csv.gz", "rt", encoding="utf8") as file:
+    with gzip.open(shared / "molecules/toxcast128.csv.gz", "rt", encoding="utf8") as file:
         made = [graph(parse(row["smiles"])) for row in csv.DictReader(file)]
     assert [len(nodes) for nodes, _, _ in made] == graphs.node_counts.tolist()
     assert [len(edges) for _, edges, _ in made] == graphs.edge_counts.tolist()

@@ -20,8 +20,6 @@ from caspr_cli.tasks.ogbg_molpcba.graphs import MISSING
 from caspr_cli.tasks.ogbg_molpcba.sources import SPLITS, molecules
 from caspr_cli.tasks.registry import MolPCBAConf
 
-REAL = Path(__file__).resolve().parents[4] / "shared/data/molecules/ogb_layout/toxcast128"
-
 
 def rows(lines):
     return [[float(cell) if cell not in ("", "nan") else MISSING for cell in line.split(",")] for line in lines]
@@ -215,9 +213,8 @@ def test_the_hash_is_of_the_content_alone(conf, tmp_path):
 # ---- real ones ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the ToxCast files are not beside this repository")
-def test_toxcast():
-    library = Library(MolPCBAConf(data=Source.files, root=str(REAL)))
+def test_toxcast(shared):
+    library = Library(MolPCBAConf(data=Source.files, root=str(shared / "molecules/ogb_layout/toxcast128")))
     found = library.describe()
     assert found["name"] == "toxcast128"
     assert found["labels"] == 128
