@@ -27,9 +27,8 @@ def written(directory: Path, task: TaskConf, *, seed: int = 0, attempts: int = 1
     record = Record(directory / f"task{type(task).__name__}" / "adamw" / "0123abcd" / f"seed{seed}")
     record.path.mkdir(parents=True)
     for _ in range(attempts):
-        recorder = Recorder(record, Recipe(task=task, optim=AdamWConf(), seed=seed))
-        recorder.pages()
-        recorder.close()
+        with Recorder(record, Recipe(task=task, optim=AdamWConf(), seed=seed)) as recorder:
+            recorder.pages()
 
 
 def page(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -86,11 +85,9 @@ def test_charts_of_the_optimizer_show_what_is_diagnosed() -> None:
 
 def test_what_is_compared_comes_first_among_all_curves(tmp_path: Path) -> None:
     record = Record(tmp_path)
-    recorder = Recorder(record, Recipe(task=TaggingConf(), optim=AdamWConf()))
-    recorder.scalars(10, {"lr": 1e-3, "train/loss": 2.0, "val/loss": 1.5, "val/accuracy": 0.4})
-    recorder.close()
-    accumulator = EventAccumulator(str(tmp_path))
-    accumulator.Reload()
+    with Recorder(record, Recipe(task=TaggingConf(), optim=AdamWConf())) as recorder:
+        recorder.scalars(10, {"lr": 1e-3, "train/loss": 2.0, "val/loss": 1.5, "val/accuracy": 0.4})
+    accumulator = EventAccumulator(str(tmp_path)).Reload()
     tags = sorted(accumulator.Tags()["scalars"])  # as TensorBoard shows them
     assert tags[:3] == ["comparison/train/loss", "comparison/val/accuracy", "lr"]
     assert accumulator.Scalars(tags[1])[0].value == accumulator.Scalars("val/accuracy")[0].value

@@ -32,18 +32,20 @@ def record(tmp_path: Path, seed: int = 0) -> Record:
     return found
 
 
+def read(record: Record) -> Any:
+    """What TensorBoard has read of it."""
+    return EventAccumulator(str(record.path), size_guidance={HISTOGRAMS: 0}).Reload()  # 0: all of them
+
+
 def events(record: Record, tag: str) -> list[tuple[int, float]]:
-    accumulator = EventAccumulator(str(record.path))
-    accumulator.Reload()
-    return [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(tag)]
+    return [(e.step, pytest.approx(e.value)) for e in read(record).Scalars(tag)]
 
 
 def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    recorder = Recorder(kept, recipe())
-    recorder.scalars(1, {"train/loss": 2.5})
-    recorder.scalars(2, {"train/loss": 1.5, "lr": 0.1})
-    recorder.close()
+    with Recorder(kept, recipe()) as recorder:
+        recorder.scalars(1, {"train/loss": 2.5})
+        recorder.scalars(2, {"train/loss": 1.5, "lr": 0.1})
     assert [json.loads(line) for line in kept.metrics.read_text().splitlines()] == [
         {"step": 1, "train/loss": 2.5},
         {"step": 2, "train/loss": 1.5, "lr": 0.1},
@@ -53,15 +55,13 @@ def test_lines_and_events_hold_the_same(tmp_path: Path) -> None:
 
 def test_what_lies_after_the_checkpoint_is_dropped_and_a_torn_line_too(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    first = Recorder(kept, recipe())
-    for step in range(1, 6):
-        first.scalars(step, {"train/loss": float(step)})
-    first.close()
+    with Recorder(kept, recipe()) as first:
+        for step in range(1, 6):
+            first.scalars(step, {"train/loss": float(step)})
     with kept.metrics.open("a") as file:
         file.write('{"step": 6, "train/lo')  # as a kill leaves it
-    again = Recorder(kept, recipe(), 3, 3)
-    again.scalars(4, {"train/loss": 40.0})
-    again.close()
+    with Recorder(kept, recipe(), 3, 3) as again:
+        again.scalars(4, {"train/loss": 40.0})
     rows = [json.loads(line) for line in kept.metrics.read_text().splitlines()]
     assert [(r["step"], r["train/loss"]) for r in rows] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert events(kept, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
@@ -76,10 +76,9 @@ def test_lightnings_csv_has_each_line_once_after_a_resume(tmp_path: Path) -> Non
     first.scalars(5, {"val/loss": float("nan"), "val/accuracy": 0.5})
     first.flush()  # and then it is killed
     assert len((kept.path / "csv" / "metrics.csv").read_text().splitlines()) == 7
-    again = Recorder(kept, wanted, 3, 3)
-    again.scalars(4, {"train/loss": 40.0})
-    again.scalars(4, {"val/loss": 0.25})
-    again.close()
+    with Recorder(kept, wanted, 3, 3) as again:
+        again.scalars(4, {"train/loss": 40.0})
+        again.scalars(4, {"val/loss": 0.25})
     with (kept.path / "csv" / "metrics.csv").open(newline="") as file:
         lines = [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
     assert lines == [{"step": s, "train/loss": s} for s in (1, 2, 3)] + [
@@ -93,10 +92,9 @@ def test_a_clock_that_goes_back_or_ahead_changes_no_curve(tmp_path: Path, monkey
     kept, real = record(tmp_path), time.time
     for attempt, day in enumerate((0, -1, 1, -2)):
         monkeypatch.setattr(time, "time", lambda day=day: real() + 86400 * day)
-        recorder = Recorder(kept, recipe(), 3 * attempt, 3 * attempt)
-        for step in range(3 * attempt + 1, 3 * attempt + 6):  # two more than the next attempt goes on from
-            recorder.scalars(step, {"train/loss": float(step)})
-        recorder.close()
+        with Recorder(kept, recipe(), 3 * attempt, 3 * attempt) as recorder:
+            for step in range(3 * attempt + 1, 3 * attempt + 6):  # two more than the next attempt goes on from
+                recorder.scalars(step, {"train/loss": float(step)})
     assert events(kept, "train/loss") == [(step, float(step)) for step in range(1, 15)]
     names = sorted(path.name for path in kept.path.glob("events.out.tfevents.*"))
     assert [name.count("0000000000.") for name in names] == [1, 1, 1, 0]
@@ -117,12 +115,9 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
     groups, rates = set(), set()
     for seed in (0, 1):
         kept = record(tmp_path, seed)
-        recorder = Recorder(kept, recipe(seed))
-        recorder.pages()
-        recorder.close()
-        accumulator = EventAccumulator(str(kept.path))
-        accumulator.Reload()
-        content = accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        with Recorder(kept, recipe(seed)) as recorder:
+            recorder.pages()
+        content = read(kept).summary_metadata["_hparams_/session_start_info"].plugin_data.content
         start = HParamsPluginData.FromString(content).session_start_info
         groups.add(start.group_name)
         rates.add(start.hparams["optim.lr"].number_value)
@@ -131,18 +126,16 @@ def test_seeds_share_a_group_on_the_hparams_page(tmp_path: Path) -> None:
 
 
 def histograms(record: Record) -> dict[str, list[HistogramEvent]]:
-    accumulator = EventAccumulator(str(record.path), size_guidance={HISTOGRAMS: 0})  # 0: all
-    accumulator.Reload()
+    accumulator = read(record)
     return {tag: accumulator.Histograms(tag) for tag in accumulator.Tags()["histograms"]}
 
 
 def test_a_histogram_counts_each_eigenvalue(tmp_path: Path) -> None:
     kept = record(tmp_path)
-    recorder = Recorder(kept, recipe())
     values = torch.tensor([0.0, -0.05, -0.2, -0.2, -3.9, 0.0, torch.nan])  # what no solver found is not counted
-    recorder.spectrum(7, values)
-    recorder.spectrum(8, torch.zeros(3))  # of matrices that are 1 x 1
-    recorder.close()
+    with Recorder(kept, recipe()) as recorder:
+        recorder.spectrum(7, values)
+        recorder.spectrum(8, torch.zeros(3))  # of matrices that are 1 x 1
     seven, eight = histograms(kept)["optim/spectrum"]
     assert (seven.step, seven.histogram_value.num, seven.histogram_value.min) == (7, 6, pytest.approx(-3.9))
     counts = dict(zip(seven.histogram_value.bucket_limit, seven.histogram_value.bucket, strict=True))
@@ -157,11 +150,9 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
         p.grad = torch.randn_like(p)
     optimizer.step()
     kept = record(tmp_path)
-    recorder = Recorder(kept, recipe())
-    values = Curves(recipe(), recorder, None)._diagnostics(
-        cast(Any, SimpleNamespace(optimizers=[optimizer], global_step=1))
-    )
-    recorder.close()
+    trainer = cast(Any, SimpleNamespace(optimizers=[optimizer], global_step=1))
+    with Recorder(kept, recipe()) as recorder:
+        values = Curves(recipe(), recorder, None)._diagnostics(trainer)
     (event,) = histograms(kept).pop("optim/spectrum")
     assert event.histogram_value.num == len(diagnose(optimizer)["spectrum"])
     assert list(histograms(kept)) == ["optim/spectrum"]
@@ -173,17 +164,14 @@ def test_the_spectrum_of_all_blocks_is_one_histogram_and_no_number(tmp_path: Pat
 def test_what_was_written_after_the_last_checkpoint_at_its_own_step_is_shown_once(tmp_path: Path, purged: bool) -> None:
     """For instance the test part of a run that is killed before it has written its result."""
     kept = record(tmp_path)
-    first = Recorder(kept, recipe())
-    for step in range(1, 4):
-        first.scalars(step, {"val/loss": step / 10})
-    first.scalars(3, {"test/loss": 0.5})  # after the checkpoint of step 3, and no checkpoint follows
-    first.close()
+    with Recorder(kept, recipe()) as first:
+        for step in range(1, 4):
+            first.scalars(step, {"val/loss": step / 10})
+        first.scalars(3, {"test/loss": 0.5})  # after the checkpoint of step 3, and no checkpoint follows
     if purged:  # the last checkpoint was damaged, and the one of step 2 used
-        second = Recorder(kept, recipe(), 2, 2)
-        second.scalars(3, {"val/loss": 0.3})
-        second.close()
-    third = Recorder(kept, recipe(), 3, 3)
-    third.scalars(3, {"test/loss": 0.5})
-    third.close()
+        with Recorder(kept, recipe(), 2, 2) as second:
+            second.scalars(3, {"val/loss": 0.3})
+    with Recorder(kept, recipe(), 3, 3) as third:
+        third.scalars(3, {"test/loss": 0.5})
     assert events(kept, "test/loss") == [(3, 0.5)]
     assert [step for step, _ in events(kept, "val/loss")] == [1, 2, 3]
