@@ -1,9 +1,9 @@
 """Help of every command: it fits a terminal of 80 columns, and texts stand in one column."""
 
 import re
-import sys
 
 import pytest
+from calling import Call
 
 from caspr_cli import __version__
 from caspr_cli.commands import bench, report, train, verify
@@ -32,10 +32,9 @@ def test_help_fits_and_is_aligned(
     name: str, words: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(sys, "argv", [name, *words, "--help"])
-    assert COMMANDS[name][0].main() == 0
-    text = capsys.readouterr().out
-    lines = text.splitlines()
+    call = Call(name, COMMANDS[name][0].main, monkeypatch, capsys)
+    assert call(*words, "--help") == 0
+    text, lines = call.out, call.out.splitlines()
     assert max(map(len, lines)) <= min(columns, 110)
     if not words:
         listed, most = LISTED[name]
@@ -51,6 +50,6 @@ def test_help_fits_and_is_aligned(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_version(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [name, "--version"])
-    assert COMMANDS[name][0].main() == 0
-    assert capsys.readouterr().out == f"{name} {__version__}\n"
+    call = Call(name, COMMANDS[name][0].main, monkeypatch, capsys)
+    assert call("--version") == 0
+    assert call.out == f"{name} {__version__}\n"

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from calling import Call
 
 from caspr_cli.commands import report
 from caspr_cli.commands.check import draw, packs
@@ -203,33 +203,30 @@ def packed(optim: str, file: Path) -> Path:
     return file
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["caspr-report", *words])
-    return report.main()
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    return Call("caspr-report", report.main, monkeypatch, capsys)
 
 
-def test_check_says_right_or_wrong_and_exits_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_check_says_right_or_wrong_and_exits_so(call: Call, tmp_path: Path) -> None:
     own, board = packed("muon", tmp_path / "own.jsonl.gz"), tmp_path / "board"
     packed("adamw", board / "a.jsonl.gz")
-    assert call(monkeypatch, "check", str(own), "--board", str(board)) == 0
-    assert capsys.readouterr().out == "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n"
+    assert call("check", own, "--board", board) == 0
+    assert call.out == "right    muon on ogbg_molpcba: 8 trials, 3 fresh seeds\n"
     shutil.copy(own, board / "b.jsonl.gz")
-    assert call(monkeypatch, "check", str(own), "--board", str(board)) == 1
-    assert capsys.readouterr().out == "wrong    muon on ogbg_molpcba: b.jsonl.gz has it already\n"
-    assert call(monkeypatch, "check", str(PACK), "--board", str(tmp_path / "nosuch")) == 2
-    assert "no such directory" in capsys.readouterr().err
+    assert call("check", own, "--board", board) == 1
+    assert call.out == "wrong    muon on ogbg_molpcba: b.jsonl.gz has it already\n"
+    assert "no such directory" in call.refused("check", str(PACK), "--board", str(tmp_path / "nosuch"))
     pack.unpack(fair(), tmp_path / "records")
-    assert call(monkeypatch, "check", str(tmp_path / "records")) == 0
+    assert call("check", tmp_path / "records") == 0
     damaged = next((tmp_path / "records").rglob("result.json"))
     damaged.write_text('{"tr', encoding="utf8")
-    assert call(monkeypatch, "check", str(tmp_path / "records")) == 1
-    assert f"wrong    {damaged}: is not valid JSON" in capsys.readouterr().out
+    assert call("check", tmp_path / "records") == 1
+    assert f"wrong    {damaged}: is not valid JSON" in call.out
     bad = tmp_path / "bad.jsonl.gz"
     bad.write_bytes(pack.pack(changed(gone, trial=2), [PACK]))
-    assert call(monkeypatch, "check", str(bad)) == 1
-    out = capsys.readouterr().out.splitlines()
+    assert call("check", bad) == 1
+    out = call.out.splitlines()
     assert "wrong    muon on ogbg_molpcba: of 8 trials 2 is missing at seed 0" in out
     assert "right    adamw on ogbg_molpcba: 8 trials, 3 fresh seeds" in out
 
@@ -249,12 +246,7 @@ def test_packs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("off", "code", "as_pack"), [(0.001, 0, True), (0.1, 1, True), (0.001, 0, False)])
 def test_check_runs_two_seeds_again(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    off: float,
-    code: int,
-    as_pack: bool,
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path, off: float, code: int, as_pack: bool
 ) -> None:
     """The run itself is replaced by one that ends a little or far off. The records are in a pack, or directories."""
     started = []
@@ -271,9 +263,9 @@ def test_check_runs_two_seeds_again(
     if not as_pack:
         pack.unpack(pack.read(own), tmp_path / "records")
         own = tmp_path / "records"
-    assert call(monkeypatch, "check", str(own), "--rerun", str(tmp_path / "again")) == code
+    assert call("check", own, "--rerun", tmp_path / "again") == code
     assert started == [("muon", 0.05581, seed, str(tmp_path / "again")) for seed in (1, 2)]
-    out = capsys.readouterr().out
+    out = call.out
     assert ("3 fresh seeds, 2 run again" in out) == (code == 0)
     assert ("seed 1: ended at 0." in out) == (code == 1)
 
@@ -286,11 +278,8 @@ def test_a_run_that_failed_again_is_as_before() -> None:
     assert entry.reproduced(row, row.runs[0], None) is not None
 
 
-def test_packs_are_named_where_there_are_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert call(monkeypatch, "leaderboard", str(tmp_path), "--to", str(tmp_path / "x.md")) == 2
-    assert f"no packs in {tmp_path}" in capsys.readouterr().err
+def test_packs_are_named_where_there_are_none(call: Call, tmp_path: Path) -> None:
+    assert f"no packs in {tmp_path}" in call.refused("leaderboard", str(tmp_path), "--to", str(tmp_path / "x.md"))
 
 
 def test_a_point_of_the_curve_may_be_rounded() -> None:
