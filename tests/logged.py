@@ -168,14 +168,8 @@ def by_mlflow_database(root: Path) -> Asked:
             for key, value in {"optimizer": optimizer, "seed": str(seed)}.items():
                 database.execute("INSERT INTO params VALUES (?, ?, ?)", (key, value, name))
             for when, (step, value) in enumerate(reversed([(10, 99.0), *curve(optimizer, seed)])):
-                row = (
-                    METRIC,
-                    0.0 if value == 99 else value,
-                    -when,
-                    step,
-                    value == 99,
-                    name,
-                )  # nan, and then logged again
+                nan = value == 99  # and then it is logged again
+                row = (METRIC, 0.0 if nan else value, -when, step, nan, name)
                 database.execute("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", row)
         database.commit()
     return Asked("mlflow", METRIC, group=["optimizer"])
