@@ -1,25 +1,31 @@
-"""Which trial of a search is chosen."""
+"""Which trial of a search is chosen: by the runner, and the same one by the report."""
 
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import ended
 
 from caspr_cli.common.selection import AGAIN
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf, Target
+from caspr_cli.report import records
+from caspr_cli.report.compare import tables
 from caspr_cli.runs import trials
 from caspr_cli.runs.record import Record
 from caspr_cli.tasks.registry import C4LMConf
 
-# ---- the best trial ----------------------------------------------------------------------------------------------
+compose.register_schemas()
 
 
-def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[int], Recipe]:
+def tuned(folder: Path | str, count: int = 3, *, higher: bool = False) -> Callable[[int], Recipe]:
     def trial(index: int) -> Recipe:
         task = C4LMConf(target=Target("val/x", None, higher))
         search = SearchConf("lr", count, space={"optim.lr": {"log": [1e-3, 1e-1]}})
@@ -27,15 +33,6 @@ def tuned(folder: Path, count: int = 3, *, higher: bool = False) -> Callable[[in
         return replace(recipe, output_dir=str(folder))
 
     return trial
-
-
-def ended(recipe: Recipe, value: float | None, state: str = "done") -> None:
-    record = Record.of(recipe)
-    record.path.mkdir(parents=True)
-    record.config.write_text(compose.save(recipe), encoding="utf8")
-    record.write("status.json", {"state": state})
-    if state == "done":
-        record.write("result.json", {"final": {"val/x": value}, "best": {"val/x": 100.0}, "seconds": 7.0})
 
 
 @pytest.mark.parametrize(
@@ -90,16 +87,17 @@ def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
 
 
 def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
-    given = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
-    composer = Composer(given)
-    for trial, message in ((2, r"2 of 2 trials of optim=adamw have not ended"), (4, r"has 2 trials, and 2 x 1 more")):
-        words = [*given, f"trial={trial}"]
+    told = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
+    composer = Composer(told)
+    for more, message in (
+        (["trial=2"], r"2 of 2 trials of optim=adamw have not ended"),
+        (["trial=4"], r"has 2 trials, and 2 x 1 more"),
+        (["search.extend=1", "trial=3"], r"has 2 trials, and 1 x 1 more with search.extend"),  # so many rounds
+    ):
+        words = [*told, *more]
         with pytest.raises(ConfigError, match=message):
             trials.resolve(composer.config(words), words, {})
-    words = [*given, "search.extend=1", "trial=3"]  # so many rounds, and no more
-    with pytest.raises(ConfigError, match=r"has 2 trials, and 1 x 1 more with search.extend"):
-        trials.resolve(composer.config(words), words, {})
-    words = [*given, "trial=1"]
+    words = [*told, "trial=1"]
     assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
 
 
@@ -120,3 +118,27 @@ def test_the_best_waits_until_the_best_three_were_run_again(tmp_path: Path) -> N
             ended(replace(again(index), seed=seed), value)
     assert trials.best(again) == 1
     assert [trials.top(again, place) for place in (1, 2, 3)] == [3, 2, 1]  # as before they were run again
+
+
+FINALS = st.dictionaries(st.integers(1, 3), st.sampled_from([None, 0.25, 0.5, 1e60]), max_size=2)
+TRIALS = st.lists(st.tuples(st.sampled_from([None, 0.25, 0.5]), FINALS), min_size=2, max_size=3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(TRIALS, st.booleans())
+def test_what_is_run_at_other_seeds_is_what_a_report_selects(
+    made: list[tuple[float | None, dict[int, float | None]]], higher: bool
+) -> None:
+    """Whatever seeds there are beside seed 0, with ties and failures."""
+    with TemporaryDirectory() as folder:
+        trial = tuned(folder, len(made), higher=higher)
+        for index, (first, others) in enumerate(made):
+            for seed, value in ({0: first} | others).items():
+                ended(replace(trial(index), seed=seed), value)
+        (table,) = tables(records.find([Path(folder)]).runs)
+        (row,) = table.rows
+        if any("nothing selected" in line for line in table.warnings) or row.selected is None:
+            with pytest.raises(ConfigError, match=r"all \d trials of caspr failed"):
+                trials.best(trial)
+        else:
+            assert trials.best(trial) == row.selected.index

@@ -1,29 +1,29 @@
-"""Tables by one command: what is run, and which trial is chosen."""
+"""Tables by one command: what is run, and which trial is chosen. (Their files: ``test_experiment_files.py``.)"""
 
 import json
 import math
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running import Runner, wait_for
+from running import Runner, ended, wait_for
 
 from caspr_cli.commands import train
 from caspr_cli.common.exits import BAD_USAGE, SOME_FAILED
-from caspr_cli.common.selection import AGAIN, TUNING_SEED
+from caspr_cli.common.selection import AGAIN
 from caspr_cli.recipe import compose, search, words
 from caspr_cli.recipe.composer import Composer
-from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.report import records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import budget
 from caspr_cli.runs import experiment, horizon, trials
-from caspr_cli.runs.experiment import Experiment
+from caspr_cli.runs.experiment import Experiment, Row
 from caspr_cli.runs.launch import Allocation, Outcome
 from caspr_cli.runs.record import Record
 
@@ -36,119 +36,24 @@ def hydra() -> None:
     Composer()
 
 
-# ---- the files ---------------------------------------------------------------------------------------------------
-
-
-PAPER = ("c4_234m", "merge", "one_sided")
-
-
-TUNED = [name for name in choices("experiment") if name != "polar"]  # which compares what comes without tuning
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"), [*((name, "sample") for name in TUNED), *((name, "paper") for name in PAPER)]
-)
-def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_path: Path) -> None:
-    # Every optimizer is composed for c4_14m; two of them do for the same table of another task.
-    fewer = ["optim=caspr,sgd"] if name in ("molpcba", "ud_pos", "c4_234m", "vision") else []
-    told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2", *fewer])
-    table = experiment.rows(told)
-    assert told.searches
-    assert len({row.label for row in table}) == len(table) > 1
-    assert {len(row.tuning) for row in table} == {table[0].tuning[0].search.trials}  # the same number for every row
-    seeds = {recipe.seed for row in table for recipe in row.untuned}
-    assert len(seeds) >= 3
-    assert not seeds & {TUNING_SEED, *AGAIN}  # what chose is not reported
-    assert len({compose.identity(row.tuning[0]) for row in table}) == len(table)
-    assert choices("experiment")[name]
-
-
-def test_without_a_search_only_the_reported_seeds_run() -> None:
-    untuned = Experiment.read("polar", ["task=vit,resnet", "seed=1,2"])
-    table = experiment.rows(untuned)
-    assert not untuned.searches
-    assert len({row.label for row in table}) == len(table) == 4
-    assert {(len(row.tuning), len(row.untuned), len(row.reported)) for row in table} == {(0, 0, 2)}
-
-
-def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
-    damping, base = Experiment.read("damping"), Experiment.read("c4_14m")
-    assert damping.jobs["task"] == base.jobs["task"]
-    assert damping.jobs["task.layers"] == base.jobs["task.layers"]
-    assert damping.jobs["optim"] == "caspr_sum"
-    assert damping.jobs["search.trials"] == "4"
-    assert damping.baseline != base.baseline
-    assert damping.output_dir == "outputs/experiments/damping"
-    assert Experiment.read("damping", ["scale=paper"]).output_dir == "outputs/experiments/damping_paper"
-
-
-def test_a_list_in_a_list_is_one_value() -> None:
-    told = Experiment.read("momentum", ["search.trials=1"])
-    table = experiment.rows(told)
-    assert [row.label for row in table] == [
-        f"optim={optim} optim.betas={betas}"
-        for optim in ("caspr_sum", "shampoo")
-        for betas in ("[0.9,0.999]", "[0,0.999]")
-    ]
-    betas = [getattr(row.tuning[0].optim, "betas", None) for row in table]
-    assert [tuple(both) for both in betas if both] == [(0.9, 0.999), (0.0, 0.999)] * 2
-
-
-@pytest.mark.parametrize("name", choices("experiment"))
-def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name: str) -> None:
-    told = Experiment.read(name)
-    assert told.baseline
-    first, *settings = told.baseline.split()
-    optimizers = told.jobs["optim"].split(",")
-    if "=" in first:
-        assert len(optimizers) > 1
-        settings = [first, *settings]
-    else:
-        assert first in optimizers
-        assert len(optimizers) == 1 or not settings
-    swept = {key.removeprefix("optim."): value for key, value in told.jobs.items()}
-    for key, value in map(halves, settings):
-        values = [halves(job[0])[1] for job in words.split([f"{key}={swept[key]}"])]
-        assert float_or_word(value) in map(float_or_word, values)
-
-
-def halves(setting: str) -> tuple[str, str]:
-    key, _, value = setting.partition("=")
-    return key, value
-
-
-def float_or_word(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def test_the_command_line_comes_last() -> None:
-    told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
-    assert told.tuning(range(2))[-2:] == ["trial=range(0,2)", "seed=0"]
-    assert told.again(2)[-2:] == ["trial=top1,top2", "seed=1001,1002"]
-    assert told.seeds()[-2:] == ["trial=best,default", "seed=7,8"]
-    assert {"optim=adamw,sgd", "optim.lr=0.1"} <= set(told.seeds())
-    plain = Experiment.read("molpcba", ["search=none", "seed=7"])
-    assert plain.seeds()[-1] == "seed=7"
-    assert not [word for word in plain.seeds() if word.startswith("trial")]
+def planned(folder: Path, *given: str) -> tuple[Experiment, Sequence[Row]]:
+    """The table of molpcba, and its rows as far as they have records in the folder."""
+    told = Experiment.read("molpcba", [*given, f"output_dir={folder}"])
+    return told, experiment.rows(told)
 
 
 def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     """Of each row: 2 trials, both again at 2 seeds, the best at 3 seeds, 3 untuned; and trials that may be added."""
-    given = ["optim=adamw,sgd", "search=lr", "search.trials=2", "seed=1,2,3", f"output_dir={tmp_path}"]
-    told = Experiment.read("molpcba", given)
-    table = experiment.rows(told)
+    told, table = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=2", "seed=1,2,3")
     assert [row.left for row in table] == [12, 12]
     for recipe in table[0].tuning:
-        write(recipe, recipe.optim.lr, started="2026-01-01T00:00:00Z", updated="2026-01-01T00:00:40Z")
+        ended(recipe, recipe.optim.lr, started="2026-01-01T00:00:00Z", updated="2026-01-01T00:00:40Z")
     table = experiment.rows(told)  # adamw's best is 0.02553, inside of its range
     assert [row.left for row in table] == [10, 12]
     assert table[0].reported == ()
     assert {(recipe.trial, recipe.seed) for recipe in table[0].again} == {(k, s) for k in (0, 1) for s in AGAIN}
     for recipe in table[0].again:
-        write(recipe, 0.5 if recipe.trial == 1 else 0.4)
+        ended(recipe, 0.5 if recipe.trial == 1 else 0.4)
     table = experiment.rows(told)
     assert [row.left for row in table] == [6, 12]
     assert {recipe.trial for recipe in table[0].reported} == {1}  # the better mean of three seeds
@@ -164,26 +69,10 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
 
 
-def write(recipe: Recipe, value: float | None, **status: str) -> None:
-    """Write the record of a run that is done; without a value, of one that failed."""
-    record = Record.of(recipe)
-    record.path.mkdir(parents=True, exist_ok=True)
-    record.config.write_text(compose.save(recipe), encoding="utf8")
-    record.write("status.json", {"state": "failed" if value is None else "done", "attempts": 1} | status)
-    if value is not None:
-        record.write("result.json", {"final": {recipe.task.target.metric: value}, "seconds": 30.0})
-
-
-def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """Return the line of each sweep, and its trials and seeds. Each is written as if it had run.
-
-    The next one follows from the command and the records alone. adamw likes large steps, sgd those in the middle of
-    its range.
-    """
-
-    def quality(recipe: Recipe) -> float:
-        return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
-
+def as_run(
+    told: Experiment, monkeypatch: pytest.MonkeyPatch, quality: Callable[[Recipe, str], float]
+) -> list[tuple[str, list[str]]]:
+    """Return the line and the words of each sweep, which is written as if it had run: the next one follows from it."""
     seen = []
     composer = Composer(told.shared(), sweeps=True)
     monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
@@ -191,8 +80,21 @@ def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tup
     for line, sweep in experiment.sweeps(told, experiment.rows(told)):
         seen.append((line, list(sweep)))
         for job in words.split(sweep):
-            config = trials.resolve(composer.config(job), job, searches)
-            write(recipe := compose.freeze(config, job), quality(recipe))
+            recipe = compose.freeze(trials.resolve(composer.config(job), job, searches), job)
+            ended(recipe, quality(recipe, line))
+    return seen
+
+
+def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Return the line of each sweep, and its trials and seeds.
+
+    adamw likes large steps, sgd those in the middle of its range.
+    """
+
+    def quality(recipe: Recipe, _: str) -> float:
+        return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
+
+    seen = as_run(told, monkeypatch, quality)
     # the same command later, which knows the records alone
     assert list(experiment.sweeps(told, experiment.rows(told))) == seen
     return [(line, [word for word in sweep if word.startswith(("trial=", "seed="))]) for line, sweep in seen]
@@ -200,9 +102,7 @@ def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tup
 
 def test_as_many_trials_as_the_rows_of_another_command(tmp_path: Path, monkeypatch) -> None:
     """sgd's best lies inside of its range; with a number its row gets a round all the same."""
-    given = ["optim=sgd", "search=lr", "search.trials=4", "search.extend=1", "seed=1,2", f"output_dir={tmp_path}"]
-    told = Experiment.read("molpcba", given)
-    (row,) = experiment.rows(told)
+    told, (row,) = planned(tmp_path, "optim=sgd", "search=lr", "search.trials=4", "search.extend=1", "seed=1,2")
     assert row.whole == row.left == 6 + 3 * 2 + 2 + 2
     assert experiment.plan(told, [row], [1.0])[1] == "further  1 x 2 trials a row"
     sweeps = sweeps_as_run(told, monkeypatch)
@@ -221,8 +121,7 @@ def test_as_many_trials_as_the_rows_of_another_command(tmp_path: Path, monkeypat
 def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ["optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2", f"output_dir={tmp_path}"]
-    told = Experiment.read("molpcba", given)
+    told, _ = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2")
     assert [sweep for _, sweep in sweeps_as_run(told, monkeypatch)] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
@@ -254,21 +153,17 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each sweep is written as if it had run."""
     given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
-    given += ["optim=adamw", "seed=1,2", f"output_dir={tmp_path}", "task.target.value=0.84", "horizon=true"]
-    told, seen = Experiment.read("molpcba", given), list[str]()
-    composer = Composer(told.shared(), sweeps=True)
-    monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
-    searches: dict[tuple[str, ...], trials.Tuning] = {}
-    for line, sweep in experiment.sweeps(told, experiment.rows(told)):
-        seen.append(line)
-        for job in words.split(sweep):
-            recipe = compose.freeze(trials.resolve(composer.config(job), job, searches), job)
-            steps = recipe.trainer.max_steps
-            assert recipe.horizon == (steps if line.startswith("horizon") else None)
-            assert recipe.trainer.val_every <= steps
-            write(recipe, 0.5 + 0.34 * steps / 130 + 1e-6 * recipe.optim.lr)  # the target is that of 130 steps
+    given += ["optim=adamw", "seed=1,2", "task.target.value=0.84", "horizon=true"]
+    told, _ = planned(tmp_path, *given)
+
+    def quality(recipe: Recipe, line: str) -> float:
+        steps = recipe.trainer.max_steps
+        assert recipe.horizon == (steps if line.startswith("horizon") else None)
+        assert recipe.trainer.val_every <= steps
+        return 0.5 + 0.34 * steps / 130 + 1e-6 * recipe.optim.lr  # the target is that of 130 steps
+
+    seen = [line for line, _ in as_run(told, monkeypatch, quality)]
     assert [line.partition(": ")[2] for line in seen[2:]] == [f"{steps} steps in all" for steps in (200, 100, 150, 125)]
     later = experiment.rows(told)  # the same command later, which knows the records alone
     assert [line for line, _ in experiment.sweeps(told, later)] == seen[:2]
@@ -288,29 +183,24 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
 
 
 def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path: Path) -> None:
-    given = ["optim=adamw", "search=none", "seed=1", f"output_dir={tmp_path}", "horizon=true"]
-    told = Experiment.read("molpcba", given)
-    (row,) = experiment.rows(told)
-    write(row.reported[0], 1.0)
+    told, (row,) = planned(tmp_path, "optim=adamw", "search=none", "seed=1", "horizon=true")
+    ended(row.reported[0], 1.0)
     lengths = [line for line, _ in experiment.sweeps(told, [row]) if line.startswith("horizon")]
     assert len(lengths) == 1  # nothing was run, as where it is killed
 
 
-@pytest.mark.parametrize("final", [None, 0.1])
-def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path: Path, final: float | None) -> None:
-    told = Experiment.read("molpcba", ["optim=adamw", "search=none", "seed=1,2", f"output_dir={tmp_path}"])
-    (row,) = experiment.rows(told)
-    write(row.reported[0], 1.0)
+@pytest.mark.parametrize("state", ["failed", "done"])
+def test_a_whole_run_that_fails_or_misses_the_target_is_not_shortened(tmp_path: Path, state: str) -> None:
+    _, (row,) = planned(tmp_path, "optim=adamw", "search=none", "seed=1,2")
+    one, other = row.reported
+    ended(one, 1.0)
     assert horizon.next_length(row.reported) is None  # one seed has not ended
-    write(row.reported[1], final)
+    ended(other, 0.1, state)
     assert horizon.next_length(row.reported) is None
-    write(row.reported[1], 1.0)
-    steps = row.reported[0].trainer.max_steps
-    assert horizon.next_length(row.reported) == steps // 2
-    assert (
-        horizon.next_length([replace(row.reported[0], trainer=replace(row.reported[0].trainer, max_steps=1))]) is None
-    )
-    no_target = replace(row.reported[0].task, target=replace(row.reported[0].task.target, value=None))
+    ended(other, 1.0)
+    assert horizon.next_length(row.reported) == one.trainer.max_steps // 2
+    assert horizon.next_length([replace(one, trainer=replace(one.trainer, max_steps=1))]) is None
+    no_target = replace(one.task, target=replace(one.task.target, value=None))
     assert horizon.next_length([replace(recipe, task=no_target) for recipe in row.reported]) is None
 
 
@@ -332,15 +222,13 @@ def test_what_horizon_may_be(tmp_path: Path) -> None:
 
 def test_a_range_that_cannot_grow_stays(tmp_path: Path) -> None:
     """A warm-up of four times as long leaves no room for the decay."""
-    given = ["optim=sgd", "search=joint", "search.trials=2", f"output_dir={tmp_path}", "optim.lr=0.1"]
-    told = Experiment.read("molpcba", given)
-    (row,) = experiment.rows(told)
+    _, (row,) = planned(tmp_path, "optim=sgd", "search=joint", "search.trials=2", "optim.lr=0.1")
     assert row.search
     low, high = row.tuning[0].search.space["schedule.warmup"]["log"]
     assert compose.valid(row.tuning[0], {"schedule.warmup": high})
     assert not compose.valid(row.tuning[0], {"schedule.warmup": 4 * high})
     for recipe in row.tuning:
-        write(recipe, recipe.schedule.warmup)
+        ended(recipe, recipe.schedule.warmup)
     best = max(row.tuning, key=lambda recipe: recipe.schedule.warmup)
     narrow = {"schedule.warmup": {"log": [low, best.schedule.warmup]}}
     assert search.edges(narrow, search.drawn(compose.to_plain(best))) == {"schedule.warmup": 1}
@@ -351,13 +239,10 @@ def test_a_range_that_cannot_grow_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("resume", "left"), [("auto", 6), ("retry", 7), ("never", 8)])
 def test_what_is_run_again_is_not_counted_as_done(tmp_path: Path, resume: str, left: int) -> None:
-    words = ["optim=adamw", "search=lr", "search.trials=2", "search.rerank=0", "seed=1,2,3", f"resume={resume}"]
-    told = Experiment.read("molpcba", [*words, f"output_dir={tmp_path}"])
-    (row,) = experiment.rows(told)
+    given = ["optim=adamw", "search=lr", "search.trials=2", "search.rerank=0", "seed=1,2,3", f"resume={resume}"]
+    told, (row,) = planned(tmp_path, *given)
     for recipe, state in zip(row.tuning, ("done", "failed"), strict=True):
-        Record.of(recipe).path.mkdir(parents=True)
-        Record.of(recipe).write("status.json", {"state": state})
-        Record.of(recipe).write("result.json", {"final": {"val/map": 0.5}})
+        ended(recipe, 0.5, state)
     assert experiment.rows(told)[0].left == left
 
 
@@ -380,8 +265,7 @@ def test_a_table_without_its_data_is_refused_before_any_job(planned: str, tmp_pa
 
 
 def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Experiment.read("molpcba", ["optim=sgd", f"output_dir={tmp_path}"])
-    (row,) = experiment.rows(told)
+    _, (row,) = planned(tmp_path, "optim=sgd")
 
     def refused(recipe: Recipe, *_: object) -> Outcome:
         record = Record.of(recipe)
@@ -398,7 +282,7 @@ def test_data_that_are_refused_by_the_reader_refuse_the_table(tmp_path: Path, mo
 def test_a_signal_of_the_user_stops_the_table_however_late_a_timing_ends(
     late: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (row,) = experiment.rows(Experiment.read("molpcba", ["optim=sgd", f"output_dir={tmp_path}"]))
+    _, (row,) = planned(tmp_path, "optim=sgd")
 
     def stopped(recipe: Recipe, _: object, allocation: Allocation) -> Outcome:
         return Outcome(Record.of(recipe), 143, ran=True, signal=late or allocation.stop_requests()[0])
@@ -414,12 +298,12 @@ def test_a_signal_of_the_user_stops_the_table_however_late_a_timing_ends(
 
 
 def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkeypatch, capsys) -> None:
-    given = ["optim=adamw,sgd", "search.trials=2", f"output_dir={tmp_path}"]
-    first = experiment.rows(Experiment.read("molpcba", given))[0].tuning[0]
-    Record.of(first).path.mkdir(parents=True)
-    file = Record.of(first).path / "status.json"
+    given = ["optim=adamw,sgd", "search.trials=2"]
+    _, table = planned(tmp_path, *given)
+    file = Record.of(table[0].tuning[0]).path / "status.json"
+    file.parent.mkdir(parents=True)
     file.write_text("{")
-    table = experiment.rows(Experiment.read("molpcba", given))
+    _, table = planned(tmp_path, *given)
     assert experiment.damaged(table) == [
         f"damaged  {file} is missing or damaged; resume=never starts this run anew (is not valid JSON)"
     ]
@@ -428,7 +312,7 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     started = []
     monkeypatch.setattr(train, "compose_and_run", lambda argv, **_: started.append(argv) or SOME_FAILED)
     monkeypatch.setattr(train, "report", lambda _: None)
-    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", *given])
+    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", *given, f"output_dir={tmp_path}"])
     assert train.main() == SOME_FAILED
     assert len(started) == 3
     assert f"damaged {file}" in " ".join(capsys.readouterr().out.split())  # lines are wrapped
