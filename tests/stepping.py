@@ -25,12 +25,13 @@ def advance(
     optimizer: torch.optim.Optimizer,
     steps: Iterable[int],
     missing: Mapping[int, Iterable[int]] | None = None,
+    scale: float = 1.0,
 ) -> list[float]:
     """Step on noise; return how far the first parameter went in each step. ``missing[step]`` have no gradient."""
     moved = []
     for step in steps:
         for i, p in enumerate(params):
-            p.grad = None if i in (missing or {}).get(step, ()) else noise(step, i, p)
+            p.grad = None if i in (missing or {}).get(step, ()) else scale * noise(step, i, p)
         before = params[0].detach().clone()
         optimizer.step()
         moved.append(float((params[0].detach() - before).double().norm()))
@@ -58,10 +59,10 @@ def loaded(optimizer: Any, content: Any) -> Any:
     return optimizer
 
 
-def resumed(params: list[nn.Parameter], optimizer: Any, **options: Any) -> tuple[list[nn.Parameter], Any]:
-    """Copies of the weights in another process: an optimizer of the same class that loads the state from the disk."""
+def resumed(params: list[nn.Parameter], optimizer: Any, content: Any = None, **options: Any) -> Pair:
+    """Copies of the weights in another process: an optimizer of the same class that loads its state, or this one."""
     others = copies(params)
-    return others, loaded(type(optimizer)(others, **options), optimizer.state_dict())
+    return others, loaded(type(optimizer)(others, **options), content or optimizer.state_dict())
 
 
 def assert_alike(one: Pair, two: Pair, steps: Iterable[int]) -> None:

@@ -42,8 +42,7 @@ def test_shampoo_stays_shampoo() -> None:
     assert shampoo.param_groups[0]["interval"] == 50  # what is no identity is as it was saved
     # Statistics and moments know the gradients alone, so a Shampoo with roots of this very step is what it should be.
     truth = trained(Shampoo, 6, **OPTIONS | {"interval": 1})
-    for found, expected in zip(update(others, shampoo, 6), update(*truth, 6), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(update(others, shampoo, 6), update(*truth, 6), rtol=1e-4, atol=1e-6)
 
 
 def test_caspr_does_not_become_shampoo() -> None:
@@ -77,9 +76,7 @@ def test_statistics_of_other_axes_are_refused_at_once(source: type, target: type
     with pytest.raises(ValueError, match=r"of a parameter of shape \(6, 5\): block_size, merge or axes were others"):
         optimizer.load_state_dict(through_disk(other.state_dict()))
     assert optimizer.param_groups[0]["lr"] == 0.5
-    advance(params, optimizer, range(2, 14))
-    advance(twins, twin, range(2, 14))
-    assert all(map(torch.equal, params, twins))
+    assert_alike((params, optimizer), (twins, twin), range(2, 14))
 
 
 @pytest.mark.parametrize("optimizer_class", [Shampoo, FullAdagrad])
@@ -139,8 +136,7 @@ def test_roots_of_other_options_are_made_anew_at_the_next_step(name: str, value:
         optimizer.param_groups[0][name] = value
     truth, exact = trained(CASPR, 6, **OPTIONS)
     exact.param_groups[0].update({name: value, "interval": 1})
-    for found, expected in zip(update(params, optimizer, 6), update(truth, exact, 6), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(update(params, optimizer, 6), update(truth, exact, 6), rtol=1e-4, atol=1e-6)
     fresh = {p: optimizer.state[p]["root_0.0"].clone() for p in params[:3]}
     if name != "statistics":  # whose units alone are others
         assert not any(torch.allclose(fresh[p], stale[p], rtol=1e-3) for p in stale)
@@ -154,8 +150,7 @@ def test_a_tensor_without_a_gradient_has_them_made_at_its_next() -> None:
     optimizer.param_groups[0]["order"] = 1
     params[1].grad = None
     optimizer.step()
-    content = through_disk(optimizer.state_dict())
-    optimizer = loaded(CASPR(params), content)
+    optimizer = loaded(CASPR(params), optimizer.state_dict())
     advance(params, optimizer, [7])
     fresh = optimizer.state[params[1]]["root_0.0"]
     assert bool(fresh.any())
@@ -244,28 +239,16 @@ def test_a_momentum_of_something_else_begins_anew(before: Any, after: Any, by_di
     """Gradients are small and updates are of the size of one: taken for each other they are 1000 times too long."""
     params = weights(SHAPES)
     optimizer = CASPR(params, lr=0.05, start_step=3, interval=2, precondition=before)
-
-    def steps(numbers: range) -> list[float]:
-        moved = []
-        for step in numbers:
-            for i, p in enumerate(params):
-                p.grad = 1e-3 * noise(step, i, p)
-            old = params[0].detach().clone()
-            optimizer.step()
-            moved.append(float((params[0].detach() - old).norm()))
-        return moved
-
-    usual = steps(range(30))
+    usual = advance(params, optimizer, range(30), scale=1e-3)
     if by_disk:
-        content = through_disk(optimizer.state_dict())
-        optimizer = loaded(CASPR(params), content)
+        optimizer = loaded(CASPR(params), optimizer.state_dict())
     optimizer.param_groups[0]["precondition"] = after
-    found = steps(range(30, 60))
+    found = advance(params, optimizer, range(30, 60), scale=1e-3)
     # The first update of a new momentum is a whole one, as long as the tenth root of 30 ones: as at the very start.
     assert max(found) < 1.5 * max(usual)
     assert 0.3 * usual[-1] < found[-1] < 3 * usual[-1]
     optimizer.param_groups[0]["precondition"] = before  # and back
-    assert max(steps(range(60, 70))) < 1.5 * max(usual)
+    assert max(advance(params, optimizer, range(60, 70), scale=1e-3)) < 1.5 * max(usual)
 
 
 def test_the_momentum_of_updates_has_a_bias_correction_of_its_own() -> None:
@@ -334,11 +317,7 @@ def test_a_step_that_is_a_number_loads() -> None:
     content = copy.deepcopy(optimizer.state_dict())
     for state in content["state"].values():
         state["step"] = int(state["step"])
-    others = copies(params)
-    other = loaded(CASPR(others), content)
-    advance(params, optimizer, range(5, 9))
-    advance(others, other, range(5, 9))
-    assert all(map(torch.equal, params, others))
+    assert_alike((params, optimizer), resumed(params, optimizer, content), range(5, 9))
 
 
 # What is said.

@@ -34,14 +34,9 @@ from caspr_cli.optim.symmetric import pack, packed_length, unpack
 SHAPES: list[tuple[int, ...]] = [(6, 5), (6, 5), (4, 3, 3, 3), (7,), (270, 34), (9, 8), (300, 38), (2, 5)]
 SMALL = [shape for shape in SHAPES if max(shape) < 200]
 OPTIONS: dict[str, Any] = {
-    "lr": 0.05,
-    "betas": (0.9, 0.95),
-    "eps": 1e-4,
-    "start_step": 3,
-    "interval": 7,
-    "block_size": 280,
+    "lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-4, "start_step": 3, "interval": 7, "block_size": 280,
     "weight_decay": 0.1,
-}
+}  # fmt: skip
 
 
 def trained(steps: int, shapes: list[tuple[int, ...]] = SHAPES, **options: Any) -> tuple[list[nn.Parameter], CASPR]:
@@ -151,8 +146,7 @@ def test_statistics_of_an_older_version_load(solver: str) -> None:
         for name in [name for name in state if name.startswith("statistics_")]:
             d = next(d for d in range(1, 400) if packed_length(d) == state[name].shape[1])
             state[name] = unpack(state[name], d)
-    others = copies(params)
-    other = loaded(CASPR(others), content)
+    others, other = resumed(params, optimizer, content)
     assert other.state[others[4]]["statistics_0.0"].shape == (1, 270, 270)
     assert_alike((params, optimizer), (others, other), range(6, 14))
 
@@ -167,8 +161,7 @@ def test_counters_that_are_missing_are_zero() -> None:
         optimizer.state[p]["rejected.0"] += 2
     content = through_disk(optimizer.state_dict())
     content["state"] = {i: without("retries", "rejected")(state) for i, state in content["state"].items()}
-    others = copies(params)
-    other = loaded(CASPR(others), content)
+    others, other = resumed(params, optimizer, content)
     advance(params, optimizer, range(6, 14))
     advance(others, other, range(6, 14))
     assert all(map(torch.equal, params, others))
@@ -182,8 +175,7 @@ def test_without_roots_in_the_file_they_are_made_at_once() -> None:
     params, optimizer = trained(6, SMALL)
     content = through_disk(optimizer.state_dict())
     content["state"] = {i: without("root_0", "root_1")(state) for i, state in content["state"].items()}
-    others = copies(params)
-    other = loaded(CASPR(others), content)
+    others, other = resumed(params, optimizer, content)
     advance(others, other, [6])
     assert all(bool(A.flatten(1).any(1).all()) for A in roots(others, other))
     assert_finite(others, other)
@@ -257,8 +249,7 @@ def test_any_pattern_of_gradients_and_cuts(data: st.DataObject) -> None:
     optimizer = CASPR(parameters, **options)
     for step in range(steps):
         if step == cut:
-            content = through_disk(optimizer.state_dict())
-            optimizer = loaded(CASPR(parameters, **options), content)
+            optimizer = loaded(CASPR(parameters, **options), optimizer.state_dict())
         for parameter, stream in zip(parameters, gradients, strict=True):
             parameter.grad = None if stream[step] is None else stream[step].clone()
         optimizer.step()

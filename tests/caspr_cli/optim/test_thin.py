@@ -8,7 +8,7 @@ import torch
 from references.drive import relative_error, run_with_turns
 from references.optimizer import reference_weights
 from references.stream import random_stream
-from stepping import advance, loaded
+from stepping import advance, assert_alike, resumed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,11 +133,7 @@ def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(monkeypatch: pyt
     options: dict[str, Any] = {"start_step": 3, "interval": 5, "block_size": 3}
     optimizer = CASPR(params, **options)
     advance(params, optimizer, range(5))
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = loaded(CASPR(others, **options), optimizer.state_dict())
-    advance(params, optimizer, range(5, 14))
-    advance(others, other, range(5, 14))
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    assert_alike((params, optimizer), resumed(params, optimizer, **options), range(5, 14))
 
 
 def test_roots_of_turns_that_are_over_come_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
