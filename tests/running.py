@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,15 @@ class Runner:
         (found,) = (self.home / output_dir).glob(f"*/*/*/seed{seed}")
         return found
 
+    def cut_off(self, done: Path, output_dir: str) -> Path:
+        """A copy of a record that is done, as a kill after the last step leaves it: without a result."""
+        shutil.copytree(done.parents[3], self.home / output_dir)
+        record = self.record(output_dir)
+        (record / "result.json").unlink()
+        status = json.loads((record / "status.json").read_text())
+        (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
+        return record
+
 
 def ended(recipe: Recipe, value: float | None, state: str = "done", **status: Any) -> None:
     """Write the record of a run, with this value of its metric at the end: the best on the way was another."""
@@ -114,6 +124,13 @@ def losses(record: Path) -> dict[tuple[int, str], float]:
                 assert (row["step"], name) not in found
                 found[row["step"], name] = row[name]
     return found
+
+
+def snapshot(record: Path) -> dict[str, bytes]:
+    """The files of curves, results and checkpoints, as they are now."""
+    names = ("metrics.jsonl", "result.json", "data_files.json")
+    files = [*(record / name for name in names), *record.glob("checkpoints/[a-z]*")]
+    return {file.name: file.read_bytes() for file in files if file.exists()}
 
 
 def near(losses: dict[tuple[int, str], float]) -> Any:
