@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -15,28 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import Runner, can_mount, losses, mounted, wait_for  # noqa: F401 (can_mount is in a condition below)
+from running import Runner, can_mount, losses, mounted, snapshot, wait_for  # noqa: F401 (can_mount is a condition)
 
 from caspr_cli.runs.processes import workers
 
 pytestmark = pytest.mark.release
-
-
-@pytest.fixture(scope="module")
-def whole(runner: Runner) -> Path:
-    """A run that nothing befell."""
-    runner("output_dir=untouched")
-    return runner.record("untouched")
-
-
-def cut_off(runner: Runner, whole: Path, output_dir: str) -> Path:
-    """The same run, as a kill after its last step leaves it."""
-    shutil.copytree(runner.home / "untouched", runner.home / output_dir)
-    record = runner.record(output_dir)
-    (record / "result.json").unlink()
-    status = json.loads((record / "status.json").read_text())
-    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    return record
 
 
 def damage(file: Path) -> None:
@@ -48,17 +30,15 @@ def damage(file: Path) -> None:
 
 
 def test_where_nothing_is_whole_nothing_is_deleted(runner: Runner, whole: Path) -> None:
-    record = cut_off(runner, whole, "hopeless")
+    record = runner.cut_off(whole, "hopeless")
     for name in ("last", "previous"):
         damage(record / "checkpoints" / f"{name}.ckpt")
-    before = {path.name: path.read_bytes() for path in (*record.glob("checkpoints/*"), record / "metrics.jsonl")}
+    before = snapshot(record)
     for _ in range(2):  # nor by trying again
         out = runner("output_dir=hopeless", expect=2)
         assert "last.ckpt is missing or damaged; resume=never starts this run anew" in out
         assert "Traceback" not in out
-        assert before == {
-            path.name: path.read_bytes() for path in (*record.glob("checkpoints/*"), record / "metrics.jsonl")
-        }
+        assert snapshot(record) == before
 
 
 @contextmanager
@@ -74,15 +54,10 @@ def other_data(runner: Runner) -> Iterator[None]:
         file.write_bytes(whole)
 
 
-def content(record: Path) -> dict[str, bytes]:
-    names = ("metrics.jsonl", "result.json", "data_files.json", "checkpoints/last.ckpt")
-    return {name: (record / name).read_bytes() for name in names if (record / name).exists()}
-
-
 def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: Runner, whole: Path) -> None:
     """For a run that was cut off and for one that is done. Only content counts, not the times of files."""
-    record = cut_off(runner, whole, "changed")
-    before = content(record)
+    record = runner.cut_off(whole, "changed")
+    before = snapshot(record)
     corpus, elsewhere = runner.home / "corpus", runner.home / "elsewhere"
     corpus.rename(elsewhere)
     try:
@@ -91,7 +66,7 @@ def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: R
         elsewhere.rename(corpus)
     assert "error: task.root: no such directory" in out
     assert "Traceback" not in out
-    assert content(record) == before  # it is refused before there is an attempt
+    assert snapshot(record) == before  # it is refused before there is an attempt
 
     first = json.loads((record / "provenance.json").read_text())
     name = r"c4-train\.00000-of-00001\.json\.gz"
@@ -99,7 +74,7 @@ def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: R
     refused = rf"the data have changed since this run began: {hashes} \(changed: {name}\)"
     with other_data(runner):
         assert re.search(refused, out := runner("output_dir=changed", expect=2)), out
-        assert content(record) == before
+        assert snapshot(record) == before
         last = json.loads((record / "provenance.json").read_text())
         assert {key: last[key] for key in first if key != "attempts"}.items() <= first.items()
     assert "(continues)" in runner("output_dir=changed")
@@ -107,18 +82,18 @@ def test_data_that_are_away_or_changed_are_refused_and_nothing_is_lost(runner: R
     last = json.loads((record / "provenance.json").read_text())["attempts"][-1]
     assert last["attempt"] == 3
     assert not last.keys() & {"data", "code", "packages", "device"}
-    before = content(record)
+    before = snapshot(record)
     with other_data(runner):
         assert re.search(refused, out := runner("output_dir=changed", expect=2)), out
-        assert content(record) == before
+        assert snapshot(record) == before
     assert "skipped  this run is done already" in runner("output_dir=changed")
     # The times of now are kept: the next look at them is enough.
-    assert content(record)["data_files.json"] != before["data_files.json"]
+    assert snapshot(record)["data_files.json"] != before["data_files.json"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(runner: Runner, whole: Path) -> None:
     """Whole, with the right checksums and steps, and tensors of another model."""
-    record = cut_off(runner, whole, "misfit")
+    record = runner.cut_off(whole, "misfit")
     for name in ("last", "previous"):
         file = record / "checkpoints" / f"{name}.ckpt"
         saved = torch.load(file, weights_only=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +17,6 @@ from caspr_cli.optim.precision import is_fast_in_bfloat16
 from caspr_cli.recipe import compose
 
 pytestmark = pytest.mark.release
-
-
-@pytest.fixture(scope="module")
-def whole(runner: Runner) -> Path:
-    """A run that was never cut."""
-    out = runner("output_dir=whole")
-    assert "Traceback" not in out
-    return runner.record("whole")
 
 
 def test_a_run_leaves_a_whole_record(runner: Runner, whole: Path) -> None:
@@ -68,15 +59,10 @@ def test_what_is_done_is_skipped(runner: Runner, whole: Path) -> None:
 
 
 def only_evaluates(runner: Runner, done: Path, name: str, *words: str) -> None:
-    """Leave a record as a run does that is killed after its last step, before it has written its result."""
-    shutil.copytree(done.parents[3], runner.home / name)
-    record = runner.record(name)
-    result = json.loads((record / "result.json").read_text())
-    (record / "result.json").unlink()
-    status = json.loads((record / "status.json").read_text())
-    (record / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    """A run that was killed before it had written its result comes to the same one."""
+    record = runner.cut_off(done, name)
     runner(f"output_dir={name}", *words)
-    again = json.loads((record / "result.json").read_text())
+    result, again = (json.loads((each / "result.json").read_text()) for each in (done, record))
     for key in ("steps", "final", "best", "test", "optimizer_state_bytes"):
         assert again[key] == result[key], key
     assert losses(record) == losses(done)
