@@ -45,14 +45,7 @@ def test_ademamix(shape: tuple[int, ...], ramp_steps: int) -> None:
 
 
 def test_ademamix_names_a_decay_rate_that_its_ramp_cannot_start_from() -> None:
-    options: dict[str, Any] = {
-        "lr": 0.1,
-        "beta3": 0.99,
-        "alpha": 3.0,
-        "ramp_steps": 4,
-        "weight_decay": 0.0,
-        "eps": 1e-8,
-    }
+    options: dict[str, Any] = {"lr": 0.1, "beta3": 0.99, "alpha": 3, "ramp_steps": 4, "weight_decay": 0.0, "eps": 1e-8}
     for beta1 in (0.0, 0.999):
         with pytest.raises(ValueError, match=r"betas: the first should be above 0 and at most beta3, 0.99, but is"):
             build("ademamix", [{"params": [nn.Parameter(torch.ones(2))]}], options | {"betas": (beta1, 0.9)})
