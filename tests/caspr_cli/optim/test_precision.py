@@ -9,7 +9,7 @@ from references.drive import bare_updates, relative_error
 from references.kronecker import precondition
 from references.stream import random_stream, statistics
 
-from caspr_cli.optim import CASPR, Shampoo, step
+from caspr_cli.optim import CASPR, step
 from caspr_cli.optim import statistics as statistics_module
 from caspr_cli.optim.precision import full_precision
 
@@ -49,8 +49,7 @@ def expected_updates(gradients, eps, order):
 def test_float32_update_is_as_near_as_the_condition_allows(condition, eps, bound, order):
     """The damped statistics have condition at most 1 + 1/eps; float32 has 1e-7 of it."""
     gradients = conditioned_stream(12, 10, condition, seed=1, dtype=torch.float32)
-    optimizer, options = (Shampoo, {}) if order == math.inf else (CASPR, {"order": order})
-    updates = bare_updates(optimizer, gradients, eps=eps, beta=BETA, **options)
+    updates = bare_updates(CASPR, gradients, eps=eps, beta=BETA, order=order)
     for update, expected in zip(updates, expected_updates(gradients, eps, order), strict=True):
         assert update.dtype == torch.float32
         assert relative_error(update, expected) < bound
@@ -59,8 +58,7 @@ def test_float32_update_is_as_near_as_the_condition_allows(condition, eps, bound
 @pytest.mark.parametrize("order", [1, 2, math.inf])
 def test_float64_factors_of_a_float32_parameter_leave_its_rounding_alone(order):
     gradients = conditioned_stream(12, 10, 100.0, seed=2, dtype=torch.float32)
-    optimizer, options = (Shampoo, {}) if order == math.inf else (CASPR, {"order": order})
-    updates = bare_updates(optimizer, gradients, eps=1e-8, beta=BETA, factor_dtype=torch.float64, **options)
+    updates = bare_updates(CASPR, gradients, eps=1e-8, beta=BETA, factor_dtype=torch.float64, order=order)
     for update, expected in zip(updates, expected_updates(gradients, 1e-8, order), strict=True):
         assert update.dtype == torch.float32
         assert relative_error(update, expected) < 1e-6
