@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import advance, assert_alike, copies, loaded, noise, resumed, through_disk, weights
+from stepping import advance, assert_alike, copies, loaded, resumed, through_disk, weights
 from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, FullAdagrad, Shampoo
