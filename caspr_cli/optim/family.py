@@ -397,7 +397,11 @@ def wrong(keys: type, values: Mapping[str, Any]) -> Wrong | None:
         if name not in values or each.allowed is None:
             continue
         value = values[name]
-        if not each.allowed.holds(value):
+        try:
+            is_allowed = each.allowed.holds(value)
+        except TypeError:  # no number, such as Adafactor's pair of eps in its state
+            is_allowed = False
+        if not is_allowed:
             return Wrong(name, each.allowed.should, value)
         for i, beta in enumerate(value if each.allowed is PAIR else ()):
             if i == beta == 1 and values.get("statistics") == "ema":
