@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from written import batch_of
 
 from caspr_cli import tasks
 from caspr_cli.tasks.registry import ResNetConf
@@ -10,16 +11,6 @@ from caspr_cli.tasks.registry import ResNetConf
 
 def load(**changes):
     return tasks.load(ResNetConf(**{"depth": 10, "width": 4, "batch_size": 6, "stem": 4, **changes}), seed=0)
-
-
-@pytest.fixture
-def task():
-    return load()
-
-
-def batch_of(task, count):
-    data = task.dataset("train")
-    return task.collate([data[i] for i in range(count)])
 
 
 def test_resnet_50_takes_the_published_flops():
@@ -47,6 +38,3 @@ def test_a_narrow_network_trains(width):
     task = load(width=width)
     for _ in range(3):
         task.loss(task.model(), batch_of(task, 20)).backward()
-
-
-# ---- the formula on a kernel -------------------------------------------------------------------------------------
