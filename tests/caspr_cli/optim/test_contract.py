@@ -251,6 +251,8 @@ def test_a_model_that_is_cast_goes_on(row: dict[str, Any]) -> None:
 @each_row
 def test_lower_types_and_other_solvers_change_little(row: dict[str, Any]) -> None:
     row = row | {"dtype": torch.float32, "eps": 1e-2}
+    if row["measured"]:  # a vector's statistics have few directions at first, and the basis of the others is arbitrary
+        row["precondition_1d"] = False
     solver = row["solver"] if row["measured"] else "eigh"  # the bases of an iteration are others
     best = {"solver": solver, "factor_dtype": torch.float64, "root_dtype": None, "apply_dtype": None}
     params, optimizer = make(row)
