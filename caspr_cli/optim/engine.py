@@ -27,16 +27,7 @@ from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROpti
 from caspr_cli.optim.finite import Finite, norms_of_rows, refuse_sparse
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
-from caspr_cli.optim.options import (
-    OPTIONS,
-    UNSCHEDULED,
-    Group,
-    is_float64_for_eps,
-    refuse_unknown,
-    root_options,
-    validate,
-    validate_again,
-)
+from caspr_cli.optim.options import OPTIONS, Group, check, checked_again, is_float64_for_eps, root_options, validate
 from caspr_cli.optim.parts import check_torch
 from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key, refuse_other_blocks
 from caspr_cli.optim.precision import full_precision
@@ -90,9 +81,7 @@ class KroneckerOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             without_removed(group)
-            refuse_unknown(group, type(self).__name__)
-            validate(group)
-            self._refuse_other_kind(group)
+            check(group, self.fixed, type(self).__name__)
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point parameters but got {p.dtype}")
@@ -102,12 +91,6 @@ class KroneckerOptimizer(Optimizer):
             raise
         group.setdefault("roots_of", root_options(group))
         self._warn_of_eps(group, stacklevel=6)  # who called the class
-
-    def _refuse_other_kind(self, group: Group) -> None:
-        """Raise a :class:`ValueError` for an option that makes this class what it is, with another value."""
-        for name, value in self.fixed.items():
-            if group[name] != value:
-                raise ValueError(f"{name} of {type(self).__name__} is {value} but is: {group[name]}")
 
     def _warn_of_eps(self, group: Group, stacklevel: int) -> None:
         """Warn once where eps is so small that it changes the type of statistics: it may be meant for AdamW's."""
@@ -212,11 +195,7 @@ class KroneckerOptimizer(Optimizer):
             del self._plans[index]
             self._stacks.pop(index, None)
         for index, group in enumerate(self.param_groups):
-            options = [group[name] for name in UNSCHEDULED]
-            if self._options.get(index) != options:  # the user may have set one since
-                validate_again(group)
-                self._refuse_other_kind(group)
-                self._options[index] = options
+            self._options[index] = checked_again(group, self._options.get(index), self.fixed, type(self).__name__)
             key = plan_key(group)
             if index not in self._plans or self._plans[index].key != key:
                 plan = Plan.of(group, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -23,8 +24,12 @@ UNSCHEDULED = tuple(o for o in OPTIONS if o not in ("lr", "betas", "weight_decay
 OF_ROOTS = ("order", "exponent", "statistics", "damping", "eps")  # those that the roots depend on
 
 
-def refuse_unknown(group: Group, of: str) -> None:
-    """Raise a :class:`ValueError` for a key that would change nothing, with the nearest option of the class ``of``."""
+def check(group: Group, fixed: Mapping[str, Any], of: str) -> None:
+    """Check a new param group of the class ``of``, whose own options are ``fixed``.
+
+    Raises:
+        ValueError: as :func:`validate`; or for a key that would change nothing, with the nearest option.
+    """
     for key in group:
         if key in OF_OPTIMIZER:
             raise ValueError(f"{key} is an option of the optimizer, not of a param group")
@@ -32,6 +37,23 @@ def refuse_unknown(group: Group, of: str) -> None:
             near = get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]}?" if near else ' (a label of your own goes under "name")'
             raise ValueError(f"{key} is not an option of {of}.{hint}")
+    validate(group)
+    _refuse_other_class(group, fixed, of)
+
+
+def checked_again(group: Group, known: list[Any] | None, fixed: Mapping[str, Any], of: str) -> list[Any]:
+    """Return the options of a group that no schedule writes, and check all if these are not as they were ``known``."""
+    now = [group[name] for name in UNSCHEDULED]
+    if now != known:
+        validate_again(group)
+        _refuse_other_class(group, fixed, of)
+    return now
+
+
+def _refuse_other_class(group: Group, fixed: Mapping[str, Any], of: str) -> None:
+    for name, value in fixed.items():
+        if group[name] != value:
+            raise ValueError(f"{name} of {of} is {value} but is: {group[name]}")
 
 
 def validate(options: Group) -> None:

@@ -44,7 +44,8 @@ def find(paths: Sequence[Path]) -> Records:
             seen.add(real)
             continue
         if packed := _packed(path):
-            found.runs += [run for run in packed if run.path not in {other.path for other in found.runs}]
+            known = {run.path for run in found.runs}
+            found.runs += [run for run in packed if run.path not in known]
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such file or directory; {HOW}")

@@ -87,17 +87,17 @@ def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
 
 
 def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
-    told = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
-    composer = Composer(told)
+    row = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
+    composer = Composer(row)
     for more, message in (
         (["trial=2"], r"2 of 2 trials of optim=adamw have not ended"),
         (["trial=4"], r"has 2 trials, and 2 x 1 more"),
         (["search.extend=1", "trial=3"], r"has 2 trials, and 1 x 1 more with search.extend"),  # so many rounds
     ):
-        words = [*told, *more]
+        words = [*row, *more]
         with pytest.raises(ConfigError, match=message):
             trials.resolve(composer.config(words), words, {})
-    words = [*told, "trial=1"]
+    words = [*row, "trial=1"]
     assert trials.resolve(config := composer.config(words), words, {}) is config  # a function of its index
 
 

@@ -38,27 +38,27 @@ def hydra() -> None:
 
 def planned(folder: Path, *given: str) -> tuple[Experiment, Sequence[Row]]:
     """The table of molpcba, and its rows as far as they have records in the folder."""
-    told = Experiment.read("molpcba", [*given, f"output_dir={folder}"])
-    return told, experiment.rows(told)
+    asked = Experiment.read("molpcba", [*given, f"output_dir={folder}"])
+    return asked, experiment.rows(asked)
 
 
 def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     """Of each row: 2 trials, both again at 2 seeds, the best at 3 seeds, 3 untuned; and trials that may be added."""
-    told, table = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=2", "seed=1,2,3")
+    asked, table = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=2", "seed=1,2,3")
     assert [row.left for row in table] == [12, 12]
     for recipe in table[0].tuning:
         ended(recipe, recipe.optim.lr, started="2026-01-01T00:00:00Z", updated="2026-01-01T00:00:40Z")
-    table = experiment.rows(told)  # adamw's best is 0.02553, inside of its range
+    table = experiment.rows(asked)  # adamw's best is 0.02553, inside of its range
     assert [row.left for row in table] == [10, 12]
     assert table[0].reported == ()
     assert {(recipe.trial, recipe.seed) for recipe in table[0].again} == {(k, s) for k in (0, 1) for s in AGAIN}
     for recipe in table[0].again:
         ended(recipe, 0.5 if recipe.trial == 1 else 0.4)
-    table = experiment.rows(told)
+    table = experiment.rows(asked)
     assert [row.left for row in table] == [6, 12]
     assert {recipe.trial for recipe in table[0].reported} == {1}  # the better mean of three seeds
     assert experiment.seconds(table[0], []) == 40.0  # nothing is run to know it
-    lines = experiment.plan(told, table, [40.0, "the training loss is nan"])
+    lines = experiment.plan(asked, table, [40.0, "the training loss is nan"])
     each = "each 2 trials at seed 0, then the best 2 again at seeds 1001 and 1002, then 3 seeds of the best and untuned"
     assert f"2 rows, {each}: 24 runs, 6 done" in lines[0]
     assert lines[1] == "further  up to 2 x 1 trial a row, while a best value lies at the edge of its range"
@@ -66,18 +66,18 @@ def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     assert adamw.endswith("6 runs to do, about 40.0 s a run, 4 min 00 s in all")
     assert lines[-2].endswith("12 runs to do, time: the training loss is nan")
     assert lines[-1] == "total    about 4 min 00 s, one run after the other; without 1 row not timed"
-    assert experiment.plan(told, table, ["?", "?"])[-1] == "total    not known"
+    assert experiment.plan(asked, table, ["?", "?"])[-1] == "total    not known"
 
 
 def as_run(
-    told: Experiment, monkeypatch: pytest.MonkeyPatch, quality: Callable[[Recipe, str], float]
+    asked: Experiment, monkeypatch: pytest.MonkeyPatch, quality: Callable[[Recipe, str], float]
 ) -> list[tuple[str, list[str]]]:
     """Return the line and the words of each sweep, which is written as if it had run: the next one follows from it."""
     seen = []
-    composer = Composer(told.shared(), sweeps=True)
+    composer = Composer(asked.shared(), sweeps=True)
     monkeypatch.setattr(experiment, "Composer", lambda *_, **__: composer)  # composing takes most of the time
     searches: dict[tuple[str, ...], trials.Tuning] = {}
-    for line, sweep in experiment.sweeps(told, experiment.rows(told)):
+    for line, sweep in experiment.sweeps(asked, experiment.rows(asked)):
         seen.append((line, list(sweep)))
         for job in words.split(sweep):
             recipe = compose.freeze(trials.resolve(composer.config(job), job, searches), job)
@@ -85,7 +85,7 @@ def as_run(
     return seen
 
 
-def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+def sweeps_as_run(asked: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Return the line of each sweep, and its trials and seeds.
 
     adamw likes large steps, sgd those in the middle of its range.
@@ -94,42 +94,42 @@ def sweeps_as_run(told: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tup
     def quality(recipe: Recipe, _: str) -> float:
         return recipe.optim.lr if recipe.optim.name == "adamw" else -abs(math.log(recipe.optim.lr / 0.2))
 
-    seen = as_run(told, monkeypatch, quality)
+    seen = as_run(asked, monkeypatch, quality)
     # the same command later, which knows the records alone
-    assert list(experiment.sweeps(told, experiment.rows(told))) == seen
+    assert list(experiment.sweeps(asked, experiment.rows(asked))) == seen
     return [(line, [word for word in sweep if word.startswith(("trial=", "seed="))]) for line, sweep in seen]
 
 
 def test_as_many_trials_as_the_rows_of_another_command(tmp_path: Path, monkeypatch) -> None:
     """sgd's best lies inside of its range; with a number its row gets a round all the same."""
-    told, (row,) = planned(tmp_path, "optim=sgd", "search=lr", "search.trials=4", "search.extend=1", "seed=1,2")
+    asked, (row,) = planned(tmp_path, "optim=sgd", "search=lr", "search.trials=4", "search.extend=1", "seed=1,2")
     assert row.whole == row.left == 6 + 3 * 2 + 2 + 2
-    assert experiment.plan(told, [row], [1.0])[1] == "further  1 x 2 trials a row"
-    sweeps = sweeps_as_run(told, monkeypatch)
+    assert experiment.plan(asked, [row], [1.0])[1] == "further  1 x 2 trials a row"
+    sweeps = sweeps_as_run(asked, monkeypatch)
     assert [sweep for _, sweep in sweeps[:3]] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
         ["trial=top1,top2,top3", "seed=1001,1002"],
     ]
     assert sweeps[1][0] == "further  2 trials of each row, as search.extend is a number"
-    (row,) = experiment.rows(told)
+    (row,) = experiment.rows(asked)
     assert (row.whole, row.left) == (16, 0)
     assert {tuple(recipe.search.space["optim.lr"]["log"]) for recipe in row.tuning} == {(2e-2, 2.0)}
-    assert "further" not in "".join(experiment.plan(told, [row], [1.0]))
+    assert "further" not in "".join(experiment.plan(asked, [row], [1.0]))
 
 
 def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, _ = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2")
-    assert [sweep for _, sweep in sweeps_as_run(told, monkeypatch)] == [
+    asked, _ = planned(tmp_path, "optim=adamw,sgd", "search=lr", "search.trials=4", "seed=1,2")
+    assert [sweep for _, sweep in sweeps_as_run(asked, monkeypatch)] == [
         ["trial=range(0,4)", "seed=0"],
         ["trial=range(4,6)", "seed=0"],
         ["trial=range(6,8)", "seed=0"],  # twice, and no more
         ["trial=top1,top2,top3", "seed=1001,1002"],
         ["trial=best,default", "seed=1,2"],
     ]
-    adamw, sgd = experiment.rows(told)
+    adamw, sgd = experiment.rows(asked)
     spaces = [[recipe.search.space["optim.lr"]["log"] for recipe in row.tuning] for row in (adamw, sgd)]
     assert spaces[0] == [[1e-3, 0.1]] * 4 + [[0.025, 0.4]] * 2 + [[0.1, 1.6]] * 2
     assert spaces[1] == [[2e-2, 2.0]] * 8
@@ -137,7 +137,7 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     assert {row.whole for row in (adamw, sgd)} == {8 + 3 * 2 + 2 + 2}
     assert adamw.reported[0].optim.lr == max(recipe.optim.lr for recipe in adamw.tuning) > 0.4
     assert {recipe.optim.lr for recipe in adamw.untuned} == {1e-3}
-    assert "further" not in "".join(experiment.plan(told, [adamw, sgd], [1.0, 1.0]))
+    assert "further" not in "".join(experiment.plan(asked, [adamw, sgd], [1.0, 1.0]))
     (table,) = tables(records.find([tmp_path]).runs)
     rows = {row.label: row for row in table.rows}
     assert set(rows) == {"adamw", "adamw untuned", "sgd", "sgd untuned"}
@@ -155,7 +155,7 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
 ) -> None:
     given = ["search=lr", "search.trials=2", "search.extend=false", "search.rerank=0", "trainer.max_steps=400"]
     given += ["optim=adamw", "seed=1,2", "task.target.value=0.84", "horizon=true"]
-    told, _ = planned(tmp_path, *given)
+    asked, _ = planned(tmp_path, *given)
 
     def quality(recipe: Recipe, line: str) -> float:
         steps = recipe.trainer.max_steps
@@ -163,11 +163,11 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
         assert recipe.trainer.val_every <= steps
         return 0.5 + 0.34 * steps / 130 + 1e-6 * recipe.optim.lr  # the target is that of 130 steps
 
-    seen = [line for line, _ in as_run(told, monkeypatch, quality)]
+    seen = [line for line, _ in as_run(asked, monkeypatch, quality)]
     assert [line.partition(": ")[2] for line in seen[2:]] == [f"{steps} steps in all" for steps in (200, 100, 150, 125)]
-    later = experiment.rows(told)  # the same command later, which knows the records alone
-    assert [line for line, _ in experiment.sweeps(told, later)] == seen[:2]
-    assert any("horizon  up to 4 x 2 seeds a row" in line for line in experiment.plan(told, later, [1.0]))
+    later = experiment.rows(asked)  # the same command later, which knows the records alone
+    assert [line for line, _ in experiment.sweeps(asked, later)] == seen[:2]
+    assert any("horizon  up to 4 x 2 seeds a row" in line for line in experiment.plan(asked, later, [1.0]))
     runs = records.find([tmp_path]).runs
     (table,) = tables(runs)
     rows = {row.label: row for row in table.rows}
@@ -183,9 +183,9 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
 
 
 def test_a_length_of_which_a_run_was_cut_off_is_not_tried_again_at_once(tmp_path: Path) -> None:
-    told, (row,) = planned(tmp_path, "optim=adamw", "search=none", "seed=1", "horizon=true")
+    asked, (row,) = planned(tmp_path, "optim=adamw", "search=none", "seed=1", "horizon=true")
     ended(row.reported[0], 1.0)
-    lengths = [line for line, _ in experiment.sweeps(told, [row]) if line.startswith("horizon")]
+    lengths = [line for line, _ in experiment.sweeps(asked, [row]) if line.startswith("horizon")]
     assert len(lengths) == 1  # nothing was run, as where it is killed
 
 
@@ -240,16 +240,16 @@ def test_a_range_that_cannot_grow_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("resume", "left"), [("auto", 6), ("retry", 7), ("never", 8)])
 def test_what_is_run_again_is_not_counted_as_done(tmp_path: Path, resume: str, left: int) -> None:
     given = ["optim=adamw", "search=lr", "search.trials=2", "search.rerank=0", "seed=1,2,3", f"resume={resume}"]
-    told, (row,) = planned(tmp_path, *given)
+    asked, (row,) = planned(tmp_path, *given)
     for recipe, state in zip(row.tuning, ("done", "failed"), strict=True):
         ended(recipe, 0.5, state)
-    assert experiment.rows(told)[0].left == left
+    assert experiment.rows(asked)[0].left == left
 
 
 def test_a_quoted_output_dir_is_where_the_records_are(tmp_path: Path) -> None:
-    told = Experiment.read("molpcba", ["optim=adamw", "search.trials=1", f"output_dir='{tmp_path}/a, b=c'"])
-    assert told.output_dir == f"{tmp_path}/a, b=c"
-    assert experiment.rows(told)[0].tuning[0].output_dir == told.output_dir
+    asked = Experiment.read("molpcba", ["optim=adamw", "search.trials=1", f"output_dir='{tmp_path}/a, b=c'"])
+    assert asked.output_dir == f"{tmp_path}/a, b=c"
+    assert experiment.rows(asked)[0].tuning[0].output_dir == asked.output_dir
 
 
 @pytest.mark.parametrize("planned", ["true", "True", "false"])

@@ -32,9 +32,9 @@ TUNED = [name for name in choices("experiment") if name != "polar"]  # which com
 def test_every_experiment_composes_at_every_scale(name: str, scale: str, tmp_path: Path) -> None:
     # Every optimizer is composed for c4_14m; two of them do for the same table of another task.
     fewer = ["optim=caspr,sgd"] if name in ("molpcba", "ud_pos", "c4_234m", "vision") else []
-    told = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2", *fewer])
-    table = experiment.rows(told)
-    assert told.searches
+    asked = Experiment.read(name, [f"scale={scale}", f"output_dir={tmp_path}", "search.trials=2", *fewer])
+    table = experiment.rows(asked)
+    assert asked.searches
     assert len({row.label for row in table}) == len(table) > 1
     assert {len(row.tuning) for row in table} == {table[0].tuning[0].search.trials}  # the same number for every row
     seeds = {recipe.seed for row in table for recipe in row.untuned}
@@ -64,8 +64,8 @@ def test_an_experiment_is_like_another_but_for_what_it_says() -> None:
 
 
 def test_a_list_in_a_list_is_one_value() -> None:
-    told = Experiment.read("momentum", ["search.trials=1"])
-    table = experiment.rows(told)
+    asked = Experiment.read("momentum", ["search.trials=1"])
+    table = experiment.rows(asked)
     assert [row.label for row in table] == [
         f"optim={optim} optim.betas={betas}"
         for optim in ("caspr_sum", "shampoo")
@@ -77,17 +77,17 @@ def test_a_list_in_a_list_is_one_value() -> None:
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_an_ablation_of_several_optimizers_compares_each_with_its_own_row(name: str) -> None:
-    told = Experiment.read(name)
-    assert told.baseline
-    first, *settings = told.baseline.split()
-    optimizers = told.jobs["optim"].split(",")
+    asked = Experiment.read(name)
+    assert asked.baseline
+    first, *settings = asked.baseline.split()
+    optimizers = asked.jobs["optim"].split(",")
     if "=" in first:
         assert len(optimizers) > 1
         settings = [first, *settings]
     else:
         assert first in optimizers
         assert len(optimizers) == 1 or not settings
-    swept = {key.removeprefix("optim."): value for key, value in told.jobs.items()}
+    swept = {key.removeprefix("optim."): value for key, value in asked.jobs.items()}
     for key, value in map(halves, settings):
         values = [halves(job[0])[1] for job in words.split([f"{key}={swept[key]}"])]
         assert float_or_word(value) in map(float_or_word, values)
@@ -106,11 +106,11 @@ def float_or_word(text: str) -> float | str:
 
 
 def test_the_command_line_comes_last() -> None:
-    told = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
-    assert told.tuning(range(2))[-2:] == ["trial=range(0,2)", "seed=0"]
-    assert told.again(2)[-2:] == ["trial=top1,top2", "seed=1001,1002"]
-    assert told.seeds()[-2:] == ["trial=best,default", "seed=7,8"]
-    assert {"optim=adamw,sgd", "optim.lr=0.1"} <= set(told.seeds())
+    asked = Experiment.read("molpcba", ["optim=adamw,sgd", "search.trials=2", "seed=7,8", "optim.lr=0.1"])
+    assert asked.tuning(range(2))[-2:] == ["trial=range(0,2)", "seed=0"]
+    assert asked.again(2)[-2:] == ["trial=top1,top2", "seed=1001,1002"]
+    assert asked.seeds()[-2:] == ["trial=best,default", "seed=7,8"]
+    assert {"optim=adamw,sgd", "optim.lr=0.1"} <= set(asked.seeds())
     plain = Experiment.read("molpcba", ["search=none", "seed=7"])
     assert plain.seeds()[-1] == "seed=7"
     assert not [word for word in plain.seeds() if word.startswith("trial")]
