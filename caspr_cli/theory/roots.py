@@ -16,8 +16,9 @@ from caspr_cli.report.style import DASHED, DOTTED, SOLID, Style
 from caspr_cli.theory import panels
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.gradients import Log
+from caspr_cli.theory.precision import TF32
 from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
-from caspr_cli.theory.solvers import BY_NAME, OURS, SOLVERS, TF32, Matrix, P, threads
+from caspr_cli.theory.solvers import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 
 QUESTION = "Are inverse roots in float32 within 1 % wherever the default damping lets a condition be?"
 CONDITIONS, QUICK_CONDITIONS = tuple(10.0**k for k in range(1, 13)), (1e1, 1e2, 1e4, 1e6, 1e8)

@@ -35,7 +35,8 @@ from caspr_cli.optim.roots import Root, bound, newton_steps, residual
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.solve import newton_products
 from caspr_cli.theory import solvers
-from caspr_cli.theory.solvers import SOLVERS, Matrix, P, Precision, Solver
+from caspr_cli.theory.precision import Precision
+from caspr_cli.theory.solvers import SOLVERS, Matrix, P, Solver
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
 SMALL = 0.02  # predicted errors up to here are in the reach of a first order

@@ -30,6 +30,21 @@ class Gpu:
     rates: Assumed
     node: float
 
+    @property
+    def products(self) -> float:
+        """FLOPs a second of products in float32, without TF32, that the optimizer reaches."""
+        return 1e12 * self.rates.efficiency * self.rates.float32
+
+    @property
+    def low_products(self) -> float:
+        """FLOPs a second of products in bfloat16."""
+        return 1e12 * self.rates.efficiency * self.rates.bfloat16
+
+    @property
+    def memory(self) -> float:
+        """Bytes of memory a second that it reads and writes."""
+        return 1e12 * self.rates.efficiency * self.rates.memory
+
 
 # NVIDIA's data sheets, of SXM modules without sparsity, in DGX machines: a link of 400 (A100: 200) Gb/s for each GPU.
 GPUS = {
@@ -68,11 +83,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
     root = root_flops(group, len(blocks[0][1]), GPU)
-    low, rates = products_dtype(optimizer, GPU) == torch.bfloat16, sheet.rates
-    # FLOPs a second of products in float32 (without TF32) and in bfloat16, and bytes of memory, that it reaches
-    reached = (1e12 * rates.efficiency * rate for rate in (rates.float32, rates.bfloat16, rates.memory))
-    products, low_products, memory = reached
-    applied = step_flops(optimizer, GPU)["apply"] / (low_products if low else products)
+    low = products_dtype(optimizer, GPU) == torch.bfloat16
+    applied = step_flops(optimizer, GPU)["apply"] / (sheet.low_products if low else sheet.products)
     for count in gpus:
         for sharded in (False, True):
             start = time.process_time()
@@ -86,8 +98,8 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
             factors, most = _kept(blocks, owners, n, torch.bfloat16.itemsize if low else FLOAT)
             taken, buffers = _travels(sizes, owners, n, sharded=sharded)
             # the part of ``loads`` that is application, with two passes in float32, is replaced by what it is
-            more = applied - sum(loads.always) * APPLIED / products
-            passes = (work.traffic / n + work.entries / parts) / memory
+            more = applied - sum(loads.always) * APPLIED / sheet.products
+            passes = (work.traffic / n + work.entries / parts) / sheet.memory
             yield ScaleRow(
                 gpus=count,
                 mode="fully_shard" if sharded else "DDP",
@@ -99,7 +111,7 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
                 buffer_bytes=buffers,
                 received_bytes=taken,
                 received_ratio=taken / sum(sizes),
-                compute_seconds=busiest / products + share * more + passes,
+                compute_seconds=busiest / sheet.products + share * more + passes,
                 exchange_seconds=_exchange(taken, n, sheet, sharded=sharded),
                 dealing_seconds=dealing,
             )

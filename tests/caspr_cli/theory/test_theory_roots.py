@@ -11,6 +11,7 @@ from references.stream import random_stream
 
 from caspr_cli.theory import roots
 from caspr_cli.theory.choices import Seeds
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
 from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
     STORED,
@@ -24,7 +25,7 @@ from caspr_cli.theory.rounding import (
     storage,
     worst_case,
 )
-from caspr_cli.theory.solvers import BFLOAT16, BY_NAME, FLOAT32, FLOAT64, SOLVERS, TF32, Matrix, rounded
+from caspr_cli.theory.solvers import BY_NAME, SOLVERS, Matrix
 
 EXPONENTS = [2, 4, 6]
 STORES = [solver for solver in SOLVERS if solver.exact]

@@ -8,17 +8,14 @@ from references.stream import random_stream
 from caspr_cli.optim.roots import newton_root, newton_steps
 from caspr_cli.optim.solve import newton_products
 from caspr_cli.theory import solvers
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded
 from caspr_cli.theory.solvers import (
-    BFLOAT16,
-    FLOAT32,
     MATRICES_HELD,
     OURS,
     Matrix,
     NewtonWatch,
-    RoundedProducts,
     least_seconds,
     peak_bytes,
-    rounded,
 )
 
 # ---- precision
