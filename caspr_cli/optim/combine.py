@@ -37,17 +37,24 @@ def root_exponent(order: float, axes: int, exponent: float) -> int:
     return round(roots / exponent)
 
 
-def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group) -> Tensor:
-    """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten."""
+def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group, *, early: bool = False) -> Tensor:
+    """Return U of what is in X ``[k, d_1, ..., d_k]`` in units of the input's scale; X and ``out`` are overwritten.
+
+    Args:
+        early: whether blocks may have no roots yet (all zeros). The polar factor takes X of these as it is.
+    """
     dtype = apply_dtype(X.dtype, X.device, group)
     A = [stack.root(place, rows, dtype) for place in range(len(stack.axes))]
     low = X.to(dtype)
     out = out if low is X else torch.empty_like(low)
+    plain = low.clone() if early and A else None
     if stack.V is None:
         U = apply_roots(low, A, stack.axes, group["order"], out)
     else:
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
         U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
+    if plain is not None:
+        U = torch.where(per_block((A[0] == 0).flatten(1).all(1), U), plain, U)
     if group["polar"]:
         U = polar_factor(U, int(group["polar_steps"]))
         if group["graft"] == "rms":  # what U has if no singular value is zero: no norm is needed

@@ -155,10 +155,10 @@ class FullAdagradOptions:
     start_step: int = option(
         10,
         """the gradient of a tensor (counted from 1 since its statistics began) from which on it is preconditioned; the
-        graft method alone comes before it. After loading AdamW's state, or where ``precondition`` is set later, the
-        count begins then. Where all first roots together would take more than a second or two, they also take turns,
-        and a tensor stays with the graft method until all its blocks have roots: at most ``interval - 1`` steps
-        more.""",
+        graft method alone comes before it; with ``polar``, the polar factor of the momentum. After loading AdamW's
+        state, or where ``precondition`` is set later, the count begins then. Where all first roots together would take
+        more than a second or two, they also take turns, at most ``interval - 1`` steps more, and a tensor waits until
+        all its blocks have roots (with ``polar`` each block has its own at its turn).""",
         COUNT,
     )
     block_size: int = option(
@@ -179,8 +179,9 @@ class FullAdagradOptions:
         "adam",
         """method that lends each tensor its step length. With ``"adam"`` the learning rates of AdamW fit. With
         ``"rms"`` all updates have a root mean square of 0.2, about that of AdamW's, as in torch's Muon: use it to save
-        the second moment, 4 bytes a parameter. Until ``start_step`` it is the sign of the momentum times 0.2, and
-        AdamW has what is left to the graft method for good. ``"sgd"`` and ``"none"`` need other learning rates.""",
+        the second moment, 4 bytes a parameter. Without ``polar`` it is the sign of the momentum times 0.2 until
+        ``start_step``. AdamW has what is left to the graft method for good. ``"sgd"`` and ``"none"`` need other
+        learning rates.""",
     )
     graft_eps: float = option(1e-8, "the eps of that method.", NOT_NEGATIVE)
     precondition: Literal["momentum", "gradient", False] = option(

@@ -1,4 +1,8 @@
-"""The polar factor of a block, which has the singular vectors of a matrix and all singular values near 1."""
+"""The polar factor of a block, which has the singular vectors of a matrix and all singular values near 1.
+
+A block that has no roots yet takes that of its momentum, as Muon does. The sign of the momentum, which ``graft="rms"``
+has otherwise, would have a spectral norm up to sqrt(min(m, n)) times as large at the same length.
+"""
 
 from __future__ import annotations
 

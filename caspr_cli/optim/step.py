@@ -70,14 +70,15 @@ class Inputs:
 class Active(Inputs):
     """The same with finite gradients only, and who is preconditioned in this step."""
 
-    layouts: dict[Tensor, Layout]  # of the parameters that are past ``start_step``
+    layouts: dict[Tensor, Layout]  # of the parameters that are past ``start_step``, or have a polar factor before it
+    early: bool  # whether some of these have no roots yet
     rest: list[Tensor]  # those that the graft method takes
     broken: list[Tensor]  # those left out for the first time: a gradient is not finite
     mask: Mask | None  # of those that are left out, where the host does not know it
 
     @property
     def complete(self) -> bool:
-        """Whether all parameters that have a stack are past ``start_step`` and have a gradient."""
+        """Whether all parameters that have a stack are preconditioned now: they have a gradient, and have started."""
         return len(self.layouts) == len(self.plan.layouts)
 
     def members(self, stack: Stack) -> list[Tensor]:
@@ -135,11 +136,13 @@ def drop_broken(x: Inputs) -> Active:
     if (seen := [p for p in x.seen if p in grads]) and mask is None:
         torch._foreach_add_([state[p]["gradients"] for p in seen], 1)
     start, waits, whole = group["start_step"], x.plan.waits, x.plan.layouts
-    ready = [p for p in seen if x.seen[p] >= start + waits[p]]
+    rooted = [p for p in seen if x.seen[p] >= start + waits[p]]
+    ready = seen if group["polar"] else rooted
     layouts = whole if len(ready) == len(whole) else {p: whole[p] for p in ready}
+    early = len(rooted) < len(ready)
     rest = [p for p in grads if p not in layouts] if len(layouts) < len(grads) else []
     forget_updates([state[p] for p in (rest if group["precondition"] == "gradient" else grads)])
-    return Active(**vars(x) | {"grads": grads}, layouts=layouts, rest=rest, broken=broken, mask=mask)
+    return Active(**vars(x) | {"grads": grads}, layouts=layouts, early=early, rest=rest, broken=broken, mask=mask)
 
 
 def refresh_roots(x: Active) -> None:
@@ -321,7 +324,7 @@ def preconditioned(
             bias = _constants([1 - group["betas"][0] ** x.steps[p] for p in owners], factor.device, x)
             factor = factor / bias.to(factor.dtype)
         X.mul_(per_block(factor, X))
-        return precondition(X, out, stack, rows, group)
+        return precondition(X, out, stack, rows, group, early=x.early)
 
 
 def _fill(

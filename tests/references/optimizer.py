@@ -33,20 +33,21 @@ def axis_parts(size: int, block_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, sizes: list[int], **options):
+def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, sizes: list[int], *, wait, **options):
     """U of every block from the statistics of that block alone; ``sizes`` of blocks, ``options`` of ``_block``.
 
-    ``age`` steps ago all blocks had their first roots; each got new ones whenever it was its turn of the interval, or
-    it had outgrown those that it had.
+    ``age`` steps ago all blocks had their first roots, or with ``wait`` each at its turn since then; each got new ones
+    whenever it was its turn of the interval, or it had outgrown those that it had.
     """
     result = torch.zeros_like(gradient)
     for block in itertools.product(*map(axis_parts, gradient.shape, sizes)):
         turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
         past = [gradient[block] for gradient in history]
-        last = len(past) - age
-        refreshed = [last]
+        first = turn if wait else 0
+        last = len(past) - age + first
+        refreshed = [last] if age >= first else []
         for count in range(last + 1, len(past) + 1):
-            due = (count - last - turn) % interval == 0
+            due = (count - last + first - turn) % interval == 0
             if due or outgrown(past[: refreshed[-1]], past[:count], **options):
                 refreshed.append(count)
         result[block] = _block(gradient[block], past, refreshed, **options)
@@ -70,8 +71,13 @@ def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping,
 
 
 def _block(gradient, history, refreshed, *, polar, polar_steps, rms, measured, solver, **options):
-    """U of a block, or its polar factor with a root mean square of 0.2 where all singular values are 1."""
-    if measured and options["exponent"]:
+    """U of a block, or its polar factor with a root mean square of 0.2 where all singular values are 1.
+
+    The polar factor is that of the gradient itself where the block has not been ``refreshed``.
+    """
+    if not refreshed:
+        update = gradient
+    elif measured and options["exponent"]:
         all_axes = list(range(gradient.ndim))
         chosen = {"all": all_axes, "first": all_axes[:1]}.get(options.pop("axes"), all_axes[-1:])
         update = in_eigenbasis(gradient, history, refreshed, chosen, measured=measured, solver=solver, **options)
@@ -176,7 +182,8 @@ def reference_weights(
 
     def grafted(direction: Tensor, step: int) -> Tensor:
         """U of a direction with the roots in force at a step, at the length of the graft method."""
-        update = blockwise(direction, history[:step], step - start_step, turns, interval, **block_options)
+        age = step - start_step
+        update = blockwise(direction, history[:step], age, turns, interval, wait=wait, **block_options)
         return rescaled(update, plain(direction, step), "none" if graft == "rms" and polar else graft)
 
     def plain(direction: Tensor, step: int) -> Tensor:
@@ -190,11 +197,12 @@ def reference_weights(
 
     def update() -> Tensor:
         step = len(history)
-        if not active or step < start_step + wait:
+        first = 1 if polar else start_step + wait
+        if not active or step < first:
             return plain(momentum(history), step)
         if precondition == "momentum":
             return grafted(momentum(history), step)
-        return momentum([grafted(history[s - 1], s) for s in range(start_step + wait, step + 1)])
+        return momentum([grafted(history[s - 1], s) for s in range(first, step + 1)])
 
     weight = weight.double().clone()
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)

@@ -115,22 +115,31 @@ def test_first_roots_that_are_many_come_at_their_turns(monkeypatch: pytest.Monke
     assert counts == [0, 0, 2, 4, 6, 8, 10, 10]
 
 
-@pytest.mark.parametrize("precondition", ["momentum", "gradient"])
-def test_a_tensor_waits_for_the_last_of_its_blocks(precondition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+WAITING: list[dict[str, Any]] = [
+    {}, {"precondition": "gradient"}, {"polar": True, "graft": "rms"}, {"polar": True, "measured": 0.6},
+    {"polar": True, "precondition": "gradient", "graft": "none", "pack_roots": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WAITING)
+def test_a_tensor_waits_for_the_last_of_its_blocks(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a polar factor each block has roots from its own turn on, and the polar factor alone before it."""
     spread(monkeypatch)
     gradients = random_stream(6, 4, steps=14, seed=7)
-    options: dict[str, Any] = {"start_step": 3, "interval": 4, "block_size": 3, "precondition": precondition}
+    options = {"start_step": 3, "interval": 4, "block_size": 3} | options
     weights, turns = run_with_turns(CASPR, torch.zeros(6, 4).double(), gradients, lr=1.0, **options)
     assert sorted(turns.values()) == [0, 1, 2, 3]
+    options.pop("pack_roots", None)
     expected = reference_weights(torch.zeros(6, 4), gradients, lr=1.0, turns=turns, wait=3, **options)
     for w, w_expected in zip(weights, expected, strict=True):
         assert relative_error(w, w_expected) < 1e-9
 
 
-def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("polar", [False, True])
+def test_a_cut_in_the_middle_of_the_first_roots_changes_nothing(polar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     spread(monkeypatch)
     params = [nn.Parameter(torch.zeros(s)) for s in ((6, 4), (9, 5), (6, 4))]
-    options: dict[str, Any] = {"start_step": 3, "interval": 5, "block_size": 3}
+    options: dict[str, Any] = {"start_step": 3, "interval": 5, "block_size": 3, "polar": polar}
     optimizer = CASPR(params, **options)
     advance(params, optimizer, range(5))
     assert_alike((params, optimizer), resumed(params, optimizer, **options), range(5, 14))
