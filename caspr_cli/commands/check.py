@@ -52,7 +52,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
     standing = leaderboard.board(packs(others) if others else {})
     found = records.find(paths)
     if not found.runs and not found.warnings:
-        raise UserError(f"no records in {listed(paths)}; {records.HOW}")
+        raise UserError(f"no records in {listed(paths)}; {records.how(paths)}")
     for line in found.warnings:
         print(f"wrong    {line}")
     right = not found.warnings

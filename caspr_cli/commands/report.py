@@ -222,9 +222,7 @@ def run(args: argparse.Namespace) -> int:
     if not found.runs and found.warnings:
         raise UserError(f"all records in {listed(args.paths)} were left out (see above)")
     if not found.runs:
-        events = any(next(path.rglob("*tfevents*"), None) for path in args.paths)
-        how = "it has logs of TensorBoard: add --from tensorboard --metric NAME" if events else records.HOW
-        raise UserError(f"no records in {listed(args.paths)}; {how}")
+        raise UserError(f"no records in {listed(args.paths)}; {records.how(args.paths)}")
     runs = where(found.runs, getattr(args, "where", ()))
     {"list": listing, "show": show, "pack": pack, "unpack": unpack}.get(args.what, report)(args, runs)
     return OK

@@ -10,6 +10,7 @@ from typing import Literal, overload
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.options import Group
 
 Heads = str | nn.Module | Iterable[str | nn.Module]
@@ -106,8 +107,9 @@ def _table(model: nn.Module, left: Mapping[str, str]) -> str:
     """Return a row for each kind of tensor: layers that differ in a number alone share one."""
     rows = {("tensor", "shape", "goes to", "because it is"): 0}
     for name, p in model.named_parameters():
-        reason = left.get(name, "matrix" if p.ndim == 2 else "tensor")
-        place = "AdamW" if name in left else "preconditioned"
+        one_axis = name not in left and is_vector(tuple(p.shape))  # such as (n, 1): the graft method takes it
+        reason = left.get(name, "vector" if one_axis else "matrix" if p.ndim == 2 else "tensor")
+        place = "AdamW" if name in left or one_axis else "preconditioned"
         if name in left and p.ndim < 2:
             place += ", no weight decay"
         kind = re.sub(r"\b\d+\b", "*", name), " x ".join(map(str, p.shape)), place, reason

@@ -120,9 +120,10 @@ def put(plain: dict[str, Any], values: Mapping[str, Any]) -> None:
     Raises ConfigError if there is no such key.
     """
     for key, value in values.items():
-        if not has(plain, key):
-            raise ConfigError(f"search.space: {key} is not a key")
         group, _, last = key.rpartition(".")
+        if not has(plain, key):
+            names = [str(name) for name in _at(plain, group)] if has(plain, group) else []
+            raise ConfigError(f"search.space: {key} is not a key.{nearest(last, names, f'{group}.')}")
         node = _at(plain, group)
         node[_index(node, last)] = value
 

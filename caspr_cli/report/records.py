@@ -80,6 +80,16 @@ def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
         inner[:] = sorted(name for name in inner if name not in SKIPPED)
 
 
+def how(paths: Sequence[Path]) -> str:
+    """Return what to do where directories have no records."""
+    for path in paths:
+        if found := next(path.rglob("*.jsonl.gz"), None):
+            return f"it has packs: name them, as {found}"
+        if next(path.rglob("*tfevents*"), None):
+            return "it has logs of TensorBoard: add --from tensorboard --metric NAME"
+    return HOW
+
+
 def read(path: Path, warnings: list[str]) -> Run:
     """Return one record. Raises DamagedError, which begins with the file, if it has to be left out."""
     config = _part(path / "config.yaml")

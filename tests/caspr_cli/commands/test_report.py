@@ -44,6 +44,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "outputs/vti"], "outputs/vti: no such file or directory; caspr-train makes records, as: "),
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["check", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
+        (["compare", "packs"], "no records in packs; it has packs: name them, as packs/x.jsonl.gz"),
+        (["check", "packs"], "no records in packs; it has packs: name them, as packs/x.jsonl.gz"),
         (["compare", "events"], "no records in events; it has logs of TensorBoard: add --from tensorboard --metric "),
         (["compare", "--baseline", "adamv"], "--baseline adamv: no row has this name. Did you mean adamw? (rows: "),
         (["compare", "--target", "vit"], "--target: should be TASK=VALUE, as c4_lm=4.2, but is vit"),
@@ -63,8 +65,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_mistakes_get_a_line_and_exit_code_2(study: Path, argv: list[str], message: str, call: Call) -> None:
     Path("d.md").mkdir()
-    Path("empty").mkdir()
-    Path("events").mkdir()
+    for name in ("empty", "events", "packs"):
+        Path(name).mkdir()
+    Path("packs", "x.jsonl.gz").touch()
     Path("events", "events.out.tfevents.1").touch()
     assert message in call.refused(*argv)
 

@@ -80,6 +80,8 @@ def test_the_table_says_what_goes_where_and_why(capsys: pytest.CaptureFixture[st
     assert ["head.weight", "5", "x", "4", "AdamW", "head"] in rows
     assert ["own.weight", "4", "AdamW,", "no", "weight", "decay", "norm"] in rows
     assert ["frozen.weight", "4", "x", "4", "-", "frozen"] in rows
+    column = nn.Sequential(nn.Linear(1, 6), nn.Linear(6, 5))
+    assert "*.weight  6 x 1  AdamW                   vector" in param_groups(column, explain=True)[1]
 
 
 @pytest.mark.parametrize("cls", [CASPR, Shampoo, FullAdagrad])

@@ -216,7 +216,7 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> No
         (["optim=sgd", "search=algoperf", "trial=1", "search.space={optim.beta.0:{linear:[0,1]}}"],
          "search.space: optim.beta.0 is a key of no optimizer. Did you mean betas?"),
         (["search=algoperf", "trial=1", "search.space={schedule.warmups:{linear:[0,1]}}"],
-         "search.space: schedule.warmups is not a key"),
+         "search.space: schedule.warmups is not a key. Did you mean schedule.warmup?"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(overrides: list[str], message: str) -> None:
