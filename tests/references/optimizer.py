@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -124,93 +125,108 @@ def rescaled(update: Tensor, length_from: Tensor, graft: str) -> Tensor:
     return update * torch.linalg.vector_norm(length_from) / length
 
 
+@dataclass
+class Reference:
+    """The updates of one parameter, each computed anew from all gradients so far."""
+
+    sizes: tuple[int, ...]  # of the parameter
+    method: str  # "caspr", "shampoo", "full" (the flattened parameter as one axis)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    order: float = 2
+    exponent: float = 0.5
+    measured: float = 0.0
+    solver: str = "auto"
+    statistics: str = "ema"
+    damping: str = "relative"
+    interval: int = 10
+    start_step: int = 10
+    block_size: int = 1024
+    merge: str = "matrix"
+    axes: str = "all"  # "first", "last", "row"
+    precondition_1d: bool = False
+    graft: str = "adam"
+    polar: bool = False
+    polar_steps: int = 5
+    graft_eps: float = 1e-8
+    precondition: str = "momentum"
+    nesterov: bool = False
+    use_preconditioner: bool = True
+    turns: dict[tuple[tuple[int, int], ...], int] | None = None  # of blocks, see ``drive.turns_of``; 0 by default
+    wait: int = 0  # steps from start_step until the last of them, where first roots come at their turns
+    history: list[Tensor] = field(default_factory=list)  # every gradient so far, on the axes of ``shape``
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = (math.prod(self.sizes),) if self.method == "full" else merged_shape(self.sizes, self.merge)
+        by_row = self.axes == "row" and self.exponent and len(shape) > 2
+        return (shape[0], math.prod(shape[1:])) if by_row else shape
+
+    @property
+    def active(self) -> bool:
+        """Whether the parameter is ever preconditioned."""
+        whole = self.method == "full" or self.precondition_1d
+        return self.use_preconditioner and (whole or sum(size > 1 for size in self.shape) > 1)
+
+    def update(self, gradient: Tensor) -> Tensor:
+        """U of the next gradient: the weights lose lr times it."""
+        self.history.append(gradient.reshape(self.shape))
+        step = len(self.history)
+        first = 1 if self.polar else self.start_step + self.wait
+        if not self.active or step < first:
+            return self._plain(self._momentum(self.history), step)
+        if self.precondition == "momentum":
+            return self._grafted(self._momentum(self.history), step)
+        return self._momentum([self._grafted(self.history[s - 1], s) for s in range(first, step + 1)])
+
+    def _grafted(self, direction: Tensor, step: int) -> Tensor:
+        """U of a direction with the roots in force at a step, at the length of the graft method."""
+        by_row = self.axes == "row" and self.exponent and len(self.shape) > 1
+        options = {
+            "sizes": [1, self.block_size] if by_row else [self.block_size] * len(self.shape),
+            "kind": self.statistics,
+            "beta": self.betas[1],
+            "order": math.inf if self.method == "shampoo" else self.order,
+            "rms": self.graft == "rms",
+        }
+        names = ("eps", "damping", "exponent", "measured", "solver", "axes", "polar", "polar_steps", "wait")
+        options |= {name: getattr(self, name) for name in names}
+        past, age = self.history[:step], step - self.start_step
+        update = blockwise(direction, past, age, self.turns, self.interval, **options)
+        has_length = self.graft == "rms" and self.polar
+        return rescaled(update, self._plain(direction, step), "none" if has_length else self.graft)
+
+    def _plain(self, direction: Tensor, step: int) -> Tensor:
+        own_length = self.graft == "rms" or (self.graft == "none" and self.measured > 0)
+        graft = "adam" if own_length and not self.active else self.graft
+        return graft_direction(direction, self.history[:step], graft, self.betas[1], self.graft_eps)
+
+    def _momentum(self, terms: list[Tensor]) -> Tensor:
+        """The bias-corrected average M / (1 - b1^t), or (b1 M + (1 - b1) G) / (1 - b1^t) with Nesterov's look-ahead."""
+        beta = self.betas[0]
+        if not (self.nesterov and self.active):
+            return average(terms, beta)
+        return beta * average(terms, beta) + (1 - beta) / (1 - beta ** len(terms)) * terms[-1]
+
+
 def reference_weights(
     weight: Tensor,
     gradients: list[Tensor | None],
-    method: str = "caspr",  # or "shampoo", "full" (the flattened parameter as one axis)
+    method: str = "caspr",
     *,
     lr: float | list[float] = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
     weight_decay: float = 0.0,
-    order: float = 2,
-    exponent: float = 0.5,
-    measured: float = 0.0,
-    solver: str = "auto",
-    statistics: str = "ema",
-    damping: str = "relative",
-    interval: int = 10,
-    start_step: int = 10,
-    block_size: int = 1024,
-    merge: str = "matrix",
-    axes: str = "all",  # "first", "last", "row"
-    precondition_1d: bool = False,
-    graft: str = "adam",
-    polar: bool = False,
-    polar_steps: int = 5,
-    graft_eps: float = 1e-8,
-    precondition: str = "momentum",
-    nesterov: bool = False,
     maximize: bool = False,
-    use_preconditioner: bool = True,
-    turns: dict[tuple[tuple[int, int], ...], int] | None = None,  # of blocks, see ``drive.turns_of``; 0 by default
-    wait: int = 0,  # steps from start_step until the last of them, where first roots come at their turns
+    **options,
 ) -> list[Tensor]:
     """The weights after every step, float64. A gradient of None is a step that skips the parameter."""
-    shape = (weight.numel(),) if method == "full" else merged_shape(tuple(weight.shape), merge)
-    active = use_preconditioner and (method == "full" or precondition_1d or sum(size > 1 for size in shape) > 1)
-    if axes == "row" and exponent and len(shape) > 2:
-        shape = (shape[0], math.prod(shape[1:]))
-    own_length = graft == "rms" or (graft == "none" and measured > 0)
-    graft = "adam" if own_length and not active else graft
-    block_options = {
-        "sizes": [1, block_size] if axes == "row" and exponent and len(shape) > 1 else [block_size] * len(shape),
-        "kind": statistics,
-        "beta": betas[1],
-        "eps": eps,
-        "damping": damping,
-        "order": math.inf if method == "shampoo" else order,
-        "exponent": exponent,
-        "measured": measured,
-        "solver": solver,
-        "axes": axes,
-        "polar": polar,
-        "polar_steps": polar_steps,
-        "rms": graft == "rms",
-    }
-    history: list[Tensor] = []  # every gradient so far, on the merged axes
-
-    def grafted(direction: Tensor, step: int) -> Tensor:
-        """U of a direction with the roots in force at a step, at the length of the graft method."""
-        age = step - start_step
-        update = blockwise(direction, history[:step], age, turns, interval, wait=wait, **block_options)
-        return rescaled(update, plain(direction, step), "none" if graft == "rms" and polar else graft)
-
-    def plain(direction: Tensor, step: int) -> Tensor:
-        return graft_direction(direction, history[:step], graft, betas[1], graft_eps)
-
-    def momentum(terms: list[Tensor]) -> Tensor:
-        """The bias-corrected average M / (1 - b1^t), or (b1 M + (1 - b1) G) / (1 - b1^t) with Nesterov's look-ahead."""
-        if not (nesterov and active):
-            return average(terms, betas[0])
-        return betas[0] * average(terms, betas[0]) + (1 - betas[0]) / (1 - betas[0] ** len(terms)) * terms[-1]
-
-    def update() -> Tensor:
-        step = len(history)
-        first = 1 if polar else start_step + wait
-        if not active or step < first:
-            return plain(momentum(history), step)
-        if precondition == "momentum":
-            return grafted(momentum(history), step)
-        return momentum([grafted(history[s - 1], s) for s in range(first, step + 1)])
-
+    reference = Reference(tuple(weight.shape), method, **options)
     weight = weight.double().clone()
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)
     weights = []
     for rate, gradient in zip(rates, gradients, strict=True):
         if gradient is not None:
-            gradient = gradient.double().reshape(shape)
-            history.append(-gradient if maximize else gradient)
-            weight = weight - rate * weight_decay * weight - rate * update().reshape(weight.shape)
+            update = reference.update(-gradient.double() if maximize else gradient.double())
+            weight = weight - rate * weight_decay * weight - rate * update.reshape(weight.shape)
         weights.append(weight.clone())
     return weights
