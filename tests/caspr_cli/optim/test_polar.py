@@ -18,7 +18,7 @@ from caspr_cli.optim.precision import is_fast_in_bfloat16
 
 SIZE = st.integers(1, 7)
 MUON = {
-    "exponent": 0, "polar": True, "graft": "rms", "nesterov": True, "start_step": 1, "weight_decay": 0.1, "lr": 0.02,
+    "exponent": 0, "polar": True, "graft": "rms", "nesterov": True, "weight_decay": 0.1, "lr": 0.02,
 }  # fmt: skip
 
 
