@@ -44,11 +44,11 @@ def blockwise(gradient, history: list[Tensor], age: int, turns, interval: int, s
     for block in itertools.product(*map(axis_parts, gradient.shape, sizes)):
         turn = (turns or {}).get(tuple((s.start, s.stop) for s in block), 0)
         past = [gradient[block] for gradient in history]
-        first = turn if wait else 0
-        last = len(past) - age + first
-        refreshed = [last] if age >= first else []
+        start = len(past) - age
+        last = start + turn * bool(wait)  # when it had its first roots, or will have them
+        refreshed = [last] if last <= len(past) else []
         for count in range(last + 1, len(past) + 1):
-            due = (count - last + first - turn) % interval == 0
+            due = (count - start - turn) % interval == 0
             if due or outgrown(past[: refreshed[-1]], past[:count], **options):
                 refreshed.append(count)
         result[block] = _block(gradient[block], past, refreshed, **options)
