@@ -28,7 +28,7 @@ from caspr_cli.tasks.registry import CONFS
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
     "seed", "resume", "output_dir", "logger", "horizon", "search.trials", "search.rerank", "search.extend",
-    "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
+    "search.refine", "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
 UNTUNED = "default"  # value of ``trial`` for a run with the default settings instead of drawn ones

@@ -18,6 +18,7 @@ SCRAMBLE = 1766  # among the best of 3,000 seeds: its first 4 to 20 points are e
 EDGE = 0.1  # the outer part of a range, on the scale on which it is drawn
 FACTOR = 4.0  # by which a range grows beyond an edge; a linear one grows by so many parts of its width
 ROUNDS = 2  # how often ranges grow
+RATE = "optim.lr"
 MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
 
@@ -103,6 +104,19 @@ def grown(kinds: Range, side: int) -> tuple[Range, Range]:
         most = min(most, 1.0)
     part = [_short(least), _short(most)]
     return {kind: [min(low, part[0]), max(high, part[1])]}, {kind: part}
+
+
+def beside(values: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the learning rates to try next, below and above that of ``values``.
+
+    They are half and twice the rate, or half-way (in the logarithm) to the next rate that was tried if that is nearer.
+    ``tried`` are the values of all trials so far; those count that have all other keys as here.
+    """
+    same = [each[RATE] for each in tried if {**each, RATE: None} == {**values, RATE: None}]
+    steps = [math.log2(other / values[RATE]) for other in same]
+    below = max([-1.0, *(step / 2 for step in steps if step < 0)])
+    above = min([1.0, *(step / 2 for step in steps if step > 0)])
+    return _short(values[RATE] * 2**below), _short(values[RATE] * 2**above)
 
 
 def _short(x: float) -> float:

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from caspr_cli.common.format import listed
-from caspr_cli.common.selection import TUNING_SEED, further
+from caspr_cli.common.selection import BESIDE, TUNING_SEED, further
 from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
@@ -120,8 +120,9 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
         yield "\n".join(f"- {markdown_text(line)}" for line in notes)
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
     planned = rows[0].records[0].config["search.trials"]
-    rounds = math.ceil((len(rows[0].trials) - planned) / further(planned))
-    budget = f"search.trials={planned} search.extend={rounds or 'false'}"
+    refined = max(run.config.get("search.refine") or 0 for run in rows[0].records)
+    rounds = math.ceil((len(rows[0].trials) - planned - BESIDE * refined) / further(planned))
+    budget = f"search.trials={planned} search.extend={rounds or 'false'} search.refine={refined}"
     yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 

@@ -80,10 +80,10 @@ class Run:
 
     @property
     def further(self) -> bool:
-        """Whether its trial is one of those that come after a best value at the edge."""
+        """Whether its trial is none of the first, so that it follows from others (search.extend, search.refine)."""
         trial, planned = self.config.get("trial"), self.config.get("search.trials")
-        extends = bool(self.config.get("search.extend"))
-        return extends and isinstance(trial, int) and planned is not None and trial >= planned
+        follow = self.config.get("search.extend") or self.config.get("search.refine")
+        return bool(follow) and isinstance(trial, int) and planned is not None and trial >= planned
 
     def time_to(self, target: float, *, higher_is_better: bool) -> tuple[float, float | None]:
         """Return step and seconds of the first validation that reaches it: infinite if none does; None: not known."""

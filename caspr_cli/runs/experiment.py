@@ -2,9 +2,9 @@
 
 ``conf/experiment/NAME.yaml`` holds the keys of the jobs. A list means several values; the rows of the table are all
 combinations. An experiment is a few sweeps of ``caspr-train``, one after the other (:func:`sweeps`): the trials of a
-search at one seed, more trials where a best value lies at the edge of its range, the best trials again at two more
-seeds, and at held-out seeds the best trial and the untuned one. What is left to do follows from the command and the
-records alone, so that an experiment goes on wherever it was stopped.
+search at one seed, more trials where a best value lies at the edge of its range, the best trial with other learning
+rates, the best trials again at two more seeds, and at held-out seeds the best trial and the untuned one. What is left
+to do follows from the command and the records alone, so that an experiment goes on wherever it was stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from caspr_cli.common.errors import nearest
 from caspr_cli.common.exits import BAD_USAGE
 from caspr_cli.common.format import count, duration, listed
-from caspr_cli.common.selection import AGAIN, TUNING_SEED, further
+from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED, further
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
@@ -36,7 +36,9 @@ from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clea
 from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
 
 DEFAULT_SCALE = "sample"
-DEFAULTS: dict[str, Any] = {"trainer.keep_checkpoints": False, "search.rerank": 3, "search.extend": True}
+DEFAULTS: dict[str, Any] = {
+    "trainer.keep_checkpoints": False, "search.extend": True, "search.refine": 2, "search.rerank": 3,
+}  # fmt: skip
 # Keys that the whole table shares: rows that differ in nothing else would be one and the same.
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of a timing run: beyond the first refresh of the roots
@@ -213,12 +215,14 @@ def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
     """Return a row of a search with all runs that the records say, after so many rounds."""
     search, tuning, unknown = row.search, row.tuning, 0
     assert search is not None
-    for index in range(search.trials, search.count(rounds)):
+    for index in (*range(search.trials, search.count(rounds)), *search.refined):
         try:
+            if unknown or (index in search.refined[::BESIDE] and not all(map(_ended, tuning))):
+                raise ConfigError("not yet")
             tuning += (search(index),)
         except ConfigError:  # not yet
             unknown += 1
-    again = min(search.first.search.rerank, search.count(rounds))
+    again = min(search.first.search.rerank, len(tuning) + unknown)
     again = again if again > 1 else 0
     runs: tuple[Recipe, ...] = ()
     try:
@@ -246,7 +250,10 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
                 break
             yield f"further  {count(more, 'trial')} of each row, {why}", experiment.tuning(range(number, number + more))
             number += more
-        if (again := min(search.first.search.rerank, number)) > 1:
+        for start in search.refined[::BESIDE]:
+            trials = range(start, start + BESIDE)
+            yield "refine   the best trial of each row, with other learning rates", experiment.tuning(trials)
+        if (again := min(search.first.search.rerank, number + len(search.refined))) > 1:
             yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
     yield "seeds    the runs that are reported", experiment.seeds()
     for row in rows(experiment) if experiment.horizon else ():
@@ -340,10 +347,13 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
             *([f"the best {again} again at seeds {' and '.join(map(str, AGAIN))}"] if again > 1 else []),
             f"{seeds} of the best and untuned",
         ]
-        if (rounds := search.rounds - (len(table[0].tuning) - search.trials) // further(search.trials)) > 0:
+        later = set(range(search.trials, search.refined.stop)) - {recipe.trial for recipe in table[0].tuning}
+        if rounds := sum(k < search.refined.start for k in later) // further(search.trials):
             trials = count(further(search.trials), "trial")
             when = ", while a best value lies at the edge of its range" if not search.always else ""
             more = [f"further  {'' if search.always else 'up to '}{rounds} x {trials} a row{when}"]
+        if refined := sum(k in search.refined for k in later):
+            more.append(f"refine   {count(refined, 'trial')} a row: the best one with other learning rates")
     if experiment.horizon:
         more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"

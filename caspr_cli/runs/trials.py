@@ -1,13 +1,14 @@
 """The trials of a search, and the best of them: from the records, by the rule with which ``caspr-report`` selects."""
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from caspr_cli.common.selection import AGAIN, TUNING_SEED, Choice, choose, finite, further
+from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED, Choice, choose, finite, further
 from caspr_cli.common.shape import lost
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
@@ -24,7 +25,8 @@ class Tuning:
 
     With ``search.extend`` those after the first ``search.trials`` come in rounds: so many, or with ``true`` while the
     best value of a row lies at the edge of its range. A row of which it does draws the trials from about that edge.
-    Raises ConfigError if its trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
+    With ``search.refine`` rounds follow that have the best trial's values with other learning rates. Raises ConfigError
+    if its trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
     """
 
     def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
@@ -35,6 +37,7 @@ class Tuning:
         extend = self.first.search.extend
         self.rounds = rounds(extend)
         self.always = 0 if extend is True else self.rounds  # wherever the best values lie
+        self.refined = refined(self.first)
         self._recipes: dict[int, Recipe] = {0: self.first}
         self._spaces: list[tuple[Space, Space]] = [(self.first.search.space, self.first.search.space)]
 
@@ -49,15 +52,19 @@ class Tuning:
 
     def config(self, index: int) -> DictConfig:
         """Return the config of a trial, with the space from which it is drawn."""
-        number = 0 if not self.rounds or index < self.trials else 1 + (index - self.trials) // further(self.trials)
-        if number > self.rounds:
+        if index < self.trials or not (self.rounds or self.refined):
+            return self._config
+        config = copy.deepcopy(self._config)
+        if index < self.refined.start:
+            config.search.space = self.space(1 + (index - self.trials) // further(self.trials))[1]
+        elif index in self.refined:
+            config.search.space = self.beside(index)
+        else:
             raise ConfigError(
                 f"trial={index}: search={self.first.search.name} has {self.trials} trials, and {self.rounds} x "
-                f"{further(self.trials)} more with search.extend"
+                f"{further(self.trials)} more with search.extend, {len(self.refined)} with search.refine"
             )
-        if not number:
-            return self._config
-        return cast(DictConfig, OmegaConf.merge(self._config, {"search": {"space": self.space(number)[1]}}))
+        return config
 
     def count(self, number: int) -> int:
         """Return the number of trials after so many rounds."""
@@ -79,12 +86,11 @@ class Tuning:
         read.
         """
         whole = self.space(number)[0]
-        ends = [{TUNING_SEED: finals[TUNING_SEED]} for finals in ended(self, self.count(number))]
-        choice = choose(ends, higher_is_better=self.first.task.target.higher_is_better)
-        if choice.best is None:
+        best = self._best(ended(self, range(self.count(number))))
+        if best is None:
             return {}
-        best, found = self(choice.best), {}
-        for key, side in search.edges(whole, search.drawn(compose.to_plain(best))).items():
+        found = {}
+        for key, side in search.edges(whole, self._values(best)).items():
             grown, part = search.grown(whole[key], side)
             low, high = next(iter(part.values()))
             far = low if side < 0 else high
@@ -92,6 +98,30 @@ class Tuning:
             if grown != whole[key] and compose.valid(best, {key: value}):
                 found[key] = (grown, part)
         return found
+
+    def beside(self, index: int) -> Space:
+        """Return the one point of a trial of ``search.refine``: the best trial so far, with another learning rate.
+
+        Raises ConfigError if not all trials of the rounds before have ended or can be read.
+        """
+        place = (index - self.refined.start) % BESIDE
+        ended(self, range(self.refined.start, index - place))
+        finals = gathered(self, index - place)
+        best = self._best(finals) or self.first  # all failed: what is to be chosen says so
+        tried = [self._values(self(k)) for k, found in enumerate(finals) if found]
+        values = self._values(best)
+        values[search.RATE] = search.beside(values, tried)[place]
+        return {key: {"choice": [value]} for key, value in values.items()}
+
+    def _best(self, finals: Sequence[Mapping[int, float | None]]) -> Recipe | None:
+        """Return the trial that ended best at ``TUNING_SEED``; None if all failed."""
+        ends = [{seed: value for seed, value in found.items() if seed == TUNING_SEED} for found in finals]
+        index = choose(ends, higher_is_better=self.first.task.target.higher_is_better).best
+        return None if index is None else self(index)
+
+    @staticmethod
+    def _values(recipe: Recipe) -> dict[str, Any]:
+        return search.drawn(compose.to_plain(recipe))
 
 
 def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...], Tuning]) -> DictConfig:
@@ -105,7 +135,7 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
         return horizon.shortened(resolve(config, given, known), steps)
     trial, own = config.trial, config.search
     word = isinstance(trial, str) and (trial == BEST or TOP.fullmatch(trial))
-    later = isinstance(trial, int) and own.extend and trial >= own.trials
+    later = isinstance(trial, int) and (own.extend or own.refine) and trial >= own.trials
     if own.name is None or not (word or later):
         return config
     row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed", "horizon")))
@@ -156,43 +186,62 @@ def rounds(extend: bool | int) -> int:
     return ROUNDS if extend is True else int(extend)
 
 
+def refined(first: Recipe) -> range:
+    """Return the indices of the trials of ``search.refine``: behind all those that ``search.extend`` may add.
+
+    Empty where the learning rate is not drawn, as it was set by hand.
+    """
+    own = first.search
+    start = own.trials + rounds(own.extend) * further(own.trials)
+    return range(start, start + BESIDE * own.refine * (search.RATE in own.space))
+
+
 def tops(number: int) -> list[str]:
     return [f"top{place}" for place in range(1, number + 1)]
 
 
 def chosen(trial: Callable[[int], Recipe]) -> tuple[Choice, list[Mapping[int, float | None]]]:
-    """Return the choice among the trials of a row, and their metric at the end by seed.
-
-    These are the first ``search.trials``, and those of each later round of which a trial has begun.
-    """
-    first = trial(0)
-    own, count = first.search, first.search.trials
-    finals = ended(trial, count)
-    for _ in range(rounds(own.extend)):
-        more = range(count, count + further(own.trials))
-        if not any(Record.of(trial(index)).path.exists() for index in more):
-            break
-        count = more.stop
-        finals = ended(trial, count)  # before the next round is known
+    """Return the choice among the trials of a row, and their metric at the end by seed: of each that has begun."""
+    first, finals = trial(0), gathered(trial)
+    own = first.search
     return choose(finals, higher_is_better=first.task.target.higher_is_better, rerank=own.rerank), finals
 
 
-def ended(trial: Callable[[int], Recipe], count: int) -> list[Mapping[int, float | None]]:
-    """Return the metric at the end of the first trials, by seed.
+def gathered(trial: Callable[[int], Recipe], stop: int | None = None) -> list[Mapping[int, float | None]]:
+    """Return the metric at the end of each trial before ``stop``, by seed; of a round that has not begun: empty.
+
+    Raises ConfigError if some of the first trials, or of a round that has begun, have not ended or cannot be read.
+    """
+    own, last = trial(0).search, refined(trial(0))
+    finals = ended(trial, range(own.trials))
+    more = further(own.trials)
+    extended = [range(start, start + more) for start in range(own.trials, last.start, more)]
+    for rounds in (extended, [range(start, start + BESIDE) for start in last[::BESIDE]]):
+        for indices in rounds:
+            if indices.start == stop:
+                return finals
+            if not any(Record.of(trial(index)).path.exists() for index in indices):
+                break
+            finals += [{}] * (indices.start - len(finals)) + ended(trial, indices)  # before the next round is known
+    return finals
+
+
+def ended(trial: Callable[[int], Recipe], indices: range) -> list[Mapping[int, float | None]]:
+    """Return the metric at the end of these trials, by seed.
 
     Raises ConfigError if some have not ended at ``TUNING_SEED``, or cannot be read.
     """
     first = trial(0)
     finals = []
-    for index in range(count):
+    for index in indices:
         try:
             finals.append(_finals(Record.of(trial(index)).path.parent, first.task.target.metric))
         except RecordDamagedError as error:
             again = f"run it anew with trial={index} seed={TUNING_SEED} resume=never"
             raise ConfigError(f"{error.file} is missing or damaged, and decides: {again}") from error
-    if missing := [index for index in range(count) if TUNING_SEED not in finals[index]]:
+    if missing := [index for index, found in zip(indices, finals, strict=True) if TUNING_SEED not in found]:
         raise ConfigError(
-            f"search={first.search.name}: {len(missing)} of {count} trials of optim={first.optim.name} "
+            f"search={first.search.name}: {len(missing)} of {len(indices)} trials of optim={first.optim.name} "
             f"have not ended in {first.output_dir}: first run -m trial={','.join(map(str, missing))} seed={TUNING_SEED}"
         )
     return finals

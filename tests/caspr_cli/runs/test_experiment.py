@@ -38,7 +38,7 @@ def hydra() -> None:
 
 def planned(folder: Path, *given: str) -> tuple[Experiment, Sequence[Row]]:
     """The table of molpcba, and its rows as far as they have records in the folder."""
-    asked = Experiment.read("molpcba", [*given, f"output_dir={folder}"])
+    asked = Experiment.read("molpcba", ["search.refine=0", *given, f"output_dir={folder}"])
     return asked, experiment.rows(asked)
 
 
@@ -148,6 +148,59 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     assert [row.difference is None for row in rows.values() if row.untuned] == [True, True]
     assert any("ranges that grew, as the best value lay at the edge: adamw (optim.lr)" in w for w in table.warnings)
     assert not [line for line in table.warnings if "unequal" in line]
+
+
+def test_the_best_trial_is_run_with_other_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["optim=adamw,sgd", "search=joint", "search.trials=4", "search.extend=true", "search.refine=2", "seed=1,2"]
+    asked, table = planned(tmp_path, *given)
+    assert "refine   4 trials a row: the best one with other learning rates" in experiment.plan(
+        asked, table, [1.0, 1.0]
+    )
+    likes = {"adamw": 1e-4, "sgd": 0.07}
+
+    def quality(recipe: Recipe, _: str) -> float:
+        return -abs(math.log(recipe.optim.lr / likes[recipe.optim.name]))  # of the rate alone
+
+    seen = as_run(asked, monkeypatch, quality)
+    assert list(experiment.sweeps(asked, experiment.rows(asked))) == seen  # the same command later
+    said = [word for line, sweep in seen if line.startswith("refine") for word in sweep if word.startswith("trial=")]
+    assert said == ["trial=range(8,10)", "trial=range(10,12)"]  # behind what search.extend may add
+    for row in experiment.rows(asked):
+        (*first, half, twice, third, fourth), name = row.tuning, row.tuning[0].optim.name
+        before = max(first, key=lambda recipe: quality(recipe, ""))
+        values = [search.drawn(compose.to_plain(recipe)) for recipe in (before, half, twice, third, fourth)]
+        factors = [each.pop("optim.lr") / before.optim.lr for each in values]
+        # adamw's best is the lowest rate, so that the next ones lie on both sides of half of it
+        assert factors == pytest.approx(
+            [1, 0.5, 2, *((0.25, 0.5**0.5) if name == "adamw" else (0.5**0.5, 2**0.5))], rel=1e-3
+        )
+        assert values == values[:1] * 5  # all else is as it was
+        assert (row.whole, row.left) == (len(row.tuning) + 3 * 2 + 2 + 2, 0)
+        assert row.reported[0].optim.lr == max(row.tuning, key=lambda recipe: quality(recipe, "")).optim.lr
+        assert {recipe.search.space["optim.lr"]["choice"][0] for recipe in row.tuning[-4:]} == {
+            r.optim.lr for r in row.tuning[-4:]
+        }
+
+
+@pytest.mark.parametrize(
+    ("rate", "tried", "expected"),
+    [
+        (0.08, [0.08], (0.04, 0.16)),
+        (0.08, [0.08, 0.04, 0.16], (0.05657, 0.1131)),
+        (0.04, [0.08, 0.04, 0.16], (0.02, 0.05657)),
+        (0.04, [0.04, 0.04 * 8], (0.02, 0.08)),  # at most a factor of two
+    ],
+)
+def test_the_next_rates(rate: float, tried: list[float], expected: tuple[float, float]) -> None:
+    points = [{"optim.lr": each, "schedule.warmup": 0.1} for each in tried]
+    others = [{"optim.lr": 1.01 * rate, "schedule.warmup": 0.2}]  # another setting says nothing of these
+    assert search.beside({"optim.lr": rate, "schedule.warmup": 0.1}, points + others) == expected
+
+
+def test_a_rate_that_is_set_by_hand_is_not_refined(tmp_path: Path) -> None:
+    asked, (row,) = planned(tmp_path, "optim=sgd", "search=joint", "search.trials=2", "optim.lr=0.1", "search.refine=2")
+    assert "refine" not in "".join(experiment.plan(asked, [row], [1.0]))
+    assert row.whole == 2 + 2 * 2 + 2 * 5
 
 
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
@@ -298,7 +351,7 @@ def test_a_signal_of_the_user_stops_the_table_however_late_a_timing_ends(
 
 
 def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkeypatch, capsys) -> None:
-    given = ["optim=adamw,sgd", "search.trials=2"]
+    given = ["optim=adamw,sgd", "search.trials=2", "search.refine=0"]
     _, table = planned(tmp_path, *given)
     file = Record.of(table[0].tuning[0]).path / "status.json"
     file.parent.mkdir(parents=True)
