@@ -34,7 +34,7 @@ from caspr_cli.tasks.registry import Augment, Images, ImagesConf
 
 log = logging.getLogger("caspr")
 
-FORMAT = 1  # of the files, and of the drawn shapes; raised when they change
+FORMAT = 2  # of the files, and of the drawn shapes; raised when they change
 LARGEST_BYTES = 4_000_000_000  # of pixels that are decoded ahead
 CLASSES = {Images.cifar10: 10, Images.cifar100: 100, Images.fashion_mnist: 10, Images.imagenet: 1000}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's

@@ -112,7 +112,7 @@ class Shapes:
 
     def load(self, aside: Path) -> Found:
         albums = {split: ArrayAlbum(*draw(count, seed)) for seed, (split, count) in enumerate(SAMPLE.items())}
-        return Found(list(SHAPES), dict(albums))  # after some four seconds
+        return Found(list(SHAPES), dict(albums))  # after some six seconds
 
 
 # ---- files: folders and zips -------------------------------------------------------------------------------------

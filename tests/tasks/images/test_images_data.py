@@ -16,11 +16,14 @@ from torchvision import datasets
 from written import write_fashion
 
 from caspr_cli.recipe.schema import Source
+from caspr_cli.report import provenance, records
 from caspr_cli.tasks.base import DataError
 from caspr_cli.tasks.images import data, shapes, sources
 from caspr_cli.tasks.images.albums import centred
 from caspr_cli.tasks.images.data import SPLITS, Gallery
 from caspr_cli.tasks.registry import Augment, Images, ImagesConf
+
+PUBLISHED = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_resnet.jsonl.gz"
 
 
 def zipped(folder, top=""):
@@ -47,6 +50,12 @@ def test_shapes_are_a_function_of_their_seed():
     assert np.array_equal(images, again[0])
     assert np.array_equal(labels, again[1])
     assert not np.array_equal(images, other[0])
+
+
+def test_the_bundled_images_are_those_of_published_records():
+    """On any CPU: records of different images are not in one table."""
+    runs = records.find([PUBLISHED]).runs
+    assert {provenance.data_hash(run) for run in runs} == {Gallery(ImagesConf(name="images")).describe()["hash"]}
 
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
