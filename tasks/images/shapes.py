@@ -18,8 +18,8 @@ Array = np.ndarray[Any, Any]
 
 SIZE = 32  # pixels a side
 CHUNK = 1000  # images drawn at once
-# {what is drawn: {place: value}}: 61 of the 86 million numbers of the bundled images. They differ by 1 from what is drawn,
-# because the images of published records were drawn with functions in float32, on CPUs with AVX-512.
+# {what is drawn: {place: value}}: 61 of the 86 million numbers of the bundled images. They differ by 1 from what is
+# drawn, because the images of published records were drawn with functions in float32, on CPUs with AVX-512.
 PUBLISHED = Path(__file__).with_name("shapes_published.json")
 
 # What the random numbers range over: chosen so that models that see more of an image's structure do better.
