@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 TUNING_SEED = 0  # every trial of a search is run with it
 AGAIN = (1001, 1002)  # seeds with which the best trials are run again (search.rerank); other seeds are held out
-BESIDE = 2  # trials that every row is given in a round with other learning rates (search.refine)
+BESIDE = 2  # trials that every row is given in a round with other values of one key (search.refine)
 LARGEST = 1e50  # of a metric: far beyond float32, and the square of its square is finite
 
 

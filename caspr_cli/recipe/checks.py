@@ -15,7 +15,7 @@ from caspr_cli.recipe.search import ROUNDS
 # overflows after hours. The keys of optimizers have their ranges in caspr_cli.optim.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
-    "search.trials": (1, 2**20), "search.rerank": (0, 2**20), "search.extend": (0, ROUNDS), "search.refine": (0, 8),
+    "search.trials": (1, 2**20), "search.rerank": (0, 2**20), "search.extend": (0, ROUNDS), "search.refine": (0, 100),
     "trainer.devices": (1, 1024), "trainer.nodes": (1, 10**5), "trainer.max_steps": (1, 10**9),
     "trainer.val_every": (1, 10**9), "trainer.log_every": (1, 10**9), "trainer.accumulate": (1, 10**6),
     "trainer.workers": (0, 1024), "trainer.timeout": (0, 10**7),

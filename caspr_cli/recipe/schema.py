@@ -135,8 +135,8 @@ class SearchConf:
     # true: rounds of further trials while a best value lies at the edge of its range, which grows there; 1, 2: so many
     # rounds in any case, as other rows of a table had them
     extend: bool | int = False
-    # so many rounds of two trials each follow: the best one with half and twice its learning rate, then with rates
-    # between those that were tried; a rate that is set by hand stays
+    # so many rounds of two trials each follow. They are the best one so far with half and twice the value of one key,
+    # or nearer where these were tried. Keys take turns, the learning rate first
     refine: int = 0
 
 

@@ -18,7 +18,7 @@ SCRAMBLE = 1766  # among the best of 3,000 seeds: its first 4 to 20 points are e
 EDGE = 0.1  # the outer part of a range, on the scale on which it is drawn
 FACTOR = 4.0  # by which a range grows beyond an edge; a linear one grows by so many parts of its width
 ROUNDS = 2  # how often ranges grow
-RATE = "optim.lr"
+RATE = "optim.lr"  # refined first
 MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
 
@@ -106,17 +106,34 @@ def grown(kinds: Range, side: int) -> tuple[Range, Range]:
     return {kind: [min(low, part[0]), max(high, part[1])]}, {kind: part}
 
 
-def beside(values: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the learning rates to try next, below and above that of ``values``.
+def turns(space: Space) -> list[str]:
+    """Return the keys with a range of numbers, in the order in which they are refined: the learning rate first."""
+    numbers = [key for key, kinds in space.items() if "choice" not in kinds]
+    return sorted(numbers, key=lambda key: (key != RATE, key))
 
-    They are half and twice the rate, or half-way (in the logarithm) to the next rate that was tried if that is nearer.
-    ``tried`` are the values of all trials so far; those count that have all other keys as here.
+
+def beside(key: str, kinds: Range, values: Mapping[str, Any], tried: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Return values of a key to try next to that of ``values``: one below, one above, and one nearer on each side.
+
+    They are a factor of two away (of the distance from 1 where that is drawn; in a linear range, a quarter of its
+    width), or half-way to the next value that was tried if that is nearer. ``tried``: the values of all trials so far;
+    those count that have all other keys as here.
     """
-    same = [each[RATE] for each in tried if {**each, RATE: None} == {**values, RATE: None}]
-    steps = [math.log2(other / values[RATE]) for other in same]
-    below = max([-1.0, *(step / 2 for step in steps if step < 0)])
-    above = min([1.0, *(step / 2 for step in steps if step > 0)])
-    return _short(values[RATE] * 2**below), _short(values[RATE] * 2**above)
+    kind, (low, high) = _range(key, kinds)
+
+    def place(value: float) -> float:
+        return (
+            4 * value / (high - low) if kind == "linear" else math.log2(1 - value if kind == "one_minus_log" else value)
+        )
+
+    def value(place: float) -> float:
+        x = _short(place * (high - low) / 4 if kind == "linear" else 2**place)
+        return round(1 - x, 15) if kind == "one_minus_log" else x
+
+    here = place(values[key])
+    gaps = [place(each[key]) - here for each in tried if {**each, key: None} == {**values, key: None}]
+    below, above = max([-1.0, *(gap / 2 for gap in gaps if gap < 0)]), min([1.0, *(gap / 2 for gap in gaps if gap > 0)])
+    return [value(here + step) for step in (below, above, below / 2, above / 2)]
 
 
 def _short(x: float) -> float:

@@ -2,9 +2,10 @@
 
 ``conf/experiment/NAME.yaml`` holds the keys of the jobs. A list means several values; the rows of the table are all
 combinations. An experiment is a few sweeps of ``caspr-train``, one after the other (:func:`sweeps`): the trials of a
-search at one seed, more trials where a best value lies at the edge of its range, the best trial with other learning
-rates, the best trials again at two more seeds, and at held-out seeds the best trial and the untuned one. What is left
-to do follows from the command and the records alone, so that an experiment goes on wherever it was stopped.
+search at one seed, more trials where a best value lies at the edge of its range, the best trial with half and twice
+the value of each key, the best trials again at two more seeds, and at held-out seeds the best trial and the untuned
+one. What is left to do follows from the command and the records alone, so that an experiment goes on wherever it was
+stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
 
 DEFAULT_SCALE = "sample"
 DEFAULTS: dict[str, Any] = {
-    "trainer.keep_checkpoints": False, "search.extend": True, "search.refine": 2, "search.rerank": 3,
+    "trainer.keep_checkpoints": False, "search.extend": True, "search.refine": 6, "search.rerank": 3,
 }  # fmt: skip
 # Keys that the whole table shares: rows that differ in nothing else would be one and the same.
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
@@ -252,7 +253,10 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
             number += more
         for start in search.refined[::BESIDE]:
             trials = range(start, start + BESIDE)
-            yield "refine   the best trial of each row, with other learning rates", experiment.tuning(trials)
+            yield (
+                "refine   the best trial of each row so far, with two other values of a key",
+                experiment.tuning(trials),
+            )
         if (again := min(search.first.search.rerank, number + len(search.refined))) > 1:
             yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
     yield "seeds    the runs that are reported", experiment.seeds()
@@ -353,7 +357,7 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
             when = ", while a best value lies at the edge of its range" if not search.always else ""
             more = [f"further  {'' if search.always else 'up to '}{rounds} x {trials} a row{when}"]
         if refined := sum(k in search.refined for k in later):
-            more.append(f"refine   {count(refined, 'trial')} a row: the best one with other learning rates")
+            more.append(f"refine   {count(refined, 'trial')} a row: the best one so far, with other values of one key")
     if experiment.horizon:
         more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"

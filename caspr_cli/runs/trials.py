@@ -25,8 +25,8 @@ class Tuning:
 
     With ``search.extend`` those after the first ``search.trials`` come in rounds: so many, or with ``true`` while the
     best value of a row lies at the edge of its range. A row of which it does draws the trials from about that edge.
-    With ``search.refine`` rounds follow that have the best trial's values with other learning rates. Raises ConfigError
-    if its trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
+    With ``search.refine`` rounds follow, each with the best trial's values but for one key. Raises ConfigError if its
+    trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
     """
 
     def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
@@ -100,18 +100,21 @@ class Tuning:
         return found
 
     def beside(self, index: int) -> Space:
-        """Return the one point of a trial of ``search.refine``: the best trial so far, with another learning rate.
+        """Return the one point of a trial of ``search.refine``: the best trial so far, with another value of one key.
 
-        Raises ConfigError if not all trials of the rounds before have ended or can be read.
+        The keys take turns (:func:`search.turns`). Raises ConfigError if not all trials of the rounds before have ended
+        or can be read.
         """
-        place = (index - self.refined.start) % BESIDE
+        number, place = divmod(index - self.refined.start, BESIDE)
         ended(self, range(self.refined.start, index - place))
         finals = gathered(self, index - place)
         best = self._best(finals) or self.first  # all failed: what is to be chosen says so
         tried = [self._values(self(k)) for k, found in enumerate(finals) if found]
-        values = self._values(best)
-        values[search.RATE] = search.beside(values, tried)[place]
-        return {key: {"choice": [value]} for key, value in values.items()}
+        space, values = self.first.search.space, self._values(best)
+        keys = search.turns(space)
+        key = keys[number % len(keys)]
+        new = [each for each in search.beside(key, space[key], values, tried) if compose.valid(best, {key: each})]
+        return {name: {"choice": [value]} for name, value in (values | {key: new[place]}).items()}
 
     def _best(self, finals: Sequence[Mapping[int, float | None]]) -> Recipe | None:
         """Return the trial that ended best at ``TUNING_SEED``; None if all failed."""
@@ -189,11 +192,11 @@ def rounds(extend: bool | int) -> int:
 def refined(first: Recipe) -> range:
     """Return the indices of the trials of ``search.refine``: behind all those that ``search.extend`` may add.
 
-    Empty where the learning rate is not drawn, as it was set by hand.
+    Empty where no key is drawn from a range of numbers.
     """
     own = first.search
     start = own.trials + rounds(own.extend) * further(own.trials)
-    return range(start, start + BESIDE * own.refine * (search.RATE in own.space))
+    return range(start, start + BESIDE * own.refine * bool(search.turns(own.space)))
 
 
 def tops(number: int) -> list[str]:

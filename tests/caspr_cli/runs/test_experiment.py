@@ -150,57 +150,65 @@ def test_trials_are_added_to_every_row_while_a_best_value_lies_at_the_edge(
     assert not [line for line in table.warnings if "unequal" in line]
 
 
-def test_the_best_trial_is_run_with_other_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_trial_is_run_with_other_values_of_one_key_at_a_time(tmp_path: Path, monkeypatch) -> None:
     given = ["optim=adamw,sgd", "search=joint", "search.trials=4", "search.extend=true", "search.refine=2", "seed=1,2"]
     asked, table = planned(tmp_path, *given)
-    assert "refine   4 trials a row: the best one with other learning rates" in experiment.plan(
-        asked, table, [1.0, 1.0]
-    )
+    says = "refine   4 trials a row: the best one so far, with other values of one key"
+    assert says in experiment.plan(asked, table, [1.0, 1.0])
     likes = {"adamw": 1e-4, "sgd": 0.07}
 
-    def quality(recipe: Recipe, _: str) -> float:
-        return -abs(math.log(recipe.optim.lr / likes[recipe.optim.name]))  # of the rate alone
+    def quality(recipe: Recipe, _: str = "") -> float:
+        return -abs(math.log(recipe.optim.lr / likes[recipe.optim.name])) - 0.1 * recipe.optim.adamw_lr_scale
 
     seen = as_run(asked, monkeypatch, quality)
     assert list(experiment.sweeps(asked, experiment.rows(asked))) == seen  # the same command later
     said = [word for line, sweep in seen if line.startswith("refine") for word in sweep if word.startswith("trial=")]
     assert said == ["trial=range(8,10)", "trial=range(10,12)"]  # behind what search.extend may add
     for row in experiment.rows(asked):
-        (*first, half, twice, third, fourth), name = row.tuning, row.tuning[0].optim.name
-        before = max(first, key=lambda recipe: quality(recipe, ""))
-        values = [search.drawn(compose.to_plain(recipe)) for recipe in (before, half, twice, third, fourth)]
-        factors = [each.pop("optim.lr") / before.optim.lr for each in values]
-        # adamw's best is the lowest rate, so that the next ones lie on both sides of half of it
-        assert factors == pytest.approx(
-            [1, 0.5, 2, *((0.25, 0.5**0.5) if name == "adamw" else (0.5**0.5, 2**0.5))], rel=1e-3
-        )
-        assert values == values[:1] * 5  # all else is as it was
+        *first, half, twice, less, more = row.tuning
+        rounds = {"optim.lr": ((half, twice), first), "optim.adamw_lr_scale": ((less, more), [*first, half, twice])}
+        for key, (tried, before) in rounds.items():
+            best = search.drawn(compose.to_plain(max(before, key=quality)))
+            for recipe, factor in zip(tried, (0.5, 2), strict=True):
+                values = search.drawn(compose.to_plain(recipe))
+                assert values == best | {key: pytest.approx(factor * best[key], rel=1e-3)}
+                assert recipe.search.space == {name: {"choice": [value]} for name, value in values.items()}
         assert (row.whole, row.left) == (len(row.tuning) + 3 * 2 + 2 + 2, 0)
-        assert row.reported[0].optim.lr == max(row.tuning, key=lambda recipe: quality(recipe, "")).optim.lr
-        assert {recipe.search.space["optim.lr"]["choice"][0] for recipe in row.tuning[-4:]} == {
-            r.optim.lr for r in row.tuning[-4:]
-        }
+        assert row.reported[0].optim == max(row.tuning, key=quality).optim
 
 
 @pytest.mark.parametrize(
-    ("rate", "tried", "expected"),
+    ("kinds", "here", "tried", "expected"),
     [
-        (0.08, [0.08], (0.04, 0.16)),
-        (0.08, [0.08, 0.04, 0.16], (0.05657, 0.1131)),
-        (0.04, [0.08, 0.04, 0.16], (0.02, 0.05657)),
-        (0.04, [0.04, 0.04 * 8], (0.02, 0.08)),  # at most a factor of two
+        ({"log": [1e-3, 1]}, 0.08, [], [0.04, 0.16, 0.05657, 0.1131]),
+        ({"log": [1e-3, 1]}, 0.08, [0.04, 0.16], [0.05657, 0.1131, 0.06727, 0.09514]),
+        ({"log": [1e-3, 1]}, 0.04, [0.08, 0.16], [0.02, 0.05657, 0.02828, 0.04757]),
+        ({"log": [1e-3, 1]}, 0.04, [8 * 0.04], [0.02, 0.08, 0.02828, 0.05657]),  # at most a factor of two
+        ({"one_minus_log": [1e-2, 0.3]}, 0.9, [], [0.95, 0.8, 0.9293, 0.8586]),
+        ({"linear": [0, 8]}, 3.0, [5.0], [1.0, 4.0, 2.0, 3.5]),
     ],
 )
-def test_the_next_rates(rate: float, tried: list[float], expected: tuple[float, float]) -> None:
-    points = [{"optim.lr": each, "schedule.warmup": 0.1} for each in tried]
-    others = [{"optim.lr": 1.01 * rate, "schedule.warmup": 0.2}]  # another setting says nothing of these
-    assert search.beside({"optim.lr": rate, "schedule.warmup": 0.1}, points + others) == expected
+def test_the_values_beside_the_best(
+    kinds: search.Range, here: float, tried: list[float], expected: list[float]
+) -> None:
+    points = [{"x": each, "y": 0.1} for each in (here, *tried)]
+    others = [{"x": 1.01 * here, "y": 0.2}]  # another setting says nothing of these
+    found = search.beside("x", kinds, {"x": here, "y": 0.1}, points + others)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_rate_that_is_set_by_hand_is_not_refined(tmp_path: Path) -> None:
-    asked, (row,) = planned(tmp_path, "optim=sgd", "search=joint", "search.trials=2", "optim.lr=0.1", "search.refine=2")
-    assert "refine" not in "".join(experiment.plan(asked, [row], [1.0]))
-    assert row.whole == 2 + 2 * 2 + 2 * 5
+def test_keys_take_turns_and_keep_to_what_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm-up of twice as long leaves no room for the decay; a rate that is set by hand stays."""
+    given = ["optim=sgd", "search=joint", "search.trials=2", "search.extend=false", "optim.lr=0.1", "search.refine=4"]
+    asked, (row,) = planned(tmp_path, *given)
+    keys = ["optim.adamw_lr_scale", "optim.momentum", "optim.weight_decay", "schedule.warmup"]
+    assert search.turns(row.tuning[0].search.space) == keys
+    assert search.turns({"optim.lr": {"log": [1, 2]}, "a": {"choice": [1]}, "b": {"log": [1, 2]}}) == ["optim.lr", "b"]
+    as_run(asked, monkeypatch, lambda recipe, _: recipe.schedule.warmup)
+    (row,) = experiment.rows(asked)
+    best = max(recipe.schedule.warmup for recipe in row.tuning)
+    assert 2 * best + row.tuning[0].schedule.decay > 1
+    assert [recipe.schedule.warmup / best for recipe in row.tuning[-2:]] == pytest.approx([0.5, 0.5**0.5], rel=1e-3)
 
 
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
