@@ -140,7 +140,7 @@ class Reference:
     statistics: str = "ema"
     damping: str = "relative"
     interval: int = 10
-    start_step: int = 10
+    start_step: int = 1
     block_size: int = 1024
     merge: str = "matrix"
     axes: str = "all"  # "first", "last", "row"
