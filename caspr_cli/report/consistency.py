@@ -88,10 +88,11 @@ def _unequal_tuning(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _grown(row: Row) -> list[str]:
-    """Return the keys whose ranges grew during the search."""
+    """Return the keys whose ranges grew during the search (search.extend); those of a refined trial are points."""
     found: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for run in row.records:
-        found[run.further] |= {(key, plain(numbers)) for key, (_, numbers) in ranges(run.config).items()}
+        spaces = ranges(run.config).items()
+        found[run.further] |= {(key, plain(numbers)) for key, (kind, numbers) in spaces if kind != "choice"}
     return sorted({key for key, _ in found[True] - found[False]})
 
 

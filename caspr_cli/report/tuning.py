@@ -19,7 +19,7 @@ BY_BUDGET = (
     "of that many trials would end, by drawing with replacement from those that were run. 0: the untuned row, with the "
     "95 % interval of its mean, at the reported seeds."
 )
-FURTHER = " Trials that were added as a best value lay at the edge are left out: where they lie depends on the others."
+FURTHER = " Later trials (search.extend, search.refine) are left out: where they lie depends on the first ones."
 TRIALS = (
     "All trials, the best value first. Value: at the seed that selects, the mean where there are several; again: at "
     "further seeds, which decide among the best."

@@ -209,6 +209,8 @@ def test_keys_take_turns_and_keep_to_what_is_valid(tmp_path: Path, monkeypatch: 
     best = max(recipe.schedule.warmup for recipe in row.tuning)
     assert 2 * best + row.tuning[0].schedule.decay > 1
     assert [recipe.schedule.warmup / best for recipe in row.tuning[-2:]] == pytest.approx([0.5, 0.5**0.5], rel=1e-3)
+    (table,) = tables(records.find([tmp_path]).runs)
+    assert not [line for line in table.warnings if "grew" in line]  # no range did
 
 
 def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
