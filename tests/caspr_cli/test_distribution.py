@@ -119,7 +119,7 @@ def test_an_editable_install_makes_one_name_importable(tmp_path: Path) -> None:
 
 def test_the_wheel_has_all_files_under_one_name(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    here = {ROOT / "conf": "*.yaml", ROOT / "tasks": "*.py", ROOT / "caspr_cli": "*.*"}
+    here = {ROOT / "conf": "*.yaml", ROOT / "tasks": "*.*", ROOT / "caspr_cli": "*.*"}
     files = {file.relative_to(ROOT) for folder, kind in here.items() for file in folder.rglob(kind)}
     own = {str(file).removeprefix("caspr_cli/") for file in files if "__pycache__" not in file.parts}
     assert names == {f"caspr_cli/{name}" for name in own}

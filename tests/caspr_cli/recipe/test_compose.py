@@ -67,7 +67,7 @@ def test_keys_that_came_later_leave_the_names_of_earlier_records() -> None:
     """A record made before there were ``axes``, ``exponent`` and ``polar``: the published sum, then named ``caspr``."""
     older = (
         "optim.lr=6e-3", "optim.betas=[0.9,0.95]", "optim.polar=false", "optim.nesterov=false", "optim.graft=adam",
-        "optim.apply_dtype=null",
+        "optim.apply_dtype=null", "optim.start_step=10",
     )  # fmt: skip
     assert compose.identity(recipe(*older)) == "4e9d1440"
     for key, value in {"axes": "row", "exponent": 1, "nesterov": True, "adamw_lr_scale": 0.5}.items():
