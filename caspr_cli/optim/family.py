@@ -156,10 +156,10 @@ class FullAdagradOptions:
         1,
         """the gradient of a tensor (counted from 1 since its statistics began) from which on it is preconditioned; the
         graft method alone comes before it; with ``polar``, the polar factor of the momentum. After loading AdamW's
-        state, or where ``precondition`` is set later, the count begins then. Later starts were behind on a small
-        language model, and better nowhere. Where all first roots together would take
-        more than a second or two, they also take turns, at most ``interval - 1`` steps more, and a tensor waits until
-        all its blocks have roots (with ``polar`` each block has its own at its turn).""",
+        state, or where ``precondition`` is set later, the count begins then. 10 was behind on a small language model
+        without ``polar``, and significantly better nowhere. Where all first roots together would take more than a
+        second or two, they also take turns, at most ``interval - 1`` steps more, and a tensor waits until all its
+        blocks have roots (with ``polar`` each block has its own at its turn).""",
         COUNT,
     )
     block_size: int = option(

@@ -122,9 +122,8 @@ def beside(key: str, kinds: Range, values: Mapping[str, Any], tried: Iterable[Ma
     kind, (low, high) = _range(key, kinds)
 
     def place(value: float) -> float:
-        return (
-            4 * value / (high - low) if kind == "linear" else math.log2(1 - value if kind == "one_minus_log" else value)
-        )
+        x = 1 - value if kind == "one_minus_log" else value
+        return 4 * x / (high - low) if kind == "linear" else math.log2(x)
 
     def value(place: float) -> float:
         x = _short(place * (high - low) / 4 if kind == "linear" else 2**place)

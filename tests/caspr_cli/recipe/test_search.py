@@ -223,3 +223,27 @@ def test_mistakes_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         frozen(*overrides)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "here", "tried", "expected"),
+    [
+        ({"log": [1e-3, 1]}, 0.08, [], [0.04, 0.16, 0.05657, 0.1131]),
+        ({"log": [1e-3, 1]}, 0.08, [0.04, 0.16], [0.05657, 0.1131, 0.06727, 0.09514]),
+        ({"log": [1e-3, 1]}, 0.04, [0.08, 0.16], [0.02, 0.05657, 0.02828, 0.04757]),
+        ({"log": [1e-3, 1]}, 0.04, [8 * 0.04], [0.02, 0.08, 0.02828, 0.05657]),  # at most a factor of two
+        ({"one_minus_log": [1e-2, 0.3]}, 0.9, [], [0.95, 0.8, 0.9293, 0.8586]),
+        ({"linear": [0, 8]}, 3.0, [5.0], [1.0, 4.0, 2.0, 3.5]),
+    ],
+)
+def test_the_values_beside_the_best(
+    kinds: search.Range, here: float, tried: list[float], expected: list[float]
+) -> None:
+    points = [{"x": each, "y": 0.1} for each in (here, *tried)]
+    others = [{"x": 1.01 * here, "y": 0.2}]  # another setting says nothing of these
+    found = search.beside("x", kinds, {"x": here, "y": 0.1}, points + others)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_learning_rate_is_refined_first_and_choices_are_not() -> None:
+    assert search.turns({"a": {"log": [1, 2]}, "b": {"choice": [1]}, "optim.lr": {"log": [1, 2]}}) == ["optim.lr", "a"]
