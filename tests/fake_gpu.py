@@ -32,6 +32,8 @@ VIEWS = {
     "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze",
     "view",
 }  # fmt: skip
+# Of linear algebra, what does not ask whether it has succeeded: the others copy that to the host.
+UNASKED = {"linalg_vector_norm", "linalg_qr"}
 NOTHING = {"device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WAITS = {"nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}  # for the size of the result
 # Of a list of tensors one launch takes so many at once, by how many lists there are, and so many pieces of 65,536.
@@ -93,7 +95,7 @@ class FakeGPU(TorchDispatchMode):
             self.wait(name)
         if name in ("index", "index_put_", "index_put") and any(_is_mask(i) for i in args[1]):
             self.wait(f"{name} by a mask")
-        if name.startswith(("_linalg_", "linalg_")) and not name.endswith("norm"):
+        if name.startswith(("_linalg_", "linalg_")) and name not in UNASKED:
             self.wait(f"{name}, which reads whether it has succeeded")
         if name == "copy_" and not _is_there(args[0]):
             return self._to_host(args[0], asynchronous=bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2])))
@@ -134,6 +136,8 @@ class FakeGPU(TorchDispatchMode):
             self.views += 1
         elif name.startswith(("_foreach_", "_fused_")):
             self.kernels[name] += _launches(name, args)
+        elif name == "linalg_qr":
+            self.kernels[name] += 2 * math.prod(args[0].shape[:-2])  # one matrix at a time: the reflectors, then Q
         elif name not in NOTHING:
             self.kernels[name] += 1
         if name in ("mm", "bmm", "baddbmm", "baddbmm_", "addmm"):

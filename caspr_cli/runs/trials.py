@@ -52,7 +52,7 @@ class Tuning:
 
     def config(self, index: int) -> DictConfig:
         """Return the config of a trial, with the space from which it is drawn."""
-        if index < self.trials or not (self.rounds or self.refined):
+        if index < self.trials:
             return self._config
         config = copy.deepcopy(self._config)
         if index < self.refined.start:
@@ -61,10 +61,15 @@ class Tuning:
             config.search.space = self.beside(index)
         else:
             raise ConfigError(
-                f"trial={index}: search={self.first.search.name} has {self.trials} trials, and {self.rounds} x "
-                f"{further(self.trials)} more with search.extend, {len(self.refined)} with search.refine"
+                f"trial={index}: search={self.first.search.name} has {self.trials} trials (search.trials), from 0"
+                f"{self._more()}"
             )
         return config
+
+    def _more(self) -> str:
+        """Return which trials follow the first ones, in words."""
+        extended = f", and {self.rounds} x {further(self.trials)} more with search.extend" if self.rounds else ""
+        return extended + (f", and {len(self.refined)} more with search.refine" if self.refined else "")
 
     def count(self, number: int) -> int:
         """Return the number of trials after so many rounds."""
@@ -138,7 +143,7 @@ def resolve(config: DictConfig, given: Sequence[str], known: dict[tuple[str, ...
         return horizon.shortened(resolve(config, given, known), steps)
     trial, own = config.trial, config.search
     word = isinstance(trial, str) and (trial == BEST or TOP.fullmatch(trial))
-    later = isinstance(trial, int) and (own.extend or own.refine) and trial >= own.trials
+    later = isinstance(trial, int) and trial >= own.trials
     if own.name is None or not (word or later):
         return config
     row = tuple(sorted(each for each in given if each.partition("=")[0] not in ("trial", "seed", "horizon")))

@@ -1,6 +1,6 @@
 """What an optimizer's step asks of a GPU, without one: launches, waits, FLOPs, bytes, for the shapes of GPT-2 small.
 
-    python tests/benchmarks/launches.py [adamw caspr default shampoo nesterov eight]
+    python tests/benchmarks/launches.py [adamw caspr default shampoo eigenbasis nesterov eight]
 
 Takes a minute an optimizer. Times are not known without a GPU.
 """
@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "caspr": (CASPR, {}),
     "default": (CASPR, {"nesterov": True, "polar": True, "graft": "rms", "apply_dtype": "auto"}),  # optim=caspr
     "shampoo": (Shampoo, {}),
+    "eigenbasis": (CASPR, {"measured": 1.0, "graft": "none"}),  # SOAP as a member of the family
     "nesterov": (CASPR, {"nesterov": True, "weight_decay": 0.1}),
     "eight": (CASPR, {}),  # the first of eight ranks
 }

@@ -25,9 +25,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "nesterov": {"nesterov": True, "weight_decay": 0.1, "block_size": 32},
     "polar": {"polar": True, "graft": "rms", "weight_decay": 0.1, **LOW},
     "gradient": {"precondition": "gradient", "nesterov": True, "weight_decay": 0.1},
+    "eigenbasis": {"measured": 1.0, "graft": "none"},
 }
 # Launches of a step, with two steps of each iteration.
-MOST = {"plain": 600, "nesterov": 715, "polar": 665, "gradient": 715}
+MOST = {"plain": 600, "nesterov": 715, "polar": 665, "gradient": 715, "eigenbasis": 715}
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def captured(gpu: FakeGPU, optimizer: Any, count: int) -> list[list[Any]]:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("cls", "way"), [(Shampoo, "polar"), (CASPR, "plain"), (CASPR, "nesterov"), (CASPR, "gradient")]
+    ("cls", "way"),
+    [(Shampoo, "polar"), (CASPR, "plain"), (CASPR, "nesterov"), (CASPR, "gradient"), (CASPR, "eigenbasis")],
 )
 def test_no_step_waits_for_the_device_and_a_graph_of_each_turn_can_be_repeated(cls: type, way: str) -> None:
     """Nor does one that computes roots wait; but for the first, and the first roots. And each step of an interval asks
