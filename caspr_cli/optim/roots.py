@@ -62,7 +62,7 @@ def damping_shift(largest: Tensor, unit: Tensor, eps: Tensor, damping: str) -> T
 
 def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[K, d]``, ascending, and eigenvectors ``[K, d, d]`` of K symmetric matrices that have no
-    negative eigenvalue but by rounding.
+    negative eigenvalue but by rounding. Only the lower triangle is read.
 
     MKL's divide-and-conquer (2024.2) does not converge where exact zeros alternate with a full block, and such is the
     statistic of a 3 x 3 convolution on a single pixel, of which one tap in nine ever sees an input. On one thread it
@@ -70,7 +70,7 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     identity added, of the size of a decomposition's own error, which is taken off after.
     """
     try:
-        values, Q = torch.linalg.eigh(S)
+        values, Q = _eigh(S)
         if S.device.type != "cpu" or bool((right := values.isfinite().all(-1)).all()):  # a GPU would be waited for
             return values, Q
     except torch.OutOfMemoryError:
@@ -80,8 +80,18 @@ def eigendecomposition(S: Tensor) -> tuple[Tensor, Tensor]:
     shift = SHIFT * torch.finfo(S.dtype).eps * S.diagonal(dim1=-2, dim2=-1).amax(-1).masked_fill(right, 0)  # [K]
     shifted = S.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift.unsqueeze(-1))
-    values, Q = torch.linalg.eigh(shifted)
+    values, Q = _eigh(shifted)
     return values - shift.unsqueeze(-1), Q
+
+
+def _eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return torch's decomposition of the lower triangles, as the upper ones of the transposed matrices.
+
+    LAPACK's columns are torch's rows, so that nothing is transposed on the way; and MKL takes 4 % less for an upper
+    triangle (both together 7 % at d = 1024 and 6 % at 512, on an AMD EPYC with one thread).
+    """
+    values, Q = torch.linalg.eigh(S.mT, UPLO="U")
+    return values, Q
 
 
 def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:

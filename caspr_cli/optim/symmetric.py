@@ -41,11 +41,19 @@ def panel_views(packed: Tensor, d: int) -> list[Tensor]:
 def add_gram(packed: Tensor, X: Tensor, weight: float) -> None:
     """Add in place: S <- S + weight X X^T for K packed S and X ``[K, d, r]``.
 
-    Cost: 2 r packed_length(d) FLOPs a matrix.
+    Cost: 2 r packed_length(d) FLOPs a matrix. On a CPU a tenth less for d = 1024, where high panels are made in halves:
+    there time goes by FLOPs, and on a GPU by launches.
     """
     d = X.shape[1]
     for view, rows in zip(panel_views(packed, d), panels(d), strict=True):
-        view.baddbmm_(X[:, rows], X[:, : rows.stop].mT, alpha=weight)
+        half = (rows.stop - rows.start) // 2
+        if X.device.type != "cpu" or half < LEAST_ROWS:
+            view.baddbmm_(X[:, rows], X[:, : rows.stop].mT, alpha=weight)
+            continue
+        middle, above, below = rows.start + half, view[:, :half], view[:, half:]
+        above[:, :, :middle].baddbmm_(X[:, rows.start : middle], X[:, :middle].mT, alpha=weight)
+        below.baddbmm_(X[:, middle : rows.stop], X[:, : rows.stop].mT, alpha=weight)
+        above[:, :, middle:] = below[:, :, rows.start : middle].mT
 
 
 def product(X: Tensor, Y: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("seed", [9, 15, 42, 49, 58, 75, 107])
+@pytest.mark.parametrize("seed", [17, 20, 25, 69, 97, 107, 164])
 def test_eigenvalues_that_the_solver_did_not_find_are_found(seed: int) -> None:
     """There it fails, or returns NaN, for one such matrix in eight."""
     S = low_rank(seed)
@@ -66,9 +66,9 @@ def test_one_matrix_of_a_batch_is_tried_again(monkeypatch: pytest.MonkeyPatch) -
     S, calls = torch.stack([torch.eye(3), 2 * torch.eye(3)]), list[Tensor]()
     decompose = torch.linalg.eigh
 
-    def broken(S: Tensor) -> tuple[Tensor, Tensor]:
+    def broken(S: Tensor, **options: str) -> tuple[Tensor, Tensor]:
         calls.append(S)
-        values, Q = decompose(S)
+        values, Q = decompose(S, **options)
         if len(calls) == 1:
             values[1, 0] = torch.nan
         return values, Q

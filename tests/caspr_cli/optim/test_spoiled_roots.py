@@ -178,10 +178,10 @@ def fails_on(fails: Callable[[Tensor], bool], error: type[Exception] = torch.lin
     """``torch.linalg.eigh`` that raises for some batches."""
     eigh = torch.linalg.eigh
 
-    def failing(S: Tensor) -> Any:
+    def failing(S: Tensor, **options: str) -> Any:
         if fails(S):
             raise error("put in on purpose")
-        return eigh(S)
+        return eigh(S, **options)
 
     return failing
 
@@ -280,7 +280,7 @@ def test_want_of_memory_is_not_hidden(monkeypatch: pytest.MonkeyPatch, where: An
     _, _, steps = marked_run(**({"solver": "newton", "betas": (0.0, 0.999)} if where == "newton" else {}))
     steps(range(2))
 
-    def failing(S: Tensor, *_: Any) -> Any:
+    def failing(S: Tensor, *_: Any, **options: str) -> Any:
         if where in ("newton", S.dtype):
             raise torch.OutOfMemoryError("put in on purpose")
         raise torch.linalg.LinAlgError("put in on purpose")
