@@ -70,11 +70,13 @@ class Record:
     def of(cls, recipe: Recipe) -> Record:
         """Return a recipe's record, ``<output_dir>/<task>/<optim>/<name>/seed<k>``: equal recipes share it.
 
-        The folder has a readable name, unless an older version made one that is called by the identity alone.
+        The folder has a readable name, which ends with the identity. One with another beginning is the same: an older
+        version, with other defaults, made it.
         """
         where = Path(recipe.output_dir) / recipe.task.name / recipe.optim.name
-        older = where / identity(recipe)
-        return cls((older if os.path.exists(older) else where / readable(recipe)) / f"seed{recipe.seed}")
+        name = where / readable(recipe)
+        older = [] if os.path.exists(name) else sorted(where.glob(f"*{identity(recipe)}"))
+        return cls((older[0] if older else name) / f"seed{recipe.seed}")
 
     @property
     def config_is_lost(self) -> bool:

@@ -45,9 +45,11 @@ def test_the_path_says_what_it_is(tmp_path: Path) -> None:
     made.optim.lr, made.optim.betas = 6e-3, [0.9, 0.95]
     path = Record.of(made).path
     assert path.parent.name == f"lr0.006-betas0.9_0.95-{compose.identity(made)}"
-    older = path.parent.with_name(compose.identity(made))
-    older.mkdir(parents=True)
-    assert Record.of(made).path == older / "seed4"
+    for before in ("", "lr0.006-start_step10-"):  # by the identity alone, or where another default was no default
+        older = path.parent.with_name(before + compose.identity(made))
+        older.mkdir(parents=True)
+        assert Record.of(made).path == older / "seed4"
+        older.rmdir()
 
 
 def test_a_name_is_short_and_safe(tmp_path: Path) -> None:
