@@ -22,7 +22,7 @@ from caspr_cli.report.format import number
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import LONGEST, Profile, names, rho
 from caspr_cli.report.selection import with_common_labels
-from caspr_cli.report.style import MUTED, Style, drawing, to_svg
+from caspr_cli.report.style import INK, MUTED, Style, drawing, to_svg
 from caspr_cli.report.style import styles as styles_for
 
 WIDTH, HEIGHT = 5.6, 3.6  # inches; small, so that text stays readable where a page is narrow
@@ -73,7 +73,8 @@ def together(tables: Sequence[Table], over: str = "steps") -> str:
         for axes, (name, table, shown) in zip(places, panels, strict=False):
             _draw(axes, table, shown, styles, over)
             better = "higher" if table.higher_is_better else "lower"
-            axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            # In place of a target that is out of range, whose words are of another colour.
+            axes.set_title(name, loc="left", fontsize=10, fontweight="bold", color=INK)
             axes.set_ylabel(f"{table.metric} ({better} is better)", fontsize=8)
             axes.tick_params(labelsize=8)
         for unused in places[len(panels) :]:

@@ -120,6 +120,12 @@ def test_curves_of_all_tasks_in_one_figure_with_one_legend() -> None:
     assert texts(dark) == found
 
 
+def test_a_task_is_named_in_the_same_colour_where_its_target_is_out_of_range() -> None:
+    svg = figures.together([replace(synthetic.bare(), target=target) for target in (1.5, 4.5)])
+    named = re.findall(r"<text[^>]*>c4_lm[^<]*</text>", svg)
+    assert [style.INK in text for text in named] == [True, True]
+
+
 def test_steps_are_marked_at_whole_numbers(axes: Callable[..., Axes]) -> None:
     """Also where there are three: no mark at 1.5 steps."""
     found = axes(figures.curves, table([run(curve=[(k, 1.0, 4.0 - k / 9) for k in (1, 2, 3)])]))
