@@ -104,7 +104,21 @@ def eigh_root(S: Tensor, damping: Damping, p: int) -> Root:
     shift = damping(lam[:, -1])
     lam = lam + shift.unsqueeze(1)
     values = torch.where(lam > 0, lam, 1).pow(-1 / p).to(S.dtype)
-    return Root(product(Q * values.unsqueeze(1), Q), shift, lam[:, -1], lam[:, -1] / lam[:, 0])
+    A = product(Q * values.unsqueeze(1), Q)
+    return Root(_kept_apart(A, S), shift, lam[:, -1], lam[:, -1] / lam[:, 0])
+
+
+def _kept_apart(A: Tensor, S: Tensor) -> Tensor:
+    """Return roots in which rows that are zero in S are zero but on the diagonal, as they are without rounding.
+
+    So a row that never had a gradient stays as it is, to the last bit. (Newton's products keep such zeros.)
+    """
+    silent = S.diagonal(dim1=1, dim2=2) == 0  # [K, d]
+    if S.device.type == "cpu" and not bool(silent.any()):  # a GPU would be waited for
+        return A
+    apart = silent.unsqueeze(1) | silent.unsqueeze(2)
+    apart.diagonal(dim1=1, dim2=2).fill_(False)
+    return A.masked_fill_(apart, 0)
 
 
 def basis(S: Tensor, damping: Damping, last: Tensor | None) -> Root:
