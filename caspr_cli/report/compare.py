@@ -11,7 +11,16 @@ from caspr_cli.report.format import verdict
 from caspr_cli.report.horizon import HORIZON, LENGTH, own_schedule
 from caspr_cli.report.model import Row, Run, Table
 from caspr_cli.report.provenance import data_hash
-from caspr_cli.report.selection import ALWAYS_TUNED, UNTUNED, matching, own_values, rows_of, set_by_hand, without_name
+from caspr_cli.report.selection import (
+    ALWAYS_TUNED,
+    UNTUNED,
+    OwnValue,
+    matching,
+    own_values,
+    rows_of,
+    set_by_hand,
+    without_name,
+)
 from caspr_cli.report.settings import ranges
 from caspr_cli.report.stats import Comparison
 
@@ -130,7 +139,7 @@ def _table(
     subject: Table,
     runs: Sequence[Run],
     every: Sequence[Run],
-    known: Collection[tuple[str, str, str]],
+    known: Collection[OwnValue],
     baseline: str | None,
     tuned: Sequence[str] | None,
 ) -> Table:
@@ -153,7 +162,7 @@ def _table(
         others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
         parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
         *reported, more = [
-            rows_of(part, keys, named, higher_is_better=higher, target=target) for part in (*parts, others)
+            rows_of(part, keys, named, known, higher_is_better=higher, target=target) for part in (*parts, others)
         ]
         rows += [row for part in reported for row in part]
         shorter += more

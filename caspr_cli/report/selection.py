@@ -1,7 +1,7 @@
 """Which records belong to one row of a table, and which row or records a user means."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +22,26 @@ IGNORED = {
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")
+MANY = 3  # where rows differ in more keys than this, labels leave out the values that the optimizer has by itself
 GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be named without them
 SHORT = {"task": "task.name", "optim": "optim.name"}
+OwnValue = tuple[str, str, str]  # an optimizer, one of its options, and the frozen value that it has by itself
 
 
-def rows_of(runs: Sequence[Run], tuned: Sequence[str], named: Collection[str] = (), **common: Any) -> list[Row]:
+def rows_of(
+    runs: Sequence[Run],
+    tuned: Sequence[str],
+    named: Collection[str] = (),
+    own_of: Collection[OwnValue] = (),
+    **common: Any,
+) -> list[Row]:
     """Return the rows of one optimizer, tuned or untuned, with labels that have what distinguishes them, and ``named``.
 
     A key that a config lacks (an older version wrote it) gets the value of the others, if they have one value or null.
-    ``common`` are more fields of all rows.
+
+    Args:
+        own_of: :func:`own_values`, which labels with many keys leave out.
+        common: more fields of all rows.
     """
 
     def counts(key: str, value: Any) -> bool:
@@ -46,21 +57,39 @@ def rows_of(runs: Sequence[Run], tuned: Sequence[str], named: Collection[str] = 
     for run, config in zip(runs, configs, strict=True):
         found.setdefault(frozen(missing | config), (missing | config, []))[1].append(run)
     shown = differing(config for config, _ in found.values())
+    omitted = _omitted([config for config, _ in found.values()], shown, own_of)
     labels: Counter[str] = Counter()
     rows = []
     for config, own in found.values():
         name = [config["optim.name"], *(["untuned"] if UNTUNED in config.items() else [])]
         keys = {*shown, *(key for key in named if key in config)}
-        label = " ".join([*name, *sorted(setting(key, config.get(key)) for key in keys)])
+        label = " ".join([*name, *sorted(_settings(config, keys, omitted))])
         labels[label] += 1
         number = f" ({labels[label]})" if labels[label] > 1 else ""  # null and the word null read the same
         rows.append(Row(f"{label}{number}", config, tuple(own), tuple(tuned), **common))
     return rows
 
 
-def own_values(runs: Iterable[Run]) -> set[tuple[str, str, str]]:
+def _omitted(configs: Sequence[Mapping[str, Any]], keys: Collection[str], own_of: Collection[OwnValue]) -> set[str]:
+    """Return the settings that labels leave out, as ``axes=all``: an optimizer's own values, where there are many keys.
+
+    So a table of one option at a time has ``caspr`` and ``caspr axes=first``. A key with two own values, of two
+    versions, stays.
+    """
+    if len(keys) <= MANY:
+        return set()
+    seen, name = values_of(configs), str(configs[0]["optim.name"])
+    own = {key: [value for text, value in seen[key].items() if (name, key, text) in own_of] for key in keys}
+    return {setting(key, values[0]) for key, values in own.items() if len(values) == 1}
+
+
+def _settings(config: Mapping[str, Any], keys: Iterable[str], omitted: Collection[str]) -> set[str]:
+    return {setting(key, config.get(key)) for key in keys}.difference(omitted)
+
+
+def own_values(runs: Iterable[Run]) -> set[OwnValue]:
     """Return (optimizer, option, value) of all options that the command of a run did not set."""
-    found = set[tuple[str, str, str]]()
+    found = set[OwnValue]()
     for run in runs:
         given, name = _given(run), str(run.config["optim.name"])
         options = {key: value for key, value in run.config.items() if key.startswith("optim.") and key not in given}
@@ -74,7 +103,7 @@ def _given(run: Run) -> set[str]:
     return {key for key in keys if key.startswith("optim.")}
 
 
-def set_by_hand(runs: Sequence[Run], own: Collection[tuple[str, str, str]]) -> set[str]:
+def set_by_hand(runs: Sequence[Run], own: Collection[OwnValue]) -> set[str]:
     """Return the options that a command set and that not all optimizers of a table share, as ``exponent=1`` of Shampoo.
 
     A label without them would promise the optimizer's own values. So all count where there is only one optimizer, and
@@ -99,14 +128,20 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
     of another, and not its ``caspr eps=0.0001``.
     """
     keys: dict[tuple[str, bool], set[str]] = defaultdict(set)
+    settings: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
     for table in tables:
         for kind in {(row.optim, row.untuned) for row in table.rows}:
-            keys[kind].update(differing(row.settings for row in table.rows if (row.optim, row.untuned) == kind))
+            own = [row.settings for row in table.rows if (row.optim, row.untuned) == kind]
+            keys[kind].update(differing(own))
+            settings[kind] += own
+    own_of = own_values(run for table in tables for row in table.rows for run in row.records)
+    omitted = {kind: _omitted(settings[kind], own, own_of) for kind, own in keys.items()}
 
     def labelled(row: Row) -> Row:
+        kind = row.optim, row.untuned
         name, *own = row.label.split(" ")
-        more = {setting(key, row.settings[key]) for key in keys[row.optim, row.untuned] if key in row.settings}
-        return row.but(label=" ".join([name, *sorted({*own, *more})]))
+        more = _settings(row.settings, keys[kind].intersection(row.settings), omitted[kind])
+        return row.but(label=" ".join([name, *sorted(more.union(own).difference(omitted[kind]))]))
 
     return [replace(table, rows=tuple(map(labelled, table.rows))) for table in tables]
 

@@ -1,6 +1,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from caspr_cli.report import tuning
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Run
 from caspr_cli.report.profile import names
-from caspr_cli.report.selection import where
+from caspr_cli.report.selection import where, with_common_labels
 
 # ---- rows and labels ---------------------------------------------------------------------------------------------
 
@@ -78,6 +79,44 @@ def test_labels_show_what_differs_within_an_optimizer_and_nothing_else() -> None
         "caspr eps=0.0001 order=inf task.layers=2",
         "adamw",
     }
+
+
+ONE_AT_A_TIME = {"axes": ("all", "first"), "eps": (1e-6, 1e-4), "interval": (10, 100), "nesterov": (True, False)}
+
+
+def ablation(*, task: str = "c4_lm", **changed: Any) -> Run:
+    """A run of ``caspr`` with these of its options changed by its command."""
+    options = {key: changed.get(key, own) for key, (own, _) in ONE_AT_A_TIME.items()}
+    command = ["caspr-train", *(f"optim.{key}={value}" for key, value in changed.items())]
+    keys = {f"optim__{key}": value for key, value in options.items()}
+    return run("caspr", task__name=task, provenance={"command": command}, **keys)
+
+
+def test_labels_of_many_keys_leave_out_what_the_optimizer_has_by_itself() -> None:
+    """So that a table of one option at a time can be read; and each row can be the baseline by its label."""
+    runs = [ablation(), *(ablation(**{key: other}) for key, (_, other) in ONE_AT_A_TIME.items())]
+    labels = {"caspr", "caspr axes=first", "caspr eps=0.0001", "caspr interval=100", "caspr nesterov=false"}
+    made = table([*runs, ablation(axes="first", nesterov=False)], baseline="caspr")
+    assert {each.label for each in made.rows} == labels | {"caspr axes=first nesterov=false"}
+    assert made.baseline == "caspr"
+    assert {each.label for each in table(runs[:-1]).rows} >= {"caspr axes=all eps=1e-06 interval=10"}  # three keys
+
+
+def test_labels_of_many_keys_keep_a_value_of_one_of_two_versions() -> None:
+    newer = [replace(one, config=one.config | {"optim.eps": 1e-5}) for one in (ablation(), ablation(nesterov=False))]
+    older = [ablation(), *(ablation(**{key: ONE_AT_A_TIME[key][1]}) for key in ("axes", "interval"))]
+    assert {each.label for each in table([*older, *newer]).rows} == {
+        "caspr eps=1e-06", "caspr axes=first eps=1e-06", "caspr eps=1e-06 interval=100",
+        "caspr eps=1e-05", "caspr eps=1e-05 nesterov=false",
+    }  # fmt: skip
+
+
+def test_labels_of_many_keys_are_those_of_other_tables() -> None:
+    """What one table leaves out another one does, too, where rows are named over all tables."""
+    runs = [ablation(), *(ablation(**{key: other}) for key, (_, other) in ONE_AT_A_TIME.items())]
+    few = [ablation(task="vit"), ablation(task="vit", axes="first")]
+    one, other = with_common_labels(tables([*runs, *few]))
+    assert {each.label for each in other.rows} == {"caspr", "caspr axes=first"} < {each.label for each in one.rows}
 
 
 def test_no_run_is_lost_where_values_are_written_alike() -> None:
