@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from caspr_cli.optim.groups import left_to_adamw
+from caspr_cli.optim.groups import grouped, left_to_adamw
 from caspr_cli.tasks.errors import DataError
 from caspr_cli.tasks.names import SPLITS, Split, split_of
 
@@ -98,6 +98,10 @@ class Task(ABC):
         Here: vectors, embeddings and the layers in :attr:`heads`.
         """
         return left_to_adamw(model, self.heads)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the groups of :func:`caspr_cli.optim.groups.grouped`, each with ``precondition``: for an optimizer."""
+        return [{"precondition": True} | group for group in grouped(model, self.plain(model))]
 
     @abstractmethod
     def units(self, batch: Any) -> int:

@@ -63,7 +63,6 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
         return _workload(what.name, groups, TRAINING_FLOPS * float(what.parameters) * tokens, dtype, device)
     from caspr_cli import tasks  # here, because the libraries of a task take seconds to import
     from caspr_cli.tasks.base import DataError
-    from caspr_cli.training.groups import param_groups
 
     try:
         task = tasks.load(what.task, what.seed)
@@ -72,7 +71,7 @@ def workload_of(what: ShapeSet | Recipe, tokens: int, dtype: torch.dtype, device
     except (DataError, OSError) as error:  # OSError: the disk of the cache is full
         raise ConfigError(f"--task {what.task.name}: {str(error).splitlines()[0]}") from error
     name = f"{what.task.name}-{what.scale}"
-    return _workload(name, param_groups(task, model), task.train_flops(model), dtype, device)
+    return _workload(name, task.param_groups(model), task.train_flops(model), dtype, device)
 
 
 def _workload(name: str, groups: list[Group], train_flops: float, dtype: torch.dtype, device: torch.device) -> Workload:

@@ -223,6 +223,7 @@ def _word(key: str, value: Any) -> str:
     return key + "_".join(f"{v:.3g}".replace("e-0", "e-") if isinstance(v, float) else str(v) for v in numbers)
 
 
-def options(conf: TaskConf | OptimConf) -> dict[str, Any]:
-    """Return the fields of a config as keyword arguments, without the name; enums are strings."""
-    return {k: v.name if isinstance(v, Enum) else v for k, v in vars(conf).items() if k != "name"}
+def options(conf: OptimConf) -> dict[str, Any]:
+    """Return the fields of a config as keyword arguments, without the name; enums are strings, lists tuples."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(conf).items()}
+    return {key: value.name if isinstance(value, Enum) else value for key, value in fields.items() if key != "name"}

@@ -20,7 +20,6 @@ from caspr_cli.recipe.schema import TaskConf
 from caspr_cli.tasks.base import DataError, Task
 from caspr_cli.tasks.registry import Augment, C4LMConf, MolPCBAConf, ResNetConf, TaggingConf, ViTConf
 from caspr_cli.theory.choices import Layers
-from caspr_cli.training.groups import param_groups
 
 Log = Callable[[str], None]
 
@@ -143,7 +142,7 @@ def record(
     with torch.random.fork_rng(devices=[]):
         task, model = _made(task_name, seed)
         shown = _preconditioned(task, model)
-        optimizer = build(optimizer_name, param_groups(task, model), {"lr": RATE})
+        optimizer = build(optimizer_name, task.param_groups(model), {"lr": RATE})
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         losses = []
         batches = batches_of(task, MODELS[task_name].batch_size, seed)

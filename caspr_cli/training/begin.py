@@ -11,6 +11,7 @@ import torch
 from caspr_cli import tasks
 from caspr_cli.common import plugins
 from caspr_cli.optim.registry import build
+from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.runs import fingerprint
@@ -18,7 +19,6 @@ from caspr_cli.runs.record import Record
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.blame import blaming
 from caspr_cli.training.describe import prepared
-from caspr_cli.training.groups import build_options
 from caspr_cli.training.progress import Progress
 
 
@@ -46,7 +46,7 @@ def begin(recipe: Recipe, record: Record, *, rank: int) -> Begun:
         _show_log(progress)
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "precondition": True}
     with naming_the_key(recipe):  # refuse now the options that no model could be trained with: data may take hours
-        build(recipe.optim.name, [group], build_options(recipe.optim))
+        build(recipe.optim.name, [group], options(recipe.optim))
     files, described = prepared(recipe, task)  # safe on all ranks at once
     fingerprint.refuse_changed(recipe, record, described)
     if progress:

@@ -13,11 +13,11 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.finite import norms_of_rows
 from caspr_cli.optim.fsdp import is_sharded, local
 from caspr_cli.optim.registry import build
+from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import Decay, Recipe
 from caspr_cli.tasks.base import Task
 from caspr_cli.training.batch_norm import measured_anew, statistics
 from caspr_cli.training.data import mix
-from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.schedule import factor
 from caspr_cli.training.sharded import ShardedStrategy, divide
 from caspr_cli.training.timing import PhaseTimer
@@ -79,10 +79,10 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         conf = self.recipe.optim
-        settings = build_options(conf)
+        settings = options(conf)
         if settings.get("ramp_steps") == 0:
             settings["ramp_steps"] = self.recipe.trainer.max_steps
-        optimizer = build(conf.name, param_groups(self.task, self.model), settings)
+        optimizer = build(conf.name, self.task.param_groups(self.model), settings)
         schedule = self.recipe.schedule
         if hasattr(optimizer, "eval"):  # an average of the weights replaces the decay
             schedule = replace(schedule, name=Decay.constant)

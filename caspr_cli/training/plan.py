@@ -14,9 +14,9 @@ from caspr_cli.optim.blocks import TIMES, Layout
 from caspr_cli.optim.cost import called_flops, state_bytes, step_flops
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.registry import TAKES, build
+from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.schema import Recipe
 from caspr_cli.training.begin import naming_the_key
-from caspr_cli.training.groups import build_options, param_groups
 
 
 @dataclass
@@ -55,7 +55,7 @@ def plan(recipe: Recipe) -> Plan:
     names = {p: name for name, p in model.named_parameters()}
     rows: dict[Any, Row] = {}
     with naming_the_key(recipe):
-        for group in param_groups(task, model):
+        for group in task.param_groups(model):
             for p in group["params"]:
                 row = _row(names[p], p, group, plain.get(names[p]), recipe)
                 key = row.tensor, row.shape, row.treatment
@@ -84,7 +84,7 @@ def _device() -> torch.device:
 
 def _row(name: str, p: Tensor, group: dict[str, Any], reason: str | None, recipe: Recipe) -> Row:
     stand_in = nn.Parameter(torch.empty_like(p, device="meta"))
-    settings = build_options(recipe.optim)
+    settings = options(recipe.optim)
     if "start_step" in settings:
         settings["start_step"] = 1  # it preconditions from the first step on
     optimizer = build(recipe.optim.name, [group | {"params": [stand_in]}], settings)

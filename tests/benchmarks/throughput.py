@@ -25,7 +25,6 @@ from caspr_cli.runs.record import Record
 from caspr_cli.training.begin import begin
 from caspr_cli.training.data import TaskData
 from caspr_cli.training.fit import fit
-from caspr_cli.training.module import param_groups
 from caspr_cli.training.schedule import factor
 
 TURNS, STEPS = 5, 40
@@ -37,9 +36,7 @@ def bare(recipe: Recipe) -> float:
     task.prepare()
     torch.manual_seed(recipe.seed)
     model = task.model()
-    settings = compose.options(recipe.optim)
-    settings["betas"] = tuple(settings["betas"])
-    optimizer = build(recipe.optim.name, param_groups(task, model, recipe.optim.weight_decay), settings)
+    optimizer = build(recipe.optim.name, task.param_groups(model), compose.options(recipe.optim))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: factor(s, STEPS, recipe.schedule))
     batches = TaskData(task, recipe, start=0, rank=0, world=1).train_dataloader()
     start = time.perf_counter()

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "report": {"google", "jinja2", "markupsafe", "matplotlib", "numpy", "pandas", "rich", "scipy", "tensorboard",
                "yaml", "common"},
     "theory": {"matplotlib", "numpy", "pandas", "torch", "bench", "common", "optim", "recipe", "tasks",
-               "training.groups", "training.timing",
+               "training.timing",
                "report.answer", "report.style"},
     "tasks": {"PIL", "datasets", "numpy", "pandas", "pyarrow", "rdkit", "tokenizers", "torch", "torch_geometric",
               "torchmetrics", "torchvision", "common.errors", "common.files", "common.plugins",
@@ -51,7 +51,7 @@ NEVER = {
     "caspr_cli/bench/shapes.py": {"torch", "numpy", "optim", "training", "tasks"},
     "caspr_cli/optim/combine.py": {"pytorch_optimizer"},
     # Both take seconds to import, and data are checked before.
-    **{f"caspr_cli/training/{name}.py": {"lightning"} for name in ("begin", "describe", "groups", "progress")},
+    **{f"caspr_cli/training/{name}.py": {"lightning"} for name in ("begin", "describe", "progress")},
     **{f"tasks/{name}.py": {"torchmetrics"} for name in ("base", "simple", *(f"{each}/task" for each in TASKS))},
     **{f"tasks/{name}.py": {"torch", "torchvision", "tasks.base", "tasks.cache"} for name in READERS},
     "caspr_cli/optim/family.py": {"torch", "pytorch_optimizer"},

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from caspr_cli.tasks.base import Task
-from caspr_cli.training.groups import param_groups
 from caspr_cli.training.timing import Clock, PhaseTimer
 
 
@@ -20,7 +19,7 @@ class Named:
 def test_every_parameter_is_in_one_group_and_vectors_never_decay() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.LayerNorm(2))
     model[1].bias.requires_grad_(False)
-    matrices, others, vectors = param_groups(cast(Task, Named()), model)
+    matrices, others, vectors = Task.param_groups(cast(Task, Named()), model)
     assert [p.shape for p in matrices["params"]] == [(4, 3)]
     assert [p.shape for p in others["params"]] == [(2, 4)]
     assert [p.shape for p in vectors["params"]] == [(4,), (2,), (2,)]

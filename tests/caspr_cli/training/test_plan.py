@@ -7,10 +7,10 @@ from torch import nn
 from caspr_cli import tasks
 from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.registry import build
+from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, Recipe, TaskConf
 from caspr_cli.tasks.base import Task
-from caspr_cli.training.groups import build_options, param_groups
 from caspr_cli.training.plan import plan, table
 
 
@@ -85,7 +85,7 @@ def test_the_state_is_what_a_real_optimizer_holds_after_two_steps(name: str) -> 
     changes = {"start_step": 1} if hasattr(OPTIMIZERS[name](), "start_step") else {}
     found = plan(recipe(name, **changes))
     model = Small().model()
-    optimizer = build(name, param_groups(Small(), model), build_options(OPTIMIZERS[name](**changes)))
+    optimizer = build(name, Small().param_groups(model), options(OPTIMIZERS[name](**changes)))
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
