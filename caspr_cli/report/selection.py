@@ -22,7 +22,7 @@ IGNORED = {
     "trainer.keep_checkpoints", "optim.shard",
 }  # fmt: skip
 IGNORED_GROUPS = ("task.target.", "search.")
-MANY = 3  # where rows differ in more keys than this, labels leave out the values that the optimizer has by itself
+MANY = 2  # where rows differ in more keys than this, labels leave out the values that the optimizer has by itself
 GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be named without them
 SHORT = {"task": "task.name", "optim": "optim.name"}
 OwnValue = tuple[str, str, str]  # an optimizer, one of its options, and the frozen value that it has by itself
