@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from caspr_cli.optim import stacks
-from caspr_cli.optim.roots import probe_vectors
+from caspr_cli.optim.roots import probe_vectors, start_vector
 
 optimizers: Any = import_module("torch.optim.optimizer")  # torch.optim hides it
 
@@ -228,6 +228,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
     """Put tensors on "cuda" that are not there, and count what is asked of them."""
     gpu = FakeGPU()
     probe_vectors.cache_clear()
+    start_vector.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Event, "gpu", gpu, raising=False)
         patch.setattr(torch.cuda, "current_stream", lambda *args: Stream())
@@ -240,3 +241,4 @@ def fake_gpu() -> Iterator[FakeGPU]:
         with FakeTensorMode(allow_non_fake_inputs=True), gpu:
             yield gpu
     probe_vectors.cache_clear()
+    start_vector.cache_clear()

@@ -1,6 +1,7 @@
 """``caspr-report check`` and ``leaderboard``: what of them needs more than to read files."""
 
 import hashlib
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from caspr_cli.common.errors import UserError
 from caspr_cli.common.format import count, listed
+from caspr_cli.common.streams import TerminatedError
 from caspr_cli.report import entry, leaderboard, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run
@@ -16,6 +18,7 @@ from caspr_cli.report.pack import endings
 from caspr_cli.report.settings import frozen
 
 AGAIN = 2  # reported seeds of a row that are run again
+INTO = "again"  # the folder of these runs, in which nobody's own records lie
 
 
 def packs(paths: Sequence[Path]) -> dict[str, list[Run]]:
@@ -43,7 +46,8 @@ def draw(space: Mapping[str, Mapping[str, Any]], trial: int) -> dict[str, Any]:
 def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool:
     """Print for each row whether it may stand on the leaderboard (of these packs), or what is wrong. Return if all may.
 
-    In the directory ``rerun`` two reported seeds of each row are run again; None: they are not.
+    In the directory ``rerun`` two reported seeds of each row are run again; None: they are not. What an earlier check
+    has run there is not run once more.
     """
     if board and not board.is_dir():
         raise UserError(f"--board {board}: no such directory")
@@ -55,11 +59,12 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
         raise UserError(f"no records in {listed(paths)}; {records.how(paths)}")
     for line in found.warnings:
         print(f"wrong    {line}")
-    right = not found.warnings
+    right, rows = not found.warnings, 0
     for table in tables(found.runs):
         for row in table.rows:
             if row.untuned:
                 continue
+            rows += 1
             wrong = [*entry.problems(row, draw), *standing.against(row, table)]
             wrong += [] if wrong or rerun is None else _again(row, rerun)
             name = f"{row.label} on {table.task}"
@@ -69,7 +74,9 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
                 more = "" if rerun is None else f", {AGAIN} run again"
                 print(f"right    {name}: {count(len(row.trials), 'trial')}, {count(row.n, 'fresh seed')}{more}")
             right = right and not wrong
-    return right
+    if not rows:
+        print("wrong    no row was tuned: there is nothing to check")
+    return right and rows > 0
 
 
 def _again(row: Row, folder: Path) -> Iterator[str]:
@@ -83,8 +90,10 @@ def _again(row: Row, folder: Path) -> Iterator[str]:
         name = hashlib.sha256(frozen(run.config).encode()).hexdigest()[:8]
         inner = f"{run.config['task.name']}/{row.optim}/{name}/seed{run.seed}"  # wherever the record itself lies
         unpack([replace(run, path=inner)], folder / "entry")
-        recipe = replace(compose.load(folder / "entry" / inner / "config.yaml"), output_dir=str(folder))
+        recipe = replace(compose.load(folder / "entry" / inner / "config.yaml"), output_dir=str(folder / INTO))
         outcome = launched(recipe, ["caspr-train", *sys.argv[1:]])
+        if outcome.signal:
+            raise KeyboardInterrupt if outcome.signal == signal.SIGINT else TerminatedError
         found = records.find([outcome.record.path]).runs
         if line := entry.reproduced(row, run, found[0].final if found else None):
             yield line

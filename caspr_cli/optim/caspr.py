@@ -47,13 +47,14 @@ _NOTES = """
             (``Shard(0)``); in the first step, parameters that are not the same on all ranks that should have them.
 
     Any option but ``params``, ``process_group`` and ``group_size`` can be set for a param group, also by hand later:
-    the next step refuses what cannot be. ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update
-    W <- W - lr U. Statistics start with the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds
-    tensors alone, and loads under ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and ``batch_axes`` of a
-    group are fixed with its first step, and so is whether ``exponent`` is 0. Where ``order``, ``exponent``,
-    ``statistics``, ``damping`` or ``eps`` change, or ``measured`` from or to 0, by hand or by a state, all roots of the
-    group are made again at its next step. A loaded state brings its options, but neither the class nor ``shard``; the
-    ``eps`` of an AdamW state becomes ``graft_eps``.
+    the next step refuses what cannot be (but trusts schedules with ``lr``, ``betas`` and ``weight_decay``).
+    ``interval=1, start_step=1, graft="none", betas=(0, b2)`` is the bare update W <- W - lr U. Statistics start with
+    the first step, whatever ``start_step`` is. ``state_dict()`` is torch's, holds tensors alone, and loads under
+    ``weights_only=True``. ``block_size``, ``merge``, ``axes`` and ``batch_axes`` of a group are fixed with its first
+    step, and so is whether ``exponent`` is 0. Where ``order``, ``exponent``, ``statistics``, ``damping`` or ``eps``
+    change, or ``measured`` from or to 0, by hand or by a state, all roots of the group are made again at its next
+    step. A loaded state brings its options, but neither the class nor ``shard``; the ``eps`` of an AdamW state becomes
+    ``graft_eps``.
 
     On a GPU ``lr`` may be a tensor there. A step then waits for nothing once there are roots, and can be captured in
     CUDA graphs, one for each step of an ``interval``, which are replayed in their order.

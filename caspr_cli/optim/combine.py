@@ -53,6 +53,8 @@ def precondition(X: Tensor, out: Tensor, stack: Stack, rows: slice, group: Group
     else:
         U = on_axes(low, [Q.mT for Q in A], stack.axes, out)
         U = on_axes(U.mul_(weights(stack, rows, group)), A, stack.axes, out)
+        for place, axis in enumerate(stack.axes):  # eigenvectors mix rows that never had a gradient, by rounding
+            U.mul_(along(stack.has_gradients(place, rows).to(U.dtype), axis, U))
     if plain is not None:
         U = torch.where(per_block((A[0] == 0).flatten(1).all(1), U), plain, U)
     if group["polar"]:

@@ -149,7 +149,8 @@ class FullAdagradOptions:
         10,
         """steps between two computations of a block's roots; a larger one saves time and leaves roots stale. Blocks
         take turns, a share at each step, so that no single step is slow. A block in which a row or a column wakes up
-        that was silent (its share in the statistics has grown 25 times) has new roots at once.""",
+        that was silent (its share in the statistics has grown 25 times), or that was silent as a whole, has new roots
+        at once; a block that is a vector, as all of ``axes="row"`` are, waits for its turn.""",
         COUNT,
     )
     start_step: int = option(
@@ -184,7 +185,7 @@ class FullAdagradOptions:
         ``start_step``. AdamW has what is left to the graft method for good. ``"sgd"`` and ``"none"`` need other
         learning rates.""",
     )
-    graft_eps: float = option(1e-8, "the eps of that method.", NOT_NEGATIVE)
+    graft_eps: float = option(1e-8, "the eps of that method; with 0 a zero gradient would be 0 / 0.", POSITIVE)
     precondition: Literal["momentum", "gradient", False] = option(
         "momentum",
         """``"momentum"``, as in the authors' public code; or ``"gradient"``, with the momentum of the grafted updates

@@ -276,7 +276,7 @@ def largest_eigenvalue(S: Tensor, every: int = 1) -> Tensor:
     Args:
         every: steps after which a vector is made one of length 1.
     """
-    v = probe_vectors(S.shape[-1], S.dtype, S.device)[:1].expand(S.shape[0], -1, -1)
+    v = start_vector(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1)
     for number in range(1, POWER_STEPS + 1):
         v = torch.bmm(v, S)
         if number % every:
@@ -284,6 +284,17 @@ def largest_eigenvalue(S: Tensor, every: int = 1) -> Tensor:
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
     largest: Tensor = torch.linalg.vector_norm(torch.bmm(v, S), dim=(1, 2))
     return largest.double()
+
+
+@lru_cache(maxsize=256)
+def start_vector(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``[1, d]`` of independent normal numbers, always the same.
+
+    Signs would be orthogonal to whole statistics: half of them to those of equal rows of two, whose largest eigenvalue
+    then was 0.
+    """
+    generator = torch.Generator("cpu").manual_seed(d)
+    return torch.randn(1, d, generator=generator, device="cpu").to(device, dtype)
 
 
 @lru_cache(maxsize=256)

@@ -72,8 +72,8 @@ class Stack:
     storage: Storage
     S: list[Tensor]  # statistics over scale^2, packed [K, packed_length(d_i)]
     A: list[Tensor]  # roots in units of root_scale, [K, d_i, d_i] or packed; or eigenvectors, each a column
-    # Diagonal of the damped S over the trace of S when A was computed, [K, d_i]; 0 where that is not known. An empty
-    # list for vectors, of which each entry is a row.
+    # Diagonal of the damped S over the trace of S when A was computed, [K, d_i]; tiny where S was zero, 0 where that is
+    # not known. An empty list for vectors, of which each entry is a row.
     shares: list[Tensor]
     values: list[Tensor]  # with eigenvectors, eigenvalues of the damped S in units of root_scale^2, [K, d_i]
     V: Tensor | None  # and the second moment in their basis over scale^2, [K, d_1, ..., d_k]
@@ -203,12 +203,17 @@ class Stack:
         """``[K]``: the sum of squares that is in S, the same along each axis."""
         return trace(self.S[0], self.sizes[0])
 
+    def has_gradients(self, place: int, at: RowIndex) -> Tensor:
+        """``[k, d]``, which rows of the axis at this place of ``axes`` have anything in the statistics."""
+        return diagonal(self.S[place][at], self.sizes[place]) > 0
+
     def outgrown(self) -> Tensor:
         """Return ``[K]``, whether a row, of any axis, has ``OUTGROWN`` times the share in the statistics that it had
         when the block's roots were computed.
 
         Such a row was silent, so the roots lengthen it as far as the damping lets them, and the graft would give it the
-        step of the whole tensor. That all rows grow together changes no share.
+        step of the whole tensor. A block without any gradient until then has outgrown its roots, which are the identity
+        in any units, with its first one. That all rows grow together changes no share.
         """
         grown = torch.zeros_like(self.scale, dtype=torch.bool)
         for S, d, known in zip(self.S, self.sizes, self.shares, strict=False):
@@ -222,7 +227,8 @@ class Stack:
             return
         now = S.diagonal(dim1=1, dim2=2).double()
         total = now.sum(1, keepdim=True)
-        shares = torch.where(total > 0, (now + shift.unsqueeze(1)) / total, 0).to(S.dtype)
+        nothing = torch.finfo(S.dtype).tiny  # any gradient has more
+        shares = torch.where(total > 0, (now + shift.unsqueeze(1)) / total, nothing).to(S.dtype)
         self.shares[place][at] = torch.where(accepted.unsqueeze(1), shares, self.shares[place][at])
 
     def input_scale(self, group: Group) -> Tensor:

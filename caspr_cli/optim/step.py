@@ -192,13 +192,16 @@ def update_rest(x: Active) -> None:
 
 def update_weights(x: Active) -> None:
     """Take the step of the preconditioned parameters, a chunk at a time, where this rank has all of their blocks."""
-    if not x.layouts:
-        return
-    with full_precision(next(iter(x.layouts)).device.type):
-        scattered = [p for p in x.plan.scattered if p in x.layouts]
+    for device in {p.device for p in x.layouts}:
+        _update_weights_on(device, x)
+
+
+def _update_weights_on(device: torch.device, x: Active) -> None:
+    with full_precision(device.type):
+        scattered = [p for p in x.plan.scattered if p in x.layouts and p.device == device]
         lengths = update_moments(scattered, x)
         pieces: Pieces = {p: {} for p in scattered}
-        for stack in x.stacks:
+        for stack in (stack for stack in x.stacks if stack.scale.device == device):
             scale = stack.input_scale(x.group)
             for members, rows in stack.chunks(x.members(stack)):
                 if stack.whole and x.group["precondition"] == "momentum":

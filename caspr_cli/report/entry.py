@@ -9,13 +9,18 @@ from caspr_cli.common.shape import DONE
 from caspr_cli.report import provenance
 from caspr_cli.report.model import Row, Run, Table, Trial
 from caspr_cli.report.selection import ABSENT
-from caspr_cli.report.settings import frozen, plain, ranges
+from caspr_cli.report.settings import expanded, frozen, plain, ranges
 
 SEARCH = "joint"
 LEAST_TRIALS = 8
 LEAST_SEEDS = 3  # that are reported
 RERANK = 3  # trials that are run again at the seeds AGAIN
 CHOOSING = {TUNING_SEED, *AGAIN}
+# What conf/search/joint.yaml varies, of optimizers that have it.
+TUNED = (
+    "optim.lr", "optim.adamw_lr_scale", "optim.betas.0", "optim.betas.1", "optim.momentum", "optim.weight_decay",
+    "schedule.warmup",
+)  # fmt: skip
 TOLERANCE = 0.005  # relative: how far a run may end from where it is said to, on another machine
 DEVIATIONS = 3  # or so many standard deviations of the row's seeds
 CLOSE = 1e-9  # relative: a value of the curve that is rounded in the result
@@ -28,7 +33,7 @@ def problems(row: Row, draw: Draw | None = None) -> list[str]:
     """Return what is wrong with the records of a row, from these alone; ``draw`` also checks the values of trials."""
     if other := other_searches(row.records):
         return [other]
-    found = [line for run in row.records for line in _torn(run)]
+    found = [*_not_tuned(row), *(line for run in row.records for line in _torn(run))]
     found += [line for check in (_trials, _finalists, _seeds, _origin) for line in check(row)]
     return found + ([line for trial in row.trials for line in _undrawn(trial, draw)] if draw else [])
 
@@ -38,6 +43,17 @@ def other_searches(runs: Sequence[Run]) -> str:
     tuned = [run for run in runs if run.config.get("trial") != "default"]
     names = sorted({plain(run.config.get("search.name")) for run in tuned} - {SEARCH})
     return f"tuned by search={listed(names)}; the leaderboard has search={SEARCH}" if names else ""
+
+
+def _not_tuned(row: Row) -> Iterator[str]:
+    """Yield the keys of the joint search that the optimizer has and its search leaves alone."""
+    for run in row.records:
+        if run.config.get("trial") != "default":
+            space = ranges(run.config)
+            whole = expanded(run.config, TUNED)
+            if missing := [key for key in TUNED if key in whole and key not in space]:
+                yield f"its search does not vary {listed(missing, 9)}"
+            return
 
 
 def against(row: Row, table: Table, board: Sequence[Table]) -> list[str]:

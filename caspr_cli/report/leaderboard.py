@@ -121,13 +121,17 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
     planned = rows[0].records[0].config["search.trials"]
     refined = max(run.config.get("search.refine") or 0 for run in rows[0].records)
-    rounds = math.ceil((len(rows[0].trials) - planned - BESIDE * refined) / further(planned))
+    rounds = max(0, math.ceil((len(rows[0].trials) - planned - BESIDE * refined) / further(planned)))
     budget = f"search.trials={planned} search.extend={rounds or 'false'} search.refine={refined}"
-    yield f"Run your own like these:\n\n    {_entry(table.task)} {budget} seed={seeds}"
+    yield f"Run your own like these{_of(table.task)}:\n\n    {_entry(table.task)} {budget} seed={seeds}"
+
+
+def _of(task: str) -> str:
+    return "" if task in EXPERIMENTS else f", with an experiment in your package that has task={task} and search=joint"
 
 
 def _entry(task: str) -> str:
-    return f"caspr-train {EXPERIMENTS.get(task, f'task={task}')} optim=my_opt"
+    return f"caspr-train {EXPERIMENTS.get(task, f'experiment={task}')} optim=my_opt"
 
 
 def _against_first(table: Table, rows: Sequence[Row]) -> list[str]:

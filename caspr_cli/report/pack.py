@@ -6,6 +6,7 @@ paths are left out. The same records give the same bytes.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,7 @@ FORMAT = {"caspr-report": "records", "version": 1}
 # An absolute path, where a word begins; not the rest of a URL or of val/loss.
 ABSOLUTE = re.compile(r"(?:(?<=[\s=:,;'\"(\[])|^)/(?!/)[^\s,;:'\")\]]+")
 HIDDEN = "<path>"
+PLACES = ("task.root", "output_dir")  # which make no row of their own
 SUFFIX = ".jsonl.gz"
 PARTS = ("config", "status", "result", "provenance")  # of a record, that a pack has
 LONGEST_LINE = 16_000_000  # bytes of one record; one with a hundred thousand validations has four
@@ -65,7 +67,9 @@ def _entry(run: Run, roots: Mapping[Path, str]) -> dict[str, Any]:
         "result": run.result,
         "provenance": origin,
     }
-    cleaned = {key: _cleaned(value, host) for key, value in parts.items()}
+    cleaned = {key: _cleaned(value, host) for key, value in parts.items() if key != "config"}
+    config = parts["config"].items()
+    cleaned["config"] = {key: _cleaned(value, None, distinct=key not in PLACES) for key, value in config}
     return {"path": shape.encodable(_kept(run.path, roots)), **cleaned, "curve": [astuple(each) for each in run.curve]}
 
 
@@ -110,16 +114,24 @@ def endings(roots: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _cleaned(node: Any, host: str | None) -> Any:
-    """Return the same without absolute paths and the name of the host."""
+def _cleaned(node: Any, host: str | None, *, distinct: bool = False) -> Any:
+    """Return the same without absolute paths and the name of the host.
+
+    Args:
+        distinct: different paths stay different, as ``<path 1f3a9c20>``: settings that differ make different rows.
+    """
     if isinstance(node, dict):
-        return {key: _cleaned(value, host) for key, value in node.items()}
+        return {key: _cleaned(value, host, distinct=distinct) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_cleaned(value, host) for value in node]
+        return [_cleaned(value, host, distinct=distinct) for value in node]
     if not isinstance(node, str):
         return node
-    text = ABSOLUTE.sub(HIDDEN, node)
+    text = ABSOLUTE.sub(_hash_of if distinct else HIDDEN, node)
     return re.sub(rf"(?<![\w.-]){re.escape(host)}(?![\w-])", "<host>", text) if host else text
+
+
+def _hash_of(path: re.Match[str]) -> str:
+    return f"{HIDDEN[:-1]} {hashlib.sha256(path[0].encode()).hexdigest()[:8]}>"
 
 
 def unpack(runs: Iterable[Run], folder: Path, packs: Sequence[Path] = ()) -> tuple[int, int]:

@@ -75,7 +75,8 @@ def _directories(root: Path, warnings: list[str]) -> Iterator[str]:
 
     for directory, inner, files in os.walk(root, onerror=failed):
         if any(mark in files for mark in MARKS):
-            inner.clear()
+            if "status.json" in files:  # a config.yaml alone may be anybody's, with records below
+                inner.clear()
             yield directory
         inner[:] = sorted(name for name in inner if name not in SKIPPED)
 

@@ -30,6 +30,7 @@ STEPS = ("step", "global_step", "trainer/global_step", "_step", "iteration", "it
 RUNS = ("name", "run", "run_name", "run name", "run_id", "id")  # columns that say which run a line is of
 STATES = ("state", "status")
 UNNAMED = ("metrics", "history", "log", "logs", "training", "results")  # a CSV of this name is called like its folder
+STAMPED = re.compile(r"\d{9,}\.\d+")  # the folder that SummaryWriter.add_hparams opens is called by the time
 BANDS = ("__MIN", "__MAX")  # W&B's columns beside each curve
 # MLflow writes the number of a state.
 STATE = {"3": DONE, "4": FAILED, "5": FAILED, "1": "running", "2": "running", "finished": DONE, "failed": FAILED,
@@ -174,7 +175,8 @@ def read_tensorboard(root: Path, asked: Asked, into: Found) -> Iterator[str]:
         into.metrics |= curves.keys()
         run, tag = tags.get(asked.metric or "", (folder, ""))
         keys = keys_of(folder / "hparams.yaml", into) | keys
-        name = _name(root, run if root.is_dir() and run.is_relative_to(root) else folder)
+        named = run.parent if STAMPED.fullmatch(run.name) else run
+        name = _name(root, named if root.is_dir() and named.is_relative_to(root) else folder)
         own[folder] = Log(str(run), name, curves.get(tag, []), dict(keys), updated=updated(*files)), keys
     for folder, (log, keys) in own.items():
         parent = own.get(folder.parent)
@@ -265,6 +267,8 @@ def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
             into.warnings.append(f"{file}: is no CSV with a line of heads and as many values in each line")
             continue
         yield str(file)
+        if not file.read_bytes().endswith((b"\n", b"\r")):
+            into.notes.append(f"{file}: does not end with a line break, so that its last value may be cut")
         frame = frame[1:][~short[1:]].set_axis(heads, axis=1)  # the last line may be cut
         name = file.with_suffix("") if file.stem.casefold() not in UNNAMED else file.parent
         into.metrics |= {head.rpartition(" - ")[2] for head in heads if not head.endswith(BANDS)}

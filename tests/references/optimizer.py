@@ -66,8 +66,9 @@ def outgrown(then: list[Tensor], now: list[Tensor], *, kind, beta, eps, damping,
     chosen = {"all": slice(None), "first": slice(1), "last": slice(-1, None), "row": slice(-1, None)}[axes]
     return any(
         bool((new.diagonal() / new.trace() > 25 * damped(old, eps, damping).diagonal() / old.trace()).any())
-        for old, new in pairs[chosen]
         if old.any()
+        else bool(new.any())  # the roots were of nothing
+        for old, new in pairs[chosen]
     )
 
 

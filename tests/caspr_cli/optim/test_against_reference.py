@@ -74,18 +74,22 @@ def test_the_defaults_are_those_of_the_reference(optimizer):
         assert defaults[name] == value
 
 
-WAKING = [{}, {"axes": "last"}, {"exponent": 1.0}, {"statistics": "accumulate"}, {"merge": "none"}, {"order": 1},
-          {"block_size": 3, "precondition": "gradient"}, {"method": "shampoo"}]  # fmt: skip
+WAKING = [{}, {"block_size": 3}, {"axes": "last"}, {"exponent": 1.0}, {"statistics": "accumulate"}, {"merge": "none"},
+          {"order": 1}, {"block_size": 3, "precondition": "gradient"}, {"method": "shampoo"}]  # fmt: skip
 
 
+@pytest.mark.parametrize("silent", ["row and column", "block", "all"])
 @pytest.mark.parametrize("options", WAKING)
-def test_a_row_or_a_column_that_wakes_up(options):
-    """Between two turns: the blocks that hold it have new roots at once."""
+def test_a_row_or_a_column_that_wakes_up(options, silent):
+    """Between two turns: the blocks that hold it have new roots at once. So has a block that was silent as a whole."""
     method = options.get("method", "caspr")
     options = {name: value for name, value in options.items() if name != "method"}
     gradients = random_stream(6, 5, steps=12, seed=6)
     for gradient in gradients[:8]:
-        gradient[0], gradient[:, 3] = 0, 0
+        if silent == "row and column":
+            gradient[0], gradient[:, 3] = 0, 0
+        else:
+            gradient[: 3 if silent == "block" else 6] = 0
     optimizer, known = library(method, {"interval": 6, "start_step": 3} | options)
     weights, turns = run_with_turns(optimizer, torch.zeros(6, 5).double(), gradients, lr=1.0, **known)
     expected = reference_weights(torch.zeros(6, 5), gradients, method, lr=1.0, turns=turns, **known)

@@ -26,7 +26,7 @@ REFUSED = [
     ({"eps": (None, 1e-3)}, r"eps should be > 0 but is: \(None, 0.001\)"),
     ({"lr": "big"}, "lr should be >= 0 but is: big"),
     ({"weight_decay": -0.1}, "weight_decay should be >= 0 but is: -0.1"),
-    ({"graft_eps": -1e-8}, "graft_eps should be >= 0 but is: -1e-08"),
+    ({"graft_eps": 0}, "graft_eps should be > 0 but is: 0"),
     ({"betas": (1.0, 0.9)}, r"betas\[0\] should be in \[0, 1\) but is: 1.0"),
     ({"betas": (-0.1, 0.9)}, r"betas\[0\] should be in \[0, 1\) but is: -0.1"),
     ({"betas": (0.9, 1.5)}, r"betas\[1\] should be in \[0, 1\) but is: 1.5"),

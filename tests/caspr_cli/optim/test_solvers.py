@@ -14,7 +14,17 @@ from references.drive import relative_error
 from references.inverse_root import SPECTRA, dense_residual, inverse_root, moved, shift_of, spectrum, with_spectrum
 from torch import Tensor
 
-from caspr_cli.optim.roots import PROBES, Root, bound, damping_shift, eigh_root, newton_root, probe_vectors, residual
+from caspr_cli.optim.roots import (
+    PROBES,
+    Root,
+    bound,
+    damping_shift,
+    eigh_root,
+    largest_eigenvalue,
+    newton_root,
+    probe_vectors,
+    residual,
+)
 from caspr_cli.optim.solve import Problem, solve, solve_all
 
 CONDITIONS = [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12]
@@ -289,6 +299,14 @@ def test_a_residual_shows_whatever_is_not_finite(d: int, bad: float) -> None:
             assert not math.isfinite(float(found[k]))
             assert float(found[1 - k]) < 1e-12
             assert not bool(found[k] <= 0.9)
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_the_largest_eigenvalue_of_rows_that_are_equal_up_to_their_sign(alternating: bool) -> None:
+    """As in a layer whose units all begin alike. Vectors of signs are orthogonal to some of these statistics."""
+    for d in range(1, 65):
+        row = torch.ones(d) * (-1.0) ** torch.arange(d) if alternating else torch.ones(d)
+        assert float(largest_eigenvalue(torch.outer(row, row)[None])) == pytest.approx(d, rel=1e-5)
 
 
 # ---- residuals

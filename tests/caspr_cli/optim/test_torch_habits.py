@@ -95,6 +95,34 @@ def test_a_closure_has_gradients_enabled_and_its_loss_is_returned():
     assert optimizer.step() is None
 
 
+@pytest.mark.parametrize("options", [{}, {"graft": "rms"}, {"precondition": "gradient"}])
+def test_a_group_on_two_devices(options):
+    """Each does its own work, also where tensors are cut into blocks of several shapes. ("meta" has no numbers.)"""
+    shapes = [(4, 5), (3, 3), (7,)]
+    alone, beside = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    away = [torch.nn.Parameter(torch.ones(shape, device="meta")) for shape in shapes]
+    options = options | {"block_size": 3, "interval": 1}  # with another one turns depend on all blocks of a group
+    optimizers = [CASPR(alone, **options), CASPR([*beside, *away], **options)]
+    for step in range(4):
+        for i, ps in enumerate((alone, beside, away)):
+            for p, G in zip(ps, (random_stream(*shape, steps=4, seed=7)[step] for shape in shapes), strict=True):
+                p.grad = G.float() if i < 2 else torch.ones_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(alone, beside, strict=True))
+
+
+def test_another_default_device_changes_nothing():
+    weights = []
+    for device in ("cpu", "meta"):
+        p = torch.nn.Parameter(torch.zeros(3, 4))
+        p.grad = random_stream(3, 4, steps=1, seed=1)[0].float()
+        with torch.device(device):
+            CASPR([p]).step()
+        weights.append(p)
+    assert torch.equal(*weights)
+
+
 def test_steps_leave_no_graph_behind():
     model, inputs, targets = toy()
     optimizer = CASPR(model.parameters(), start_step=1)

@@ -50,6 +50,42 @@ def test_it_takes_a_few_times_the_step_of_the_others_and_leaves_them_theirs(cls:
     assert min(others for _, others in found) > 0.17
 
 
+@pytest.mark.parametrize("options", [{}, {"exponent": 1.0}, {"polar": True}, {"merge": "none", "order": 1}])
+def test_a_whole_block_that_wakes_up_goes_where_a_new_one_would(options: dict[str, Any]) -> None:
+    """As an expert that had no tokens: with new roots at once. It kept the identity until its turn."""
+    own: dict[str, Any] = {"lr": 1.0, "graft": "none", "betas": (0.0, 0.9), "interval": 50} | options
+    p, q = torch.nn.Parameter(torch.zeros(2, 8, 6)), torch.nn.Parameter(torch.zeros(1, 8, 6))
+    optimizer, fresh = (CASPR([each], batch_axes=1, **own) for each in (p, q))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(66):
+        p.grad, before = torch.randn(2, 8, 6, generator=generator), (p.detach().clone(), q.detach().clone())
+        if step < 60:
+            p.grad[1] = 0
+        optimizer.step()
+        if step >= 60:
+            q.grad = p.grad[1:].clone()
+            fresh.step()
+            moved, expected = (p.detach() - before[0])[1].flatten(), (q.detach() - before[1]).flatten()
+            assert torch.cosine_similarity(moved, expected, dim=0) > 0.999
+
+
+def test_a_tensor_whose_first_gradients_are_zero_has_roots_from_its_first_gradient_on() -> None:
+    """As the second factor of LoRA has, at step 2."""
+    late, soon = (torch.nn.Parameter(torch.zeros(8, 6)) for _ in range(2))
+    options: dict[str, Any] = {"lr": 1.0, "graft": "none", "betas": (0.0, 0.9)}
+    with_zero, without = CASPR([late], **options), CASPR([soon], **options)
+    for step in range(4):
+        gradient = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        late.grad = gradient if step else torch.zeros(8, 6)
+        with_zero.step()
+        if step:
+            soon.grad = gradient
+            without.step()
+            new, old = (A for one in (with_zero, without) for A in one.stacks(0)[0].A[:1])
+            if step == 1:  # the roots of the same gradient, up to their scale
+                assert torch.allclose(new / new.norm(), old / old.norm(), atol=1e-5)
+
+
 def test_only_the_blocks_that_hold_it_have_new_roots_and_a_cut_changes_nothing() -> None:
     def advance(p: Tensor, optimizer: KroneckerOptimizer, steps: range) -> None:
         for step in steps:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,6 +15,7 @@ from calling import Call
 
 from caspr_cli.commands import report
 from caspr_cli.commands.check import draw, packs
+from caspr_cli.common.exits import TERMINATED
 from caspr_cli.report import entry, leaderboard, pack, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Row, Run
@@ -257,7 +259,7 @@ def test_check_runs_two_seeds_again(
         (one,) = (r for r in fair() if (r.config["optim.lr"], r.seed) == (recipe.optim.lr, recipe.seed))
         end = one.result | {"final": {"step": 500, "val/map": (one.final or 0) + off}}
         pack.unpack([replace(one, path="run", result=end)], tmp_path / str(len(started)))
-        return SimpleNamespace(record=SimpleNamespace(path=tmp_path / str(len(started)) / "run"))
+        return SimpleNamespace(record=SimpleNamespace(path=tmp_path / str(len(started)) / "run"), signal=None)
 
     monkeypatch.setattr("caspr_cli.runs.launch.run", run)
     own = packed("muon", tmp_path / "own.jsonl.gz")
@@ -265,10 +267,44 @@ def test_check_runs_two_seeds_again(
         pack.unpack(pack.read(own), tmp_path / "records")
         own = tmp_path / "records"
     assert call("check", own, "--rerun", tmp_path / "again") == code
-    assert started == [("muon", 0.05581, seed, str(tmp_path / "again")) for seed in (1, 2)]
+    into = str(tmp_path / "again" / "again")  # where the entry's own records are not found, if they are in --rerun
+    assert started == [("muon", 0.05581, seed, into) for seed in (1, 2)]
     out = call.out
     assert ("3 fresh seeds, 2 run again" in out) == (code == 0)
     assert ("seed 1: ended at 0." in out) == (code == 1)
+
+
+def test_a_check_that_is_stopped_ends_without_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
+) -> None:
+    started = []
+
+    def run(recipe: Any, command: list[str]) -> Any:
+        started.append(recipe.seed)
+        return SimpleNamespace(record=SimpleNamespace(path=tmp_path), signal=signal.SIGTERM)
+
+    monkeypatch.setattr("caspr_cli.runs.launch.run", run)
+    own = packed("muon", tmp_path / "own.jsonl.gz")
+    assert call("check", own, "--rerun", tmp_path / "again") == TERMINATED
+    assert started == [1]
+    assert "muon" not in call.out
+
+
+def test_records_without_a_tuned_row_are_not_right(call: Call, tmp_path: Path) -> None:
+    untuned = [run for run in fair() if run.config.get("trial") == "default"]
+    (tmp_path / "own.jsonl.gz").write_bytes(pack.pack(untuned, [PACK]))
+    assert call("check", tmp_path / "own.jsonl.gz") == 1
+    assert call.out == "wrong    no row was tuned: there is nothing to check\n"
+
+
+def test_a_search_of_some_keys_alone_is_not_the_joint_one() -> None:
+    row, _ = rows(fair(), "muon")
+    narrow = [
+        replace(run, config={k: v for k, v in run.config.items() if not k.startswith("search.space.optim.betas")})
+        for run in row.records
+    ]
+    found = entry.problems(replace(row, records=tuple(narrow)))
+    assert found == ["its search does not vary optim.betas.0 and optim.betas.1"]
 
 
 def test_a_run_that_failed_again_is_as_before() -> None:

@@ -134,6 +134,23 @@ def test_settings_that_are_no_row_are_refused_or_tuned(tmp_path: Path) -> None:
         logs.find([tmp_path / "runs"], Asked("tensorboard", METRIC, group=["optimizer"]))
 
 
+def test_a_metric_that_only_add_hparams_has(tmp_path: Path) -> None:
+    """Its folder is called by the time: the run is the folder above."""
+    for optimizer, seed in RUNS:
+        with SummaryWriter(str(tmp_path / f"{optimizer}_seed{seed}")) as writer:
+            writer.add_hparams({"lr": 0.1}, {"hparam/best": float(seed)})
+    assert set(rows(logs.find([tmp_path], Asked("tensorboard", "hparam/best")))) == {"adamw", "caspr"}
+
+
+def test_a_csv_that_may_be_cut_in_its_last_value_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "adamw_seed0.csv").write_text("step,loss\n1,1.0\n2,0.5")
+    (tmp_path / "adamw_seed1.csv").write_text("step,loss\n1,1.0\n2,0.55\n")
+    found = logs.find([tmp_path], Asked("csv", "loss"))
+    assert [note.partition(": ")[2] for note in found.notes if "line break" in note] == [
+        "does not end with a line break, so that its last value may be cut"
+    ]
+
+
 def test_what_differs_within_a_row_is_said(tmp_path: Path) -> None:
     lines = [(f"r{k}", o, lr, k, k, 3.0 + k) for k, (o, lr) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 1)])]
     table(tmp_path / "all.csv", ["Name", "optimizer", "width", "seed", "Runtime", METRIC], lines)

@@ -2,6 +2,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -218,6 +219,28 @@ def test_a_pack_keeps_private_things_to_itself(tmp_path: Path) -> None:
     assert entry["provenance"]["note"] == "https://example.org/a/b"
     assert "val/loss" in entry["status"]["error"]
     assert entry["curve"][0] == [100, 10.0, 5.0]
+
+
+def test_settings_that_differ_in_a_path_or_hold_the_name_of_the_host_stay(tmp_path: Path) -> None:
+    """Else two rows would be one, or an optimizer would be called <host>."""
+    for seed, teacher in enumerate(("/somebody/a.pt", "/somebody/b.pt", "/somebody/a.pt")):
+        made = run("somewhere", seed=seed, optim__teacher=teacher, task__root=f"/data/{seed}")
+        write(made, tmp_path / f"c4_lm/somewhere/{seed}/seed{seed}")
+    text = gzip.decompress(packs.pack(records.find([tmp_path]).runs, [tmp_path])).decode()
+    found = [json.loads(line)["config"] for line in text.splitlines()[1:]]
+    a, b, again = (config["optim.teacher"] for config in found)
+    assert a == again != b
+    assert re.fullmatch("<path [0-9a-f]{8}>", a)
+    assert "somebody" not in text
+    assert {(config["optim.name"], config["task.root"]) for config in found} == {("somewhere", "<path>")}
+
+
+def test_a_config_of_another_program_hides_no_records(tmp_path: Path) -> None:
+    write(run(), tmp_path / "outputs/c4_lm/adamw/ab/seed0")
+    (tmp_path / "config.yaml").write_text("model: x\n")
+    found = records.find([tmp_path])
+    assert len(found.runs) == 1
+    assert found.warnings == [f"{tmp_path / 'config.yaml'}: has no task.name: left out"]
 
 
 def spoilt(part: str, key: str, value: object) -> bytes:

@@ -56,6 +56,9 @@ def test_what_comes_next_can_be_run() -> None:
     own = Recipe(task=C4LMConf(data=Source.files, root="mine"), optim=SGDConf())
     made = summary.next_commands(own, ["caspr-train", "task.data=files", "task.root=mine"])
     assert shlex.split(made[1])[-2:] == ["search=lr", "trial=range(6)"]
+    none = Recipe(task=C4LMConf(), optim=AdamWConf(eps=0.0))  # of the others it is the damping, which is above 0
+    made = summary.next_commands(none, ["caspr-train", "optim=adamw", "optim.eps=0"])
+    assert shlex.split(made[1])[-2:] == ["optim=adamw", "seed=0,1,2"]
     given = ["caspr-train", "-r", "--run", "optim=sgd"]  # a flag beside -m is refused
     made = summary.next_commands(Recipe(task=C4LMConf(), optim=SGDConf()), given)
     assert shlex.split(made[1])[:2] == ["caspr-train", "-m"]
