@@ -183,7 +183,7 @@ class FullAdagradOptions:
         ``"rms"`` all updates have a root mean square of 0.2, about that of AdamW's, as in torch's Muon: use it to save
         the second moment, 4 bytes a parameter. Without ``polar`` it is the sign of the momentum times 0.2 until
         ``start_step``. AdamW has what is left to the graft method for good. ``"sgd"`` and ``"none"`` need other
-        learning rates.""",
+        learning rates. With float16 parameters use ``"rms"``: second moments would be zero, and steps far too long.""",
     )
     graft_eps: float = option(1e-8, "the eps of that method; with 0 a zero gradient would be 0 / 0.", POSITIVE)
     precondition: Literal["momentum", "gradient", False] = option(
