@@ -6,23 +6,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim import plan
 from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
-from caspr_cli.optim.cost import state_bytes
 from caspr_cli.optim.family import CASPROptions, options_of
-from caspr_cli.optim.mixed import MixedOptimizer
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf
 
-SCALABLE = "scalable_shampoo"
 NEVER = 10**9  # an interval that no run reaches
 WARM_UP = 3  # steps before anything is timed: they build state and the first roots
 OWN_FLAGS = {"interval": "--interval", "block_size": "--block-size"}
@@ -45,11 +40,11 @@ def entry_of(name: str) -> str:
 
 def has_interval(name: str) -> bool:
     """Whether an optimizer refreshes something at an interval that is chosen here."""
-    return hasattr(OPTIMIZERS.get(entry_of(name)), "interval")
+    return hasattr(OPTIMIZERS[entry_of(name)], "interval")
 
 
 def is_kronecker(name: str) -> bool:
-    return entry_of(name) != SCALABLE and issubclass(OPTIMIZERS[entry_of(name)], KroneckerConf)
+    return issubclass(OPTIMIZERS[entry_of(name)], KroneckerConf)
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -112,8 +107,6 @@ def make(name: str, groups: list[Group], settings: Settings, interval: int) -> O
 def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
     """Return the optimizer ``name`` over ``groups``, before its first step."""
     try:
-        if name == SCALABLE:
-            return _scalable_shampoo(groups, settings)
         return build(entry_of(name), groups, _options(name, settings, interval))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
@@ -129,30 +122,3 @@ def _options(name: str, settings: Settings, interval: int) -> dict[str, Any]:
     if has_interval(name):
         found["interval"] = interval
     return found | ({"fused": True} if entry == "adamw" else {})
-
-
-def _scalable_shampoo(groups: list[Group], settings: Settings) -> Optimizer:
-    """Return pytorch_optimizer's over what is preconditioned, and AdamW over the rest.
-
-    Its roots are never refreshed here: its own interval is 1,000 steps, and a refresh of the default set takes about
-    a minute on one core. A step multiplies by the first roots, identity matrices, as by any other.
-    """
-    from pytorch_optimizer import ScalableShampoo  # here, because importing it takes a second
-
-    matrices, rest = ([group for group in groups if group["precondition"] is chosen] for chosen in (True, False))
-    parts: list[Optimizer] = []
-    if matrices:
-        own: Any = {"start_preconditioning_step": 1, "preconditioning_compute_steps": NEVER}
-        parts.append(ScalableShampoo(matrices, lr=1e-3, block_size=settings.block_size, **own))
-    if rest:
-        parts.append(torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.0, fused=True))
-    return MixedOptimizer(parts)
-
-
-def bytes_of_state(optimizer: Optimizer) -> int:
-    """Return the bytes of all tensors in the state, also of those that objects in it hold."""
-
-    def opened(value: Any) -> Any:
-        return value if isinstance(value, Tensor) or not hasattr(value, "__dict__") else list(vars(value).values())
-
-    return state_bytes({p: {name: opened(v) for name, v in kept.items()} for p, kept in optimizer.state.items()})

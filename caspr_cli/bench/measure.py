@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli import __version__
-from caspr_cli.bench.baselines import NEVER, Settings, bytes_of_state, enter, has_interval, make
+from caspr_cli.bench.baselines import NEVER, Settings, enter, has_interval, make
 from caspr_cli.bench.gemm_bound import gemm_bound
 from caspr_cli.bench.shapes import ShapeSet
 from caspr_cli.bench.workload import Machine, Workload, workload_of
 from caspr_cli.common.format import duration
 from caspr_cli.common.plugins import installed
-from caspr_cli.optim.cost import blocks_of
+from caspr_cli.optim.cost import blocks_of, state_bytes
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.options import factor_dtype
 from caspr_cli.recipe.errors import ConfigError
@@ -256,7 +256,7 @@ def _row(one: Candidate, workload: Workload, settings: Settings, train: float, a
         floor_ratio=None if bound is None else step / bound,
         adamw_ratio=one.own.median / adamw,
         **{f"{part}_ms": parts.get(part) for part in (*PHASES, "rest")},
-        state_bytes_per_parameter=bytes_of_state(one.optimizer) / workload.parameters,
+        state_bytes_per_parameter=state_bytes(one.optimizer.state) / workload.parameters,
         share=mean / (mean + train),
         parameters=workload.parameters,
         train_ms=1e3 * train,

@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from caspr_cli.bench.ranks import RanksRow
 
 # Without Muon, whose products in bfloat16 take ten seconds a step on a CPU that has no instructions for them.
-DEFAULT = ("caspr", "shampoo", "adamw", "soap", "scalable_shampoo")
-NAMES = (*OPTIMIZERS, "scalable_shampoo")
-OTHERS = tuple(name for name in NAMES if name not in DEFAULT)
+DEFAULT = ("caspr", "shampoo", "adamw", "soap", "muon")
+OTHERS = tuple(name for name in OPTIMIZERS if name not in DEFAULT)
 KRONECKER = tuple(name for name, conf in OPTIMIZERS.items() if issubclass(conf, KroneckerConf))  # share their work
 PARTS = ("statistics", "roots", "apply", "communication")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -99,9 +98,9 @@ def parser() -> Parser:
     flag("ranks", "LIST", "numbers of processes that share a step", type=ranks)
     names = f"{', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
     flag("optim", "LIST", f"what to measure: {names}; or a mode: caspr:order=3:graft=rms")
-    interval = "steps between two refreshes of roots or bases (default: 10; not in scalable_shampoo)"
+    interval = "steps between two refreshes of roots or bases (default: 10)"
     flag("interval", "N", interval, type=positive, default=10)
-    block = "longest side of a block in caspr, shampoo and scalable_shampoo (default: 1024)"
+    block = "longest side of a block in caspr and shampoo (default: 1024)"
     flag("block-size", "N", block, type=positive, default=1024)
     given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     flag("set", "KEY=VALUE", given, action="append", default=[], dest="given")
@@ -124,7 +123,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args: argparse.Namespace = parser().parse_args(argv)
     chosen = args.optim or ("caspr" if args.ranks or args.model else ",".join(DEFAULT))
     words = [name.strip().partition(":") for name in chosen.split(",")]
-    args.optim = [one_of("--optim", name, NAMES) + colon + own for name, colon, own in words]
+    args.optim = [one_of("--optim", name, OPTIMIZERS) + colon + own for name, colon, own in words]
     if others := [name for name, colon, _ in words if colon and name not in KRONECKER]:
         raise UserError(f"--optim {others[0]}: takes no options here; {', '.join(KRONECKER)} do")
     if args.model:

@@ -19,7 +19,7 @@ COMMANDS = {
 }
 LISTED = {  # what the help of a command names, and on how many lines
     "caspr-train": ([*CONFS, *OPTIMIZERS], {80: 90, 200: 66}),
-    "caspr-bench": ([*CONFS, *OPTIMIZERS, "scalable_shampoo", "transformer", "small"], {80: 58, 200: 44}),
+    "caspr-bench": ([*CONFS, *OPTIMIZERS, "transformer", "small"], {80: 58, 200: 44}),
     "caspr-report": (REPORT, {80: 60, 200: 40}),
     "caspr-verify": ([*verify.QUESTIONS, "all", "130 interrupted"], {80: 60, 200: 60}),
 }
