@@ -11,6 +11,7 @@ from caspr_cli.common.selection import BESIDE, TUNING_SEED, further
 from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
+from caspr_cli.report.profile import as_sheet, profile
 from caspr_cli.report.render import markdown, markdown_text, sheet
 from caspr_cli.report.settings import plain
 from caspr_cli.report.trials import edges
@@ -26,6 +27,12 @@ EXPERIMENTS = {
     "resnet": "experiment=vision task=resnet",
     "vit": "experiment=vision task=vit trainer.max_steps=2000 trainer.val_every=200",
 }
+OVER_ALL = """\
+The median over the reported seeds until the validation at which tuned `adamw` ends (the median of its seeds), as a
+multiple of that of the fastest row of the task. It is read off curves whose rate falls to zero at the end of the whole
+run, so that a run that is planned for fewer steps may be there sooner. *score*: AlgoPerf's integral of the profile from
+1 to 4, which is 1 for a row that is the fastest everywhere; ρ(t): the share of tasks within t times the fastest.
+Seconds are coarse: other programs ran beside."""
 HEADS = ["", "optimizer", "n", "validation", "95 % interval", "test", "untuned", "trials", f"against {BASELINE}",
          "against the first", "records"]  # fmt: skip
 
@@ -90,6 +97,7 @@ def page(packs: Mapping[str, Sequence[Run]], command: str, draw: entry.Draw | No
     """Return the page: a table for each task, what is not ranked and why, and how to enter an optimizer."""
     found = board(packs, draw)
     sections = [part for table in found.tables for part in _section(table, found.places)]
+    sections += _over_all(found)
     if empty := sorted(EXPERIMENTS.keys() - {table.task for table in found.tables}):
         first = f"`{_entry(empty[0])}` would be the first on {empty[0]}"
         sections.append(f"No row is ranked yet on {listed(empty)}: {first}.")
@@ -124,6 +132,24 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     rounds = max(0, math.ceil((len(rows[0].trials) - planned - BESIDE * refined) / further(planned)))
     budget = f"search.trials={planned} search.extend={rounds or 'false'} search.refine={refined}"
     yield f"Run your own like these{_of(table.task)}:\n\n    {_entry(table.task)} {budget} seed={seeds}"
+
+
+def _over_all(found: Board) -> Iterator[str]:
+    """Yield how soon each row is where the baseline ends, over all tasks, in steps and in seconds."""
+    ends = {
+        table.task: end
+        for table in found.tables
+        for row in table.rows
+        if row.label == BASELINE and (end := stats.median(list(row.values.values()))) is not None
+    }
+    if len(ends) < 2:
+        return
+    made = tables([run for place in found.places for run in place.row.records], wanted=ends)
+    yield "## Over all tasks: how soon each row is where AdamW ends"
+    yield OVER_ALL
+    for unit in ("steps", "seconds"):
+        yield f"In {unit}:"
+        yield markdown(as_sheet(profile(made, unit)))
 
 
 def _of(task: str) -> str:

@@ -180,6 +180,27 @@ def test_the_page_has_tables_commands_and_reasons() -> None:
     assert text.endswith("\n    made so\n")
 
 
+def test_over_all_tasks_rows_are_timed_to_where_adamw_ends() -> None:
+    """At .8520 on each of two tasks: Muon is there at step 300, AdamW itself at 500."""
+    other = [
+        replace(run, config=run.config | {"task.name": "blobs"}, result=run.result | {"task": "blobs"})
+        for run in fair()
+        if run.state == "done"
+    ]
+    text = leaderboard.page({"new": fair(), "other": other}, "made so", draw)
+    part = text[text.index("## Over all tasks") : text.index("## Not ranked")]
+    steps, seconds = (table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE))
+    assert [line.split(" | ")[:3] for line in steps[2:]] == [
+        ["| muon", "**1.000**", "**1.00**"],
+        ["| adamw", "0.778", "0.00"],
+    ]
+    assert steps[2].endswith("| **1.00x** | **1.00x** |")
+    assert steps[3].endswith("| 1.67x | 1.67x |")
+    assert len(seconds) == 4
+    assert "with an experiment in your package that has task=blobs and search=joint:" in text
+    assert "Over all tasks" not in leaderboard.page({"new": fair()}, "made so", draw)
+
+
 def test_the_command_for_others_gives_them_as_many_further_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "LEAST_TRIALS", 2)
     extended = config(search__trials=2, search__extend=True, search__refine=2)
