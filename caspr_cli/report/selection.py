@@ -1,5 +1,6 @@
 """Which records belong to one row of a table, and which row or records a user means."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ IGNORED = {
 IGNORED_GROUPS = ("task.target.", "search.")
 MANY = 2  # where rows differ in more keys than this, labels leave out the values that the optimizer has by itself
 GROUPS = ("optim", "task", "trainer", "schedule", "search")  # whose keys may be named without them
+BETWEEN = re.compile(r" +(?=[\w.]+=|untuned\b|\(\d+\)$)")  # the settings of a label, whose values may have blanks
 SHORT = {"task": "task.name", "optim": "optim.name"}
 OwnValue = tuple[str, str, str]  # an optimizer, one of its options, and the frozen value that it has by itself
 
@@ -139,7 +141,7 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
 
     def labelled(row: Row) -> Row:
         kind = row.optim, row.untuned
-        name, *own = row.label.split(" ")
+        name, *own = BETWEEN.split(row.label)
         more = _settings(row.settings, keys[kind].intersection(row.settings), omitted[kind])
         return row.but(label=" ".join([name, *sorted(more.union(own).difference(omitted[kind]))]))
 
@@ -170,7 +172,7 @@ def without_name(wanted: str) -> bool:
 
 
 def _parts(label: str) -> tuple[str, frozenset[str]]:
-    words = label.split()
+    words = BETWEEN.split(label.strip())
     name = "" if not words or "=" in words[0] else words.pop(0)
     return name, frozenset(map(_normal, words))
 

@@ -119,6 +119,14 @@ def test_labels_of_many_keys_are_those_of_other_tables() -> None:
     assert {each.label for each in other.rows} == {"caspr", "caspr axes=first"} < {each.label for each in one.rows}
 
 
+def test_a_value_with_blanks_stays_in_one_piece() -> None:
+    runs = [run("my_opt", optim__mode=mode, optim__eps=eps) for mode, eps in (("a b", 1), ("c d", 2))]
+    made = table(runs, baseline="my_opt mode=c d eps=2")
+    assert made.baseline == "my_opt eps=2 mode=c d"
+    (other,) = with_common_labels([made])
+    assert {each.label for each in other.rows} == {"my_opt eps=1 mode=a b", "my_opt eps=2 mode=c d"}
+
+
 def test_no_run_is_lost_where_values_are_written_alike() -> None:
     number = seeds("adamw", [4.0, 4.1], optim__weight_decay=0.0) + seeds("adamw", [4.2], 2, optim__weight_decay=0)
     assert [(each.label, each.n) for each in table(number).rows] == [("adamw", 3)]
