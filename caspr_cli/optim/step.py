@@ -197,6 +197,7 @@ def update_weights(x: Active) -> None:
 
 
 def _update_weights_on(device: torch.device, x: Active) -> None:
+    """Do so for those on one device: the lengths of tensors on two cannot be in one vector."""
     with full_precision(device.type):
         scattered = [p for p in x.plan.scattered if p in x.layouts and p.device == device]
         lengths = update_moments(scattered, x)

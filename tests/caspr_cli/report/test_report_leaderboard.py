@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from calling import Call
 
 from caspr_cli.commands import report
@@ -20,7 +21,8 @@ from caspr_cli.report import entry, leaderboard, pack, records
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Point, Row, Run
 
-PACK = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_molpcba_muon.jsonl.gz"
+ROOT = Path(__file__).parents[3]
+PACK = ROOT / "outputs" / "published" / "records" / "fair_molpcba_muon.jsonl.gz"
 
 
 @cache
@@ -326,6 +328,11 @@ def test_a_search_of_some_keys_alone_is_not_the_joint_one() -> None:
     ]
     found = entry.problems(replace(row, records=tuple(narrow)))
     assert found == ["its search does not vary optim.betas.0 and optim.betas.1"]
+
+
+def test_the_keys_are_those_of_the_joint_search() -> None:
+    space = yaml.safe_load((ROOT / "conf" / "search" / "joint.yaml").read_text())["search"]["space"]
+    assert set(entry.TUNED) == space.keys()
 
 
 def test_a_run_that_failed_again_is_as_before() -> None:
