@@ -109,3 +109,9 @@ def _check_optim(plain: Mapping[str, Any], strategy: Strategy) -> None:
         most = option.allowed.most if option.allowed else None
         if key in plain and most is not None and most < plain[key] < math.inf:
             raise ConfigError(f"optim.{key} should be at most {most:,} but is {plain[key]}")
+
+
+def takes(name: str, key: str, value: Any) -> bool:
+    """Return whether the optimizer of this name has such an option, and may have this value of it."""
+    known = family.options_of(registry.OPTIMIZERS[name].keys).get(key)
+    return known is not None and (known.allowed is None or known.allowed.holds(value))

@@ -10,8 +10,7 @@ from typing import Any
 from caspr_cli.common.exits import OK, TERMINATED
 from caspr_cli.common.format import duration, size
 from caspr_cli.common.format import table as aligned
-from caspr_cli.optim.family import options_of
-from caspr_cli.optim.registry import OPTIMIZERS as ENTRIES
+from caspr_cli.recipe.checks import takes
 from caspr_cli.recipe.schema import Recipe, Source
 from caspr_cli.runs.launch import Outcome
 from caspr_cli.runs.record import DONE, FAILED, PREEMPTED, Record, RecordDamagedError
@@ -85,18 +84,12 @@ def next_commands(recipe: Recipe, command: list[str]) -> list[str]:
     untuned = recipe.task.data == Source.files or "optim.lr" in {word.partition("=")[0] for word in command}
     over = SEARCH if untuned else ["seed=0,1,2"]
     keys = {word.split(".")[1].partition("=")[0] for word in kept if word.startswith("optim.")}
-    others = [name for name in COMPARED if all(_takes(name, key, getattr(recipe.optim, key)) for key in keys)]
+    others = [name for name in COMPARED if all(takes(name, key, getattr(recipe.optim, key)) for key in keys)]
     own = [] if recipe.optim.name in others else [recipe.optim.name]
     return [
         f"next     tensorboard --logdir {shlex.quote(recipe.output_dir)}",
         f"         {shlex.join(['caspr-train', '-m', *kept, 'optim=' + ','.join(own + others), *over])}",
     ]
-
-
-def _takes(name: str, key: str, value: Any) -> bool:
-    """Return whether an optimizer has an option of this name, and may have this value of it."""
-    known = options_of(ENTRIES[name].keys).get(key)
-    return known is not None and (known.allowed is None or known.allowed.holds(value))
 
 
 def after_sweep(output_dir: str) -> list[str]:
