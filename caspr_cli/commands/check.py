@@ -71,7 +71,7 @@ def check(paths: Sequence[Path], board: Path | None, rerun: Path | None) -> bool
             for line in wrong:
                 print(f"wrong    {name}: {line}")
             if not wrong:
-                more = "" if rerun is None else f", {AGAIN} run again"
+                more = "" if rerun is None else f", {AGAIN} run again in {rerun / INTO}"
                 print(f"right    {name}: {count(len(row.trials), 'trial')}, {count(row.n, 'fresh seed')}{more}")
             right = right and not wrong
     if not rows:

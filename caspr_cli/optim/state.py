@@ -29,7 +29,7 @@ State = dict[str, Any]  # of one parameter
 
 def counter(value: Tensor | float = 0) -> Tensor:
     """Return a counter in float32 on the CPU, as in torch, where reading it does not wait for the device."""
-    return torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu").to("cpu", torch.float32)
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu")
 
 
 def count_there(states: list[State], device: torch.device, group: Group, *, masked: bool) -> None:

@@ -192,7 +192,7 @@ def update_rest(x: Active) -> None:
 
 def update_weights(x: Active) -> None:
     """Take the step of the preconditioned parameters, a chunk at a time, where this rank has all of their blocks."""
-    for device in {p.device for p in x.layouts}:
+    for device in dict.fromkeys(p.device for p in x.layouts):
         _update_weights_on(device, x)
 
 

@@ -293,7 +293,7 @@ def test_check_runs_two_seeds_again(
     into = str(tmp_path / "again" / "again")  # where the entry's own records are not found, if they are in --rerun
     assert started == [("muon", 0.05581, seed, into) for seed in (1, 2)]
     out = call.out
-    assert ("3 fresh seeds, 2 run again" in out) == (code == 0)
+    assert (f"3 fresh seeds, 2 run again in {into}" in out) == (code == 0)
     assert ("seed 1: ended at 0." in out) == (code == 1)
 
 
