@@ -11,11 +11,6 @@ BESIDE = 2  # trials that every row is given in a round with other values of one
 LARGEST = 1e50  # of a metric: far beyond float32, and the square of its square is finite
 
 
-def further(trials: int) -> int:
-    """Return the number of trials that every row is given in a further round (search.extend)."""
-    return (trials + 1) // 2
-
-
 def finite(value: float | None) -> float | None:
     """Return the value of a metric; None where it is not finite, or larger than any that a run survives."""
     return float(value) if value is not None and abs(value) <= LARGEST else None

@@ -9,13 +9,12 @@ from caspr_cli.common.shape import leaves
 from caspr_cli.optim import family, registry
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe, Source, Strategy, TaskConf, TrainerConf
-from caspr_cli.recipe.search import ROUNDS
 
 # The least and the most of each whole number. More than the most is a slip: memory does not suffice, or something
 # overflows after hours. The keys of optimizers have their ranges in caspr_cli.optim.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**63 - 1),
-    "search.trials": (1, 2**20), "search.rerank": (0, 2**20), "search.extend": (0, ROUNDS), "search.refine": (0, 100),
+    "search.trials": (1, 2**20), "search.rerank": (0, 2**20), "search.refine": (0, 100),
     "trainer.devices": (1, 1024), "trainer.nodes": (1, 10**5), "trainer.max_steps": (1, 10**9),
     "trainer.val_every": (1, 10**9), "trainer.log_every": (1, 10**9), "trainer.accumulate": (1, 10**6),
     "trainer.workers": (0, 1024), "trainer.timeout": (0, 10**7),

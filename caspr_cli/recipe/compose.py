@@ -27,8 +27,8 @@ from caspr_cli.tasks.registry import CONFS
 
 # Keys that do not change the numbers of a run, or that are in the record's path already.
 NOT_IN_THE_NAME = (
-    "seed", "resume", "output_dir", "logger", "horizon", "search.trials", "search.rerank", "search.extend",
-    "search.refine", "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
+    "seed", "resume", "output_dir", "logger", "horizon", "search.trials", "search.rerank", "search.refine",
+    "trainer.timeout", "trainer.rendezvous", "trainer.keep_checkpoints",
 )  # fmt: skip
 LONGEST_NAME = 60  # characters, of what is readable in it
 UNTUNED = "default"  # value of ``trial`` for a run with the default settings instead of drawn ones
@@ -179,6 +179,7 @@ def load(path: Path) -> Recipe:
 def parse(text: str) -> Recipe:
     """Return the recipe in a text. Raises ConfigError if a removed option in it has another value than its default."""
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    plain["search"].pop("extend", None)  # a removed key; what it chose is in the record's search.space
     try:
         optim = without_removed(plain["optim"])
     except ValueError as error:

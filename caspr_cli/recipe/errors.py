@@ -25,7 +25,6 @@ ELSEWHERE = {
 # What keys may be whose values have several types.
 SEVERAL_TYPES = {
     "trial": "an integer, best, top1, top2, ..., or default",
-    "search.extend": "true, false or a number of rounds",
 }
 
 

@@ -132,9 +132,6 @@ class SearchConf:
     trials: int = 20  # that every optimizer is given; trial=best chooses among them
     space: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # key: {log: [low, high]}, ...
     rerank: int = 0  # so many of the best trials are run at two more seeds before trial=best chooses; 0, 1: none
-    # true: rounds of further trials while a best value lies at the edge of its range, which grows there; 1, 2: so many
-    # rounds in any case, as other rows of a table had them
-    extend: bool | int = False
     # so many rounds of two trials each follow. They are the best one so far with half and twice the value of one key,
     # or nearer where these were tried. Keys take turns, the learning rate first
     refine: int = 0

@@ -15,9 +15,6 @@ Range = Mapping[str, list[Any]]
 Space = Mapping[str, Range]
 KINDS = ("log", "linear", "one_minus_log", "choice")
 SCRAMBLE = 1766  # among the best of 3,000 seeds: its first 4 to 20 points are even in one to five dimensions
-EDGE = 0.1  # the outer part of a range, on the scale on which it is drawn
-FACTOR = 4.0  # by which a range grows beyond an edge; a linear one grows by so many parts of its width
-ROUNDS = 2  # how often ranges grow
 RATE = "optim.lr"  # refined first
 MOST = 2**20  # trials; reaching a point takes time in proportion to its index
 
@@ -76,34 +73,6 @@ def _value(kind: str, values: list[Any], u: float) -> Any:
         return _short(low + u * (high - low))
     x = _short(low * (high / low) ** u)
     return x if kind == "log" else round(1 - x, 15)  # keeps the digits of x, the distance from 1
-
-
-def edges(space: Space, values: Mapping[str, Any]) -> dict[str, int]:
-    """Return the keys whose value lies in the outer part of its range: -1 at the low end, 1 at the high one."""
-    found = {}
-    for key, (kind, ends) in {key: _range(key, kinds) for key, kinds in space.items() if "choice" not in kinds}.items():
-        (low, high), x = ends, 1 - values[key] if kind == "one_minus_log" else values[key]
-        place = (x - low) / (high - low) if kind == "linear" else math.log(x / low) / math.log(high / low)
-        if not EDGE < place < 1 - EDGE:
-            found[key] = -1 if place < 0.5 else 1
-    return found
-
-
-def grown(kinds: Range, side: int) -> tuple[Range, Range]:
-    """Return a range that is grown at an edge, and the part of it from which further trials are drawn.
-
-    This part reaches from the edge as far beyond it as back into the range. A distance from 1 is at most 1.
-    """
-    kind, (low, high) = next(iter(kinds.items()))
-    edge = low if side < 0 else high
-    if kind == "linear":
-        least, most = edge - (high - low) / FACTOR, edge + (high - low) / FACTOR
-    else:
-        least, most = edge / FACTOR, edge * FACTOR
-    if kind == "one_minus_log":
-        most = min(most, 1.0)
-    part = [_short(least), _short(most)]
-    return {kind: [min(low, part[0]), max(high, part[1])]}, {kind: part}
 
 
 def turns(space: Space) -> list[str]:

@@ -1,13 +1,12 @@
 """The leaderboard: rows that were tuned alike, from packs, as a page that tells how to enter one's own."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 from caspr_cli.common.format import listed
-from caspr_cli.common.selection import BESIDE, TUNING_SEED, further
+from caspr_cli.common.selection import TUNING_SEED
 from caspr_cli.report import entry, format, stats
 from caspr_cli.report.compare import tables
 from caspr_cli.report.model import Row, Run, Table
@@ -129,8 +128,7 @@ def _section(table: Table, places: Sequence[Place]) -> Iterator[str]:
     seeds = ",".join(str(run.seed) for run in rows[0].runs)
     planned = rows[0].records[0].config["search.trials"]
     refined = max(run.config.get("search.refine") or 0 for run in rows[0].records)
-    rounds = max(0, math.ceil((len(rows[0].trials) - planned - BESIDE * refined) / further(planned)))
-    budget = f"search.trials={planned} search.extend={rounds or 'false'} search.refine={refined}"
+    budget = f"search.trials={planned} search.refine={refined}"
     yield f"Run your own like these{_of(table.task)}:\n\n    {_entry(table.task)} {budget} seed={seeds}"
 
 

@@ -2,10 +2,9 @@
 
 ``conf/experiment/NAME.yaml`` holds the keys of the jobs. A list means several values; the rows of the table are all
 combinations. An experiment is a few sweeps of ``caspr-train``, one after the other (:func:`sweeps`): the trials of a
-search at one seed, more trials where a best value lies at the edge of its range, the best trial with half and twice
-the value of each key, the best trials again at two more seeds, and at held-out seeds the best trial and the untuned
-one. What is left to do follows from the command and the records alone, so that an experiment goes on wherever it was
-stopped.
+search at one seed, the best trial with half and twice the value of each key, the best trials again at two more seeds,
+and at held-out seeds the best trial and the untuned one. What is left to do follows from the command and the records
+alone, so that an experiment goes on wherever it was stopped.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import Any
 
 from caspr_cli.common.errors import nearest
 from caspr_cli.common.exits import BAD_USAGE
-from caspr_cli.common.format import count, duration, listed
-from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED, further
+from caspr_cli.common.format import count, duration
+from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED
 from caspr_cli.recipe import compose, words
 from caspr_cli.recipe.composer import Composer
 from caspr_cli.recipe.errors import ConfigError
@@ -37,9 +36,7 @@ from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError, clea
 from caspr_cli.runs.trials import BEST, Tuning, best, chosen, tops
 
 DEFAULT_SCALE = "sample"
-DEFAULTS: dict[str, Any] = {
-    "trainer.keep_checkpoints": False, "search.extend": True, "search.refine": 6, "search.rerank": 3,
-}  # fmt: skip
+DEFAULTS: dict[str, Any] = {"trainer.keep_checkpoints": False, "search.refine": 6, "search.rerank": 3}
 # Keys that the whole table shares: rows that differ in nothing else would be one and the same.
 ONE = {*compose.NOT_IN_THE_NAME, "search", "debug", "scale"} - {"seed"}
 STEPS = 30  # of a timing run: beyond the first refresh of the roots
@@ -185,38 +182,14 @@ def rows(experiment: Experiment) -> list[Row]:
         recipe = compose.freeze(config, overrides)
         runs = tuple(replace(recipe, seed=seed) for seed in seeds)
         found.append(replace(row, untuned=runs) if experiment.searches else replace(row, reported=runs))
-    if not experiment.searches:
-        return found
-    most = max(row.search.rounds for row in found if row.search)
-    rounds = next((number for number in range(most) if not reason(found, number)), most)
-    return [_completed(row, rounds, seeds) for row in found]
+    return [_completed(row, seeds) for row in found] if experiment.searches else found
 
 
-def reason(table: Sequence[Row], number: int) -> str:
-    """Return why further trials follow after so many rounds: for each row the keys whose best value lies at an edge.
-
-    A row of which trials have not ended, or cannot be read, does not say yet. Empty: none follow.
-    """
-    found = []
-    for row in table:
-        assert row.search is not None
-        try:
-            grown = row.search.growth(number) if number < row.search.rounds else {}
-        except ConfigError:
-            continue
-        if grown:
-            found.append(f"{', '.join(grown)} of {row.label}")
-    if found:
-        return f"as best values lie at the edge: {listed(found, 4)}"
-    always = any(row.search is not None and number < row.search.always for row in table)
-    return "as search.extend is a number" if always else ""
-
-
-def _completed(row: Row, rounds: int, seeds: Sequence[int]) -> Row:
-    """Return a row of a search with all runs that the records say, after so many rounds."""
+def _completed(row: Row, seeds: Sequence[int]) -> Row:
+    """Return a row of a search with all runs that the records say."""
     search, tuning, unknown = row.search, row.tuning, 0
     assert search is not None
-    for index in (*range(search.trials, search.count(rounds)), *search.refined):
+    for index in search.refined:
         try:
             if unknown or (index in search.refined[::BESIDE] and not all(map(_ended, tuning))):
                 raise ConfigError("not yet")
@@ -245,18 +218,10 @@ def sweeps(experiment: Experiment, table: Sequence[Row]) -> Iterator[tuple[str, 
     if experiment.searches and (search := table[0].search):
         number = search.trials
         yield f"trials   {count(number, 'trial')} of each row", experiment.tuning(range(number))
-        more = further(search.trials)
-        for past in range(search.rounds):
-            if not (why := reason(table, past)):
-                break
-            yield f"further  {count(more, 'trial')} of each row, {why}", experiment.tuning(range(number, number + more))
-            number += more
         for start in search.refined[::BESIDE]:
             trials = range(start, start + BESIDE)
-            yield (
-                "refine   the best trial of each row so far, with two other values of a key",
-                experiment.tuning(trials),
-            )
+            what = "the best trial of each row so far, with two other values of a key"
+            yield f"refine   {what}", experiment.tuning(trials)
         if (again := min(search.first.search.rerank, number + len(search.refined))) > 1:
             yield f"again    the best {again} trials of each row, at other seeds", experiment.again(again)
     yield "seeds    the runs that are reported", experiment.seeds()
@@ -351,13 +316,8 @@ def plan(experiment: Experiment, table: list[Row], took: list[float | str]) -> l
             *([f"the best {again} again at seeds {' and '.join(map(str, AGAIN))}"] if again > 1 else []),
             f"{seeds} of the best and untuned",
         ]
-        later = set(range(search.trials, search.refined.stop)) - {recipe.trial for recipe in table[0].tuning}
-        if rounds := sum(k < search.refined.start for k in later) // further(search.trials):
-            trials = count(further(search.trials), "trial")
-            when = ", while a best value lies at the edge of its range" if not search.always else ""
-            more = [f"further  {'' if search.always else 'up to '}{rounds} x {trials} a row{when}"]
-        if refined := sum(k in search.refined for k in later):
-            more.append(f"refine   {count(refined, 'trial')} a row: the best one so far, with other values of one key")
+        if later := len(set(search.refined) - {recipe.trial for recipe in table[0].tuning}):
+            more = [f"refine   {count(later, 'trial')} a row: the best one so far, with other values of one key"]
     if experiment.horizon:
         more.append(f"horizon  up to {HALVINGS} x {seeds} a row, shorter, if the target is reached")
     each = f"{count(len(table), 'row')}, each {', then '.join(parts)}"

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED, Choice, choose, finite, further
+from caspr_cli.common.selection import AGAIN, BESIDE, TUNING_SEED, Choice, choose, finite
 from caspr_cli.common.shape import lost
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import Recipe
-from caspr_cli.recipe.search import ROUNDS, Space
+from caspr_cli.recipe.search import Space
 from caspr_cli.runs import horizon
 from caspr_cli.runs.record import DONE, FAILED, Record, RecordDamagedError
 
@@ -23,10 +23,9 @@ BEST, TOP = "best", re.compile(r"top([1-9]\d{0,6})")  # words for trials that th
 class Tuning:
     """The trials of one row, at ``TUNING_SEED``, by index.
 
-    With ``search.extend`` those after the first ``search.trials`` come in rounds: so many, or with ``true`` while the
-    best value of a row lies at the edge of its range. A row of which it does draws the trials from about that edge.
-    With ``search.refine`` rounds follow, each with the best trial's values but for one key. Raises ConfigError if its
-    trials cannot be run. ``config`` is as Hydra composes it from the overrides ``given``.
+    The first ``search.trials`` are drawn. Those of ``search.refine`` follow in rounds of two, each with the best
+    trial's values but for one key. Raises ConfigError if its trials cannot be run. ``config`` is as Hydra composes it
+    from the overrides ``given``.
     """
 
     def __init__(self, config: DictConfig, given: Iterable[str]) -> None:
@@ -34,12 +33,8 @@ class Tuning:
         self._given = list(given)
         self.first = compose.freeze(self._config, self._given, 0)
         self.trials = self.first.search.trials
-        extend = self.first.search.extend
-        self.rounds = rounds(extend)
-        self.always = 0 if extend is True else self.rounds  # wherever the best values lie
         self.refined = refined(self.first)
         self._recipes: dict[int, Recipe] = {0: self.first}
-        self._spaces: list[tuple[Space, Space]] = [(self.first.search.space, self.first.search.space)]
 
     def __call__(self, index: int) -> Recipe:
         """Return a trial.
@@ -54,55 +49,13 @@ class Tuning:
         """Return the config of a trial, with the space from which it is drawn."""
         if index < self.trials:
             return self._config
+        if index not in self.refined:
+            more = f", and {len(self.refined)} more with search.refine" if self.refined else ""
+            has = f"search={self.first.search.name} has {self.trials} trials (search.trials), from 0{more}"
+            raise ConfigError(f"trial={index}: {has}")
         config = copy.deepcopy(self._config)
-        if index < self.refined.start:
-            config.search.space = self.space(1 + (index - self.trials) // further(self.trials))[1]
-        elif index in self.refined:
-            config.search.space = self.beside(index)
-        else:
-            raise ConfigError(
-                f"trial={index}: search={self.first.search.name} has {self.trials} trials (search.trials), from 0"
-                f"{self._more()}"
-            )
+        config.search.space = self.beside(index)
         return config
-
-    def _more(self) -> str:
-        """Return which trials follow the first ones, in words."""
-        extended = f", and {self.rounds} x {further(self.trials)} more with search.extend" if self.rounds else ""
-        return extended + (f", and {len(self.refined)} more with search.refine" if self.refined else "")
-
-    def count(self, number: int) -> int:
-        """Return the number of trials after so many rounds."""
-        return self.trials + number * further(self.trials)
-
-    def space(self, number: int) -> tuple[Space, Space]:
-        """Return the ranges after so many rounds, and those from which the trials of the last round are drawn."""
-        while number >= len(self._spaces):
-            last = len(self._spaces) - 1
-            grown = self.growth(last)
-            whole = {key: grown[key][0] if key in grown else kinds for key, kinds in self._spaces[last][0].items()}
-            self._spaces.append((whole, whole | {key: part for key, (_, part) in grown.items()}))
-        return self._spaces[number]
-
-    def growth(self, number: int) -> dict[str, tuple[search.Range, search.Range]]:
-        """Return the ranges that grow after so many rounds, as :func:`search.grown` does.
-
-        A range that would not grow to valid values stays. Raises ConfigError if not all trials have ended or can be
-        read.
-        """
-        whole = self.space(number)[0]
-        best = self._best(ended(self, range(self.count(number))))
-        if best is None:
-            return {}
-        found = {}
-        for key, side in search.edges(whole, self._values(best)).items():
-            grown, part = search.grown(whole[key], side)
-            low, high = next(iter(part.values()))
-            far = low if side < 0 else high
-            value = 1 - far if "one_minus_log" in part else far
-            if grown != whole[key] and compose.valid(best, {key: value}):
-                found[key] = (grown, part)
-        return found
 
     def beside(self, index: int) -> Space:
         """Return the one point of a trial of ``search.refine``: the best trial so far, with another value of one key.
@@ -189,19 +142,10 @@ def top(trial: Callable[[int], Recipe], place: int) -> int:
     return finite[min(place, len(finite)) - 1]
 
 
-def rounds(extend: bool | int) -> int:
-    """Return how many rounds of further trials ``search.extend`` allows."""
-    return ROUNDS if extend is True else int(extend)
-
-
 def refined(first: Recipe) -> range:
-    """Return the indices of the trials of ``search.refine``: behind all those that ``search.extend`` may add.
-
-    Empty where no key is drawn from a range of numbers.
-    """
+    """Return the indices of the trials of ``search.refine``: none where no key is drawn from a range of numbers."""
     own = first.search
-    start = own.trials + rounds(own.extend) * further(own.trials)
-    return range(start, start + BESIDE * own.refine * bool(search.turns(own.space)))
+    return range(own.trials, own.trials + BESIDE * own.refine * bool(search.turns(own.space)))
 
 
 def tops(number: int) -> list[str]:
@@ -220,17 +164,13 @@ def gathered(trial: Callable[[int], Recipe], stop: int | None = None) -> list[Ma
 
     Raises ConfigError if some of the first trials, or of a round that has begun, have not ended or cannot be read.
     """
-    own, last = trial(0).search, refined(trial(0))
-    finals = ended(trial, range(own.trials))
-    more = further(own.trials)
-    extended = [range(start, start + more) for start in range(own.trials, last.start, more)]
-    for rounds in (extended, [range(start, start + BESIDE) for start in last[::BESIDE]]):
-        for indices in rounds:
-            if indices.start == stop:
-                return finals
-            if not any(Record.of(trial(index)).path.exists() for index in indices):
-                break
-            finals += [{}] * (indices.start - len(finals)) + ended(trial, indices)  # before the next round is known
+    first = trial(0)
+    finals = ended(trial, range(first.search.trials))
+    for start in refined(first)[::BESIDE]:
+        indices = range(start, start + BESIDE)
+        if start == stop or not any(Record.of(trial(index)).path.exists() for index in indices):
+            break
+        finals += ended(trial, indices)  # before the next round is known
     return finals
 
 

@@ -88,7 +88,6 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["task.data=files"], "task.root: task.data=files needs the directory of your data: add task.root=DIR"),
         (["task.data=files", "task.root=/nowhere"], "task.root: no such directory: /nowhere"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu"),
-        (["search.extend=some"], "search.extend should be true, false or a number of rounds, but is 'some'"),
         (["seed=1.5"], "seed should be an integer but is '1.5'"),
         (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
         (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),

@@ -85,6 +85,8 @@ def test_a_record_with_removed_keys_is_read_at_their_defaults_and_refused_by_nam
     older = compose.save(now).replace(
         "  solver: auto", "  solver: auto\n  statistics_interval: 1\n  refresh_above: 0.0"
     )
+    older = re.sub(r"\n  refine: .*", r"\g<0>\n  extend: true", older)
+    assert "extend" in older
     assert compose.parse(older) == now
     for text in ("statistics_interval: 2", "refresh_above: 0.5", "solver: warm"):
         key = text.partition(":")[0]

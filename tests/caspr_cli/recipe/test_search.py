@@ -175,30 +175,6 @@ def test_an_untuned_run_has_the_optimizers_own_values_and_those_of_the_command_l
     assert compose.parse(compose.save(recipe)) == recipe
 
 
-@given(st.floats(0, 1), st.sampled_from("abc"))
-def test_a_range_grows_beyond_the_edge_near_which_a_value_lies(u: float, key: str) -> None:
-    kind, (low, high) = next(iter(SPACE[key].items()))
-    distance = low + u * (high - low) if kind == "linear" else low * (high / low) ** u
-    value = 1 - distance if kind == "one_minus_log" else distance
-    side = search.edges({key: SPACE[key]}, {key: value}).get(key, 0)
-    if min(abs(u - 0.1), abs(u - 0.9)) > 1e-9:
-        assert side == (-1 if u < 0.1 else 1 if u > 0.9 else 0)
-    if side:
-        (grown,), (part,) = (each.values() for each in search.grown(SPACE[key], side))
-        assert grown == ([part[0], high] if side < 0 else [low, part[1]])
-        edge, most = low if side < 0 else high, 1.0 if kind == "one_minus_log" else math.inf
-        assert part == ([edge - 1, edge + 1] if kind == "linear" else [edge / 4, min(4 * edge, most)])
-
-
-def test_a_decay_rate_grows_no_further_than_0() -> None:
-    whole, part = search.grown({"one_minus_log": [0.01, 0.5]}, 1)
-    assert (whole, part) == ({"one_minus_log": [0.01, 1.0]}, {"one_minus_log": [0.125, 1.0]})
-
-
-def test_a_choice_has_no_edge() -> None:
-    assert search.edges(SPACE, {"a": 1e-4, "b": 1.0, "c": 0.99, "d": 1}) == {"a": -1}
-
-
 def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> None:
     adamw, sgd = (frozen(f"optim={o}", "search=lr", "trial=4").optim.lr for o in ("adamw", "sgd"))
     assert math.isclose(sgd / adamw, 20, rel_tol=2e-3)
@@ -210,7 +186,6 @@ def test_learning_rates_of_one_trial_lie_at_the_same_place_of_each_range() -> No
         (["search=lr"], "add -m trial='range(6)'"),
         (["trial=1"], "trial=1 needs a search"),
         (["search=lr", "trial=-1"], "trial should be from 0 to"),
-        (["search.extend=3"], "search.extend should be at most 2 but is 3"),
         (["search=lr", "trial=few"], "trial should be an integer, best, top1, top2, ..., or default, but is 'few'"),
         (["search=lr", "trial=1", "search.trials=0"], "search.trials should be at least 1"),
         (["optim=sgd", "search=algoperf", "trial=1", "search.space={optim.beta.0:{linear:[0,1]}}"],

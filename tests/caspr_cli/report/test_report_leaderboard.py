@@ -175,7 +175,7 @@ def test_the_page_has_tables_commands_and_reasons() -> None:
     assert "| 1 | muon | 3 | 0.8952 ± 0.0065 | 0.8789 to 0.9114 | 0.9062 ± 0.0024 | 0.8142 | 8 | better, +4.9 %" in text
     assert "| 2 | adamw | 3 | 0.8533 ± 0.0043 |" in text
     assert "- adamw: its weight_decay, 0.001466, is the smallest of 8 tried" in text
-    budget = "search.trials=8 search.extend=false search.refine=0"
+    budget = "search.trials=8 search.refine=0"
     assert f"caspr-train experiment=molpcba optim=my_opt {budget} seed=1,2,3" in text
     assert "- `old`: tuned by search=lr; the leaderboard has search=joint" in text
     assert "No row is ranked yet on c4_lm, resnet, ud_pos and vit" in text
@@ -205,9 +205,9 @@ def test_over_all_tasks_rows_are_timed_to_where_adamw_ends() -> None:
 
 def test_the_command_for_others_gives_them_as_many_further_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entry, "LEAST_TRIALS", 2)
-    extended = config(search__trials=2, search__extend=True, search__refine=2)
-    text = leaderboard.page({"new": [extended(run) for run in fair()]}, "made so", draw)
-    assert "optim=my_opt search.trials=2 search.extend=2 search.refine=2 seed=1,2,3" in text
+    refined = config(search__trials=2, search__refine=3)
+    text = leaderboard.page({"new": [refined(run) for run in fair()]}, "made so", draw)
+    assert "optim=my_opt search.trials=2 search.refine=3 seed=1,2,3" in text
 
 
 def test_against_the_first_all_pairs_are_corrected_for(monkeypatch: pytest.MonkeyPatch) -> None:

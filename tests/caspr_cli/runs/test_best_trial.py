@@ -87,14 +87,12 @@ def test_trials_that_have_not_ended_are_named(tmp_path: Path) -> None:
 
 
 def test_further_trials_wait_for_those_before(tmp_path: Path) -> None:
-    row = ["optim=adamw", "search=lr", "search.trials=2", "search.extend=true", f"output_dir={tmp_path}"]
+    row = ["optim=adamw", "search=lr", "search.trials=2", f"output_dir={tmp_path}"]
     composer = Composer(row)
     for more, message in (
-        (["trial=2"], r"2 of 2 trials of optim=adamw have not ended"),
-        (["trial=4"], r"has 2 trials \(search.trials\), from 0, and 2 x 1 more"),
-        (["search.extend=1", "trial=3"], r"from 0, and 1 x 1 more with search.extend$"),  # so many rounds
-        (["search.extend=false", "search.refine=1", "trial=4"], r"from 0, and 2 more with search.refine$"),
-        (["search.extend=false", "trial=2"], r"^trial=2: search=lr has 2 trials \(search.trials\), from 0$"),
+        (["search.refine=1", "trial=2"], r"2 of 2 trials of optim=adamw have not ended"),
+        (["search.refine=1", "trial=4"], r"from 0, and 2 more with search.refine$"),
+        (["trial=2"], r"^trial=2: search=lr has 2 trials \(search.trials\), from 0$"),
     ):
         words = [*row, *more]
         with pytest.raises(ConfigError, match=message):
