@@ -4,7 +4,8 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from dataclasses import dataclass
+from statistics import fmean, median
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any
@@ -16,12 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from caspr_cli.common.format import count, listed
-from caspr_cli.report.averages import BAND, Curve, curve
 from caspr_cli.report.format import interval as interval_text
 from caspr_cli.report.format import number
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.profile import LONGEST, Profile, names, rho
 from caspr_cli.report.selection import with_common_labels
+from caspr_cli.report.stats import summary
 from caspr_cli.report.style import INK, MUTED, Style, drawing, to_svg
 from caspr_cli.report.style import styles as styles_for
 
@@ -30,11 +31,44 @@ LABELLED, LONGEST_LABEL = 9, 22  # so many lines at most are labelled at their e
 FAR = 8.0  # times the distance of the median end from the best: too far for an axis that others share
 PANELS = 3  # side by side, in one figure of several tables
 SETTLED = 0.4  # share of the training after which the best row should be seen
+BAND = 3  # seeds from which on a curve has a band: at two the interval is nine standard deviations to each side
 Styles = Mapping[str, Style]
 Ends = Sequence[tuple[str, float, float]]  # label, x and y
 
 
-# ---- figures -----------------------------------------------------------------------------------------------------
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The mean of a row over its validations."""
+
+    label: str
+    n: int  # runs that are averaged: the finished ones, or those there are if none is
+    finished: bool  # whether `n` counts finished runs
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...] | None  # the median at each step; None if a run has no times
+    mean: tuple[float, ...]
+    band: tuple[tuple[float, ...], ...] = ()  # the lower and the upper ends of its 95 % intervals, from `BAND` seeds on
+    singles: tuple[tuple[float, ...], ...] = ()  # the values of each run, where there are two
+
+
+def curve(row: Row) -> Curve | None:
+    """Return the mean of a row at the steps where all its runs have a finite value; None if there is none."""
+    done = [run for run in row.runs if run.final is not None]
+    runs = done or [run for run in row.runs if run.curve]
+    by_step = [{point.step: point for point in run.curve if point.value is not None} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_step))) if runs else []
+    if not steps:
+        return None
+    values = [[float(points[step].value or 0.0) for points in by_step] for step in steps]
+    times = [[time for points in by_step if (time := points[step].seconds) is not None] for step in steps]
+    mean = tuple(map(fmean, values))
+    edges = [summary(own).ends or (m, m) for own, m in zip(values, mean, strict=True)]  # no band where all are equal
+    band = tuple(zip(*edges, strict=True)) if len(runs) >= BAND else ()
+    singles = tuple(zip(*values, strict=True)) if 1 < len(runs) < BAND else ()
+    seconds = tuple(map(median, times)) if all(len(own) == len(runs) for own in times) else None
+    return Curve(row.label, len(runs), bool(done), tuple(steps), seconds, mean, band, singles)
 
 
 def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> str:
@@ -109,9 +143,9 @@ def _draw(axes: Axes, table: Table, shown: Sequence[Curve], styles: Styles, over
     for c in shown:
         marker, how = "o" if len(c.steps) == 1 else None, drawn(styles[c.label])
         axes.plot(xs[c.label], c.mean, **how, marker=marker, markersize=4, zorder=3)
-        if c.low is not None and c.high is not None:
+        if c.band:
             alpha = 0.16 if len(shown) <= LABELLED else 0.08
-            axes.fill_between(xs[c.label], c.low, c.high, color=how["color"], alpha=alpha, linewidth=0)
+            axes.fill_between(xs[c.label], c.band[0], c.band[1], color=how["color"], alpha=alpha, linewidth=0)
         for single in c.singles:
             axes.plot(xs[c.label], single, **how | {"linewidth": 0.7}, alpha=0.7, zorder=2)
     axes.set_ylim(_range_of(table, shown))
@@ -147,7 +181,7 @@ def _range_of(table: Table, shown: Sequence[Curve]) -> tuple[float, float]:
     low, high = window(ends, wanted, higher=table.higher_is_better)
     if table.target is not None and low - 0.5 * (high - low) < table.target < high + 0.5 * (high - low):
         low, high = window(ends, [*wanted, table.target], higher=table.higher_is_better)
-    return with_near([edge for c in finished if c.low and c.high for edge in (c.low[-1], c.high[-1])], low, high)
+    return with_near([edge[-1] for c in finished for edge in c.band], low, high)
 
 
 def _first(x: Sequence[float], y: Sequence[float], low: float, high: float) -> float:
@@ -213,6 +247,9 @@ def legend(
     figure.set_figheight(figure.get_figheight() + 0.17 * lines)
     handles = [Line2D([], [], **drawn(styles[label])) for label in names]
     figure.legend(handles, wrapped, loc="outside lower left", ncols=columns, fontsize=8, handlelength=3)
+
+
+# ---- other figures -----------------------------------------------------------------------------------------------
 
 
 def intervals(table: Table, styles: Styles | None = None) -> str:

@@ -1,7 +1,7 @@
 """Figures of all trials: the value at the end against the learning rate, and against each other tuned key."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from caspr_cli.report import format
-from caspr_cli.report.figures import WIDTH, axes_of, drawn, legend, note, svg_of, window
+from caspr_cli.report.figures import WIDTH, Styles, axes_of, drawn, legend, note, svg_of, window
 from caspr_cli.report.model import Row, Table
 from caspr_cli.report.selection import ALWAYS_TUNED
 from caspr_cli.report.settings import plain, ranges, short
@@ -17,7 +17,6 @@ from caspr_cli.report.style import DASHDOT, DASHED, DOTTED, SOLID, Style, drawin
 from caspr_cli.report.style import styles as styles_for
 from caspr_cli.report.trials import number, outcomes, tried, varied, width
 
-Styles = Mapping[str, Style]
 COLUMNS, PANEL = 2, 1.75  # of small multiples; inches of the height of each
 DECADE = 10.0  # values over more than this factor stand on a logarithmic axis
 DASHES = (SOLID, DASHED, DASHDOT, DOTTED)

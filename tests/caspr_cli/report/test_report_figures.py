@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from recorded import run
 from tabled import axes_drawn, searched, seeds, table
 
-from caspr_cli.report import averages, figures, style
+from caspr_cli.report import figures, style
 from caspr_cli.report.model import Table
 from caspr_cli.report.profile import profile
 
@@ -151,13 +151,13 @@ def test_lines_are_means_with_bands_and_names_at_their_ends(
     shown = axes(figures.curves, table, over)
     target, lines = [line for line in shown.lines if len(line.get_xdata()) == 2], shown.lines[:6]
     assert [set(line.get_ydata()) for line in target] == [{4.5}]
-    means = {row.label: averages.curve(row) for row in table.rows}
+    means = {row.label: figures.curve(row) for row in table.rows}
     for line, band, found in zip(lines, shown.collections, means.values(), strict=True):
         x = found.steps if over == "steps" else [s / seconds for s in found.seconds]
         assert line.get_xdata() == pytest.approx(x)
         assert line.get_ydata() == pytest.approx(found.mean)
         corners = band.get_paths()[0].vertices[:, 1]
-        assert (corners.min(), corners.max()) == pytest.approx((min(found.low), max(found.high)))
+        assert (corners.min(), corners.max()) == pytest.approx((min(found.band[0]), max(found.band[1])))
     assert shown.get_xlabel() == unit
     low, high = shown.get_xlim()
     ends = [line.get_xdata()[-1] for line in lines]
@@ -269,9 +269,9 @@ def test_the_first_variant_of_an_optimizer_looks_like_it_and_no_two_have_one_hue
     assert len({one.hue for one in found.values()}) == len(found)
 
 
-def curve_of(values: list[list[float | None]]) -> averages.Curve | None:
+def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
     runs = [run("caspr", k, curve=[(s, 2.0 * s, v) for s, v in enumerate(own, 1)]) for k, own in enumerate(values)]
-    return averages.curve(table(runs).rows[0])
+    return figures.curve(table(runs).rows[0])
 
 
 def test_the_mean_and_its_interval_by_hand() -> None:
@@ -279,14 +279,14 @@ def test_the_mean_and_its_interval_by_hand() -> None:
     found = curve_of([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
     assert found is not None
     assert (found.mean, found.steps, found.seconds) == ((2.0, 5.0), (1, 2), (2.0, 4.0))
-    assert found.low == pytest.approx((2 - 2.484, 5.0), abs=1e-3)  # a band of no width where seeds are equal
-    assert found.high == pytest.approx((2 + 2.484, 5.0), abs=1e-3)
+    assert found.band[0] == pytest.approx((2 - 2.484, 5.0), abs=1e-3)  # a band of no width where seeds are equal
+    assert found.band[1] == pytest.approx((2 + 2.484, 5.0), abs=1e-3)
     some = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
     assert some is not None
-    assert (some.steps, some.low) == ((1, 3), None)  # where all runs have a value
+    assert (some.steps, some.band) == ((1, 3), ())  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
     runs = [run("caspr", 0, 4.0), run("caspr", 1, 9.0, "failed")]
-    both = averages.curve(table(runs).rows[0])
+    both = figures.curve(table(runs).rows[0])
     assert both is not None
     assert (both.n, both.mean[-1], both.finished) == (1, 4.0, True)
 
