@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -256,15 +256,13 @@ def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
                 separator = max(",;\t", key=stream.readline().count)
             frame = read_csv(file, sep=separator, header=None, dtype=str, encoding="utf-8-sig", na_values=[],
                              keep_default_na=False, index_col=False)  # fmt: skip
-        except (OSError, ValueError, EmptyDataError) as error:
+            heads, short = frame.iloc[0].tolist(), frame.isna().any(axis=1)
+            if len(heads) < 2 or "" in heads[1:] or short[:-1].any():
+                raise ParserError
+        except (OSError, ValueError) as error:
             what = "is no CSV with a line of heads and as many values in each line"
             parsed = isinstance(error, (ParserError, EmptyDataError))
             into.warnings.append(f"{file}: {what if parsed else 'cannot be read as CSV'}")
-            continue
-        heads = frame.iloc[0].tolist()
-        short = frame.isna().any(axis=1)
-        if len(heads) < 2 or "" in heads[1:] or short[:-1].any():
-            into.warnings.append(f"{file}: is no CSV with a line of heads and as many values in each line")
             continue
         yield str(file)
         if not file.read_bytes().endswith((b"\n", b"\r")):
@@ -272,9 +270,8 @@ def read_csv(root: Path, asked: Asked, into: Found) -> Iterator[str]:
         frame = frame[1:][~short[1:]].set_axis(heads, axis=1)  # the last line may be cut
         name = file.with_suffix("") if file.stem.casefold() not in UNNAMED else file.parent
         into.metrics |= {head.rpartition(" - ")[2] for head in heads if not head.endswith(BANDS)}
-        log = Log(str(file), _name(root, name) if root.is_dir() else name.resolve().name, [], {}, updated=updated(file))
         try:
-            _table(frame, log, asked, into)
+            _table(frame, Log(str(file), _name(root, name), [], {}, updated=updated(file)), asked, into)
         except ValueError as error:
             raise UserError(f"{file}: {error}") from error
 
@@ -316,10 +313,9 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
     state = next((head for head in heads if head.casefold() in STATES), None)
     several = any(frame[head].nunique() > 1 for head in owners)
     beside = keys_of(Path(file.path).parent / "hparams.yaml", into)
-    by: list[Any] = [tuple(line) for line in frame[owners].values]
     single = several and not step  # each line is the whole run that it names
-    names = Counter(owner for owner, value in zip(by, frame[metric], strict=True) if value != "")
-    again = [owner for owner, lines in names.items() if lines > 1] if single else []
+    valued = frame.loc[frame[metric] != "", owners]
+    again = valued[valued.duplicated(keep=False)].values.tolist() if single else []
     if again and any(map(asked.is_seed, owners)):
         raise ValueError(
             f"{file.name} has several lines of {', '.join(again[0])}, and no column of steps: --step names one, or "
@@ -327,12 +323,7 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
         )
     if again:
         into.notes.append(f"{file.path}: no column of steps: each line counts as a run (--step COLUMN)")
-    by = list(range(len(frame))) if single else by
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for line, owner in enumerate(by):
-        groups[owner].append(line)
-    for lines in groups.values():
-        own = frame.iloc[lines]
+    for _, own in frame.groupby(frame.index if single else owners or (lambda _: 0), sort=False):
         first = own.iloc[0]
         other = {metric, step, state, *named}
         own_keys = {head: value_of(first[head]) for head in heads if own[head].nunique() == 1 and head not in other}
