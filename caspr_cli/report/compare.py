@@ -158,14 +158,11 @@ def _table(
     rows, shorter = list[Row](), list[Row]()
     for name, own in sorted(by_optimizer.items()):
         searched = {key for run in own for key in ranges(run.config)}
-        keys = tuple(tuned) if tuned is not None else tuple(sorted({*searched, ALWAYS_TUNED}))
+        keys = sorted({*searched, ALWAYS_TUNED}) if tuned is None else tuned
         others = [run for run in every if run.config["optim.name"] == name and run.config.get(LENGTH) != subject.steps]
         parts = [[run for run in own if (UNTUNED in run.config.items()) == untuned] for untuned in (False, True)]
-        *reported, more = [
-            rows_of(part, keys, named, known, higher_is_better=higher, target=target) for part in (*parts, others)
-        ]
-        rows += [row for part in reported for row in part]
-        shorter += more
+        for part, into in zip((*parts, others), (rows, rows, shorter), strict=True):
+            into += rows_of(part, keys, named, known, higher_is_better=higher, target=target)
     rows = sorted((row.but(own_schedule=own_schedule(row, [*rows, *shorter])) for row in rows), key=_place)
     rows, chosen, unmatched = compared(rows, baseline)
     differ = consistency.targets_differ(rows, target) if subject.target is None else []
@@ -192,24 +189,19 @@ def compared(rows: Sequence[Row], wanted: str | None) -> tuple[list[Row], str | 
     ``wanted`` is the ``baseline`` of :func:`tables`.
     """
     baselines, warnings = _baselines(rows, wanted)
-    pairs = {row.label: (row, base) for row in rows if (base := baselines.get(row.label)) and base is not row}
-    found = {label: stats.compare(row.values, base.values) for label, (row, base) in pairs.items()}
-    unfair = {label: _unfair(row, base) for label, (row, base) in pairs.items()}
-    p_values = {label: None if unfair[label] else each.p_value for label, each in found.items()}
-    corrected = dict(zip(p_values, stats.holm(list(p_values.values())), strict=True))
-    tests = sum(p is not None for p in p_values.values())
-
-    def difference(row: Row) -> Comparison | None:
-        if row.label not in pairs:
-            return None
-        each, base, p = found[row.label], baselines[row.label], corrected[row.label]
-        said = verdict(each, p, tests, unfair[row.label], higher_is_better=row.higher_is_better)
+    pairs = [(row, base) for row in rows if (base := baselines.get(row.label)) and base is not row]
+    unfair = [_unfair(row, base) for row, base in pairs]
+    found = [stats.compare(row.values, base.values) for row, base in pairs]
+    found = [replace(each, p_value=None) if why else each for each, why in zip(found, unfair, strict=True)]
+    p_values = [each.p_value for each in found]
+    tests = sum(p is not None for p in p_values)
+    differences: dict[str, Comparison] = {}
+    for (row, base), each, why, p in zip(pairs, found, unfair, stats.holm(p_values), strict=True):
+        said = verdict(each, p, tests, why, higher_is_better=row.higher_is_better)
         test = stats.compare(row.tests, base.tests)
-        p_value = p_values[row.label]
-        return replace(each, p_value=p_value, p_holm=p, tests=tests, baseline=base.label, verdict=said, test=test)
-
+        differences[row.label] = replace(each, p_holm=p, tests=tests, baseline=base.label, verdict=said, test=test)
     chosen = {base.label for base in baselines.values()}
-    made = [row.but(difference=difference(row), is_baseline=row.label in chosen) for row in rows]
+    made = [row.but(difference=differences.get(row.label), is_baseline=row.label in chosen) for row in rows]
     own = wanted is not None and without_name(wanted)
     baseline = (wanted if own else next(iter(chosen))) if chosen else None
     return made, baseline, [*warnings, *_unpaired(pairs, found)]
@@ -257,11 +249,11 @@ def _unfair(row: Row, base: Row) -> str:
     return ""
 
 
-def _unpaired(pairs: Mapping[str, tuple[Row, Row]], found: Mapping[str, Comparison]) -> Iterator[str]:
+def _unpaired(pairs: Sequence[tuple[Row, Row]], found: Sequence[Comparison]) -> Iterator[str]:
     """Yield a warning for seeds of one side that a paired test leaves out."""
     without: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
-    for label, (row, base) in pairs.items():
-        if found[label].paired:
+    for (row, base), each in zip(pairs, found, strict=True):
+        if each.paired:
             for one, other in ((row, base), (base, row)):
                 if more := one.values.keys() - other.values.keys():
                     without[one.label, tuple(sorted(more))].append(other.label)

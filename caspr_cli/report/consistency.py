@@ -42,9 +42,9 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _list(what: str, names: Sequence[str], most: int = 5) -> Iterator[str]:
+def _list(what: str, names: Sequence[str]) -> Iterator[str]:
     if names:
-        yield f"{what}: {listed(names, most)}"
+        yield f"{what}: {listed(names, 5)}"
 
 
 def _unfinished(row: Row) -> Iterator[str]:
@@ -102,7 +102,7 @@ def _budget(row: Row) -> Iterator[str]:
     if ended < (total := max(*planned, len(row.trials), 0)):
         rest = [f", {n} {state}" for state, n in row.budget.items() if state not in (DONE, FAILED)]
         yield f"{row.label}: {ended} of {total} trials ended{''.join(rest)}"
-    if n := row.unscored:
+    if n := sum(bool(trial.ended) for trial in row.trials) - len(row.scores):
         yield f"{row.label}: {count(n, 'trial')} without seed {listed(sorted(row.selecting))}, which selects, left out"
 
 
@@ -165,13 +165,13 @@ def _differences(rows: Sequence[Row]) -> Iterator[str]:
             yield f"different {what}: {'; '.join(_groups(counts, len(rows)))}"
 
 
-def _groups(counts: dict[str, Counter[str]], rows: int, most: int = 4) -> Iterator[str]:
+def _groups(counts: dict[str, Counter[str]], rows: int) -> Iterator[str]:
     ranked = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    for value, labels in ranked[:most]:
+    for value, labels in ranked[:4]:
         where = "all rows" if len(labels) == rows > 1 else listed(list(labels), 3)
         yield f"{value} ({where}, {count(labels.total(), 'run')})"
-    if len(ranked) > most:
-        yield f"{len(ranked) - most} more"
+    if len(ranked) > 4:
+        yield f"{len(ranked) - 4} more"
 
 
 def _unequal(rows: Sequence[Row]) -> list[str]:

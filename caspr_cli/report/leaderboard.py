@@ -163,10 +163,10 @@ def _against_first(table: Table, rows: Sequence[Row]) -> list[str]:
 
     Which row is the first was not known before, so that p-values are corrected for all pairs of rows.
     """
-    pairs = list(combinations(range(len(rows)), 2))
-    found = [stats.compare(rows[b].values, rows[a].values) for a, b in pairs]
-    whole = [not (rows[a].failed or rows[b].failed) for a, b in pairs]
-    corrected = stats.holm([each.p_value if ok else None for each, ok in zip(found, whole, strict=True)])
+    pairs = list(combinations(rows, 2))
+    found = [stats.compare(other.values, one.values) for one, other in pairs]
+    failed = [one.failed or other.failed for one, other in pairs]
+    corrected = stats.holm([None if lucky else each.p_value for each, lucky in zip(found, failed, strict=True)])
     said = ["-"]
     for each, p in list(zip(found, corrected, strict=True))[: len(rows) - 1]:  # combinations() begins with the first
         kind = format.verdict(each, p, len(pairs), higher_is_better=table.higher_is_better).partition(":")[0]

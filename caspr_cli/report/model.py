@@ -204,11 +204,6 @@ class Row:
         """The seeds by which the trial was selected; empty if there was nothing to choose."""
         return self.choice.seeds if sum(bool(trial.ended) for trial in self.trials) > 1 else frozenset()
 
-    @property
-    def unscored(self) -> int:
-        """The number of trials that ended and have no run with the seeds that select."""
-        return sum(bool(trial.ended) for trial in self.trials) - len(self.scores)
-
     @cached_property
     def budget(self) -> dict[str, int]:
         """Trials by state, as ``{"done": 5, "failed": 1}``."""

@@ -61,16 +61,16 @@ def _entry(run: Run, roots: Mapping[Path, str]) -> dict[str, Any]:
     origin = _origin({"machine": {}, "code": None} | run.provenance)
     if later := run.provenance.get("attempts"):
         origin["attempts"] = [_origin(attempt) for attempt in later]
-    parts = {
-        "config": run.config | {"trainer.rendezvous": None},
-        "status": {key: value for key, value in run.status.items() if key not in ("host", "pid", "born")},
-        "result": run.result,
-        "provenance": origin,
+    config = run.config | {"trainer.rendezvous": None}
+    status = {key: value for key, value in run.status.items() if key not in ("host", "pid", "born")}
+    return {
+        "path": shape.encodable(_kept(run.path, roots)),
+        "config": {key: _cleaned(value, None, distinct=key not in PLACES) for key, value in config.items()},
+        "status": _cleaned(status, host),
+        "result": _cleaned(run.result, host),
+        "provenance": _cleaned(origin, host),
+        "curve": list(map(astuple, run.curve)),
     }
-    cleaned = {key: _cleaned(value, host) for key, value in parts.items() if key != "config"}
-    config = parts["config"].items()
-    cleaned["config"] = {key: _cleaned(value, None, distinct=key not in PLACES) for key, value in config}
-    return {"path": shape.encodable(_kept(run.path, roots)), **cleaned, "curve": [astuple(each) for each in run.curve]}
 
 
 def _origin(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,17 +30,16 @@ def compared(
     yield from wrapped(f"in short {headline(made)}", width)
     if took := clock(made):
         yield from wrapped(f"clock    {took}", width)
-    budgets = False
-    for each in made:
+    by_budget = list(map(tuning.by_budget, made))
+    for each, budgets in zip(made, by_budget, strict=True):
         yield ""
         yield from table_lines(each, width, bold=bold)
-        if made_of := tuning.by_budget(each):
-            budgets = True
-            yield from ["", "by number of trials", *render.lines(made_of, width)]
+        if budgets:
+            yield from ["", "by number of trials", *render.lines(budgets, width)]
     yield ""
     yield from wrapped(f"legend   {format.LEGEND}", width)
     yield from wrapped(f"marks    {format.LEGEND_OF_MARKS}{f' {format.BOLD}' * bold}", width)
-    if budgets:
+    if any(by_budget):
         yield from wrapped(f"trials   {tuning.BY_BUDGET}", width)
 
 
@@ -152,9 +151,10 @@ def record_lines(run: Run, width: int = 110) -> Iterator[str]:
     yield f"record   {run.path}"
 
 
-def sparkline(curve: Sequence[Point], most: int = 40) -> str:
-    """Return the validations as bars, low to high; one that is not finite is a cross."""
-    points = [curve[k * len(curve) // most] for k in range(most)] if len(curve) > most else list(curve)
+def sparkline(curve: Sequence[Point]) -> str:
+    """Return the validations, at most 40, as bars, low to high; one that is not finite is a cross."""
+    shown = min(len(curve), 40)
+    points = [curve[k * len(curve) // shown] for k in range(shown)]
     finite = [point.value for point in points if point.value is not None]
     if not finite:
         return ""
