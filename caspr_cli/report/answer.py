@@ -109,13 +109,13 @@ def sheet(made: DataFrame) -> Sheet:
     columns = [
         Column(
             str(heads.get(key, key)),
-            tuple(cell(value, formats.get(key, "")) for value in rows[key]),
+            [cell(value, formats.get(key, "")) for value in rows[key]],
             right=not any(isinstance(value, str) for value in made[key]),
             spare=max(place - 1, 0),
         )
         for place, key in enumerate(made.columns)
     ]
-    return Sheet(tuple(columns), made.attrs["title"])
+    return Sheet(columns, made.attrs["title"])
 
 
 def rest(name: str, made: DataFrame) -> str:
@@ -158,8 +158,8 @@ def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
     yield from textwrap.wrap(whole.caption, width)
     lines, omitted = render.terminal(whole, width)
     if omitted or max(map(len, lines)) > width:
-        columns = [replace(c, head=_cut(c.head), cells=tuple(map(_cut, c.cells))) for c in whole.columns]
-        lines, omitted = render.terminal(Sheet(tuple(columns)), width)
+        columns = [replace(c, head=_cut(c.head), cells=list(map(_cut, c.cells))) for c in whole.columns]
+        lines, omitted = render.terminal(Sheet(columns), width)
     yield from lines
     said = [f"no room for: {listed(omitted)}" if omitted else "", rest(name, made)]
     if any(said):

@@ -1,7 +1,7 @@
 """Numbers, verdicts and tables as text: what every form of a report has in common."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from caspr_cli.common.format import count, duration, listed
 from caspr_cli.common.selection import AGAIN
@@ -168,41 +168,35 @@ def sheet(table: Table, comparison: Callable[[Row], str] | None = None) -> Sheet
     higher, rows = table.higher_is_better, table.rows
     whole = [not row.failed for row in rows]  # beside these, rows with failed seeds do not win: theirs are the lucky
 
-    def column(
-        head: str,
-        cells: Iterable[str],
-        spare: int = 0,
-        values: Sequence[float | None] = (),
-        higher: bool = False,
-        right: bool = True,
-    ) -> Column:
-        kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=False)]
-        return Column(head, tuple(cells), right, spare, best(kept, higher=higher))
+    def won(values: Sequence[float | None], *, higher: bool = False) -> frozenset[int]:
+        kept = [value if ok or not any(whole) else None for value, ok in zip(values, whole, strict=True)]
+        return best(kept, higher=higher)
 
+    means, test_means = [row.mean for row in rows], [row.test.mean for row in rows]
     tests = [f"{mean_sd(row.test)}{f' (n = {row.test.n})' if 0 < row.test.n < row.n else ''}" for row in rows]
     seconds = [row.seconds_to_target for row in rows]
     found = [
-        column("optimizer", [row.label for row in rows], right=False),
-        column("n", map(seeds, rows)),
-        column("mean ± sd", [mean_sd(row.validation) for row in rows], 0, [row.mean for row in rows], higher=higher),
-        column("95 % interval", [interval(row.validation) for row in rows], 2),
-        column("test", tests, 3, [row.test.mean for row in rows], higher=higher),
+        Column("optimizer", [row.label for row in rows], right=False),
+        Column("n", list(map(seeds, rows))),
+        Column("mean ± sd", [mean_sd(row.validation) for row in rows], best=won(means, higher=higher)),
+        Column("95 % interval", [interval(row.validation) for row in rows], spare=2),
+        Column("test", tests, spare=3, best=won(test_means, higher=higher)),
     ]
     if table.target is not None:
         steps = [row.steps_to_target for row in rows]
         found += [
-            column(f"steps to {table.target:g}", map(steps_to_target, rows), 1, steps),
-            column("time to it", map(duration, seconds), 4, seconds),
+            Column(f"steps to {table.target:g}", list(map(steps_to_target, rows)), spare=1, best=won(steps)),
+            Column("time to it", list(map(duration, seconds)), spare=4, best=won(seconds)),
         ]
     if any(row.own_schedule for row in rows):
         own = [row.own_schedule.steps if row.own_schedule else None for row in rows]
-        found.append(column("own schedule", map(own_schedule, rows), 1, own))
+        found.append(Column("own schedule", list(map(own_schedule, rows)), spare=1, best=won(own)))
     found += [
-        column("trials", map(budget, rows), 5),
-        column("selected", [selected(row) or "-" for row in rows], right=False),
-        column("verdict", [(comparison or marked)(row) or "-" for row in rows], right=False),
+        Column("trials", list(map(budget, rows)), spare=5),
+        Column("selected", [selected(row) or "-" for row in rows], right=False),
+        Column("verdict", [(comparison or marked)(row) or "-" for row in rows], right=False),
     ]
-    return Sheet(tuple(found), title(table))
+    return Sheet(found, title(table))
 
 
 def seeds(row: Row) -> str:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from statistics import fmean
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,12 +16,11 @@ from caspr_cli.report.answer import Answer
 from caspr_cli.report.formulas import typeset, typeset_figure
 from caspr_cli.report.headline import clock, headline
 from caspr_cli.report.model import Row, Run, Table
-from caspr_cli.report.profile import Profile, names
-from caspr_cli.report.render import Column
+from caspr_cli.report.profile import names
+from caspr_cli.report.render import Sheet, sheet
 from caspr_cli.report.selection import with_common_labels
-from caspr_cli.report.style import PALETTE, UNWRITABLE, Style
+from caspr_cli.report.style import PALETTE, UNWRITABLE
 
-Styles = Mapping[str, Style]
 BEST_OF = (
     "The expected best of so many trials, of those that were run, with the seeds that select: the last value is the "
     "winner's, which was lucky, so that held-out seeds end worse."
@@ -63,17 +61,14 @@ def answers(made: Sequence[Answer], title: str) -> str:
 
 
 def compared(tables: Sequence[Table], command: str) -> str:
-    tasks = listed(list(dict.fromkeys(table.task for table in tables)))
-    return page(tables, profile.profile(tables, "steps"), f"Optimizers compared on {tasks}", command)
-
-
-def page(tables: Sequence[Table], found: Profile | None, title: str, command: str) -> str:
-    """Return the whole file, made by ``command``; a profile of fewer than two tasks is left out."""
-    if found and len(found.tasks) < 2:
-        found = None  # of one task it says what the table says
+    """Return the comparison of ``command`` as one page."""
+    tasks = listed(dict.fromkeys(table.task for table in tables))
+    over_all = profile.profile(tables, "steps")
+    several = len(over_all.tasks) > 1  # of one task a profile says what the table says
     across = with_common_labels(tables)
     styles = style.styles(row.label for table in (*tables, *across) for row in table.rows)
     by_label = [{row.label: row for row in table.rows} for table in across]
+    means = [next(c for c in format.sheet(table).columns if c.head.startswith("mean")) for table in across]
     runs = [run for table in tables for row in table.rows for run in row.runs]
     sections = [
         {"name": name, "anchor": f"task-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{k}", "table": table}
@@ -81,7 +76,7 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         for k, (name, table) in enumerate(zip(names(tables), tables, strict=True))
     ]
     return _templates().get_template("comparison.html.j2").render(
-        title=title,
+        title=f"Optimizers compared on {tasks}",
         command=command,
         headline=headline(tables),
         opening=[*opening(tables), *filter(None, [clock(tables)])],
@@ -89,29 +84,25 @@ def page(tables: Sequence[Table], found: Profile | None, title: str, command: st
         styles=styles,
         by_label=by_label,
         ranked=_by_place(by_label),
-        profile_of=found,
-        profile_svg=figures.profile(found, styles) if found else "",
+        profile_of=over_all if several else None,
+        profile_svg=figures.profile(over_all, styles) if several else "",
         first_command=shlex.join(next(filter(None, map(provenance.command, runs)), [])),
         provenance=_provenance(tables),
-        best=[{table.rows[k].label for k in _mean(table).best} for table in across],
+        best=[{table.rows[k].label for k in mean.best} for table, mean in zip(across, means, strict=True)],
         in_per_cent=lambda table: any(row.difference and row.difference.share_of is not None for row in table.rows),
         marks=format.MARKS,
     )  # fmt: skip
 
 
-def _mean(table: Table) -> Column:
-    return next(column for column in format.sheet(table).columns if column.head.startswith("mean"))
-
-
 def opening(tables: Sequence[Table]) -> list[str]:
     """Return what was compared, in three sentences."""
-    labels = list(dict.fromkeys(row.label for table in with_common_labels(tables) for row in table.rows))
+    labels = dict.fromkeys(row.label for table in with_common_labels(tables) for row in table.rows)
     every = [row for table in tables for row in table.rows]
     reported = [run for row in every for run in row.runs]
     trials = count(sum(len(row.trials) for row in every if not row.untuned), "trial")
     finite = sum(run.final is not None for run in reported)
     going = sum(not run.ended for row in every if row.selected for run in row.selected.runs)
-    bases = list(dict.fromkeys(format.baseline(table) for table in tables if table.baseline))
+    bases = dict.fromkeys(format.baseline(table) for table in tables if table.baseline)
     rows = listed(labels)
     if len(rows) > 200:
         rows = f"variants of {listed(sorted({row.optim for row in every}))}"
@@ -145,7 +136,7 @@ def _by_place(tables: Sequence[Mapping[str, Row]]) -> list[str]:
     return sorted(places, key=lambda label: fmean(places[label]))
 
 
-def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
+def _figures(table: Table, styles: figures.Styles) -> list[tuple[str, str]]:
     counts: dict[int, list[str]] = {}
     for row in table.rows:
         if row.n:
@@ -163,7 +154,7 @@ def _figures(table: Table, styles: Styles) -> list[tuple[str, str]]:
     return [(svg, caption) for svg, caption in drawn if svg]
 
 
-def _provenance(tables: Sequence[Table]) -> dict[str, Any]:
+def _provenance(tables: Sequence[Table]) -> Sheet:
     """Return hardware, versions, code and data of all runs that are reported or selected from."""
     by_table = [
         {run.path: run for row in table.rows for runs in (row.runs, *(t.runs for t in row.trials)) for run in runs}
@@ -171,10 +162,11 @@ def _provenance(tables: Sequence[Table]) -> dict[str, Any]:
     ]
     every = [run for runs in by_table for run in runs.values()]
     asked = (provenance.hardware, provenance.machine, provenance.versions, provenance.code)
-    rows = {of.__name__: _counted(map(of, every)) for of in asked}
+    rows = [(of.__name__, _counted(map(of, every))) for of in asked]
     for name, runs in zip(names(tables), by_table, strict=True):
-        rows[f"data of {name}"] = _counted(map(provenance.data, runs.values()))
-    return {"records": count(len(every), "record"), "rows": {what: value for what, value in rows.items() if value}}
+        rows.append((f"data of {name}", _counted(map(provenance.data, runs.values()))))
+    known = [(what, value) for what, value in rows if value]
+    return sheet(["what", "value"], known, f"As {count(len(every), 'record')} say.")
 
 
 def _counted(values: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from caspr_cli.report.model import Row, Table
-from caspr_cli.report.render import Sheet, best, sheet
+from caspr_cli.report.render import Column, Sheet, best
 from caspr_cli.report.selection import with_common_labels
 
 LONGEST = 4.0  # times the fastest: later is never
@@ -42,18 +42,14 @@ def profile(tables: Sequence[Table], unit: str) -> Profile:
     """
     called = names(tables)
     other_lengths = dict(_other_lengths(tables, called))
-    labelled = {
-        name: (table, {row.label: row for row in table.rows})
-        for name, table in zip(called, with_common_labels(tables), strict=True)
-        if name not in other_lengths
-    }
-    judged = {name: rows for name, (table, rows) in labelled.items() if table.target is not None}
+    taken = [one for one in zip(called, with_common_labels(tables), strict=True) if one[0] not in other_lengths]
+    judged = {name: {row.label: row for row in table.rows} for name, table in taken if table.target is not None}
     labels = list(dict.fromkeys(label for rows in judged.values() for label in rows))
     columns = {name: _ratios(rows, unit) for name, rows in judged.items()}
     ratios = {label: tuple(column.get(label, math.inf) for column in columns.values()) for label in labels}
-    left_out = [f"{name} has no target and is left out" for name in labelled if name not in judged]
-    left_out += other_lengths.values()
-    return Profile(unit, tuple(judged), ratios, (*left_out, *_never(judged, columns, labels, unit)))
+    untargeted = [f"{name} has no target and is left out" for name, _ in taken if name not in judged]
+    left_out = (*untargeted, *other_lengths.values(), *_never(judged, labels, unit))
+    return Profile(unit, tuple(judged), ratios, left_out)
 
 
 def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -70,12 +66,7 @@ def _other_lengths(tables: Sequence[Table], called: Sequence[str]) -> Iterator[t
                 yield name, f"{name} is left out: {most} has more runs ({instead})"
 
 
-def _never(
-    judged: Mapping[str, Mapping[str, Row]],
-    columns: Mapping[str, Mapping[str, float]],
-    labels: Sequence[str],
-    unit: str,
-) -> Iterator[str]:
+def _never(judged: Mapping[str, Mapping[str, Row]], labels: Sequence[str], unit: str) -> Iterator[str]:
     """Yield a note for each row that counts as not reached, if the table does not show why."""
     for name, rows in judged.items():
         if all(row.steps_to_target is None for row in rows.values()):
@@ -85,7 +76,7 @@ def _never(
             if unit == "seconds" and row.seconds_to_target is None and row.steps_to_target is not None:
                 yield f"{label} reached the target of {name}, but has no times: counts as not reached"
     for label in labels:
-        if missing := [name for name, column in columns.items() if label not in column]:
+        if missing := [name for name, rows in judged.items() if label not in rows]:
             yield f"{label} was not run on {', '.join(missing)}, which counts as not reached"
 
 
@@ -109,17 +100,19 @@ def score(ratios: Sequence[float]) -> float:
 
 def as_sheet(found: Profile) -> Sheet:
     """Return for each row its score, the shares within multiples of the fastest, and its times."""
-    ratios = {label: found.ratios[label] for label in found.scores}
-    values = [list(found.scores.values()), *([rho(own, tau) for own in ratios.values()] for tau in SHOWN)]
-    rows = [
-        [label, f"{score:.3f}", *(f"{share:.2f}" for share in shares), *map(times, ratios[label])]
-        for label, score, *shares in zip(ratios, *values, strict=True)
+    scores = found.scores
+    ratios = [found.ratios[label] for label in scores]
+    columns = [
+        Column("optimizer", list(scores), right=False),
+        Column("score", [f"{score:.3f}" for score in scores.values()], best=best([*scores.values()])),
     ]
-    heads = ["optimizer", "score", *(f"ρ({tau:g})" for tau in SHOWN), *found.tasks]
-    made = sheet(heads, rows, spare=[0, 0, *range(2, 2 + len(SHOWN)), *[1] * len(found.tasks)])
-    bold = [frozenset[int](), *map(best, values)]
-    bold += [best(column, higher=False) for column in zip(*ratios.values(), strict=True)]
-    return Sheet(tuple(replace(column, best=own) for column, own in zip(made.columns, bold, strict=True)))
+    for spare, tau in enumerate(SHOWN, 2):
+        shares = [rho(own, tau) for own in ratios]
+        columns.append(Column(f"ρ({tau:g})", [f"{share:.2f}" for share in shares], spare=spare, best=best(shares)))
+    for task, own in zip(found.tasks, zip(*ratios, strict=True), strict=True):
+        columns.append(Column(task, list(map(times, own)), spare=1, best=best(own, higher=False)))
+    caption = f"Median {found.unit} to target as a multiple of the fastest row of the task, and what follows."
+    return Sheet(columns, caption)
 
 
 def names(tables: Sequence[Table]) -> list[str]:

@@ -27,7 +27,7 @@ MORE = "a wider terminal, --json or --to"
 @dataclass(frozen=True)
 class Column:
     head: str
-    cells: tuple[str, ...]
+    cells: Sequence[str]
     right: bool = True
     spare: int = 0  # a narrow terminal leaves out the columns with the highest number first, and never one with 0
     best: frozenset[int] = frozenset()  # the rows whose cell is bold
@@ -37,7 +37,7 @@ class Column:
 class Sheet:
     """A table for people: texts in columns, the first of which names the rows."""
 
-    columns: tuple[Column, ...]
+    columns: Sequence[Column]
     caption: str = ""
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ def sheet(
     spare = spare or [max(k - 1, 0) for k in range(len(heads))]
     columns = zip(*rows, strict=True) if (rows := list(rows)) else [()] * len(heads)
     right = [k > 0 and head not in left for k, head in enumerate(heads)]
-    return Sheet(tuple(map(Column, heads, map(tuple, columns), right, spare)), caption)
+    return Sheet(list(map(Column, heads, columns, right, spare)), caption)
 
 
 def best(values: Sequence[float | None], *, higher: bool = True) -> frozenset[int]:

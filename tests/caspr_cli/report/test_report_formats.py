@@ -150,7 +150,7 @@ def test_a_terminal_says_where_test_and_validation_disagree_and_how_many_have_a_
     assert "4.470 ± 0.014 (n = 2)" in text
     none = [replace(each, result=each.result | {"test": {}}) for each in runs]
     (test,) = (column for column in format.sheet(tables(none)[0]).columns if column.head == "test")
-    assert (test.cells, test.best) == (("-", "-"), set())
+    assert (test.cells, test.best) == (["-", "-"], set())
     alike = runs[:3] + [run("caspr", s, v) for s, v in enumerate((4.5, 4.53, 4.5))]
     turned = [replace(each, result=each.result | {"test": {"test/loss": 9 - each.final}}) for each in alike]
     difference = next(each.difference for each in tables(turned)[0].rows if each.difference)

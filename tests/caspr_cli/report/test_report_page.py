@@ -14,8 +14,7 @@ from tabled import searched, seeds, table
 from caspr_cli.report import figures, sensitivity, style, tuning
 from caspr_cli.report.compare import tables
 from caspr_cli.report.format import mean_sd
-from caspr_cli.report.page import opening, page
-from caspr_cli.report.profile import profile
+from caspr_cli.report.page import compared, opening
 
 COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
 
@@ -24,12 +23,12 @@ COMMAND = "caspr-report compare outputs --to 'a <b>.html'"
 def study() -> str:
     """Two of the five tasks, to save time."""
     tables = synthetic.study()
-    return page([tables[0], tables[3]], profile(tables, "steps"), "Five tasks", COMMAND)
+    return compared([tables[0], tables[3]], COMMAND)
 
 
 @cache
 def bare() -> str:
-    return page([synthetic.bare()], None, "Little is known", COMMAND)
+    return compared([synthetic.bare()], COMMAND)
 
 
 def results_of(html: str) -> tuple[str, str]:
@@ -110,12 +109,12 @@ def test_what_the_page_of_a_study_says() -> None:
 def test_provenance_is_counted_or_left_out(without_figures: None) -> None:
     gpu = {"device": {"type": "cuda", "name": "H100", "processes": 2, "threads": 4}, "machine": {"processor": "Xeon"}}
     made = table([run("caspr", 0), run("caspr", 1, provenance=gpu)])
-    several = page([made], profile([made], "steps"), "Two", COMMAND)
+    several = compared([made], COMMAND)
     cells = parsed(several).within("td")
     assert "A CPU, 1 process, 1 thread (1 run); H100, 2 processes, 4 threads (1 run)" in cells
     assert "A CPU, 2 cores (1 run); Xeon (1 run)" in cells
     assert "Over all tasks" not in several  # of one task a profile says nothing new
-    none = page([table([replace(run("caspr"), provenance={})])], None, "None", COMMAND)
+    none = compared([table([replace(run("caspr"), provenance={})])], COMMAND)
     assert "Provenance" in none
     assert parsed(none).within("td").count("CPU") == 0
 
@@ -126,7 +125,7 @@ def test_labels_and_words_of_files_are_text() -> None:
     one.provenance["command"] = [evil]
     one = replace(one, path=f"{evil}/seed1")
     made = replace(table([one, replace(one, config=one.config | {"seed": 2})], baseline=evil), warnings=(evil,))
-    html = page([made], profile([made, replace(made, scale=evil)], "steps"), evil, evil)
+    html = compared([made, replace(made, scale=evil)], evil)
     html.encode("utf8")
     found = parsed(html)
     assert "script" not in {tag for tag, _ in found.seen}
@@ -136,7 +135,7 @@ def test_labels_and_words_of_files_are_text() -> None:
 
 def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figures: None) -> None:
     made = table(seeds("adamw", [4.5, 4.52, 4.47]) + seeds("caspr", [4.4, 4.51, 4.49]))
-    html = page([made], None, "One", COMMAND)
+    html = compared([made], COMMAND)
     results, cards = results_of(html)
     assert re.findall(r'class="best">([^<]*) \(', cards) == [mean_sd(made.rows[0].validation)]
     assert re.findall(r'class="best">([^<]*) \(', results) == [mean_sd(made.rows[0].validation)]
@@ -149,7 +148,7 @@ def test_bold_is_the_best_of_a_column_and_significance_has_a_mark(without_figure
 def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> None:
     runs = [each for k in (0.0, 0.1) for o in ("adamw", "caspr") for each in
             seeds(o, [4.0 + k, 4.1 + k, 4.3], optim__weight_decay=k)]  # fmt: skip
-    html = page([table(runs, baseline="weight_decay=0")], None, "Own", COMMAND)
+    html = compared([table(runs, baseline="weight_decay=0")], COMMAND)
     text = parsed(html).within("th", "p", "td", "div")
     assert "against each optimizer's own row with weight_decay=0" in text
     assert re.search(r"th\.verdict \{[^}]*white-space: normal", html)  # its head is long, and would widen the table
@@ -159,7 +158,7 @@ def test_rows_with_baselines_of_their_own_name_them(without_figures: None) -> No
 def test_a_row_of_one_table_is_that_of_another_with_the_same_settings(without_figures: None) -> None:
     runs = [run("caspr", 1, optim__eps=1e-6), run("caspr", 1, optim__eps=1e-4, task__name="vit")]
     both = tables([*runs, run("caspr", 1, optim__eps=1e-6, task__name="vit")])
-    assert parsed(page(both, None, "Two", COMMAND)).within("td").split("\n").count("not run") == 1
+    assert parsed(compared(both, COMMAND)).within("td").split("\n").count("not run") == 1
     assert opening(both)[0] == "2 rows compared on 2 tasks (c4_lm and vit): caspr eps=1e-06 and caspr eps=0.0001."
 
 
@@ -179,7 +178,7 @@ def test_it_says_at_once_what_is_not_finished_and_whose_seeds_selected_the_trial
     made = tables(caspr + going + searched("adamw", [4.5, 4.4, 4.6]))
     said = "all ended with a finite value, and 2 more of the selected settings are not finished"
     assert f"3 reported runs with seeds 0 to 2; {said}" in opening(made)[1]
-    found = parsed(page(made, None, "Part", COMMAND)).within("td", "span")
+    found = parsed(compared(made, COMMAND)).within("td", "span")
     assert found.count("its seeds selected the trial") == 2  # the second is for phones
 
 
@@ -188,7 +187,7 @@ def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(figures, name, lambda *_: "")
     again = [run("caspr", seed, 4.0, optim__lr=1e-3, search__rerank=3) for seed in (1001, 1002)]
     runs = searched("caspr", [4.2, 4.0, None, 4.4], search__rerank=3) + again + searched("adamw", [4.5, 4.4, 4.6])
-    html = page(tables(runs), None, "Tuned", COMMAND)
+    html = compared(tables(runs), COMMAND)
     found = parsed(html)
     assert found.within("p").startswith("Best mean: caspr; ")
     assert html.index('class="lead"') < html.index("<nav")
@@ -201,7 +200,7 @@ def test_it_begins_with_who_wins_and_has_every_trial(monkeypatch: pytest.MonkeyP
     assert 'class="text">diverged: loss is nan<' in every
     assert "4.0000, 4.0000" in every  # run again
     assert every.index("4.0000") < every.index("4.2000") < every.index("4.4000") < every.index("diverged")
-    plain = page(tables(seeds("caspr", [4.0, 4.1])), None, "Untuned", COMMAND)
+    plain = compared(tables(seeds("caspr", [4.0, 4.1])), COMMAND)
     assert "<details" not in plain
     assert tuning.BY_BUDGET not in parsed(plain).within("span")
 
