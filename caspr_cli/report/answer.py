@@ -161,9 +161,8 @@ def table_lines(name: str, made: DataFrame, width: int) -> Iterator[str]:
         columns = [replace(c, head=_cut(c.head), cells=list(map(_cut, c.cells))) for c in whole.columns]
         lines, omitted = render.terminal(Sheet(columns), width)
     yield from lines
-    said = [f"no room for: {listed(omitted)}" if omitted else "", rest(name, made)]
-    if any(said):
-        yield from textwrap.wrap(f"({'; '.join(filter(None, said))})", width)
+    if left_out := "; ".join(filter(None, [f"no room for: {listed(omitted)}" if omitted else "", rest(name, made)])):
+        yield from textwrap.wrap(f"({left_out})", width)
     yield from textwrap.wrap(made.attrs["note"], width)
 
 

@@ -142,11 +142,11 @@ def _finalists(row: Row) -> Iterator[str]:
 
 def _seeds(row: Row) -> Iterator[str]:
     """Yield a line if the reported seeds are too few, or may have chosen the trial."""
-    fresh = {k: [r.seed for r in trial.runs if r.seed not in CHOOSING] for k, trial in enumerate(row.trials)}
-    for k, seeds in fresh.items():
-        if seeds and row.trials[k] is not row.selected:
+    for trial in row.trials:
+        seeds = [run.seed for run in trial.runs if run.seed not in CHOOSING]
+        if seeds and trial is not row.selected:
             which = f"seed{'s' * (len(seeds) > 1)} {listed(seeds, 6)}"
-            yield f"trial {row.trials[k].index} was not selected, but run at {which}, too, which may have chosen"
+            yield f"trial {trial.index} was not selected, but run at {which}, too, which may have chosen"
     reported = row.selected.ended.keys() - CHOOSING if row.selected else set()
     if len(reported) < LEAST_SEEDS:
         chose = f"seeds {listed(sorted(CHOOSING), 6)} choose the trial"

@@ -96,10 +96,9 @@ def _table(table: Table) -> Iterator[str]:
 
 def trials_as_markdown(tables: Sequence[Table], command: str) -> str:
     """Return every trial of each table; an empty text if no row has several."""
-    found = [(format.title(table), tuning.trials(table)) for table in tables]
     parts = [
-        f"## {markdown_text(title)}\n\n{markdown_text(made.caption)}\n\n{render.markdown(made)}"
-        for title, made in found
-        if made
+        f"## {markdown_text(format.title(table))}\n\n{markdown_text(made.caption)}\n\n{render.markdown(made)}"
+        for table in tables
+        if (made := tuning.trials(table))
     ]
     return "\n\n".join([*parts, f"    {command}\n"]) if parts else ""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from textwrap import fill
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -207,16 +206,14 @@ def _target(axes: Axes, table: Table) -> None:
         axes.set_title(f"target {table.target:g}: {place} this range", loc="left", color=MUTED, fontsize=8)
 
 
-def _labelled(
-    figure: Figure, axes: Axes, ends: Ends, styles: Styles, more: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def _labelled(figure: Figure, axes: Axes, ends: Ends, styles: Styles, more: Mapping[str, str] | None = None) -> None:
     """Write names at the ends of lines, or a legend under the axes where names are too many or too long.
 
     A line that ends outside of the axes has its value beside its name.
     """
     low, high = sorted(axes.get_ylim())
     outside = {label: f" ↑ {y:.3g}" if y > high else f" ↓ {y:.3g}" if y < low else "" for label, _, y in ends}
-    names = {label: f"{label}{more.get(label, '')}{outside[label]}" for label in outside}
+    names = {label: f"{label}{(more or {}).get(label, '')}{outside[label]}" for label in outside}
     longest = max(map(len, names.values()))
     if len(ends) > LABELLED or longest > LONGEST_LABEL:
         legend(figure, names, styles)

@@ -22,34 +22,30 @@ TURNED = {"better": "worse", "worse": "better"}
 
 def headline(tables: Sequence[Table]) -> str:
     """Return which row has the best mean on how many tasks, and which rows one row is better or worse than."""
-    by_label = _by_label(tables)
-    best, ranked = _best(tables, by_label)
-    subject = next((label for rows in by_label for label in rows if label == SUBJECT), ranked[0] if ranked else "")
+    tables = with_common_labels(tables)
+    best, ranked = _best(tables)
     if not ranked:
         return f"{best}."
-    said = _verdicts(tables, by_label, subject)
+    subject = SUBJECT if any(row.label == SUBJECT for table in tables for row in table.rows) else ranked[0]
+    said = _verdicts(tables, subject)
     same = said.startswith(f"{subject} is") and best.endswith(f": {subject}")
     return f"{best}, which {said.removeprefix(f'{subject} ')}." if same else f"{best}; {said}."
 
 
-def _by_label(tables: Sequence[Table]) -> list[dict[str, Row]]:
-    return [{row.label: row for row in table.rows} for table in with_common_labels(tables)]
-
-
-def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tuple[str, list[str]]:
+def _best(tables: Sequence[Table]) -> tuple[str, list[str]]:
     """Return which rows have the best mean on how many tasks, in words, and these rows, the most frequent first."""
     won: dict[str, int] = defaultdict(int)
     alone, luckier = dict[str, list[str]](), list[str]()
-    for name, table, rows in zip(names(tables), tables, by_label, strict=True):
-        valued = {label: row for label, row in rows.items() if row.mean is not None}
+    for name, table in zip(names(tables), tables, strict=True):
+        valued = [row for row in table.rows if row.mean is not None]
         if len(valued) > 1:
-            best = next(iter(valued.values()))  # rows with failed seeds stand behind the others
-            same = [k for k, row in valued.items() if (row.mean, row.failed) == (best.mean, best.failed)]
+            best = valued[0]  # rows with failed seeds stand behind the others
+            same = [row.label for row in valued if (row.mean, row.failed) == (best.mean, best.failed)]
             won[listed(same, MOST)] += 1
             sign = 1 if table.higher_is_better else -1
-            luckier += [k for k, row in valued.items() if sign * (row.mean or 0.0) > sign * (best.mean or 0.0)]
+            luckier += [row.label for row in valued if sign * (row.mean or 0.0) > sign * (best.mean or 0.0)]
         elif valued:
-            alone.setdefault(next(iter(valued)), []).append(name)
+            alone.setdefault(valued[0].label, []).append(name)
     ranked = sorted(won, key=lambda label: -won[label])
     if not ranked:
         only = [f"only {label} has a value on {listed(where, MOST)}" for label, where in alone.items()]
@@ -59,17 +55,17 @@ def _best(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]]) -> tup
     each = [f"{label} on {won[label]}" for label in ranked] if total > 1 else ranked
     if total > 1:
         each[0] += f" of {count(total, 'table' if len({table.task for table in tables}) < total else 'task')}"
-    but = f" (without {listed(list(dict.fromkeys(luckier)), MOST)}, of which seeds failed)" if luckier else ""
+    but = f" (without {listed(dict.fromkeys(luckier), MOST)}, of which seeds failed)" if luckier else ""
     return f"Best mean: {listed(each, MOST)}{but}", ranked
 
 
-def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], subject: str) -> str:
+def _verdicts(tables: Sequence[Table], subject: str) -> str:
     """Return which rows ``subject`` is significantly better and worse than; with own baselines, each row's verdict."""
     kinds: dict[str, list[str]] = defaultdict(list)
     own = [format.baseline(table) for table in tables if table.own_baselines]
-    for rows in by_label:
-        of_rows = [(label, row.kind) for label, row in rows.items() if row.difference is not None]
-        for label, kind in of_rows if own else _against(rows, subject):
+    for table in tables:
+        of_rows = [(row.label, row.kind) for row in table.rows if row.difference is not None]
+        for label, kind in of_rows if own else _against(table.rows, subject):
             kinds[label].append(kind)
     said = {kind: _where(kinds, kind) for kind in ("better", "worse", format.NOT_SIGNIFICANT, format.NOT_TESTED)}
     if not any(said[kind] for kind in ("better", "worse", format.NOT_SIGNIFICANT)):
@@ -85,22 +81,21 @@ def _verdicts(tables: Sequence[Table], by_label: Sequence[Mapping[str, Row]], su
     return f"{subject} is {', and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}{untested}"
 
 
-def _against(rows: Mapping[str, Row], subject: str) -> list[tuple[str, str]]:
+def _against(rows: Sequence[Row], subject: str) -> list[tuple[str, str]]:
     """Return the verdict of ``subject`` against each other row, with the label of that row.
 
     With the baseline, and if it is that itself, it is what the table says; the others are tested against it, corrected
     for the number of rows as in a table.
     """
-    if subject not in rows or rows[subject].mean is None:
+    own = next((row for row in rows if row.label == subject and row.mean is not None), None)
+    if own is None:
         return []
-    own = rows[subject]
-    tested = list(rows.values()) if own.is_baseline else compared([*rows.values()], own.label)[0]
     found = []
-    for label, row in zip(rows, tested, strict=True):
-        if rows[label].is_baseline and own.difference is not None:
-            found.append((label, own.kind))
-        elif row.difference is not None and row.mean is not None:
-            found.append((label, TURNED.get(row.kind, row.kind)))
+    for row, tested in zip(rows, rows if own.is_baseline else compared(rows, own.label)[0], strict=True):
+        if row.is_baseline and own.difference is not None:
+            found.append((row.label, own.kind))
+        elif tested.difference is not None and row.mean is not None:
+            found.append((row.label, TURNED.get(tested.kind, tested.kind)))
     return found
 
 
@@ -117,13 +112,8 @@ def _where(kinds: Mapping[str, Sequence[str]], kind: str) -> str:
 
 def clock(tables: Sequence[Table]) -> str:
     """Return what a step costs, see :func:`costs`, and how long all runs took. Empty where it is not known."""
-    seconds = [
-        float(taken)
-        for table in tables
-        for row in table.rows
-        for run in row.records
-        if (taken := run.result.get("seconds")) is not None
-    ]
+    runs = [run for table in tables for row in table.rows for run in row.records]
+    seconds = [taken for run in runs if (taken := run.result.get("seconds")) is not None]
     trained = f"{count(len(seconds), 'run')} trained for {duration(sum(seconds))} in all." if seconds else ""
     return " ".join(filter(None, [costs(tables), trained]))
 
@@ -135,14 +125,14 @@ def costs(tables: Sequence[Table]) -> str:
     """
     ratios: dict[str, list[float]] = defaultdict(list)
     bases = set()
-    for table, rows in zip(tables, _by_label(tables), strict=True):
-        base = next(((label, row) for label, row in rows.items() if row.is_baseline), None)
+    for table in with_common_labels(tables):
+        base = next((row for row in table.rows if row.is_baseline), None)
         if base is None or table.own_baselines:
             continue
-        for label, row in rows.items():
-            if label != base[0] and not row.untuned and (ratio := _ratio(row, base[1])) is not None:
-                ratios[label].append(ratio)
-                bases.add(base[0])
+        for row in table.rows:
+            if row is not base and not row.untuned and (ratio := _ratio(row, base)) is not None:
+                ratios[row.label].append(ratio)
+                bases.add(base.label)
     if not ratios or len(bases) > 1:
         return ""
     ranked = sorted(ratios, key=lambda label: median(ratios[label]))

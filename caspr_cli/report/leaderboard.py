@@ -1,7 +1,7 @@
 """The leaderboard: rows that were tuned alike, from packs, as a page that tells how to enter one's own."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -45,11 +45,11 @@ class Place:
     table: Table
 
 
-@dataclass(frozen=True)
+@dataclass
 class Board:
-    places: tuple[Place, ...]  # the rows that are ranked
-    tables: tuple[Table, ...]  # of their records, those of one task together
-    refused: dict[str, list[str]]  # by pack, why its rows, or some, are not ranked
+    places: list[Place] = field(default_factory=list)  # the rows that are ranked
+    tables: list[Table] = field(default_factory=list)  # of their records, those of one task together
+    refused: dict[str, list[str]] = field(default_factory=dict)  # by pack, why its rows, or some, are not ranked
 
     def against(self, row: Row, table: Table) -> list[str]:
         """Return why a row may not stand beside those that are ranked."""
@@ -63,30 +63,27 @@ class Board:
 
 def board(packs: Mapping[str, Sequence[Run]], draw: entry.Draw | None = None) -> Board:
     """Return which rows of packs, by name, are ranked: on each task the first one of each optimizer."""
-    places: list[Place] = []
-    refused: dict[str, list[str]] = {}
-    found: tuple[Table, ...] = ()
+    found = Board()
     for pack, runs in packs.items():
         if other := entry.other_searches(runs):
-            refused[pack] = [other]
+            found.refused[pack] = [other]
             continue
         for table, row in [(made, row) for made in tables(runs) for row in made.rows if not row.untuned]:
-            wrong = entry.problems(row, draw) + Board(tuple(places), found, refused).against(row, table)
-            if wrong:
+            if wrong := entry.problems(row, draw) + found.against(row, table):
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-                refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
+                found.refused.setdefault(pack, []).append(f"{row.label} on {table.task}: {wrong[0]}{more}")
                 continue
-            places.append(Place(pack, row, table))
-            if table.task not in {other.task for other in found}:  # the first row says what the others have to fit
-                found = _tables(places)
-        found = _tables(places)
-    return Board(tuple(places), found, refused)
+            found.places.append(Place(pack, row, table))
+            if table.task not in {other.task for other in found.tables}:  # the first says what the others have to fit
+                found.tables = _tables(found.places)
+        found.tables = _tables(found.places)
+    return found
 
 
-def _tables(places: Sequence[Place]) -> tuple[Table, ...]:
+def _tables(places: Sequence[Place]) -> list[Table]:
     """Return tables of the rows that are ranked, each beside its untuned one."""
     rows = [row for place in places for row in (place.row, untuned_of(place.row, place.table)) if row]
-    return tuple(tables([run for row in rows for run in row.records])) if rows else ()
+    return tables([run for row in rows for run in row.records]) if rows else []
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

@@ -31,11 +31,7 @@ OwnValue = tuple[str, str, str]  # an optimizer, one of its options, and the fro
 
 
 def rows_of(
-    runs: Sequence[Run],
-    tuned: Sequence[str],
-    named: Collection[str] = (),
-    own_of: Collection[OwnValue] = (),
-    **common: Any,
+    runs: Sequence[Run], tuned: Sequence[str], named: Collection[str], own_of: Collection[OwnValue], **common: Any
 ) -> list[Row]:
     """Return the rows of one optimizer, tuned or untuned, with labels that have what distinguishes them, and ``named``.
 

@@ -43,7 +43,6 @@ def about_rates(table: Table) -> str:
 
 def by_rate(table: Table, styles: Styles | None = None) -> str:
     """Draw the value of each trial by its learning rate, one line a row, with the width of the range of good ones."""
-    higher = table.higher_is_better
     found = {row.label: wide for row in tried(table) if (wide := width(row))}
     rows = [row for row in table.rows if row.label in found]
     if not rows:
@@ -52,10 +51,10 @@ def by_rate(table: Table, styles: Styles | None = None) -> str:
     with drawing():
         figure, axes = axes_of(table.metric, "learning rate")
         axes.set_xscale("log")
-        axes.set_ylim(_range(rows, higher=higher))
+        axes.set_ylim(_range(rows))
         for place, row in enumerate(rows):
             axes.plot(*zip(*found[row.label].line, strict=True), **drawn(styles[row.label]), zorder=1.9)
-            dots(axes, row, ALWAYS_TUNED, place, styles[row.label], higher=higher, x_of=_rate)
+            dots(axes, row, ALWAYS_TUNED, place, styles[row.label], x_of=_rate)
         _ticks(axes)
         legend(figure, {label: f"{label}, {wide.factor}" for label, wide in found.items()}, styles)
         missing = [row.label for row in table.rows if row.label not in found and not row.untuned]
@@ -69,7 +68,7 @@ def by_rate(table: Table, styles: Styles | None = None) -> str:
 
 def by_others(table: Table, styles: Styles | None = None) -> str:
     """Draw the value of each trial by each tuned key but the learning rate, in panels with one vertical axis."""
-    rows, higher = tried(table), table.higher_is_better
+    rows = tried(table)
     keys = sorted({key for row in rows for key in varied(row)} - {ALWAYS_TUNED})
     if not keys:
         return ""
@@ -83,9 +82,9 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
             name, logarithmic, x_of = _axis(rows, key, drawn_as.get(key))
             panel.set_xlabel(name)
             panel.set_xscale("log" if logarithmic else "linear")
-            panel.set_ylim(_range(rows, higher=higher))
+            panel.set_ylim(_range(rows))
             for place, row in enumerate(rows):
-                dots(panel, row, key, place, styles[row.label], higher=higher, x_of=x_of)
+                dots(panel, row, key, place, styles[row.label], x_of=x_of)
             if x_of is not plain:  # words have places of their own
                 _ticks(panel)
         for panel in panels[len(keys) :]:
@@ -96,21 +95,22 @@ def by_others(table: Table, styles: Styles | None = None) -> str:
         return svg_of(figure, table, "keys", f"{table.metric} on {table.task} of all trials by {what}, each in a panel")
 
 
-def _range(rows: Sequence[Row], *, higher: bool) -> tuple[float, float]:
+def _range(rows: Sequence[Row]) -> tuple[float, float]:
     """Return the vertical range: from the best trial of all to the worst of the rows' median trials."""
-    ends = []
+    ends, higher = [], rows[0].higher_is_better
     for row in rows:
         values = sorted((value for value in row.scores.values() if value is not None), reverse=higher)
         ends += [values[0], values[len(values) // 2]]
     return window(ends, higher=higher)
 
 
-def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bool, x_of: Callable[[Any], Any]) -> None:
+def dots(axes: Axes, row: Row, key: str, place: int, style: Style, x_of: Callable[[Any], Any]) -> None:
     """Draw the trials of a row: those without a value, and those far off, at the edge where the worst would be.
 
     By the ``place`` of the row marks at the edge do not hide each other; ``x_of`` says where a value stands, if at all.
     """
-    (low, high), at_edge = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
+    (low, high), inwards = axes.get_ylim(), 0.02 + 0.022 * (place % 8)
+    at_edge = inwards if row.higher_is_better else 1 - inwards
     edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}
     how = _dot(style)
     for one in outcomes(row):
@@ -122,7 +122,7 @@ def dots(axes: Axes, row: Row, key: str, place: int, style: Style, *, higher: bo
             star = {"marker": "*", "markersize": 11, "zorder": 4} if one.best else {}
             axes.plot([x], [one.value], **how | {"zorder": 3} | star)
         else:
-            axes.plot([x], [at_edge if higher else 1 - at_edge], **how | edge | {"marker": mark, "markersize": 4.5})
+            axes.plot([x], [at_edge], **how | edge | {"marker": mark, "markersize": 4.5})
 
 
 def _dot(style: Style) -> dict[str, Any]:

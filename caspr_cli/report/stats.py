@@ -110,7 +110,6 @@ def compare(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Compariso
 
     The test is paired where all seeds of one side are seeds of the other, two or more. Otherwise it is Welch's over
     all seeds: pairs of a few common seeds would leave out the rest.
-
     """
     common = sorted(ours.keys() & theirs.keys())
     paired = len(common) >= 2 and len(common) == min(len(ours), len(theirs))

@@ -22,7 +22,7 @@ from caspr_cli.common.shape import DONE, FAILED, LOADER, NO_YAML, flat
 from caspr_cli.report.model import Run
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 SEEDS = ("seed", "random_seed", "rng_seed", "seed_everything", "manual_seed")
 # Columns of steps: the first that a file has counts. (W&B's _step counts calls of its log.)
@@ -296,8 +296,8 @@ def _table(frame: DataFrame, file: Log, asked: Asked, into: Found) -> None:
     for k in wide:
         head, called = heads[k], heads[k].removesuffix(f" - {asked.metric}")
         path = f"{file.path}:{called}" + (f":{k + 1}" if heads.count(head) > 1 else "")
-        own = frame[[step] if step else []].assign(**{head: columns.iloc[:, k]})
-        into.add(Log(path, called, _points(own, step, head), {}, updated=file.updated))
+        points = _points(frame[step] if step else None, columns.iloc[:, k])
+        into.add(Log(path, called, points, {}, updated=file.updated))
     if not wide:
         into.without.append(file.path)
 
@@ -329,7 +329,7 @@ def _runs(frame: DataFrame, file: Log, metric: str, step: str | None, asked: Ask
         own_keys = {head: value_of(first[head]) for head in heads if own[head].nunique() == 1 and head not in other}
         called = first[named[0]] if named else file.name
         ended = STATE.get(own[state].iloc[-1].casefold()) if state else None
-        points = _points(own, step, metric)
+        points = _points(own[step] if step else None, own[metric])
         if several and [at for at, _ in points].count(min(points, default=(0, 0))[0]) > 1:  # a resume begins later
             raise ValueError(
                 f"{called} has several values of {metric} at its first step, so it is more than one run: "
@@ -347,17 +347,17 @@ def _is_text(values: Sequence[str]) -> bool:
     return any(isinstance(value_of(value), str) for value in known) and 2 * len(set(known)) <= len(known)
 
 
-def _points(frame: DataFrame, step: str | None, metric: str) -> Points:
+def _points(steps: Series | None, values: Series) -> Points:
     """Return step and value of each line that has the metric; without a column of steps, lines are numbered.
 
     Raises ValueError if one of them is no number.
     """
     found = []
-    steps = frame[step].tolist() if step else range(1, len(frame) + 1)
-    for number, at, value in zip(frame.index, steps, frame[metric].tolist(), strict=True):  # 1 is the line below heads
+    places = range(1, len(values) + 1) if steps is None else steps
+    for (number, value), at in zip(values.items(), places, strict=True):  # 1 is the line below heads
         try:
             if value != "":
                 found.append((float(at), float(value)))
         except ValueError:
-            raise ValueError(f"line {number + 1}: step {at!r} and {metric} {value!r} should be numbers") from None
+            raise ValueError(f"line {number + 1}: step {at!r} and {values.name} {value!r} should be numbers") from None
     return found
