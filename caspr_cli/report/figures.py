@@ -76,7 +76,7 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
     ``over``: ``steps``, or ``seconds`` of training, the median of the runs; then without rows that lack times.
     """
     shown = _shown(table, over)
-    if not _long_enough(shown):
+    if not shown:
         return ""
     styles = styles or styles_for(row.label for row in table.rows)
     with drawing():
@@ -92,8 +92,8 @@ def curves(table: Table, over: str = "steps", styles: Styles | None = None) -> s
 def together(tables: Sequence[Table], over: str = "steps") -> str:
     """Draw the curves of several tables as panels of one figure, with one legend: a row has one style in all panels."""
     tables = with_common_labels(tables)
-    panels = [(name, table, c) for name, table in zip(names(tables), tables, strict=True)
-              if _long_enough(c := _shown(table, over))]  # fmt: skip
+    panels = [(name, table, _shown(table, over)) for name, table in zip(names(tables), tables, strict=True)]
+    panels = [panel for panel in panels if panel[2]]
     if not panels:
         return ""
     frequent = Counter(c.label for _, _, shown in panels for c in shown).most_common()
@@ -122,12 +122,9 @@ def together(tables: Sequence[Table], over: str = "steps") -> str:
 
 
 def _shown(table: Table, over: str) -> list[Curve]:
-    found = [c for row in table.rows if (c := curve(row)) is not None]
-    return [c for c in found if over == "steps" or c.seconds is not None]
-
-
-def _long_enough(shown: Sequence[Curve]) -> bool:
-    return max((len(c.steps) for c in shown), default=0) > 1
+    """Return the curves of a table that can be drawn; none if all have a single point."""
+    found = [c for row in table.rows if (c := curve(row)) and (over == "steps" or c.seconds is not None)]
+    return found if any(len(c.steps) > 1 for c in found) else []
 
 
 def _alt(table: Table, shown: Sequence[Curve], over: str) -> str:
@@ -251,32 +248,32 @@ def legend(
 
 def intervals(table: Table, styles: Styles | None = None) -> str:
     """Draw mean and 95 % interval of each row, with single seeds, and the interval of the baseline as a strip."""
-    rows = [row for row in table.rows if row.mean is not None]
-    if not rows:
+    rows = table.rows
+    means = [row.mean for row in rows if row.mean is not None]
+    if not means:
         return ""
-    styles = styles or styles_for(row.label for row in table.rows)
-    low, high = window([row.mean for row in rows if row.mean is not None], higher=table.higher_is_better)
+    styles = styles or styles_for(row.label for row in rows)
+    low, high = window(means, higher=table.higher_is_better)
     low, high = with_near([edge for row in rows for edge in (*row.validation.ends, *row.values.values())], low, high)
-    few = [f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND) for row in table.rows]
-    labels = [fill(f"{row.label}{n}", 28) for row, n in zip(table.rows, few, strict=True)]
+    labels = [fill(row.label + f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND), 28) for row in rows]
     lines = max(label.count("\n") + 1 for label in labels)
-    room = len(table.rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
+    room = len(rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
     with drawing():
         figure, axes = axes_of("", table.metric, height=0.75 + room)
         axes.set_xlim(low, high)
-        for y, row in enumerate(table.rows):
-            _interval(axes, y, row, styles[row.label], (low, high))
+        for y, row in enumerate(rows):
+            _interval(axes, y, row, styles[row.label])
             if row.is_baseline and row.n >= BAND and (ends := row.validation.ends):
                 axes.axvspan(*ends, color=styles[row.label].colour, alpha=0.14, linewidth=0, zorder=0)
-        axes.set_yticks(range(len(table.rows)), labels)
-        axes.set_ylim(len(table.rows) - 0.45, -0.55)
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        strip = [row.label for row in table.rows if row.is_baseline and row.n >= BAND]
+        strip = [row.label for row in rows if row.is_baseline and row.n >= BAND]
         note(axes, "baseline, its interval as a strip", strip)
-        means = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r.validation)} (n = {r.n})" for r in table.rows)
-        return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {means}")
+        said = "; ".join(f"{r.label} {number(r.mean)}, {interval_text(r.validation)} (n = {r.n})" for r in rows)
+        return svg_of(figure, table, "intervals", f"Mean and 95 % interval of {table.metric} on {table.task}. {said}")
 
 
 def with_near(values: Sequence[float], low: float, high: float) -> tuple[float, float]:
@@ -286,8 +283,8 @@ def with_near(values: Sequence[float], low: float, high: float) -> tuple[float, 
     return min([low, *(value - margin for value in near)]), max([high, *(value + margin for value in near)])
 
 
-def _interval(axes: Axes, y: int, row: Row, style: Style, shown: tuple[float, float]) -> None:
-    low, high = shown
+def _interval(axes: Axes, y: int, row: Row, style: Style) -> None:
+    low, high = axes.get_xlim()
     if row.mean is None:
         axes.text(low, y, "  no run is done with a finite value", color=MUTED, fontsize=8, va="center")
         return
