@@ -163,7 +163,7 @@ def keys_of(file: Path, into: Found) -> dict[str, Any]:
 
 def read_tensorboard(root: Path, asked: Asked, into: Found) -> Iterator[str]:
     """Read event files, and yield what was read; a folder of them is one run, as TensorBoard has it."""
-    own: dict[Path, tuple[Log, dict[str, Any]]] = {}
+    own: dict[Path, Log] = {}
     for folder, _, names in walk(root, into):
         files = [folder / name for name in names if "tfevents" in name or folder / name == root]
         curves, keys = _events(files, asked, into)
@@ -177,11 +177,11 @@ def read_tensorboard(root: Path, asked: Asked, into: Found) -> Iterator[str]:
         keys = keys_of(folder / "hparams.yaml", into) | keys
         named = run.parent if STAMPED.fullmatch(run.name) else run
         name = _name(root, named if root.is_dir() and named.is_relative_to(root) else folder)
-        own[folder] = Log(str(run), name, curves.get(tag, []), dict(keys), updated=updated(*files)), keys
-    for folder, (log, keys) in own.items():
+        own[folder] = Log(str(run), name, curves.get(tag, []), keys, updated=updated(*files))
+    for folder, log in own.items():  # a folder before those in it
         parent = own.get(folder.parent)
-        if parent and parent[0].points and keys:
-            parent[0].keys |= keys  # SummaryWriter.add_hparams opens a folder of its own
+        if parent and parent.points and log.keys:
+            parent.keys |= log.keys  # SummaryWriter.add_hparams opens a folder of its own
         else:
             into.add(log)
 
