@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from caspr_cli.optim.caspr import takes
 from caspr_cli.optim.family import AuthorOptions, wrong
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.state import params_of
+from caspr_cli.optim.state import counter, params_of
 
 MATRICES = ("L", "R", "L_root", "R_root")  # of the state: at least float32, for which there are eigendecompositions
 SMALLEST_DAMPING = 1e-16
@@ -84,7 +84,7 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Return the step of a tensor over its learning rate, and move its state on."""
     (beta1, beta2), matrix = group["betas"], group["precondition"] and G.ndim >= 2 and G.numel() > 0
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["step"] = counter()
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
     dtype = torch.promote_types(G.dtype, torch.float32)
     if matrix and "L" not in state:
@@ -101,7 +101,9 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     nadam: Tensor = M / (V.sqrt() + group["eps"])
     if not matrix:
         return nadam
-    _accumulate(state, blocks_of(G, group["block_size"]), beta2)
+    B = blocks_of(G, group["block_size"])
+    state["L"].mul_(beta2).add_(B @ B.mT, alpha=1 - beta2)
+    state["R"].mul_(beta2).add_(B.mT @ B, alpha=1 - beta2)
     if t % group["interval"] == 0:
         for side in "LR":
             padding = (group["block_size"] - state[side].shape[-1]) * group["matrix_eps"] * beta2**t
@@ -138,12 +140,6 @@ def _first_statistics(blocks: Tensor, eps: float) -> dict[str, Tensor]:
     eyes = {"L": torch.eye(m).to(blocks), "R": torch.eye(n).to(blocks)}
     sides = {side: (eps * eye).expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
     return sides | {f"{side}_root": eye.expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
-
-
-def _accumulate(state: dict[str, Any], G: Tensor, beta2: float) -> None:
-    """S <- beta2 S + (1 - beta2) G G^T."""
-    state["L"].mul_(beta2).add_(G @ G.mT, alpha=1 - beta2)
-    state["R"].mul_(beta2).add_(G.mT @ G, alpha=1 - beta2)
 
 
 def _roots(S: Tensor, old: Tensor, eps: float, size: int, padding: float) -> Tensor:

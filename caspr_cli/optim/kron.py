@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from caspr_cli.optim.state import counter
+
 LONGEST = 8192  # a longer axis has a diagonal factor
 RATE = 0.1  # of the steps that fit the factors
 LARGEST = 1.1  # root mean square of an update
@@ -67,9 +69,9 @@ class PSGDKron(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
             state["factors"] = [_identity(n, p) for n in p.shape]
-            state["step"] = _counter(0)
+            state["step"] = counter()
         elif "step" not in state:  # an older version counted the steps of the group
-            state["step"] = _counter(group["step"] - 1)
+            state["step"] = counter(group["step"] - 1)
         state["step"] += 1
         state["momentum"].lerp_(G, 1 - group["momentum"])
         dtype = torch.promote_types(p.dtype, torch.float32)  # there are no triangular solves in bfloat16
@@ -124,11 +126,6 @@ def fitted(factors: list[Tensor], h: Tensor, v: Tensor) -> list[Tensor]:
             A, B = A @ A.mT, B @ B.mT
             found.append(Q - RATE / _norm_bound(A + B) * torch.triu(A - B) @ Q)
     return found
-
-
-def _counter(value: int) -> Tensor:
-    """Return a counter as torch's optimizers have it: on the CPU, where reading it does not wait for the device."""
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from caspr_cli.optim.finite import Finite
 from caspr_cli.optim.fsdp import local, locals_of
 from caspr_cli.optim.graft import (
     RMS,
-    adam_length,
     are_alike,
     diagonal_step,
     direction,
@@ -32,10 +31,11 @@ from caspr_cli.optim.graft import (
     look_ahead,
     needs_second_moment,
     rate,
+    torch_adamw,
     transfer_length,
     update_second_moment,
 )
-from caspr_cli.optim.masked import Mask, adam_lengths
+from caspr_cli.optim.masked import Mask
 from caspr_cli.optim.momentum import Pieces, averaged, forget_updates
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
@@ -233,50 +233,43 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
         for t in types:
             found |= update_moments([p for p in params if p.dtype == t], x)
         return torch.stack([found[p] for p in params]) if found else None
-    group, states, sharded = x.group, [x.state[p] for p in params], x.plan.sharded
-    (beta1, beta2), graft = group["betas"], group["graft"]
+    group, mask, states, sharded = x.group, x.mask, [x.state[p] for p in params], x.plan.sharded
+    (beta1, beta2), graft, first = group["betas"], group["graft"], group["precondition"] == "momentum"
     grads, steps = [x.grads[p] for p in params], [s["step"] for s in states]
-    first = group["precondition"] == "momentum"
     moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
     exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
     here = locals_of(params, sharded)
-    if x.mask is not None:
-        return _masked_lengths(params, grads, exp_avg, moments, x)
-    if graft == "adam" and first and not group["nesterov"] and fusible(here, grads, exp_avg, moments):
-        out = x.workspace.like("graft", here)
-        return adam_length(out, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
-    torch._foreach_add_(steps, 1)
-    if moments:
-        update_second_moment(moments, grads, beta2)
-    if first:
-        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-    if not has_lengths(group):
-        return None
-    if graft == "rms":
-        return x.workspace.constant([RMS * math.sqrt(p.numel()) for p in here], torch.float64, here[0].device)
-    T = [x.steps[p] for p in params]
-    inputs = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
-    return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
-
-
-def _masked_lengths(
-    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], moments: list[Tensor], x: Active
-) -> Tensor | None:
-    """Do as :func:`_lengths` where the device alone knows which gradients are finite."""
-    assert x.mask is not None
-    mask, group, graft, first = x.mask, x.group, x.group["graft"], x.group["precondition"] == "momentum"
-    here = locals_of(params, x.plan.sharded)
-    if graft == "adam" and first and not group["nesterov"] and are_alike(here, grads, exp_avg, moments):
-        return adam_lengths(mask, params, grads, exp_avg, moments, x.state, group)
-    mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
-    if not has_lengths(group):
-        return None
-    if graft == "rms":
-        lengths = _constants([RMS * math.sqrt(p.numel()) for p in here], here[0].device, x)
+    can_fuse = fusible if mask is None else are_alike
+    if graft == "adam" and first and not group["nesterov"] and can_fuse(here, grads, exp_avg, moments):
+        out = x.workspace.like("graft", here)  # zeros, on which a kernel takes the step of Adam
+        if mask is None:
+            torch_adamw(out, grads, exp_avg, moments, steps, group, lr=1.0, weight_decay=0.0, fused=True)
+        else:
+            mask.fused_adamw(params, out, grads, exp_avg, moments, x.state, group, lr=1.0, weight_decay=0.0)
+        return frobenius(out)
+    if mask is not None:
+        mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
     else:
-        ahead = mask.corrected(momenta(params, x), params, group["betas"][0]) if first else grads
+        torch._foreach_add_(steps, 1)
+        if moments:
+            update_second_moment(moments, grads, beta2)
+        if first:
+            torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    if not has_lengths(group):
+        return None
+    if graft == "rms":
+        numbers, device = [RMS * math.sqrt(p.numel()) for p in here], here[0].device
+        if mask is None:
+            return x.workspace.constant(numbers, torch.float64, device)
+        lengths = _constants(numbers, device, x)
+    elif mask is None:
+        T = [x.steps[p] for p in params]
+        ahead = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
+        return frobenius(direction(graft, ahead, moments, T, beta2, group["graft_eps"]))
+    else:
+        ahead = mask.corrected(momenta(params, x), params, beta1) if first else grads
         lengths = frobenius(mask.direction(params, ahead, moments, group, graft))
-    return mask.lengths(lengths, params)
+    return torch.where(mask.is_finite(params), lengths, 0)
 
 
 def has_lengths(group: Group) -> bool:
@@ -321,7 +314,7 @@ def preconditioned(
         owners, factor = _owners(members, stack), scale[rows].reciprocal()
         if x.mask is not None and not (first and not group["nesterov"] and has_lengths(group)):
             # Nesterov's momentum has the gradient in it, and without lengths nothing else makes U zero.
-            X.masked_fill_(per_block(x.mask.is_broken(owners), X), 0)
+            X.masked_fill_(per_block(x.mask.of_params(x.mask.broken, owners), X), 0)
         if first and x.mask is not None:
             factor = factor / x.mask.bias_of(group["betas"][0], owners).to(factor.dtype)
         elif first:
