@@ -18,8 +18,6 @@ Shape = tuple[int, ...]
 # An axis of a block that is longer than the first, and than the second times the product of the others, has no
 # statistics: they would have many times the numbers of the block.
 LONG, TIMES = 256, 8
-MERGES = ("matrix", "square", "none")
-AXES = ("all", "first", "last", "row")
 
 
 def merge_axes(shape: Shape, merge: str) -> Shape:

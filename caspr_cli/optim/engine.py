@@ -33,6 +33,7 @@ from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key, r
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import keep_roots_of
 from caspr_cli.optim.scatter import Workspace
+from caspr_cli.optim.shard import Factors
 from caspr_cli.optim.stacks import Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
@@ -72,7 +73,7 @@ class KroneckerOptimizer(Optimizer):
         self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
         self._told: set[Tensor] = set()  # parameters of which was warned
         self._division, self._exchange = division, Exchange(division)
-        self._gathered: tuple[int, dict[int, dict[str, Tensor]]] | None = None  # see consolidate_state_dict()
+        self._gathered: tuple[int, Factors] | None = None  # see consolidate_state_dict()
 
     # ---- param groups
 
@@ -328,12 +329,11 @@ class KroneckerOptimizer(Optimizer):
         if self._division.ranks:
             self._gathered = to, self._gather(to)
 
-    def _gather(self, to: int | None) -> dict[int, dict[str, Tensor]]:
+    def _gather(self, to: int | None) -> Factors:
         """Return the factors of all ranks by parameter number, on one rank or on all."""
-        teams = self._division.teams()
-        for team in teams:
-            team.wait(self.timeout)
-        return states.whole_factors(self.state, self.param_groups, self._division.owners, teams, to)
+        for team in self._division.teams():
+            team.barrier.wait(self.timeout)
+        return states.whole_factors(self.state, self.param_groups, self._division, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with.
@@ -365,7 +365,8 @@ class KroneckerOptimizer(Optimizer):
                 self._division.owners = division.owners
             if self._division.owners or any(is_factor(name) for entries in self.state.values() for name in entries):
                 self._division.divide(self.param_groups, plans, self.state, check=False)  # before it takes room
-            states.move(self.state)
+            for p, entries in self.state.items():
+                entries |= {name: value.to(p.device) for name, value in entries.items() if is_factor(name)}
 
         handles = [
             self.register_load_state_dict_pre_hook(take),
@@ -382,7 +383,8 @@ class KroneckerOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         own = {name: value for name, value in vars(self).items() if name in ("sharded_state", "timeout")}
-        return super().__getstate__() | own | {"_division": self._division.pickled}
+        mine = self._division
+        return super().__getstate__() | own | {"_division": (mine.owners, mine.ranks, mine.everyone, mine.group_size)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.

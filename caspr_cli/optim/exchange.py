@@ -180,7 +180,8 @@ class Exchange:
         """
         counted = {p for x in steps for p in x.layouts if p in self.division.transfers}
         updates, earlier, found = Updates(steps, dict(lengths), counted), None, self._buckets(steps)
-        inputs = self._inputs([bucket.first for bucket in found if bucket.rows], steps, _input_of)
+        runs = [bucket.first for bucket in found if bucket.rows]
+        inputs = self._inputs(runs, steps, lambda p, x: inputs_of([p], x)[0])
         for bucket in found:
             rows = next(inputs) if bucket.rows else [{} for _ in steps]
             bucket.channel.open(bucket.parcel)
@@ -201,11 +202,8 @@ class Exchange:
     def _buckets(self, steps: list[Active]) -> list[Bucket]:
         """Return what travels together in this step."""
         key = [(id(x.plan), id(p), travel_dtype(p, x.group)) for x in steps for p in x.layouts]
-        if self._schedule is None or self._schedule.key != key:
-            self._schedule = self._scheduled(key, steps)
-        return self._schedule.buckets
-
-    def _scheduled(self, key: list[Any], steps: list[Active]) -> Schedule:
+        if self._schedule is not None and self._schedule.key == key:
+            return self._schedule.buckets
         found = Schedule(key, [x.plan for x in steps], [], {})
         together: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
         for number, x in enumerate(steps):
@@ -214,7 +212,8 @@ class Exchange:
         for kind, params in together.items():
             add = self._add_rows if kind[2] else self._add_blocks
             add(found, kind, params, steps)
-        return found
+        self._schedule = found
+        return found.buckets
 
     def _new_bucket(self, schedule: Schedule, key: Key, steps: list[Active]) -> Bucket:
         channel = self._channel(len(schedule.buckets) % 2, key)
@@ -348,10 +347,6 @@ def _runs(key: Key, params: list[tuple[int, Tensor]], steps: list[Active]) -> It
         for number, p in params[run.start : run.stop]:
             found[number][p] = None
         yield found
-
-
-def _input_of(p: Tensor, x: Active) -> Tensor:
-    return inputs_of([p], x)[0]
 
 
 def _whole(arrived: dict[Shape, list[Tensor]], dtype: torch.dtype) -> dict[Shape, Tensor]:

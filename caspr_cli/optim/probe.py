@@ -123,18 +123,16 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     graft = direction(group["graft"], inputs, moments, steps, beta2, group["graft_eps"])
     ratios, cosines = [], []
     for stack in stacks:
-        chosen = [i for i, p in enumerate(params) if p in stack.rows]
-        if not chosen:
-            continue
-        layouts = {params[i]: optimizer.layout(params[i], group) for i in chosen}
         scale = stack.input_scale(group)
-        for i in chosen:
-            p, rows = params[i], stack.rows[params[i]]
+        for p, M, D in zip(params, inputs, graft, strict=True):
+            if p not in stack.rows:
+                continue
+            rows = stack.rows[p]
             X = scale.new_empty(rows.stop - rows.start, *stack.shape)
-            fill(X, [p], layouts, [inputs[i]])
+            fill(X, [p], layouts, [M])
             X.div_(per_block(scale[rows], X))
             u = precondition(X, torch.empty_like(X), stack, rows, group).double().flatten().clone()
-            fill(X, [p], layouts, [graft[i]])
+            fill(X, [p], layouts, [D])
             d = X.double().flatten()
             ratios.append(d.norm() / u.norm())
             cosines.append(F.cosine_similarity(u, d, dim=0))
