@@ -7,14 +7,13 @@ github.com/dvsaisurya/algorithmic-efficiency, branch main, commit 3b068d7.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.caspr import takes
+from caspr_cli.optim.closure import WithClosure
 from caspr_cli.optim.family import AuthorOptions, wrong
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.state import counter, params_of
@@ -24,7 +23,7 @@ SMALLEST_DAMPING = 1e-16
 LARGEST_ERROR = 1e-2  # of an entry of a statistic that is rebuilt from its eigenvalues
 
 
-class AuthorCASPR(Optimizer):
+class AuthorCASPR(WithClosure):
     r"""CASPR of order 2 as its authors' public code computes it.
 
     Momentum comes first, with Nesterov's look-ahead and bias correction,
@@ -49,27 +48,12 @@ class AuthorCASPR(Optimizer):
             raise ValueError(f"{found.key} {found.should} but is: {found.value}")
         super().__init__(options.pop("params"), options)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     update = _update(p.grad, self.state[p], group)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with: torch takes the parameter's."""

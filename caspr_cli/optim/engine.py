@@ -10,9 +10,8 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -20,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from caspr_cli.optim import state as states
 from caspr_cli.optim import step as steps
 from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.closure import WithClosure
 from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
@@ -40,7 +40,7 @@ from caspr_cli.optim.state import params_of
 MOST_NAMED = 8  # parameters in a warning
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(WithClosure):
     """The engine under :class:`CASPR`, :class:`Shampoo` and :class:`FullAdagrad`; see there for the options."""
 
     #: A context entered around each part of a step ("statistics", "roots", "apply", "communication"), for timing from
@@ -140,21 +140,7 @@ class KroneckerOptimizer(Optimizer):
 
     # ---- a step
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         refuse_sparse(self.param_groups, type(self).__name__)
         plans = self._plan()
         self._gathered, self._exchange.bytes_received = None, 0
@@ -188,7 +174,6 @@ class KroneckerOptimizer(Optimizer):
             beside()
         if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
-        return loss
 
     def _plan(self) -> list[Plan]:
         """Return the plan of each group; a group that has changed gets another."""
@@ -279,7 +264,7 @@ class KroneckerOptimizer(Optimizer):
         warnings.warn(
             f"a gradient is not finite: {', '.join(found[:MOST_NAMED])}{more} (numbers as in state_dict()). What has "
             'one is left out of the step. This is said once of each; state["skipped"] counts them',
-            stacklevel=5,  # who called step(), which torch wraps twice
+            stacklevel=6,  # who called step(), which torch wraps twice
         )
 
     # ---- state

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
+from caspr_cli.optim.closure import WithClosure
 from caspr_cli.optim.state import counter
 
 LONGEST = 8192  # a longer axis has a diagonal factor
@@ -25,7 +25,7 @@ ALWAYS, DECAY, LEAST = 500, 1e-3, 0.03  # factors are fitted at each of so many 
 BALANCE = 100  # updates of the factors between two in which they are given the same size
 
 
-class PSGDKron(Optimizer):
+class PSGDKron(WithClosure):
     """PSGD with Kronecker factors (arXiv:2402.04553), with the settings of its authors' Kron for torch.
 
     The factors ``Q_i`` of the axes are upper triangular, and ``P = Q^T Q`` preconditions the momentum. Each fit draws
@@ -43,14 +43,7 @@ class PSGDKron(Optimizer):
         own = {"step": 0, "waited": 0, "fits": 0, "noise_seed": torch.initial_seed()}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | own)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def _step(self) -> None:
         for index, group in enumerate(self.param_groups):
             fits = group["waited"] + 1 >= 1 / fitted_share(group["step"])
             generator = torch.Generator("cuda" if group["params"][0].is_cuda else "cpu")
@@ -61,7 +54,6 @@ class PSGDKron(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self._move(p, p.grad, group, generator if fits else None)
-        return loss
 
     def _move(self, p: Tensor, G: Tensor, group: dict[str, Any], generator: torch.Generator | None) -> None:
         """Move one tensor; with a generator, fit its factors first."""
