@@ -24,7 +24,7 @@ from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
 from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed
-from caspr_cli.optim.finite import Finite, norms_of_rows, refuse_sparse
+from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, check, checked_again, is_float64_for_eps, root_options, validate
@@ -141,7 +141,8 @@ class KroneckerOptimizer(WithClosure):
     # ---- a step
 
     def _step(self) -> None:
-        refuse_sparse(self.param_groups, type(self).__name__)
+        if any((G := p.grad) is not None and G.is_sparse for p, _ in params_of(self.param_groups)):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         plans = self._plan()
         self._gathered, self._exchange.bytes_received = None, 0
         if self._division.divide(self.param_groups, plans, self.state):
@@ -152,13 +153,13 @@ class KroneckerOptimizer(WithClosure):
         lengths: dict[Tensor, Tensor] = {}
         if norms:
             active = [steps.drop_broken(x) for x in inputs]
-            lengths = self._exchange.gradients(active, _add_statistics)
+            lengths = self._exchange.gradients(active)
         else:
             for x in inputs:
-                _add_statistics(x, steps.Received())
+                steps.add_statistics(x, {})
             active = [steps.drop_broken(x) for x in inputs]  # now: statistics were queued after the question
         for x in active:
-            with full_precision(_device_type(x)):
+            with full_precision(x.device_type):
                 steps.refresh_roots(x)
         shared = [x for x in active if x.layouts and x.shared]
 
@@ -388,13 +389,3 @@ class KroneckerOptimizer(WithClosure):
             group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
                 states.count_as_before(self.state.get(p, {}), group, p in owners)
-
-
-def _device_type(x: steps.Inputs) -> str:
-    return next((p.device.type for p in x.steps), "cpu")
-
-
-def _add_statistics(x: steps.Inputs, received: steps.Received) -> None:
-    if x.steps:
-        with full_precision(_device_type(x), tf32=x.group["statistics_tf32"]):
-            steps.add_statistics(x, received)

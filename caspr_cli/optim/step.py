@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
-from caspr_cli.optim.scatter import ReceivedRows, Workspace, add, fill, fill_whole, placed
+from caspr_cli.optim.scatter import Rows, Workspace, add, fill, placed
 from caspr_cli.optim.stacks import Stack, outgrown
 from caspr_cli.optim.state import counter
 from caspr_cli.optim.statistics import accumulate, per_block
@@ -65,6 +65,10 @@ class Inputs:
     workspace: Workspace
     phase: Callable[[str], AbstractContextManager[None]]
 
+    @property
+    def device_type(self) -> str:
+        return next((p.device.type for p in self.steps), "cpu")
+
 
 @dataclass(frozen=True)
 class Active(Inputs):
@@ -86,27 +90,21 @@ class Active(Inputs):
         return stack.members if self.complete else [p for p in stack.members if p in self.layouts]
 
 
-@dataclass(frozen=True)
-class Received:
-    """Rows of parameters that are divided by rows, for the blocks that this rank owns."""
-
-    gradients: dict[Tensor, ReceivedRows] = field(default_factory=dict)
-    momenta: dict[Tensor, ReceivedRows] = field(default_factory=dict)
-
-
-def add_statistics(x: Inputs, received: Received) -> None:
-    """Add the gradients to the statistics of all blocks that have one."""
+def add_statistics(x: Inputs, received: Rows) -> None:
+    """Add the gradients, here or ``received``, to the statistics of all blocks that have one."""
+    if not x.steps:
+        return
     group, due = x.group, [p for p in x.seen if p in x.grads]
     beta, weight = (group["betas"][1], 1 - group["betas"][1]) if group["statistics"] == "ema" else (1.0, 1.0)
     everyone = len(due) == len(x.plan.layouts)
-    with x.phase("statistics"):
+    with full_precision(x.device_type, tf32=group["statistics_tf32"]), x.phase("statistics"):
         for stack in x.stacks:
             if not stack.axes:
                 continue
             present = stack.members if everyone else [p for p in stack.members if p in x.grads]
             for members, rows in stack.chunks(present):
                 X, out = x.workspace.blocks(stack, rows)
-                _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
+                _fill(X, stack, members, x, [x.grads[p] for p in members], received)
                 owners = _owners(members, stack)
                 numbers = [math.sqrt(p.numel()) for p in owners]
                 size = (x.finite.norms(owners) / _constants(numbers, X.device, x)).to(X.dtype)
@@ -207,11 +205,11 @@ def _update_weights_on(device: torch.device, x: Active) -> None:
             for members, rows in stack.chunks(x.members(stack)):
                 if stack.whole and x.group["precondition"] == "momentum":
                     own = _lengths(members, x)
-                    _finish_whole(members, preconditioned(stack, members, rows, scale, x, Received()), own, x)
+                    _finish_whole(members, preconditioned(stack, members, rows, scale, x, {}), own, x)
                     continue
                 whole = [p for p in members if p not in pieces]
                 lengths |= update_moments(whole, x)
-                U = preconditioned(stack, members, rows, scale, x, Received())
+                U = preconditioned(stack, members, rows, scale, x, {})
                 at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
                 finish({p: {stack.shape: at[p]} for p in whole}, lengths, x, x.layouts)
                 for p in members:
@@ -297,7 +295,7 @@ def inputs_of(params: list[Tensor], x: Active) -> list[Tensor]:
 
 
 def preconditioned(
-    stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Received
+    stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Rows
 ) -> Tensor:
     """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient.
 
@@ -305,12 +303,13 @@ def preconditioned(
 
     Args:
         scale: the stack's :meth:`Stack.input_scale`.
+        received: rows of these inputs.
     """
     group = x.group
     with x.phase("apply"):
         X, out = x.workspace.blocks(stack, rows)
         first = group["precondition"] == "momentum"
-        _fill(X, stack, members, x, inputs_of(members, x), received.momenta if first else received.gradients)
+        _fill(X, stack, members, x, inputs_of(members, x), received)
         owners, factor = _owners(members, stack), scale[rows].reciprocal()
         if x.mask is not None and not (first and not group["nesterov"] and has_lengths(group)):
             # Nesterov's momentum has the gradient in it, and without lengths nothing else makes U zero.
@@ -324,17 +323,10 @@ def preconditioned(
         return precondition(X, out, stack, rows, group, early=x.early)
 
 
-def _fill(
-    X: Tensor,
-    stack: Stack,
-    members: list[Tensor],
-    x: Inputs,
-    tensors: list[Tensor],
-    received: dict[Tensor, ReceivedRows],
-) -> None:
+def _fill(X: Tensor, stack: Stack, members: list[Tensor], x: Inputs, tensors: list[Tensor], received: Rows) -> None:
     """Copy the tensors of these parameters, or their rows from other ranks, to X ``[k, d_1, ..., d_k]``."""
     if stack.whole and not received:
-        fill_whole(X, tensors)
+        torch.stack([t if t.shape == stack.shape else t.reshape(stack.shape) for t in tensors], out=X)  # in one call
     else:
         fill(X, members, x.shares, [received.get(p, t) for p, t in zip(members, tensors, strict=True)])
 
