@@ -7,24 +7,23 @@ github.com/dvsaisurya/algorithmic-efficiency, branch main, commit 3b068d7.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from caspr_cli.optim.caspr import takes
+from caspr_cli.optim.closure import WithClosure
 from caspr_cli.optim.family import AuthorOptions, wrong
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.state import params_of
+from caspr_cli.optim.state import counter, params_of
 
 MATRICES = ("L", "R", "L_root", "R_root")  # of the state: at least float32, for which there are eigendecompositions
 SMALLEST_DAMPING = 1e-16
 LARGEST_ERROR = 1e-2  # of an entry of a statistic that is rebuilt from its eigenvalues
 
 
-class AuthorCASPR(Optimizer):
+class AuthorCASPR(WithClosure):
     r"""CASPR of order 2 as its authors' public code computes it.
 
     Momentum comes first, with Nesterov's look-ahead and bias correction,
@@ -49,27 +48,12 @@ class AuthorCASPR(Optimizer):
             raise ValueError(f"{found.key} {found.should} but is: {found.value}")
         super().__init__(options.pop("params"), options)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     update = _update(p.grad, self.state[p], group)
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with: torch takes the parameter's."""
@@ -84,7 +68,7 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     """Return the step of a tensor over its learning rate, and move its state on."""
     (beta1, beta2), matrix = group["betas"], group["precondition"] and G.ndim >= 2 and G.numel() > 0
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        state["step"] = counter()
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(G), torch.zeros_like(G)
     dtype = torch.promote_types(G.dtype, torch.float32)
     if matrix and "L" not in state:
@@ -101,7 +85,9 @@ def _update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
     nadam: Tensor = M / (V.sqrt() + group["eps"])
     if not matrix:
         return nadam
-    _accumulate(state, blocks_of(G, group["block_size"]), beta2)
+    B = blocks_of(G, group["block_size"])
+    state["L"].mul_(beta2).add_(B @ B.mT, alpha=1 - beta2)
+    state["R"].mul_(beta2).add_(B.mT @ B, alpha=1 - beta2)
     if t % group["interval"] == 0:
         for side in "LR":
             padding = (group["block_size"] - state[side].shape[-1]) * group["matrix_eps"] * beta2**t
@@ -138,12 +124,6 @@ def _first_statistics(blocks: Tensor, eps: float) -> dict[str, Tensor]:
     eyes = {"L": torch.eye(m).to(blocks), "R": torch.eye(n).to(blocks)}
     sides = {side: (eps * eye).expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
     return sides | {f"{side}_root": eye.expand(i, j, *eye.shape).clone() for side, eye in eyes.items()}
-
-
-def _accumulate(state: dict[str, Any], G: Tensor, beta2: float) -> None:
-    """S <- beta2 S + (1 - beta2) G G^T."""
-    state["L"].mul_(beta2).add_(G @ G.mT, alpha=1 - beta2)
-    state["R"].mul_(beta2).add_(G.mT @ G, alpha=1 - beta2)
 
 
 def _roots(S: Tensor, old: Tensor, eps: float, size: int, padding: float) -> Tensor:

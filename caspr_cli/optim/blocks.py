@@ -18,8 +18,6 @@ Shape = tuple[int, ...]
 # An axis of a block that is longer than the first, and than the second times the product of the others, has no
 # statistics: they would have many times the numbers of the block.
 LONG, TIMES = 256, 8
-MERGES = ("matrix", "square", "none")
-AXES = ("all", "first", "last", "row")
 
 
 def merge_axes(shape: Shape, merge: str) -> Shape:
@@ -94,14 +92,8 @@ class Layout:
         parts = [split_axis(d, block_size) for d in merged]
         if by_row or in_front:
             parts[0] = split_axis(merged[0], 1)
-        last = slice(len(merged) - 1, None)
-        chosen = {
-            "none": slice(0),
-            "all": slice(in_front, None),
-            "first": slice(in_front, in_front + 1),
-            "last": last,
-            "row": last,
-        }[axes]
+        own = range(in_front, len(merged))
+        chosen = {"none": own[:0], "all": own, "first": own[:1], "last": own[-1:], "row": own[-1:]}[axes]
         blocks: dict[Shape, list[tuple[slice, ...]]] = defaultdict(list)
         for cut in itertools.product(*parts):
             blocks[tuple(s.stop - s.start for s in cut)].append(cut)
@@ -110,7 +102,7 @@ class Layout:
         limits = [max(LONG, TIMES * math.prod(sizes) // d) for d in sizes]
         checked = axes == "all" and not is_vector(merged[in_front:])
         long = tuple(i for i, d in enumerate(sizes) if checked and d > limits[i])
-        having = tuple(i for i in range(len(merged))[chosen] if i not in long)
+        having = tuple(i for i in chosen if i not in long)
         return cls(merged, having, dict(blocks), indices, tuple(blocks), long)
 
     def only(self, chosen: dict[Shape, list[int]]) -> Layout:

@@ -113,9 +113,7 @@ def apply_roots(G: Tensor, A: list[Tensor], axes: tuple[int, ...], order: float,
     if math.isinf(order):
         if G.ndim == 3:
             return torch.bmm(torch.bmm(A[0], G, out=out), A[1], out=G)
-        for axis, A_i in zip(axes, A, strict=True):
-            G = on_axis(G, A_i, axis)
-        return G
+        return on_axes(G, A, axes)
     for _ in range(int(order)):
         if G.ndim == 3:  # (A G + G B)/2 with the addition inside the product
             G, out = torch.bmm(A[0], G, out=out).baddbmm_(G, A[1], beta=0.5, alpha=0.5), G

@@ -81,8 +81,7 @@ def called_flops(optimizer: Optimizer) -> float:
     """Take a step and return the FLOPs of the matrix products that it called; those of other threads are not seen."""
     aten = torch.ops.aten
     # Torch's own counter leaves these out.
-    more: dict[Any, Any] = {aten.addmm_: _added_product, aten.baddbmm_: _added_product}
-    more[aten.linalg_solve_triangular] = _solve
+    more = {aten.addmm_: _added_product, aten.baddbmm_: _added_product, aten.linalg_solve_triangular: _solve}
     with FlopCounterMode(display=False, custom_mapping=more) as counter:
         optimizer.step()
     return float(counter.get_total_flops())

@@ -33,12 +33,6 @@ def blocks_of(index: int, group: Group, plan: Plan) -> Iterator[Known]:
             yield p, (shape, plan.layouts[p].sizes(shape), (index, offset)), size
 
 
-def root_cost(blocks: list[Known], groups: list[Group]) -> float:
-    """Return the FLOPs of a root over d^3, of the first of these blocks that has one."""
-    found = (root_flops(groups[turn[0]], len(sizes), p.device) for p, (_, sizes, turn), _ in blocks if sizes)
-    return next(found, 0.0)
-
-
 @dataclass
 class Division:
     """Which rank owns which block. The first four fields are pickled."""
@@ -72,11 +66,6 @@ class Division:
         return self.group_size != 1 and (world_size() if self.everyone is None else len(self.everyone)) > 1
 
     @property
-    def pickled(self) -> tuple[Any, ...]:
-        """The fields that a pickle keeps, in order."""
-        return self.owners, self.ranks, self.everyone, self.group_size
-
-    @property
     def repeats(self) -> bool:
         """Whether an earlier group of ranks does the same work as that of this rank."""
         later = None in self._teams and self._teams[None].everyone[0] != self._replicas().everyone[0]
@@ -93,7 +82,10 @@ class Division:
         """Return the ranks that share the work on p, which has owners."""
         group = row_group(p) if is_sharded(p) else None
         if group not in self._teams:
-            self._teams[group] = Team.of_rows(p) if is_sharded(p) else self._replicas().part(self.group_size or 1)
+            if group is None:
+                self._teams[group] = self._replicas().part(self.group_size or 1)
+            else:
+                self._teams[group] = Team(tuple(dist.get_process_group_ranks(group)), group)
         return self._teams[group]
 
     def _replicas(self) -> Team:
@@ -173,7 +165,8 @@ class Division:
         for each in blocks:
             of_teams[self.team(each[0])].append(each)
         for team, theirs in of_teams.items():
-            loads = Loads(team.size, root_cost(theirs, groups))
+            roots = (root_flops(groups[turn[0]], len(sizes), p.device) for p, (_, sizes, turn), _ in theirs if sizes)
+            loads = Loads(team.size, next(roots, 0.0))  # FLOPs of the first block that has a root stand for all
             known = {p: itertools.chain(*owned.values()) for p, owned in self.owners.items()}
             for p, block, _ in theirs:
                 if p in known:

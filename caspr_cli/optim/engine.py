@@ -10,9 +10,8 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -20,11 +19,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from caspr_cli.optim import state as states
 from caspr_cli.optim import step as steps
 from caspr_cli.optim.blocks import Layout
+from caspr_cli.optim.closure import WithClosure
 from caspr_cli.optim.device import Question, is_captured
 from caspr_cli.optim.divide import Division
 from caspr_cli.optim.exchange import Exchange
 from caspr_cli.optim.family import OF_OPTIMIZER, SMALLEST_EPS_FLOAT32, CASPROptions, options_of, without_removed
-from caspr_cli.optim.finite import Finite, norms_of_rows, refuse_sparse
+from caspr_cli.optim.finite import Finite, norms_of_rows
 from caspr_cli.optim.fsdp import check_placements, is_sharded, local
 from caspr_cli.optim.masked import is_masked
 from caspr_cli.optim.options import OPTIONS, Group, check, checked_again, is_float64_for_eps, root_options, validate
@@ -33,13 +33,14 @@ from caspr_cli.optim.plan import Plan, is_preconditioned, layout_of, plan_key, r
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import keep_roots_of
 from caspr_cli.optim.scatter import Workspace
+from caspr_cli.optim.shard import Factors
 from caspr_cli.optim.stacks import Stack, build_stacks, is_factor
 from caspr_cli.optim.state import params_of
 
 MOST_NAMED = 8  # parameters in a warning
 
 
-class KroneckerOptimizer(Optimizer):
+class KroneckerOptimizer(WithClosure):
     """The engine under :class:`CASPR`, :class:`Shampoo` and :class:`FullAdagrad`; see there for the options."""
 
     #: A context entered around each part of a step ("statistics", "roots", "apply", "communication"), for timing from
@@ -72,7 +73,7 @@ class KroneckerOptimizer(Optimizer):
         self._asked: dict[int, tuple[list[Tensor], Question]] = {}  # group index -> whose gradients were not finite
         self._told: set[Tensor] = set()  # parameters of which was warned
         self._division, self._exchange = division, Exchange(division)
-        self._gathered: tuple[int, dict[int, dict[str, Tensor]]] | None = None  # see consolidate_state_dict()
+        self._gathered: tuple[int, Factors] | None = None  # see consolidate_state_dict()
 
     # ---- param groups
 
@@ -139,22 +140,9 @@ class KroneckerOptimizer(Optimizer):
 
     # ---- a step
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        refuse_sparse(self.param_groups, type(self).__name__)
+    def _step(self) -> None:
+        if any((G := p.grad) is not None and G.is_sparse for p, _ in params_of(self.param_groups)):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         plans = self._plan()
         self._gathered, self._exchange.bytes_received = None, 0
         if self._division.divide(self.param_groups, plans, self.state):
@@ -165,13 +153,13 @@ class KroneckerOptimizer(Optimizer):
         lengths: dict[Tensor, Tensor] = {}
         if norms:
             active = [steps.drop_broken(x) for x in inputs]
-            lengths = self._exchange.gradients(active, _add_statistics)
+            lengths = self._exchange.gradients(active)
         else:
             for x in inputs:
-                _add_statistics(x, steps.Received())
+                steps.add_statistics(x, {})
             active = [steps.drop_broken(x) for x in inputs]  # now: statistics were queued after the question
         for x in active:
-            with full_precision(_device_type(x)):
+            with full_precision(x.device_type):
                 steps.refresh_roots(x)
         shared = [x for x in active if x.layouts and x.shared]
 
@@ -187,7 +175,6 @@ class KroneckerOptimizer(Optimizer):
             beside()
         if broken := {p for index, x in zip(given, active, strict=True) for p in self._broken(index, x)}:
             self._warn_of_gradients(broken)
-        return loss
 
     def _plan(self) -> list[Plan]:
         """Return the plan of each group; a group that has changed gets another."""
@@ -278,7 +265,7 @@ class KroneckerOptimizer(Optimizer):
         warnings.warn(
             f"a gradient is not finite: {', '.join(found[:MOST_NAMED])}{more} (numbers as in state_dict()). What has "
             'one is left out of the step. This is said once of each; state["skipped"] counts them',
-            stacklevel=5,  # who called step(), which torch wraps twice
+            stacklevel=6,  # who called step(), which torch wraps twice
         )
 
     # ---- state
@@ -328,12 +315,11 @@ class KroneckerOptimizer(Optimizer):
         if self._division.ranks:
             self._gathered = to, self._gather(to)
 
-    def _gather(self, to: int | None) -> dict[int, dict[str, Tensor]]:
+    def _gather(self, to: int | None) -> Factors:
         """Return the factors of all ranks by parameter number, on one rank or on all."""
-        teams = self._division.teams()
-        for team in teams:
-            team.wait(self.timeout)
-        return states.whole_factors(self.state, self.param_groups, self._division.owners, teams, to)
+        for team in self._division.teams():
+            team.barrier.wait(self.timeout)
+        return states.whole_factors(self.state, self.param_groups, self._division, to)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but statistics and roots keep the type they were saved with.
@@ -365,7 +351,8 @@ class KroneckerOptimizer(Optimizer):
                 self._division.owners = division.owners
             if self._division.owners or any(is_factor(name) for entries in self.state.values() for name in entries):
                 self._division.divide(self.param_groups, plans, self.state, check=False)  # before it takes room
-            states.move(self.state)
+            for p, entries in self.state.items():
+                entries |= {name: value.to(p.device) for name, value in entries.items() if is_factor(name)}
 
         handles = [
             self.register_load_state_dict_pre_hook(take),
@@ -382,7 +369,8 @@ class KroneckerOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep."""
         own = {name: value for name, value in vars(self).items() if name in ("sharded_state", "timeout")}
-        return super().__getstate__() | own | {"_division": self._division.pickled}
+        mine = self._division
+        return super().__getstate__() | own | {"_division": (mine.owners, mine.ranks, mine.everyone, mine.group_size)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Two names are of older pickles. A state_dict, which is whole, has none: who shares the work stays as it is.
@@ -401,13 +389,3 @@ class KroneckerOptimizer(Optimizer):
             group.setdefault("roots_of", root_options(group))
             for p in group["params"]:
                 states.count_as_before(self.state.get(p, {}), group, p in owners)
-
-
-def _device_type(x: steps.Inputs) -> str:
-    return next((p.device.type for p in x.steps), "cpu")
-
-
-def _add_statistics(x: steps.Inputs, received: steps.Received) -> None:
-    if x.steps:
-        with full_precision(_device_type(x), tf32=x.group["statistics_tf32"]):
-            steps.add_statistics(x, received)

@@ -22,14 +22,14 @@ from caspr_cli.optim.graft import frobenius
 from caspr_cli.optim.options import factor_dtype, travel_dtype
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
-from caspr_cli.optim.scatter import ReceivedRows, chunks, copy
+from caspr_cli.optim.scatter import Rows, chunks, copy
 from caspr_cli.optim.shard import Channel, Parcel, Slot, Team, summed
 from caspr_cli.optim.stacks import Stack
-from caspr_cli.optim.step import Active, Received, finish, inputs_of, preconditioned, update_moments
+from caspr_cli.optim.step import Active, add_statistics, finish, inputs_of, preconditioned, update_moments
 
 Run = list[dict[Tensor, None]]  # by param group, parameters in order
-Rows = dict[Tensor, ReceivedRows]
 Given = Callable[[Tensor, Active], Tensor]
+Places = list[dict[Tensor, list[tuple[BlockShard, Slot]]]]  # by param group, where what arrives will be
 Key = tuple[Team, torch.device, bool]  # of what travels together: among whom, device, whether it is divided by rows
 
 
@@ -91,21 +91,18 @@ class Exchange:
 
     # ---- rows of gradients and momenta, from the ranks that hold them to the owners of their blocks
 
-    def gradients(self, steps: list[Active], add: Callable[[Active, Received], None]) -> dict[Tensor, Tensor]:
+    def gradients(self, steps: list[Active]) -> dict[Tensor, Tensor]:
         """Have owners add the gradients of their blocks to the statistics, and update the moments of rows.
 
         Returns:
             How long this rank's rows of the graft's steps are.
-
-        Args:
-            add: is called with a part of a group's gradients, and what owners received of them.
         """
         lengths: dict[Tensor, Tensor] = {}
         together: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
         for number, x in enumerate(steps):
             for chunk in chunks([p for p in x.layouts if p in self.division.transfers]):
                 lengths |= update_moments(chunk, x)
-            add(replace(x, grads={p: G for p, G in x.grads.items() if p not in self.division.transfers}), Received())
+            add_statistics(replace(x, grads={p: G for p, G in x.grads.items() if p not in self.division.transfers}), {})
             for p in x.steps:
                 if p in x.grads and p in self.division.transfers:
                     together[self._key(p)].append((number, p))
@@ -113,7 +110,7 @@ class Exchange:
         for run, found in zip(runs, self._inputs(runs, steps, lambda p, x: x.grads[p]), strict=True):
             for x, params, rows in zip(steps, run, found, strict=True):
                 if params:
-                    add(replace(x, grads={p: x.grads[p] for p in params}), Received(gradients=rows))
+                    add_statistics(replace(x, grads={p: x.grads[p] for p in params}), rows)
         return lengths
 
     def _inputs(self, runs: list[Run], steps: list[Active], given: Given) -> Iterator[list[Rows]]:
@@ -132,13 +129,11 @@ class Exchange:
         if earlier is not None:
             yield self._take_rows(*earlier, steps)
 
-    def _send_rows(
-        self, use: str, run: Run, steps: list[Active], given: Given
-    ) -> tuple[Channel, list[dict[Tensor, list[tuple[BlockShard, Slot]]]]]:
+    def _send_rows(self, use: str, run: Run, steps: list[Active], given: Given) -> tuple[Channel, Places]:
         """Start to send the rows of a run; return the channel, and where what arrives will be."""
         channel = self._channel(use, self._key(next(p for params in run for p in params)))
         parcel, outgoing = Parcel(channel.team.size, to_all=False), []
-        places: list[dict[Tensor, list[tuple[BlockShard, Slot]]]] = []
+        places: Places = []
         for x, params in zip(steps, run, strict=True):
             places.append({})
             for p in params:
@@ -152,7 +147,7 @@ class Exchange:
         self.bytes_received += parcel.received
         return channel, places
 
-    def _take_rows(self, channel: Channel, places: Any, steps: list[Active]) -> list[Rows]:
+    def _take_rows(self, channel: Channel, places: Places, steps: list[Active]) -> list[Rows]:
         with steps[0].phase("communication"):
             channel.wait()
         return [{p: [(s, channel.read(slot)) for s, slot in here] for p, here in group.items()} for group in places]
@@ -180,7 +175,8 @@ class Exchange:
         """
         counted = {p for x in steps for p in x.layouts if p in self.division.transfers}
         updates, earlier, found = Updates(steps, dict(lengths), counted), None, self._buckets(steps)
-        inputs = self._inputs([bucket.first for bucket in found if bucket.rows], steps, _input_of)
+        runs = [bucket.first for bucket in found if bucket.rows]
+        inputs = self._inputs(runs, steps, lambda p, x: inputs_of([p], x)[0])
         for bucket in found:
             rows = next(inputs) if bucket.rows else [{} for _ in steps]
             bucket.channel.open(bucket.parcel)
@@ -201,11 +197,8 @@ class Exchange:
     def _buckets(self, steps: list[Active]) -> list[Bucket]:
         """Return what travels together in this step."""
         key = [(id(x.plan), id(p), travel_dtype(p, x.group)) for x in steps for p in x.layouts]
-        if self._schedule is None or self._schedule.key != key:
-            self._schedule = self._scheduled(key, steps)
-        return self._schedule.buckets
-
-    def _scheduled(self, key: list[Any], steps: list[Active]) -> Schedule:
+        if self._schedule is not None and self._schedule.key == key:
+            return self._schedule.buckets
         found = Schedule(key, [x.plan for x in steps], [], {})
         together: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
         for number, x in enumerate(steps):
@@ -214,7 +207,8 @@ class Exchange:
         for kind, params in together.items():
             add = self._add_rows if kind[2] else self._add_blocks
             add(found, kind, params, steps)
-        return found
+        self._schedule = found
+        return found.buckets
 
     def _new_bucket(self, schedule: Schedule, key: Key, steps: list[Active]) -> Bucket:
         channel = self._channel(len(schedule.buckets) % 2, key)
@@ -262,14 +256,13 @@ class Exchange:
         later = updates.later.pop(id(bucket), [])
         copy([bucket.channel.mine(slot) for slot, _ in later], [U for _, U in later])
         for x, here, params in zip(updates.steps, rows, bucket.first, strict=True):
-            received = Received(here, here)  # one of them is asked for
             for stack in x.stacks if params else ():
                 if id(stack) not in updates.scales:
                     updates.scales[id(stack)] = stack.input_scale(x.group)
                 for members, at in stack.chunks([p for p in x.members(stack) if p in params]):
                     updates.count(members, x)
                     with full_precision(stack.scale.device.type):
-                        U = preconditioned(stack, members, at, updates.scales[id(stack)], x, received)
+                        U = preconditioned(stack, members, at, updates.scales[id(stack)], x, here)
                     self._put(U, stack, members, x, bucket, updates)
         if bucket.rows:
             with updates.steps[0].phase("communication"):
@@ -348,10 +341,6 @@ def _runs(key: Key, params: list[tuple[int, Tensor]], steps: list[Active]) -> It
         for number, p in params[run.start : run.stop]:
             found[number][p] = None
         yield found
-
-
-def _input_of(p: Tensor, x: Active) -> Tensor:
-    return inputs_of([p], x)[0]
 
 
 def _whole(arrived: dict[Shape, list[Tensor]], dtype: torch.dtype) -> dict[Shape, Tensor]:

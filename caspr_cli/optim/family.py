@@ -103,9 +103,8 @@ def options_of(keys: type) -> dict[str, Option]:
     for f in fields(keys):
         if f.default is not MISSING:
             kind = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
-            m: dict[str, Any] = {"allowed": None, "about": "", "key": True} | dict(
-                f.metadata
-            )  # option() may not have made it
+            # option() may not have made the field.
+            m: dict[str, Any] = {"allowed": None, "about": "", "key": True, **f.metadata}
             found[f.name] = Option(f.name, kind, f.default, _choices(hints[f.name]), m["allowed"], m["about"], m["key"])
     return found
 
@@ -334,11 +333,7 @@ class CASPROptions(ShampooOptions):
     """The options of CASPR, which are all."""
 
     _: KW_ONLY
-    order: float = option(
-        2,
-        """q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.""",
-        ORDER,
-    )
+    order: float = option(2, "q, the power of the Kronecker sum: 1, 2 (CASPR), 3, ...; ``math.inf`` is Shampoo.", ORDER)
 
 
 @dataclass

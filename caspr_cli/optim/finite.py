@@ -17,17 +17,6 @@ from caspr_cli.optim.scatter import Workspace
 from caspr_cli.optim.shard import summed
 
 
-def refuse_sparse(groups: list[Group], of: str) -> None:
-    """Refuse sparse gradients in the name of a class.
-
-    Raises:
-        RuntimeError: there is one.
-    """
-    for group in groups:
-        if any((G := p.grad) is not None and G.is_sparse for p in group["params"]):
-            raise RuntimeError(f"{of} does not support sparse gradients")
-
-
 class Finite:
     """Which of some gradients are finite. The device is asked at once, and the answer is read later.
 

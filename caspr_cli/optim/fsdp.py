@@ -11,7 +11,6 @@ import math
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -28,11 +27,6 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is a DTensor. (Importing them takes a second, and who has none need not wait for it.)"""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of them is a DTensor."""
-    return "torch.distributed.tensor" in sys.modules and any(map(is_sharded, tensors))
 
 
 def locals_of(tensors: list[Tensor], sharded: bool) -> list[Tensor]:

@@ -12,7 +12,6 @@ from caspr_cli.optim.fsdp import local
 
 RMS = 0.2  # of the entries of an update with graft="rms": about that of AdamW's (Liu et al., arXiv:2502.16982)
 
-
 # Between these, a Frobenius norm has neither lost squares at the lower end of float32 nor overflowed at the upper one.
 SAFE_NORMS = (1e-15, 1e18)
 
@@ -82,7 +81,9 @@ def direction(
     if not needs_second_moment(graft):
         return momenta
     # In float16 eps is 0, and a zero gradient would be 0/0.
-    momenta, exp_avg_sq = _at_least_bfloat16(momenta), _at_least_bfloat16(exp_avg_sq)
+    momenta, exp_avg_sq = (
+        [t.float() if t.dtype == torch.float16 else t for t in tensors] for tensors in (momenta, exp_avg_sq)
+    )
     denominators = torch._foreach_sqrt(exp_avg_sq)
     if graft == "adam":
         torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
@@ -103,38 +104,28 @@ def fusible(*lists: list[Tensor]) -> bool:
     return known and are_alike(*lists)
 
 
-def adam_length(
-    out: list[Tensor],
+def torch_adamw(
+    params: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
     counters: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> Tensor:
-    """One step of Adam's moments and counters; returns the length of the step that Adam would take, over its rate.
+    group: dict[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    fused: bool | None = None,
+) -> None:
+    """Take torch's own step of AdamW, in place.
 
-    torch's fused kernel takes that step on ``out``, zeros of the parameters' shapes: one pass over memory instead of
-    fifteen. On a CPU and for contiguous tensors only.
+    Args:
+        fused: whether by torch's kernel, see :func:`fusible`: one pass over memory instead of fifteen.
     """
+    (beta1, beta2), eps = group["betas"], group["graft_eps"]
     adamw(
-        out,
-        grads,
-        exp_avg,
-        exp_avg_sq,
-        [],
-        counters,
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=1.0,
-        weight_decay=0.0,
-        eps=eps,
-        maximize=False,
-    )
-    return frobenius(out)
+        params, grads, exp_avg, exp_avg_sq, [], counters, fused=fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr,
+        weight_decay=weight_decay, eps=eps, maximize=False,
+    )  # fmt: skip
 
 
 def transfer_length(updates: list[list[Tensor]], lengths: list[Tensor], known: list[Tensor] | None = None) -> None:
@@ -167,10 +158,6 @@ def _norms(updates: list[list[Tensor]]) -> Tensor:
     return torch.stack([found[i] for i in range(len(updates))])
 
 
-def _at_least_bfloat16(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.float() if t.dtype == torch.float16 else t for t in tensors]
-
-
 def diagonal_step(
     params: list[Tensor], grads: list[Tensor], state: Any, group: dict[str, Any], graft: str, *, nesterov: bool = False
 ) -> None:
@@ -193,21 +180,8 @@ def diagonal_step(
     counters = [state[p]["step"] for p in params]
     params = [local(p) for p in params]
     if graft == "adam" and not nesterov and not any(low):
-        adamw(
-            params,
-            grads,
-            exp_avg,
-            exp_avg_sq,
-            [],
-            counters,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            eps=group["graft_eps"],
-            maximize=False,
-        )
+        decay = group["weight_decay"]
+        torch_adamw(params, grads, exp_avg, exp_avg_sq, counters, group, lr=lr, weight_decay=decay)
         return
     torch._foreach_add_(counters, 1)
     T = [int(t.item()) for t in counters]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+
+from caspr_cli.optim.closure import WithClosure
+from caspr_cli.optim.state import counter
 
 LONGEST = 8192  # a longer axis has a diagonal factor
 RATE = 0.1  # of the steps that fit the factors
@@ -23,7 +25,7 @@ ALWAYS, DECAY, LEAST = 500, 1e-3, 0.03  # factors are fitted at each of so many 
 BALANCE = 100  # updates of the factors between two in which they are given the same size
 
 
-class PSGDKron(Optimizer):
+class PSGDKron(WithClosure):
     """PSGD with Kronecker factors (arXiv:2402.04553), with the settings of its authors' Kron for torch.
 
     The factors ``Q_i`` of the axes are upper triangular, and ``P = Q^T Q`` preconditions the momentum. Each fit draws
@@ -41,14 +43,7 @@ class PSGDKron(Optimizer):
         own = {"step": 0, "waited": 0, "fits": 0, "noise_seed": torch.initial_seed()}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | own)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def _step(self) -> None:
         for index, group in enumerate(self.param_groups):
             fits = group["waited"] + 1 >= 1 / fitted_share(group["step"])
             generator = torch.Generator("cuda" if group["params"][0].is_cuda else "cpu")
@@ -59,7 +54,6 @@ class PSGDKron(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self._move(p, p.grad, group, generator if fits else None)
-        return loss
 
     def _move(self, p: Tensor, G: Tensor, group: dict[str, Any], generator: torch.Generator | None) -> None:
         """Move one tensor; with a generator, fit its factors first."""
@@ -67,9 +61,9 @@ class PSGDKron(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(p)
             state["factors"] = [_identity(n, p) for n in p.shape]
-            state["step"] = _counter(0)
+            state["step"] = counter()
         elif "step" not in state:  # an older version counted the steps of the group
-            state["step"] = _counter(group["step"] - 1)
+            state["step"] = counter(group["step"] - 1)
         state["step"] += 1
         state["momentum"].lerp_(G, 1 - group["momentum"])
         dtype = torch.promote_types(p.dtype, torch.float32)  # there are no triangular solves in bfloat16
@@ -124,11 +118,6 @@ def fitted(factors: list[Tensor], h: Tensor, v: Tensor) -> list[Tensor]:
             A, B = A @ A.mT, B @ B.mT
             found.append(Q - RATE / _norm_bound(A + B) * torch.triu(A - B) @ Q)
     return found
-
-
-def _counter(value: int) -> Tensor:
-    """Return a counter as torch's optimizers have it: on the CPU, where reading it does not wait for the device."""
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from caspr_cli.optim.fsdp import local
-from caspr_cli.optim.graft import are_alike, direction, frobenius, look_ahead, needs_second_moment, rate
+from caspr_cli.optim.graft import are_alike, direction, look_ahead, needs_second_moment, rate
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.scatter import Workspace, add
 
@@ -73,10 +73,6 @@ class Mask:
     def is_finite(self, params: list[Tensor]) -> Tensor:
         """Return ``[k]``, bool."""
         return self.of_params(self.finite, params)
-
-    def is_broken(self, params: list[Tensor]) -> Tensor:
-        """Return ``[k]``, bool."""
-        return self.of_params(self.broken, params)
 
     def bias_of(self, beta: float, params: list[Tensor]) -> Tensor:
         """Return 1 - beta^t ``[k]`` of these parameters, 1 where nothing has been counted yet."""
@@ -186,25 +182,3 @@ class Mask:
         if graft == "adam":  # whose moments' bias "rmsprop" leaves as it is
             exp_avg_sq = self.corrected(exp_avg_sq, params, beta2)
         return direction("rmsprop" if graft == "adam" else graft, ahead, exp_avg_sq, [], beta2, group["graft_eps"])
-
-    def lengths(self, lengths: Tensor, params: list[Tensor]) -> Tensor:
-        """Return these lengths ``[k]``, 0 where a gradient is broken."""
-        return torch.where(self.is_finite(params), lengths, 0)
-
-
-def adam_lengths(
-    mask: Mask,
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    state: Any,
-    group: Group,
-) -> Tensor:
-    """Update moments, and return how long Adam's steps are, over the rate ``[n]``: 0 where a gradient is broken.
-
-    Gradients and moments are what is here of them.
-    """
-    out = mask.workspace.like("graft", exp_avg)
-    mask.fused_adamw(params, out, grads, exp_avg, exp_avg_sq, state, group, lr=1.0, weight_decay=0.0)
-    return frobenius(out)

@@ -5,14 +5,14 @@ Two optimizer objects would need two schedulers and two checkpoints, and Lightni
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
-import torch
 from torch.optim.optimizer import Optimizer
 
+from caspr_cli.optim.closure import WithClosure
 
-class MixedOptimizer(Optimizer):
+
+class MixedOptimizer(WithClosure):
     """Presents the param groups and the state of several optimizers as its own.
 
     Args:
@@ -47,21 +47,6 @@ class MixedOptimizer(Optimizer):
             part.state = self.state
             start = stop
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform a single optimization step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss; called once.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         for part in self._parts:
             part.step()
-        return loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caspr_cli.optim.blocks import Layout, Shape, is_vector
 from caspr_cli.optim.family import SMALLEST_EPS_FLOAT32
-from caspr_cli.optim.fsdp import any_sharded
+from caspr_cli.optim.fsdp import is_sharded
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.schedule import AT_ONCE as AT_ONCE
 from caspr_cli.optim.schedule import EIGH_FLOPS, phases
@@ -67,7 +67,7 @@ class Plan:
                 waits[p] = max(waits[p], *steps)
         scattered = [p for p, layout in layouts.items() if len(layout.shapes) > 1]
         params = tuple(group["params"])
-        return cls(key, params, layouts, storages, offsets, waits, scattered, any_sharded(params))
+        return cls(key, params, layouts, storages, offsets, waits, scattered, any(map(is_sharded, params)))
 
 
 def plan_key(group: Group) -> tuple[Any, ...]:

@@ -22,8 +22,10 @@ class _Backends:
         self._lock, self._inside = threading.Lock(), 0
         self._before: list[tuple[Any, str]] = []
 
-    def enter(self, *, tf32: bool) -> None:
-        """Set them to full precision, or with ``tf32`` those of a GPU to TF32 where no other thread is inside."""
+    @contextmanager
+    def full(self, *, tf32: bool) -> Iterator[None]:
+        """Set them to full precision, or with ``tf32`` those of a GPU to TF32 where no other thread is inside; after
+        that put them back as they were, unless another thread is inside."""
         cuda: Any = torch.backends.cuda.matmul
         mkldnn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
@@ -32,14 +34,14 @@ class _Backends:
             cuda.fp32_precision = "tf32" if tf32 and not self._inside else "ieee"
             mkldnn.fp32_precision = "ieee"
             self._inside += 1
-
-    def leave(self) -> None:
-        """Put them back as they were, unless another thread is inside."""
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                for backend, setting in self._before:
-                    backend.fp32_precision = setting
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    for backend, setting in self._before:
+                        backend.fp32_precision = setting
 
 
 _backends = _Backends()
@@ -54,14 +56,9 @@ def full_precision(device_type: str, *, tf32: bool = False) -> Iterator[None]:
     The settings of each backend are put back as they were. (``torch.get_float32_matmul_precision`` raises where
     the user has set a backend's own.)
     """
-    _backends.enter(tf32=tf32)
-    try:
-        # Some devices ("meta") have none to switch off.
-        has_autocast = torch.amp.is_autocast_available(device_type)
-        with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
-            yield
-    finally:
-        _backends.leave()
+    has_autocast = torch.amp.is_autocast_available(device_type)  # some devices ("meta") have none to switch off
+    with _backends.full(tf32=tf32), torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+        yield
 
 
 @cache

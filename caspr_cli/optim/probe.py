@@ -62,9 +62,8 @@ def counters(optimizer: KroneckerOptimizer) -> dict[str, int]:
         ``skipped_gradients``: gradients of a tensor that were not finite, and moved nothing.
     """
     entries = [entry for state in optimizer.state.values() for entry in state.items()]
-    rejected = [int(value.sum()) for name, value in entries if name.startswith("rejected.")]
-    skipped = [int(value) for name, value in entries if name == "skipped"]
-    return {"rejected_roots": sum(rejected), "skipped_gradients": sum(skipped)}
+    rejected = sum(int(value.sum()) for name, value in entries if name.startswith("rejected."))
+    return {"rejected_roots": rejected, "skipped_gradients": sum(int(n) for name, n in entries if name == "skipped")}
 
 
 def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
@@ -84,19 +83,14 @@ def _factors(stack: Stack, group: Group) -> dict[str, Tensor]:
         damped = lam + shift.unsqueeze(1)
         values["condition"].append(damped[:, -1] / damped[:, 0])
         values["damping_share"].append(shift * d / damped.sum(1))
-        values["spectrum"].append(_logarithms(damped))
+        some = damped[damped[:, -1] > 0]  # a matrix of zeros has no spectrum
+        values["spectrum"].append((some / some[:, -1:]).log10().clamp(min=LOWEST).flatten())
         # S~ in the units in which A was computed
         ratio = (unit.double() / root_scale.double()).square().view(-1, 1, 1)
         identity = torch.eye(d, dtype=torch.float64, device=S.device)
         product = torch.linalg.matrix_power(A, p) @ ((S.double() + shift.view(-1, 1, 1) * identity) * ratio)
         values["residual"].append((product - identity).norm(dim=(1, 2)) / d**0.5)
     return {name: torch.cat(v) for name, v in values.items()}
-
-
-def _logarithms(damped: Tensor) -> Tensor:
-    """Return a 1-D tensor, of eigenvalues ``[K, d]``, ascending; without those of matrices of zeros."""
-    damped = damped[damped[:, -1] > 0]
-    return (damped / damped[:, -1:]).log10().clamp(min=LOWEST).flatten()
 
 
 def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group) -> dict[str, Tensor]:
@@ -123,18 +117,16 @@ def _directions(optimizer: KroneckerOptimizer, stacks: list[Stack], group: Group
     graft = direction(group["graft"], inputs, moments, steps, beta2, group["graft_eps"])
     ratios, cosines = [], []
     for stack in stacks:
-        chosen = [i for i, p in enumerate(params) if p in stack.rows]
-        if not chosen:
-            continue
-        layouts = {params[i]: optimizer.layout(params[i], group) for i in chosen}
         scale = stack.input_scale(group)
-        for i in chosen:
-            p, rows = params[i], stack.rows[params[i]]
+        for p, M, D in zip(params, inputs, graft, strict=True):
+            if p not in stack.rows:
+                continue
+            rows = stack.rows[p]
             X = scale.new_empty(rows.stop - rows.start, *stack.shape)
-            fill(X, [p], layouts, [inputs[i]])
+            fill(X, [p], layouts, [M])
             X.div_(per_block(scale[rows], X))
             u = precondition(X, torch.empty_like(X), stack, rows, group).double().flatten().clone()
-            fill(X, [p], layouts, [graft[i]])
+            fill(X, [p], layouts, [D])
             d = X.double().flatten()
             ratios.append(d.norm() / u.norm())
             cosines.append(F.cosine_similarity(u, d, dim=0))

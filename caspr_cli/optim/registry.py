@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from caspr_cli.optim.options import Group
 
+    Takes = Callable[[Tensor], bool]
+
 
 @dataclass
 class AdamWRate:
@@ -147,11 +149,7 @@ def _family(name: str) -> Builder:
 
         if adamw_lr_scale != 1:
             settings = vars(CASPROptions([])) | getattr(caspr, name).fixed | options
-
-            def taken(group: Group, p: Tensor) -> bool:
-                return group["precondition"] and is_preconditioned(p, settings)
-
-            groups = _with_rate(groups, options.get("lr", settings["lr"]) * adamw_lr_scale, taken)
+            groups = _with_rate(groups, settings["lr"] * adamw_lr_scale, lambda p: is_preconditioned(p, settings))
         for group in groups:
             if group["precondition"]:
                 del group["precondition"]
@@ -162,23 +160,12 @@ def _family(name: str) -> Builder:
     return make
 
 
-def _author(groups: list[Group], *, adamw_lr_scale: float, **options: Any) -> Optimizer:
-    from caspr_cli.optim.author import AuthorCASPR
-
-    if adamw_lr_scale != 1:
-        taken = TAKES["caspr_author"]
-        rate = options["lr"] * adamw_lr_scale
-        groups = _with_rate(groups, rate, lambda group, p: group["precondition"] and taken(p))
-    return AuthorCASPR(groups, **options)
-
-
-def _one_method(make: Builder) -> Builder:
-    """Return the builder of an optimizer that treats all tensors alike, but for their learning rate."""
+def _one_method(make: Builder, takes: Takes = lambda p: p.ndim >= 2) -> Builder:
+    """Return the builder of an optimizer that treats all tensors alike, but for the rate of those it does not take."""
 
     def with_rates(groups: list[Group], *, adamw_lr_scale: float = 1.0, **options: Any) -> Optimizer:
         if adamw_lr_scale != 1:
-            rate = options["lr"] * adamw_lr_scale
-            groups = _with_rate(groups, rate, lambda group, p: group["precondition"] and p.ndim >= 2)
+            groups = _with_rate(groups, options["lr"] * adamw_lr_scale, takes)
         return make(groups, **options)
 
     return with_rates
@@ -196,104 +183,95 @@ def _torch(name: str, **fixed: Any) -> Builder:
     return _one_method(make)
 
 
-# Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
-TAKES: dict[str, Callable[[Tensor], bool]] = dict.fromkeys(
-    ("muon", "normuon", "soap", "psgd_kron", "caspr_author"), lambda p: p.ndim >= 2 and p.numel() > 0
-)
+def _beside_adamw(make: Callable[..., list[Optimizer]], shared: tuple[str, ...] = ("lr", "weight_decay")) -> Builder:
+    """Return the builder of a method for matrices, with AdamW for the rest.
 
+    Args:
+        make: returns the optimizers of the matrices.
+        shared: options of AdamW that ``make`` takes, too, beside its own.
+    """
 
-def _only(groups: list[Group], takes: Callable[[Group, Tensor], bool]) -> list[Group]:
-    """Return the groups with those parameters alone that are taken, and no group that is empty then."""
-    kept = [[p for p in group["params"] if takes(group, p)] for group in groups]
-    return [group | {"params": params} for group, params in zip(groups, kept, strict=True) if params]
-
-
-def _with_rate(groups: list[Group], rate: float, takes: Callable[[Group, Tensor], bool]) -> list[Group]:
-    """Return the groups, with this learning rate for the parameters that are not taken."""
-    rest = _only(groups, lambda group, p: not takes(group, p))
-    return [*_only(groups, takes), *(group | {"lr": rate} for group in rest)]
-
-
-def _matrices_and_rest(
-    name: str,
-    groups: list[Group],
-    matrix: Callable[..., list[Optimizer]],
-    *,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    adamw_lr_scale: float = 1.0,
-) -> Optimizer:
-    import torch
-
-    from caspr_cli.optim.mixed import MixedOptimizer
-
-    def taken(group: Group, p: Tensor) -> bool:
-        return group["precondition"] and TAKES[name](p)
-
-    matrices, rest = _only(groups, taken), _only(groups, lambda group, p: not taken(group, p))
-    parts = matrix(matrices, lr=lr, weight_decay=weight_decay) if matrices else []
-    if rest:
-        rate = lr * adamw_lr_scale
-        parts.append(torch.optim.AdamW(rest, lr=rate, weight_decay=weight_decay, betas=betas, eps=eps))
-    return MixedOptimizer(parts)
-
-
-def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **options: Any) -> Optimizer:
-    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
+    def both(groups: list[Group], *, adamw_lr_scale: float = 1.0, **options: Any) -> Optimizer:
         import torch
 
-        # An orthogonalised update of the size of AdamW's ("match_rms_adamw"), so that one lr serves all parts.
-        parts: list[Optimizer] = []
-        if flat := _only(groups, lambda _, p: p.ndim == 2):
-            parts.append(
-                torch.optim.Muon(
-                    flat, momentum=momentum, nesterov=True, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw", **shared
-                )
-            )
-        if filters := _only(groups, lambda _, p: p.ndim > 2):
-            from pytorch_optimizer import Muon  # torch's refuses them; this one sees one filter a row, [out, rest]
+        from caspr_cli.optim.mixed import MixedOptimizer
 
-            filters = [group | {"use_muon": True} for group in filters]
-            parts.append(Muon(filters, momentum=momentum, ns_steps=ns_steps, use_adjusted_lr=True, **shared))
-        return parts
+        adamw = {key: options.pop(key) for key in ("lr", "weight_decay", "betas", "eps")}
+        matrices, rest = _apart(groups, _is_matrix)
+        parts = make(matrices, **options, **{key: adamw[key] for key in shared}) if matrices else []
+        if rest:
+            parts.append(torch.optim.AdamW(rest, **adamw | {"lr": adamw["lr"] * adamw_lr_scale}))
+        return MixedOptimizer(parts)
 
-    return _matrices_and_rest("muon", groups, matrix, **options)
+    return both
 
 
-def _normuon(groups: list[Group], *, momentum: float, ns_steps: int, beta2: float, **options: Any) -> Optimizer:
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim >= 2 and p.numel() > 0
+
+
+# Which tensors of a preconditioned group each of these takes; AdamW gets the others (of caspr_author NAdam).
+TAKES: dict[str, Takes] = dict.fromkeys(("muon", "normuon", "soap", "psgd_kron", "caspr_author"), _is_matrix)
+
+
+def _apart(groups: list[Group], takes: Takes) -> tuple[list[Group], list[Group]]:
+    """Return the groups with the parameters that are to be preconditioned and are taken, and with the others; none that
+    is empty then."""
+
+    def only(wanted: bool) -> list[Group]:
+        kept = [[p for p in group["params"] if (group["precondition"] and takes(p)) == wanted] for group in groups]
+        return [group | {"params": params} for group, params in zip(groups, kept, strict=True) if params]
+
+    return only(True), only(False)
+
+
+def _with_rate(groups: list[Group], rate: float, takes: Takes) -> list[Group]:
+    """Return the groups, with this learning rate for the parameters that are not taken."""
+    taken, rest = _apart(groups, takes)
+    return [*taken, *(group | {"lr": rate} for group in rest)]
+
+
+def _author(groups: list[Group], **options: Any) -> Optimizer:
+    from caspr_cli.optim.author import AuthorCASPR
+
+    return AuthorCASPR(groups, **options)
+
+
+def _muon(groups: list[Group], *, momentum: float, ns_steps: int, **shared: Any) -> list[Optimizer]:
+    import torch
+
+    # An orthogonalised update of the size of AdamW's ("match_rms_adamw"), so that one lr serves all parts.
+    shared |= {"momentum": momentum, "ns_steps": ns_steps}
+    flat, filters = _apart(groups, lambda p: p.ndim == 2)
+    parts: list[Optimizer] = []
+    if flat:
+        parts.append(torch.optim.Muon(flat, nesterov=True, adjust_lr_fn="match_rms_adamw", **shared))
+    if filters:
+        from pytorch_optimizer import Muon  # torch's refuses them; this one sees one filter a row, [out, rest]
+
+        parts.append(Muon([group | {"use_muon": True} for group in filters], use_adjusted_lr=True, **shared))
+    return parts
+
+
+def _normuon(groups: list[Group], **options: Any) -> list[Optimizer]:
     """Build NorMuon, Algorithm 1 of arXiv:2510.05491, with the Nesterov momentum of its authors' code and of Muon here.
 
     An update has a root mean square of 0.2, as Muon's with ``match_rms_adamw``.
     """
+    from pytorch_optimizer import NorMuon  # it sees a convolution as one filter a row
 
-    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
-        from pytorch_optimizer import NorMuon  # it sees a convolution as one filter a row
-
-        groups = [group | {"use_muon": True} for group in groups]
-        return [NorMuon(groups, momentum=momentum, ns_steps=ns_steps, beta2=beta2, update_scale="match_rms", **shared)]
-
-    return _matrices_and_rest("normuon", groups, matrix, **options)
+    return [NorMuon([group | {"use_muon": True} for group in groups], update_scale="match_rms", **options)]
 
 
 def _ademamix(
-    groups: list[Group],
-    *,
-    betas: tuple[float, float],
-    beta3: float,
-    alpha: float,
-    ramp_steps: int,
-    **options: Any,
+    groups: list[Group], *, betas: tuple[float, float], beta3: float, ramp_steps: int, **options: Any
 ) -> Optimizer:
     """Build AdEMAMix, Algorithm 1 of arXiv:2409.03137; with ``ramp_steps=0`` beta3 and alpha are constant."""
     from pytorch_optimizer import AdEMAMix
 
     if not 0 < betas[0] <= beta3:
         raise ValueError(f"betas: the first should be above 0 and at most beta3, {beta3:g}, but is {betas[0]:g}")
-    return AdEMAMix(
-        groups, betas=(*betas, beta3), alpha=alpha, t_alpha_beta3=ramp_steps or None, weight_decouple=True, **options
-    )
+    return AdEMAMix(groups, betas=(*betas, beta3), t_alpha_beta3=ramp_steps or None, weight_decouple=True, **options)
 
 
 def _schedule_free(groups: list[Group], **options: Any) -> Optimizer:
@@ -302,27 +280,20 @@ def _schedule_free(groups: list[Group], **options: Any) -> Optimizer:
     return ScheduleFree(groups, **options)
 
 
-def _soap(groups: list[Group], *, interval: int, **options: Any) -> Optimizer:
-    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
-        from pytorch_optimizer import SOAP  # here, because importing it takes a second
+def _soap(groups: list[Group], *, interval: int, **options: Any) -> list[Optimizer]:
+    from pytorch_optimizer import SOAP  # here, because importing it takes a second
 
-        return [SOAP(groups, betas=options["betas"], eps=options["eps"], precondition_frequency=interval, **shared)]
-
-    return _matrices_and_rest("soap", groups, matrix, **options)
+    return [SOAP(groups, precondition_frequency=interval, **options)]
 
 
-def _psgd_kron(groups: list[Group], *, momentum: float, **options: Any) -> Optimizer:
+def _psgd_kron(groups: list[Group], **options: Any) -> list[Optimizer]:
     """Build PSGD Kron with the settings of its authors: factors are updated at each of 500 steps, and then less often.
 
     An update has a root mean square of up to 1.1, five times that of AdamW's.
     """
+    from caspr_cli.optim.kron import PSGDKron
 
-    def matrix(groups: list[Group], **shared: Any) -> list[Optimizer]:
-        from caspr_cli.optim.kron import PSGDKron
-
-        return [PSGDKron(groups, momentum=momentum, **shared)]
-
-    return _matrices_and_rest("psgd_kron", groups, matrix, **options)
+    return [PSGDKron(groups, **options)]
 
 
 SOAP: dict[str, Any] = {"measured": 1.0, "graft": "none", "betas": (0.95, 0.95)}
@@ -349,7 +320,7 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
         "caspr_author": Entry(
             "CASPR as its authors' public code has it: Nesterov first, NAdam's length by the 4-norm",
             AuthorKeys,
-            _author,
+            _one_method(_author, _is_matrix),
         ),
         "shampoo": Entry("Shampoo: the same with a Kronecker product", ShampooKeys, _family("Shampoo")),
         "caspr_polar": Entry(
@@ -380,11 +351,15 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             "NAdam of torch.optim with decoupled weight decay", AdamWKeys, _torch("NAdam", decoupled_weight_decay=True)
         ),
         "sgd": Entry("SGD with Nesterov momentum, of torch.optim", SGDKeys, _torch("SGD", nesterov=True)),
-        "muon": Entry("Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest", MuonKeys, _muon),
+        "muon": Entry(
+            "Muon of torch.optim (convolutions: of pytorch-optimizer), AdamW for the rest",
+            MuonKeys,
+            _beside_adamw(_muon),
+        ),
         "normuon": Entry(
             "NorMuon of pytorch-optimizer: Muon that scales each row; AdamW for the rest",
             NorMuonKeys,
-            _normuon,
+            _beside_adamw(_normuon),
         ),
         "ademamix": Entry(
             "AdEMAMix of pytorch-optimizer: Adam with a second, slow momentum", AdEMAMixKeys, _one_method(_ademamix)
@@ -394,11 +369,15 @@ OPTIMIZERS: dict[str, Entry] = plugins.joined(
             ScheduleFreeKeys,
             _one_method(_schedule_free),
         ),
-        "soap": Entry("SOAP of pytorch-optimizer for matrices, AdamW for the rest", SOAPKeys, _soap),
+        "soap": Entry(
+            "SOAP of pytorch-optimizer for matrices, AdamW for the rest",
+            SOAPKeys,
+            _beside_adamw(_soap, ("lr", "weight_decay", "betas", "eps")),
+        ),
         "psgd_kron": Entry(
             "PSGD Kron for matrices, AdamW for the rest; its steps are up to five times as long as AdamW's",
             PSGDKronKeys,
-            _psgd_kron,
+            _beside_adamw(_psgd_kron),
         ),
     },
 )

@@ -279,9 +279,8 @@ def largest_eigenvalue(S: Tensor, every: int = 1) -> Tensor:
     v = start_vector(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1)
     for number in range(1, POWER_STEPS + 1):
         v = torch.bmm(v, S)
-        if number % every:
-            continue
-        v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
+        if number % every == 0:
+            v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp(min=torch.finfo(S.dtype).tiny)
     largest: Tensor = torch.linalg.vector_norm(torch.bmm(v, S), dim=(1, 2))
     return largest.double()
 

@@ -15,6 +15,7 @@ from caspr_cli.optim.stacks import CHUNK, CHUNK_CPU, Stack
 MOST_CONSTANTS = 1024
 
 ReceivedRows = list[tuple[BlockShard, Tensor]]  # rows of a parameter that other ranks sent
+Rows = dict[Tensor, ReceivedRows]  # of parameters that are divided by rows, for the blocks that this rank owns
 
 
 class Workspace:
@@ -117,11 +118,6 @@ def fill(
             targets += [blocks[x.number][x.rows] for x, _ in here]
             sources += [rows for _, rows in here]
     torch._foreach_copy_(targets, sources)
-
-
-def fill_whole(X: Tensor, tensors: list[Tensor]) -> None:
-    """Do the same where each tensor is one block, in one call."""
-    torch.stack([t if t.shape == X.shape[1:] else t.reshape(X.shape[1:]) for t in tensors], out=X)
 
 
 def placed(

@@ -26,8 +26,8 @@ from caspr_cli.optim.fsdp import is_sharded, local, row_group, rows_of
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-SHARDS = ("auto", "none")
 ALIGNED = 64  # bytes: a view of any type may begin there, and matrix products are fastest
+Factors = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]
 
 # torch 2.14 has renamed it.
 all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -49,13 +49,7 @@ class Team:
         """
         self.everyone, self.size = everyone, len(everyone)
         self.rank = everyone.index(dist.get_rank())
-        self._group, self._barrier = group, Barrier(everyone)
-
-    @classmethod
-    def of_rows(cls, p: DTensor) -> Team:
-        """Return those among which the rows of p are divided."""
-        group = row_group(p)
-        return cls(tuple(dist.get_process_group_ranks(group)), group)
+        self._group, self.barrier = group, Barrier(everyone)
 
     def part(self, size: int) -> Team:
         """Return the so many neighbours of which this rank is one.
@@ -74,10 +68,6 @@ class Team:
         if self._group is None:
             self._group = dist.new_group(list(self.everyone), use_local_synchronization=True)
         return self._group
-
-    def wait(self, timeout: float) -> None:
-        """Wait until all of them have come, see :class:`Barrier`."""
-        self._barrier.wait(timeout)
 
 
 class Parcel:
@@ -278,11 +268,8 @@ class Barrier:
         return bool(self._store.check([mark])) and int(self._store.get(mark)) >= self._round
 
 
-Entries = dict[int, dict[str, Tensor]]  # parameter number -> name -> [blocks, ...]
-
-
 def collected(
-    mine: Entries, devices: dict[int, torch.device], team: Team
+    mine: Factors, devices: dict[int, torch.device], team: Team
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
     """Yield a parameter's number, a rank, and what that rank holds of the parameter, on all ranks of a team: one
     broadcast each.

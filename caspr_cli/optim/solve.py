@@ -89,7 +89,7 @@ class Problem:
     def take(self, at: slice | Tensor) -> Problem:
         """Return the problem of some of the matrices."""
         last = None if self.last is None else self.last[at]
-        return Problem(self.S[at], self.unit[at], self.eps[at], self.damping, self.p, self.condition, last)
+        return replace(self, S=self.S[at], unit=self.unit[at], eps=self.eps[at], last=last)
 
     @staticmethod
     def join(parts: list[Problem]) -> Problem:
@@ -117,25 +117,14 @@ class Solution:
     root: Root
     residual: Tensor  # [K]
 
-    @classmethod
-    def of(cls, problem: Problem, root: Root) -> Solution:
-        return cls(root, residual(problem.S, root, problem.p))
-
     @staticmethod
     def join(parts: list[Solution]) -> Solution:
         if len(parts) == 1:
             return parts[0]
-        roots = [part.root for part in parts]
-        return Solution(
-            Root(
-                torch.cat([root.A for root in roots]),
-                torch.cat([root.shift for root in roots]),
-                torch.cat([root.largest for root in roots]),
-                torch.cat([root.condition for root in roots]),
-                _joined([root.values for root in roots if root.values is not None]),
-            ),
-            torch.cat([part.residual for part in parts]),
-        )
+        roots: list[dict[str, Any]] = [vars(part.root) for part in parts]
+        columns = {name: [root[name] for root in roots] for name in roots[0]}
+        joined: dict[str, Any] = {name: c[0] if c[0] is None else torch.cat(c) for name, c in columns.items()}
+        return Solution(Root(**joined), torch.cat([part.residual for part in parts]))
 
     def split(self, sizes: list[int]) -> list[Solution]:
         """Return the solutions of these numbers of matrices, one after the other."""
@@ -146,50 +135,49 @@ class Solution:
         return [Solution(Root(*x), r) for x, r in parts]
 
 
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    return torch.cat(parts) if parts else None
-
-
 def solve(problem: Problem, solver: str) -> Solution:
-    """Return the inverse roots of all matrices of a problem, by ``"eigh"`` or ``"newton"``.
+    """Return the inverse roots of all matrices of a problem; ``solver`` may be ``"auto"``.
 
     Raises nothing but for want of memory: where a solver raises, the matrix at fault is found and given to eigh in
     float64; where that raises too, its root is NaN.
     """
+    S = problem.S
     try:
-        return SOLVERS[solver](problem)
+        root = SOLVERS[choose(solver, S.device)](problem)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        if (middle := len(problem.S) // 2) > 0:
-            halves = [problem.take(slice(0, middle)), problem.take(slice(middle, len(problem.S)))]
+        if (middle := len(S) // 2) > 0:
+            halves = [problem.take(slice(0, middle)), problem.take(slice(middle, len(S)))]
             return Solution.join([solve(half, solver) for half in halves])
+        root = _in_float64(problem)
+    return Solution(root, residual(S, root, problem.p))
+
+
+def _in_float64(problem: Problem) -> Root:
     S = problem.S
     try:
-        exact = _decomposed(problem, S.double())
-        root = replace(exact, A=exact.A.to(S.dtype))
+        root = _eigh(replace(problem, S=S.double()))
+        return replace(root, A=root.A.to(S.dtype))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         nothing = torch.full_like(problem.unit, torch.nan, dtype=torch.float64)
         values = None if problem.p else torch.full_like(S[:, 0], torch.nan, dtype=torch.float64)
-        root = Root(torch.full_like(S, torch.nan), nothing, nothing, nothing, values)
-    return Solution.of(problem, root)
+        return Root(torch.full_like(S, torch.nan), nothing, nothing, nothing, values)
 
 
-def _decomposed(problem: Problem, S: Tensor) -> Root:
-    return eigh_root(S, problem.shift, problem.p) if problem.p else basis(S, problem.shift, None)
+def _eigh(problem: Problem) -> Root:
+    S, p = problem.S, problem.p
+    return eigh_root(S, problem.shift, p) if p else basis(S, problem.shift, None)
 
 
-def _eigh(problem: Problem) -> Solution:
-    return Solution.of(problem, _decomposed(problem, problem.S))
-
-
-def _newton(problem: Problem) -> Solution:
-    if problem.p == 0:
-        return Solution.of(problem, basis(problem.S, problem.shift, problem.last))
-    root = scaled_newton_root if is_scaled(problem.S.device, problem.condition) else newton_root
-    return Solution.of(problem, root(problem.S, problem.shift, problem.p, problem.condition))
+def _newton(problem: Problem) -> Root:
+    S, p = problem.S, problem.p
+    if p == 0:
+        return basis(S, problem.shift, problem.last)
+    root = scaled_newton_root if is_scaled(S.device, problem.condition) else newton_root
+    return root(S, problem.shift, p, problem.condition)
 
 
 SOLVERS = {"eigh": _eigh, "newton": _newton}
@@ -215,7 +203,7 @@ def solve_all(problems: list[Problem], solver: str) -> list[Solution]:
     order = sorted(range(len(pieces)), key=lambda j: -pieces[j][1].cost)
     alone = len(pieces) <= 1 or threads == 1
     run = map if alone else _pool(threads).map
-    solved = dict(zip(order, run(partial(_chosen, solver), [pieces[j][1] for j in order]), strict=True))
+    solved = dict(zip(order, run(partial(solve, solver=solver), [pieces[j][1] for j in order]), strict=True))
     parts: list[list[Solution]] = [[] for _ in problems]
     for j, (i, _) in enumerate(pieces):
         parts[i].append(solved[j])
@@ -231,14 +219,9 @@ def _solve_in_batches(problems: list[Problem], solver: str) -> list[Solution]:
     solutions: dict[int, Solution] = {}
     for members in batches.values():
         parts = [problems[i] for i in members]
-        solutions |= zip(
-            members, _chosen(solver, Problem.join(parts)).split([len(one.S) for one in parts]), strict=True
-        )
+        found = solve(Problem.join(parts), solver).split([len(one.S) for one in parts])
+        solutions |= zip(members, found, strict=True)
     return [solutions[i] for i in range(len(problems))]
-
-
-def _chosen(solver: str, problem: Problem) -> Solution:
-    return solve(problem, choose(solver, problem.S.device))
 
 
 @lru_cache(maxsize=1)

@@ -293,10 +293,7 @@ def outgrown(stacks: Sequence[Stack]) -> list[list[bool]]:
 
 
 def build_stacks(
-    params: list[Tensor],
-    layouts: dict[Tensor, Layout],
-    storages: dict[Tensor, Storage],
-    state: dict[Tensor, dict[str, Tensor]],
+    params: list[Tensor], layouts: dict[Tensor, Layout], storages: dict[Tensor, Storage], state: Any
 ) -> list[Stack]:
     """Return stacks of the blocks of ``params``; factors in ``state`` are copied in, and ``state`` becomes views.
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from caspr_cli.optim.blocks import Layout, Shape
+from caspr_cli.optim.blocks import Layout
 from caspr_cli.optim.fsdp import distribute, is_sharded
 from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.options import Group, adopted, validate_again
 from caspr_cli.optim.parts import Part
 from caspr_cli.optim.plan import is_preconditioned, layout_of
-from caspr_cli.optim.shard import Team, collected
+from caspr_cli.optim.shard import Factors, collected
 from caspr_cli.optim.stacks import check_factors, is_factor, shape_of
+
+if TYPE_CHECKING:
+    from caspr_cli.optim.divide import Division
 
 # Entries of a state that count: steps, gradients since its statistics began, updates in the momentum of
 # precondition="gradient", gradients that were not finite.
@@ -86,13 +89,8 @@ def next_counts(states: dict[Tensor, State], name: str, given: dict[tuple[Tensor
         values = torch.stack([state[name] for state in states.values()]).tolist() if states else []
         return {p: int(value) + 1 for p, value in zip(states, values, strict=True)}
     if unread := {p: state for p, state in states.items() if (p, name) not in given}:
-        sums = torch.stack(
-            [
-                torch.stack([state[name] for state in unread.values()]),
-                torch.stack([state["skipped"] for state in unread.values()]),
-            ]
-        ).sum(0)
-        given |= {(p, name): int(value) for p, value in zip(unread, sums.cpu().tolist(), strict=True)}
+        used, skipped = (torch.stack([state[key] for state in unread.values()]) for key in (name, "skipped"))
+        given |= {(p, name): int(n) for p, n in zip(unread, (used + skipped).cpu().tolist(), strict=True)}
     given |= {(p, name): given[p, name] + 1 for p in states}
     return {p: given[p, name] for p in states}
 
@@ -160,16 +158,10 @@ def with_own_rows(content: Content, groups: list[Group]) -> Content:
     state = dict(content["state"])
     for (i, _), (p, _) in zip(params_of(content["param_groups"]), params_of(groups), strict=False):
         if is_sharded(p):
-            state[i] = {
-                name: distribute(value, p) if _is_whole(name, value, p) else value
-                for name, value in state.get(i, {}).items()
-            }
+            entries = without_factors(state.get(i, {})).items()
+            whole = {k: x for k, x in entries if isinstance(x, Tensor) and not is_sharded(x) and x.shape == p.shape}
+            state[i] = state.get(i, {}) | {name: distribute(value, p) for name, value in whole.items()}
     return content | {"state": state}
-
-
-def _is_whole(name: str, value: object, p: Tensor) -> bool:
-    """Whether this entry of a state has a number for each of p's, and all of them are here."""
-    return isinstance(value, Tensor) and not is_sharded(value) and not is_factor(name) and value.shape == p.shape
 
 
 def restore(state: Any, content: Content, groups: list[Group]) -> None:
@@ -183,12 +175,6 @@ def restore(state: Any, content: Content, groups: list[Group]) -> None:
                 state[p][name] = counter(value)
 
 
-def move(state: Any) -> None:
-    """Move factors to the device of their parameter."""
-    for p, entries in state.items():
-        entries |= {name: value.to(p.device) for name, value in entries.items() if is_factor(name)}
-
-
 def without_factors(state: State) -> State:
     """Return the entries of a state that are no statistics or roots."""
     return {name: value for name, value in state.items() if not is_factor(name)}
@@ -200,7 +186,7 @@ def is_divided(content: Content, *, sharded: bool) -> bool:
     return any(isinstance(value, Part) for value in factors) if factors else sharded
 
 
-def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> dict[int, dict[str, Tensor]]:
+def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> Factors:
     """Return the factors of the blocks that this rank owns, by the number of the parameter: views, which nobody else is
     asked for."""
     found = defaultdict[int, dict[str, Tensor]](dict)
@@ -213,13 +199,7 @@ def own_parts(state: Any, groups: list[Group], shares: dict[Tensor, Layout]) -> 
     return found
 
 
-def whole_factors(
-    state: Any,
-    groups: list[Group],
-    owners: dict[Tensor, dict[Shape, list[int]]],
-    teams: dict[Team, list[Tensor]],
-    to: int | None,
-) -> dict[int, dict[str, Tensor]]:
+def whole_factors(state: Any, groups: list[Group], division: Division, to: int | None) -> Factors:
     """Return the factors of all ranks of each team, by the number of the parameter, in the memory of the CPU: a
     collective operation.
 
@@ -228,7 +208,7 @@ def whole_factors(
     """
     everyone, whole = dict(enumerate(params_of(groups))), defaultdict[int, dict[str, Tensor]](dict)
     numbers = {p: i for i, (p, _) in everyone.items()}
-    for team, params in teams.items():
+    for team, params in division.teams().items():
         if to is not None and to not in team.everyone:
             continue
         theirs = sorted(numbers[p] for p in params if p in numbers)
@@ -240,7 +220,7 @@ def whole_factors(
                 continue
             p, group = everyone[i]
             for name, rows in named.items():
-                ranks = owners[p][shape_of(name, layout_of(p, group))]
+                ranks = division.owners[p][shape_of(name, layout_of(p, group))]
                 if name not in whole[i]:
                     whole[i][name] = torch.empty(len(ranks), *rows.shape[1:], dtype=rows.dtype, device="cpu")
                 whole[i][name][[j for j, r in enumerate(ranks) if r == owner]] = rows.cpu()

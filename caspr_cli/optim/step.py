@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from caspr_cli.optim.finite import Finite
 from caspr_cli.optim.fsdp import local, locals_of
 from caspr_cli.optim.graft import (
     RMS,
-    adam_length,
     are_alike,
     diagonal_step,
     direction,
@@ -32,16 +31,17 @@ from caspr_cli.optim.graft import (
     look_ahead,
     needs_second_moment,
     rate,
+    torch_adamw,
     transfer_length,
     update_second_moment,
 )
-from caspr_cli.optim.masked import Mask, adam_lengths
+from caspr_cli.optim.masked import Mask
 from caspr_cli.optim.momentum import Pieces, averaged, forget_updates
 from caspr_cli.optim.options import Group
 from caspr_cli.optim.plan import Plan
 from caspr_cli.optim.precision import full_precision
 from caspr_cli.optim.refresh import refresh
-from caspr_cli.optim.scatter import ReceivedRows, Workspace, add, fill, fill_whole, placed
+from caspr_cli.optim.scatter import Rows, Workspace, add, fill, placed
 from caspr_cli.optim.stacks import Stack, outgrown
 from caspr_cli.optim.state import counter
 from caspr_cli.optim.statistics import accumulate, per_block
@@ -65,6 +65,10 @@ class Inputs:
     workspace: Workspace
     phase: Callable[[str], AbstractContextManager[None]]
 
+    @property
+    def device_type(self) -> str:
+        return next((p.device.type for p in self.steps), "cpu")
+
 
 @dataclass(frozen=True)
 class Active(Inputs):
@@ -86,27 +90,21 @@ class Active(Inputs):
         return stack.members if self.complete else [p for p in stack.members if p in self.layouts]
 
 
-@dataclass(frozen=True)
-class Received:
-    """Rows of parameters that are divided by rows, for the blocks that this rank owns."""
-
-    gradients: dict[Tensor, ReceivedRows] = field(default_factory=dict)
-    momenta: dict[Tensor, ReceivedRows] = field(default_factory=dict)
-
-
-def add_statistics(x: Inputs, received: Received) -> None:
-    """Add the gradients to the statistics of all blocks that have one."""
+def add_statistics(x: Inputs, received: Rows) -> None:
+    """Add the gradients, here or ``received``, to the statistics of all blocks that have one."""
+    if not x.steps:
+        return
     group, due = x.group, [p for p in x.seen if p in x.grads]
     beta, weight = (group["betas"][1], 1 - group["betas"][1]) if group["statistics"] == "ema" else (1.0, 1.0)
     everyone = len(due) == len(x.plan.layouts)
-    with x.phase("statistics"):
+    with full_precision(x.device_type, tf32=group["statistics_tf32"]), x.phase("statistics"):
         for stack in x.stacks:
             if not stack.axes:
                 continue
             present = stack.members if everyone else [p for p in stack.members if p in x.grads]
             for members, rows in stack.chunks(present):
                 X, out = x.workspace.blocks(stack, rows)
-                _fill(X, stack, members, x, [x.grads[p] for p in members], received.gradients)
+                _fill(X, stack, members, x, [x.grads[p] for p in members], received)
                 owners = _owners(members, stack)
                 numbers = [math.sqrt(p.numel()) for p in owners]
                 size = (x.finite.norms(owners) / _constants(numbers, X.device, x)).to(X.dtype)
@@ -207,11 +205,11 @@ def _update_weights_on(device: torch.device, x: Active) -> None:
             for members, rows in stack.chunks(x.members(stack)):
                 if stack.whole and x.group["precondition"] == "momentum":
                     own = _lengths(members, x)
-                    _finish_whole(members, preconditioned(stack, members, rows, scale, x, Received()), own, x)
+                    _finish_whole(members, preconditioned(stack, members, rows, scale, x, {}), own, x)
                     continue
                 whole = [p for p in members if p not in pieces]
                 lengths |= update_moments(whole, x)
-                U = preconditioned(stack, members, rows, scale, x, Received())
+                U = preconditioned(stack, members, rows, scale, x, {})
                 at = {p: U[stack.rows[p].start - rows.start : stack.rows[p].stop - rows.start] for p in members}
                 finish({p: {stack.shape: at[p]} for p in whole}, lengths, x, x.layouts)
                 for p in members:
@@ -233,50 +231,43 @@ def _lengths(params: list[Tensor], x: Active) -> Tensor | None:
         for t in types:
             found |= update_moments([p for p in params if p.dtype == t], x)
         return torch.stack([found[p] for p in params]) if found else None
-    group, states, sharded = x.group, [x.state[p] for p in params], x.plan.sharded
-    (beta1, beta2), graft = group["betas"], group["graft"]
+    group, mask, states, sharded = x.group, x.mask, [x.state[p] for p in params], x.plan.sharded
+    (beta1, beta2), graft, first = group["betas"], group["graft"], group["precondition"] == "momentum"
     grads, steps = [x.grads[p] for p in params], [s["step"] for s in states]
-    first = group["precondition"] == "momentum"
     moments = locals_of([s["exp_avg_sq"] for s in states], sharded) if needs_second_moment(graft) else []
     exp_avg = locals_of([s["exp_avg"] for s in states], sharded)
     here = locals_of(params, sharded)
-    if x.mask is not None:
-        return _masked_lengths(params, grads, exp_avg, moments, x)
-    if graft == "adam" and first and not group["nesterov"] and fusible(here, grads, exp_avg, moments):
-        out = x.workspace.like("graft", here)
-        return adam_length(out, grads, exp_avg, moments, steps, beta1, beta2, group["graft_eps"])
-    torch._foreach_add_(steps, 1)
-    if moments:
-        update_second_moment(moments, grads, beta2)
-    if first:
-        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-    if not has_lengths(group):
-        return None
-    if graft == "rms":
-        return x.workspace.constant([RMS * math.sqrt(p.numel()) for p in here], torch.float64, here[0].device)
-    T = [x.steps[p] for p in params]
-    inputs = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
-    return frobenius(direction(graft, inputs, moments, T, beta2, group["graft_eps"]))
-
-
-def _masked_lengths(
-    params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], moments: list[Tensor], x: Active
-) -> Tensor | None:
-    """Do as :func:`_lengths` where the device alone knows which gradients are finite."""
-    assert x.mask is not None
-    mask, group, graft, first = x.mask, x.group, x.group["graft"], x.group["precondition"] == "momentum"
-    here = locals_of(params, x.plan.sharded)
-    if graft == "adam" and first and not group["nesterov"] and are_alike(here, grads, exp_avg, moments):
-        return adam_lengths(mask, params, grads, exp_avg, moments, x.state, group)
-    mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
-    if not has_lengths(group):
-        return None
-    if graft == "rms":
-        lengths = _constants([RMS * math.sqrt(p.numel()) for p in here], here[0].device, x)
+    can_fuse = fusible if mask is None else are_alike
+    if graft == "adam" and first and not group["nesterov"] and can_fuse(here, grads, exp_avg, moments):
+        out = x.workspace.like("graft", here)  # zeros, on which a kernel takes the step of Adam
+        if mask is None:
+            torch_adamw(out, grads, exp_avg, moments, steps, group, lr=1.0, weight_decay=0.0, fused=True)
+        else:
+            mask.fused_adamw(params, out, grads, exp_avg, moments, x.state, group, lr=1.0, weight_decay=0.0)
+        return frobenius(out)
+    if mask is not None:
+        mask.update_moments(params, grads, exp_avg if first else [], moments, group["betas"])
     else:
-        ahead = mask.corrected(momenta(params, x), params, group["betas"][0]) if first else grads
+        torch._foreach_add_(steps, 1)
+        if moments:
+            update_second_moment(moments, grads, beta2)
+        if first:
+            torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    if not has_lengths(group):
+        return None
+    if graft == "rms":
+        numbers, device = [RMS * math.sqrt(p.numel()) for p in here], here[0].device
+        if mask is None:
+            return x.workspace.constant(numbers, torch.float64, device)
+        lengths = _constants(numbers, device, x)
+    elif mask is None:
+        T = [x.steps[p] for p in params]
+        ahead = list(torch._foreach_div(momenta(params, x), [1 - beta1**t for t in T])) if first else grads
+        return frobenius(direction(graft, ahead, moments, T, beta2, group["graft_eps"]))
+    else:
+        ahead = mask.corrected(momenta(params, x), params, beta1) if first else grads
         lengths = frobenius(mask.direction(params, ahead, moments, group, graft))
-    return mask.lengths(lengths, params)
+    return torch.where(mask.is_finite(params), lengths, 0)
 
 
 def has_lengths(group: Group) -> bool:
@@ -304,7 +295,7 @@ def inputs_of(params: list[Tensor], x: Active) -> list[Tensor]:
 
 
 def preconditioned(
-    stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Received
+    stack: Stack, members: list[Tensor], rows: slice, scale: Tensor, x: Active, received: Rows
 ) -> Tensor:
     """Return U of these parameters' blocks ``[k, d_1, ..., d_k]``: of bias-corrected momentum, or of the gradient.
 
@@ -312,16 +303,17 @@ def preconditioned(
 
     Args:
         scale: the stack's :meth:`Stack.input_scale`.
+        received: rows of these inputs.
     """
     group = x.group
     with x.phase("apply"):
         X, out = x.workspace.blocks(stack, rows)
         first = group["precondition"] == "momentum"
-        _fill(X, stack, members, x, inputs_of(members, x), received.momenta if first else received.gradients)
+        _fill(X, stack, members, x, inputs_of(members, x), received)
         owners, factor = _owners(members, stack), scale[rows].reciprocal()
         if x.mask is not None and not (first and not group["nesterov"] and has_lengths(group)):
             # Nesterov's momentum has the gradient in it, and without lengths nothing else makes U zero.
-            X.masked_fill_(per_block(x.mask.is_broken(owners), X), 0)
+            X.masked_fill_(per_block(x.mask.of_params(x.mask.broken, owners), X), 0)
         if first and x.mask is not None:
             factor = factor / x.mask.bias_of(group["betas"][0], owners).to(factor.dtype)
         elif first:
@@ -331,17 +323,10 @@ def preconditioned(
         return precondition(X, out, stack, rows, group, early=x.early)
 
 
-def _fill(
-    X: Tensor,
-    stack: Stack,
-    members: list[Tensor],
-    x: Inputs,
-    tensors: list[Tensor],
-    received: dict[Tensor, ReceivedRows],
-) -> None:
+def _fill(X: Tensor, stack: Stack, members: list[Tensor], x: Inputs, tensors: list[Tensor], received: Rows) -> None:
     """Copy the tensors of these parameters, or their rows from other ranks, to X ``[k, d_1, ..., d_k]``."""
     if stack.whole and not received:
-        fill_whole(X, tensors)
+        torch.stack([t if t.shape == stack.shape else t.reshape(stack.shape) for t in tensors], out=X)  # in one call
     else:
         fill(X, members, x.shares, [received.get(p, t) for p, t in zip(members, tensors, strict=True)])
 

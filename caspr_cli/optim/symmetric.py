@@ -28,12 +28,12 @@ def packed_length(d: int) -> int:
     return sum((rows.stop - rows.start) * rows.stop for rows in panels(d))
 
 
-def panel_views(packed: Tensor, d: int) -> list[Tensor]:
-    """Return the panels ``[K, rows, columns]`` of packed matrices ``[K, packed_length(d)]``, as views."""
+def panel_views(packed: Tensor, d: int) -> list[tuple[slice, Tensor]]:
+    """Return the panels of packed matrices ``[K, packed_length(d)]``: their rows, and views ``[K, rows, columns]``."""
     views, start = [], 0
     for rows in panels(d):
         height, width = rows.stop - rows.start, rows.stop
-        views.append(packed[:, start : start + height * width].view(-1, height, width))
+        views.append((rows, packed[:, start : start + height * width].view(-1, height, width)))
         start += height * width
     return views
 
@@ -44,8 +44,7 @@ def add_gram(packed: Tensor, X: Tensor, weight: float) -> None:
     Cost: 2 r packed_length(d) FLOPs a matrix. On a CPU a tenth less for d = 1024, where high panels are made in halves:
     there time goes by FLOPs, and on a GPU by launches.
     """
-    d = X.shape[1]
-    for view, rows in zip(panel_views(packed, d), panels(d), strict=True):
+    for rows, view in panel_views(packed, X.shape[1]):
         half = (rows.stop - rows.start) // 2
         if X.device.type != "cpu" or half < LEAST_ROWS:
             view.baddbmm_(X[:, rows], X[:, : rows.stop].mT, alpha=weight)
@@ -71,20 +70,17 @@ def product(X: Tensor, Y: Tensor) -> Tensor:
 
 def diagonal(packed: Tensor, d: int) -> Tensor:
     """Return the diagonals ``[K, d]`` of packed matrices ``[K, packed_length(d)]``."""
-    diagonals = [
-        view[:, :, rows.start :].diagonal(dim1=1, dim2=2)
-        for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
-    ]
+    diagonals = _diagonals(packed, d)
     return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, 1)
 
 
 def trace(packed: Tensor, d: int) -> Tensor:
     """Return the traces ``[K]`` of packed matrices ``[K, packed_length(d)]``."""
-    diagonals = (
-        view[:, :, rows.start :].diagonal(dim1=1, dim2=2).sum(1)
-        for view, rows in zip(panel_views(packed, d), panels(d), strict=True)
-    )
-    return sum(diagonals, start=packed.new_zeros(len(packed)))
+    return sum((each.sum(1) for each in _diagonals(packed, d)), start=packed.new_zeros(len(packed)))
+
+
+def _diagonals(packed: Tensor, d: int) -> list[Tensor]:
+    return [view[:, :, rows.start :].diagonal(dim1=1, dim2=2) for rows, view in panel_views(packed, d)]
 
 
 def pack(full: Tensor) -> Tensor:
@@ -97,7 +93,7 @@ def unpack(packed: Tensor, d: int, dtype: torch.dtype | None = None) -> Tensor:
     if len(panels(d)) == 1:
         return packed.view(-1, d, d).to(dtype or packed.dtype)
     full = packed.new_empty(packed.shape[0], d, d, dtype=dtype or packed.dtype)
-    for view, rows in zip(panel_views(packed, d), panels(d), strict=True):
+    for rows, view in panel_views(packed, d):
         full[:, rows, : rows.stop] = view
         full[:, : rows.start, rows] = view[:, :, : rows.start].mT
     return full

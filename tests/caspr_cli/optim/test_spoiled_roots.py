@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from caspr_cli.optim import CASPR, solve
 from caspr_cli.optim.roots import Root
-from caspr_cli.optim.solve import Problem, Solution
+from caspr_cli.optim.solve import Problem
 from caspr_cli.optim.symmetric import pack, unpack
 
 NAN, INF = math.nan, math.inf
@@ -312,11 +312,11 @@ def test_garbage_is_refused(monkeypatch: pytest.MonkeyPatch, garbage: str, axis:
     drive(params, optimizer, range(1))
     old, original = factors(optimizer, params[0]), solve.SOLVERS["eigh"]
 
-    def spoiled(problem: Problem) -> Solution:
-        root = original(problem).root
+    def spoiled(problem: Problem) -> Root:
+        root = original(problem)
         if problem.S.shape[-1] == (D, N)[axis]:
             root.A = GARBAGE[garbage](root.A)
-        return Solution.of(problem, root)
+        return root
 
     monkeypatch.setitem(solve.SOLVERS, "eigh", spoiled)
     drive(params, optimizer, range(1, 3))

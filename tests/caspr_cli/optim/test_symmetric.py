@@ -76,7 +76,7 @@ def test_packed_is_five_eighths_at_best(d: int) -> None:
 @pytest.mark.parametrize("d", EDGES)
 def test_views_are_the_memory_of_the_vector(d: int) -> None:
     packed = torch.zeros(2, packed_length(d))
-    for number, view in enumerate(panel_views(packed, d), start=1):
+    for number, (_, view) in enumerate(panel_views(packed, d), start=1):
         view += number
     counts = [int((packed[1] == number).sum()) for number in range(len(panels(d)) + 1)]
     assert counts == [0] + [(rows.stop - rows.start) * rows.stop for rows in panels(d)]
