@@ -119,8 +119,9 @@ def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]
     with solver.products(), solvers.NewtonWatch() as watch:
         root = solver.run(seen, eps, p)
     shift = float(root.shift)
-    damped, error = matrix.values + shift, solvers.distance(root.A[0], matrix.root(shift, p))
-    finite, newton = math.isfinite(error), solver.method == "newton"
+    damped, expected = matrix.values + shift, matrix.root(shift, p)
+    finite, newton = bool(root.A.isfinite().all()), solver.method == "newton"
+    error = float((root.A[0].double() - expected).norm() / expected.norm()) if finite else math.inf
     left = float(residual(seen, root, p)) if finite else math.inf
     amplified = one_rounding(damped, solver.bits, p)
     return {

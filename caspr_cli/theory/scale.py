@@ -62,7 +62,7 @@ class ScaleRow:
 def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: Settings) -> Iterator[ScaleRow]:
     """Yield two rows for each number of GPUs, of a model in ``MODELS`` and an optimizer of the Kronecker family."""
     matrices, rest = MODELS[model]
-    optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings, settings.interval)
+    optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings)
     assert isinstance(optimizer, KroneckerOptimizer)
     (group,), work = optimizer.param_groups, work_of(optimizer)
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))

@@ -107,13 +107,6 @@ class NewtonWatch(TorchFunctionMode):
         return result
 
 
-def distance(A: Tensor, expected: Tensor) -> float:
-    """Return ||A - expected|| / ||expected||, Frobenius; infinite where A is not finite."""
-    if not bool(torch.isfinite(A).all()):
-        return math.inf
-    return float((A.double() - expected).norm() / expected.norm())
-
-
 # ---- time and memory ---------------------------------------------------------------------------------------------
 
 
