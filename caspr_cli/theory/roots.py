@@ -50,18 +50,16 @@ def measured(quick: bool, seeds: Sequence[int], log: Log) -> tuple[DataFrame, Da
     plans = {CONDITION: (conditions, (0.0,), EXPONENTS), LIBRARY: (conditions, (DEFAULT,), (P,))}
     plans |= {DAMPING: ((ILL,), DAMPINGS, (P,)), SCALE: ((ILL,), scales, (P,))}
     rows: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
     with threads(1):
         for name, plan in plans.items():
             log(f"errors: {name}")
             rows += ({"set": name} | row for row in cases(d, *plan, seeds))
-        return DataFrame(rows), DataFrame(_costs(QUICK_SIZES if quick else SIZES, seeds[0], log))
-
-
-def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]]:
-    for d in sizes:
-        log(f"time and memory: {d} rows")
-        matrix = Matrix.drawn(d, SIZED_CONDITION, seed)
-        yield from (cost_of(solver, matrix, DEFAULT, P) for solver in OURS)
+        for size in QUICK_SIZES if quick else SIZES:
+            log(f"time and memory: {size} rows")
+            matrix = Matrix.drawn(size, SIZED_CONDITION, seeds[0])
+            costs += (cost_of(solver, matrix, DEFAULT, P) for solver in OURS)
+    return DataFrame(rows), DataFrame(costs)
 
 
 # ---- answer ------------------------------------------------------------------------------------------------------
