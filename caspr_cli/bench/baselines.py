@@ -1,6 +1,5 @@
 """The optimizers that are compared, and their options."""
 
-import inspect
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,11 +8,9 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from caspr_cli.common.errors import nearest
-from caspr_cli.optim import plan
-from caspr_cli.optim.caspr import CASPR, FullAdagrad, Shampoo
-from caspr_cli.optim.family import CASPROptions, options_of
+from caspr_cli.optim import plan, registry
+from caspr_cli.optim.family import Option, options_of
 from caspr_cli.optim.options import Group
-from caspr_cli.optim.registry import build
 from caspr_cli.recipe.compose import options
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf
@@ -21,7 +18,7 @@ from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf
 NEVER = 10**9  # an interval that no run reaches
 WARM_UP = 3  # steps before anything is timed: they build state and the first roots
 OWN_FLAGS = {"interval": "--interval", "block_size": "--block-size"}
-NOT_FOR_SET = {"params", "start_step", "maximize", "process_group"}  # the bench preconditions from the first step on
+NOT_FOR_SET = {"start_step", "maximize", "process_group", "adamw_lr_scale"}  # the first step is preconditioned here
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,10 @@ def is_kronecker(name: str) -> bool:
     return issubclass(OPTIMIZERS[entry_of(name)], KroneckerConf)
 
 
-def defaults(name: str) -> dict[str, Any]:
-    """Return the options of an optimizer of the Kronecker family, with their defaults."""
-    classes: dict[str, type] = {"shampoo": Shampoo, "full_adagrad": FullAdagrad}
-    parameters = inspect.signature(classes.get(entry_of(name), CASPR)).parameters
-    return {key: p.default for key, p in parameters.items() if key not in NOT_FOR_SET}
+def known_options(name: str) -> dict[str, Option]:
+    """Return the options of an optimizer of the Kronecker family that can be set here."""
+    options = options_of(registry.OPTIMIZERS[entry_of(name)].keys)
+    return {key: option for key, option in options.items() if key not in NOT_FOR_SET}
 
 
 def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict[str, Any]:
@@ -59,7 +55,7 @@ def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict
 
     Raises ConfigError for an unknown option, a value that cannot be read, or an option that has a flag of its own.
     """
-    known = {key: default for name in names if is_kronecker(name) for key, default in defaults(name).items()}
+    known = {key: option for name in names if is_kronecker(name) for key, option in known_options(name).items()}
     given = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -71,15 +67,15 @@ def parse_given(words: list[str], names: list[str], flag: str = "--set") -> dict
             raise ConfigError(f"{flag} {word}: none of {', '.join(names)} takes options; it is for caspr and shampoo")
         if key not in known:
             raise ConfigError(f"{flag} {word}: {key} is no option.{nearest(key, known)} (help(caspr_cli.optim.CASPR))")
-        given[key] = _value(key, value)
-        if isinstance(known[key], (int, float)) and isinstance(given[key], str):
-            raise ConfigError(f"{flag} {word}: {key} is {known[key]} unless it is set; '{value}' is of another kind")
+        given[key], default = _value(key, value, known[key].choices), known[key].default
+        if isinstance(default, (int, float)) and isinstance(given[key], str):
+            raise ConfigError(f"{flag} {word}: {key} is {default} unless it is set; '{value}' is of another kind")
     return given
 
 
-def _value(key: str, text: str) -> int | float | bool | str | None:
+def _value(key: str, text: str, choices: tuple[Any, ...]) -> int | float | bool | str | None:
     if key.endswith("dtype"):
-        names: dict[str, str | None] = {str(name or "null"): name for name in options_of(CASPROptions)[key].choices}
+        names: dict[str, str | None] = {str(name or "null"): name for name in choices}
         if text not in names:
             raise ConfigError(f"--set {key}={text}: should be one of {', '.join(names)}.{nearest(text, names)}")
         return names[text]  # as it stands in recipes
@@ -91,10 +87,12 @@ def _value(key: str, text: str) -> int | float | bool | str | None:
     return text
 
 
-def make(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
+def make(name: str, groups: list[Group], settings: Settings) -> Optimizer:
     """Return the optimizer ``name`` over ``groups`` after ``WARM_UP`` steps. Raises ConfigError."""
-    optimizer, usual = enter(name, groups, settings, interval), plan.AT_ONCE
-    if interval == NEVER:  # all first roots in one step: else they would be spread over an interval that never ends
+    optimizer, usual = enter(name, groups, settings), plan.AT_ONCE
+    if (
+        settings.interval == NEVER
+    ):  # all first roots in one step: else they would be spread over an interval that never ends
         plan.AT_ONCE = math.inf
     try:
         for _ in range(WARM_UP):
@@ -104,21 +102,21 @@ def make(name: str, groups: list[Group], settings: Settings, interval: int) -> O
     return optimizer
 
 
-def enter(name: str, groups: list[Group], settings: Settings, interval: int) -> Optimizer:
+def enter(name: str, groups: list[Group], settings: Settings) -> Optimizer:
     """Return the optimizer ``name`` over ``groups``, before its first step."""
     try:
-        return build(entry_of(name), groups, _options(name, settings, interval))
+        return registry.build(entry_of(name), groups, _options(name, settings))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
-def _options(name: str, settings: Settings, interval: int) -> dict[str, Any]:
+def _options(name: str, settings: Settings) -> dict[str, Any]:
     entry, *own = name.split(":")
     found = options(OPTIMIZERS[entry]())
     if is_kronecker(name):
         found |= {"start_step": 1, "block_size": settings.block_size}
         given = settings.given | parse_given(own, [entry], f"--optim {entry}:")
-        found |= {key: value for key, value in given.items() if key in defaults(entry)}
+        found |= {key: value for key, value in given.items() if key in known_options(entry)}
     if has_interval(name):
-        found["interval"] = interval
+        found["interval"] = settings.interval
     return found | ({"fused": True} if entry == "adamw" else {})

@@ -3,7 +3,6 @@
 import io
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -22,7 +21,6 @@ WIDE_ENOUGH = 0.055  # of the axis: a part that holds its own label
 def draw(rows: list[Row]) -> Figure:
     """Return a bar for each optimizer: the median step, in its parts where they are known, and its products alone."""
     figure = Figure(figsize=(10, 1.9 + 0.68 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     limit = 1.45 * max(max(row.median_ms, row.floor_ms or 0.0) for row in rows)  # leaves space for the labels
     for y, row in enumerate(rows):

@@ -179,13 +179,13 @@ def measure(workload: Workload, names: list[str], settings: Settings, *, rounds:
 
 def _candidate(name: str, workload: Workload, settings: Settings, rounds: int) -> Candidate:
     refreshes, device = has_interval(name), workload.first.device
-    first = make(name, workload.copies(), settings, settings.interval)
+    first = make(name, workload.copies(), settings)
     own = Timer(name, first.step, math.ceil(2 * settings.interval / rounds) if refreshes else 1)
     if isinstance(first, KroneckerOptimizer):
         first.phase = own.phases = PhaseTimer(device)
     still, held = own, first
     if refreshes:
-        held = make(name, workload.copies(), settings, NEVER)
+        held = make(name, workload.copies(), replace(settings, interval=NEVER))
         still = Timer(name, held.step)
     bound = gemm_bound(held, device, partial(seconds_of, device=device))
     return Candidate(name, first, own, still, Timer(f"{name}, its matrix products", bound) if bound else None)
@@ -205,7 +205,6 @@ def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Call
     The order changes from round to round: else one timer would always find the caches as the same other left them.
     """
     gc.collect()
-    collecting = gc.isenabled()
     gc.disable()
     try:
         for i in range(rounds):
@@ -214,8 +213,7 @@ def take_turns(timers: list[Timer], rounds: int, device: torch.device, log: Call
                 with blamed(timers[place].name):
                     timers[place].turn(device)
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
 
 
 def order(turn: int, count: int) -> list[int]:
@@ -292,7 +290,7 @@ def refresh_costs(workload: Workload, settings: Settings, log: Callable[[str, fl
     """Return the milliseconds of CASPR's roots, all at once, in turns with LAPACK; gradients are new in every step."""
     device = workload.first.device
     log("roots: gathering statistics", 0.0)
-    optimizer = enter("caspr", workload.copies(), settings, interval=1)
+    optimizer = enter("caspr", workload.copies(), replace(settings, interval=1))
     assert isinstance(optimizer, KroneckerOptimizer)
     for group in optimizer.param_groups:  # steps that gather statistics and do little else; the next one has roots
         group["start_step"] = SETTLING + 1

@@ -150,7 +150,7 @@ def _rank(
         torch.set_num_threads(machine.threads or 1)
         device = joined(machine.device, rank, count, store)
         workload = workload_of(what, 1, getattr(torch, machine.dtype), device)
-        optimizer = enter(name, workload.copies(), settings, settings.interval)
+        optimizer = enter(name, workload.copies(), settings)
         assert isinstance(optimizer, KroneckerOptimizer)
         optimizer.phase = phases = PhaseTimer(device)
         while True:

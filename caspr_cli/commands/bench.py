@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from caspr_cli.recipe.schema import OPTIMIZERS, KroneckerConf, Recipe
 from caspr_cli.tasks.registry import TASKS
 
 if TYPE_CHECKING:
+    from caspr_cli.bench.baselines import Settings
     from caspr_cli.bench.measure import Row
     from caspr_cli.bench.ranks import RanksRow
 
@@ -98,10 +99,8 @@ def parser() -> Parser:
     flag("ranks", "LIST", "numbers of processes that share a step", type=ranks)
     names = f"{', '.join(DEFAULT)} (the default), {', '.join(OTHERS)}"
     flag("optim", "LIST", f"what to measure: {names}; or a mode: caspr:order=3:graft=rms")
-    interval = "steps between two refreshes of roots or bases (default: 10)"
-    flag("interval", "N", interval, type=positive, default=10)
-    block = "longest side of a block in caspr and shampoo (default: 1024)"
-    flag("block-size", "N", block, type=positive, default=1024)
+    flag("interval", "N", "steps between two refreshes of roots or bases (default: 10)", type=positive, default=10)
+    flag("block-size", "N", "longest side of a block in caspr and shampoo (default: 1024)", type=positive, default=1024)
     given = "an option of caspr and shampoo, in all rows; may be repeated: --set order=3"
     flag("set", "KEY=VALUE", given, action="append", default=[], dest="given")
     batch = f"tokens in a training step, to predict a share of it (default: {TOKENS}; a task has its own)"
@@ -181,13 +180,16 @@ def run(args: argparse.Namespace) -> None:
     progress = Progress(sys.stderr, SECONDS_BETWEEN_LINES)
     progress.say("importing torch")
     try:
+        from caspr_cli.bench import baselines
+
+        settings = baselines.Settings(args.interval, args.block_size, baselines.parse_given(args.given, args.optim))
         if args.model:
-            rows, lines, chart = _scale(args)
+            rows, lines, chart = _scale(args, settings)
         else:
-            rows, lines, chart = _steps(args, what, progress.say, draw=png is not None)
+            rows, lines, chart = _steps(args, settings, what, progress.say, draw=png is not None)
     finally:
         progress.clear()
-    listed = json.dumps(finite(rows, infinities=False), indent=2, allow_nan=False) + "\n"
+    listed = json.dumps(finite(list(map(asdict, rows)), infinities=False), indent=2, allow_nan=False) + "\n"
     for kind, path, content in (("json", target, listed), ("png", png, chart)):
         if path:
             write_output(path, content)
@@ -199,31 +201,29 @@ def run(args: argparse.Namespace) -> None:
         print(listed, end="")
 
 
-Made = tuple[list[dict[str, Any]], list[str], bytes]  # rows of a JSON file, lines to print, and a chart
+Made = tuple[Sequence[Any], list[str], bytes]  # rows of a JSON file, lines to print, and a chart
 
 
-def _steps(args: argparse.Namespace, what: ShapeSet | Recipe, log: Callable[[str], None], *, draw: bool) -> Made:
-    from caspr_cli.bench import baselines, figure, measure, ranks
+def _steps(
+    args: argparse.Namespace, settings: Settings, what: ShapeSet | Recipe, log: Callable[[str], None], *, draw: bool
+) -> Made:
+    from caspr_cli.bench import figure, measure, ranks
     from caspr_cli.bench.workload import Machine
 
-    given = baselines.parse_given(args.given, args.optim)
-    settings = baselines.Settings(args.interval, args.block_size, given)
     machine = Machine(args.dtype, args.device, args.threads)
     if args.ranks:
         shared = ranks.measured_ranks(what, args.optim, args.ranks, settings, machine, rounds=args.rounds, log=log)
-        return [asdict(row) for row in shared], list(ranks_report(shared)), b""
+        return shared, list(ranks_report(shared)), b""
     tokens = args.batch or TOKENS
     rows = measure.measured(what, args.optim, settings, machine, tokens=tokens, rounds=args.rounds, log=log)
     lines = list(report(rows, "its own batch" if args.task else f"{tokens:,} tokens"))
-    return [asdict(row) for row in rows], lines, figure.png(figure.draw(rows)) if draw else b""
+    return rows, lines, figure.png(figure.draw(rows)) if draw else b""
 
 
-def _scale(args: argparse.Namespace) -> Made:
-    from caspr_cli.bench import baselines
+def _scale(args: argparse.Namespace, settings: Settings) -> Made:
     from caspr_cli.theory.scale import GPUS, on_paper
 
-    gpu, given = GPUS[one_of("--gpu", args.gpu, GPUS)], baselines.parse_given(args.given, args.optim)
-    settings = baselines.Settings(args.interval, args.block_size, given)
+    gpu = GPUS[one_of("--gpu", args.gpu, GPUS)]
     rows = [row for name in args.optim for row in on_paper(args.model, args.scale, gpu, name, settings)]
     heads = ["GPUs", "mode", "group", "blocks", "balance", "factors GB", "state GB", "buffers GB", "received GB", "x",
              "compute ms", "exchange ms", "dealing s"]  # fmt: skip
@@ -239,10 +239,9 @@ def _scale(args: argparse.Namespace) -> Made:
         for row in rows
     ]
     title = f"caspr-bench {__version__}  {args.model}, {', '.join(args.optim)}, predicted for {gpu.name}, not measured"
-    rates = {name: getattr(gpu.rates, name) for name in ("efficiency", "float32", "bfloat16", "memory", "network")}
-    legend = hanging(SCALE_LEGEND.format(**rates, node=gpu.node / 1e9), 10)
+    legend = hanging(SCALE_LEGEND.format(**vars(gpu.rates), node=gpu.node / 1e9), 10)
     shown = fitting([heads, *cells], [0, 0, 0, 6, 3, 4, 1, 2, 5, 0, 0, 0, 7])
-    return [asdict(row) for row in rows], [title, *shown, "", *legend], b""
+    return rows, [title, *shown, "", *legend], b""
 
 
 def report(rows: list[Row], batch: str) -> Iterator[str]:

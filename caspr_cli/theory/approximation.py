@@ -20,7 +20,6 @@ from caspr_cli.theory.preconditioners import Root, combined, cosine
 QUESTION = "Is CASPR the nearest of its relatives to full-matrix Adagrad, over training?"
 NOISE, NOISE_SHAPE, NOISE_STEPS = "Kronecker noise", (8, 8), (*STEPS, 1000, 3000)
 FAMILY = ("order 1", "caspr", "order 3", "shampoo 1/4")
-VAN_LOAN = "Van Loan and Pitsianis"
 NEAREST = "Kronecker of F^½"
 ORACLES = ("Kronecker of F", NEAREST)  # need F itself
 PRODUCTS = ("shampoo 1/4", "shampoo 1/2", "left", "right", "Kronecker of F")  # Kronecker products, besides the nearest
@@ -70,7 +69,7 @@ def approximations(gradients: Tensor, eps: float) -> dict[str, Root]:
         "left": pre.one_sided(L, R, left=True),
         "right": pre.one_sided(L, R, left=False),
         "row-wise": Root.of(pre.row_statistic(gradients, eps)).power(0.5),
-        "diagonal": pre.diagonal(gradients, eps).power(0.5),
+        "diagonal": pre.entrywise(gradients.square().sum(0) + eps).power(0.5),
         "Kronecker of F": pre.product(*pre.nearest_kronecker(F, (m, n))).power(0.5),
         NEAREST: pre.product(*pre.nearest_kronecker(root.dense(), (m, n))),
         "full": root,
@@ -121,7 +120,10 @@ def answer(choice: Layers, log: Log = lambda text: None) -> Answer:
         claims=(
             # Statement 9 of caspr_cli.theory.chain, which is about distances without scaling.
             ("the distances to F^½ and to F^−½ grow from order 1 over CASPR and order 3 to Shampoo 1/4", grows),
-            (f"no other Kronecker product has a larger cosine with F^½ than the nearest one ({VAN_LOAN})", nearest),
+            (
+                "no other Kronecker product has a larger cosine with F^½ than the nearest one (Van Loan and Pitsianis)",
+                nearest,
+            ),
         ),
         counterexamples=(_cosines(by["root"]),),
     )

@@ -149,7 +149,7 @@ def _over_time(gradients: Tensor, eps: float, rank: int, oracle: Tensor) -> dict
     now, before = axis_statistics(gradients, eps), axis_statistics(past, eps)
     found["grows"] = min(_gap(combined(*now, order), combined(*before, order)) for order in (1, 2, math.inf))
     old = combined(*axis_statistics(past, eps, averaging(steps - 1, BETA)), 2)
-    found["average_grows"] = _gap(combined(*axis_statistics(gradients, eps, averaging(steps, BETA)), 2), old)
+    found["average_grows"] = _gap(averaged[-1], old)
     stale = combined(*axis_statistics(gradients[: max(steps - STALE, 1)], eps), 2)
     return found | {"stale": loewner_gap(stale.dense(), oracle, _largest(oracle))}
 

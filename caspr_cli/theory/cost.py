@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from pandas import DataFrame, concat
 
@@ -46,7 +47,7 @@ def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
     log(f"{choice.model}: shapes of its model")
     model = cost_runs.model_of(choice.model, choice.batch)
     runs = _runs(choice.quick, log)
-    block_count, ranks = _divided()
+    ranks = _ranks()
     large = _large(choice, log)
     states = [(float(model.state), model.work.state)]
     states += [pair for own in runs.values() for pair in zip(own["state"], own["state_predicted"], strict=True)]
@@ -60,8 +61,7 @@ def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
         verdict=judged([share < SMALL for share in shares(model, large)]),
         finding=finding(model, large),
         tables={name: _table(name, own) for name, own in runs.items()}
-        | {"model": _model(model), "ranks": _ranks(ranks, block_count)}
-        | {"scale": _scale(large, choice)},
+        | {"model": _model(model), "ranks": ranks, "scale": _scale(large, choice)},
         figures=(_width_figure(runs["width"]), _options_figure(runs), _scale_figure(large)),
         claims=(
             ("bytes of state are those of the formula (within 0.1 %, which are counters)", state),
@@ -74,16 +74,16 @@ def answer(choice: Costs, log: Log = lambda text: None) -> Answer:
 def _runs(quick: bool, log: Log) -> dict[str, DataFrame]:
     """Measure layers by width and by option, on one thread."""
     width = QUICK_SWEPT if quick else SWEPT
-    plans: dict[str, Sequence[float]] = {"width": QUICK_WIDTHS if quick else WIDTHS, "block_size": BLOCKS}
-    plans |= {"interval": INTERVALS, "order": ORDERS}
+    widths = QUICK_WIDTHS if quick else WIDTHS
+    plans: dict[str, Sequence[Any]]
+    plans = {"width": widths, "block_size": BLOCKS, "interval": INTERVALS, "order": ORDERS}
     found = {}
     with threads(1):
         for name, values in plans.items():
             rows = []
             for value in values[:2] if quick and name != "order" else values:
                 log(f"a layer, {name} {value:g}")
-                options = {"width": width} | {name: value}
-                rows.append(cost_runs.run(int(options.pop("width")), **options))
+                rows.append(cost_runs.run(**{"width": width, name: value}))
             found[name] = DataFrame(rows)
     return found
 
@@ -162,14 +162,11 @@ def _model(model: Model) -> DataFrame:
     )
 
 
-def _divided() -> tuple[int, DataFrame]:
+def _ranks() -> DataFrame:
     optimizer = CASPR(stand_ins(layer(RANKED) * LAYERS))
-    return sum(one[-1] for one in blocks_of(optimizer)), DataFrame(cost_runs.divided(optimizer, n) for n in RANKS)
-
-
-def _ranks(ranks: DataFrame, blocks: int) -> DataFrame:
+    blocks = sum(count for *_, count in blocks_of(optimizer))
     return table(
-        ranks,
+        [cost_runs.divided(optimizer, n) for n in RANKS],
         f"By ranks: FLOPs of the busiest in its longest step, and what is sent ({LAYERS} layers of width {RANKED}, "
         f"{blocks} blocks)",
         heads={"most": "FLOPs of the busiest", "balance": "average / busiest", "received": "bytes received a step",

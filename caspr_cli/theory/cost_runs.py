@@ -12,14 +12,16 @@ from caspr_cli import tasks
 from caspr_cli.bench.shapes import layer
 from caspr_cli.common.errors import nearest
 from caspr_cli.optim.caspr import CASPR
-from caspr_cli.optim.cost import blocks_of, called_flops, state_bytes
+from caspr_cli.optim.cost import called_flops, state_bytes
 from caspr_cli.optim.dealing import Loads
+from caspr_cli.optim.divide import blocks_of
 from caspr_cli.optim.engine import KroneckerOptimizer
-from caspr_cli.optim.schedule import EIGH_FLOPS, phases
+from caspr_cli.optim.plan import Plan, plan_key
+from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.recipe.errors import ConfigError
 from caspr_cli.tasks.registry import CONFS
 from caspr_cli.theory.solvers import least_seconds, product_rate
-from caspr_cli.theory.work import FLOAT, Work, seconds, stand_ins, work_of
+from caspr_cli.theory.work import FLOAT, Work, seconds, stand_ins, steps_of, work_of
 from caspr_cli.training.timing import PhaseTimer
 
 WARM_UP = 2  # steps
@@ -49,22 +51,22 @@ def run(width: int, **options: Any) -> dict[str, Any]:
     for _ in range(WARM_UP):
         optimizer.step()
     work = work_of(optimizer)
-    expected = seconds(work, *rates(min(width, optimizer.param_groups[0]["block_size"])))
+    (group,) = optimizer.param_groups
+    expected = seconds(work, *rates(min(width, group["block_size"])))
     optimizer.phase = spent = PhaseTimer(torch.device("cpu"), now=time.process_time)
-    steps = max(5, optimizer.param_groups[0]["interval"])
+    steps = max(5, group["interval"])
     start = time.process_time()
     for _ in range(steps):
         optimizer.step()
     total, parts = 1e3 * (time.process_time() - start) / steps, spent.take()
     measured = {name: 1e3 * parts.get(name, 0.0) / steps for name in PARTS[:-1]}
     measured["rest"] = total - sum(measured.values())
-    predicted = {name: 1e3 * expected["traffic" if name == "rest" else name] for name in PARTS}
-    state = state_bytes(optimizer.state)
+    state, predicted = state_bytes(optimizer.state), 1e3 * sum(expected.values())
     row = {"width": width, **options, "parameters": work.parameters, "flops": work.products + work.roots,
            "traffic": work.traffic + work.entries, "bytes": state / work.parameters, "total": total,
-           "total_predicted": sum(predicted.values()), "ratio": sum(predicted.values()) / total}  # fmt: skip
+           "total_predicted": predicted, "ratio": predicted / total}  # fmt: skip
     for part in PARTS:
-        row |= {part: measured[part], f"{part}_predicted": predicted[part]}
+        row |= {part: measured[part], f"{part}_predicted": 1e3 * expected[part]}
     return row | {"apply_flops": work.apply, "state": state, "state_predicted": work.state}
 
 
@@ -89,18 +91,16 @@ class Model:
 def model_of(name: str, batch: int | None) -> Model:
     """Return the cost of a task's model at its sample scale, with the task's own batch where none is given.
 
-    Raises ConfigError for an unknown task, or a batch of nothing.
+    Raises ConfigError for an unknown task.
     """
     if name not in CONFS:
         raise ConfigError(f"--model {name}: no such task.{nearest(name, CONFS)} (choices: {', '.join(CONFS)})")
-    if batch is not None and batch < 1:
-        raise ConfigError(f"--batch {batch}: a batch has at least 1 sample")
     conf = CONFS[name]()
     conf.batch_size = batch or conf.batch_size
     task = tasks.load(conf, 0)
     model = task.model()
     plain = task.plain(model)
-    optimizer = CASPR(stand_ins([p for n, p in model.named_parameters() if n not in plain]), start_step=1)
+    optimizer = CASPR(stand_ins([p.shape for n, p in model.named_parameters() if n not in plain]), start_step=1)
     for _ in range(2):  # some only make their state in the first
         optimizer.step()
     parameters = sum(p.numel() for p in model.parameters())
@@ -117,18 +117,19 @@ def divided(optimizer: KroneckerOptimizer, ranks: int) -> dict[str, Any]:
         speedup: over one rank that does everything; ``balance``: the average over the most.
         received: bytes, by each rank in each step; ``factors``: bytes that a rank keeps, on average.
     """
-    blocks = [(shape, sizes) for *_, sizes, shape, count in blocks_of(optimizer) for _ in range(count)]
-    interval, work = optimizer.param_groups[0]["interval"], work_of(optimizer)
-    turns = phases([float(sum(d**3 for d in sizes)) for _, sizes in blocks], interval)
+    (group,), work = optimizer.param_groups, work_of(optimizer)
+    blocks = [block for _, block, _ in blocks_of(0, group, Plan.of(group, plan_key(group)))]
 
-    def longest(count: int) -> list[list[float]]:  # the FLOPs of each rank, in the step of each turn
+    def steps(count: int) -> list[list[float]]:
         loads = Loads(count)
-        loads.assign([(*block, (0, turn)) for block, turn in zip(blocks, turns, strict=True)])
-        return [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
+        loads.assign(blocks)
+        return steps_of(loads)
 
-    steps = longest(ranks)
-    most, average = max(map(max, steps)), max(map(sum, steps)) / ranks
-    block = max(6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes in blocks)
+    own = steps(ranks)
+    most, average = max(map(max, own)), max(map(sum, own)) / ranks
+    block = max(
+        6.0 * math.prod(shape) * sum(sizes) + EIGH_FLOPS * sum(d**3 for d in sizes) for shape, sizes, _ in blocks
+    )
     return {"ranks": ranks, "most": most, "bound": average + (1 - 1 / ranks) * block,
-            "speedup": max(map(max, longest(1))) / most, "balance": average / most,
+            "speedup": max(map(max, steps(1))) / most, "balance": average / most,
             "received": FLOAT * work.parameters if ranks > 1 else 0.0, "factors": work.factors / ranks}  # fmt: skip

@@ -4,7 +4,8 @@ Models are scaled down until the full-matrix statistic of a layer, ``[mn, mn]``,
 fraction of a second; data, losses and batches are those of the task.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -95,12 +96,12 @@ def recordings(choice: Layers, log: Log) -> list[Recording]:
 
 def _wanted(choice: Layers, task: str) -> tuple[str, ...]:
     if choice.parameter:
-        names = {n: tuple(p.shape) for n, p in _preconditioned(*_made(task, choice.seed)).items()}
-        return matching(choice.parameter, names)
+        shapes = {name: p.shape for name, p in _preconditioned(*_made(task, choice.seed)).items()}
+        return matching(choice.parameter, shapes)
     return LAYERS[task][:1] if choice.quick else LAYERS[task]
 
 
-def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
+def matching(pattern: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     """Return the names of parameters with ``pattern`` in them.
 
     Raises ConfigError if no parameter matches, or one is too large for its full matrix.
@@ -110,8 +111,7 @@ def matching(pattern: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...
         known = f"{nearest(pattern, shapes)} (there are: {', '.join(shapes)})"
         raise ConfigError(f"--parameter {pattern}: no preconditioned parameter has this in its name.{known}")
     for name in found:
-        size = torch.Size(shapes[name]).numel()
-        if size > LARGEST:
+        if (size := math.prod(shapes[name])) > LARGEST:
             numbers = f"{' x '.join(map(str, shapes[name]))} = {size:,} numbers"
             limit = f"a full matrix is computed for at most {LARGEST:,}"
             raise ConfigError(f"--parameter {pattern}: {name} has {numbers}, and {limit}")

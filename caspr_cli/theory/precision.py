@@ -1,28 +1,18 @@
 """Floating point formats, and products that are rounded as tensor cores do it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-
-@dataclass(frozen=True)
-class Precision:
-    name: str
-    bits: int  # of the significand, with the one that is not stored
-
-    @property
-    def unit(self) -> float:
-        """Return u, half the distance between 1 and the next number."""
-        return 2.0**-self.bits
+FLOAT64, FLOAT32, TF32, BFLOAT16 = 53, 24, 11, 8  # bits of the significand, with the one that is not stored
 
 
-FLOAT64, FLOAT32, TF32, BFLOAT16 = (
-    Precision(name, bits) for name, bits in (("float64", 53), ("float32", 24), ("TF32", 11), ("bfloat16", 8))
-)
+def roundoff(bits: int) -> float:
+    """Return u, half the distance between 1 and the next number."""
+    return 2.0**-bits
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -48,18 +38,17 @@ class RoundedProducts(TorchFunctionMode):
         if func in (torch.bmm, torch.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__):
             args = (*(rounded(x, self._bits) for x in args[:2]), *args[2:])
         elif func is torch.linalg.matrix_power:
-            return self._power(*args)
+            with self:
+                return _power(*args)
         return func(*args, **(kwargs or {}))
 
-    def _power(self, X: Tensor, p: int) -> Tensor:
-        """Return X^p by squaring, as torch has it, of products that are rounded."""
-        result, square = X if p % 2 else None, X
-        while p := p // 2:
-            square = self._product(square, square)
-            if p % 2:
-                result = square if result is None else self._product(result, square)
-        assert result is not None
-        return result
 
-    def _product(self, X: Tensor, Y: Tensor) -> Tensor:
-        return torch.bmm(rounded(X, self._bits), rounded(Y, self._bits))
+def _power(X: Tensor, p: int) -> Tensor:
+    """Return X^p by squaring, as torch has it."""
+    result, square = X if p % 2 else None, X
+    while p := p // 2:
+        square = square @ square
+        if p % 2:
+            result = square if result is None else result @ square
+    assert result is not None
+    return result

@@ -103,11 +103,6 @@ def row_statistic(gradients: Tensor, eps: float) -> Tensor:
     return assembled
 
 
-def diagonal(gradients: Tensor, eps: float) -> Root:
-    """Return diag(F~) (r = 1), by whose root diagonal Adagrad divides."""
-    return entrywise(gradients.square().sum(0) + eps)
-
-
 # ---- preconditioners ---------------------------------------------------------------------------------------------
 
 

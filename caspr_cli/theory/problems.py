@@ -35,13 +35,6 @@ class Loss:
     value: Callable[[Tensor, Tensor], Tensor]  # [...]
     slope: Callable[[Tensor, Tensor], Tensor]  # df/dZ [..., m, b]
 
-    def curvature(self, Z: Tensor, Y: Tensor) -> Tensor:
-        """Return the second derivative ``[N, m, m]`` in each sample, for Z and Y ``[N, m]``."""
-        Z = Z.detach().requires_grad_()
-        slopes = self.slope(Z.unsqueeze(-1), Y.unsqueeze(-1)).squeeze(-1)
-        rows = [torch.autograd.grad(slope.sum(), Z, retain_graph=True)[0] for slope in slopes.unbind(-1)]
-        return torch.stack(rows, 1)
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -97,20 +90,21 @@ def best_in_hindsight(loss: Loss, X: Tensor, Y: Tensor) -> Tensor:
     nearly a parabola, is below ``EXACT`` of the loss (Boyd and Vandenberghe, Convex Optimization, section 9.5). Raises
     ValueError if there is no minimiser, or it is out of reach. ``X``: ``[T, n, b]``; Y ``[T, m, b]``.
     """
-    x, y = (part.movedim(1, -1).flatten(0, 1) for part in (X, Y))  # [N, n], [N, m]
-    W = x.new_zeros(y.shape[1], x.shape[1])
+    x, y = (part.movedim(1, 0).flatten(1) for part in (X, Y))  # [n, N], [m, N]
+    W = x.new_zeros(len(y), len(x))
 
     def total(W: Tensor) -> float:
-        return float(loss.value((x @ W.mT).unsqueeze(-1), y.unsqueeze(-1)).sum())
+        return float(loss.value(W @ x, y))
+
+    def gradient(W: Tensor) -> Tensor:
+        return loss.slope(W @ x, y) @ x.mT
 
     for _ in range(NEWTON_STEPS):
-        Z, at = x @ W.mT, total(W)
-        gradient = loss.slope(Z.unsqueeze(-1), y.unsqueeze(-1)).squeeze(-1).mT @ x  # [m, n]
-        hessian = torch.einsum("sij,sk,sl->ikjl", loss.curvature(Z, y), x, x).reshape(W.numel(), -1)
-        values, Q = torch.linalg.eigh(hessian)
+        at, slope = total(W), gradient(W)
+        values, Q = torch.linalg.eigh(torch.autograd.functional.jacobian(gradient, W).view(W.numel(), -1))
         inverse = torch.where(values > NULL * values[-1], values, torch.inf).reciprocal()
-        step = (Q @ (inverse * (Q.mT @ gradient.flatten()))).view_as(W)
-        decrement = float((gradient * step).sum())
+        step = (Q @ (inverse * (Q.mT @ slope.flatten()))).view_as(W)
+        decrement = float((slope * step).sum())
         size = 1.0
         while total(W - size * step) > at - 0.25 * size * decrement and size > 1e-10:
             size /= 2

@@ -6,6 +6,7 @@ One table each for complexity, stability, the choice of damping, and low precisi
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from caspr_cli.report.style import DASHED, DOTTED, SOLID, Style
 from caspr_cli.theory import panels
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.gradients import Log
-from caspr_cli.theory.precision import TF32
+from caspr_cli.theory.precision import TF32, roundoff
 from caspr_cli.theory.rounding import SMALL, cases, constants_of, cost_of, moved
 from caspr_cli.theory.solvers import BY_NAME, OURS, SOLVERS, Matrix, P, threads
 
@@ -49,18 +50,16 @@ def measured(quick: bool, seeds: Sequence[int], log: Log) -> tuple[DataFrame, Da
     plans = {CONDITION: (conditions, (0.0,), EXPONENTS), LIBRARY: (conditions, (DEFAULT,), (P,))}
     plans |= {DAMPING: ((ILL,), DAMPINGS, (P,)), SCALE: ((ILL,), scales, (P,))}
     rows: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
     with threads(1):
         for name, plan in plans.items():
             log(f"errors: {name}")
             rows += ({"set": name} | row for row in cases(d, *plan, seeds))
-        return DataFrame(rows), DataFrame(_costs(QUICK_SIZES if quick else SIZES, seeds[0], log))
-
-
-def _costs(sizes: Sequence[int], seed: int, log: Log) -> Iterator[dict[str, Any]]:
-    for d in sizes:
-        log(f"time and memory: {d} rows")
-        matrix = Matrix.drawn(d, SIZED_CONDITION, seed)
-        yield from (cost_of(solver, matrix, DEFAULT, P) for solver in OURS)
+        for size in QUICK_SIZES if quick else SIZES:
+            log(f"time and memory: {size} rows")
+            matrix = Matrix.drawn(size, SIZED_CONDITION, seeds[0])
+            costs += (cost_of(solver, matrix, DEFAULT, P) for solver in OURS)
+    return DataFrame(rows), DataFrame(costs)
 
 
 # ---- answer ------------------------------------------------------------------------------------------------------
@@ -95,21 +94,16 @@ def answer(choice: Seeds, log: Log = lambda text: None) -> Answer:
     )
 
 
-def typical(errors: Any) -> float:
-    """Return the geometric mean of errors over seeds; infinite where one is."""
-    return math.inf if math.inf in list(errors) else math.exp(sum(map(math.log, errors)) / len(errors))
-
-
 def slope(bare: DataFrame, p: int) -> float:
     """Return the power of the condition with which the error of storing in float32 grows, between 1e2 and 1e6."""
     own = bare[(bare["solver"] == STORED) & (bare["p"] == p) & bare["condition"].between(1e2, 1e6)]
-    errors = own.groupby("condition")["error"].agg(typical)
+    errors = own.groupby("condition")["error"].agg(geometric_mean)
     return math.log(errors.iloc[-1] / errors.iloc[0]) / math.log(errors.index[-1] / errors.index[0])
 
 
 def reach(cases: DataFrame) -> dict[str, float]:
     """Return the largest condition up to which the errors of each solver are good; NaN if there is none."""
-    errors = cases[cases["p"] == P].groupby(["condition", "solver"])["error"].agg(typical).unstack()
+    errors = cases[cases["p"] == P].groupby(["condition", "solver"])["error"].agg(geometric_mean).unstack()
     good = (errors <= GOOD).cummin()
     return {name: float(good.index[good[name]].max()) if good[name].any() else math.nan for name in NAMES}
 
@@ -123,7 +117,7 @@ def finding(default: DataFrame) -> str:
 
 
 def _exact_newton(found: DataFrame) -> DataFrame:
-    return found[found["steps"].notna() & (found["solver"].map(lambda name: BY_NAME[name].precision is not TF32))]
+    return found[found["steps"].notna() & (found["solver"].map(lambda name: BY_NAME[name].bits != TF32))]
 
 
 def _claims(found: DataFrame, costs: DataFrame) -> tuple[tuple[str, bool], ...]:
@@ -171,8 +165,8 @@ shown = partial(table, formats=FORMATS)
 
 
 def _errors(cases: DataFrame, index: list[str]) -> DataFrame:
-    """Return typical errors over seeds: a column for each solver; nothing where a root is not finite."""
-    found = cases.groupby([*index, "solver"], sort=False)["error"].agg(typical).unstack(sort=False)
+    """Return geometric means of errors over seeds: a column for each solver; nothing where a root is not finite."""
+    found = cases.groupby([*index, "solver"], sort=False)["error"].agg(geometric_mean).unstack(sort=False)
     return found[list(NAMES)].replace(math.inf, math.nan)
 
 
@@ -313,8 +307,8 @@ def _complexity(costs: DataFrame) -> DataFrame:
 
 def _everything(found: DataFrame, constants: DataFrame) -> DataFrame:
     middle, floor = (found["solver"].map(constants[name]) for name in ("middle", "floor"))
-    unit = found["solver"].map(lambda name: BY_NAME[name].precision.unit)
-    own = ((middle * found["amplified"]) ** 2 + (floor * unit) ** 2) ** 0.5
+    units = found["solver"].map(lambda name: roundoff(BY_NAME[name].bits))
+    own = ((middle * found["amplified"]) ** 2 + (floor * units) ** 2) ** 0.5
     kept = found.assign(predicted=found["predicted"].fillna(own)).replace(math.inf, math.nan)
     keys = ["solver", "p", "d", "condition", "eps", "seed", "error", "predicted", "roundings", "residual", "coupled",
             "steps", "forecast", "accepted"]  # fmt: skip

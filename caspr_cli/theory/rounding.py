@@ -35,7 +35,7 @@ from caspr_cli.optim.roots import Root, bound, newton_steps, residual
 from caspr_cli.optim.schedule import EIGH_FLOPS
 from caspr_cli.optim.solve import newton_products
 from caspr_cli.theory import solvers
-from caspr_cli.theory.precision import Precision
+from caspr_cli.theory.precision import roundoff
 from caspr_cli.theory.solvers import SOLVERS, Matrix, P, Solver
 
 ASYMPTOTIC = 1e3  # from this condition on, the condition decides an error, and not the rounding of the result
@@ -65,18 +65,18 @@ def sensitivity(values: Tensor, p: int) -> float:
     return float((error / values.pow(-2 / p).sum()).sqrt())
 
 
-def storage(values: Tensor, precision: Precision, p: int, shift: float = 0.0) -> float:
+def storage(values: Tensor, bits: int, p: int, shift: float = 0.0) -> float:
     """Return the relative error of the root of S + shift I, S of these eigenvalues ``[d]``, from storing S."""
-    size = STORED * precision.unit * float(torch.linalg.vector_norm(values))  # of E
+    size = STORED * roundoff(bits) * float(torch.linalg.vector_norm(values))  # of E
     return sensitivity(values + shift, p) * size / float(values.max() + shift)
 
 
-def one_rounding(values: Tensor, precision: Precision, p: int) -> float:
+def one_rounding(values: Tensor, bits: int, p: int) -> float:
     """Return the expected relative error of the root for ||E||_2 = u ||S||_2, E with no direction of its own.
 
     Then ||E||_F = ||E||_2 d^(1/2) / 2, by Wigner's semicircle. A measured error over this one is c.
     """
-    return sensitivity(values, p) * precision.unit * math.sqrt(len(values)) / 2
+    return sensitivity(values, p) * roundoff(bits) * math.sqrt(len(values)) / 2
 
 
 def worst_case(delta: float, condition: float, p: int) -> float:
@@ -119,10 +119,11 @@ def solved(solver: Solver, matrix: Matrix, eps: float, p: int) -> dict[str, Any]
     with solver.products(), solvers.NewtonWatch() as watch:
         root = solver.run(seen, eps, p)
     shift = float(root.shift)
-    damped, error = matrix.values + shift, solvers.distance(root.A[0], matrix.root(shift, p))
-    finite, newton = math.isfinite(error), solver.method == "newton"
+    damped, expected = matrix.values + shift, matrix.root(shift, p)
+    finite, newton = bool(root.A.isfinite().all()), solver.method == "newton"
+    error = float((root.A[0].double() - expected).norm() / expected.norm()) if finite else math.inf
     left = float(residual(seen, root, p)) if finite else math.inf
-    amplified = one_rounding(damped, solver.precision, p)
+    amplified = one_rounding(damped, solver.bits, p)
     return {
         "solver": solver.name,
         "p": p,
@@ -185,7 +186,7 @@ def constants_of(bare: DataFrame) -> DataFrame:
         clear = own.loc[(own["condition"] >= ASYMPTOTIC) & (own["error"] <= SMALL), "roundings"]
         if solver.exact or clear.empty:
             continue
-        floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / solver.precision.unit
+        floor = own.loc[own["condition"] == own["condition"].min(), "error"].median() / roundoff(solver.bits)
         rows[solver.name] = {"middle": clear.median(), "least": clear.min(), "most": clear.max()}
         rows[solver.name] |= {"count": len(clear), "floor": floor}
     return DataFrame.from_dict(rows, orient="index")

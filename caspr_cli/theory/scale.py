@@ -16,7 +16,7 @@ from caspr_cli.optim.plan import Plan, plan_key
 from caspr_cli.optim.solve import root_flops
 from caspr_cli.optim.symmetric import packed_length
 from caspr_cli.theory.choices import Assumed
-from caspr_cli.theory.work import FLOAT, stand_ins, work_of
+from caspr_cli.theory.work import FLOAT, stand_ins, steps_of, work_of
 
 GPU = torch.device("cuda")
 NODE = 8  # GPUs that share what comes over their links, by far faster ones
@@ -29,21 +29,6 @@ class Gpu:
     name: str
     rates: Assumed
     node: float
-
-    @property
-    def products(self) -> float:
-        """FLOPs a second of products in float32, without TF32, that the optimizer reaches."""
-        return 1e12 * self.rates.efficiency * self.rates.float32
-
-    @property
-    def low_products(self) -> float:
-        """FLOPs a second of products in bfloat16."""
-        return 1e12 * self.rates.efficiency * self.rates.bfloat16
-
-    @property
-    def memory(self) -> float:
-        """Bytes of memory a second that it reads and writes."""
-        return 1e12 * self.rates.efficiency * self.rates.memory
 
 
 # NVIDIA's data sheets, of SXM modules without sparsity, in DGX machines: a link of 400 (A100: 200) Gb/s for each GPU.
@@ -77,14 +62,18 @@ class ScaleRow:
 def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: Settings) -> Iterator[ScaleRow]:
     """Yield two rows for each number of GPUs, of a model in ``MODELS`` and an optimizer of the Kronecker family."""
     matrices, rest = MODELS[model]
-    optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings, settings.interval)
+    optimizer = enter(name, [{"params": stand_ins(matrices), "precondition": True}], settings)
     assert isinstance(optimizer, KroneckerOptimizer)
     (group,), work = optimizer.param_groups, work_of(optimizer)
     known = list(blocks_of(0, group, Plan.of(group, plan_key(group))))
     blocks, sizes = [block for _, block, _ in known], [size for *_, size in known]
     root = root_flops(group, len(blocks[0][1]), GPU)
-    low = products_dtype(optimizer, GPU) == torch.bfloat16
-    applied = step_flops(optimizer, GPU)["apply"] / (sheet.low_products if low else sheet.products)
+    low, rates = products_dtype(optimizer, GPU) == torch.bfloat16, sheet.rates
+    # FLOPs of products (in float32 without TF32, and in bfloat16) and bytes of memory a second that are reached
+    products, low_products, memory = (
+        1e12 * rates.efficiency * x for x in (rates.float32, rates.bfloat16, rates.memory)
+    )
+    applied = step_flops(optimizer, GPU)["apply"] / (low_products if low else products)
     for count in gpus:
         for sharded in (False, True):
             start = time.process_time()
@@ -92,14 +81,14 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
             loads, parts = Loads(n, root), count if sharded else 1
             owners = deal(blocks, sizes, loads)
             dealing = time.process_time() - start
-            turns = [[a + b for a, b in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
+            turns = steps_of(loads)
             busiest = sum(map(max, turns)) / len(turns)
             share = busiest * len(turns) / sum(map(sum, turns))
             factors, most = _kept(blocks, owners, n, torch.bfloat16.itemsize if low else FLOAT)
             taken, buffers = _travels(sizes, owners, n, sharded=sharded)
             # the part of ``loads`` that is application, with two passes in float32, is replaced by what it is
-            more = applied - sum(loads.always) * APPLIED / sheet.products
-            passes = (work.traffic / n + work.entries / parts) / sheet.memory
+            more = applied - sum(loads.always) * APPLIED / products
+            passes = (work.traffic / n + work.entries / parts) / memory
             yield ScaleRow(
                 gpus=count,
                 mode="fully_shard" if sharded else "DDP",
@@ -111,7 +100,7 @@ def on_paper(model: str, gpus: Sequence[int], sheet: Gpu, name: str, settings: S
                 buffer_bytes=buffers,
                 received_bytes=taken,
                 received_ratio=taken / sum(sizes),
-                compute_seconds=busiest / sheet.products + share * more + passes,
+                compute_seconds=busiest / products + share * more + passes,
                 exchange_seconds=_exchange(taken, n, sheet, sharded=sharded),
                 dealing_seconds=dealing,
             )

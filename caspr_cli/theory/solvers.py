@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from caspr_cli.optim.roots import Root, eigh_root, newton_root
-from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, Precision, RoundedProducts, rounded
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, RoundedProducts, rounded
 
 P = 4  # roots of CASPR at its default order
 TIMED, LEAST_RUNS, MOST_RUNS = 0.05, 3, 50  # seconds that are spent on timing something short, and repetitions
@@ -54,16 +54,15 @@ class Matrix:
 @dataclass(frozen=True)
 class Solver:
     name: str
-    precision: Precision  # whose roundings its error is made of
-    stored: Precision  # the type in which S is given to it
+    bits: int  # of the significands whose roundings its error is made of
+    stored: int  # those of the type in which S is given to it
     method: str  # `eigh` or `newton`
     exact: bool = False  # whether it computes in float64 whatever S is stored in; its error is then that of storing S
 
     def matrix(self, S: Tensor) -> Tensor:
         """Return S ``[1, d, d]``, float64, as this solver sees it."""
-        if self.stored is BFLOAT16:
-            return rounded(S, BFLOAT16.bits)
-        return S if self.stored is FLOAT64 else S.float() if not self.exact else S.float().double()
+        seen = rounded(S, self.stored)
+        return seen if self.exact or self.stored == FLOAT64 else seen.float()
 
     def run(self, S: Tensor, eps: float, p: int) -> Root:
         """Return the root of what :meth:`matrix` gave, with a damping of ``eps``, relative."""
@@ -71,7 +70,7 @@ class Solver:
 
     def products(self) -> AbstractContextManager[object]:
         """Return a context in which products are of this solver's precision."""
-        return RoundedProducts(TF32.bits) if self.precision is TF32 else nullcontext()
+        return RoundedProducts(TF32) if self.bits == TF32 else nullcontext()
 
 
 SOLVERS = (
@@ -106,13 +105,6 @@ class NewtonWatch(TorchFunctionMode):
             off = float((result.double() - torch.eye(result.shape[-1], dtype=torch.float64)).abs().amax())
             self.least = min(self.least, off) if math.isfinite(off) else self.least
         return result
-
-
-def distance(A: Tensor, expected: Tensor) -> float:
-    """Return ||A - expected|| / ||expected||, Frobenius; infinite where A is not finite."""
-    if not bool(torch.isfinite(A).all()):
-        return math.inf
-    return float((A.double() - expected).norm() / expected.norm())
 
 
 # ---- time and memory ---------------------------------------------------------------------------------------------

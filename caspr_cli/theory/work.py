@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from caspr_cli.optim.blocks import is_vector
 from caspr_cli.optim.cost import blocks_of, passes, step_flops
+from caspr_cli.optim.dealing import Loads
 from caspr_cli.optim.engine import KroneckerOptimizer
 from caspr_cli.optim.graft import graft_of, needs_second_moment
 from caspr_cli.optim.symmetric import packed_length
@@ -72,13 +73,17 @@ def work_of(optimizer: KroneckerOptimizer) -> Work:
     return Work(**found)
 
 
-def stand_ins(shapes: Sequence[Sequence[int]] | Sequence[Tensor]) -> list[nn.Parameter]:
-    """Return parameters of these shapes, or those of these tensors, on the "meta" device, with gradients."""
-    made = []
-    for shape in shapes:
-        made.append(nn.Parameter(torch.empty(shape.shape if isinstance(shape, Tensor) else shape, device="meta")))
-        made[-1].grad = torch.empty_like(made[-1])
+def stand_ins(shapes: Sequence[Sequence[int]]) -> list[nn.Parameter]:
+    """Return parameters of these shapes on the "meta" device, with gradients."""
+    made = [nn.Parameter(torch.empty(tuple(shape), device="meta")) for shape in shapes]
+    for p in made:
+        p.grad = torch.empty_like(p)
     return made
+
+
+def steps_of(loads: Loads) -> list[list[float]]:
+    """Return the FLOPs of each rank in a step of each turn of roots."""
+    return [[own + turn for own, turn in zip(loads.always, roots, strict=True)] for roots in loads.roots.values()]
 
 
 def seconds(work: Work, products: float, memory: float) -> dict[str, float]:
@@ -87,5 +92,5 @@ def seconds(work: Work, products: float, memory: float) -> dict[str, float]:
         "statistics": work.statistics / products,
         "roots": work.roots / products,
         "apply": work.apply / products,
-        "traffic": (work.traffic + work.entries) / memory,
+        "rest": (work.traffic + work.entries) / memory,
     }

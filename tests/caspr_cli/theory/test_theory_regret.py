@@ -46,16 +46,11 @@ def problem(rank=2, rounds=20, seeds=(0, 1), condition=1e2):
 
 
 @pytest.mark.parametrize("loss", [SQUARES, SOFTMAX, SIGMOID, LINEAR], ids=lambda loss: loss.name)
-def test_slopes_and_curvatures_are_the_derivatives_of_the_values(loss):
+def test_slopes_are_the_derivatives_of_the_values(loss):
     Z, Y = random_stream(3, 4, steps=1, seed=1)[0].requires_grad_(), targets(loss, 3, 4, seed=2)
     (slope,) = torch.autograd.grad(loss.value(Z, torch.where(torch.isnan(Y), torch.sigmoid(Z.detach()), Y)), Z)
     assert torch.allclose(loss.slope(Z, Y), slope)  # at its own prediction a target has no slope: as if unobserved
     assert torch.isfinite(loss.value(Z, Y))
-    if loss is LINEAR:  # which has no curvature
-        return
-    one, y = Z.detach()[:, :1], Y[:, :1]
-    hessian = torch.autograd.functional.hessian(lambda z: loss.value(z, y), one).reshape(3, 3)
-    assert torch.allclose(loss.curvature(one.mT, y.mT)[0], hessian, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", [SQUARES, SOFTMAX, SIGMOID], ids=lambda loss: loss.name)

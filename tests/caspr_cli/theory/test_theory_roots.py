@@ -11,7 +11,7 @@ from references.stream import random_stream
 
 from caspr_cli.theory import roots
 from caspr_cli.theory.choices import Seeds
-from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, FLOAT64, TF32, rounded, roundoff
 from caspr_cli.theory.roots import reach, slope
 from caspr_cli.theory.rounding import (
     STORED,
@@ -40,9 +40,9 @@ def test_the_error_of_storing_numbers_is_as_large_as_their_mantissas_say():
     """Spread evenly in the logarithm; normal numbers are not, and are 9 % off."""
     spread = 2 ** (4 * torch.rand(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     for x, within in ((spread, 0.02), (random_stream(300, 300, steps=1, seed=2)[0], 0.1)):
-        for precision in (TF32, BFLOAT16):
-            E = rounded(x, precision.bits) - x
-            assert (E.norm() / x.norm()).item() == pytest.approx(STORED * precision.unit, rel=within)
+        for bits in (TF32, BFLOAT16):
+            E = rounded(x, bits) - x
+            assert (E.norm() / x.norm()).item() == pytest.approx(STORED * roundoff(bits), rel=within)
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
@@ -73,7 +73,7 @@ def test_storing_a_matrix_costs_what_is_predicted(p, name):
     values = spectrum(name, 96, 1e4)
     S = with_spectrum(values, seed=5)
     expected = inverse_root(S, 0.0, p)
-    seen = inverse_root(rounded(S, FLOAT32.bits), 0.0, p)
+    seen = inverse_root(rounded(S, FLOAT32), 0.0, p)
     error = ((seen - expected).norm() / expected.norm()).item()
     assert 1 / 1.5 < error / storage(values, FLOAT32, p) < 1.5
 
@@ -148,8 +148,8 @@ def test_false_that_newton_s_own_residual_shows_its_error(bare):
 def test_false_that_low_precision_is_only_less_exact():
     """At a condition of 1e4 bfloat16 statistics have negative eigenvalues, and no root that is near."""
     S = with_spectrum(spectrum("logarithmic", 96, 1e4), seed=8)
-    assert torch.linalg.eigvalsh(rounded(S, BFLOAT16.bits))[0] < 0
-    assert torch.linalg.eigvalsh(rounded(S, FLOAT32.bits))[0] > 0
+    assert torch.linalg.eigvalsh(rounded(S, BFLOAT16))[0] < 0
+    assert torch.linalg.eigvalsh(rounded(S, FLOAT32))[0] > 0
 
 
 def test_constants_leave_out_what_rounding_of_the_result_decides(bare):

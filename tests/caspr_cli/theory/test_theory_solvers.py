@@ -8,7 +8,7 @@ from references.stream import random_stream
 from caspr_cli.optim.roots import newton_root, newton_steps
 from caspr_cli.optim.solve import newton_products
 from caspr_cli.theory import solvers
-from caspr_cli.theory.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded
+from caspr_cli.theory.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded, roundoff
 from caspr_cli.theory.solvers import (
     MATRICES_HELD,
     OURS,
@@ -21,11 +21,11 @@ from caspr_cli.theory.solvers import (
 # ---- precision
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [(FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)])
-def test_rounding_to_bits_is_that_of_the_type(precision, dtype):
+@pytest.mark.parametrize(("bits", "dtype"), [(FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)])
+def test_rounding_to_bits_is_that_of_the_type(bits, dtype):
     x = random_stream(1000, steps=1, seed=1)[0] * torch.logspace(-20, 20, 1000, dtype=torch.float64)
-    assert torch.equal(rounded(x, precision.bits), x.to(dtype).double())
-    assert precision.unit == torch.finfo(dtype).eps / 2
+    assert torch.equal(rounded(x, bits), x.to(dtype).double())
+    assert roundoff(bits) == torch.finfo(dtype).eps / 2
 
 
 def test_rounded_products_round_operands_and_nothing_else():
