@@ -45,6 +45,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["check", "empty"], "no records in empty; caspr-train makes records, as: caspr-train -m optim=caspr,adamw"),
         (["compare", "packs"], "no records in packs; it has packs: name them, as packs/x.jsonl.gz"),
+        (["leaderboard", "empty", "--to", "x.md"], "no packs in empty"),
         (["check", "packs"], "no records in packs; it has packs: name them, as packs/x.jsonl.gz"),
         (["compare", "events"], "no records in events; it has logs of TensorBoard: add --from tensorboard --metric "),
         (["compare", "--baseline", "adamv"], "--baseline adamv: no row has this name. Did you mean adamw? (rows: "),
@@ -140,13 +141,6 @@ def test_a_record_of_a_pack_is_shown_by_the_name_that_it_has_in_lists(study: Pat
     assert call("list", "p.jsonl.gz:vit/adamw", "p.jsonl.gz:vit", "p.jsonl.gz:vit/adamw/seed1") == 0
     assert len(call.out.splitlines()) == 7
     assert "p.jsonl.gz:vit/ad: no such file or directory" in call.refused("show", "p.jsonl.gz:vit/ad")
-
-
-def test_another_target_and_a_profile(study: Path, call: Call) -> None:
-    assert call("profile", "--target", "vit=4.1", "--unit", "seconds") == 0
-    out = call.out
-    assert "seconds" in out
-    assert "caspr" in out
 
 
 def test_curves_of_all_tasks_together_have_a_dark_twin(study: Path, call: Call) -> None:

@@ -67,10 +67,6 @@ def gone(run: Run) -> None:
     return None
 
 
-def test_a_pack_of_the_fair_protocol_is_right() -> None:
-    assert wrong(fair()) == []
-
-
 CODE = {"commit": "1" * 40, "diff_sha256": "e3b0c44298fc1c14"}
 
 
@@ -341,10 +337,6 @@ def test_a_run_that_failed_again_is_as_before() -> None:
     assert entry.reproduced(row, failed, None) is None
     assert entry.reproduced(row, failed, 0.9) == "seed 1: ended at None, and now at 0.9"
     assert entry.reproduced(row, row.runs[0], None) is not None
-
-
-def test_packs_are_named_where_there_are_none(call: Call, tmp_path: Path) -> None:
-    assert f"no packs in {tmp_path}" in call.refused("leaderboard", str(tmp_path), "--to", str(tmp_path / "x.md"))
 
 
 def test_a_point_of_the_curve_may_be_rounded() -> None:

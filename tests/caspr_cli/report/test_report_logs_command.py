@@ -51,7 +51,8 @@ def test_other_commands_read_logs_too(call: Call) -> None:
     assert call("compare", *OWN, "--json") == 0
     assert [row["label"] for row in json.loads(call.out)] == ["caspr", "adamw"]
     assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
-    assert call("profile", *OWN, "--target", "runs=3.6") == 0
+    assert call("profile", *OWN, "--target", "runs=3.6", "--unit", "seconds") == 0
+    assert "seconds" in call.out
     assert "caspr" in call.out
     assert call("trials", *OWN, "--to", "t.md") == 0
     assert call.out.endswith("trials   no row has more than one trial\nskipped  t.md: nothing to show\n")
