@@ -78,7 +78,6 @@ def test_table_json_and_chart(call: Call) -> None:
     assert call(*TINY, "--optim", "caspr,adamw", "--json", "rows.json") == 0
     out, err = call.out, call.err
     rows = json.loads(Path("rows.json").read_text(encoding="utf8"))
-    assert isinstance(rows, list)
     assert [row["optimizer"] for row in rows] == ["caspr", "adamw"]
     assert all(key in row for row in rows for key in PROMISED)
     assert (rows[1]["floor_ms"], rows[1]["floor_ratio"]) == (None, None)

@@ -88,6 +88,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["task.data=files"], "task.root: task.data=files needs the directory of your data: add task.root=DIR"),
         (["task.data=files", "task.root=/nowhere"], "task.root: no such directory: /nowhere"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu"),
+        (["trainer.nodes=2"], "trainer.nodes=2 needs trainer.rendezvous=HOST:PORT"),
         (["seed=1.5"], "seed should be an integer but is '1.5'"),
         (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
         (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),

@@ -181,7 +181,6 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
     rows = {row.label: row for row in table.rows}
     assert set(rows) == {"adamw", "adamw untuned"}  # shorter runs are no rows
     found = rows["adamw"].own_schedule
-    assert found is not None
     assert (found.steps, found.tried) == (150, (100, 125, 150, 200, 400))
     assert {run.config["trainer.max_steps"] for run in rows["adamw"].runs} == {400}
     for seed in (1, 2):  # as if it had been stopped while this length was run
