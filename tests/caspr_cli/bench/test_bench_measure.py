@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -231,15 +232,11 @@ def test_numbers_agree_with_each_other(rows: list[module.Row]) -> None:
     assert caspr.refresh_ratio == pytest.approx(caspr.refresh_ms / caspr.lapack_ms)
 
 
-def not_installed(name: str) -> None:
-    raise PackageNotFoundError(name)
-
-
 def test_adamw_is_measured_where_nobody_asked_for_its_row_and_vectors_have_no_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And nothing is looked up that need not be installed by its name."""
-    monkeypatch.setattr("importlib.metadata.Distribution.from_name", not_installed)
+    monkeypatch.setattr("importlib.metadata.Distribution.from_name", Mock(side_effect=PackageNotFoundError))
     (row,) = measure(workload("6"), ["caspr"], Settings(interval=2), rounds=1, log=silent)
     expected = {"torch": None, "pytorch-optimizer": None, "caspr-cli": __version__}
     assert row.versions == expected | {"python": platform.python_version()}

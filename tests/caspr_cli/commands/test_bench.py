@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from calling import Call
@@ -126,10 +127,7 @@ def test_a_task_brings_its_own_rule(call: Call) -> None:
 
 
 def test_an_interruption_is_one_line_and_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measure, "take_turns", interrupted)
+    monkeypatch.setattr(measure, "take_turns", Mock(side_effect=KeyboardInterrupt))
     assert call(*TINY, "--optim", "adamw", "--json", "rows.json", "--no-png") == 130
     assert (call.out, call.err) == ("", "importing torch\ninterrupted: nothing was written\n")
     assert not Path("rows.json").exists()

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from calling import REPORT, Call, without
@@ -37,7 +38,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ([], "say what to do (caspr-report --help)"),
         (["cmpare"], "cmpare: no such command. Did you mean compare?"),
-        (["compare", "--jsn"], "--jsn is no flag of compare. Did you mean --json?"),
+        (["compare", "--js"], "--js is no flag of compare. Did you mean --json?"),
+        (["compare", "--targt=vit=1"], "--targt=vit=1 is no flag of compare. Did you mean --target?"),
         (["list", "--json"], "--json is no flag of list."),
         (["compare", "--target"], "--target: expected one argument"),
         (["compare", "--json=1"], "--json takes no value"),
@@ -56,7 +58,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["compare", "--to", "x.pdf"], "--to x.pdf: the name should end in .html, .md, .tex, .csv, .json, .svg"),
         (["compare", "--to", "d.md"], "--to d.md: it is a directory"),
         (["compare", "--to", "outputs/vit/adamw/seed0/config.yaml/x.md"], "cannot write there: "),
-        (["profile", "--unit", "hours"], "--unit hours: no such choice. (choices: steps, seconds)"),
+        (["profile", "--unit", "step"], "--unit step: no such choice. Did you mean steps? (choices: steps, seconds)"),
         (["curves"], "curves: name a file with --to, as curves.svg"),
         (["pack"], "pack: name a file with --to, as pack.jsonl.gz"),
         (["pack", "--to", "x.gz"], "--to x.gz: the name should end in .jsonl.gz"),
@@ -204,10 +206,7 @@ def test_a_figure_for_each_data_set(study: Path, call: Call) -> None:
 
 
 def test_ctrl_c_ends_it_quietly(study: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
-    def interrupted(paths: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(records, "find", interrupted)
+    monkeypatch.setattr(records, "find", Mock(side_effect=KeyboardInterrupt))
     assert call("compare") == 130
     assert (call.out, call.err) == ("", "")
 

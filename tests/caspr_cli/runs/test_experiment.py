@@ -308,16 +308,6 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     assert f"damaged {file}" in " ".join(capsys.readouterr().out.split())  # lines are wrapped
 
 
-def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
-    folder = tmp_path / "folder"
-    folder.touch()
-    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", "optim=sgd", f"output_dir={folder}"])
-    assert train.main() == BAD_USAGE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert f"output_dir={folder}: cannot write there: " in line
-
-
 # ---- as a user runs it -------------------------------------------------------------------------------------------
 
 
