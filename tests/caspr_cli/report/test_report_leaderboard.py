@@ -288,9 +288,8 @@ def test_check_runs_two_seeds_again(
     assert call("check", own, "--rerun", tmp_path / "again") == code
     into = str(tmp_path / "again" / "again")  # where the entry's own records are not found, if they are in --rerun
     assert started == [("muon", 0.05581, seed, into) for seed in (1, 2)]
-    out = call.out
-    assert (f"3 fresh seeds, 2 run again in {into}" in out) == (code == 0)
-    assert ("seed 1: ended at 0." in out) == (code == 1)
+    assert (f"3 fresh seeds, 2 run again in {into}" in call.out) == (code == 0)
+    assert ("seed 1: ended at 0." in call.out) == (code == 1)
 
 
 def test_a_check_that_is_stopped_ends_without_a_verdict(

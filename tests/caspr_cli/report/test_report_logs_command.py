@@ -36,9 +36,8 @@ def test_the_examples_of_the_help_run(call: Call) -> None:
     assert [example[3] for example in examples] == list(report.SOURCES)
     for example in examples:
         assert call(*example[1:]) == 0
-        out = call.out
-        assert "\ncaspr " in out
-        assert "against adamw: better" in out
+        assert "\ncaspr " in call.out
+        assert "against adamw: better" in call.out
     assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
 
 
