@@ -12,15 +12,7 @@ from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import problems, regret
 from caspr_cli.theory.choices import Seeds
 from caspr_cli.theory.online import DEPARTURES, METHODS, RUNGS, Learner, Method, damping, ladder, of_theorem, play
-from caspr_cli.theory.problems import (
-    LINEAR,
-    SIGMOID,
-    SOFTMAX,
-    SQUARES,
-    Problem,
-    best_in_hindsight,
-    least_squares,
-)
+from caspr_cli.theory.problems import LINEAR, SIGMOID, SOFTMAX, SQUARES, Problem, best_in_hindsight, least_squares
 from caspr_cli.theory.regret import ordered
 
 EPS = torch.tensor(1e-3, dtype=torch.float64)

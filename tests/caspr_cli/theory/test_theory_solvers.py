@@ -9,14 +9,7 @@ from caspr_cli.optim.roots import newton_root, newton_steps
 from caspr_cli.optim.solve import newton_products
 from caspr_cli.theory import solvers
 from caspr_cli.theory.precision import BFLOAT16, FLOAT32, RoundedProducts, rounded
-from caspr_cli.theory.solvers import (
-    MATRICES_HELD,
-    OURS,
-    Matrix,
-    NewtonWatch,
-    least_seconds,
-    peak_bytes,
-)
+from caspr_cli.theory.solvers import MATRICES_HELD, OURS, Matrix, NewtonWatch, least_seconds, peak_bytes
 
 # ---- precision
 
