@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from references.drive import run
 from references.kronecker import gram, kronecker_product, kronecker_sum, on_axis, polar_factor, spectral_power
-from references.optimizer import axis_parts, merged_shape, reference_weights
+from references.optimizer import axis_parts, merged_shape
 from references.stream import average, random_stream, statistics, uncorrected_average
 
 
@@ -65,16 +64,6 @@ def test_averages_are_the_usual_recursions():
     left, right = statistics(terms, "accumulate", beta)
     assert torch.allclose(left, sum(g @ g.mT for g in terms))
     assert torch.allclose(right, sum(g.mT @ g for g in terms))
-
-
-@pytest.mark.parametrize("maximize", [False, True])
-def test_the_graft_method_of_the_reference_is_adamw(maximize):
-    weight, *gradients = random_stream(2, 3, steps=6, seed=10)
-    options = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.2, "maximize": maximize}
-    expected = run(torch.optim.AdamW, weight, gradients, eps=1e-8, **options)
-    weights = reference_weights(weight, gradients, use_preconditioner=False, **options)
-    for w, w_expected in zip(weights, expected, strict=True):
-        assert torch.allclose(w, w_expected, rtol=1e-12, atol=0)
 
 
 def test_the_shapes_of_merging_and_blocks():

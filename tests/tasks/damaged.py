@@ -51,13 +51,8 @@ def pack(path: Path, content: dict[str, bytes]) -> None:
 
 def write_ogb_zip(root: Path) -> None:
     """Here ``root`` is the zip itself."""
-    write_molecules(root.with_name("pcba"))
-    pack_ogb(root)
-
-
-def pack_ogb(path: Path, change: Callable[[str], str] = str) -> None:
-    top = path.with_name("pcba")
-    pack(path, {change(f"pcba/{f.relative_to(top).as_posix()}"): f.read_bytes() for f in sorted(top.rglob("*.gz"))})
+    top = write_molecules(root.with_name("pcba"))
+    pack(root, {f"pcba/{f.relative_to(top).as_posix()}": f.read_bytes() for f in sorted(top.rglob("*.gz"))})
 
 
 READERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Any]]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import HELD_OUT, TRAIN, copy, members, pack, pack_ogb, read, rename, repacked, written
+from damaged import HELD_OUT, TRAIN, copy, members, pack, read, rename, repacked, written
 
 from caspr_cli.tasks import files
 from caspr_cli.tasks.archives import Zip
@@ -127,13 +127,6 @@ def test_names_in_a_zip_whoever_packed_it(tmp_path: Path, packer: str) -> None:
         )
         pack(root, {change_name(name): data for name, data in (content | junk).items()})
     assert read("zip", root)[0].describe_data() == expected
-
-
-def test_an_ogb_zip_with_backslashes(tmp_path: Path) -> None:
-    root = written("ogb_zip", tmp_path)
-    expected = read("ogb_zip", root)[0].describe_data()
-    pack_ogb(root, lambda name: name.replace("/", "\\"))
-    assert read("ogb_zip", root)[0].describe_data() == expected
 
 
 @pytest.mark.parametrize("reader", ["images", "opened"])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -234,10 +235,8 @@ def test_impossible_keys_are_named(of: str, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("of", ["c4_lm", "ud_pos", "ogbg_molpcba"])
 def test_without_a_network_it_says_what_to_do_instead(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach it on the Hub\nand a page of more")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    gone = ConnectionError("Couldn't reach it on the Hub\nand a page of more")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=gone))
     limits = {"train_documents": 5, "eval_documents": 2} if of == "c4_lm" else {}
     with pytest.raises(DataError) as caught:
         tasks.load(recipe(of, None, data=Source.hub, **limits), 0).prepare()

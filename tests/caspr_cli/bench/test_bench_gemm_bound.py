@@ -125,7 +125,6 @@ def test_a_replay_calls_the_same_products() -> None:
 def test_adamw_calls_no_products_and_muon_some() -> None:
     assert gemm_bound(torch.optim.AdamW(params((4, 3))), CPU, seconds) is None
     bound = gemm_bound(torch.optim.Muon(params((4, 3))), CPU, seconds)
-    assert bound is not None
     bound()
 
 
@@ -138,7 +137,6 @@ def test_the_faster_way_is_taken(faster: str) -> None:
         return 1.0 if called(run) == {faster} else 2.0
 
     bound = gemm_bound(optimizer, CPU, says)
-    assert bound is not None
     assert called(bound) == {faster}
 
 

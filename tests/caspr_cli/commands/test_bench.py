@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from calling import Call
@@ -76,22 +77,20 @@ def test_a_mistake_is_one_line_and_exit_2(call: Call, argv: list[str], message: 
 
 def test_table_json_and_chart(call: Call) -> None:
     assert call(*TINY, "--optim", "caspr,adamw", "--json", "rows.json") == 0
-    out, err = call.out, call.err
     rows = json.loads(Path("rows.json").read_text(encoding="utf8"))
-    assert isinstance(rows, list)
     assert [row["optimizer"] for row in rows] == ["caspr", "adamw"]
     assert all(key in row for row in rows for key in PROMISED)
     assert (rows[1]["floor_ms"], rows[1]["floor_ratio"]) == (None, None)
     assert rows[0]["parameters"] == 2 * 12 * 8 + 6
     assert Path("outputs/bench/own.png").read_bytes().startswith(b"\x89PNG")
-    lines = out.splitlines()
+    lines = call.out.splitlines()
     table = [line for line in lines if line.startswith(("optimizer ", "caspr ", "adamw "))]
     assert len(table) == 3
     assert len({len(line) for line in table}) == 1  # aligned
     for start in ("median ", "share ", "roots ", "machine ", "json ", "png ", "next "):
         assert any(line.startswith(start) for line in lines), start
-    assert err.startswith("importing torch\n")  # no terminal shows progress: a plain line at once, and now and then
-    assert "\r" not in err
+    assert call.err.startswith("importing torch\n")  # no terminal shows progress: plain lines at once, now and then
+    assert "\r" not in call.err
 
 
 def test_tables_and_legends_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,28 +108,23 @@ def test_tables_and_legends_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_json_has_standard_output_for_itself(call: Call) -> None:
     assert call(*TINY, "--optim", "adamw", "--json", "-", "--no-png") == 0
-    out, err = call.out, call.err
-    (row,) = json.loads(out)
+    (row,) = json.loads(call.out)
     assert row["optimizer"] == "adamw"
-    assert "optimizer " in err
+    assert "optimizer " in call.err
     assert not Path("outputs").exists()
 
 
 def test_a_task_brings_its_own_rule(call: Call) -> None:
     assert call("--task", "vit", "--optim", "caspr", "--rounds", "1", "--interval", "1", "--json", "-",
                 "--png", "here/chart.png") == 0  # fmt: skip
-    out, err = call.out, call.err
-    (row,) = json.loads(out)
+    (row,) = json.loads(call.out)
     assert row["set"] == "vit-sample"
-    assert "for its own batch" in err
+    assert "for its own batch" in call.err
     assert Path("here/chart.png").exists()
 
 
 def test_an_interruption_is_one_line_and_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measure, "take_turns", interrupted)
+    monkeypatch.setattr(measure, "take_turns", Mock(side_effect=KeyboardInterrupt))
     assert call(*TINY, "--optim", "adamw", "--json", "rows.json", "--no-png") == 130
     assert (call.out, call.err) == ("", "importing torch\ninterrupted: nothing was written\n")
     assert not Path("rows.json").exists()
@@ -139,9 +133,8 @@ def test_an_interruption_is_one_line_and_130(call: Call, monkeypatch: pytest.Mon
 def test_a_step_on_many_gpus_is_predicted(call: Call) -> None:
     flags = ("--model", "gpt2-small", "--scale", "1024,8", "--gpu", "a100", "--json", "rows.json")
     assert call(*flags) == 0
-    out = call.out
-    assert out.splitlines()[0].endswith("gpt2-small, caspr, predicted for A100 SXM 80GB, not measured")
-    assert "19.5 TFLOP/s in float32" in " ".join(out.split())
+    assert call.out.splitlines()[0].endswith("gpt2-small, caspr, predicted for A100 SXM 80GB, not measured")
+    assert "19.5 TFLOP/s in float32" in " ".join(call.out.split())
     rows = json.loads(Path("rows.json").read_text())
     assert [(row["gpus"], row["mode"]) for row in rows] == [
         (8, "DDP"), (8, "fully_shard"), (1024, "DDP"), (1024, "fully_shard")
@@ -153,8 +146,7 @@ def test_a_step_on_many_gpus_is_predicted(call: Call) -> None:
 def test_ranks_share_a_step(call: Call) -> None:
     flags = ("--ranks", "2,1", "--shapes", "4*16x16,6", "--rounds", "2", "--interval", "2", "--json", "rows.json")
     assert call(*flags) == 0
-    out = call.out
-    heads = out.splitlines()[1].split()
+    heads = call.out.splitlines()[1].split()
     assert heads[:2] == ["optimizer", "ranks"]
     assert "mean" in heads  # a narrow terminal leaves the median out
     one, two = json.loads(Path("rows.json").read_text())

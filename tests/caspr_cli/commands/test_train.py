@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from calling import Call
@@ -19,11 +20,7 @@ from caspr_cli.runs.sweep import EXTRAS, Job
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """No run is started: an attempt fails."""
-
-    def launched(*_: object) -> None:
-        raise AssertionError("a run was started")
-
-    monkeypatch.setattr("caspr_cli.runs.launch._supervise", launched)
+    monkeypatch.setattr("caspr_cli.runs.launch._supervise", Mock(side_effect=AssertionError("a run was started")))
     monkeypatch.setattr("caspr_cli.runs.here.has_gpu", lambda: False)
     return Call("caspr-train", train.main, monkeypatch, capsys)
 
@@ -88,6 +85,7 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["task.data=files"], "task.root: task.data=files needs the directory of your data: add task.root=DIR"),
         (["task.data=files", "task.root=/nowhere"], "task.root: no such directory: /nowhere"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu: this machine has no GPU; leave it out, or take cpu"),
+        (["trainer.nodes=2"], "trainer.nodes=2 needs trainer.rendezvous=HOST:PORT"),
         (["seed=1.5"], "seed should be an integer but is '1.5'"),
         (["trainer.compile=perhaps"], "trainer.compile should be true or false but is 'perhaps'"),
         (["optim=casper"], "optim=casper: no such choice. Did you mean optim=caspr?"),
@@ -113,6 +111,8 @@ def test_the_help_on_tuning_has_the_values_that_optimizers_come_with() -> None:
         (["optim.lr=inf"], "optim.lr should be a finite number but is inf"),
         (["seed=99999999999999999999999"], "seed should be at most 9,223,372,036,854,775,807 but is"),
         (["output_dir="], "output_dir is empty"),
+        (["output_dir=/proc/nothing"], "output_dir=/proc/nothing: cannot write there: "),
+        (["experiment=molpcba", "output_dir=/proc/nothing"], "output_dir=/proc/nothing: cannot write there: "),
         (["search=lr", "trial=best", "output_dir=nowhere"], "6 of 6 trials of optim=caspr have not ended in nowhere"),
         (["trial=best"], "trial=best needs a search: add search=NAME (choices: algoperf, joint, lr, lr_wide, paper)"),
         (["experiment=dampin"], "experiment=dampin: no such choice. Did you mean experiment=damping?"),
@@ -225,21 +225,13 @@ def test_sigterm_between_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_ctrl_c_before_the_first_job(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     if launcher != "basic":
         pytest.importorskip(launcher)
     monkeypatch.chdir(tmp_path)
     where = "session.Session.run" if launcher == "basic" else "elsewhere.launch"
-    monkeypatch.setattr(f"caspr_cli.runs.{where}", interrupted)
+    monkeypatch.setattr(f"caspr_cli.runs.{where}", Mock(side_effect=KeyboardInterrupt))
     assert call("-m", f"hydra/launcher={launcher}", "seed=0,1") == 130
     assert not list(tmp_path.glob("outputs/.sweep/[0-9]*"))
-
-
-def test_an_output_directory_that_cannot_be_written(call: Call) -> None:
-    assert call("output_dir=/proc/nothing") == 2
-    assert call.err.startswith("error: output_dir=/proc/nothing: cannot write there")
 
 
 def test_a_config_file_cannot_choose_code(tmp_path: Path, call: Call) -> None:

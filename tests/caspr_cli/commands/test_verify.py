@@ -50,10 +50,9 @@ def test_importing_it_imports_no_torch():
 
 def test_help_of_a_question_names_its_flags(call):
     assert call("order", "--help") == 0
-    own = call.out
     for name in ("ogbg_molpcba", "--quick", "--parameter", "default: outputs/verify/order"):
-        assert name in " ".join(own.split())
-    assert "--tokens" not in own
+        assert name in " ".join(call.out.split())
+    assert "--tokens" not in call.out
 
 
 @pytest.mark.parametrize(
@@ -87,9 +86,8 @@ def test_a_file_in_the_way_is_said_before_anything_is_computed(asked, tmp_path, 
 def test_one_question(asked, tmp_path, call):
     assert call("order", "--quick", "--seed", "4", "--task", "vit") == 0
     assert asked == [("order", Layers(quick=True, seed=4, task="vit"))]
-    out = call.out
-    assert "Is order so?" in out
-    assert "wrote    outputs/verify/order: order.md, order.json and gaps.csv" in out
+    assert "Is order so?" in call.out
+    assert "wrote    outputs/verify/order: order.md, order.json and gaps.csv" in call.out
     record = json.loads((tmp_path / "outputs/verify/order/order.json").read_text(encoding="utf8"))
     assert record["command"] == "caspr-verify order --quick --seed 4 --task vit"
     assert record["provenance"]["torch"]
@@ -111,9 +109,8 @@ def test_all_of_them_and_one_page(asked, tmp_path, call):
 
 def test_json_alone_on_standard_output(asked, call):
     assert call("order", "--json") == 0
-    out, err = call.out, call.err
-    assert json.loads(out)["name"] == "order"
-    assert "wrote" in err
+    assert json.loads(call.out)["name"] == "order"
+    assert "wrote" in call.err
     assert call("all", "--json") == 0
     assert [one["name"] for one in json.loads(call.out)] == list(verify.QUESTIONS)
 

@@ -1,49 +1,19 @@
 """Errors, files, text, and the rule for the best trial, which all commands share."""
 
-import argparse
 import io
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from caspr_cli.common.errors import Parser, UserError, nearest
+from caspr_cli.common.errors import UserError, nearest
 from caspr_cli.common.files import write_output
 from caspr_cli.common.format import Progress, count, duration, finite, listed, size, table, wrapped
 from caspr_cli.common.selection import AGAIN, choose, reaches
 
 
-def parser() -> Parser:
-    made = Parser("tool")
-    commands = made.add_subparsers(metavar="command", dest="what")
-    one = commands.add_parser("build")
-    one.add_argument("--speed", type=int)
-    one.add_argument("--unit", choices=("steps", "seconds"))
-    one.add_argument("--json", action="store_true")
-    return made
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["biuld"], "biuld: no such command. Did you mean build? (choices: build)"),
-        (["build", "--sped=3"], "--sped=3 is no flag of build. Did you mean --speed?"),
-        (["build", "--speed", "fast"], "--speed: invalid int value: fast"),
-        (["build", "--speed"], "--speed: expected one argument"),
-        (["build", "--unit", "step"], "--unit step: no such choice. Did you mean steps? (choices: steps, seconds)"),
-        (["build", "--json=1"], "--json takes no value"),
-        (["build", "--js"], "--js is no flag of build. Did you mean --json?"),
-    ],
-)
-def test_a_mistake_is_one_line(argv: list[str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parser().parse_args(argv)
-    assert str(caught.value) == message
-
-
-def test_what_is_right_is_parsed() -> None:
-    expected = argparse.Namespace(what="build", speed=3, unit=None, json=True)
-    assert parser().parse_args(["build", "--json", "--speed", "3"]) == expected
+def test_a_suggestion_is_the_nearest_choice() -> None:
     assert nearest("xyz", ["abc"]) == ""
     assert nearest("lrr", ["lr"], "optim.") == " Did you mean optim.lr?"
     assert nearest("c4", ["c4_lm", "vit"], "task=") == " Did you mean task=c4_lm?"
@@ -55,11 +25,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     write_output(tmp_path / "new/a.txt", b"b")
     assert (tmp_path / "new/a.txt").read_bytes() == b"b"
     assert (tmp_path / "new/a.txt").stat().st_mode & 0o777 == 0o644
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"a\.txt: cannot write there: No space left on device"):
         write_output(tmp_path / "new/a.txt", "c")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from references.author import author_weights
 
-from caspr_cli.optim.author import AuthorCASPR, blocks_of, whole
+from caspr_cli.optim.author import AuthorCASPR
 
 
 def weights_of(shape: tuple[int, ...], gradients: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
@@ -57,12 +57,6 @@ def test_a_convolution_is_the_matrix_of_its_output_channels() -> None:
         weights_of((4, 3, 2, 2), gradients, **options), weights_of((4, 12), flat, **options), strict=True
     ):
         assert torch.equal(conv.reshape(4, 12), matrix)
-
-
-@pytest.mark.parametrize("size", [2, 3, 5, 64])
-def test_blocks_become_whole_again(size: int) -> None:
-    X = torch.arange(35.0).reshape(5, 7)
-    assert torch.equal(whole(blocks_of(X, size), X.shape), X)
 
 
 def test_a_group_without_preconditioning_is_that_of_vectors() -> None:

@@ -115,20 +115,6 @@ def test_hooks_around_loading_see_what_torch_shows_them() -> None:
     }
 
 
-def test_a_group_that_cannot_be_is_not_added() -> None:
-    params = weights([(4, 4)])
-    optimizer = CASPR(params)
-    for wrong in ({"lr": "fast"}, {"eps": 0.0}, {}):
-        extra = (
-            [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int64), requires_grad=False)]
-            if not wrong
-            else weights([(2, 2)])
-        )
-        with pytest.raises(ValueError, match=r"should be|real floating-point"):
-            optimizer.add_param_group({"params": extra, **wrong})
-        assert len(optimizer.param_groups) == 1
-
-
 @pytest.mark.parametrize("way", ["load", "copy"])
 def test_a_group_may_be_added_after_loading_or_copying(way: str) -> None:
     """In both torch gives the defaults an option of its own, ``differentiable``."""

@@ -100,11 +100,9 @@ def test_a_stale_root_has_a_residual() -> None:
     assert fresh < 1e-9 < 1e-2 < stale
 
 
-def test_nothing_before_the_first_root_and_for_gradients_of_any_size() -> None:
+def test_nothing_before_the_first_root() -> None:
     optimizer, *_ = stepped((4, 4), 2, start_step=5)
     assert diagnose(optimizer) == {}
-    small, large = (stepped((3, 4), 5, start_step=1, interval=2)[0] for _ in range(2))
-    assert diagnose(small).keys() == diagnose(large).keys()
 
 
 def test_diagnosing_changes_nothing() -> None:

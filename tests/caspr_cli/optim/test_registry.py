@@ -80,14 +80,12 @@ def test_what_is_not_preconditioned_is_adamw(name: str) -> None:
     optimizer = build(name, groups(ours), conf)
     adamw = build("adamw", groups(theirs), settings("adamw", betas=conf["betas"], eps=eps, weight_decay=0.1))
     for _ in range(2):  # SOAP only collects statistics in its first step
-        x = torch.arange(16).view(8, 2) % 8
         for net, opt in ((ours, optimizer), (theirs, adamw)):
             opt.zero_grad()
             torch.manual_seed(0)
             for p in net.parameters():
                 p.grad = torch.randn(p.shape)
             opt.step()
-        assert ours(x).shape == theirs(x).shape
     for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if n in ("2.weight", "4.weight"):
             assert (p - q).abs().max() > 1e-4, n

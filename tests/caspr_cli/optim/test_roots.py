@@ -1,7 +1,5 @@
 """Inverse roots of statistics that eigensolvers find hard."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -42,15 +40,6 @@ def low_rank(seed: int) -> Tensor:
     return X @ X.T
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("seed", [17, 20, 25, 69, 97, 107, 164])
 def test_eigenvalues_that_the_solver_did_not_find_are_found(seed: int) -> None:
     """There it fails, or returns NaN, for one such matrix in eight."""

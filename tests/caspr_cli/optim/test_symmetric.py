@@ -13,7 +13,6 @@ from caspr_cli.optim.symmetric import (
     add_gram,
     pack,
     packed_length,
-    panel_views,
     panels,
     product,
     trace,
@@ -71,15 +70,6 @@ def test_packed_is_five_eighths_at_best(d: int) -> None:
     assert 0.62 < packed_length(d) / d**2 <= 1
     assert packed_length(d) >= d * (d + 1) // 2
     assert packed_length(4 * d + 4 * LEAST_ROWS) / (4 * d + 4 * LEAST_ROWS) ** 2 == 5 / 8
-
-
-@pytest.mark.parametrize("d", EDGES)
-def test_views_are_the_memory_of_the_vector(d: int) -> None:
-    packed = torch.zeros(2, packed_length(d))
-    for number, (_, view) in enumerate(panel_views(packed, d), start=1):
-        view += number
-    counts = [int((packed[1] == number).sum()) for number in range(len(panels(d)) + 1)]
-    assert counts == [0] + [(rows.stop - rows.start) * rows.stop for rows in panels(d)]
 
 
 @example(1024, 20, 0.1)  # of here on high panels are made in halves

@@ -129,6 +129,7 @@ def test_tuned_values_yield_to_the_command_line() -> None:
         ("optim=full_adagrad optim.betas=[0.9,1.5]", "optim.betas[1] should be in [0, 1) but is 1.5"),
         ("optim.betas=[0.9,1]", "optim.betas[1] should be below 1 for a moving average"),
         ("optim.factor_dtype=float32 optim.eps=1e-9", "optim.eps should be >= 1e-06 for float32 factors"),
+        ("trainer.rendezvous=here", "trainer.rendezvous should be HOST:PORT but is 'here'"),
         ("trainer.rendezvous=host:99999", "trainer.rendezvous=host:99999: a port is a number from 1 to 65535"),
         ("trainer.rendezvous=host:0", "trainer.rendezvous=host:0: a port is a number from 1 to 65535"),
         ("trainer.max_steps=10000000000", "trainer.max_steps should be at most 1,000,000,000 but is 10000000000"),

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from caspr_cli.recipe import compose, search
 from caspr_cli.recipe.configs import choices
 from caspr_cli.recipe.errors import ConfigError
-from caspr_cli.recipe.schema import OPTIMIZERS, AdamWConf, CasprConf
+from caspr_cli.recipe.schema import OPTIMIZERS
 
 SPACE: search.Space = {
     "a": {"log": [1e-4, 1e-1]},
@@ -43,15 +42,6 @@ def test_what_is_near_one_keeps_the_digits_of_its_distance(trial: int) -> None:
     beta = search.draw(space, trial)["beta"]
     assert 1e-7 <= 1 - beta * (1 - 1e-15) <= 1.00001e-2
     assert math.isclose(1 - beta, float(f"{1 - beta:.4g}"), rel_tol=1e-8)
-
-
-def test_six_trials_leave_no_large_gap() -> None:
-    """No place of the range is further from a trial than twice what six trials must leave."""
-    places = sorted(
-        math.log(search.draw({"lr": {"log": [1e-3, 1e-1]}}, k)["lr"] / 1e-3) / math.log(100) for k in range(6)
-    )
-    gaps = [places[0], *((b - a) / 2 for a, b in itertools.pairwise(places)), 1 - places[-1]]
-    assert max(gaps) < 2 / 12
 
 
 @pytest.mark.parametrize("count", [4, 8, 64])
@@ -92,7 +82,6 @@ def test_malformed_spaces_are_refused_in_one_line(space: search.Space, message: 
 
 def test_a_trial_is_put_into_the_recipe_and_the_record_says_from_where() -> None:
     recipe = frozen("optim=adamw", "search=algoperf", "trial=3")
-    assert isinstance(recipe.optim, AdamWConf)
     plain = compose.to_plain(recipe)
     values = search.draw(plain["search"]["space"], 3)
     assert recipe.optim.lr == values["optim.lr"]
@@ -107,12 +96,9 @@ def test_what_the_command_line_sets_stays_and_changes_no_other_value() -> None:
     given = frozen("search=algoperf", "trial=5", "optim.lr=0.5")
     assert given.optim.lr == 0.5
     assert given.optim.weight_decay == whole.optim.weight_decay
-    assert isinstance(given.optim, CasprConf)
-    assert isinstance(whole.optim, CasprConf)
     assert given.optim.betas == whole.optim.betas
     assert sorted(given.search.space) == ["optim.betas.0", "optim.weight_decay"]
     betas = frozen("search=algoperf", "trial=5", "optim.betas=[0.5,0.6]")
-    assert isinstance(betas.optim, CasprConf)
     assert list(betas.optim.betas) == [0.5, 0.6]
 
 

@@ -277,17 +277,14 @@ def curve_of(values: list[list[float | None]]) -> figures.Curve | None:
 def test_the_mean_and_its_interval_by_hand() -> None:
     """t for two degrees of freedom is 4.303; the standard error of 1, 2 and 3 is 0.577."""
     found = curve_of([[1.0, 5.0], [3.0, 5.0], [2.0, 5.0]])
-    assert found is not None
     assert (found.mean, found.steps, found.seconds) == ((2.0, 5.0), (1, 2), (2.0, 4.0))
     assert found.band[0] == pytest.approx((2 - 2.484, 5.0), abs=1e-3)  # a band of no width where seeds are equal
     assert found.band[1] == pytest.approx((2 + 2.484, 5.0), abs=1e-3)
     some = curve_of([[1.0, None, 3.0, 4.0], [1.0, 2.0, 3.0]])
-    assert some is not None
     assert (some.steps, some.band) == ((1, 3), ())  # where all runs have a value
     assert curve_of([[None], [1.0]]) is None
     runs = [run("caspr", 0, 4.0), run("caspr", 1, 9.0, "failed")]
     both = figures.curve(table(runs).rows[0])
-    assert both is not None
     assert (both.n, both.mean[-1], both.finished) == (1, 4.0, True)
 
 

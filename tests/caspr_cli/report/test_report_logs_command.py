@@ -36,9 +36,8 @@ def test_the_examples_of_the_help_run(call: Call) -> None:
     assert [example[3] for example in examples] == list(report.SOURCES)
     for example in examples:
         assert call(*example[1:]) == 0
-        out = call.out
-        assert "\ncaspr " in out
-        assert "against adamw: better" in out
+        assert "\ncaspr " in call.out
+        assert "against adamw: better" in call.out
     assert "in short" in Path("report.html").read_text() or "Best mean: caspr" in Path("report.html").read_text()
 
 
@@ -51,7 +50,8 @@ def test_other_commands_read_logs_too(call: Call) -> None:
     assert call("compare", *OWN, "--json") == 0
     assert [row["label"] for row in json.loads(call.out)] == ["caspr", "adamw"]
     assert call.err.startswith("note     a row for each value of the name without its seed (--group KEY,...")
-    assert call("profile", *OWN, "--target", "runs=3.6") == 0
+    assert call("profile", *OWN, "--target", "runs=3.6", "--unit", "seconds") == 0
+    assert "seconds" in call.out
     assert "caspr" in call.out
     assert call("trials", *OWN, "--to", "t.md") == 0
     assert call.out.endswith("trials   no row has more than one trial\nskipped  t.md: nothing to show\n")

@@ -18,7 +18,7 @@ from caspr_cli.common.errors import UserError
 from caspr_cli.recipe import compose
 from caspr_cli.recipe.schema import CasprConf, Recipe, SearchConf
 from caspr_cli.report import pack as packs
-from caspr_cli.report import records, selection, terminal
+from caspr_cli.report import records, terminal
 from caspr_cli.report.compare import tables
 from caspr_cli.report.export import as_json
 from caspr_cli.report.model import Run
@@ -137,14 +137,6 @@ def test_a_run_whose_process_has_gone_is_cut_off_and_not_running(tmp_path: Path)
         states.append(found.state)
         assert "None" not in "".join(terminal.listing([found], 200))
     assert states == ["cut off", "running", "running"]
-
-
-def test_a_condition_with_a_value_that_no_record_has_is_refused() -> None:
-    runs = [run("caspr", 0, 1.0), run("adamw", 0, 1.0)]
-    assert len(selection.where(runs, ["optim=caspr,adamw"])) == 2
-    assert len(selection.where(runs, ["state=done,failed"])) == 2
-    with pytest.raises(UserError, match=r"no record has optim=adamv \(optim is adamw and caspr\)"):
-        selection.where(runs, ["optim=caspr,adamv"])
 
 
 def test_what_is_too_large_to_be_squared_twice_counts_as_not_finite(tmp_path: Path) -> None:

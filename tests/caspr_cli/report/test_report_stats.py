@@ -101,7 +101,6 @@ def one_seed(sd: float = 1.0, each: float = 1.0) -> stats.Spread:
 @pytest.mark.parametrize("difference", [0.15, 0.5, 1.0, 3.0, 9.57 / 2**0.5, 40.0])
 def test_seeds_needed_have_the_power_and_one_fewer_has_not(difference: float, tests: int) -> None:
     n = stats.seeds_needed(difference, one_seed(), tests)
-    assert n is not None
 
     def power(n: int) -> float:
         """By the definition of t: a normal variable over the root of a mean of squares."""
@@ -195,7 +194,6 @@ def test_the_range_of_the_best_is_that_of_all_draws_with_replacement(
 )
 def test_no_spread_is_no_test(ours: dict[int, float], theirs: dict[int, float]) -> None:
     found = stats.compare(ours, theirs)
-    assert found.value is not None
     assert found.p_value is found.low is found.spread is None
     said = format.verdict(found, None, 0, higher_is_better=False)
     if found.value:
@@ -231,12 +229,6 @@ def test_swapping_sides_flips_the_verdict(ours: list[float], theirs: list[float]
 DRAWS = 10_000
 
 
-@pytest.mark.parametrize("n", [3, 5])
-def test_intervals_cover_the_truth_as_often_as_they_say(n: int) -> None:
-    found = map(stats.summary, 7 + 0.3 * random(n, DRAWS, n))
-    assert np.mean([one.low <= 7 <= one.high for one in found]) == pytest.approx(0.95, abs=0.008)
-
-
 @pytest.mark.parametrize("paired", [True, False])
 def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(paired: bool) -> None:
     """Five rows of three seeds without a difference: how often does any row get a verdict?"""
@@ -254,14 +246,3 @@ def test_no_more_than_one_table_in_twenty_claims_a_difference_that_is_not_there(
         uncorrected += min(raw) < 0.05
     assert 0.01 * len(tables) < claimed <= 0.06 * len(tables)  # 0.05 and two standard errors
     assert uncorrected > 0.08 * len(tables)  # without the correction it would not hold
-
-
-@pytest.mark.parametrize(("difference", "tests"), [(0.8, 1), (0.8, 5), (1.2, 5)])
-def test_as_many_seeds_as_are_promised_find_the_difference(difference: float, tests: int) -> None:
-    """One row of the table differs, the others do not: how often is it significant, after Holm's correction?"""
-    n = stats.seeds_needed(difference, stats.Spread(math.nan, math.nan, 1.0), tests)
-    draws = random(9, DRAWS, tests, n)
-    draws[:, 0] += difference
-    t = draws.mean(2) / draws.std(2, ddof=1) * math.sqrt(n)
-    found = [stats.holm(p)[0] < 0.05 for p in (2 * special.stdtr(n - 1, -np.abs(t))).tolist()]
-    assert 0.79 < np.mean(found) < 0.87

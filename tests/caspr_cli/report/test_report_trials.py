@@ -117,7 +117,6 @@ def test_the_width_by_hand(
 def test_the_width_of_a_row() -> None:
     higher = {"task__target__higher_is_better": True}
     wide = width(table(searched("caspr", [0.6, 1.0, 0.92, None], **higher)).rows[0])
-    assert wide is not None
     assert (wide.best, wide.low) == ((pytest.approx(1e-3), 1.0), pytest.approx(10**-3.025))
     assert width(table(searched("caspr", [4.0, None])).rows[0]) is None  # one rate has no width
     assert width(table(searched("caspr", [None, None])).rows[0]) is None
@@ -142,7 +141,6 @@ def test_of_joint_trials_the_line_joins_those_that_none_farther_out_surpasses() 
         for k, (lr, v) in enumerate(ends.items())
     ]
     found = width(table(runs, tuned=["optim.lr", "optim.weight_decay"]).rows[0])
-    assert found is not None
     assert [x for x, _ in found.line] == [1e-4, 3e-4, 3e-3, 3e-2, 1e-1]
 
 

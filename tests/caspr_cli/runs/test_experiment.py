@@ -181,7 +181,6 @@ def test_the_selected_trial_is_run_shorter_until_the_length_is_known(
     rows = {row.label: row for row in table.rows}
     assert set(rows) == {"adamw", "adamw untuned"}  # shorter runs are no rows
     found = rows["adamw"].own_schedule
-    assert found is not None
     assert (found.steps, found.tried) == (150, (100, 125, 150, 200, 400))
     assert {run.config["trainer.max_steps"] for run in rows["adamw"].runs} == {400}
     for seed in (1, 2):  # as if it had been stopped while this length was run
@@ -307,16 +306,6 @@ def test_one_damaged_record_is_named_and_refuses_no_table(tmp_path: Path, monkey
     assert train.main() == SOME_FAILED
     assert len(started) == 3
     assert f"damaged {file}" in " ".join(capsys.readouterr().out.split())  # lines are wrapped
-
-
-def test_records_that_cannot_be_had_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
-    folder = tmp_path / "folder"
-    folder.touch()
-    monkeypatch.setattr(sys, "argv", ["caspr-train", "experiment=molpcba", "optim=sgd", f"output_dir={folder}"])
-    assert train.main() == BAD_USAGE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert f"output_dir={folder}: cannot write there: " in line
 
 
 # ---- as a user runs it -------------------------------------------------------------------------------------------

@@ -15,16 +15,12 @@ import pytest
 from caspr_cli.common.alive import birth, lives
 from caspr_cli.common.files import disk_error
 from caspr_cli.recipe import compose
-from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe, Resume
+from caspr_cli.recipe.schema import AdamWConf, CasprConf, Recipe
 from caspr_cli.runs import guardian, provenance
 from caspr_cli.runs import record as record_module
 from caspr_cli.runs.processes import LAUNCHER, memory_error
 from caspr_cli.runs.record import PLACE, Holder, Record, RecordBusyError, clear_left, own
 from caspr_cli.tasks.registry import C4LMConf
-
-
-def recipe(resume: Resume = Resume.auto) -> Recipe:
-    return Recipe(task=C4LMConf(), optim=AdamWConf(), resume=resume)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
@@ -35,7 +31,7 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
 
 
 def test_the_path_says_what_it_is(tmp_path: Path) -> None:
-    made = recipe()
+    made = Recipe(task=C4LMConf(), optim=AdamWConf())
     made.output_dir = str(tmp_path)
     made.seed = 4
     path = Record.of(made).path
@@ -180,7 +176,6 @@ def test_an_error_of_the_disk_is_found_behind_others() -> None:
             return found
 
     found = disk_error(error(), PLACE)
-    assert found is not None
     assert found.filename == "file"
     assert disk_error(FileNotFoundError(errno.ENOENT, "No such file"), PLACE) is None
     assert disk_error(ValueError(), PLACE) is None

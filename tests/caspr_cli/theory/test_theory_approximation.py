@@ -8,8 +8,7 @@ import torch
 
 from caspr_cli.optim import CASPR, Shampoo
 from caspr_cli.theory import approximation
-from caspr_cli.theory.approximation import FAMILY, NEAREST, NOISE, STYLES, VALUES, approximations, nearness, rows_of
-from caspr_cli.theory.chain import ridge
+from caspr_cli.theory.approximation import NOISE, STYLES, VALUES, approximations, nearness, rows_of
 from caspr_cli.theory.choices import Layers
 from caspr_cli.theory.gradients import kronecker_stream
 
@@ -60,14 +59,6 @@ def test_entries_one_at_a_time_make_the_diagonal_exact():
     assert found["caspr"]["root"] < 0.99
 
 
-def test_false_that_nearness_to_the_root_is_nearness_of_the_update():
-    """The nearest product to F^(1/2) gives an update that is farther from full-matrix Adagrad's than CASPR's."""
-    G = kronecker_stream((4, 4), 6, 0)
-    found = nearness(G, ridge(G))
-    assert found[NEAREST]["root"] > found["caspr"]["root"]
-    assert found[NEAREST]["angle"] > found["caspr"]["angle"]
-
-
 @pytest.mark.parametrize(("name", "optimizer"), [("caspr, e = 1", CASPR), ("shampoo 1/2", Shampoo)])
 def test_the_exponent_one_is_what_the_optimizer_does(name, optimizer):
     """X^{-1} G of the dense matrices against steps of CASPR and Shampoo."""
@@ -80,16 +71,6 @@ def test_the_exponent_one_is_what_the_optimizer_does(name, optimizer):
         steps.step()
     expected = approximations(G, 1e-9)[name].power(-1).apply(G[-1])
     torch.testing.assert_close(before - p.detach(), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_false_that_cosines_fall_with_the_order():
-    """Gradients of single entries: F is diagonal, and Shampoo's cosine is the largest of the family."""
-    found = nearness(entries(torch.tensor([[4.2, 0.0], [4.0, 0.55], [0.0, 4.0], [2.2, 0.0]])), 1e-9)
-    cosines = [found[name]["root"] for name in FAMILY]
-    assert cosines == sorted(cosines)
-    assert cosines[3] > cosines[2] + 5e-4
-    distances = [found[name]["root_distance"] for name in FAMILY]
-    assert distances == sorted(distances)  # which does not hinder the distances
 
 
 # ---- the answer --------------------------------------------------------------------------------------------------

@@ -35,16 +35,8 @@ def test_a_panel_for_each_group_and_a_mean_for_each_x(log):
 
 
 def test_a_logarithmic_axis_has_plain_numbers_and_what_else_is_asked():
-    seen = []
-    panels.figure(
-        "f",
-        "",
-        DATA,
-        STYLES,
-        COLUMNS,
-        unit="mm",
-        finish=lambda axes: seen.append(panels.logarithmic(ylim=(1, 10))(axes) or axes),
-    )
+    seen, scale = [], panels.logarithmic(ylim=(1, 10))
+    panels.figure("f", "", DATA, STYLES, COLUMNS, unit="mm", finish=lambda axes: seen.append(scale(axes) or axes))
     assert seen[0].get_ylabel() == "mm"
     assert (seen[0].get_yscale(), seen[0].get_ylim()) == ("log", (1, 10))
     assert seen[0].yaxis.get_major_formatter()(0.01) == "0.01"

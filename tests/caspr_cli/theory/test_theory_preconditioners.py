@@ -7,7 +7,6 @@ import torch
 from references.kronecker import damped, inverse_preconditioner, on_axis, preconditioner, spectral_power
 from references.stream import full_matrix, random_stream, statistics
 
-from caspr_cli.theory.gradients import kronecker_stream
 from caspr_cli.theory.preconditioners import (
     Root,
     averaging,
@@ -101,28 +100,6 @@ def test_the_nearest_kronecker_product(shape):
     A, B = nearest_kronecker(torch.kron(L, R), shape)
     assert close(torch.kron(A, B), torch.kron(L, R))
     assert close(product(A, B).power(0.5).dense(), torch.kron(spectral_power(L, 0.5), spectral_power(R, 0.5)))
-
-
-def test_false_that_the_nearest_to_f_has_the_nearest_root():
-    """The root of the nearest A x B to F is not the nearest product to F^(1/2)."""
-    _, G = stream((3, 4), steps=3)
-    F = full_statistic(G, EPS)
-    root = spectral_power(F, 0.5)
-    of_root = cosine(torch.kron(*nearest_kronecker(root, (3, 4))), root)
-    rooted = cosine(product(*nearest_kronecker(F, (3, 4))).power(0.5).dense(), root)
-    assert rooted < of_root - 1e-3
-
-
-def test_shampoo_half_is_exact_for_kronecker_noise_in_the_limit_and_caspr_is_not():
-    angles = []
-    for steps in (100, 10_000):
-        G = kronecker_stream((3, 4), steps, seed=1)
-        root = spectral_power(full_statistic(G, 1e-9), 0.5)
-        sides = axis_statistics(G, 1e-9)
-        angles.append([1 - cosine(X.dense(), root) for X in (shampoo_half(*sides), combined(*sides, 2))])
-    assert angles[1][0] < angles[0][0] / 10
-    assert angles[1][0] < 1e-3
-    assert angles[1][1] > 1e-2  # biased, however many gradients there are
 
 
 def test_gap():

@@ -145,13 +145,6 @@ def test_false_that_newton_s_own_residual_shows_its_error(bare):
     assert own["residual"] > 100 * own["coupled"]  # the one that is recomputed does
 
 
-def test_false_that_low_precision_is_only_less_exact():
-    """At a condition of 1e4 bfloat16 statistics have negative eigenvalues, and no root that is near."""
-    S = with_spectrum(spectrum("logarithmic", 96, 1e4), seed=8)
-    assert torch.linalg.eigvalsh(rounded(S, BFLOAT16))[0] < 0
-    assert torch.linalg.eigvalsh(rounded(S, FLOAT32))[0] > 0
-
-
 def test_constants_leave_out_what_rounding_of_the_result_decides(bare):
     found = constants_of(bare)
     assert not any(solver.name in found.index for solver in STORES)

@@ -30,7 +30,6 @@ def train(model: nn.Module, parts: list[slice], steps: int = 3) -> None:
         model.zero_grad()
         nn.functional.cross_entropy(model(x[parts[rank]]), y[parts[rank]]).backward()
         for p in model.parameters():
-            assert p.grad is not None
             p.data -= 0.1 * p.grad
 
 

@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -153,10 +154,7 @@ def test_two_damaged_ones_are_left_to_the_user(record: Record) -> None:
 
 
 def test_a_full_disk_keeps_no_half_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         WholeFile().save_checkpoint(checkpoint(8, 9), tmp_path / ".writing.ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -26,11 +26,11 @@ from caspr_cli.tasks.registry import Augment, Images, ImagesConf
 PUBLISHED = Path(__file__).parents[3] / "outputs" / "published" / "records" / "fair_resnet.jsonl.gz"
 
 
-def zipped(folder, top=""):
+def zipped(folder):
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as file:
         for image in sorted(folder.rglob("*.*")):
-            file.write(image, top + image.relative_to(folder).as_posix())
+            file.write(image, image.relative_to(folder).as_posix())
     return path
 
 
@@ -41,29 +41,10 @@ def labels_of(dataset):
 # ---- sample ------------------------------------------------------------------------------------------------------
 
 
-def test_shapes_are_a_function_of_their_seed():
-    images, labels = shapes.draw(50, seed=3)
-    assert images.shape == (50, 32, 32, 3)
-    assert images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [5] * 10
-    again, other = shapes.draw(50, seed=3), shapes.draw(50, seed=4)
-    assert np.array_equal(images, again[0])
-    assert np.array_equal(labels, again[1])
-    assert not np.array_equal(images, other[0])
-
-
 def test_the_bundled_images_are_those_of_published_records():
     """On any CPU: records of different images are not in one table."""
     runs = records.find([PUBLISHED]).runs
     assert {provenance.data_hash(run) for run in runs} == {Gallery(ImagesConf(name="images")).describe()["hash"]}
-
-
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_each_shape_covers_a_middling_part_of_its_circle(name):
-    v, u = np.mgrid[-1.5:1.5:301j, -1.5:1.5:301j]
-    inside = shapes.SHAPES[name](u, v) < 0
-    assert 0.15 < inside.sum() * 0.01**2 / np.pi < 0.9
-    assert not inside[np.hypot(u, v) > 1.2].any()
 
 
 def test_sample_has_three_disjoint_splits_whatever_torchs_state(monkeypatch):
@@ -100,8 +81,6 @@ def test_folder_holds_out_a_tenth_of_each_class(conf):
     assert image.shape == (8, 8, 3)
     assert label == 1
     assert 101 <= image.float().mean() < 106  # shade 80 + 21, and noise
-    with pytest.raises(IndexError):
-        found["test"][6]
 
 
 def test_labels_are_those_of_torchvisions_image_folder(conf, folder):
@@ -112,9 +91,8 @@ def test_labels_are_those_of_torchvisions_image_folder(conf, folder):
         assert np.array_equal(image.numpy(), np.asarray(expected))
 
 
-@pytest.mark.parametrize("top", ["", "pets/"])
-def test_a_zip_is_the_folder(conf, folder, top):
-    plain, packed = Gallery(conf()), Gallery(conf(root=str(zipped(folder, top))))
+def test_a_zip_is_the_folder(conf, folder):
+    plain, packed = Gallery(conf()), Gallery(conf(root=str(zipped(folder))))
     assert packed.describe() == plain.describe()
     for split in SPLITS:
         for (one, label), (other, same) in zip(plain.dataset(split), packed.dataset(split), strict=True):
@@ -182,13 +160,12 @@ def test_images_that_do_not_fit_are_opened_one_by_one(conf, opened, packed, monk
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_data_sets_go_to_other_processes(conf, opened, packed):
-    plain = Gallery(conf(images=Images.folder)).dataset("test")
-    for found in (opened(packed).dataset("test"), plain):
-        found[0]
-        pickled = pickle.dumps(found)
-        assert len(pickled) < 3000
-        assert torch.equal(pickle.loads(pickled)[3][0], found[3][0])
+def test_data_sets_go_to_other_processes(opened, packed):
+    found = opened(packed).dataset("test")
+    found[0]
+    pickled = pickle.dumps(found)
+    assert len(pickled) < 3000
+    assert torch.equal(pickle.loads(pickled)[3][0], found[3][0])
 
 
 @pytest.mark.parametrize("augment", [Augment.imagenet, Augment.rand_augment])
@@ -215,7 +192,6 @@ def test_whole_images_are_kept_for_random_crops_of_large_ones(conf, monkeypatch)
     cropped = Gallery(conf(augment=Augment.imagenet))
     assert not list(cropped.directory.glob("train.npy"))
     assert Gallery(conf(augment=Augment.rand_augment)).directory == cropped.directory
-    monkeypatch.undo()
 
 
 def test_small_images_are_cropped_from_the_cache(conf):

@@ -98,15 +98,13 @@ def test_root_may_be_the_directory_above_or_a_zip(conf, tmp_path):
 
 def message(root):
     with pytest.raises(DataError) as found:
-        Library(MolPCBAConf(data=Source.files, root=root and str(root))).check()
+        Library(MolPCBAConf(data=Source.files, root=str(root))).check()
     text = str(found.value)
     assert "\n" not in text
     return text
 
 
 def test_errors_of_the_root(tmp_path, tables, write):
-    assert message(None).startswith("task.root: task.data=files needs the directory of raw/ and split/scaffold/")
-    assert message("/nowhere").startswith("task.root: no such directory: /nowhere")
     assert message(tmp_path) == (
         f"task.root: no raw/ in {tmp_path}, nor in a folder of it "
         "(it should hold raw/ and split/scaffold/ of OGB's pcba.zip, or task.root should be a .csv file of SMILES and "
@@ -123,10 +121,6 @@ def test_errors_of_the_root(tmp_path, tables, write):
     shutil.rmtree(root / "raw")
     (root / "raw").write_text("a file")
     assert message(root).startswith(f"task.root: no raw/ in {root}")
-    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
-    assert message(tmp_path / "broken.zip").startswith(
-        "task.root: broken.zip is neither a directory nor a zip that can "
-    )
 
 
 # ---- what is wrong with a file ------------------------------------------------------------------------------------
@@ -202,12 +196,6 @@ def test_what_is_built_is_built_again_when_a_file_changes(conf, tables, write):
     changed = Library(small)
     assert changed.directory != first.directory
     assert changed.meta["hash"] != first.meta["hash"]
-
-
-def test_the_hash_is_of_the_content_alone(conf, tmp_path):
-    small = conf()
-    shutil.copytree(small.root, tmp_path / "elsewhere/pcba")
-    assert Library(conf(root=str(tmp_path / "elsewhere"))).meta["hash"] == Library(small).meta["hash"]
 
 
 # ---- real ones ----------------------------------------------------------------------------------------------------
