@@ -181,7 +181,7 @@ def test_data_files_are_those_of_a_reader(tmp_path: Path) -> None:
     assert len(files.data_files(tmp_path / "link")) == 16
 
 
-def test_a_zip_is_opened_once_and_has_a_pickle(tmp_path: Path) -> None:
+def test_a_zip_has_a_pickle(tmp_path: Path) -> None:
     import pickle
 
     root = written("zip", tmp_path)
