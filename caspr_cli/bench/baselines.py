@@ -90,9 +90,8 @@ def _value(key: str, text: str, choices: tuple[Any, ...]) -> int | float | bool 
 def make(name: str, groups: list[Group], settings: Settings) -> Optimizer:
     """Return the optimizer ``name`` over ``groups`` after ``WARM_UP`` steps. Raises ConfigError."""
     optimizer, usual = enter(name, groups, settings), plan.AT_ONCE
-    if (
-        settings.interval == NEVER
-    ):  # all first roots in one step: else they would be spread over an interval that never ends
+    if settings.interval == NEVER:
+        # All first roots in one step: else they would be spread over an interval that never ends.
         plan.AT_ONCE = math.inf
     try:
         for _ in range(WARM_UP):

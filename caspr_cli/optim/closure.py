@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import overload
 
@@ -9,7 +10,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 
-class WithClosure(Optimizer):
+class WithClosure(Optimizer, ABC):
     """An optimizer whose step is in ``_step``, which is called without autograd."""
 
     @overload
@@ -30,5 +31,6 @@ class WithClosure(Optimizer):
         self._step()
         return loss
 
+    @abstractmethod
     def _step(self) -> None:
-        raise NotImplementedError
+        """Take the step that the gradients say."""

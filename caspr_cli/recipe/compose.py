@@ -179,7 +179,7 @@ def load(path: Path) -> Recipe:
 def parse(text: str) -> Recipe:
     """Return the recipe in a text. Raises ConfigError if a removed option in it has another value than its default."""
     plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-    plain["search"].pop("extend", None)  # a removed key; what it chose is in the record's search.space
+    plain.get("search", {}).pop("extend", None)  # a removed key; what it chose is in the record's search.space
     try:
         optim = without_removed(plain["optim"])
     except ValueError as error:

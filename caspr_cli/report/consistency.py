@@ -15,6 +15,7 @@ from caspr_cli.report.settings import SPACE, differing, joined, plain, ranges, s
 from caspr_cli.report.trials import edges, why
 
 FEW = 3  # a mean over fewer seeds gets a warning
+MOST_VALUES = 4  # of a setting that differs, in a warning
 BOUNDED = ("accuracy", "map")  # metrics from 0 to 1
 
 
@@ -167,11 +168,11 @@ def _differences(rows: Sequence[Row]) -> Iterator[str]:
 
 def _groups(counts: dict[str, Counter[str]], rows: int) -> Iterator[str]:
     ranked = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    for value, labels in ranked[:4]:
+    for value, labels in ranked[:MOST_VALUES]:
         where = "all rows" if len(labels) == rows > 1 else listed(list(labels), 3)
         yield f"{value} ({where}, {count(labels.total(), 'run')})"
-    if len(ranked) > 4:
-        yield f"{len(ranked) - 4} more"
+    if len(ranked) > MOST_VALUES:
+        yield f"{len(ranked) - MOST_VALUES} more"
 
 
 def _unequal(rows: Sequence[Row]) -> list[str]:

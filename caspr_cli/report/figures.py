@@ -257,9 +257,9 @@ def intervals(table: Table, styles: Styles | None = None) -> str:
     low, high = with_near([edge for row in rows for edge in (*row.validation.ends, *row.values.values())], low, high)
     labels = [fill(row.label + f" (n\u00a0=\u00a0{row.n})" * (0 < row.n < BAND), 28) for row in rows]
     lines = max(label.count("\n") + 1 for label in labels)
-    room = len(rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
+    height = len(rows) * max(0.3 if len(labels) > LABELLED else 0.42, 0.16 * lines)
     with drawing():
-        figure, axes = axes_of("", table.metric, height=0.75 + room)
+        figure, axes = axes_of("", table.metric, height=0.75 + height)
         axes.set_xlim(low, high)
         for y, row in enumerate(rows):
             _interval(axes, y, row, styles[row.label])
