@@ -366,6 +366,7 @@ def test_gradients_that_are_not_finite_are_spoken_of_once() -> None:
             if step == 1:  # what was said is said, also after loading
                 content = through_disk(optimizer.state_dict())
                 optimizer.load_state_dict(content)
+    assert {warning.filename for warning in said} == {__file__}  # the caller of step() is blamed
     found = [str(warning.message) for warning in said]
     assert len(found) == 2
     assert "parameter 1 of shape (6, 5)" in found[0]
